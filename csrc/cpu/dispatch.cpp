@@ -1,0 +1,103 @@
+// Instruction-set choice, threads, and the order of reductions. Compiled for the baseline only.
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <type_traits>
+
+#include "isa.h"
+
+namespace dfformer {
+namespace {
+
+using cpu::Kernels;
+
+std::vector<const Kernels*> supported_kernels() {
+    std::vector<const Kernels*> kernels;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        kernels.push_back(&cpu::avx512_kernels);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        kernels.push_back(&cpu::avx2_kernels);
+#endif
+    kernels.push_back(&cpu::baseline_kernels);
+    return kernels;
+}
+
+std::atomic<const Kernels*>& active_kernels() {
+    static std::atomic<const Kernels*> active{supported_kernels().front()};
+    return active;
+}
+
+// Elements a thread takes at a time, and the unit of the fixed reduction order: 64 KiB of float32, so that the x and y
+// (or grad) runs of one chunk stay in L2 and a parallel region is only opened where it pays.
+constexpr std::int64_t chunk = 16384;
+
+// Calls run(first element, count, chunk index) for every chunk of n elements.
+template <class Run>
+void for_each_chunk(std::int64_t n, int threads, const Run& run) {
+    const std::int64_t chunks = (n + chunk - 1) / chunk;
+    [[maybe_unused]] const int used = static_cast<int>(std::min<std::int64_t>(threads, chunks));
+#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
+    for (std::int64_t c = 0; c < chunks; c++) run(c * chunk, std::min(chunk, n - c * chunk), c);
+}
+
+template <class Pointer>
+Pointer offset(Pointer base, std::int64_t bytes) {
+    if (!base) return nullptr;
+    if constexpr (std::is_same_v<Pointer, void*>)
+        return static_cast<char*>(base) + bytes;
+    else
+        return static_cast<const char*>(base) + bytes;
+}
+
+}  // namespace
+
+std::vector<std::string> supported_isas() {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : supported_kernels()) names.emplace_back(kernels->isa);
+    return names;
+}
+
+std::string active_isa() { return active_kernels().load()->isa; }
+
+void set_active_isa(const std::string& name) {
+    for (const Kernels* kernels : supported_kernels())
+        if (name == kernels->isa) {
+            active_kernels() = kernels;
+            return;
+        }
+    std::string accepted;
+    for (const std::string& isa : supported_isas()) accepted += (accepted.empty() ? "" : ", ") + isa;
+    throw std::invalid_argument("isa: got '" + name + "', this machine runs " + accepted);
+}
+
+void star_relu(const void* x, void* y, std::int64_t n, DType dtype, double scale, double bias, int threads) {
+    const auto& kernel = active_kernels().load()->star_relu[static_cast<int>(dtype)];
+    const std::int64_t size = item_size[static_cast<int>(dtype)];
+    for_each_chunk(n, threads, [&](std::int64_t first, std::int64_t count, std::int64_t) {
+        kernel.forward(offset(x, first * size), offset(y, first * size), count, scale, bias);
+    });
+}
+
+StarReLUScalarGrads star_relu_backward(const void* grad_y, const void* x, void* grad_x, std::int64_t n, DType dtype,
+                                       double scale, int threads) {
+    const auto& kernel = active_kernels().load()->star_relu[static_cast<int>(dtype)];
+    const std::int64_t size = item_size[static_cast<int>(dtype)];
+    std::vector<StarReLUScalarGrads> partial((n + chunk - 1) / chunk);
+    for_each_chunk(n, threads, [&](std::int64_t first, std::int64_t count, std::int64_t c) {
+        double sums[2];
+        kernel.backward(offset(grad_y, first * size), offset(x, first * size), offset(grad_x, first * size), count,
+                        scale, sums);
+        partial[c] = {sums[0], sums[1]};
+    });
+    StarReLUScalarGrads total{0, 0};
+    for (const StarReLUScalarGrads& p : partial) {
+        total.scale += p.scale;
+        total.bias += p.bias;
+    }
+    return total;
+}
+
+}  // namespace dfformer

@@ -1,0 +1,27 @@
+// AVX2 with FMA and F16C (Haswell, Zen and later).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "isa.h"
+
+#define VECTOR_BYTES 32
+#define HAS_F16C 1
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace dfformer::cpu {
+#include "kernels.inl"
+constinit const Kernels avx2_kernels = make_kernels("avx2");
+}  // namespace dfformer::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,123 @@
+// Lane types: a register of storage elements, loaded as arithmetic elements. Included once per instruction set, inside
+// its target region, with VECTOR_BYTES (register width) and HAS_F16C (hardware float16 conversion) defined.
+//
+// A lane type L has L::Scalar (storage), L::Vec (arithmetic register), L::count, L::load and L::store.
+
+namespace {
+
+using F32 = float __attribute__((vector_size(VECTOR_BYTES)));
+using F64 = double __attribute__((vector_size(VECTOR_BYTES)));
+using I32 = std::int32_t __attribute__((vector_size(VECTOR_BYTES)));
+using U32 = std::uint32_t __attribute__((vector_size(VECTOR_BYTES)));
+using U16 = std::uint16_t __attribute__((vector_size(VECTOR_BYTES / 2)));
+// Twice as wide as a register, so that it has as many lanes as F32: exact accumulation of float32 sums.
+using F64Wide = double __attribute__((vector_size(2 * VECTOR_BYTES)));
+
+template <class To, class From>
+inline To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    __builtin_memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+template <class Vec, class Scalar>
+inline Vec load_unaligned(const Scalar* from) {
+    Vec v;
+    __builtin_memcpy(&v, from, sizeof(v));
+    return v;
+}
+
+template <class T, class Register>
+struct Plain {
+    using Scalar = T;
+    using Vec = Register;
+    static constexpr int count = sizeof(Register) / sizeof(T);
+    static Vec load(const Scalar* from) { return load_unaligned<Vec>(from); }
+    static void store(Scalar* to, Vec v) { __builtin_memcpy(to, &v, sizeof(v)); }
+};
+using Float32 = Plain<float, F32>;
+using Float64 = Plain<double, F64>;
+
+struct BFloat16 {
+    using Scalar = std::uint16_t;
+    using Vec = F32;
+    static constexpr int count = VECTOR_BYTES / 4;
+
+    static Vec load(const Scalar* from) {
+        return bits<F32>(__builtin_convertvector(load_unaligned<U16>(from), U32) << 16);
+    }
+    static void store(Scalar* to, Vec v) {
+        const U32 b = bits<U32>(v);
+        const U32 nearest_even = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+        const U32 quiet_nan = (b >> 16) | 0x40;
+        const U16 h = __builtin_convertvector(v != v ? quiet_nan : nearest_even, U16);
+        __builtin_memcpy(to, &h, sizeof(h));
+    }
+};
+
+struct Float16 {
+    using Scalar = std::uint16_t;
+    using Vec = F32;
+    static constexpr int count = VECTOR_BYTES / 4;
+
+#if HAS_F16C && VECTOR_BYTES == 64
+    static Vec load(const Scalar* from) { return bits<F32>(_mm512_cvtph_ps(load_unaligned<__m256i>(from))); }
+    static void store(Scalar* to, Vec v) {
+        const __m256i h = _mm512_cvtps_ph(bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        __builtin_memcpy(to, &h, sizeof(h));
+    }
+#elif HAS_F16C && VECTOR_BYTES == 32
+    static Vec load(const Scalar* from) { return bits<F32>(_mm256_cvtph_ps(load_unaligned<__m128i>(from))); }
+    static void store(Scalar* to, Vec v) {
+        const __m128i h = _mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+        __builtin_memcpy(to, &h, sizeof(h));
+    }
+#else
+    static Vec load(const Scalar* from) {
+        const U32 h = __builtin_convertvector(load_unaligned<U16>(from), U32);
+        const U32 magnitude = (h & 0x7fff) << 13;
+        const F32 rebias = bits<F32>(U32{} + 0x77800000);  // 2^112: float16's exponent bias to float32's, subnormals too
+        const U32 finite = bits<U32>(bits<F32>(magnitude) * rebias);
+        const U32 value = magnitude >= 0x0f800000 ? (magnitude | 0x7f800000) : finite;
+        return bits<F32>(value | ((h & 0x8000) << 16));
+    }
+    static void store(Scalar* to, Vec v) {
+        const U32 b = bits<U32>(v), magnitude = b & 0x7fffffff;
+        const U32 normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+        const F32 half = F32{} + 0.5f;  // adding it shifts a subnormal result's bits to the bottom, rounded to even
+        const U32 subnormal = bits<U32>(bits<F32>(magnitude) + half) - bits<U32>(half);
+        const U32 infinite = magnitude > 0x7f800000 ? U32{} + 0x7e00 : U32{} + 0x7c00;
+        const U32 finite = magnitude < 0x38800000 ? subnormal : normal;
+        const U32 value = (magnitude >= 0x47800000 ? infinite : finite) | ((b >> 16) & 0x8000);
+        const U16 h = __builtin_convertvector(value, U16);
+        __builtin_memcpy(to, &h, sizeof(h));
+    }
+#endif
+};
+
+// Sum of float32 registers (or, below, float64 ones) kept in float64 lanes.
+inline double lane_sum(F64 v) {
+    double sum = 0;
+    for (int i = 0; i < VECTOR_BYTES / 8; i++) sum += v[i];
+    return sum;
+}
+inline double lane_sum(F64Wide v) {
+    double sum = 0;
+    for (int i = 0; i < VECTOR_BYTES / 4; i++) sum += v[i];
+    return sum;
+}
+template <class Vec>
+struct Accumulator;
+template <>
+struct Accumulator<F32> {
+    F64Wide sum{};
+    void add(F32 v) { sum += __builtin_convertvector(v, F64Wide); }
+};
+template <>
+struct Accumulator<F64> {
+    F64 sum{};
+    void add(F64 v) { sum += v; }
+};
+
+}  // namespace

@@ -1,0 +1,37 @@
+// The compiled core's contract: what bindings.cpp may call, and nothing else.
+//
+// Tensors arrive as raw pointers to dense memory in the layouts given below; the caller (dfformer_kernels/cpu.py) owns
+// device, dtype and contiguity checks, bindings.cpp owns range checks. No torch and no CUDA headers anywhere in csrc/.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace dfformer {
+
+// Storage types. Arithmetic is float32 for the 16- and 32-bit types and float64 for float64.
+enum class DType : int { float32, float64, bfloat16, float16 };
+inline constexpr int num_dtypes = 4;
+inline constexpr std::int64_t item_size[num_dtypes] = {4, 8, 2, 2};
+
+// Instruction sets this machine can run, best first. The last entry is the one every machine can run.
+std::vector<std::string> supported_isas();
+std::string active_isa();
+// Throws std::invalid_argument unless `name` is one of supported_isas().
+void set_active_isa(const std::string& name);
+
+// y = scale * relu(x)^2 + bias over n elements. x and y must not overlap.
+void star_relu(const void* x, void* y, std::int64_t n, DType dtype, double scale, double bias, int threads);
+
+struct StarReLUScalarGrads {
+    double scale;
+    double bias;
+};
+
+// grad_x = 2 * scale * relu(x) * grad_y;  grad_scale = sum(grad_y * relu(x)^2);  grad_bias = sum(grad_y)
+// grad_x may be null when it is not needed. The two sums are reduced in a fixed order: the same bits for any `threads`.
+StarReLUScalarGrads star_relu_backward(const void* grad_y, const void* x, void* grad_x, std::int64_t n, DType dtype,
+                                       double scale, int threads);
+
+}  // namespace dfformer

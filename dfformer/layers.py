@@ -1,0 +1,332 @@
+"""The layers of the DFFormer family: all take and return channels-last (B,H,W,C), all keep the official parameter names.
+
+A token mixer is built as ``mixer(dim=..., size=plane)`` and maps (B,H,W,dim) to (B,H,W,dim).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import Mlp, to_2tuple
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfformer.resize import RULES, resize_filter
+from dfformer_kernels import dynamic_filter, global_filter, star_relu
+from dfformer_kernels.reference import compute_dtype
+
+Activation = Callable[[], nn.Module]
+
+
+class StarReLU(nn.Module):
+    """``scale * relu(x)^2 + bias`` with learnable scalars (MetaFormer Baselines for Vision, arXiv:2210.13452).
+
+    Any shape and floating dtype; the result has x's dtype. Saves only its input for backward.
+    """
+
+    def __init__(self, scale_value: float = 1.0, bias_value: float = 0.0) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), float(scale_value)))
+        self.bias = nn.Parameter(torch.full((1,), float(bias_value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return star_relu(x, self.scale, self.bias)
+
+
+class SquaredReLU(nn.Module):
+    """``relu(x)^2`` (Primer, arXiv:2109.08668)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+class SepConv(nn.Module):
+    """Inverted separable convolution: expand, StarReLU, depthwise convolution, project. ``size`` is any plane's."""
+
+    def __init__(
+        self,
+        dim: int,
+        expansion_ratio: float = 2,
+        act1_layer: Activation = StarReLU,
+        act2_layer: Activation = nn.Identity,
+        bias: bool = False,
+        kernel_size: int = 7,
+        padding: int = 3,
+        size: int | tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        med_channels = int(expansion_ratio * dim)
+        self.pwconv1 = nn.Linear(dim, med_channels, bias=bias)
+        self.act1 = act1_layer()
+        self.dwconv = nn.Conv2d(
+            med_channels, med_channels, kernel_size, padding=padding, groups=med_channels, bias=bias
+        )
+        self.act2 = act2_layer()
+        self.pwconv2 = nn.Linear(med_channels, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act1(self.pwconv1(x))
+        x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.pwconv2(self.act2(x))
+
+
+class SpectralFilter(nn.Module):
+    """What `DynamicFilter` and `GlobalFilter` share: the stored filters and their resizing.
+
+    ``complex_weights`` is (H, W//2 + 1, ..., 2) for planes of ``size`` (H, W). Loading a state dict whose filters were
+    stored for another plane resizes them, by ``resize``'s rule. See `dfformer.resize.resize_filter` for the rules.
+    """
+
+    def __init__(self, size: int | tuple[int, int], channels: int, weight_resize: bool, resize: str) -> None:
+        super().__init__()
+        if resize not in RULES:
+            raise ValueError(f"resize: got {resize!r}, accepted are {', '.join(map(repr, RULES))}")
+        H, W = to_2tuple(size)
+        self.size = (int(H), int(W))
+        self.weight_resize = weight_resize
+        self.resize = resize
+        self.complex_weights = nn.Parameter(torch.randn(H, W // 2 + 1, channels, 2) * 0.02)
+        self._resized: tuple[tuple[int, int], str, Tensor, Tensor] | None = None
+
+    def filters_for(self, plane: tuple[int, int]) -> Tensor:
+        """The filters for planes of ``plane`` (H, W), in the dtype arithmetic is done in."""
+        weight = self.complex_weights
+        dtype = compute_dtype(weight.dtype)
+        if tuple(weight.shape[:2]) == (plane[0], plane[1] // 2 + 1):
+            return weight.to(dtype)
+        if not self.weight_resize:
+            raise ValueError(
+                f"x: got a plane of {tuple(plane)}, this layer was built for size={self.size}; "
+                "pass weight_resize=True to resize the filters to each plane"
+            )
+        return self._cached_resize(plane).to(dtype)
+
+    def _cached_resize(self, plane: tuple[int, int]) -> Tensor:
+        weight = self.complex_weights
+        # In eval mode the result is kept until the parameter's values change. Comparing values is the only test that
+        # also sees `param.data` being written to, and cheap on a CPU; on other devices the two products cost less
+        # than waiting for the answer.
+        cacheable = (
+            not self.training
+            and weight.device.type == "cpu"
+            and type(weight.data) is Tensor
+            and not (torch.is_grad_enabled() and weight.requires_grad)
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+        )
+        if not cacheable:
+            return resize_filter(weight, self.size, plane, self.resize)
+        if self._resized is not None:
+            cached_plane, rule, source, resized = self._resized
+            if cached_plane == plane and rule == self.resize and source.dtype == weight.dtype:
+                if torch.equal(source, weight):
+                    return resized
+        resized = resize_filter(weight, self.size, plane, self.resize)
+        self._resized = (plane, self.resize, weight.detach().clone(), resized)
+        return resized
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_resized": None}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        name = prefix + "complex_weights"
+        stored, shape = state_dict.get(name), self.complex_weights.shape
+        if isinstance(stored, Tensor) and stored.dim() == 4 and stored.shape[2:] == shape[2:]:
+            if stored.shape[:2] != shape[:2]:
+                # The stored plane's width is known up to its parity, which only the "fourier" rule's last column sees.
+                stored_size = (stored.shape[0], 2 * (stored.shape[1] - 1) or 1)
+                state_dict = {**state_dict, name: resize_filter(stored, stored_size, self.size, self.resize)}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, weight_resize={self.weight_resize}, resize={self.resize!r}"
+
+
+class DynamicFilter(SpectralFilter):
+    """The dynamic filter token mixer ("FFT-based Dynamic Token Mixer for Vision", section 3.2), a drop-in for the authors'.
+
+    ``y = pwconv2(act2(irfft2(rfft2(act1(pwconv1(x))) * M)))``, where ``M`` mixes a basis of ``num_filters`` filters with
+    weights that an MLP computes from the mean of ``x``.
+
+    Args:
+        dim: channels of ``x``.
+        expansion_ratio: ``pwconv1`` expands to ``C = int(expansion_ratio * dim)`` channels.
+        reweight_expansion_ratio: hidden width of the routing MLP, relative to ``dim``.
+        act1_layer: activation after ``pwconv1``; StarReLU runs inside the fused step.
+        act2_layer: activation before ``pwconv2``.
+        bias: whether ``pwconv1`` and ``pwconv2`` have one.
+        num_filters: filters in the basis, F.
+        size: the plane (H, W), or one number for a square.
+        weight_resize: resize the filters to planes of any other size, instead of raising.
+        resize: ``"bicubic"`` (the authors' rule) or ``"fourier"``; see `dfformer.resize.resize_filter`.
+
+    ``complex_weights`` is (H, W//2 + 1, F, 2). ``x`` is (B,H,W,dim) in the parameters' dtype, or any under autocast.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expansion_ratio: float = 2,
+        reweight_expansion_ratio: float = 0.25,
+        act1_layer: Activation = StarReLU,
+        act2_layer: Activation = nn.Identity,
+        bias: bool = False,
+        num_filters: int = 4,
+        size: int | tuple[int, int] = 14,
+        weight_resize: bool = False,
+        resize: str = "bicubic",
+    ) -> None:
+        super().__init__(size, num_filters, weight_resize, resize)
+        med_channels = int(expansion_ratio * dim)
+        self.num_filters = num_filters
+        self.pwconv1 = nn.Linear(dim, med_channels, bias=bias)
+        self.act1 = act1_layer()
+        self.reweight = Mlp(
+            dim, int(reweight_expansion_ratio * dim), num_filters * med_channels, act_layer=StarReLU, bias=False
+        )
+        self.act2 = act2_layer()
+        self.pwconv2 = nn.Linear(med_channels, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, _ = x.shape
+        logits = self.reweight(x.mean(dim=(1, 2))).view(B, self.num_filters, -1)
+        x, scalars = _activation_on_load(self.act1, self.pwconv1(x))
+        x = dynamic_filter(x, logits, self.filters_for((H, W)), scalars)
+        return self.pwconv2(self.act2(x))
+
+
+class GlobalFilter(SpectralFilter):
+    """The static counterpart (GFNet, arXiv:2107.00645; GFFormer in the paper): one filter a channel, learned directly.
+
+    Arguments as for `DynamicFilter`. ``complex_weights`` is (H, W//2 + 1, C, 2).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expansion_ratio: float = 2,
+        act1_layer: Activation = StarReLU,
+        act2_layer: Activation = nn.Identity,
+        bias: bool = False,
+        size: int | tuple[int, int] = 14,
+        weight_resize: bool = False,
+        resize: str = "bicubic",
+    ) -> None:
+        med_channels = int(expansion_ratio * dim)
+        super().__init__(size, med_channels, weight_resize, resize)
+        self.pwconv1 = nn.Linear(dim, med_channels, bias=bias)
+        self.act1 = act1_layer()
+        self.act2 = act2_layer()
+        self.pwconv2 = nn.Linear(med_channels, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, H, W, _ = x.shape
+        x, scalars = _activation_on_load(self.act1, self.pwconv1(x))
+        x = global_filter(x, self.filters_for((H, W)), scalars)
+        return self.pwconv2(self.act2(x))
+
+
+class AFNO2D(nn.Module):
+    """Adaptive Fourier neural operator (arXiv:2111.13587) between two projections, the paper's ablation.
+
+    A block-diagonal two-layer MLP on every frequency, shared by all: no parameter depends on the plane, so ``size`` is
+    any plane's. Spectral arithmetic is float32 (float64 for float64 ``x``).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expansion_ratio: float = 2,
+        act1_layer: Activation = StarReLU,
+        act2_layer: Activation = nn.Identity,
+        bias: bool = False,
+        size: int | tuple[int, int] | None = None,
+        num_blocks: int = 8,
+        sparsity_threshold: float = 0.01,
+        hard_thresholding_fraction: float = 1,
+        hidden_size_factor: int = 1,
+    ) -> None:
+        super().__init__()
+        med_channels = int(expansion_ratio * dim)
+        if med_channels % num_blocks:
+            raise ValueError(f"num_blocks: got {num_blocks}, which does not divide the {med_channels} expanded channels")
+        block, hidden = med_channels // num_blocks, med_channels // num_blocks * hidden_size_factor
+        self.num_blocks = num_blocks
+        self.sparsity_threshold = sparsity_threshold
+        self.hard_thresholding_fraction = hard_thresholding_fraction
+        self.pwconv1 = nn.Linear(dim, med_channels, bias=bias)
+        self.act1 = act1_layer()
+        self.w1 = nn.Parameter(0.02 * torch.randn(2, num_blocks, block, hidden))
+        self.b1 = nn.Parameter(0.02 * torch.randn(2, num_blocks, hidden))
+        self.w2 = nn.Parameter(0.02 * torch.randn(2, num_blocks, hidden, block))
+        self.b2 = nn.Parameter(0.02 * torch.randn(2, num_blocks, block))
+        self.act2 = act2_layer()
+        self.pwconv2 = nn.Linear(med_channels, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act1(self.pwconv1(x))
+        with torch.autocast(x.device.type, enabled=False):
+            filtered = self._filter(x.to(compute_dtype(x.dtype))).to(x.dtype)
+        return self.pwconv2(self.act2(x + filtered))
+
+    def _filter(self, x: Tensor) -> Tensor:
+        _, H, W, _ = x.shape
+        K = W // 2 + 1
+        kept = int(K * self.hard_thresholding_fraction)
+        X = torch.fft.rfft2(x, dim=(1, 2), norm="ortho")[:, :, :kept].unflatten(-1, (self.num_blocks, -1))
+        real, imag = self._complex_linear(X.real, X.imag, self.w1, self.b1)
+        real, imag = self._complex_linear(F.relu(real), F.relu(imag), self.w2, self.b2)
+        Z = F.softshrink(torch.stack([real, imag], dim=-1), self.sparsity_threshold)
+        Z = torch.view_as_complex(Z).flatten(-2)
+        Z = F.pad(Z, (0, 0, 0, K - kept))
+        return torch.fft.irfft2(Z, s=(H, W), dim=(1, 2), norm="ortho")
+
+    @staticmethod
+    def _complex_linear(real: Tensor, imag: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        w, b = w.to(real.dtype), b.to(real.dtype)
+
+        def apply(t: Tensor, matrix: Tensor) -> Tensor:
+            return torch.einsum("...bi,bio->...bo", t, matrix)
+
+        return apply(real, w[0]) - apply(imag, w[1]) + b[0], apply(imag, w[0]) + apply(real, w[1]) + b[1]
+
+
+class MlpHead(nn.Module):
+    """The official classification head: expand by 4, squared ReLU, norm, dropout, classify."""
+
+    def __init__(self, dim: int, num_classes: int, mlp_ratio: float = 4, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        hidden = int(mlp_ratio * dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = SquaredReLU()
+        self.norm = nn.LayerNorm(hidden)
+        self.head_dropout = nn.Dropout(drop_rate)
+        self.fc2 = nn.Linear(hidden, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.head_dropout(self.norm(self.act(self.fc1(x)))))
+
+
+class Scale(nn.Module):
+    """Learnable scaling of each channel, used on the residual branch."""
+
+    def __init__(self, dim: int, init_value: float = 1.0) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((dim,), float(init_value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def conv_output_size(plane: tuple[int, int], kernel_size: int, stride: int, padding: int) -> tuple[int, int]:
+    """The plane a convolution makes of ``plane`` (H, W)."""
+    H, W = (math.floor((n + 2 * padding - kernel_size) / stride) + 1 for n in plane)
+    return H, W
+
+
+def _activation_on_load(act: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Leaves StarReLU to the fused step, which applies it while it loads ``x``; runs any other activation now."""
+    if type(act) is StarReLU:
+        return x, (act.scale, act.bias)
+    return act(x), None

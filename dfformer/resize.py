@@ -1,0 +1,110 @@
+"""Resizing spectral filters to another plane: two rules, each two small matrix products along H and K.
+
+A stored filter is (H, K, ...), ``K = W//2 + 1``: rows in FFT order (frequencies 0, 1, .., then the negative ones), and
+the non-negative half of the columns.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+RULES = ("bicubic", "fourier")
+
+# The matrices are the same for all layers of a stage and from step to step. Bounded by emptying: a training run with
+# random crops sees a few hundred sizes.
+_MAX_CACHED = 256
+_cached: dict[tuple[object, ...], Tensor] = {}
+
+
+def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, int], rule: str = "bicubic") -> Tensor:
+    """Resizes filters stored for planes of ``size`` (H, W) to ``new_size``. Differentiable and deterministic.
+
+    Args:
+        weight: (H, W//2 + 1, ...), any trailing dimensions.
+        size, new_size: the planes, in pixels.
+        rule: one of
+
+            ``"bicubic"``: the authors' (``resize_complex_weight``): the array is an image, enlarged or shrunk with
+            ``align_corners=True``. The filter keeps its shape over the range of frequencies in *cycles per pixel*. It is
+            what official checkpoints are adapted with, and right when objects keep their size in pixels: training
+            crops of one size, testing on larger or wider images. It ignores that rows wrap around, so the two sides of
+            the highest frequency along H are blended.
+
+            ``"fourier"``: the array is a spectrum: frequencies in *cycles per image* keep their gain, rows wrap
+            around, new ones get gain 0 and lost ones are dropped. Right when the same scene is sampled more finely or
+            coarsely, where it filters a band-limited image exactly as before. Enlarging removes all detail above the
+            stored band, so fine-tune after a large step.
+
+    Returns:
+        (new_H, new_W//2 + 1, ...), in weight's dtype.
+
+    Raises:
+        ValueError: an unknown rule, or a ``size`` that is not weight's.
+    """
+    if rule not in RULES:
+        raise ValueError(f"resize: got {rule!r}, accepted are {', '.join(map(repr, RULES))}")
+    (H, W), (new_H, new_W) = size, new_size
+    if tuple(weight.shape[:2]) != (H, W // 2 + 1):
+        raise ValueError(f"size: got {(H, W)}, but weight of shape {tuple(weight.shape)} is not (H, W//2 + 1, ...)")
+    if rule == "bicubic":
+        rows, columns = (_bicubic, H, new_H), (_bicubic, W // 2 + 1, new_W // 2 + 1)
+    else:
+        rows, columns = (_fourier_rows, H, new_H), (_fourier_columns, W // 2 + 1, new_W // 2 + 1)
+    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+    resized = _matrix(*rows, weight.device, dtype) @ weight.to(dtype).flatten(1)
+    resized = resized.unflatten(1, (weight.shape[1], -1))
+    resized = _matrix(*columns, weight.device, dtype) @ resized
+    return resized.unflatten(2, weight.shape[2:]).to(weight.dtype)
+
+
+def _matrix(
+    build: Callable[[int, int], Tensor], old: int, new: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    key = (build, old, new, device, dtype)
+    if torch.compiler.is_compiling() or key not in _cached:
+        matrix = build(old, new).to(device, dtype)
+        if torch.compiler.is_compiling() or type(matrix) is not Tensor:  # traced or fake: belongs to that graph only
+            return matrix
+        if len(_cached) >= _MAX_CACHED:
+            _cached.clear()
+        _cached[key] = matrix
+    return _cached[key]
+
+
+def _bicubic(old: int, new: int) -> Tensor:
+    """(new, old) float64: cubic convolution (a = -0.75, borders repeated) at ``i * (old - 1) / (new - 1)``."""
+    position = torch.arange(new, dtype=torch.float64, device="cpu") * ((old - 1) / (new - 1) if new > 1 else 0.0)
+    first = position.floor()
+    matrix = torch.zeros(new, old, dtype=torch.float64, device="cpu")
+    for tap in range(-1, 3):
+        distance = (position - (first + tap)).abs()
+        near = (1.25 * distance - 2.25) * distance * distance + 1
+        far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
+        column = (first + tap).clamp(0, old - 1)
+        matrix = matrix + _one_hot(column, old) * torch.where(distance <= 1, near, far)[:, None]
+    return matrix
+
+
+def _fourier_rows(old: int, new: int) -> Tensor:
+    """(new, old) float64: each new frequency takes the gain of the old one; an even plane's highest stands for both signs."""
+    return _folded_frequencies(new, old) if new < old else _folded_frequencies(old, new).sign().T
+
+
+def _folded_frequencies(small: int, large: int) -> Tensor:
+    """(small, large): frequencies of the small plane, averaged over both signs at its highest when that is shared."""
+    signed = torch.arange(large, device="cpu")
+    signed = torch.where(signed > large // 2, signed - large, signed)  # an even large's highest counts as positive
+    index = torch.arange(small, device="cpu")[:, None]
+    taken = ((signed % small) == index) & (2 * signed.abs() <= small)
+    weight = taken.to(torch.float64)
+    return weight / weight.sum(1, keepdim=True)
+
+
+def _fourier_columns(old: int, new: int) -> Tensor:
+    """(new, old) float64: the first min(old, new) frequencies keep their gain, the others get none."""
+    return torch.eye(new, old, dtype=torch.float64, device="cpu")
+
+
+def _one_hot(column: Tensor, size: int) -> Tensor:
+    return (column[:, None] == torch.arange(size, device="cpu")).to(torch.float64)

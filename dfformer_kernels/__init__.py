@@ -1,0 +1,12 @@
+"""The dynamic filter step as fused operators: correct, deterministic, and faster where a backend is built for the device.
+
+>>> from dfformer_kernels import dynamic_filter
+>>> y = dynamic_filter(x, logits, basis)  # x (B,H,W,C), logits (B,F,C), basis (H,W//2+1,F,2)
+"""
+
+__version__ = "0.1.0"
+
+from dfformer_kernels.dispatch import backends, use_backend
+from dfformer_kernels.ops import DynamicFilterFunction, dynamic_filter, global_filter, star_relu
+
+__all__ = ["DynamicFilterFunction", "backends", "dynamic_filter", "global_filter", "star_relu", "use_backend"]

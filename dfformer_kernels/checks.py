@@ -1,0 +1,100 @@
+"""Argument checks of the operators: every kind of bad input raises at once, naming argument, given and accepted."""
+
+import torch
+from torch import Tensor
+
+from dfformer_kernels.reference import compute_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> None:
+    _check_x("star_relu", x)
+    _check_scalars("star_relu", x, scale, bias)
+
+
+def check_dynamic_filter(
+    x: Tensor, logits: Tensor, basis: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+) -> None:
+    op = "dynamic_filter"
+    B, H, W, C = _check_plane(op, x)
+    K = W // 2 + 1
+    if logits.dim() != 3 or logits.shape[0] != B or logits.shape[1] < 1 or logits.shape[2] != C:
+        _fail(op, "logits", f"shape (B,F,C) = ({B}, F >= 1, {C}) for x of shape {_shape(x)}", _shape(logits))
+    F = logits.shape[1]
+    _check_companion(op, "logits", x, logits)
+    _check_spectral(op, "basis", x, basis, (H, K, F, 2), "(H,K,F,2), K = W//2 + 1,")
+    _check_scalars(op, x, scale, bias)
+
+
+def check_global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> None:
+    _, H, W, C = _check_plane("global_filter", x)
+    _check_spectral("global_filter", "weight", x, weight, (H, W // 2 + 1, C, 2), "(H,K,C,2), K = W//2 + 1,")
+    _check_scalars("global_filter", x, scale, bias)
+
+
+def check_grad_y(op: str, grad_y: Tensor, x: Tensor) -> None:
+    if grad_y.shape != x.shape:
+        _fail(op, "grad_y", f"shape {_shape(x)}, that of x", _shape(grad_y))
+    _check_companion(op, "grad_y", x, grad_y)
+
+
+def _check_x(op: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        _fail(op, "x", "a tensor", type(x).__name__, TypeError)
+    if x.dtype not in DTYPES:
+        _fail(op, "x", f"dtype {_names(DTYPES)}", _names([x.dtype]), TypeError)
+
+
+def _check_plane(op: str, x: Tensor) -> torch.Size:
+    _check_x(op, x)
+    if x.dim() != 4 or x.shape[1] < 1 or x.shape[2] < 1:
+        _fail(op, "x", "shape (B,H,W,C) with H, W >= 1", _shape(x))
+    return x.shape
+
+
+def _check_companion(op: str, name: str, x: Tensor, t: Tensor) -> None:
+    """A tensor that may be stored in another dtype than x, but float64 only goes with float64."""
+    _check_device(op, name, x, t)
+    if t.dtype not in DTYPES or compute_dtype(t.dtype) not in (torch.float32, compute_dtype(x.dtype)):
+        accepted = DTYPES if x.dtype == torch.float64 else tuple(d for d in DTYPES if d != torch.float64)
+        _fail(op, name, f"dtype {_names(accepted)} beside {_names([x.dtype])} x", _names([t.dtype]), TypeError)
+
+
+def _check_spectral(op: str, name: str, x: Tensor, t: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(t.shape) != shape:
+        _fail(op, name, f"shape {meaning} = {shape} for x of shape {_shape(x)}", _shape(t))
+    _check_device(op, name, x, t)
+    if t.dtype != compute_dtype(x.dtype):
+        accepted = compute_dtype(x.dtype)
+        _fail(op, name, f"dtype {_names([accepted])} beside {_names([x.dtype])} x", _names([t.dtype]), TypeError)
+
+
+def _check_scalars(op: str, x: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+    if (scale is None) != (bias is None):
+        _fail(op, "star_relu", "both scale and bias, or neither", "one of them")
+    for name, t in (("scale", scale), ("bias", bias)):
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            _fail(op, name, "a tensor with one element", type(t).__name__, TypeError)
+        if t.numel() != 1:
+            _fail(op, name, "one element", f"shape {_shape(t)}")
+        _check_companion(op, name, x, t)
+
+
+def _check_device(op: str, name: str, x: Tensor, t: Tensor) -> None:
+    if t.device != x.device:
+        _fail(op, name, f"on {x.device}, where x is", f"it on {t.device}")
+
+
+def _fail(op: str, name: str, accepted: str, given: object, error: type[Exception] = ValueError) -> None:
+    raise error(f"{op}: {name} must be {accepted}, got {given}")
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def _names(dtypes: "tuple[torch.dtype, ...] | list[torch.dtype]") -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -1,0 +1,132 @@
+"""The one policy: which backend runs a problem, and every reason when none does.
+
+Precedence: the ``backend=`` argument, then the ``use_backend`` context, then the environment variable
+``DFFORMER_BACKEND``, then the first backend of the table that supports the problem.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from dfformer_kernels import cpu, reference
+
+Kernel = Callable[..., Tensor | list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a backend needs to know to accept or refuse: operator name, device type, dtype and shape of ``x``."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the operators. ``kernels`` maps an operator's name to a function with the reference's signature."""
+
+    name: str
+    device: str | None  # device type, None for any
+    kernels: Mapping[str, Kernel]
+    unavailable_reasons: Callable[[], list[str]]  # why it cannot run anything on this machine
+
+    def unsupported_reasons(self, problem: Problem) -> list[str]:
+        """Why it cannot run ``problem``; empty if it can."""
+        reasons = self.unavailable_reasons()
+        if self.device not in (None, problem.device):
+            reasons.append(f"it runs on {self.device}, x is on {problem.device}")
+        if problem.op not in self.kernels:
+            reasons.append(f"it has no {problem.op} kernel, only {', '.join(self.kernels)}")
+        return reasons
+
+
+TABLE: tuple[Backend, ...] = (
+    Backend("cpu", "cpu", cpu.KERNELS, cpu.unavailable_reasons),
+    Backend(
+        "torch",
+        None,
+        {
+            op: getattr(reference, op)
+            for name in ("star_relu", "dynamic_filter", "global_filter")
+            for op in (name, f"{name}_backward")
+        },
+        list,
+    ),
+)
+_BY_NAME = {backend.name: backend for backend in TABLE}
+
+_forced: str | None = None
+
+
+def backends() -> dict[str, list[str]]:
+    """Every backend in order of preference, with the reasons it cannot run on this machine (empty: it can)."""
+    return {backend.name: backend.unavailable_reasons() for backend in TABLE}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every operator in the block, and its backward whenever that happens, on the named backend.
+
+    The choice is process-wide while the block is active. Raises ValueError for an unknown name; an operator the
+    backend cannot run raises RuntimeError with every reason.
+    """
+    global _forced
+    previous, _forced = _forced, checked_name("name", name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def requested_backend(backend: str | None) -> str | None:
+    """The backend an operator is asked to use by argument or context; None leaves it to the environment or the table."""
+    return _forced if backend is None else checked_name("backend", backend)
+
+
+def checked_name(argument: str, name: str) -> str:
+    if name not in _BY_NAME:
+        raise ValueError(f"{argument}: got {name!r}, accepted are {', '.join(map(repr, _BY_NAME))}")
+    return name
+
+
+def run(op: str, backend: str | None, x: Tensor, *args: object) -> Tensor | list[Tensor]:
+    """Runs the kernel of ``op`` chosen for ``x`` on ``args``. Autocast does not reach inside."""
+    if backend is None and (name := os.environ.get("DFFORMER_BACKEND")):
+        backend = checked_name("DFFORMER_BACKEND", name)
+    kernel = _select(Problem(op, x.device.type, x.dtype, tuple(x.shape)), backend)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return kernel(*args)
+    return kernel(*args)
+
+
+@lru_cache(maxsize=1024)
+def _select(problem: Problem, name: str | None) -> Kernel:
+    candidates = TABLE if name is None else (_BY_NAME[name],)
+    refusals = {}
+    for backend in candidates:
+        reasons = backend.unsupported_reasons(problem)
+        if not reasons:
+            return backend.kernels[problem.op]
+        refusals[backend.name] = reasons
+        if name is None and backend.device == problem.device and backend.unavailable_reasons():
+            _warn_unavailable(backend.name, "; ".join(backend.unavailable_reasons()))
+    lines = [f"  {backend}: {'; '.join(reasons)}" for backend, reasons in refusals.items()]
+    raise RuntimeError("\n".join([f"no backend can run {problem}:", *lines]))
+
+
+@cache
+def _warn_unavailable(name: str, reasons: str) -> None:
+    warnings.warn(
+        f"dfformer_kernels' {name!r} backend is not available and torch.fft is used instead, which is slower: {reasons}. "
+        "DFFORMER_BACKEND=torch silences this.",
+        stacklevel=2,
+    )

@@ -1,0 +1,181 @@
+"""The operators: public functions, custom ops, fakes and autograd, each defined once for all backends.
+
+Every operator maps ``x`` (and its parameters) to a ``y`` of x's shape and dtype, and its backward maps
+``(grad_y, inputs, needs)`` to the gradients that ``needs`` asks for, so one function (`_define`) registers them all:
+
+- ``torch.ops.dfformer.<name>`` and ``<name>_backward``: opaque to torch.compile and torch.export, with fakes;
+- a ``torch.autograd.Function`` whose methods are also the custom op's autograd formula;
+- autocast: the dtypes of the arguments decide, arithmetic is float32 (float64 for float64 x) whatever autocast says.
+
+Saved for backward: the inputs and nothing else. Second derivatives go through the reference expression.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfformer_kernels import checks, reference
+from dfformer_kernels.dispatch import requested_backend, run
+
+
+def star_relu(x: Tensor, scale: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
+    """StarReLU, ``scale * relu(x)^2 + bias`` (MetaFormer Baselines for Vision, arXiv:2210.13452).
+
+    Args:
+        x: any shape; float32, float64, bfloat16 or float16.
+        scale, bias: one element each, of any of these dtypes (float64 only with float64 ``x``).
+        backend: a name from ``backends()``; see ``dfformer_kernels.dispatch`` for what decides when it is None.
+
+    Returns:
+        A contiguous tensor of x's shape and dtype. Only the three arguments are saved for backward.
+
+    Raises:
+        ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
+    """
+    return torch.ops.dfformer.star_relu(x, scale, bias, requested_backend(backend))
+
+
+def dynamic_filter(
+    x: Tensor,
+    logits: Tensor,
+    basis: Tensor,
+    star_relu: tuple[Tensor, Tensor] | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The dynamic filter step ``irfft2(rfft2(u) * (softmax(logits) @ basis))`` ("FFT-based Dynamic Token Mixer for
+    Vision", section 3.2), with ``u = star_relu(x)`` where ``star_relu`` is given and ``u = x`` where not.
+
+    Args:
+        x: (B,H,W,C), any strides; float32, float64, bfloat16 or float16.
+        logits: (B,F,C), routing before the softmax over F >= 1 filters; any of these dtypes (float64 only with
+            float64 ``x``).
+        basis: (H,K,F,2) or complex (H,K,F), K = W//2 + 1; float32, or float64 with float64 ``x``.
+        star_relu: StarReLU's ``(scale, bias)``, one element each, applied to ``x`` on load.
+        backend: a name from ``backends()``; see ``dfformer_kernels.dispatch`` for what decides when it is None.
+
+    Returns:
+        A contiguous (B,H,W,C) tensor of x's dtype. Transforms are orthonormal; arithmetic is float32 (float64 for
+        float64 ``x``). Only the arguments are saved for backward. Gradients are the same bits from run to run.
+
+    Raises:
+        ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
+    """
+    scale, bias = _scalars("dynamic_filter", star_relu)
+    basis = torch.view_as_real(basis) if basis.is_complex() else basis
+    return torch.ops.dfformer.dynamic_filter(x, logits, basis, scale, bias, requested_backend(backend))
+
+
+def global_filter(
+    x: Tensor, weight: Tensor, star_relu: tuple[Tensor, Tensor] | None = None, *, backend: str | None = None
+) -> Tensor:
+    """The global filter step ``irfft2(rfft2(u) * weight)`` (GFNet, arXiv:2107.00645), ``u`` as for `dynamic_filter`.
+
+    Args:
+        x: (B,H,W,C), any strides; float32, float64, bfloat16 or float16.
+        weight: (H,K,C,2) or complex (H,K,C), K = W//2 + 1; float32, or float64 with float64 ``x``.
+        star_relu: StarReLU's ``(scale, bias)``, one element each, applied to ``x`` on load.
+        backend: a name from ``backends()``; see ``dfformer_kernels.dispatch`` for what decides when it is None.
+
+    Returns:
+        A contiguous (B,H,W,C) tensor of x's dtype.
+
+    Raises:
+        ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
+    """
+    scale, bias = _scalars("global_filter", star_relu)
+    weight = torch.view_as_real(weight) if weight.is_complex() else weight
+    return torch.ops.dfformer.global_filter(x, weight, scale, bias, requested_backend(backend))
+
+
+def _scalars(op: str, star_relu: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    if star_relu is None:
+        return None, None
+    if not isinstance(star_relu, tuple | list) or len(star_relu) != 2:
+        raise TypeError(f"{op}: star_relu must be None or a pair (scale, bias) of tensors, got {star_relu!r}")
+    return star_relu[0], star_relu[1]
+
+
+def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
+    """Registers ``dfformer::<name>`` and ``dfformer::<name>_backward`` and returns their autograd Function.
+
+    ``inputs`` is the schema of the tensor arguments, ``x`` first; ``check`` raises on bad ones.
+    """
+    backward_name = f"{name}_backward"
+
+    def forward_impl(*args: Any) -> Tensor:
+        *tensors, backend = args
+        check(*tensors)
+        if tensors[0].numel() == 0:
+            return forward_fake(*args)
+        y = run(name, backend, tensors[0], *tensors)
+        assert isinstance(y, Tensor)
+        return y.contiguous()
+
+    def forward_fake(*args: Any) -> Tensor:
+        check(*args[:-1])
+        return torch.empty_like(args[0], memory_format=torch.contiguous_format)
+
+    def backward_impl(*args: Any) -> list[Tensor]:
+        grad_y, *tensors, needs, backend = args
+        check(*tensors)
+        checks.check_grad_y(backward_name, grad_y, tensors[0])
+        if tensors[0].numel() == 0:
+            return [gradient.zero_() for gradient in backward_fake(*args)]
+        gradients = run(backward_name, backend, tensors[0], grad_y, *tensors, needs)
+        return [gradient.contiguous() for gradient in gradients]
+
+    def backward_fake(*args: Any) -> list[Tensor]:
+        _, *tensors, needs, _ = args
+        contiguous = torch.contiguous_format
+        return [torch.empty_like(t, memory_format=contiguous) for t, need in zip(tensors, needs, strict=True) if need]
+
+    forward_op = torch.library.custom_op(
+        f"dfformer::{name}", forward_impl, mutates_args=(), schema=f"({inputs}, str? backend) -> Tensor"
+    )
+    backward_op = torch.library.custom_op(
+        f"dfformer::{backward_name}",
+        backward_impl,
+        mutates_args=(),
+        schema=f"(Tensor grad_y, {inputs}, bool[] needs, str? backend) -> Tensor[]",
+    )
+    forward_op.register_fake(forward_fake)
+    backward_op.register_fake(backward_fake)
+    differentiable_backward = getattr(reference, backward_name)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Tensor:
+            return forward_op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            *tensors, ctx.backend = inputs
+            ctx.save_for_backward(*tensors)
+
+        @staticmethod
+        def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+            tensors = ctx.saved_tensors
+            needs = list(ctx.needs_input_grad[: len(tensors)])
+            if torch.is_grad_enabled():  # somebody will differentiate these gradients
+                gradients: Sequence[Tensor] = differentiable_backward(grad_y, *tensors, needs)
+            else:
+                gradients = backward_op(grad_y, *tensors, needs, ctx.backend)
+            remaining = iter(gradients)
+            return (*(next(remaining) if need else None for need in needs), None)
+
+    forward_op.register_autograd(Function.backward, setup_context=Function.setup_context)
+    return Function
+
+
+StarReLUFunction = _define("star_relu", "Tensor x, Tensor scale, Tensor bias", checks.check_star_relu)
+DynamicFilterFunction = _define(
+    "dynamic_filter",
+    "Tensor x, Tensor logits, Tensor basis, Tensor? scale, Tensor? bias",
+    checks.check_dynamic_filter,
+)
+GlobalFilterFunction = _define(
+    "global_filter", "Tensor x, Tensor weight, Tensor? scale, Tensor? bias", checks.check_global_filter
+)

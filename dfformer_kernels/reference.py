@@ -1,0 +1,179 @@
+"""The executable specification of every operator, in torch.fft: any device, any floating dtype, any plane.
+
+It is the ``torch`` backend, the judge of every other backend, and (because each gradient is itself written as a
+differentiable expression) what second derivatives are computed from. Clarity comes before speed here.
+
+Notation: ``B,H,W,C`` batch, height, width, channels; ``F`` filters in the basis; ``K = W//2 + 1``. The arithmetic is
+float64 for float64 ``x`` and float32 otherwise; results have the dtype of the tensor they belong to.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype arithmetic is done in for tensors stored as ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """``y = scale * relu(x)^2 + bias``."""
+    return _star_relu(x, scale, bias).to(x.dtype)
+
+
+def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    """``grad_x = 2 scale relu(x) grad_y``, ``grad_scale = sum(relu(x)^2 grad_y)``, ``grad_bias = sum(grad_y)``.
+
+    Returns those of (x, scale, bias) that ``needs`` asks for, in that order.
+    """
+    grad_y = grad_y.to(compute_dtype(x.dtype))
+    r = x.to(grad_y.dtype).relu()
+    gradients = (
+        lambda: (2 * scale.to(r.dtype) * r * grad_y).to(x.dtype),
+        lambda: (r.square() * grad_y).sum().to(scale.dtype).reshape(scale.shape),
+        lambda: grad_y.sum().to(bias.dtype).reshape(bias.shape),
+    )
+    return [gradient() for gradient, need in zip(gradients, needs, strict=True) if need]
+
+
+def dynamic_filter(
+    x: Tensor, logits: Tensor, basis: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """The dynamic filter step (paper, section 3.2)::
+
+        u = star_relu(x)                              if scale and bias are given, else x
+        X = rfft2(u)                                  (B,H,K,C), ortho
+        r = softmax(logits, dim=1)                    (B,F,C)
+        M[b,h,k,c] = sum_f r[b,f,c] basis[h,k,f]      (B,H,K,C)
+        y = irfft2(X * M)                             (B,H,W,C), ortho
+
+    ``x`` (B,H,W,C), ``logits`` (B,F,C), ``basis`` (H,K,F,2).
+    """
+    u = _activate(x, scale, bias)
+    M = _mixed_filter(_softmax(logits, u.dtype), torch.view_as_complex(basis.contiguous()))
+    return _irfft2(_rfft2(u) * M, x.shape[2]).to(x.dtype)
+
+
+def dynamic_filter_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    basis: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """With ``G = rfft2(grad_y)``, ``D[k] = 1`` for k=0 and k=W/2 (W even) else 2, ``P = D G conj(X)``::
+
+        grad_u             = irfft2(conj(M) * G)                   then StarReLU's gradients
+        grad_r[b,f,c]      = sum_hk Re(P conj(basis[h,k,f]))       then softmax's gradient
+        grad_basis[h,k,f]  = sum_bc r[b,f,c] P
+
+    Returns those of (x, logits, basis, scale, bias) that ``needs`` asks for, in that order.
+    """
+    need_x, need_logits, need_basis, need_scale, need_bias = needs
+    u = _activate(x, scale, bias)
+    r, filters = _softmax(logits, u.dtype), torch.view_as_complex(basis.contiguous())
+    G = _rfft2(grad_y.to(u.dtype))
+    gradients: list[Tensor] = []
+    input_gradients: list[Tensor] = []
+    if need_x or need_scale or need_bias:
+        grad_u = _irfft2(_conj(_mixed_filter(r, filters)) * G, x.shape[2])
+        input_gradients = _activate_backward(grad_u, x, scale, bias, (need_x, need_scale, need_bias))
+    if need_x:
+        gradients.append(input_gradients.pop(0))
+    if need_logits or need_basis:
+        P = _half_spectrum_weight(x.shape[2], u) * G * _conj(_rfft2(u))
+        if need_logits:
+            grad_r = torch.view_as_real(torch.einsum("bhkc,hkf->bfc", P, _conj(filters)))[..., 0]
+            gradients.append((r * (grad_r - (r * grad_r).sum(1, keepdim=True))).to(logits.dtype))
+        if need_basis:
+            grad_filters = torch.einsum("bfc,bhkc->hkf", r.to(P.dtype), P)
+            gradients.append(torch.view_as_real(grad_filters).to(basis.dtype))
+    return gradients + input_gradients
+
+
+def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """``y = irfft2(rfft2(u) * weight)``, ``u = star_relu(x)`` if scale and bias are given, else ``x``.
+
+    ``x`` (B,H,W,C), ``weight`` (H,K,C,2). GFNet's global filter (Rao et al., NeurIPS 2021), as GFFormer uses it.
+    """
+    u = _activate(x, scale, bias)
+    return _irfft2(_rfft2(u) * torch.view_as_complex(weight.contiguous()), x.shape[2]).to(x.dtype)
+
+
+def global_filter_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor]:
+    """``grad_u = irfft2(conj(weight) G)``, ``grad_weight = sum_b D G conj(X)``; ``G``, ``D`` as for the dynamic filter.
+
+    Returns those of (x, weight, scale, bias) that ``needs`` asks for, in that order.
+    """
+    need_x, need_weight, need_scale, need_bias = needs
+    u = _activate(x, scale, bias)
+    G = _rfft2(grad_y.to(u.dtype))
+    gradients: list[Tensor] = []
+    input_gradients: list[Tensor] = []
+    if need_x or need_scale or need_bias:
+        grad_u = _irfft2(_conj(torch.view_as_complex(weight.contiguous())) * G, x.shape[2])
+        input_gradients = _activate_backward(grad_u, x, scale, bias, (need_x, need_scale, need_bias))
+    if need_x:
+        gradients.append(input_gradients.pop(0))
+    if need_weight:
+        P = _half_spectrum_weight(x.shape[2], u) * G * _conj(_rfft2(u))
+        gradients.append(torch.view_as_real(P.sum(0)).to(weight.dtype))
+    return gradients + input_gradients
+
+
+def _star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    u = x.to(compute_dtype(x.dtype))
+    return scale.to(u.dtype) * u.relu().square() + bias.to(u.dtype)
+
+
+def _activate(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    if scale is None or bias is None:
+        return x.to(compute_dtype(x.dtype))
+    return _star_relu(x, scale, bias)
+
+
+def _activate_backward(
+    grad_u: Tensor, x: Tensor, scale: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor]:
+    if scale is None or bias is None:
+        return [grad_u.to(x.dtype)]
+    return star_relu_backward(grad_u, x, scale, bias, needs)
+
+
+def _softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    return logits.to(dtype).softmax(dim=1)
+
+
+def _mixed_filter(r: Tensor, filters: Tensor) -> Tensor:
+    return torch.einsum("bfc,hkf->bhkc", r.to(filters.dtype), filters)
+
+
+def _rfft2(u: Tensor) -> Tensor:
+    return torch.fft.rfft2(u, dim=(1, 2), norm="ortho")
+
+
+def _irfft2(Z: Tensor, W: int) -> Tensor:
+    # A filtered spectrum is not Hermitian in the columns k=0 and k=W/2, and libraries differ in what a 2-D c2r then
+    # returns. The convention: inverse along H, drop those columns' imaginary part, c2r along W (which ignores it).
+    return torch.fft.irfft(torch.fft.ifft(Z, dim=1, norm="ortho"), n=W, dim=2, norm="ortho")
+
+
+def _conj(Z: Tensor) -> Tensor:
+    # Not Tensor.conj(): torch.compile runs a custom operator's first call in a mode in which that lazy flag is ignored
+    # (torch 2.14), and products silently come out unconjugated.
+    return torch.conj_physical(Z)
+
+
+def _half_spectrum_weight(W: int, like: Tensor) -> Tensor:
+    """``D`` (1,1,K,1): how many columns of the full spectrum each kept column stands for."""
+    D = torch.full((W // 2 + 1,), 2.0, dtype=like.dtype, device=like.device)
+    D[0] = 1
+    if W % 2 == 0:
+        D[-1] = 1
+    return D.view(1, 1, -1, 1)

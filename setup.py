@@ -1,0 +1,26 @@
+"""Builds the compiled core, dfformer_kernels._C. Everything else about the package is in pyproject.toml."""
+
+import platform
+import sys
+from glob import glob
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+from setuptools import setup
+
+# gcc and clang share the vector extensions the kernels are written in; Apple's clang has no OpenMP runtime. Anywhere
+# else (MSVC, other processors) the pure-Python package is installed and everything runs through torch.fft.
+OPENMP = {"linux": ["-fopenmp"], "darwin": []}
+core = Pybind11Extension(
+    "dfformer_kernels._C",
+    sources=sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+    depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inl", recursive=True),
+    cxx_std=20,
+    extra_compile_args=["-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", *OPENMP.get(sys.platform, [])],
+    extra_link_args=OPENMP.get(sys.platform, []),
+    # A missing or failing compiler becomes a warning in the build log; `dfformer info` says so too.
+    optional=True,
+)
+buildable = sys.platform in OPENMP and platform.machine() in ("x86_64", "aarch64", "arm64")
+
+with ParallelCompile("DFFORMER_BUILD_JOBS", default=0):
+    setup(ext_modules=[core] if buildable else [])

@@ -93,6 +93,8 @@ class SpectralFilter(nn.Module):
         """The filters for planes of ``plane`` (H, W), in the dtype arithmetic is done in."""
         weight = self.complex_weights
         dtype = compute_dtype(weight.dtype)
+        if torch.jit.is_tracing():  # sizes are tensors there; a trace is for one plane
+            plane = (int(plane[0]), int(plane[1]))
         if tuple(weight.shape[:2]) == (plane[0], plane[1] // 2 + 1):
             return weight.to(dtype)
         if not self.weight_resize:
@@ -109,19 +111,19 @@ class SpectralFilter(nn.Module):
         # than waiting for the answer.
         cacheable = (
             not self.training
-            and weight.device.type == "cpu"
-            and type(weight.data) is Tensor
-            and not (torch.is_grad_enabled() and weight.requires_grad)
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
+            and not (torch.is_grad_enabled() and weight.requires_grad)
+            and weight.device.type == "cpu"
+            and type(weight.data) is Tensor
         )
         if not cacheable:
             return resize_filter(weight, self.size, plane, self.resize)
         if self._resized is not None:
             cached_plane, rule, source, resized = self._resized
-            if cached_plane == plane and rule == self.resize and source.dtype == weight.dtype:
-                if torch.equal(source, weight):
-                    return resized
+            same_rule = (cached_plane, rule, source.dtype) == (plane, self.resize, weight.dtype)
+            if same_rule and torch.equal(source, weight):
+                return resized
         resized = resize_filter(weight, self.size, plane, self.resize)
         self._resized = (plane, self.resize, weight.detach().clone(), resized)
         return resized

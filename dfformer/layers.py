@@ -1,4 +1,4 @@
-"""The layers of the DFFormer family: all take and return channels-last (B,H,W,C), all keep the official parameter names.
+"""The layers of the DFFormer family: channels-last (B,H,W,C) in and out, with the official parameter names.
 
 A token mixer is built as ``mixer(dim=..., size=plane)`` and maps (B,H,W,dim) to (B,H,W,dim).
 """
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dfformer.resize import RULES, resize_filter
 from dfformer_kernels import dynamic_filter, global_filter, star_relu
+from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.reference import compute_dtype
 
 Activation = Callable[[], nn.Module]
@@ -124,7 +125,8 @@ class SpectralFilter(nn.Module):
             same_rule = (cached_plane, rule, source.dtype) == (plane, self.resize, weight.dtype)
             if same_rule and torch.equal(source, weight):
                 return resized
-        resized = resize_filter(weight, self.size, plane, self.resize)
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve autograd later
+            resized = resize_filter(weight, self.size, plane, self.resize)
         self._resized = (plane, self.resize, weight.detach().clone(), resized)
         return resized
 
@@ -134,11 +136,10 @@ class SpectralFilter(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         name = prefix + "complex_weights"
         stored, shape = state_dict.get(name), self.complex_weights.shape
-        if isinstance(stored, Tensor) and stored.dim() == 4 and stored.shape[2:] == shape[2:]:
-            if stored.shape[:2] != shape[:2]:
-                # The stored plane's width is known up to its parity, which only the "fourier" rule's last column sees.
-                stored_size = (stored.shape[0], 2 * (stored.shape[1] - 1) or 1)
-                state_dict = {**state_dict, name: resize_filter(stored, stored_size, self.size, self.resize)}
+        if isinstance(stored, Tensor) and stored.dim() == 4 and stored.shape != shape and stored.shape[2:] == shape[2:]:
+            # What is stored does not say whether the plane's width was even, and neither rule needs to know.
+            stored_size = (stored.shape[0], 2 * (stored.shape[1] - 1) or 1)
+            state_dict = {**state_dict, name: resize_filter(stored, stored_size, self.size, self.resize)}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -146,10 +147,10 @@ class SpectralFilter(nn.Module):
 
 
 class DynamicFilter(SpectralFilter):
-    """The dynamic filter token mixer ("FFT-based Dynamic Token Mixer for Vision", section 3.2), a drop-in for the authors'.
+    """The dynamic filter token mixer (paper, section 3.2), a drop-in for the authors'.
 
-    ``y = pwconv2(act2(irfft2(rfft2(act1(pwconv1(x))) * M)))``, where ``M`` mixes a basis of ``num_filters`` filters with
-    weights that an MLP computes from the mean of ``x``.
+    ``y = pwconv2(act2(irfft2(rfft2(act1(pwconv1(x))) * M)))``, where ``M`` mixes a basis of ``num_filters`` filters
+    with weights that an MLP computes from the mean of ``x``.
 
     Args:
         dim: channels of ``x``.
@@ -252,7 +253,9 @@ class AFNO2D(nn.Module):
         super().__init__()
         med_channels = int(expansion_ratio * dim)
         if med_channels % num_blocks:
-            raise ValueError(f"num_blocks: got {num_blocks}, which does not divide the {med_channels} expanded channels")
+            raise ValueError(
+                f"num_blocks: got {num_blocks}, which does not divide the {med_channels} expanded channels"
+            )
         block, hidden = med_channels // num_blocks, med_channels // num_blocks * hidden_size_factor
         self.num_blocks = num_blocks
         self.sparsity_threshold = sparsity_threshold
@@ -268,7 +271,7 @@ class AFNO2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act1(self.pwconv1(x))
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             filtered = self._filter(x.to(compute_dtype(x.dtype))).to(x.dtype)
         return self.pwconv2(self.act2(x + filtered))
 

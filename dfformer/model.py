@@ -1,4 +1,4 @@
-"""MetaFormer with spectral token mixers, with timm's complete model API. Channels-last inside, official names outside."""
+"""MetaFormer with spectral token mixers and timm's complete model API: channels-last inside, official names outside."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -72,8 +72,8 @@ class MetaFormer(nn.Module):
     """Four stages of MetaFormer blocks ("FFT-based Dynamic Token Mixer for Vision", section 3.3).
 
     Args:
-        img_size: (H, W) of the images, or one number; sets the planes the spectral filters are stored for. Images of any
-            other size and aspect ratio work too: the filters are resized on the fly.
+        img_size: (H, W) of the images, or one number; sets the planes the spectral filters are stored for. Images of
+            any other size and aspect ratio work too: the filters are resized on the fly.
         in_chans: image channels.
         num_classes: 0 for no classifier.
         global_pool: "avg", "max", "avgmax", or "" to classify every position of the last feature map.
@@ -253,7 +253,7 @@ class MetaFormer(nn.Module):
     def _stage(self, i: int, x: Tensor) -> Tensor:
         x = self.downsample_layers[i](x)
         if self.grad_checkpointing and torch.is_grad_enabled():
-            for block in self.stages[i]:
+            for block in self.stages[i].children():
                 x = checkpoint(block, x, use_reentrant=False)
             return x
         return self.stages[i](x)

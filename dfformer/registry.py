@@ -1,4 +1,4 @@
-"""The model table, and its registration with timm: importing `dfformer` makes ``timm.create_model("dfformer_s18")`` work."""
+"""The model table, and its registration with timm: after ``import dfformer``, ``timm.create_model("dfformer_s18")``."""
 
 import sys
 from collections.abc import Callable

@@ -26,10 +26,10 @@ def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, in
         rule: one of
 
             ``"bicubic"``: the authors' (``resize_complex_weight``): the array is an image, enlarged or shrunk with
-            ``align_corners=True``. The filter keeps its shape over the range of frequencies in *cycles per pixel*. It is
-            what official checkpoints are adapted with, and right when objects keep their size in pixels: training
-            crops of one size, testing on larger or wider images. It ignores that rows wrap around, so the two sides of
-            the highest frequency along H are blended.
+            ``align_corners=True``. The filter keeps its shape over the range of frequencies in *cycles per pixel*.
+            It is what official checkpoints are adapted with, and right when objects keep their size in pixels:
+            training on crops, testing on larger or wider images. It ignores that rows wrap around, so the two sides
+            of the highest frequency along H are blended.
 
             ``"fourier"``: the array is a spectrum: frequencies in *cycles per image* keep their gain, rows wrap
             around, new ones get gain 0 and lost ones are dropped. Right when the same scene is sampled more finely or
@@ -61,10 +61,13 @@ def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, in
 def _matrix(
     build: Callable[[int, int], Tensor], old: int, new: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
+    if torch.compiler.is_compiling():
+        return build(old, new).to(device, dtype)
     key = (build, old, new, device, dtype)
-    if torch.compiler.is_compiling() or key not in _cached:
-        matrix = build(old, new).to(device, dtype)
-        if torch.compiler.is_compiling() or type(matrix) is not Tensor:  # traced or fake: belongs to that graph only
+    if key not in _cached:
+        with torch.inference_mode(False):  # what is kept must serve training too
+            matrix = build(old, new).to(device, dtype)
+        if type(matrix) is not Tensor:  # a fake tensor, only good inside its own graph
             return matrix
         if len(_cached) >= _MAX_CACHED:
             _cached.clear()
@@ -87,7 +90,7 @@ def _bicubic(old: int, new: int) -> Tensor:
 
 
 def _fourier_rows(old: int, new: int) -> Tensor:
-    """(new, old) float64: each new frequency takes the gain of the old one; an even plane's highest stands for both signs."""
+    """(new, old) float64: frequencies keep their gain; the highest one of an even plane stands for both signs."""
     return _folded_frequencies(new, old) if new < old else _folded_frequencies(old, new).sign().T
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -26,15 +27,18 @@ if hasattr(os, "register_at_fork"):
 @cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        from dfformer_kernels import _C
+        module = import_module("dfformer_kernels._C")
     except ImportError as error:
-        return None, f"the compiled core dfformer_kernels._C cannot be imported ({error}); reinstall with a C++ compiler"
+        return (
+            None,
+            f"the compiled core dfformer_kernels._C cannot be imported ({error}); reinstall with a C++ compiler",
+        )
     if isa := os.environ.get("DFFORMER_CPU_ISA"):
         try:
-            _C.set_active_isa(isa)
+            module.set_active_isa(isa)
         except ValueError as error:
             raise ValueError(f"DFFORMER_CPU_ISA: {error}") from None
-    return _C, ""
+    return module, ""
 
 
 def unavailable_reasons() -> list[str]:

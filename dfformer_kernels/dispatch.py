@@ -7,16 +7,17 @@ Precedence: the ``backend=`` argument, then the ``use_backend`` context, then th
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dfformer_kernels import cpu, reference
 
-Kernel = Callable[..., Tensor | list[Tensor]]
+Kernel = Callable[..., Any]  # (tensors) -> Tensor forward, (grad_y, tensors, needs) -> list[Tensor] backward
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run the operators. ``kernels`` maps an operator's name to a function with the reference's signature."""
+    """One way to run the operators; ``kernels`` maps operators' names to functions with the reference's signatures."""
 
     name: str
     device: str | None  # device type, None for any
@@ -50,16 +51,7 @@ class Backend:
 
 TABLE: tuple[Backend, ...] = (
     Backend("cpu", "cpu", cpu.KERNELS, cpu.unavailable_reasons),
-    Backend(
-        "torch",
-        None,
-        {
-            op: getattr(reference, op)
-            for name in ("star_relu", "dynamic_filter", "global_filter")
-            for op in (name, f"{name}_backward")
-        },
-        list,
-    ),
+    Backend("torch", None, reference.KERNELS, list),
 )
 _BY_NAME = {backend.name: backend for backend in TABLE}
 
@@ -87,8 +79,13 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested_backend(backend: str | None) -> str | None:
-    """The backend an operator is asked to use by argument or context; None leaves it to the environment or the table."""
+    """The backend asked for by argument or context; None leaves it to the environment or the table."""
     return _forced if backend is None else checked_name("backend", backend)
+
+
+def by_name(name: str) -> Backend:
+    """The backend of that name; ValueError if there is none."""
+    return _BY_NAME[checked_name("name", name)]
 
 
 def checked_name(argument: str, name: str) -> str:
@@ -97,25 +94,34 @@ def checked_name(argument: str, name: str) -> str:
     return name
 
 
-def run(op: str, backend: str | None, x: Tensor, *args: object) -> Tensor | list[Tensor]:
+def run(op: str, backend: str | None, x: Tensor, *args: object) -> Any:
     """Runs the kernel of ``op`` chosen for ``x`` on ``args``. Autocast does not reach inside."""
     if backend is None and (name := os.environ.get("DFFORMER_BACKEND")):
         backend = checked_name("DFFORMER_BACKEND", name)
-    kernel = _select(Problem(op, x.device.type, x.dtype, tuple(x.shape)), backend)
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return kernel(*args)
-    return kernel(*args)
+    kernel = select(Problem(op, x.device.type, x.dtype, tuple(x.shape)), backend).kernels[op]
+    with without_autocast(x.device):
+        return kernel(*args)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off inside, where it is on; entering ``torch.autocast`` when it is not would cost microseconds."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 @lru_cache(maxsize=1024)
-def _select(problem: Problem, name: str | None) -> Kernel:
+def select(problem: Problem, name: str | None = None) -> Backend:
+    """The backend that runs ``problem``: the named one, or the first of the table that supports it.
+
+    Raises RuntimeError with every reason if there is none.
+    """
     candidates = TABLE if name is None else (_BY_NAME[name],)
     refusals = {}
     for backend in candidates:
         reasons = backend.unsupported_reasons(problem)
         if not reasons:
-            return backend.kernels[problem.op]
+            return backend
         refusals[backend.name] = reasons
         if name is None and backend.device == problem.device and backend.unavailable_reasons():
             _warn_unavailable(backend.name, "; ".join(backend.unavailable_reasons()))
@@ -126,7 +132,7 @@ def _select(problem: Problem, name: str | None) -> Kernel:
 @cache
 def _warn_unavailable(name: str, reasons: str) -> None:
     warnings.warn(
-        f"dfformer_kernels' {name!r} backend is not available and torch.fft is used instead, which is slower: {reasons}. "
-        "DFFORMER_BACKEND=torch silences this.",
+        f"dfformer_kernels' {name!r} backend is not available and torch.fft is used instead, which is slower: "
+        f"{reasons}. DFFORMER_BACKEND=torch silences this.",
         stacklevel=2,
     )

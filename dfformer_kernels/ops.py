@@ -110,9 +110,7 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
         check(*tensors)
         if tensors[0].numel() == 0:
             return forward_fake(*args)
-        y = run(name, backend, tensors[0], *tensors)
-        assert isinstance(y, Tensor)
-        return y.contiguous()
+        return run(name, backend, tensors[0], *tensors).contiguous()
 
     def forward_fake(*args: Any) -> Tensor:
         check(*args[:-1])
@@ -156,7 +154,7 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
             ctx.save_for_backward(*tensors)
 
         @staticmethod
-        def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
             tensors = ctx.saved_tensors
             needs = list(ctx.needs_input_grad[: len(tensors)])
             if torch.is_grad_enabled():  # somebody will differentiate these gradients

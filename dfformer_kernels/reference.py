@@ -7,7 +7,8 @@ Notation: ``B,H,W,C`` batch, height, width, channels; ``F`` filters in the basis
 float64 for float64 ``x`` and float32 otherwise; results have the dtype of the tensor they belong to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,6 +126,19 @@ def global_filter_backward(
         P = _half_spectrum_weight(x.shape[2], u) * G * _conj(_rfft2(u))
         gradients.append(torch.view_as_real(P.sum(0)).to(weight.dtype))
     return gradients + input_gradients
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        star_relu,
+        star_relu_backward,
+        dynamic_filter,
+        dynamic_filter_backward,
+        global_filter,
+        global_filter_backward,
+    )
+}
 
 
 def _star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

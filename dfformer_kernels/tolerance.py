@@ -1,4 +1,6 @@
-"""How close to the float64 reference a result must be: the one policy that tests, `dfformer doctor` and benchmarks share."""
+"""How close to the float64 reference a result must be: one policy for tests, ``dfformer doctor`` and benchmarks."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,3 +19,17 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     if difference == 0:
         return 0.0
     return difference / scale if scale else float("inf")
+
+
+def gradient_errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """The relative errors of gradients, all one-element ones taken together as one vector.
+
+    A scalar's gradient is a sum over a whole tensor. When it happens to cancel, no float32 computation has any relative
+    accuracy in it, the reference's own included; beside the other scalars' it is judged by a fair scale.
+    """
+    pairs = list(zip(actual, expected, strict=True))
+    errors = [relative_error(a, e) for a, e in pairs if e.numel() != 1]
+    scalars = [(a.reshape(1), e.reshape(1)) for a, e in pairs if e.numel() == 1]
+    if scalars:
+        errors.append(relative_error(torch.cat([a for a, _ in scalars]), torch.cat([e for _, e in scalars])))
+    return errors

@@ -6,9 +6,9 @@ namespace {
 
 // In DType's order.
 constexpr Kernels make_kernels(const char* isa) {
-    return {isa,
-            {star_relu_kernel<Float32>, star_relu_kernel<Float64>, star_relu_kernel<BFloat16>,
-             star_relu_kernel<Float16>}};
+    return {
+        isa,
+        {star_relu_kernel<Float32>, star_relu_kernel<Float64>, star_relu_kernel<BFloat16>, star_relu_kernel<Float16>}};
 }
 
 }  // namespace

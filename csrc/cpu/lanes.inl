@@ -77,7 +77,8 @@ struct Float16 {
     static Vec load(const Scalar* from) {
         const U32 h = __builtin_convertvector(load_unaligned<U16>(from), U32);
         const U32 magnitude = (h & 0x7fff) << 13;
-        const F32 rebias = bits<F32>(U32{} + 0x77800000);  // 2^112: float16's exponent bias to float32's, subnormals too
+        const F32 rebias =
+            bits<F32>(U32{} + 0x77800000);  // 2^112: float16's exponent bias to float32's, subnormals too
         const U32 finite = bits<U32>(bits<F32>(magnitude) * rebias);
         const U32 value = magnitude >= 0x0f800000 ? (magnitude | 0x7f800000) : finite;
         return bits<F32>(value | ((h & 0x8000) << 16));

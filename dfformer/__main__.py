@@ -1,0 +1,5 @@
+import sys
+
+from dfformer.cli import main
+
+sys.exit(main())

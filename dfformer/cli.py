@@ -1,0 +1,109 @@
+"""The ``dfformer`` command. Each subcommand's work is in a module of its own, imported when it runs."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from dfformer_kernels import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"dfformer {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dfformer", description="The DFFormer family of vision models.")
+    parser.add_argument("--version", action="version", version=f"dfformer {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    info = command("info", _info, "What is installed, which backends run here and why others do not, and the models.")
+    info.add_argument("--img-size", type=_plane, default=(224, 224), metavar="N or HxW", help="default: 224")
+
+    doctor = command(
+        "doctor", _doctor, "Verifies every available backend against float64, forward and backward, and times it."
+    )
+    doctor.add_argument("--quick", action="store_true", help="small shapes only")
+
+    convert = command("convert", _convert, "Converts a checkpoint (.pth) to .safetensors.")
+    convert.add_argument("source", type=Path)
+    convert.add_argument("target", type=Path)
+
+    predict = command("predict", _predict, "Classifies images.")
+    predict.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    predict.add_argument("--checkpoint", type=Path, help=".safetensors or .pth")
+    predict.add_argument("--model", help="e.g. dfformer_s18; checkpoints written by dfformer say it themselves")
+    predict.add_argument("--pretrained", action="store_true", help="download the authors' weights of --model")
+    predict.add_argument("--classes", type=Path, help="a text file with a class name a line")
+    predict.add_argument("--img-size", type=_plane, metavar="N or HxW", help="default: the model's")
+    predict.add_argument("--topk", type=int, default=5)
+    predict.add_argument("--batch-size", type=int, default=16)
+    predict.add_argument("--device", default="cpu")
+    predict.add_argument("--json", type=Path, help="also write the result there")
+
+    demo = command(
+        "demo", _demo, "Trains a small CDFFormer on handwritten digits and compares the step on photographs."
+    )
+    demo.add_argument("--output", type=Path, default=Path("demo"), help="folder to write to (default: demo)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--quick", action="store_true", help="a minute less: fewer epochs, fewer repetitions")
+    return parser
+
+
+def _plane(text: str) -> tuple[int, int]:
+    """``224`` or ``427x640`` as (H, W)."""
+    try:
+        sizes = [int(part) for part in text.lower().split("x")]
+        H, W = sizes * 2 if len(sizes) == 1 else sizes
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, accepted are N or HxW") from None
+    if min(H, W) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, sizes are at least 1")
+    return H, W
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from dfformer.info import print_info
+
+    print_info(arguments.img_size)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from dfformer.doctor import examine
+
+    return 0 if examine(quick=arguments.quick) else 1
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from dfformer.checkpoint import convert
+
+    print(f"wrote {convert(arguments.source, arguments.target)} tensors to {arguments.target}")
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from dfformer.predict import predict_command
+
+    return predict_command(arguments)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from dfformer.demo import run_demo
+
+    run_demo(arguments.output, seed=arguments.seed, quick=arguments.quick)
+    return 0

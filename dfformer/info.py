@@ -1,0 +1,70 @@
+"""``dfformer info``: versions, device, backends, and the model table."""
+
+import platform
+
+import timm
+import torch
+
+from dfformer.profile import profile
+from dfformer.registry import VARIANTS
+from dfformer_kernels import __version__, backends, cpu
+
+
+def print_info(img_size: tuple[int, int]) -> None:
+    for name, value in environment().items():
+        print(f"{name + ':':<13}{value}")
+    print("\nbackends, in order of preference")
+    for name, reasons in backends().items():
+        print(f"  {name:<8}{'no: ' + '; '.join(reasons) if reasons else 'available'}")
+    print(f"\nmodels at {img_size[0]}x{img_size[1]}, one image (transforms and filter mixing are counted)")
+    print(model_table(img_size))
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware a measurement depends on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    if cpu.unavailable_reasons():
+        isa = "compiled core absent"
+    else:
+        isa = f"{cpu.core().active_isa()} (this machine runs {', '.join(cpu.core().supported_isas())})"
+    return {
+        "dfformer": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "machine": f"{processor()}, {torch.get_num_threads()} threads",
+        "cpu kernels": isa,
+        "gpu": gpu,
+    }
+
+
+def processor() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 (no file anybody would want as a Path)
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def model_table(img_size: tuple[int, int]) -> str:
+    """One line a variant: parameters, GMACs, activations."""
+    titles = ("model", "params M", "GMACs", "of it spectral", "activations M", "saved MiB", "stage planes")
+    rows = [titles]
+    for name in VARIANTS:
+        p = profile(lambda name=name: timm.create_model(name), img_size)  # type: ignore[misc]
+        rows.append(
+            (
+                name,
+                f"{p.parameters / 1e6:.1f}",
+                f"{p.macs / 1e9:.2f}",
+                f"{p.spectral_macs / 1e9:.2f}",
+                f"{p.activations / 1e6:.1f}",
+                f"{p.saved_bytes / 2**20:.0f}",
+                " ".join(f"{H}x{W}x{C}" for H, W, C in p.planes),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
+    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join(f"  {line[0].strip():<{widths[0]}}  {'  '.join(line[1:-1])}  {line[-1].strip()}" for line in lines)

@@ -1,0 +1,158 @@
+"""``dfformer predict``: classify image files, as a table and as JSON."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from dfformer.checkpoint import load_model
+
+_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+class Prediction(NamedTuple):
+    """The top classes of one image, best first: class name and probability."""
+
+    path: str
+    classes: list[str]
+    probabilities: list[float]
+
+
+def predict(
+    model: nn.Module,
+    paths: Iterable[Path],
+    classes: list[str],
+    topk: int = 5,
+    batch_size: int = 16,
+    img_size: tuple[int, int] | None = None,
+    on_error: Callable[[Path, Exception], None] | None = None,
+) -> list[Prediction]:
+    """Classifies image files with ``model`` (in eval mode), prepared as its ``pretrained_cfg`` says.
+
+    Args:
+        classes: a name a class.
+        topk: how many to return; at most all.
+        img_size: (H, W) to evaluate at, instead of the model's.
+        on_error: called for a file that cannot be read, and the rest goes on; without it the error is raised.
+    """
+    config = resolve_model_data_config(model)
+    if img_size is not None:
+        config["input_size"] = (config["input_size"][0], *img_size)
+    transform = create_transform(**config, is_training=False)
+    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    predictions: list[Prediction] = []
+    batch: list[tuple[Path, Tensor]] = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                batch.append((path, transform(image.convert(mode))))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            if on_error is None:
+                raise
+            on_error(path, error)
+        if len(batch) == batch_size:
+            predictions += _predict_batch(model, batch, classes, topk)
+            batch = []
+    return predictions + (_predict_batch(model, batch, classes, topk) if batch else [])
+
+
+def _predict_batch(
+    model: nn.Module, batch: list[tuple[Path, Tensor]], classes: list[str], topk: int
+) -> list[Prediction]:
+    parameter = next(model.parameters())
+    images = torch.stack([image for _, image in batch]).to(parameter.device, parameter.dtype)
+    with torch.inference_mode():
+        probabilities, indices = model(images).float().softmax(-1).topk(min(topk, len(classes)))
+    return [
+        Prediction(str(path), [classes[i] for i in index.tolist()], probability.tolist())
+        for (path, _), index, probability in zip(batch, indices, probabilities, strict=True)
+    ]
+
+
+def predict_command(arguments: argparse.Namespace) -> int:
+    """The command line's ``predict``. Returns 1 if any image failed, after all the others are done."""
+    if arguments.topk < 1 or arguments.batch_size < 1:
+        raise ValueError("--topk and --batch-size: accepted are numbers from 1 up")
+    model, classes = _load(arguments)
+    paths = list(_image_files(arguments.inputs))
+    if not paths:
+        raise ValueError(f"no images in {', '.join(map(str, arguments.inputs))}")
+    failed: dict[str, str] = {}
+
+    def report(path: Path, error: Exception) -> None:
+        failed[str(path)] = str(error)
+        print(f"skipped {path}: {error}", file=sys.stderr)
+
+    predictions = predict(
+        model, paths, classes, arguments.topk, arguments.batch_size, arguments.img_size, on_error=report
+    )
+    print(_table(predictions))
+    if arguments.json:
+        _write_json(arguments.json, predictions, failed)
+    if failed:
+        print(f"{len(failed)} of {len(paths)} images could not be read", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _load(arguments: argparse.Namespace) -> tuple[nn.Module, list[str]]:
+    overrides = {"img_size": arguments.img_size} if arguments.img_size else {}
+    if arguments.checkpoint:
+        model, classes = load_model(arguments.checkpoint, arguments.model, **overrides)
+    elif arguments.pretrained and arguments.model:
+        model, classes = timm.create_model(arguments.model, pretrained=True, **overrides).eval(), None
+    else:
+        raise ValueError("pass --checkpoint FILE, or --model NAME with --pretrained; untrained weights predict nothing")
+    if arguments.classes:
+        classes = arguments.classes.read_text(encoding="utf-8").split("\n")
+        classes = classes[:-1] if classes[-1] == "" else classes
+    num_classes: Any = model.num_classes
+    classes = classes or _default_classes(num_classes)
+    if len(classes) != num_classes:
+        raise ValueError(f"--classes: got {len(classes)} names, the model has {num_classes} classes")
+    return model.to(arguments.device), classes
+
+
+def _default_classes(num_classes: int) -> list[str]:
+    if num_classes == 1000:
+        imagenet = ImageNetInfo()
+        return [imagenet.index_to_description(i) for i in range(1000)]
+    return [f"class {i}" for i in range(num_classes)]
+
+
+def _image_files(inputs: Iterable[Path]) -> Iterable[Path]:
+    for path in inputs:
+        if path.is_dir():
+            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+        else:
+            yield path
+
+
+def _table(predictions: list[Prediction]) -> str:
+    width = max((len(p.path) for p in predictions), default=0)
+    return "\n".join(
+        f"{p.path:<{width}}  "
+        + "  ".join(
+            f"{name} {100 * probability:.1f}%" for name, probability in zip(p.classes, p.probabilities, strict=True)
+        )
+        for p in predictions
+    )
+
+
+def _write_json(path: Path, predictions: list[Prediction], failed: dict[str, str]) -> None:
+    images = [
+        {
+            "path": p.path,
+            "top": [{"class": c, "probability": q} for c, q in zip(p.classes, p.probabilities, strict=True)],
+        }
+        for p in predictions
+    ]
+    errors = [{"path": name, "error": error} for name, error in failed.items()]
+    path.write_text(json.dumps({"predictions": images, "errors": errors}, indent=2) + "\n", encoding="utf-8")

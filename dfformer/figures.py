@@ -22,7 +22,7 @@ def predictions_grid(
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax, image, label, guess, p in zip(axes, images, labels, predicted, confidence, strict=False):
         right = label == guess
-        ax.imshow(image, cmap="gray_r")
+        ax.imshow(image.numpy(), cmap="gray_r")
         ax.set_title(
             f"{guess}  {100 * p:.0f}%" if right else f"{guess}, is {label}",
             fontsize=8,
@@ -103,7 +103,7 @@ def mixed_filters(images: Tensor, labels: Sequence[str], filters: Tensor, width:
         ax.set(xticks=[], yticks=[])
     axes[0, 0].set_axis_off()
     for n in range(count):
-        axes[0, n + 1].imshow(images[n], cmap="gray_r")
+        axes[0, n + 1].imshow(images[n].numpy(), cmap="gray_r")
         axes[0, n + 1].set_title(labels[n], fontsize=9)
     low, high = np.percentile(np.log10(average), [1, 100])
     for c in range(channels):

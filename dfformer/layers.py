@@ -116,7 +116,7 @@ class SpectralFilter(nn.Module):
             and not torch.jit.is_tracing()
             and not (torch.is_grad_enabled() and weight.requires_grad)
             and weight.device.type == "cpu"
-            and type(weight.data) is Tensor
+            and type(weight) is nn.Parameter  # not a fake tensor, not what torch.func put in its place
         )
         if not cacheable:
             return resize_filter(weight, self.size, plane, self.resize)
@@ -192,8 +192,8 @@ class DynamicFilter(SpectralFilter):
         self.pwconv2 = nn.Linear(med_channels, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, H, W, _ = x.shape
-        logits = self.reweight(x.mean(dim=(1, 2))).view(B, self.num_filters, -1)
+        _, H, W, _ = x.shape
+        logits = self.reweight(x.mean(dim=(1, 2))).unflatten(1, (self.num_filters, -1))
         x, scalars = _activation_on_load(self.act1, self.pwconv1(x))
         x = dynamic_filter(x, logits, self.filters_for((H, W)), scalars)
         return self.pwconv2(self.act2(x))
@@ -276,6 +276,8 @@ class AFNO2D(nn.Module):
         return self.pwconv2(self.act2(x + filtered))
 
     def _filter(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:  # which not every FFT library takes
+            return x
         _, H, W, _ = x.shape
         K = W // 2 + 1
         kept = int(K * self.hard_thresholding_fraction)

@@ -261,12 +261,13 @@ class MetaFormer(nn.Module):
     def _taken(self, indices: int | list[int] | None) -> tuple[list[int], int]:
         """Stage numbers that timm's ``indices`` stand for, and the last of them."""
         stages = len(self.stages)
-        if indices is None:
-            indices = stages
-        taken = list(range(stages))[-indices:] if isinstance(indices, int) else [i % stages for i in indices]
-        asked = [indices] if isinstance(indices, int) else indices
-        if not taken or any(not -stages <= i <= stages - (not isinstance(indices, int)) for i in asked):
-            raise ValueError(f"indices: got {indices} for {stages} stages")
+        if isinstance(indices, int) and 0 < indices <= stages:
+            indices = list(range(stages - indices, stages))
+        elif indices is None:
+            indices = list(range(stages))
+        if isinstance(indices, int) or not indices or not all(-stages <= i < stages for i in indices):
+            raise ValueError(f"indices: got {indices}, accepted are 1 to {stages}, or a list of stages of {stages}")
+        taken = [i % stages for i in indices]
         return taken, max(taken)
 
     def _stage_norm(self, i: int) -> nn.Module:

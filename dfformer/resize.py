@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 RULES = ("bicubic", "fourier")
 
@@ -52,26 +53,23 @@ def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, in
     else:
         rows, columns = (_fourier_rows, H, new_H), (_fourier_columns, W // 2 + 1, new_W // 2 + 1)
     dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
-    resized = _matrix(*rows, weight.device, dtype) @ weight.to(dtype).flatten(1)
-    resized = resized.unflatten(1, (weight.shape[1], -1))
-    resized = _matrix(*columns, weight.device, dtype) @ resized
+    values = weight.to(dtype)
+    resized = (_matrix(*rows, values) @ values.flatten(1)).unflatten(1, (weight.shape[1], -1))
+    resized = _matrix(*columns, values) @ resized
     return resized.unflatten(2, weight.shape[2:]).to(weight.dtype)
 
 
-def _matrix(
-    build: Callable[[int, int], Tensor], old: int, new: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    if torch.compiler.is_compiling():
+def _matrix(build: Callable[[int, int], Tensor], old: int, new: int, like: Tensor) -> Tensor:
+    """``build(old, new)`` on like's device and in its dtype."""
+    device, dtype = like.device, like.dtype
+    if torch.compiler.is_compiling() or type(like) not in (Tensor, Parameter):  # traced, or a fake tensor
         return build(old, new).to(device, dtype)
     key = (build, old, new, device, dtype)
     if key not in _cached:
-        with torch.inference_mode(False):  # what is kept must serve training too
-            matrix = build(old, new).to(device, dtype)
-        if type(matrix) is not Tensor:  # a fake tensor, only good inside its own graph
-            return matrix
         if len(_cached) >= _MAX_CACHED:
             _cached.clear()
-        _cached[key] = matrix
+        with torch.inference_mode(False):  # what is kept must serve training too
+            _cached[key] = build(old, new).to(device, dtype)
     return _cached[key]
 
 

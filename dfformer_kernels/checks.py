@@ -35,6 +35,17 @@ def check_global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, 
     _check_scalars("global_filter", x, scale, bias)
 
 
+def check_tensors(op: str, **arguments: object) -> None:
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor):
+            _fail(op, name, "a tensor", type(argument).__name__, TypeError)
+
+
+def check_needs(op: str, needs: Sequence[bool], count: int) -> None:
+    if len(needs) != count:
+        _fail(op, "needs", f"{count} flags, one for each input", list(needs))
+
+
 def check_grad_y(op: str, grad_y: Tensor, x: Tensor) -> None:
     if grad_y.shape != x.shape:
         _fail(op, "grad_y", f"shape {_shape(x)}, that of x", _shape(grad_y))

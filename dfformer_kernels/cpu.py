@@ -1,10 +1,11 @@
 """The ``cpu`` backend: tensors in, calls of the compiled core out. Every check the core relies on is made here."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
     return gradients
 
 
-KERNELS = {"star_relu": star_relu, "star_relu_backward": star_relu_backward}
+KERNELS: dict[str, Callable[..., Any]] = {"star_relu": star_relu, "star_relu_backward": star_relu_backward}
 
 
 def _threads() -> int:

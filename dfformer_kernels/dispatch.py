@@ -80,7 +80,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def requested_backend(backend: str | None) -> str | None:
     """The backend asked for by argument or context; None leaves it to the environment or the table."""
-    return _forced if backend is None else checked_name("backend", backend)
+    return _forced if backend is None else backend
 
 
 def by_name(name: str) -> Backend:
@@ -94,13 +94,16 @@ def checked_name(argument: str, name: str) -> str:
     return name
 
 
-def run(op: str, backend: str | None, x: Tensor, *args: object) -> Any:
-    """Runs the kernel of ``op`` chosen for ``x`` on ``args``. Autocast does not reach inside."""
-    if backend is None and (name := os.environ.get("DFFORMER_BACKEND")):
+def kernel_for(op: str, backend: str | None, x: Tensor) -> Kernel:
+    """The kernel of ``op`` that runs ``x``: on ``backend``, or where that is None as the environment and table say.
+
+    Raises ValueError for an unknown backend, RuntimeError with every reason if none can run this.
+    """
+    if backend is not None:
+        checked_name("backend", backend)
+    elif name := os.environ.get("DFFORMER_BACKEND"):
         backend = checked_name("DFFORMER_BACKEND", name)
-    kernel = select(Problem(op, x.device.type, x.dtype, tuple(x.shape)), backend).kernels[op]
-    with without_autocast(x.device):
-        return kernel(*args)
+    return select(Problem(op, x.device.type, x.dtype, tuple(x.shape)), backend).kernels[op]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

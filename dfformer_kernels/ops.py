@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dfformer_kernels import checks, reference
-from dfformer_kernels.dispatch import requested_backend, run
+from dfformer_kernels.dispatch import kernel_for, requested_backend, without_autocast
 
 
 def star_relu(x: Tensor, scale: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
@@ -34,6 +34,7 @@ def star_relu(x: Tensor, scale: Tensor, bias: Tensor, *, backend: str | None = N
     Raises:
         ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
     """
+    checks.check_tensors("star_relu", x=x, scale=scale, bias=bias)
     return torch.ops.dfformer.star_relu(x, scale, bias, requested_backend(backend))
 
 
@@ -63,9 +64,9 @@ def dynamic_filter(
     Raises:
         ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
     """
+    checks.check_tensors("dynamic_filter", x=x, logits=logits, basis=basis)
     scale, bias = _scalars("dynamic_filter", star_relu)
-    basis = torch.view_as_real(basis) if basis.is_complex() else basis
-    return torch.ops.dfformer.dynamic_filter(x, logits, basis, scale, bias, requested_backend(backend))
+    return torch.ops.dfformer.dynamic_filter(x, logits, _real(basis), scale, bias, requested_backend(backend))
 
 
 def global_filter(
@@ -85,9 +86,9 @@ def global_filter(
     Raises:
         ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
     """
+    checks.check_tensors("global_filter", x=x, weight=weight)
     scale, bias = _scalars("global_filter", star_relu)
-    weight = torch.view_as_real(weight) if weight.is_complex() else weight
-    return torch.ops.dfformer.global_filter(x, weight, scale, bias, requested_backend(backend))
+    return torch.ops.dfformer.global_filter(x, _real(weight), scale, bias, requested_backend(backend))
 
 
 def _scalars(op: str, star_relu: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
@@ -95,7 +96,13 @@ def _scalars(op: str, star_relu: tuple[Tensor, Tensor] | None) -> tuple[Tensor |
         return None, None
     if not isinstance(star_relu, tuple | list) or len(star_relu) != 2:
         raise TypeError(f"{op}: star_relu must be None or a pair (scale, bias) of tensors, got {star_relu!r}")
-    return star_relu[0], star_relu[1]
+    scale, bias = star_relu
+    checks.check_tensors(op, **{name: t for name, t in (("scale", scale), ("bias", bias)) if t is not None})
+    return scale, bias
+
+
+def _real(filters: Tensor) -> Tensor:
+    return torch.view_as_real(filters.resolve_conj()) if filters.is_complex() else filters
 
 
 def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
@@ -108,27 +115,36 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
     def forward_impl(*args: Any) -> Tensor:
         *tensors, backend = args
         check(*tensors)
+        kernel = kernel_for(name, backend, tensors[0])
         if tensors[0].numel() == 0:
             return forward_fake(*args)
-        return run(name, backend, tensors[0], *tensors).contiguous()
+        with without_autocast(tensors[0].device):
+            return kernel(*tensors).contiguous()
 
     def forward_fake(*args: Any) -> Tensor:
-        check(*args[:-1])
-        return torch.empty_like(args[0], memory_format=torch.contiguous_format)
+        *tensors, _ = args
+        check(*tensors)
+        return torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
 
     def backward_impl(*args: Any) -> list[Tensor]:
         grad_y, *tensors, needs, backend = args
-        check(*tensors)
-        checks.check_grad_y(backward_name, grad_y, tensors[0])
+        check_backward(grad_y, tensors, needs)
+        kernel = kernel_for(backward_name, backend, tensors[0])
         if tensors[0].numel() == 0:
             return [gradient.zero_() for gradient in backward_fake(*args)]
-        gradients = run(backward_name, backend, tensors[0], grad_y, *tensors, needs)
-        return [gradient.contiguous() for gradient in gradients]
+        with without_autocast(tensors[0].device):
+            return [gradient.contiguous() for gradient in kernel(grad_y, *tensors, needs)]
 
     def backward_fake(*args: Any) -> list[Tensor]:
-        _, *tensors, needs, _ = args
+        grad_y, *tensors, needs, _ = args
+        check_backward(grad_y, tensors, needs)
         contiguous = torch.contiguous_format
         return [torch.empty_like(t, memory_format=contiguous) for t, need in zip(tensors, needs, strict=True) if need]
+
+    def check_backward(grad_y: Tensor, tensors: list[Tensor], needs: list[bool]) -> None:
+        check(*tensors)
+        checks.check_grad_y(backward_name, grad_y, tensors[0])
+        checks.check_needs(backward_name, needs, len(tensors))
 
     forward_op = torch.library.custom_op(
         f"dfformer::{name}", forward_impl, mutates_args=(), schema=f"({inputs}, str? backend) -> Tensor"

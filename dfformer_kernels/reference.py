@@ -32,7 +32,8 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
     grad_y = grad_y.to(compute_dtype(x.dtype))
     r = x.to(grad_y.dtype).relu()
     gradients = (
-        lambda: (2 * scale.to(r.dtype) * r * grad_y).to(x.dtype),
+        # a select, so that an infinite grad_y does not make 0 * inf where x <= 0
+        lambda: torch.where(r == 0, 0, 2 * scale.to(r.dtype).reshape(()) * r * grad_y).to(x.dtype),
         lambda: (r.square() * grad_y).sum().to(scale.dtype).reshape(scale.shape),
         lambda: grad_y.sum().to(bias.dtype).reshape(bias.shape),
     )
@@ -88,7 +89,9 @@ def dynamic_filter_backward(
     if need_logits or need_basis:
         P = _half_spectrum_weight(x.shape[2], u) * G * _conj(_rfft2(u))
         if need_logits:
-            grad_r = torch.view_as_real(torch.einsum("bhkc,hkf->bfc", P, _conj(filters)))[..., 0]
+            # Rows first, then their sum: one long chain of float32 additions would lose digits on large planes.
+            by_row = torch.einsum("bhkc,hkf->bhfc", P, _conj(filters))
+            grad_r = torch.view_as_real(by_row)[..., 0].sum(1)
             gradients.append((r * (grad_r - (r * grad_r).sum(1, keepdim=True))).to(logits.dtype))
         if need_basis:
             grad_filters = torch.einsum("bfc,bhkc->hkf", r.to(P.dtype), P)
@@ -143,7 +146,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
 
 def _star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     u = x.to(compute_dtype(x.dtype))
-    return scale.to(u.dtype) * u.relu().square() + bias.to(u.dtype)
+    return scale.to(u.dtype).reshape(()) * u.relu().square() + bias.to(u.dtype).reshape(())
 
 
 def _activate(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:

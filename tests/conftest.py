@@ -1,0 +1,107 @@
+"""Fixtures shared by all tests, and the one place that decides whether a test is skipped."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import TARGETS, Target
+from torch import Tensor
+
+from dfformer_kernels import backends
+
+# torch remembers, at the first use of a device context, which functions allocate: the real ones, not the poisoned ones.
+with torch.device("meta"):
+    torch.empty(0)
+
+ALLOCATORS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+)
+
+
+def require(name: str, available: bool, reason: str) -> None:
+    """Skips with ``reason`` unless ``available``; fails instead when DFFORMER_REQUIRE (``"cpu,cuda"``) has ``name``."""
+    if available:
+        return
+    if name in os.environ.get("DFFORMER_REQUIRE", "").split(","):
+        pytest.fail(f"DFFORMER_REQUIRE names {name}: {reason}")
+    pytest.skip(reason)
+
+
+def require_backend(name: str) -> None:
+    reasons = backends()[name]
+    require(name, not reasons, f"backend {name}: {'; '.join(reasons)}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where the compiled core is missing, tests of other things go on without it."""
+    if backends()["cpu"]:
+        config.addinivalue_line("filterwarnings", "ignore:.*'cpu' backend is not available:UserWarning")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        require("cuda", torch.cuda.is_available(), "no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills what Python code allocates without a value with NaN, so that an element nobody wrote is seen."""
+    for owner, name in ALLOCATORS:
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        t = allocate(*args, **kwargs)
+        if t.is_floating_point() or t.is_complex():
+            with torch.no_grad():
+                t.fill_(float("nan"))
+        return t
+
+    return allocate_poisoned
+
+
+@pytest.fixture(autouse=True)
+def no_backend_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test runs on is its own choice."""
+    monkeypatch.delenv("DFFORMER_BACKEND", raising=False)
+
+
+def targets(where: Callable[[Target], object] = lambda target: True) -> list[Any]:
+    """Parameters of the fixture `target` for only those ``where`` is true."""
+    return [
+        pytest.param(t, id=str(t), marks=[pytest.mark.gpu] if t.device == "cuda" else []) for t in TARGETS if where(t)
+    ]
+
+
+@pytest.fixture(params=targets())
+def target(request: pytest.FixtureRequest) -> Target:
+    """Every operator on every backend that implements it, on every device it runs on."""
+    require_backend(request.param.backend)
+    return request.param
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small problems: on a busy machine, waiting for a second thread takes longer than the problem.
+
+    A test may set another number; the one from before comes back in any case.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile with nothing compiled yet, and nothing left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

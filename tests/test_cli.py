@@ -1,0 +1,197 @@
+"""The command line, run as a user would, and what it counts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from dfformer import VARIANTS, doctor
+from dfformer.checkpoint import read_checkpoint, save_checkpoint
+from dfformer.cli import main
+from dfformer.profile import profile, saved_for_backward
+from dfformer_kernels import cpu, dispatch
+
+SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_size": 32, "num_classes": 3}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "model.safetensors"
+    data = {"input_size": (3, 32, 32), "crop_pct": 1.0}
+    save_checkpoint(
+        timm.create_model("dfformer_s18", **SMALL), path, "dfformer_s18", SMALL, ["ant", "bee", "cat"], data
+    )
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with three good images (one grey, one with transparency), a broken one and a text file."""
+    folder = tmp_path / "images"
+    (folder / "deeper").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 4), dtype=np.uint8)
+    Image.fromarray(pixels[..., :3]).save(folder / "a.jpg")
+    Image.fromarray(pixels[..., 0]).save(folder / "b.png")
+    Image.fromarray(pixels).save(folder / "deeper" / "c.PNG")
+    (folder / "broken.png").write_bytes((folder / "b.png").read_bytes()[:100])
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def test_info_names_versions_backends_and_every_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--img-size", "64x96"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*VARIANTS, torch.__version__, timm.__version__, "cpu kernels"))
+    assert "models at 64x96" in printed
+    assert "16x24x64" in printed
+
+
+def test_info_says_why_a_backend_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "the compiled core is hidden"
+    hidden = dispatch.Backend("cpu", "cpu", cpu.KERNELS, lambda: [reason])
+    monkeypatch.setattr(dispatch, "TABLE", (hidden, *dispatch.TABLE[1:]))
+    assert main(["info", "--img-size", "32"]) == 0
+    assert f"no: {reason}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["0", "12x", "axb", "1x2x3"])
+def test_bad_sizes(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["info", "--img-size", size])
+    assert stopped.value.code == 2
+    assert repr(size) in capsys.readouterr().err
+
+
+def test_doctor_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--quick"]) == 0
+    assert "checks passed" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_doctor_fails_on_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = dispatch.by_name("torch")
+    kernels = dict(real.kernels)
+    # Right in float64, where the judge is, and off by 1e-4 in what is judged.
+    kernels["global_filter"] = lambda x, *args: (
+        real.kernels["global_filter"](x, *args) * (1 if x.dtype == torch.float64 else 1.0001)
+    )
+    wrong = dispatch.Backend("torch", None, kernels, list)
+    monkeypatch.setattr(dispatch, "TABLE", (wrong,))
+    monkeypatch.setattr(dispatch, "_BY_NAME", {"torch": wrong})
+    monkeypatch.setattr(doctor, "QUICK_SHAPES", [(1, 4, 4, 3)])
+    dispatch.select.cache_clear()
+    try:
+        assert main(["doctor", "--quick"]) == 1
+    finally:
+        dispatch.select.cache_clear()
+    printed = capsys.readouterr().out
+    failed = [line for line in printed.splitlines() if "FAILED: the bound" in line]
+    assert len(failed) == 1
+    assert "global_filter" in failed[0]
+    assert "1 FAILED" in printed.splitlines()[-1]
+
+
+def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "in.pth", tmp_path / "out.safetensors"
+    torch.save({"state_dict": timm.create_model("dfformer_s18", **SMALL).state_dict()}, source)
+    assert main(["convert", str(source), str(target)]) == 0
+    assert f"wrote {len(read_checkpoint(target)[0])} tensors" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "absent.pth"), str(target)]) == 2
+    assert "absent.pth does not exist" in capsys.readouterr().err
+
+
+def test_predict_goes_on_after_broken_files(
+    checkpoint: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent, report = tmp_path / "absent.jpg", tmp_path / "out.json"
+    arguments = ["predict", "--checkpoint", str(checkpoint), "--topk", "2", "--batch-size", "2", "--json", str(report)]
+    assert main([*arguments, str(images), str(absent)]) == 1
+    printed = capsys.readouterr()
+    assert "2 of 5 images could not be read" in printed.err
+    assert f"skipped {images / 'broken.png'}" in printed.err
+    assert f"skipped {absent}" in printed.err
+    content = json.loads(report.read_text())
+    assert [Path(p["path"]).name for p in content["predictions"]] == ["a.jpg", "b.png", "c.PNG"]
+    assert {Path(e["path"]).name for e in content["errors"]} == {"broken.png", "absent.jpg"}
+    top = content["predictions"][0]["top"]
+    assert len(top) == 2
+    assert top[0]["probability"] >= top[1]["probability"] > 0
+    assert all(entry["class"] in ("ant", "bee", "cat") for entry in top)
+    assert top[0]["class"] in next(line for line in printed.out.splitlines() if "a.jpg" in line)
+
+
+def test_predict_is_what_the_model_says(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    from timm.data import create_transform, resolve_model_data_config
+
+    from dfformer.checkpoint import load_model
+
+    report = tmp_path / "out.json"
+    assert main(["predict", "--checkpoint", str(checkpoint), "--json", str(report), str(images / "a.jpg")]) == 0
+    model, classes = load_model(checkpoint)
+    assert classes is not None
+    with Image.open(images / "a.jpg") as image, torch.no_grad():
+        x = create_transform(**resolve_model_data_config(model), is_training=False)(image.convert("RGB"))
+        expected = model(x[None]).softmax(-1)[0]
+    [prediction] = json.loads(report.read_text())["predictions"]
+    probabilities = {entry["class"]: entry["probability"] for entry in prediction["top"]}
+    assert [probabilities[name] for name in classes] == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_predict_at_another_size_and_with_class_names(
+    checkpoint: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("x\ny\nz\n")
+    arguments = ["predict", "--checkpoint", str(checkpoint), "--classes", str(names), str(images / "a.jpg")]
+    assert main([*arguments, "--img-size", "48x64", "--topk", "1"]) == 0
+    assert capsys.readouterr().out.split()[1] in "xyz"
+    names.write_text("x\ny\n")
+    assert main(arguments) == 2
+    assert "--classes: got 2 names, the model has 3 classes" in capsys.readouterr().err
+
+
+MISUSES = {
+    "no-weights": (["--model", "dfformer_s18"], "untrained weights predict nothing"),
+    "absent-checkpoint": (["--checkpoint", "absent.safetensors"], "absent.safetensors does not exist"),
+    "topk-0": (["--checkpoint", "absent.safetensors", "--topk", "0"], "--topk"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISUSES.values(), ids=MISUSES.keys())
+def test_predict_misused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", *arguments, "image.png"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_predict_on_an_empty_folder(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["predict", "--checkpoint", str(checkpoint), str(tmp_path / "empty")]) == 2
+    assert "no images in" in capsys.readouterr().err
+
+
+# Linear and convolution multiply-adds at 224, as counted independently from the layer shapes (the paper's FLOPs).
+GMACS = {"dfformer_s18": 3.79, "dfformer_s36": 7.35, "dfformer_m36": 12.45, "dfformer_b36": 22.10}
+GMACS |= {"cdfformer_s18": 3.88, "cdfformer_s36": 7.53, "cdfformer_m36": 12.71, "cdfformer_b36": 22.46}
+GMACS |= {"gfformer_s18": 3.79}
+
+
+@pytest.mark.parametrize("name", GMACS)
+def test_macs_without_the_spectral_part_are_the_papers(name: str) -> None:
+    counted = profile(lambda: timm.create_model(name), (224, 224))
+    assert round((counted.macs - counted.spectral_macs) / 1e9, 2) == GMACS[name]
+    assert counted.spectral_macs > 0
+
+
+def test_saved_bytes_are_the_same_on_meta_and_for_real() -> None:
+    def make() -> torch.nn.Module:
+        return timm.create_model("cdfformer_s18", **SMALL)
+
+    measured, _ = saved_for_backward(make().train(), torch.randn(1, 3, 32, 32))
+    assert profile(make, (32, 32)).saved_bytes == measured

@@ -1,0 +1,93 @@
+"""What an import costs, what it drags in, and life without the compiled core; each in a process of its own."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+COST = 0.3  # seconds an import may add to that of the library it stands on
+UNWANTED = {
+    "dfformer_kernels": ["triton", "timm", "torch._dynamo", "dfformer", "dfformer_kernels._C"],
+    "dfformer": ["matplotlib", "sklearn", "torch._dynamo", "dfformer_kernels._C"],
+}
+
+MEASURE = """
+import importlib, json, sys, time
+import torch
+
+def measure(name, unwanted):
+    before = set(sys.modules)
+    start = time.perf_counter()
+    importlib.import_module(name)
+    return {
+        "seconds": time.perf_counter() - start,
+        "dragged_in": sorted(set(unwanted) & (set(sys.modules) - before)),
+        "cuda": torch.cuda.is_initialized(),
+    }
+
+unwanted = json.loads(sys.argv[1])
+reports = {"dfformer_kernels": measure("dfformer_kernels", unwanted["dfformer_kernels"])}
+import timm
+reports["dfformer"] = measure("dfformer", unwanted["dfformer"])
+reports["dfformer"]["seconds"] += reports["dfformer_kernels"]["seconds"]  # it imports that too
+print(json.dumps(reports))
+"""
+
+WITHOUT_CORE = """
+import json, sys, warnings
+sys.modules["dfformer_kernels._C"] = None
+import torch
+from dfformer_kernels import backends, dynamic_filter, global_filter, star_relu
+reasons = backends()
+x = torch.ones(2, 4, 6, 3, requires_grad=True)
+scale, bias = torch.ones(1), torch.zeros(1)
+logits, basis, weight = torch.zeros(2, 4, 3), torch.ones(4, 4, 4, 2), torch.ones(4, 4, 3, 2)
+calls = {
+    "star_relu": lambda **kw: star_relu(x, scale, bias, **kw),
+    "dynamic_filter": lambda **kw: dynamic_filter(x, logits, basis, (scale, bias), **kw),
+    "global_filter": lambda **kw: global_filter(x, weight, **kw),
+}
+def run(call, **kw):
+    y = call(**kw)
+    return y, *torch.autograd.grad(y, x, y.detach())
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    results = {name: run(call) for name, call in calls.items()}
+equal = {
+    name: all(torch.equal(a, b) for a, b in zip(results[name], run(call, backend="torch")))
+    for name, call in calls.items()
+}
+print(json.dumps({"reasons": reasons, "equal": equal, "warnings": [str(w.message) for w in seen]}))
+"""
+
+
+def run_script(script: str, *arguments: str) -> Any:
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict[str, dict[str, Any]]]:
+    return [run_script(MEASURE, json.dumps(UNWANTED)) for _ in range(3)]
+
+
+@pytest.mark.parametrize("name", UNWANTED)
+def test_import_is_light(reports: list[dict[str, dict[str, Any]]], name: str) -> None:
+    assert [report[name]["dragged_in"] for report in reports] == [[]] * 3
+    assert [report[name]["cuda"] for report in reports] == [False] * 3
+    # The best of three: the others tell how busy the machine was.
+    assert min(report[name]["seconds"] for report in reports) < COST
+
+
+def test_everything_works_without_the_compiled_core_and_says_so_once() -> None:
+    report = run_script(WITHOUT_CORE)
+    (reason,) = report["reasons"]["cpu"]
+    assert "the compiled core dfformer_kernels._C cannot be imported" in reason
+    assert report["equal"] == {"star_relu": True, "dynamic_filter": True, "global_filter": True}
+    (warning,) = report["warnings"]
+    assert "'cpu' backend is not available and torch.fft is used instead" in warning
+    assert reason in warning

@@ -1,0 +1,146 @@
+"""The reference against calculus and against sums written out, and every backend against the pinned convention."""
+
+import math
+
+import pytest
+import torch
+from cases import CASES, OPS, Case, Op, Target, assert_within_bound, expected, gradients, make_grad, make_inputs
+from conftest import targets
+from torch import Tensor
+
+from dfformer_kernels import dynamic_filter
+from dfformer_kernels.tolerance import relative_error
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ALL_OPS = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+# Small enough for finite differences; between them an odd and an even W, and one filter and several.
+DIFFERENTIATED = [Case(2, 2, 4, 1, F=2), Case(1, 3, 3, 2, F=1)]
+
+
+@ALL_OPS
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+def test_first_and_second_derivatives_match_finite_differences(op: Op, case: Case) -> None:
+    inputs = make_inputs(op, case, torch.float64)
+
+    def function(*tensors: Tensor) -> Tensor:
+        return op.public(dict(zip(inputs, tensors, strict=True)), backend="torch")
+
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()))
+    assert torch.autograd.gradgradcheck(function, tuple(inputs.values()))
+
+
+@ALL_OPS
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_explicit_backward_is_autograd_of_the_forward(op: Op, case: Case) -> None:
+    inputs = make_inputs(op, case, torch.float64)
+    grad_y = make_grad(op, inputs)
+    _, wanted = expected(op, inputs, grad_y)
+    explicit = dict(zip(inputs, op.backward(grad_y, inputs, backend="torch"), strict=True))
+    errors = {name: relative_error(explicit[name], wanted[name]) for name in wanted}
+    assert max(errors.values()) <= 1e-12, errors
+
+
+def test_explicit_backward_of_an_infinite_gradient_where_relu_is_flat() -> None:
+    """An infinite gradient at x <= 0 meets a derivative of exactly zero: autograd says 0, not 0 * inf."""
+    op = OPS["star_relu"]
+    x = torch.tensor([-1.0, -0.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
+    inputs = {"x": x, "scale": torch.tensor(0.9, dtype=torch.float64), "bias": torch.tensor(0.0, dtype=torch.float64)}
+    grad_y = torch.full_like(x, math.inf)
+    (explicit,) = op.backward(grad_y, inputs, needs=(True, False, False), backend="torch")
+    assert explicit.tolist() == gradients(op.reference(inputs), inputs, grad_y)["x"].tolist() == [0, 0, 0, math.inf]
+
+
+# Both parities of W (a column k = W/2 or none), and sides of one and two where columns coincide.
+NAIVE = [
+    Case(2, 4, 6, 2),
+    Case(1, 5, 7, 3, F=2),
+    Case(1, 6, 5, 2),
+    Case(1, 1, 4, 2),
+    Case(1, 3, 1, 2),
+    Case(1, 2, 2, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", NAIVE, ids=str)
+@pytest.mark.parametrize("target", targets(lambda t: t.op_name == "dynamic_filter"), indirect=True)
+def test_every_backend_keeps_the_convention_for_non_hermitian_spectra(
+    target: Target, case: Case, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(target.op, case, dtype, target.device, requires_grad=False)
+    exact = {name: t.double().cpu() for name, t in inputs.items()}
+    M_re, M_im = naive_mixed_filter(exact["logits"], exact["basis"])
+    X_re, X_im = naive_rfft2(exact["x"])
+    wanted = naive_irfft2(X_re * M_re - X_im * M_im, X_re * M_im + X_im * M_re, case.W)
+    assert_within_bound("y", target.op.public(inputs, target.backend), wanted)
+
+
+@pytest.mark.parametrize("W", [4, 5])
+def test_the_convention_differs_from_dropping_imaginary_parts_first(W: int) -> None:
+    """The inverse along H makes real parts of column k = 0's imaginary ones, so the test above can tell the orders."""
+    generator = torch.Generator().manual_seed(0)
+    Z_re, Z_im = torch.randn(2, 1, 3, W // 2 + 1, 1, generator=generator, dtype=torch.float64)
+    dropped = Z_im.clone()
+    dropped[:, :, 0] = 0
+    assert relative_error(naive_irfft2(Z_re, dropped, W), naive_irfft2(Z_re, Z_im, W)) > 1e-3
+
+
+@pytest.mark.parametrize("F", [1, 2, 5])
+def test_mixing_is_a_softmax_over_filters(F: int) -> None:
+    """On a plane of one pixel the step is a product with the real part of the mixed filter."""
+    op = OPS["dynamic_filter"]
+    inputs = make_inputs(op, Case(2, 1, 1, 3, F), torch.float64, requires_grad=False)
+    wanted = inputs["x"] * naive_mixed_filter(inputs["logits"], inputs["basis"])[0]
+    assert_within_bound("y", op.public(inputs, "torch"), wanted)
+
+
+def test_mixing_survives_logits_whose_exponential_overflows() -> None:
+    logits = torch.tensor([1000.0, -1000.0]).view(1, 2, 1)
+    basis = torch.tensor([[3.0, 0.0], [5.0, 0.0]]).view(1, 1, 2, 2)
+    assert dynamic_filter(torch.ones(1, 1, 1, 1), logits, basis).item() == 3
+
+
+def naive_mixed_filter(logits: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of ``M`` (B,H,K,C), one routed filter at a time."""
+    (B, F, C), (H, K, _, _) = logits.shape, basis.shape
+    M = torch.zeros(2, B, H, K, C, dtype=torch.float64)
+    for b in range(B):
+        for c in range(C):
+            exponentials = [math.exp(logits[b, f, c]) for f in range(F)]
+            for f in range(F):
+                M[:, b, :, :, c] += exponentials[f] / sum(exponentials) * basis[:, :, f].movedim(-1, 0)
+    return M[0], M[1]
+
+
+def cos_sin(rows: int, columns: int, period: int) -> tuple[Tensor, Tensor]:
+    """``cos`` and ``sin`` of ``2 pi i j / period``."""
+    products = torch.outer(torch.arange(rows), torch.arange(columns)) % period
+    angles = 2 * math.pi / period * products.double()
+    return angles.cos(), angles.sin()
+
+
+def naive_rfft2(u: Tensor) -> tuple[Tensor, Tensor]:
+    """``X[q,k] = sum_hw u[h,w] exp(-2 pi i (kw/W + qh/H)) / sqrt(HW)`` for k up to W/2."""
+    H, W = u.shape[1:3]
+    cos_w, sin_w = cos_sin(W // 2 + 1, W, W)
+    cos_h, sin_h = cos_sin(H, H, H)
+    re, im = (torch.einsum("kw,bhwc->bhkc", matrix, u) for matrix in (cos_w, -sin_w))
+    X_re = torch.einsum("qh,bhkc->bqkc", cos_h, re) + torch.einsum("qh,bhkc->bqkc", sin_h, im)
+    X_im = torch.einsum("qh,bhkc->bqkc", cos_h, im) - torch.einsum("qh,bhkc->bqkc", sin_h, re)
+    return X_re / math.sqrt(H * W), X_im / math.sqrt(H * W)
+
+
+def naive_irfft2(Z_re: Tensor, Z_im: Tensor, W: int) -> Tensor:
+    """Inverse along H; imaginary part of the columns k = 0 and k = W/2 dropped; then the real inverse along W."""
+    H, K = Z_re.shape[1:3]
+    cos_h, sin_h = cos_sin(H, H, H)
+    re = torch.einsum("hq,bqkc->bhkc", cos_h, Z_re) - torch.einsum("hq,bqkc->bhkc", sin_h, Z_im)
+    im = torch.einsum("hq,bqkc->bhkc", cos_h, Z_im) + torch.einsum("hq,bqkc->bhkc", sin_h, Z_re)
+    own_mirror = [k for k in range(K) if 2 * k % W == 0]
+    im[:, :, own_mirror] = 0
+    D = torch.full((K,), 2.0, dtype=torch.float64)
+    D[own_mirror] = 1
+    cos_w, sin_w = cos_sin(K, W, W)
+    y = torch.einsum("kw,bhkc->bhwc", D[:, None] * cos_w, re) - torch.einsum("kw,bhkc->bhwc", D[:, None] * sin_w, im)
+    return y / math.sqrt(H * W)

@@ -13,6 +13,7 @@ import torch
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dfformer import VARIANTS, DynamicFilter, MetaFormer, SepConv
@@ -265,8 +266,9 @@ def test_unknown_output_format() -> None:
         ({"indices": 1}, 4, nn.LayerNorm, nn.Identity),
         ({"indices": 1, "prune_norm": True}, 4, nn.Identity, nn.Identity),
         ({"indices": 2, "prune_head": False}, 4, nn.LayerNorm, object),
+        ({"indices": [0, 1], "prune_head": False}, 2, nn.Identity, nn.Identity),  # made for features that are gone
     ],
-    ids=["two_stages", "last", "last_without_norm", "nothing"],
+    ids=["two_stages", "last", "last_without_norm", "nothing", "two_stages_head_too"],
 )
 def test_prune_intermediate_layers(arguments: Any, stages: int, norm: type, head: type) -> None:
     model, x = small(), images()
@@ -307,6 +309,12 @@ def test_drop_path_rates_grow_from_zero() -> None:
     blocks = [block for stage in model.stages for block in stage]
     rates = [(getattr(b.drop_path1, "drop_prob", 0.0), getattr(b.drop_path2, "drop_prob", 0.0)) for b in blocks]
     assert rates == [pytest.approx((rate, rate)) for rate in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)]
+
+
+def test_dropped_block_is_its_residual() -> None:
+    block, x = small(drop_path_rate=1.0).stages[-1][-1].train(), torch.randn(2, 2, 2, DIMS[-1])
+    assert torch.equal(block(x), x)
+    assert not torch.equal(block.eval()(x), x)
 
 
 @pytest.mark.parametrize("rate", ["drop_path_rate", "drop_rate"])
@@ -480,6 +488,18 @@ def test_channels_last_images(name: str) -> None:
 
 
 @EVERY_KIND
+def test_convolutions_need_no_copy_of_the_layout(name: str) -> None:
+    model, layouts = small(name), []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(
+                lambda *args: layouts.append(args[-1].is_contiguous(memory_format=torch.channels_last))
+            )
+    model(images(96, 64))
+    assert layouts == [True] * (6 if name == "cdfformer_s18" else 4)
+
+
+@EVERY_KIND
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_16_bit_parameters(name: str, dtype: torch.dtype) -> None:
     model, x = small(name).to(dtype), images().to(dtype)
@@ -578,6 +598,17 @@ def test_compiled_at_other_image_sizes(rule: str) -> None:
     for size in ((32, 32), (40, 36), (33, 65), (32, 32)):  # the second one makes torch compile for any size
         x = images(*size)
         assert relative_error(compiled(x), model(x)) < ERROR
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_eager_calls_do_not_make_it_compile_again() -> None:
+    model, counter = two_stages().eval(), CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for other_size in (32, 44, 52):
+        compiled(images(40, 36))
+        model(images(other_size, other_size))  # keeps matrices and filters of its own
+    assert counter.frame_count == 1
 
 
 @EVERY_KIND

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--output", type=Path, default=Path("demo"), help="folder to write to (default: demo)")
     demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--quick", action="store_true", help="a minute less: fewer epochs, fewer repetitions")
+    demo.add_argument("--quick", action="store_true", help="less training, fewer repetitions")
     return parser
 
 

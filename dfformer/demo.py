@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -46,9 +46,19 @@ MODEL_ARGS: dict[str, Any] = {
     "num_classes": 10,
 }
 MEAN, STD = 0.305, 0.376  # of the digits, scaled to 0..1
-TARGET = 0.97
 SHOWN_LAYER = "stages.2.0.token_mixer"
-BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 64, 2e-3, 0.05
+BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 64, 3e-3, 0.05
+
+
+class Effort(NamedTuple):
+    """How much a run does, and the test accuracy it must reach to count as one that learned to read."""
+
+    epochs: int
+    target: float
+    repetitions: int
+
+
+FULL, QUICK = Effort(14, 0.97, 5), Effort(8, 0.90, 2)
 
 
 @dataclass
@@ -77,16 +87,16 @@ class Comparison:
 def run_demo(output: Path, seed: int = 0, quick: bool = False) -> None:
     """Writes report.md, digits.safetensors, digits/*.png, report.json and the pictures into ``output``."""
     start = time.perf_counter()
+    effort = QUICK if quick else FULL
     output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
     digits = load_digit_images(seed)
-    model, history = train(digits, epochs=6 if quick else 12, seed=seed)
+    model, history = train(digits, effort.epochs, seed)
     accuracy = history["test_accuracy"][-1]
-    if accuracy < TARGET:
-        raise RuntimeError(f"the digits model reached {accuracy:.2%} on the test set, below the expected {TARGET:.0%}")
+    if accuracy < effort.target:
+        raise RuntimeError(f"the digits model got {accuracy:.2%} of the test set right, not {effort.target:.0%}")
     reload_error = save_and_reload(model, digits, output)
     draw_digits(model, digits, history, output)
-    comparisons = compare_on_photos(repetitions=2 if quick else 5)
+    comparisons = compare_on_photos(effort.repetitions)
     draw_comparisons(comparisons, output)
     report = {
         "environment": environment(),

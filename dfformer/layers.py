@@ -156,7 +156,7 @@ class DynamicFilter(SpectralFilter):
         dim: channels of ``x``.
         expansion_ratio: ``pwconv1`` expands to ``C = int(expansion_ratio * dim)`` channels.
         reweight_expansion_ratio: hidden width of the routing MLP, relative to ``dim``.
-        act1_layer: activation after ``pwconv1``; StarReLU runs inside the fused step.
+        act1_layer: activation after ``pwconv1``; StarReLU is left to the fused step, so hooks on it do not run.
         act2_layer: activation before ``pwconv2``.
         bias: whether ``pwconv1`` and ``pwconv2`` have one.
         num_filters: filters in the basis, F.

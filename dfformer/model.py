@@ -211,8 +211,12 @@ class MetaFormer(nn.Module):
     ) -> list[int]:
         """Removes the stages after the last index, and on request the norm and the head; returns the indices."""
         taken, last = self._taken(indices)
-        pruned = last < len(self.stages) - 1
+        stages = len(self.stages)
+        pruned = last < stages - 1
         self.downsample_layers, self.stages = self.downsample_layers[: last + 1], self.stages[: last + 1]
+        if self.fork_feat:
+            for i in range(last + 1, stages):
+                delattr(self, f"norm{i}")
         if pruned:  # the norm and the head were for features that are gone
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_norm or pruned:

@@ -7,7 +7,8 @@ Every operator maps ``x`` (and its parameters) to a ``y`` of x's shape and dtype
 - a ``torch.autograd.Function`` whose methods are also the custom op's autograd formula;
 - autocast: the dtypes of the arguments decide, arithmetic is float32 (float64 for float64 x) whatever autocast says.
 
-Saved for backward: the inputs and nothing else. Second derivatives go through the reference expression.
+Saved for backward: the inputs and nothing else. Second derivatives go through the reference expression. torch.func's
+transforms do not take operators registered like this (torch.autograd's functional API does).
 """
 
 from collections.abc import Callable, Sequence

@@ -15,16 +15,15 @@ from dfformer.figures import full_spectrum
 
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    train, load_photos = demo.train, demo.load_sample_images
+    load_photos = demo.load_sample_images
 
     def one_photo() -> object:
         photos = load_photos()
         photos.images, photos.filenames = [photos.images[0][:96, :128]], photos.filenames[:1]
         return photos
 
-    monkeypatch.setattr(demo, "train", lambda digits, epochs, seed: train(digits, 1, seed))
     monkeypatch.setattr(demo, "load_sample_images", one_photo)
-    monkeypatch.setattr(demo, "TARGET", 0.0)
+    monkeypatch.setattr(demo, "QUICK", demo.Effort(epochs=1, target=0.0, repetitions=1))
     return tmp_path / "demo"
 
 
@@ -45,7 +44,7 @@ def test_demo_writes_everything(output: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_demo_fails_below_its_target(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "TARGET", 1.01)
+    monkeypatch.setattr(demo, "QUICK", demo.Effort(epochs=1, target=1.01, repetitions=1))
     assert main(["demo", "--output", str(output), "--quick"]) == 2
     assert not (output / "report.md").exists()
 

@@ -725,6 +725,15 @@ def test_fork_feat_parameters() -> None:
         model.reset_classifier(3)
 
 
+def test_fork_feat_pruned_has_the_norms_of_the_stages_left() -> None:
+    model, x = small(fork_feat=True), images(64, 64)
+    expected = model(x)[:2]
+    model.prune_intermediate_layers([0, 2])
+    model.prune_intermediate_layers([0, 1])
+    assert {name.split(".")[0] for name, _ in model.named_parameters() if name.startswith("norm")} == {"norm0", "norm1"}
+    assert all(torch.equal(a, b) for a, b in zip(model(x), expected, strict=True))
+
+
 def test_fork_feat_every_parameter_learns() -> None:
     model = small(fork_feat=True).train()
     torch.stack([m.square().mul(torch.randn_like(m)).sum() for m in model(images())]).sum().backward()

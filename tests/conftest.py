@@ -1,6 +1,8 @@
 """Fixtures shared by all tests, and the one place that decides whether a test is skipped."""
 
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +33,13 @@ def require(name: str, available: bool, reason: str) -> None:
     if name in os.environ.get("DFFORMER_REQUIRE", "").split(","):
         pytest.fail(f"DFFORMER_REQUIRE names {name}: {reason}")
     pytest.skip(reason)
+
+
+def require_compiler() -> None:
+    """For tests that compile C++: the extension, or what inductor generates."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    works = compiler is not None and not subprocess.run([compiler, "--version"], capture_output=True).returncode
+    require("cpu", works, "no working C++ compiler")
 
 
 def require_backend(name: str) -> None:

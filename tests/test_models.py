@@ -10,6 +10,7 @@ from urllib.error import URLError
 import pytest
 import timm
 import torch
+from conftest import require_compiler
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -571,6 +572,7 @@ def two_stages(**kwargs: Any) -> MetaFormer:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_training_step() -> None:
+    require_compiler()
     model = two_stages()
     x = images(32, 32)
     y, grads = step(model, model, x)

@@ -26,7 +26,7 @@ from cases import (
     make_grad,
     make_inputs,
 )
-from conftest import require_backend, targets
+from conftest import require_backend, require_compiler, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -357,6 +357,8 @@ def result_and_gradients(function: Callable[[Inputs], Tensor], inputs: Inputs) -
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_results_equal_eager_ones_from_the_first_call_on(name: str, compiler: str) -> None:
     """The first compiled call runs the kernels under torch's tracing modes, which must not change what they compute."""
+    if compiler == "inductor":
+        require_compiler()
     op = OPS[name]
     inputs = make_inputs(op, SMALL, torch.float32)
     compiled = torch.compile(surrounded(op), fullgraph=True, backend=compiler)

@@ -10,7 +10,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from conftest import require
+from conftest import require, require_compiler
 
 ROOT = Path(__file__).parents[1]
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
@@ -85,7 +85,7 @@ def has_core(names: list[str]) -> bool:
 
 
 def test_a_wheel_built_from_the_sdist_has_the_compiled_core(build_wheel: Callable[..., Path]) -> None:
-    require("cpu", bool(shutil.which(os.environ.get("CXX", "c++"))), "no C++ compiler")
+    require_compiler()
     wheel = build_wheel()
     names = contents(wheel)
     assert has_core(names)

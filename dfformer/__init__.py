@@ -4,9 +4,11 @@
 >>> model = timm.create_model("dfformer_s18", num_classes=10)
 """
 
+from dfformer.checkpoint import load_checkpoint, load_model
 from dfformer.layers import AFNO2D, DynamicFilter, GlobalFilter, SepConv, StarReLU
 from dfformer.model import MetaFormer
 from dfformer.registry import VARIANTS
+from dfformer.replace import replace_dynamic_filters
 from dfformer_kernels import __version__
 
 __all__ = [
@@ -18,4 +20,7 @@ __all__ = [
     "SepConv",
     "StarReLU",
     "__version__",
+    "load_checkpoint",
+    "load_model",
+    "replace_dynamic_filters",
 ]

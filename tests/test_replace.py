@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfformer import DynamicFilter, GlobalFilter, StarReLU
-from dfformer.replace import replace_dynamic_filters
+from dfformer import DynamicFilter, GlobalFilter, StarReLU, replace_dynamic_filters
 from dfformer_kernels.tolerance import relative_error
 
 

@@ -15,14 +15,7 @@ core = Pybind11Extension(
     sources=sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
     depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inl", recursive=True),
     cxx_std=20,
-    extra_compile_args=[
-        "-O3",
-        "-g0",
-        "-fno-math-errno",
-        "-fvisibility=hidden",
-        "-Wno-psabi",
-        *OPENMP.get(sys.platform, []),
-    ],
+    extra_compile_args=["-O3", "-fno-math-errno", "-Wno-psabi", *OPENMP.get(sys.platform, [])],
     extra_link_args=OPENMP.get(sys.platform, []),
     # A missing or failing compiler becomes a warning in the build log; `dfformer info` says so too.
     optional=True,

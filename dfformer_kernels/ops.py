@@ -107,7 +107,8 @@ def _real(filters: Tensor) -> Tensor:
 
 
 def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
-    """Registers ``dfformer::<name>`` and ``dfformer::<name>_backward`` and returns their autograd Function.
+    """Registers ``dfformer::<name>`` and ``dfformer::<name>_backward`` and returns their autograd Function, whose
+    ``apply`` takes the inputs in that order and the backend's name or None.
 
     ``inputs`` is the schema of the tensor arguments, ``x`` first; ``check`` raises on bad ones.
     """
@@ -175,7 +176,8 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
             tensors = ctx.saved_tensors
             needs = list(ctx.needs_input_grad[: len(tensors)])
             if torch.is_grad_enabled():  # somebody will differentiate these gradients
-                gradients: Sequence[Tensor] = differentiable_backward(grad_y, *tensors, needs)
+                with without_autocast(grad_y.device):
+                    gradients: Sequence[Tensor] = differentiable_backward(grad_y, *tensors, needs)
             else:
                 gradients = backward_op(grad_y, *tensors, needs, ctx.backend)
             remaining = iter(gradients)

@@ -29,18 +29,18 @@ class CheckpointError(RuntimeError):
 
 
 class Mismatch(NamedTuple):
-    """How a state dict differs from a model, names only; ``wrong_shape`` says both shapes."""
+    """How a state dict differs from a model: names, and for ``wrong_shape`` also both shapes."""
 
     missing: list[str]
     unexpected: list[str]
-    wrong_shape: list[str]
+    wrong_shape: dict[str, str]
     reinitialised: list[str]  # the classifier, when the number of classes differs
 
     def __str__(self) -> str:
         parts = {
             "missing": self.missing,
             "unexpected": self.unexpected,
-            "wrongly shaped": self.wrong_shape,
+            "wrongly shaped": [f"{name} ({shapes})" for name, shapes in self.wrong_shape.items()],
         }
         return "\n".join(f"{title} ({len(names)}): {', '.join(names)}" for title, names in parts.items() if names)
 
@@ -84,10 +84,14 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
         CheckpointError: the file cannot be read, or (strict) names every missing, unexpected and wrongly shaped tensor.
     """
     state_dict, _ = read_checkpoint(path)
+    return _load(model, state_dict, path, strict)
+
+
+def _load(model: nn.Module, state_dict: dict[str, Tensor], path: str | Path, strict: bool) -> Mismatch:
     mismatch = compare(model, state_dict)
     if strict and (mismatch.missing or mismatch.unexpected or mismatch.wrong_shape):
         raise CheckpointError(f"{path} does not fit this {type(model).__name__}:\n{mismatch}")
-    left_out = {entry.split(" ")[0] for entry in mismatch.wrong_shape} | set(mismatch.reinitialised)
+    left_out = {*mismatch.wrong_shape, *mismatch.reinitialised}
     model.load_state_dict({name: t for name, t in state_dict.items() if name not in left_out}, strict=False)
     return mismatch
 
@@ -95,8 +99,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
 def compare(model: nn.Module, state_dict: dict[str, Tensor]) -> Mismatch:
     """How ``state_dict`` differs from ``model``, by the rules of `load_checkpoint`."""
     own = model.state_dict()
-    resizable = {
-        f"{prefix}.complex_weights".lstrip(".")
+    filters = {
+        f"{prefix}.complex_weights".lstrip("."): module
         for prefix, module in model.named_modules()
         if isinstance(module, SpectralFilter)
     }
@@ -104,9 +108,7 @@ def compare(model: nn.Module, state_dict: dict[str, Tensor]) -> Mismatch:
         name
         for name in own.keys() & state_dict.keys()
         if own[name].shape != state_dict[name].shape
-        and not (
-            name in resizable and state_dict[name].dim() == 4 and own[name].shape[2:] == state_dict[name].shape[2:]
-        )
+        and not (name in filters and filters[name].accepts(state_dict[name]))
     }
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier", "head.fc2")
     reinitialised = {f"{classifier}.weight", f"{classifier}.bias"}
@@ -118,10 +120,10 @@ def compare(model: nn.Module, state_dict: dict[str, Tensor]) -> Mismatch:
     return Mismatch(
         missing=sorted(own.keys() - state_dict.keys()),
         unexpected=sorted(state_dict.keys() - own.keys()),
-        wrong_shape=[
-            f"{name} (checkpoint {tuple(state_dict[name].shape)}, model {tuple(own[name].shape)})"
+        wrong_shape={
+            name: f"checkpoint {tuple(state_dict[name].shape)}, model {tuple(own[name].shape)}"
             for name in sorted(wrong - reinitialised)
-        ],
+        },
         reinitialised=sorted(reinitialised),
     )
 
@@ -164,7 +166,7 @@ def load_model(
     if "num_classes" not in arguments and "head.fc2.weight" in state_dict:
         arguments["num_classes"] = state_dict["head.fc2.weight"].shape[0]
     model = timm.create_model(architecture, pretrained_cfg_overlay=metadata.get("data", {}), **arguments)
-    load_checkpoint(model, path)
+    _load(model, state_dict, path, strict=True)
     return model.eval(), metadata.get("classes")
 
 

@@ -8,7 +8,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -264,12 +264,11 @@ def compare_on_photos(repetitions: int) -> list[Comparison]:
     """DFFormer-S18 (fresh weights: the architecture is what is compared) on both photographs at 224 and full size."""
     model = timm.create_model("dfformer_s18").eval()
     photos = load_sample_images()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     comparisons = []
     for name, pixels in zip(photos.filenames, photos.images, strict=True):
         image = torch.tensor(np.array(pixels), dtype=torch.float32).permute(2, 0, 1)[None] / 255
-        image = (image - torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None]) / torch.tensor(IMAGENET_DEFAULT_STD)[
-            :, None, None
-        ]
+        image = (image - mean) / std
         small = F.interpolate(image, size=(224, 224), mode="bicubic", antialias=True)
         comparisons += [compare(model, Path(name).stem, x, repetitions) for x in (small, image)]
     return comparisons
@@ -282,28 +281,24 @@ def compare(model: nn.Module, photo: str, x: Tensor, repetitions: int) -> Compar
         with torch.inference_mode():
             return model(x)
 
-    plain = in_plain_torch(inference)
     times: tuple[list[float], list[float]] = ([], [])
-    inference()
-    for _ in range(repetitions):
-        times[0].append(in_plain_torch(lambda: milliseconds(inference)))
-        times[1].append(milliseconds(inference))
-    plain_bytes, _ = in_plain_torch(lambda: saved_for_backward(model, x))
-    fused_bytes, _ = saved_for_backward(model, x)
+    forms: tuple[Callable[[], AbstractContextManager[None]], ...] = (plain_torch, nullcontext)
+    for _ in range(repetitions + 1):
+        for form, measured in zip(forms, times, strict=True):
+            with form():
+                measured.append(milliseconds(inference))
+    with plain_torch():
+        plain, plain_bytes = inference(), saved_for_backward(model, x)
+    fused, fused_bytes = inference(), saved_for_backward(model, x)
     return Comparison(
         photo=photo,
         size=(x.shape[2], x.shape[3]),
-        error=relative_error(inference(), plain),
-        plain_ms=statistics.median(times[0]),
-        fused_ms=statistics.median(times[1]),
+        error=relative_error(fused, plain),
+        plain_ms=statistics.median(times[0][1:]),  # the first warms up
+        fused_ms=statistics.median(times[1][1:]),
         plain_mib=plain_bytes / 2**20,
         fused_mib=fused_bytes / 2**20,
     )
-
-
-def in_plain_torch(run: Callable[[], Any]) -> Any:
-    with plain_torch():
-        return run()
 
 
 def milliseconds(run: Callable[[], object]) -> float:

@@ -1,6 +1,8 @@
 """``dfformer info``: versions, device, backends, and the model table."""
 
 import platform
+from functools import partial
+from pathlib import Path
 
 import timm
 import torch
@@ -41,8 +43,8 @@ def environment() -> dict[str, str]:
 def processor() -> str:
     """The processor's name as the system tells it."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 (no file anybody would want as a Path)
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
@@ -53,7 +55,7 @@ def model_table(img_size: tuple[int, int]) -> str:
     titles = ("model", "params M", "GMACs", "of it spectral", "activations M", "saved MiB", "stage planes")
     rows = [titles]
     for name in VARIANTS:
-        p = profile(lambda name=name: timm.create_model(name), img_size)  # type: ignore[misc]
+        p = profile(partial(timm.create_model, name), img_size)
         rows.append(
             (
                 name,

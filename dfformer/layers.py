@@ -12,7 +12,7 @@ from timm.layers import Mlp, to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfformer.resize import RULES, resize_filter
+from dfformer.resize import check_rule, resize_filter
 from dfformer_kernels import dynamic_filter, global_filter, star_relu
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.reference import compute_dtype
@@ -81,8 +81,7 @@ class SpectralFilter(nn.Module):
 
     def __init__(self, size: int | tuple[int, int], channels: int, weight_resize: bool, resize: str) -> None:
         super().__init__()
-        if resize not in RULES:
-            raise ValueError(f"resize: got {resize!r}, accepted are {', '.join(map(repr, RULES))}")
+        check_rule(resize)
         H, W = to_2tuple(size)
         self.size = (int(H), int(W))
         self.weight_resize = weight_resize
@@ -133,10 +132,14 @@ class SpectralFilter(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_resized": None}
 
+    def accepts(self, stored: Tensor) -> bool:
+        """Whether ``stored`` is filters like this layer's, for any plane."""
+        return stored.dim() == 4 and stored.shape[2:] == self.complex_weights.shape[2:]
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         name = prefix + "complex_weights"
-        stored, shape = state_dict.get(name), self.complex_weights.shape
-        if isinstance(stored, Tensor) and stored.dim() == 4 and stored.shape != shape and stored.shape[2:] == shape[2:]:
+        stored = state_dict.get(name)
+        if isinstance(stored, Tensor) and stored.shape != self.complex_weights.shape and self.accepts(stored):
             # What is stored does not say whether the plane's width was even, and neither rule needs to know.
             stored_size = (stored.shape[0], 2 * (stored.shape[1] - 1) or 1)
             state_dict = {**state_dict, name: resize_filter(stored, stored_size, self.size, self.resize)}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dfformer.layers import Activation, DynamicFilter, MlpHead, Scale, SpectralFilter, StarReLU, conv_output_size
+from dfformer.resize import check_rule
 
 TokenMixer = Callable[..., nn.Module]
 
@@ -111,6 +112,7 @@ class MetaFormer(nn.Module):
         fork_feat: bool = False,
     ) -> None:
         super().__init__()
+        check_rule(resize)
         stages = len(depths)
         mixers = [token_mixers] * stages if callable(token_mixers) else list(token_mixers)
         per_stage = {

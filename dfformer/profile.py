@@ -34,7 +34,7 @@ def profile(make_model: Callable[[], nn.Module], img_size: tuple[int, int], in_c
         model = make_model().train()
         image = torch.empty(1, in_chans, *img_size)
         handles = [m.register_forward_hook(counter.count) for m in model.modules() if type(m) in _MACS]
-        saved, _ = saved_for_backward(model, image)
+        saved = saved_for_backward(model, image)
         for handle in handles:
             handle.remove()
         with torch.no_grad():
@@ -49,8 +49,8 @@ def profile(make_model: Callable[[], nn.Module], img_size: tuple[int, int], in_c
     )
 
 
-def saved_for_backward(model: nn.Module, *inputs: Tensor) -> tuple[int, Any]:
-    """Bytes of distinct storages that ``model(*inputs)`` keeps for backward, parameters excluded; and the output."""
+def saved_for_backward(model: nn.Module, *inputs: Tensor) -> int:
+    """Bytes of distinct storages that ``model(*inputs)`` keeps for backward, parameters excluded."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}  # holding the storage keeps its identity from being reused
 
@@ -61,8 +61,8 @@ def saved_for_backward(model: nn.Module, *inputs: Tensor) -> tuple[int, Any]:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = model(*inputs)
-    return sum(storage.nbytes() for storage in storages.values()), output
+        model(*inputs)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _linear_macs(module: Any, x: Tensor, y: Tensor) -> int:

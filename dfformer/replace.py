@@ -1,5 +1,6 @@
 """Drop-in replacement of the authors' DynamicFilter and GlobalFilter, and copies of them, in somebody else's model."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ def replace_dynamic_filters(model: nn.Module) -> list[Replacement]:
 
     A look-alike is recognised by its parameters (``complex_weights``, ``pwconv1``, ``pwconv2`` and, for a dynamic
     filter, ``reweight.fc1``/``fc2``), whatever its class and module are called. It is swapped only if both give the
-    same output on a random input and nothing is hooked to it; StarReLU look-alikes inside it are fused.
+    same output on a random float32 input and nothing is hooked to it; StarReLU look-alikes inside it are fused.
 
     Returns:
         What was found, in the order of ``model.named_modules()``; empty if nothing was.
@@ -101,8 +102,7 @@ def _refusal(module: nn.Module, ours: DynamicFilter | GlobalFilter) -> str:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks, which the replacement would lose"
     H, W = ours.size
-    like = ours.pwconv1.weight
-    x = torch.randn(2, H, W, ours.pwconv1.in_features, device=like.device, dtype=like.dtype)
+    x = torch.randn(2, H, W, ours.pwconv1.in_features, device=ours.pwconv1.weight.device)
     try:
         theirs, mine = _evaluate(module, x), _evaluate(ours, x)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -112,15 +112,9 @@ def _refusal(module: nn.Module, ours: DynamicFilter | GlobalFilter) -> str:
 
 
 def _evaluate(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)`` in eval mode, every submodule's mode restored."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            return module(x)
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
+    """``module(x)`` in eval mode and float32, by a copy: its formula is judged, not its rounding."""
+    with torch.no_grad():
+        return copy.deepcopy(module).float().eval()(x)
 
 
 def _shared_activation(act: nn.Module) -> nn.Module:
@@ -132,5 +126,5 @@ def _shared_activation(act: nn.Module) -> nn.Module:
     with torch.device("meta"):
         ours = StarReLU()
     ours.scale, ours.bias = scale, bias
-    x = torch.linspace(-2, 2, 9, device=scale.device, dtype=scale.dtype)
+    x = torch.linspace(-2, 2, 9, device=scale.device)
     return ours if relative_error(_evaluate(act, x), _evaluate(ours, x)) <= _AGREEMENT else act

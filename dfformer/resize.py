@@ -43,8 +43,7 @@ def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, in
     Raises:
         ValueError: an unknown rule, or a ``size`` that is not weight's.
     """
-    if rule not in RULES:
-        raise ValueError(f"resize: got {rule!r}, accepted are {', '.join(map(repr, RULES))}")
+    check_rule(rule)
     (H, W), (new_H, new_W) = size, new_size
     if tuple(weight.shape[:2]) != (H, W // 2 + 1):
         raise ValueError(f"size: got {(H, W)}, but weight of shape {tuple(weight.shape)} is not (H, W//2 + 1, ...)")
@@ -57,6 +56,12 @@ def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, in
     resized = (_matrix(*rows, values) @ values.flatten(1)).unflatten(1, (weight.shape[1], -1))
     resized = _matrix(*columns, values) @ resized
     return resized.unflatten(2, weight.shape[2:]).to(weight.dtype)
+
+
+def check_rule(rule: str) -> None:
+    """Raises ValueError for an unknown rule."""
+    if rule not in RULES:
+        raise ValueError(f"resize: got {rule!r}, accepted are {', '.join(map(repr, RULES))}")
 
 
 def _matrix(build: Callable[[int, int], Tensor], old: int, new: int, like: Tensor) -> Tensor:

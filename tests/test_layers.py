@@ -164,6 +164,19 @@ def test_empty_batch(name: str) -> None:
 # Dtypes
 
 
+def assert_near_and_trains(
+    layer: nn.Module, y: Tensor, expected: Tensor, dtype: torch.dtype, grad_dtype: torch.dtype
+) -> None:
+    """``y`` is of ``dtype`` and near ``expected``, and every parameter gets a finite gradient of ``grad_dtype``."""
+    y.float().square().sum().backward()
+    assert y.dtype == dtype
+    assert relative_error(y, expected) < UNITS * BOUND[dtype]
+    for parameter in layer.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == grad_dtype
+        assert parameter.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", [*MIXERS, "star_relu"])
 def test_16_bit_parameters(name: str, dtype: torch.dtype) -> None:
@@ -171,13 +184,7 @@ def test_16_bit_parameters(name: str, dtype: torch.dtype) -> None:
     x = image(*PLANE, dtype=dtype)
     expected = copy.deepcopy(layer).float()(x.float())
     y = layer(x)
-    y.float().square().sum().backward()
-    assert y.dtype == dtype
-    assert relative_error(y, expected) < UNITS * BOUND[dtype]
-    for parameter in layer.parameters():
-        assert parameter.grad is not None
-        assert parameter.grad.dtype == dtype
-        assert parameter.grad.isfinite().all()
+    assert_near_and_trains(layer, y, expected, dtype, grad_dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -187,13 +194,7 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
     expected = layer(x)
     with torch.autocast("cpu", dtype):
         y = layer(x)
-    y.float().square().sum().backward()
-    assert y.dtype == dtype
-    assert relative_error(y, expected) < UNITS * BOUND[dtype]
-    for parameter in layer.parameters():
-        assert parameter.grad is not None
-        assert parameter.grad.dtype == torch.float32
-        assert parameter.grad.isfinite().all()
+    assert_near_and_trains(layer, y, expected, dtype, grad_dtype=torch.float32)
 
 
 def test_autocast_leaves_star_relu_alone() -> None:

@@ -702,6 +702,11 @@ def test_checkpoint_of_the_same_shape_is_loaded_whole(tmp_path: Path) -> None:
 # The authors' form for dense prediction
 
 
+def test_unknown_resize_rule_raises_when_the_model_is_built() -> None:
+    with pytest.raises(ValueError, match="resize: got 'cubic', accepted are 'bicubic', 'fourier'"):
+        small(resize="cubic")
+
+
 def test_fork_feat() -> None:
     model, x = small(fork_feat=True), images(64, 96)
     plain = small(num_classes=0)

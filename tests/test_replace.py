@@ -117,6 +117,14 @@ def test_swapped_model_agrees_and_shares_parameters(make: Callable[[], Frequency
     assert replace_dynamic_filters(model) == [], "nothing is left to swap"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_models_are_swapped_too(dtype: torch.dtype) -> None:
+    model = SomebodysModel(MIXERS["dynamic"]()).to(dtype)
+    assert [r.refusal for r in replace_dynamic_filters(model)] == [""]
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model(torch.randn(1, 8, 8, 16).to(dtype)).dtype == dtype
+
+
 def test_star_relu_is_fused_only_if_it_is_one() -> None:
     model = SomebodysModel(MIXERS["dynamic"](), FrequencyMixer(16, (8, 8), Affine, routed=True))
     assert [r.refusal for r in replace_dynamic_filters(model)] == ["", ""]

@@ -2,7 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 
 #include "dynamic_filter.h"
@@ -55,6 +58,75 @@ std::pair<double, double> bind_star_relu_backward(Address grad_y, Address x, Add
     return {grads.scale, grads.bias};
 }
 
+std::int64_t product(std::initializer_list<std::int64_t> sizes) {
+    std::int64_t result = 1;
+    for (std::int64_t size : sizes)
+        if (__builtin_mul_overflow(result, size, &result))
+            throw std::invalid_argument("shape: the tensors of this problem have more bytes than 64 bits count");
+    return result;
+}
+
+// (B, H, W, C, F) of a tensor that can exist, so that no offset computed from it overflows.
+FilterProblem checked_problem(const std::array<std::int64_t, 5>& shape, int dtype_code,
+                              std::optional<std::pair<double, double>> star_relu) {
+    const auto [B, H, W, C, F] = shape;
+    const DType dtype = checked_dtype(dtype_code);
+    // one side of a plane: far beyond any image, and its square still fits an int
+    constexpr std::int64_t max_side = 32768;
+    if (B < 1 || C < 1 || F < 0 || H < 1 || W < 1 || H > max_side || W > max_side)
+        throw std::invalid_argument("shape: accepted are B, C >= 1, F >= 0 and H, W from 1 to " +
+                                    std::to_string(max_side));
+    product({B, H, W, C + 64, 32});
+    product({B, F, C + 64, 32});
+    product({H, W / 2 + 1, std::max(F, C), 32});
+    const auto [scale, bias] = star_relu.value_or(std::pair{0.0, 0.0});
+    return {B, H, W, C, F, dtype, star_relu.has_value(), scale, bias};
+}
+
+const void* required(const char* name, Address address) { return input(name, address, 1); }
+
+void bind_filter(const std::array<std::int64_t, 5>& shape, int dtype, std::optional<std::pair<double, double>> star_relu,
+                 Address x, Address logits, Address filters, Address y, int threads) {
+    const FilterProblem problem = checked_problem(shape, dtype, star_relu);
+    check_threads(threads);
+    FilterTensors tensors{};
+    tensors.x = required("x", x);
+    tensors.logits = problem.F > 0 ? required("logits", logits) : nullptr;
+    tensors.filters = required("filters", filters);
+    tensors.y = output("y", y, 1);
+    const py::gil_scoped_release no_gil;
+    filter(problem, tensors, threads);
+}
+
+std::pair<double, double> bind_filter_backward(const std::array<std::int64_t, 5>& shape, int dtype,
+                                               std::optional<std::pair<double, double>> star_relu, Address grad_y,
+                                               Address x, Address logits, Address filters, Address grad_x,
+                                               Address grad_logits, Address grad_filters, bool need_scalars,
+                                               int threads) {
+    const FilterProblem problem = checked_problem(shape, dtype, star_relu);
+    check_threads(threads);
+    if (need_scalars && !problem.star_relu)
+        throw std::invalid_argument("need_scalars: got true, but the problem has no StarReLU");
+    if (grad_logits && problem.F == 0) throw std::invalid_argument("grad_logits: a global filter (F = 0) has no logits");
+    FilterTensors tensors{};
+    tensors.x = required("x", x);
+    tensors.logits = problem.F > 0 ? required("logits", logits) : nullptr;
+    tensors.filters = required("filters", filters);
+    tensors.grad_y = required("grad_y", grad_y);
+    tensors.grad_x = reinterpret_cast<void*>(grad_x);
+    tensors.grad_logits = reinterpret_cast<void*>(grad_logits);
+    tensors.grad_filters = reinterpret_cast<void*>(grad_filters);
+    tensors.need_scalars = need_scalars;
+    const py::gil_scoped_release no_gil;
+    const StarReLUScalarGrads grads = filter_backward(problem, tensors, threads);
+    return {grads.scale, grads.bias};
+}
+
+std::int64_t bind_filter_workspace(const std::array<std::int64_t, 5>& shape, int dtype, bool backward, int threads) {
+    check_threads(threads);
+    return filter_workspace(checked_problem(shape, dtype, std::pair{1.0, 0.0}), backward, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -67,4 +139,11 @@ PYBIND11_MODULE(_C, m) {
           py::arg("scale"), py::arg("bias"), py::arg("threads"));
     m.def("star_relu_backward", &bind_star_relu_backward, no_gil, py::arg("grad_y"), py::arg("x"), py::arg("grad_x"),
           py::arg("n"), py::arg("dtype"), py::arg("scale"), py::arg("threads"));
+    m.def("filter", &bind_filter, py::arg("shape"), py::arg("dtype"), py::arg("star_relu"), py::arg("x"),
+          py::arg("logits"), py::arg("filters"), py::arg("y"), py::arg("threads"));
+    m.def("filter_backward", &bind_filter_backward, py::arg("shape"), py::arg("dtype"), py::arg("star_relu"),
+          py::arg("grad_y"), py::arg("x"), py::arg("logits"), py::arg("filters"), py::arg("grad_x"),
+          py::arg("grad_logits"), py::arg("grad_filters"), py::arg("need_scalars"), py::arg("threads"));
+    m.def("filter_workspace", &bind_filter_workspace, py::arg("shape"), py::arg("dtype"), py::arg("backward"),
+          py::arg("threads"), "Bytes that a call allocates beside its tensors.");
 }

@@ -34,4 +34,35 @@ struct StarReLUScalarGrads {
 StarReLUScalarGrads star_relu_backward(const void* grad_y, const void* x, void* grad_x, std::int64_t n, DType dtype,
                                        double scale, int threads);
 
+// A filter step on x (B,H,W,C): y = irfft2(rfft2(u) * M), u = star_relu(x) or x. The filter M is mixed from a basis
+// (H,K,F,2) by softmax(logits), K = W/2 + 1, or, where F = 0, is the weight (H,K,C,2) itself.
+struct FilterProblem {
+    std::int64_t B, H, W, C, F;
+    DType dtype;
+    bool star_relu;
+    double scale, bias;  // StarReLU's, where it is part of the step
+};
+
+// Dense tensors of x's dtype, or (logits, filters and their gradients) of its arithmetic type.
+struct FilterTensors {
+    const void* x;
+    const void* logits;   // (B,F,C); null where F = 0
+    const void* filters;  // basis or weight
+    void* y;              // forward only
+    // Backward only; a null gradient is not computed.
+    const void* grad_y;
+    void* grad_x;
+    void* grad_logits;
+    void* grad_filters;
+    bool need_scalars;  // StarReLU's gradients
+};
+
+// Both throw std::bad_alloc if the workspace cannot be had.
+void filter(const FilterProblem& problem, const FilterTensors& tensors, int threads);
+// Reductions have a fixed order: the same bits for any `threads`.
+StarReLUScalarGrads filter_backward(const FilterProblem& problem, const FilterTensors& tensors, int threads);
+
+// Bytes that one of these calls allocates beside its tensors, whatever they hold.
+std::int64_t filter_workspace(const FilterProblem& problem, bool backward, int threads);
+
 }  // namespace dfformer

@@ -78,7 +78,108 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
     return gradients
 
 
-KERNELS: dict[str, Callable[..., Any]] = {"star_relu": star_relu, "star_relu_backward": star_relu_backward}
+def dynamic_filter(x: Tensor, logits: Tensor, basis: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    return _filter(x, logits, basis, scale, bias)
+
+
+def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    return _filter(x, None, weight, scale, bias)
+
+
+def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    problem = _FilterProblem(x, logits, filters, scale, bias)
+    y = torch.empty_like(problem.x)
+    core().filter(*problem.arguments, *_addresses(problem.x), *problem.parameters, *_addresses(y), _threads())
+    return y
+
+
+def dynamic_filter_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    basis: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return _filter_backward(grad_y, x, logits, basis, scale, bias, needs)
+
+
+def global_filter_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor]:
+    need_x, *others = needs
+    return _filter_backward(grad_y, x, None, weight, scale, bias, (need_x, False, *others))
+
+
+def _filter_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    logits: Tensor | None,
+    filters: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    need_x, need_logits, need_filters, need_scale, need_bias = needs
+    problem = _FilterProblem(x, logits, filters, scale, bias)
+    grad_y = grad_y.to(x.dtype).contiguous()
+    grad_x = torch.empty_like(problem.x) if need_x else None
+    grad_logits = torch.empty_like(problem.logits) if problem.logits is not None and need_logits else None
+    grad_filters = torch.empty_like(problem.filters) if need_filters else None
+    grad_scale, grad_bias = core().filter_backward(
+        *problem.arguments,
+        *_addresses(grad_y, problem.x),
+        *problem.parameters,
+        *_addresses(grad_x),
+        *_addresses(grad_logits),
+        *_addresses(grad_filters),
+        need_scale or need_bias,
+        _threads(),
+    )
+    gradients = [] if grad_x is None else [grad_x]
+    if logits is not None and grad_logits is not None:
+        gradients.append(grad_logits.to(logits.dtype))
+    if grad_filters is not None:
+        gradients.append(grad_filters)
+    if scale is not None and need_scale:
+        gradients.append(torch.full_like(scale, grad_scale))
+    if bias is not None and need_bias:
+        gradients.append(torch.full_like(bias, grad_bias))
+    return gradients
+
+
+class _FilterProblem:
+    """A filter step's inputs as the core takes them: dense, parameters in the arithmetic dtype."""
+
+    def __init__(
+        self, x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None
+    ) -> None:
+        self.x = x.contiguous()
+        self.filters = filters.contiguous()
+        self.logits = None if logits is None else logits.to(filters.dtype).contiguous()
+        F = 0 if logits is None else logits.shape[1]
+        star_relu = None if scale is None or bias is None else (float(scale), float(bias))
+        self.arguments = ((*x.shape, F), _DTYPE_CODES[x.dtype], star_relu)
+        self.parameters = (*_addresses(self.logits), *_addresses(self.filters))
+
+
+def filter_workspace_bytes(shape: Sequence[int], num_filters: int, dtype: torch.dtype, backward: bool = False) -> int:
+    """Bytes a step on x of ``shape`` (B,H,W,C) allocates beside its tensors, with the threads torch uses now.
+
+    ``num_filters`` is F, 0 for a global filter.
+    """
+    return core().filter_workspace((*shape, num_filters), _DTYPE_CODES[dtype], backward, _threads())
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "star_relu": star_relu,
+    "star_relu_backward": star_relu_backward,
+    "dynamic_filter": dynamic_filter,
+    "dynamic_filter_backward": dynamic_filter_backward,
+    "global_filter": global_filter,
+    "global_filter_backward": global_filter_backward,
+}
 
 
 def _threads() -> int:
@@ -88,11 +189,9 @@ def _threads() -> int:
 
 def _addresses(*tensors: Tensor | None) -> list[int]:
     """Addresses of dense CPU tensors of one dtype and size; the last check before the core trusts a pointer."""
-    first = tensors[0]
-    assert first is not None
-    for t in tensors:
-        if t is None:
-            continue
+    present = [t for t in tensors if t is not None]
+    for t in present:
+        first = present[0]
         if not (t.device.type == "cpu" and t.is_contiguous() and t.dtype == first.dtype and t.shape == first.shape):
             raise RuntimeError(
                 f"the compiled core takes contiguous CPU tensors of one dtype and shape, got {t.dtype} "

@@ -25,9 +25,9 @@ std::vector<const Kernels*> supported_kernels() {
     return kernels;
 }
 
-std::atomic<const Kernels*>& active_kernels() {
-    static std::atomic<const Kernels*> active{supported_kernels().front()};
-    return active;
+std::atomic<const Kernels*>& active() {
+    static std::atomic<const Kernels*> kernels{supported_kernels().front()};
+    return kernels;
 }
 
 // Elements a thread takes at a time, and the unit of the fixed reduction order: 64 KiB of float32, so that the x and y
@@ -54,18 +54,20 @@ Pointer offset(Pointer base, std::int64_t bytes) {
 
 }  // namespace
 
+const Kernels& cpu::active_kernels() { return *active().load(); }
+
 std::vector<std::string> supported_isas() {
     std::vector<std::string> names;
     for (const Kernels* kernels : supported_kernels()) names.emplace_back(kernels->isa);
     return names;
 }
 
-std::string active_isa() { return active_kernels().load()->isa; }
+std::string active_isa() { return active().load()->isa; }
 
 void set_active_isa(const std::string& name) {
     for (const Kernels* kernels : supported_kernels())
         if (name == kernels->isa) {
-            active_kernels() = kernels;
+            active() = kernels;
             return;
         }
     std::string accepted;
@@ -74,7 +76,7 @@ void set_active_isa(const std::string& name) {
 }
 
 void star_relu(const void* x, void* y, std::int64_t n, DType dtype, double scale, double bias, int threads) {
-    const auto& kernel = active_kernels().load()->star_relu[static_cast<int>(dtype)];
+    const auto& kernel = cpu::active_kernels().star_relu[static_cast<int>(dtype)];
     const std::int64_t size = item_size[static_cast<int>(dtype)];
     for_each_chunk(n, threads, [&](std::int64_t first, std::int64_t count, std::int64_t) {
         kernel.forward(offset(x, first * size), offset(y, first * size), count, scale, bias);
@@ -83,7 +85,7 @@ void star_relu(const void* x, void* y, std::int64_t n, DType dtype, double scale
 
 StarReLUScalarGrads star_relu_backward(const void* grad_y, const void* x, void* grad_x, std::int64_t n, DType dtype,
                                        double scale, int threads) {
-    const auto& kernel = active_kernels().load()->star_relu[static_cast<int>(dtype)];
+    const auto& kernel = cpu::active_kernels().star_relu[static_cast<int>(dtype)];
     const std::int64_t size = item_size[static_cast<int>(dtype)];
     std::vector<StarReLUScalarGrads> partial((n + chunk - 1) / chunk);
     for_each_chunk(n, threads, [&](std::int64_t first, std::int64_t count, std::int64_t c) {

@@ -1,4 +1,4 @@
-// What one instruction set's translation unit provides to dispatch.cpp.
+// What one instruction set's translation unit provides to the drivers (star_relu.cpp, filter.cpp).
 //
 // Every isa_*.cpp compiles the same kernel source inside an anonymous namespace. The kernels use no std:: templates:
 // an inline std function instantiated under a wider target would be a weak symbol that the linker may hand to a
@@ -11,16 +11,57 @@
 
 namespace dfformer::cpu {
 
-// Serial kernels over one run of elements; dispatch.cpp owns threads and the order of reductions.
+// Serial kernels over one run of elements; the driver owns threads and the order of reductions.
 struct StarReLUKernel {
     void (*forward)(const void* x, void* y, std::int64_t n, double scale, double bias);
     // sums[0] = sum(grad_y * relu(x)^2), sums[1] = sum(grad_y); grad_x may be null.
     void (*backward)(const void* grad_y, const void* x, void* grad_x, std::int64_t n, double scale, double* sums);
 };
 
+// One call of a filter step as the kernels see it. The unit of work is a plane: a block of neighbouring channels, one
+// per SIMD lane, of one sample.
+struct FilterCall {
+    const FilterProblem* problem;
+    const FilterTensors* tensors;
+    const void* row_plan;     // Plan<T> of length W, T the arithmetic type
+    const void* column_plan;  // Plan<T> of length H
+    std::int64_t channel_blocks;
+    std::int64_t row_stride;  // complex lanes from one pair of rows to the next in a plane's workspace
+    void* slots;              // backward: [slots][H][K][F][2] partial sums of a basis' gradient
+    std::int64_t num_slots;
+};
+
+struct PlaneTask {
+    std::int64_t sample, channel_block;
+    std::int64_t slot;   // backward: where it adds its part of grad_filters,
+    bool first_of_slot;  // or, being the first, puts it
+    void* workspace;
+};
+
+struct FilterWorkspace {
+    std::int64_t plane_bytes;    // of a plane in progress
+    std::int64_t scratch_bytes;  // of a thread
+};
+
+// A plane's steps in order. Those with a range [first, last) of row pairs or of columns may run on several threads, each
+// with its own scratch, as long as all of one step are done before the next begins.
+struct FilterKernel {
+    FilterWorkspace (*workspace)(const FilterCall&);
+    void (*begin)(const FilterCall&, const PlaneTask&);
+    void (*rows)(const FilterCall&, const PlaneTask&, void* scratch, int first, int last);
+    void (*columns)(const FilterCall&, const PlaneTask&, void* scratch, int first, int last);
+    void (*inverse_rows)(const FilterCall&, const PlaneTask&, void* scratch, int first, int last);
+    // star_relu_sums: this plane's part of StarReLU's two gradients
+    void (*end)(const FilterCall&, const PlaneTask&, double* star_relu_sums);
+    // rows [first, last) of a basis' gradient from the slots
+    void (*sum_slots)(const FilterCall&, int first, int last);
+};
+
 struct Kernels {
     const char* isa;
+    int vector_bytes;
     StarReLUKernel star_relu[num_dtypes];  // indexed by DType
+    FilterKernel filter[num_dtypes];
 };
 
 extern const Kernels baseline_kernels;  // SSE2 on x86-64, NEON on aarch64
@@ -28,5 +69,7 @@ extern const Kernels baseline_kernels;  // SSE2 on x86-64, NEON on aarch64
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 #endif
+
+const Kernels& active_kernels();
 
 }  // namespace dfformer::cpu

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "isa.h"
+#include "plan.h"
 
 #define VECTOR_BYTES 32
 #define HAS_F16C 1

@@ -8,6 +8,7 @@ namespace {
 using F32 = float __attribute__((vector_size(VECTOR_BYTES)));
 using F64 = double __attribute__((vector_size(VECTOR_BYTES)));
 using I32 = std::int32_t __attribute__((vector_size(VECTOR_BYTES)));
+using I64 = std::int64_t __attribute__((vector_size(VECTOR_BYTES)));
 using U32 = std::uint32_t __attribute__((vector_size(VECTOR_BYTES)));
 using U16 = std::uint16_t __attribute__((vector_size(VECTOR_BYTES / 2)));
 // Twice as wide as a register, so that it has as many lanes as F32: exact accumulation of float32 sums.
@@ -96,6 +97,82 @@ struct Float16 {
     }
 #endif
 };
+
+// The first n < L::count elements, the other lanes zero. Nothing beyond them is read or written.
+template <class L>
+inline typename L::Vec load_first(const typename L::Scalar* from, int n) {
+    typename L::Scalar elements[L::count] = {};
+    for (int i = 0; i < n; i++) elements[i] = from[i];
+    return L::load(elements);
+}
+template <class L>
+inline void store_first(typename L::Scalar* to, typename L::Vec v, int n) {
+    typename L::Scalar elements[L::count];
+    L::store(elements, v);
+    for (int i = 0; i < n; i++) to[i] = elements[i];
+}
+
+// exp(x) for x <= 0, to about one unit in the last place; zero where the result would be subnormal.
+// x = n ln 2 + r; exp(r) by its series, 2^n by adding n to the exponent.
+template <class Int, int terms, int mantissa_bits, class Vec, class Scalar>
+inline Vec exp_nonpositive(Vec x, Scalar lowest, Scalar ln2_high, Scalar ln2_low) {
+    constexpr Scalar rounder = 1.5 * (1ll << mantissa_bits);  // a number this large has no bits for a fraction
+    const Vec bounded = x < lowest ? Vec{} + lowest : x;
+    const Vec shifted = bounded * Scalar(1.4426950408889634) + rounder;
+    const Vec n = shifted - rounder, r = (bounded - n * ln2_high) - n * ln2_low;
+    Vec series = Vec{} + Scalar(1);
+    for (int i = terms; i > 0; i--) series = series * r * Scalar(1.0 / i) + Scalar(1);
+    const Int power = bits<Int>(shifted) - bits<Int>(Vec{} + rounder);
+    const Vec result = bits<Vec>(bits<Int>(series) + (power << mantissa_bits));
+    return x < lowest ? Vec{} : x != x ? x : result;
+}
+inline F32 exp_nonpositive(F32 x) { return exp_nonpositive<I32, 7, 23>(x, -87.0f, 0.693359375f, -2.12194440e-4f); }
+inline F64 exp_nonpositive(F64 x) {
+    return exp_nonpositive<I64, 14, 52>(x, -708.0, 0.6931471803691238, 1.9082149292705877e-10);
+}
+
+template <int... I>
+struct Indices {};
+template <int n, int... I>
+struct CountTo : CountTo<n - 1, n - 1, I...> {};
+template <int... I>
+struct CountTo<0, I...> {
+    using Type = Indices<I...>;
+};
+// Every second lane of a, then of b, from lane `first` (0 or 1) on.
+template <int first, class Vec, int... I>
+inline Vec alternate(Vec a, Vec b, Indices<I...>) {
+    return __builtin_shufflevector(a, b, (2 * I + first)...);
+}
+template <int first, class Vec>
+inline Vec alternate(Vec a, Vec b) {
+    return alternate<first>(a, b, typename CountTo<sizeof(Vec) / sizeof(a[0])>::Type{});
+}
+// Lanes of a and b in turn: the lower half of them, or the upper.
+template <bool upper, class Vec, int... I>
+inline Vec interleave(Vec a, Vec b, Indices<I...>) {
+    constexpr int lanes = sizeof...(I), first = upper ? lanes / 2 : 0;
+    return __builtin_shufflevector(a, b, (first + I / 2 + (I % 2 ? lanes : 0))...);
+}
+template <bool upper, class Vec>
+inline Vec interleave(Vec a, Vec b) {
+    return interleave<upper>(a, b, typename CountTo<sizeof(Vec) / sizeof(a[0])>::Type{});
+}
+// Sums of neighbouring lanes: a's in the lower half, b's in the upper.
+template <class Vec>
+inline Vec pair_sums(Vec a, Vec b) {
+    return alternate<0>(a, b) + alternate<1>(a, b);
+}
+
+// Lane i of the result, i < n, is the sum of v[i]'s lanes; n is a power of two, at most the number of lanes.
+template <int n, class Vec>
+inline Vec lane_sums(Vec* v) {
+    constexpr int lanes = sizeof(Vec) / sizeof(v[0][0]);
+    for (int count = n; count > 1; count /= 2)
+        for (int i = 0; i < count / 2; i++) v[i] = pair_sums(v[2 * i], v[2 * i + 1]);
+    for (int parts = lanes / n; parts > 1; parts /= 2) v[0] = pair_sums(v[0], v[0]);
+    return v[0];
+}
 
 // Sum of float32 registers (or, below, float64 ones) kept in float64 lanes.
 inline double lane_sum(F64 v) {

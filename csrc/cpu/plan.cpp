@@ -1,0 +1,267 @@
+// Plans and their cache. Constants are computed in float64 and rounded once.
+#include "plan.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <cmath>
+#include <complex>
+#include <deque>
+#include <list>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <vector>
+
+namespace dfformer::cpu {
+namespace {
+
+using Complex64 = std::complex<double>;
+
+// exp(-2 pi i k / n), from an angle of at most pi/4.
+Complex64 root(std::int64_t k, std::int64_t n) {
+    k %= n;
+    const std::int64_t octant = 8 * k / n, numerator = 8 * k - octant * n;  // angle = (octant + numerator / n) pi/4
+    const double rest = (octant % 2 ? n - numerator : numerator) * (M_PI / 4) / n;
+    const double c = std::cos(rest), s = std::sin(rest);
+    const Complex64 turns[8] = {{c, s}, {s, c}, {-s, c}, {-c, s}, {-c, -s}, {-s, -c}, {s, -c}, {c, -s}};
+    return std::conj(turns[octant]);
+}
+
+bool is_unrolled(int radix) {
+    return std::find(std::begin(unrolled_radices), std::end(unrolled_radices), radix) != std::end(unrolled_radices);
+}
+
+int smallest_factor(int n) {
+    for (int p = 2; p * p <= n; p++)
+        if (n % p == 0) return p;
+    return n;
+}
+
+bool is_smooth(int n) {
+    while (n > 1) {
+        const int p = smallest_factor(n);
+        if (p > 7) return false;
+        n /= p;
+    }
+    return true;
+}
+
+// From here up a prime is cheaper as a convolution of a smooth length than by its definition.
+constexpr int smallest_chirp_prime = 101;
+
+int convolution_size(int prime);
+
+// Measured nanoseconds of one butterfly (AVX-512, data in L1); only their ratios matter.
+double butterfly_cost(int radix) {
+    static const std::map<int, double> unrolled = {{2, 1.1},  {3, 1.9},  {4, 2.2},   {5, 3.5},   {6, 3.9},
+                                                   {7, 5.4},  {8, 6.0},  {9, 8.9},   {10, 8.7},  {11, 16.7},
+                                                   {12, 9.9}, {13, 26.6}, {14, 18.6}, {16, 20.4}};
+    if (const auto found = unrolled.find(radix); found != unrolled.end()) return found->second;
+    if (radix >= smallest_chirp_prime) return 4.0 * convolution_size(radix);
+    return 0.3 * radix * radix;
+}
+constexpr double twiddle_cost = 0.17;
+
+struct Factors {
+    double cost = 0;
+    std::vector<int> radices;
+};
+
+// The cheapest order of radices for a line of n points.
+Factors cheapest_factors(int n, std::map<int, Factors>& known) {
+    if (n == 1) return {};
+    if (const auto found = known.find(n); found != known.end()) return found->second;
+    Factors best;
+    const auto consider = [&](int radix) {
+        const int rest = n / radix;
+        Factors candidate = cheapest_factors(rest, known);
+        const double twiddles = std::gcd(radix, rest) == 1 ? 0 : twiddle_cost * (radix - 1);
+        candidate.cost = rest * (butterfly_cost(radix) + twiddles) + radix * candidate.cost;
+        candidate.radices.insert(candidate.radices.begin(), radix);
+        if (best.radices.empty() || candidate.cost < best.cost) best = candidate;
+    };
+    for (int radix : unrolled_radices)
+        if (n % radix == 0) consider(radix);
+    for (int rest = n; rest > 1;) {
+        const int prime = smallest_factor(rest);
+        if (!is_unrolled(prime)) consider(prime);
+        while (rest % prime == 0) rest /= prime;
+    }
+    return known[n] = best;
+}
+
+std::vector<int> radices_of(int n) {
+    std::map<int, Factors> known;
+    return cheapest_factors(n, known).radices;
+}
+
+// The cheapest smooth length in which a circular convolution holds the linear one of a prime's chirp.
+int convolution_size(int prime) {
+    static std::map<int, int> found;  // guarded by the cache's mutex: plans are only built under it
+    int& best = found[prime];
+    if (best) return best;
+    double best_cost = 0;
+    std::map<int, Factors> known;
+    for (int n = 2 * prime - 1; n < 3 * prime; n++) {
+        if (!is_smooth(n)) continue;
+        const double cost = cheapest_factors(n, known).cost;
+        if (!best || cost < best_cost) {
+            best = n;
+            best_cost = cost;
+        }
+    }
+    return best;
+}
+
+// Transform of smooth lengths in float64, for tables only.
+std::vector<Complex64> transformed(const std::vector<Complex64>& a) {
+    const int n = static_cast<int>(a.size()), radix = smallest_factor(n), rest = n / radix;
+    if (n == 1) return a;
+    std::vector<Complex64> result(n), part(rest);
+    for (int r = 0; r < radix; r++) {
+        for (int m = 0; m < rest; m++) part[m] = a[m * radix + r];
+        const std::vector<Complex64> spectrum = transformed(part);
+        for (int k = 0; k < n; k++) result[k] += spectrum[k % rest] * root(static_cast<std::int64_t>(k) * r, n);
+    }
+    return result;
+}
+
+// A plan and everything its pointers point into.
+template <class T>
+struct OwnedPlan {
+    Plan<T> plan{};
+    std::vector<Pass<T>> passes;
+    std::vector<int> position, frequency, frequency_at, columns;
+    std::deque<std::vector<T>> tables;  // a deque: its elements stay where they are
+    std::vector<std::shared_ptr<const Plan<T>>> convolutions;
+
+    const T* table(const std::vector<Complex64>& values) {
+        std::vector<T>& rounded = tables.emplace_back();
+        for (const Complex64& value : values) {
+            rounded.push_back(static_cast<T>(value.real()));
+            rounded.push_back(static_cast<T>(value.imag()));
+        }
+        return rounded.data();
+    }
+};
+
+template <class T>
+std::shared_ptr<const Plan<T>> build(int size);
+
+template <class T>
+void add_roots(OwnedPlan<T>& owned, Pass<T>& pass) {
+    const int radix = pass.radix;
+    std::vector<Complex64> values(radix);
+    if (radix < smallest_chirp_prime) {
+        for (int j = 0; j < radix; j++) values[j] = root(j, radix);
+        pass.roots = owned.table(values);
+        owned.plan.scratch = std::max<std::int64_t>(owned.plan.scratch, 2 * std::int64_t{radix});
+        return;
+    }
+    for (std::int64_t j = 0; j < radix; j++) values[j] = root(j * j % (2 * radix), 2 * radix);
+    pass.chirp = owned.table(values);
+    pass.convolution = owned.convolutions.emplace_back(build<T>(convolution_size(radix))).get();
+    const Plan<T>& convolution = *pass.convolution;
+    std::vector<Complex64> kernel(convolution.size);
+    for (int j = 0; j < radix; j++)
+        kernel[j] = kernel[(convolution.size - j) % convolution.size] = std::conj(values[j]) / double(convolution.size);
+    const std::vector<Complex64> spectrum = transformed(kernel);
+    std::vector<Complex64> ordered(convolution.size);
+    for (int p = 0; p < convolution.size; p++) ordered[p] = spectrum[convolution.frequency[p]];
+    pass.chirp_spectrum = owned.table(ordered);
+    owned.plan.scratch = std::max<std::int64_t>(owned.plan.scratch, radix + std::int64_t{convolution.size});
+}
+
+// A line of N = R M points after its first pass is R lines of M. Sample n = M r + m (coprime factors: M r + R m) meets
+// the first butterfly as its r-th input; the rest belongs to the line of sample m. Frequencies come back as k = r + R km
+// (coprime: the k with remainders r and km).
+template <class T>
+std::shared_ptr<const Plan<T>> build(int size) {
+    auto owned = std::make_shared<OwnedPlan<T>>();
+    std::vector<int> sample{0}, frequency{0};  // by position, of the lines built so far: from the innermost outwards
+    const std::vector<int> radices = radices_of(size);
+    for (auto radix = radices.rbegin(); radix != radices.rend(); ++radix) {
+        const int R = *radix, M = static_cast<int>(sample.size()), N = R * M;
+        const bool coprime = std::gcd(R, M) == 1;
+        Pass<T> pass{R, size / N, M, nullptr, nullptr, nullptr, nullptr, nullptr};
+        if (!coprime) {
+            std::vector<Complex64> twiddles;
+            for (int m = 0; m < M; m++)
+                for (int r = 1; r < R; r++) twiddles.push_back(root(static_cast<std::int64_t>(sample[m]) * r, N));
+            pass.twiddles = owned->table(twiddles);
+        }
+        if (!is_unrolled(R)) add_roots(*owned, pass);
+        owned->passes.insert(owned->passes.begin(), pass);
+
+        std::vector<int> longer_sample(N), longer_frequency(N);
+        for (int r = 0; r < R; r++)
+            for (int m = 0; m < M; m++) {
+                const std::int64_t n = static_cast<std::int64_t>(M) * r + (coprime ? R : 1) * std::int64_t{sample[m]};
+                longer_sample[r * M + m] = static_cast<int>(n % N);
+                int k = r + R * frequency[m];
+                if (coprime)
+                    for (k = frequency[m]; k % R != r; k += M) {
+                    }
+                longer_frequency[r * M + m] = k;
+            }
+        sample = longer_sample;
+        frequency = longer_frequency;
+    }
+
+    owned->position.resize(size);
+    owned->frequency_at.resize(size);
+    for (int p = 0; p < size; p++) {
+        owned->position[sample[p]] = p;
+        owned->frequency_at[frequency[p]] = p;
+        if (frequency[p] <= size / 2) owned->columns.push_back(frequency[p]);
+    }
+    owned->frequency = frequency;
+    Plan<T>& plan = owned->plan;
+    plan.size = size;
+    plan.num_passes = static_cast<int>(owned->passes.size());
+    plan.num_columns = static_cast<int>(owned->columns.size());
+    plan.passes = owned->passes.data();
+    plan.position = owned->position.data();
+    plan.frequency = owned->frequency.data();
+    plan.frequency_at = owned->frequency_at.data();
+    plan.columns = owned->columns.data();
+    return {owned, &owned->plan};
+}
+
+std::mutex cache_mutex;
+// A child that is forked while another thread holds the mutex would wait for it forever.
+[[maybe_unused]] const int at_fork = pthread_atfork([] { cache_mutex.lock(); }, [] { cache_mutex.unlock(); },
+                                                    [] { cache_mutex.unlock(); });
+
+// Most recently used first.
+template <class T>
+std::list<std::shared_ptr<const Plan<T>>>& cache() {
+    static std::list<std::shared_ptr<const Plan<T>>> plans;
+    return plans;
+}
+
+}  // namespace
+
+template <class T>
+std::shared_ptr<const Plan<T>> plan_for(int size) {
+    const std::lock_guard lock(cache_mutex);
+    auto& plans = cache<T>();
+    const auto found = std::find_if(plans.begin(), plans.end(), [&](const auto& plan) { return plan->size == size; });
+    if (found != plans.end()) {
+        plans.splice(plans.begin(), plans, found);
+    } else {
+        plans.push_front(build<T>(size));
+        if (plans.size() > plan_cache_limit) plans.pop_back();
+    }
+    return plans.front();
+}
+template std::shared_ptr<const Plan<float>> plan_for(int);
+template std::shared_ptr<const Plan<double>> plan_for(int);
+
+int cached_plans() {
+    const std::lock_guard lock(cache_mutex);
+    return static_cast<int>(cache<float>().size() + cache<double>().size());
+}
+
+}  // namespace dfformer::cpu

@@ -49,9 +49,16 @@ constexpr std::int64_t min_elements_per_thread = 16384;
 // Planes of fewer bytes are never shared between threads: they would wait for each other longer than they compute.
 constexpr std::int64_t min_shared_plane_bytes = 256 * 1024;
 // Partial sums of grad_basis: as many as fit, for threads to work on; the number must not depend on theirs.
-constexpr std::int64_t max_slots = 32, max_slots_bytes = 16 << 20;
+constexpr std::int64_t max_slots = 16, max_slots_bytes = 16 << 20;
+// Planes in progress on one thread stay in its L2 cache.
+constexpr std::int64_t max_group_bytes = 512 * 1024;
 
 // Everything about one call that follows from its sizes.
+//
+// Planes are numbered so that neighbours can be a group, and cut into units: runs that one thread takes in order. A
+// basis' gradient adds up over all planes, so its units are those that share a slot; a weight's over samples, so the
+// units are its channel blocks. Units left over when every thread has had the same number, or all of them where the
+// planes in progress would not fit the last cache together, are shared: all threads work on one plane at a time.
 class Driver {
    public:
     Driver(const FilterProblem& problem, const FilterTensors& tensors, int threads)
@@ -59,40 +66,34 @@ class Driver {
           kernel_(kernels_.filter[static_cast<int>(problem.dtype)]),
           problem_(problem),
           backward_(tensors.grad_y) {
-        const bool wide = problem.dtype == DType::float64;
-        const auto plan = [&](std::int64_t size) -> std::shared_ptr<const void> {
-            if (wide) return plan_for<double>(static_cast<int>(size));
-            return plan_for<float>(static_cast<int>(size));
-        };
-        row_plan_ = plan(problem.W);
-        column_plan_ = plan(problem.H);
-        item_ = wide ? 8 : 4;
+        if (problem.dtype == DType::float64)
+            set_plans<double>();
+        else
+            set_plans<float>();
         const std::int64_t lanes = kernels_.vector_bytes / item_;
         const std::int64_t channel_blocks = (problem.C + lanes - 1) / lanes;
         planes_ = problem.B * channel_blocks;
         // An odd stride spreads a column over all of a cache's sets.
         const std::int64_t row_stride = problem.W < 16 ? problem.W : problem.W | 1;
         call_ = {&problem_, &tensors, row_plan_.get(), column_plan_.get(), channel_blocks, row_stride, nullptr, 0};
-        slot_bytes_ = problem.F > 0 && tensors.grad_filters ? problem.H * (problem.W / 2 + 1) * problem.F * 2 * item_ : 0;
-        units_ = planes_;
-        if (problem.F == 0 && backward_) units_ = channel_blocks;
-        if (slot_bytes_) units_ = std::clamp<std::int64_t>(max_slots_bytes / slot_bytes_, 1, std::min(max_slots, planes_));
-        call_.num_slots = units_;
         const FilterWorkspace workspace = kernel_.workspace(call_);
         plane_bytes_ = padded(workspace.plane_bytes);
         scratch_bytes_ = padded(workspace.scratch_bytes);
-        choose_threads(threads);
+        const std::int64_t elements = problem.B * problem.H * problem.W * problem.C;
+        threads_ = static_cast<int>(std::clamp<std::int64_t>(elements / min_elements_per_thread, 1, threads));
+        slot_bytes_ = problem.F > 0 && tensors.grad_filters ? problem.H * (problem.W / 2 + 1) * problem.F * 2 * item_ : 0;
+        choose_units();
+        share_units();
     }
 
     std::int64_t workspace_bytes() const {
-        const std::int64_t sums = backward_ ? planes_ * 2 * static_cast<std::int64_t>(sizeof(double)) : 0;
-        return shared_bytes() + threads_ * (own_bytes() + scratch_bytes_) + padded(sums) + units_ * slot_bytes_;
+        return shared_bytes() + threads_ * (own_bytes() + scratch_bytes_) + padded(sums_bytes()) + slots_bytes();
     }
 
     StarReLUScalarGrads run() {
         const Memory memory = allocate(shared_bytes() + threads_ * (own_bytes() + scratch_bytes_));
-        const Memory slots = allocate(units_ * slot_bytes_);
-        const Memory sums = allocate(backward_ ? planes_ * 2 * static_cast<std::int64_t>(sizeof(double)) : 0);
+        const Memory slots = allocate(slots_bytes());
+        const Memory sums = allocate(sums_bytes());
         memory_ = memory.get();
         call_.slots = slots.get();
         sums_ = reinterpret_cast<double*>(sums.get());
@@ -107,13 +108,34 @@ class Driver {
     }
 
    private:
-    // Units are runs of planes that one thread takes in order. Those left over when every thread has had the same
-    // number, or all of them where the planes in progress would not fit the last cache together, are shared: all threads
-    // work on one plane at a time.
-    void choose_threads(int threads) {
-        const std::int64_t elements = problem_.B * problem_.H * problem_.W * problem_.C;
-        const std::int64_t useful = std::max<std::int64_t>(1, elements / min_elements_per_thread);
-        threads_ = static_cast<int>(std::min<std::int64_t>(threads, useful));
+    template <class T>
+    void set_plans() {
+        const auto row_plan = plan_for<T>(static_cast<int>(problem_.W));
+        const auto column_plan = plan_for<T>(static_cast<int>(problem_.H));
+        row_plan_ = row_plan;
+        column_plan_ = column_plan;
+        num_pairs_ = column_plan->num_pairs;
+        item_ = sizeof(T);
+    }
+
+    void choose_units() {
+        group_ = std::clamp<std::int64_t>(max_group_bytes / plane_bytes_, 1, PlaneGroup::max_count);
+        units_ = planes_;
+        if (slot_bytes_)
+            units_ = std::clamp<std::int64_t>(max_slots_bytes / slot_bytes_, 1, std::min(max_slots, planes_));
+        else if (by_channel() && backward_)
+            units_ = call_.channel_blocks;
+        else
+            while (units_ > 1 && group_ > 1 && units_ == planes_) {
+                if (planes_ / group_ >= 4 * threads_ || threads_ == 1)
+                    units_ = (planes_ + group_ - 1) / group_;
+                else
+                    group_ /= 2;
+            }
+        call_.num_slots = units_;
+    }
+
+    void share_units() {
         own_units_ = units_;
         if (threads_ > 1 && plane_bytes_ >= min_shared_plane_bytes) {
             own_units_ -= units_ % threads_;
@@ -122,21 +144,36 @@ class Driver {
         if (own_units_ == units_) threads_ = static_cast<int>(std::min<std::int64_t>(threads_, units_));
     }
 
-    std::int64_t shared_bytes() const { return own_units_ < units_ ? plane_bytes_ : 0; }
-    std::int64_t own_bytes() const { return own_units_ > 0 ? plane_bytes_ : 0; }
+    // A weight's gradient adds up over samples, so those are neighbours; else channel blocks are.
+    bool by_channel() const { return problem_.F == 0; }
 
-    PlaneTask task(std::int64_t plane, std::int64_t unit, void* workspace) const {
-        // A weight's gradient adds up over samples, so those are neighbours; else channels are.
-        const bool by_channel = problem_.F == 0;
-        const std::int64_t sample = by_channel ? plane % problem_.B : plane / call_.channel_blocks;
-        const std::int64_t block = by_channel ? plane / problem_.B : plane % call_.channel_blocks;
-        return {sample, block, unit, plane == first_plane(unit), workspace};
-    }
+    std::int64_t shared_bytes() const { return own_units_ < units_ ? plane_bytes_ : 0; }
+    std::int64_t own_bytes() const { return own_units_ > 0 ? group_ * plane_bytes_ : 0; }
+    std::int64_t sums_bytes() const { return backward_ ? planes_ * 2 * std::int64_t{sizeof(double)} : 0; }
+    std::int64_t slots_bytes() const { return slot_bytes_ ? units_ * slot_bytes_ : 0; }
     std::int64_t first_plane(std::int64_t unit) const { return unit * planes_ / units_; }
 
-    void end(const PlaneTask& task, std::int64_t plane) const {
+    // Up to `limit` planes from `plane` on, of one sample and unit.
+    PlaneGroup group(std::int64_t plane, std::int64_t unit, std::int64_t limit, char* workspace) const {
+        PlaneGroup group{};
+        for (; plane < first_plane(unit + 1) && group.count < limit; plane++) {
+            const std::int64_t sample = by_channel() ? plane % problem_.B : plane / call_.channel_blocks;
+            const std::int64_t block = by_channel() ? plane / problem_.B : plane % call_.channel_blocks;
+            if (group.count && (sample != group.tasks[0].sample || by_channel())) break;
+            group.tasks[group.count] = {sample, block, unit, plane == first_plane(unit), workspace};
+            workspace += plane_bytes_;
+            group.count++;
+        }
+        return group;
+    }
+
+    void begin(const PlaneGroup& group) const {
+        for (int g = 0; g < group.count; g++) kernel_.begin(call_, group.tasks[g]);
+    }
+    void end(const PlaneGroup& group, std::int64_t plane) const {
         double ignored[2];
-        kernel_.end(call_, task, backward_ ? sums_ + 2 * plane : ignored);
+        for (int g = 0; g < group.count; g++)
+            kernel_.end(call_, group.tasks[g], backward_ ? sums_ + 2 * (plane + g) : ignored);
     }
 
     void run_on_each_thread() const {
@@ -147,27 +184,28 @@ class Driver {
 #endif
         char* const own = memory_ + shared_bytes() + thread * (own_bytes() + scratch_bytes_);
         void* const scratch = own + own_bytes();
-        const int pairs = static_cast<int>((problem_.H + 1) / 2), columns = static_cast<int>(problem_.W / 2 + 1);
+        const int columns = static_cast<int>(problem_.W / 2 + 1);
 #pragma omp for schedule(static)
         for (std::int64_t unit = 0; unit < own_units_; unit++)
-            for (std::int64_t plane = first_plane(unit); plane < first_plane(unit + 1); plane++) {
-                const PlaneTask own_task = task(plane, unit, own);
-                kernel_.begin(call_, own_task);
-                kernel_.rows(call_, own_task, scratch, 0, pairs);
-                kernel_.columns(call_, own_task, scratch, 0, columns);
-                kernel_.inverse_rows(call_, own_task, scratch, 0, pairs);
-                end(own_task, plane);
+            for (std::int64_t plane = first_plane(unit); plane < first_plane(unit + 1);) {
+                const PlaneGroup own_group = group(plane, unit, group_, own);
+                begin(own_group);
+                kernel_.rows(call_, own_group, scratch, 0, num_pairs_);
+                kernel_.columns(call_, own_group, scratch, 0, columns);
+                kernel_.inverse_rows(call_, own_group, scratch, 0, num_pairs_);
+                end(own_group, plane);
+                plane += own_group.count;
             }
         for (std::int64_t unit = own_units_; unit < units_; unit++)
             for (std::int64_t plane = first_plane(unit); plane < first_plane(unit + 1); plane++) {
-                const PlaneTask shared_task = task(plane, unit, memory_);
+                const PlaneGroup shared = group(plane, unit, 1, memory_);
 #pragma omp single
-                kernel_.begin(call_, shared_task);
-                in_parts(kernel_.rows, shared_task, scratch, pairs);
-                in_parts(kernel_.columns, shared_task, scratch, columns);
-                in_parts(kernel_.inverse_rows, shared_task, scratch, pairs);
+                begin(shared);
+                in_parts(kernel_.rows, shared, scratch, num_pairs_);
+                in_parts(kernel_.columns, shared, scratch, columns);
+                in_parts(kernel_.inverse_rows, shared, scratch, num_pairs_);
 #pragma omp single
-                end(shared_task, plane);
+                end(shared, plane);
             }
         if (!slot_bytes_) return;
 #pragma omp for schedule(static)
@@ -176,12 +214,12 @@ class Driver {
     }
 
     // All threads reach this together; it returns when the last is done.
-    void in_parts(void (*step)(const FilterCall&, const PlaneTask&, void*, int, int), const PlaneTask& task, void* scratch,
-                  int count) const {
+    void in_parts(void (*step)(const FilterCall&, const PlaneGroup&, void*, int, int), const PlaneGroup& group,
+                  void* scratch, int count) const {
         const int part = std::max(1, std::min(8, count / (2 * threads_)));
 #pragma omp for schedule(static)
         for (int first = 0; first < count; first += part)
-            step(call_, task, scratch, first, std::min(count, first + part));
+            step(call_, group, scratch, first, std::min(count, first + part));
     }
 
     const Kernels& kernels_;
@@ -190,8 +228,8 @@ class Driver {
     const bool backward_;
     std::shared_ptr<const void> row_plan_, column_plan_;
     FilterCall call_;
-    std::int64_t item_, planes_, units_, own_units_, slot_bytes_, plane_bytes_, scratch_bytes_;
-    int threads_;
+    std::int64_t item_, planes_, units_, own_units_, group_, slot_bytes_, plane_bytes_, scratch_bytes_;
+    int threads_, num_pairs_;
     char* memory_ = nullptr;
     double* sums_ = nullptr;
 };

@@ -6,26 +6,24 @@
 //              grad_u = irfft2(conj(M) G)
 //              grad_routing[f] = sum_hk D Re(Q conj(basis[h,k,f])),   grad_basis[h,k,f] = sum_bc D routing[f] Q
 //
-// Two rows are transformed as one complex line, row 2q + i row 2q+1: Z. Column k of both is Z[k] + conj(Z[-k]) and
+// Two rows are transformed as one complex line, Z = rfft(row a) + i rfft(row b). Column k of both is Z[k] + conj(Z[-k]) and
 // -i (Z[k] - conj(Z[-k])), so a column and its mirror image hold all that the column pass needs, and what it makes goes
 // back to the same two places. A plane's workspace is as large as the plane. Nothing is normalised on the way: the
 // factor 2 above and the transforms' 1/sqrt(H W) are put into the routing weights.
 
 namespace {
 
-template <class L>
-struct Filter {
-    using Storage = typename L::Scalar;
-    using V = typename L::Vec;
+// What does not depend on the storage type.
+template <class V>
+struct FilterOf {
     using T = typename ScalarOf<V>::Type;
     using Line = Complex<V>;
     using Arithmetic = Plain<T, V>;  // lane type of tensors kept in the arithmetic type
-    static constexpr int lanes = L::count;
+    static constexpr int lanes = Arithmetic::count;
 
-    // Columns that a pass takes together: neighbours in memory, few enough for L1 (or L2, where a line is long).
+    // Columns of x that backward transforms together: neighbours in memory, few enough for L1.
     static constexpr std::int64_t column_block_bytes = 16384;
     static constexpr int max_column_block = 8;
-    static constexpr std::int64_t row_block_bytes = 16384;
 
     struct Plane {
         const FilterCall& call;
@@ -52,7 +50,7 @@ struct Filter {
               W(problem.W),
               K(W / 2 + 1),
               F(problem.F),
-              pairs((H + 1) / 2),
+              pairs(column_plan.num_pairs),
               channel(task_.channel_block * lanes),
               used(problem.C - channel < lanes ? int(problem.C - channel) : lanes) {
             x_spectrum = static_cast<Line*>(task.workspace);
@@ -65,148 +63,21 @@ struct Filter {
         bool needs_x_spectrum() const { return !backward() || tensors.grad_filters || tensors.grad_logits; }
         bool needs_y_spectrum() const { return !backward() || tensors.grad_x || tensors.need_scalars; }
 
-        const Storage* pixels(const void* tensor, std::int64_t row) const {
-            return static_cast<const Storage*>(tensor) + ((task.sample * H + row) * W) * problem.C + channel;
-        }
-        Storage* pixels(void* tensor, std::int64_t row) const {
-            return const_cast<Storage*>(pixels(static_cast<const void*>(tensor), row));
-        }
-        const T* filters(std::int64_t h, std::int64_t k) const {
-            const std::int64_t bin = h * K + k;
-            const auto* start = static_cast<const T*>(tensors.filters);
-            return start + 2 * (F > 0 ? bin * F : bin * problem.C + channel);
+        // Elements before this plane's first channel at the start of a row of pixels.
+        std::int64_t row_offset(std::int64_t row) const {
+            return (task.sample * H + row) * W * problem.C + channel;
         }
         double half_spectrum_weight(int k) const { return k == 0 || 2 * k == W ? 1 : 2; }
         double normalisation() const { return 0.5 / (double(H) * W); }
     };
 
-    static V load(const Storage* from, int used) {
-        return used == lanes ? L::load(from) : load_first<L>(from, used);
-    }
-    static void store(Storage* to, V v, int used) {
-        if (used == lanes)
-            L::store(to, v);
-        else
-            store_first<L>(to, v, used);
-    }
-
-    // ---- rows
-
-    // Rows 2q and 2q+1 of a tensor to one line; past the last row there are zeros.
-    template <class Activation>
-    static void load_pair(const Plane& plane, const void* tensor, int pair, Line* line, const Activation& activation) {
-        const int* position = plane.row_plan.position;
-        const std::int64_t C = plane.problem.C;
-        const Storage* first = plane.pixels(tensor, 2 * pair);
-        if (2 * pair + 1 < plane.H) {
-            const Storage* second = first + plane.W * C;
-            for (std::int64_t w = 0; w < plane.W; w++)
-                line[position[w]] = {activation(load(first + w * C, plane.used)),
-                                     activation(load(second + w * C, plane.used))};
-        } else {
-            for (std::int64_t w = 0; w < plane.W; w++)
-                line[position[w]] = {activation(load(first + w * C, plane.used)), V{}};
-        }
-    }
-
-    template <class Load>
-    static void transform_rows(const Plane& plane, Line* spectrum, void* scratch, int first, int last, Load load_line) {
-        const std::int64_t stride = plane.call.row_stride;
-        const int block = block_of(row_block_bytes, stride);
-        for (int start = first; start < last; start += block) {
-            const int end = start + block < last ? start + block : last;
-            for (int pair = start; pair < end; pair++) load_line(pair, spectrum + pair * stride);
-            transform<false>(plane.row_plan, spectrum + start * stride, end - start, stride,
-                             static_cast<Line*>(scratch));
-        }
-    }
-
-    static int block_of(std::int64_t bytes, std::int64_t line) {
-        const std::int64_t lines = bytes / (line * std::int64_t{sizeof(Line)});
-        return lines < 1 ? 1 : int(lines);
-    }
-
-    static void rows(const FilterCall& call, const PlaneTask& task, void* scratch, int first, int last) {
-        const Plane plane(call, task);
-        if (plane.needs_x_spectrum()) {
-            const V scale = V{} + T(plane.problem.scale), bias = V{} + T(plane.problem.bias);
-            transform_rows(plane, plane.x_spectrum, scratch, first, last, [&](int pair, Line* line) {
-                if (plane.problem.star_relu)
-                    load_pair(plane, plane.tensors.x, pair, line,
-                              [&](V x) { return StarReLU<L>::forward_lane(x, scale, bias); });
-                else
-                    load_pair(plane, plane.tensors.x, pair, line, [](V x) { return x; });
-            });
-        }
-        if (plane.backward())
-            transform_rows(plane, plane.y_spectrum, scratch, first, last, [&](int pair, Line* line) {
-                load_pair(plane, plane.tensors.grad_y, pair, line, [](V g) { return g; });
-            });
-    }
-
-    static void inverse_rows(const FilterCall& call, const PlaneTask& task, void* scratch, int first, int last) {
-        const Plane plane(call, task);
-        if (!plane.needs_y_spectrum()) return;
-        const std::int64_t stride = call.row_stride;
-        const int block = block_of(row_block_bytes, stride);
-        for (int start = first; start < last; start += block) {
-            const int end = start + block < last ? start + block : last;
-            transform<true>(plane.row_plan, plane.y_spectrum + start * stride, end - start, stride,
-                            static_cast<Line*>(scratch));
-            for (int pair = start; pair < end; pair++) {
-                const Line* line = plane.y_spectrum + pair * stride;
-                if (!plane.backward())
-                    store_pair(plane, plane.tensors.y, pair, line);
-                else if (!plane.problem.star_relu)
-                    store_pair(plane, plane.tensors.grad_x, pair, line);
-                else
-                    store_pair_star_relu(plane, pair, line);
-            }
-        }
-    }
-
-    static void store_pair(const Plane& plane, void* tensor, int pair, const Line* line) {
-        const int* position = plane.row_plan.position;
-        const std::int64_t C = plane.problem.C;
-        Storage* first = plane.pixels(tensor, 2 * pair);
-        if (2 * pair + 1 < plane.H) {
-            Storage* second = first + plane.W * C;
-            for (std::int64_t w = 0; w < plane.W; w++) {
-                store(first + w * C, line[position[w]].re, plane.used);
-                store(second + w * C, line[position[w]].im, plane.used);
-            }
-        } else {
-            for (std::int64_t w = 0; w < plane.W; w++) store(first + w * C, line[position[w]].re, plane.used);
-        }
-    }
-
-    // grad_x from grad_u, and this pair's part of StarReLU's own gradients.
-    static void store_pair_star_relu(const Plane& plane, int pair, const Line* line) {
-        const int* position = plane.row_plan.position;
-        const std::int64_t C = plane.problem.C;
-        const V two_scale = V{} + T(2 * plane.problem.scale);
-        typename StarReLU<L>::Sums sums;
-        for (int row = 2 * pair; row < 2 * pair + 2 && row < plane.H; row++) {
-            const Storage* x = plane.pixels(plane.tensors.x, row);
-            for (std::int64_t w = 0; w < plane.W; w++) {
-                const Line& grad_u = line[position[w]];
-                const V grad_x = StarReLU<L>::backward_lane(row % 2 ? grad_u.im : grad_u.re,
-                                                            load(x + w * C, plane.used), two_scale, sums);
-                if (plane.tensors.grad_x)
-                    store(plane.pixels(plane.tensors.grad_x, row) + w * C, grad_x, plane.used);
-            }
-        }
-        sums.flush();
-        plane.star_relu_sums[2 * pair] = lane_sum(sums.scale.sum);
-        plane.star_relu_sums[2 * pair + 1] = lane_sum(sums.bias.sum);
-    }
-
     // ---- columns
 
+    // Columns [first, first + count) of the row plan's order: neighbours in memory.
     struct ColumnBlock {
         int count;
         int k[max_column_block];
-        int here[max_column_block], mirrored[max_column_block];  // positions of k and -k in a line
+        std::int64_t here[max_column_block], mirrored[max_column_block];  // positions of k and -k in a line
 
         ColumnBlock(const Plane& plane, int first, int count_) : count(count_) {
             for (int j = 0; j < count; j++) {
@@ -217,194 +88,289 @@ struct Filter {
         }
     };
 
-    static void load_columns(const Plane& plane, const ColumnBlock& block, const Line* spectrum, Line* columns) {
-        const int* position = plane.column_plan.position;
-        for (int pair = 0; pair < plane.pairs; pair++) {
-            const Line* line = spectrum + pair * plane.call.row_stride;
-            for (int j = 0; j < block.count; j++) {
-                const Line z = line[block.here[j]], mirror = line[block.mirrored[j]];
-                Line* column = columns + j * plane.H;
-                column[position[2 * pair]] = {z.re + mirror.re, z.im - mirror.im};
-                if (2 * pair + 1 < plane.H) column[position[2 * pair + 1]] = {z.im + mirror.im, mirror.re - z.re};
-            }
-        }
-    }
+    struct Column {
+        Line *here, *mirrored;
+        std::int64_t row_stride, inner;
 
+        FFT_INLINE std::int64_t pair(std::int64_t r, std::int64_t m) const { return (r / 2 * inner + m) * row_stride; }
+    };
+    // Columns of a plane's spectrum. Pair i M + m holds the column plan's samples 2i M + m and (2i+1) M + m, so that a
+    // butterfly of its first pass finds both rows of a pair.
+    struct Columns {
+        Line* spectrum;
+        const ColumnBlock& block;
+        std::int64_t row_stride, inner;
+
+        FFT_INLINE Column column(std::int64_t j) const {
+            return Column{spectrum + block.here[j], spectrum + block.mirrored[j], row_stride, inner};
+        }
+    };
+    struct ColumnOut : Column {
+        template <class Radix>
+        FFT_INLINE void operator()(Line* a, Radix radix, std::int64_t, std::int64_t m) const {
+            for_each(radix, [&](auto r) UNROLLED_BODY {
+                const Line z = this->here[this->pair(r, m)], mirror = this->mirrored[this->pair(r, m)];
+                a[r] = r % 2 ? Line{z.im + mirror.im, mirror.re - z.re} : Line{z.re + mirror.re, z.im - mirror.im};
+            });
+        }
+    };
     // Columns 0 and W/2 of a real signal's spectrum are real before the transform along H: what is left of an imaginary
     // part is dropped, as irfft2 does.
-    static void store_columns(const Plane& plane, const ColumnBlock& block, const Line* columns, Line* spectrum) {
-        const int* position = plane.column_plan.position;
-        for (int pair = 0; pair < plane.pairs; pair++) {
-            Line* line = spectrum + pair * plane.call.row_stride;
-            for (int j = 0; j < block.count; j++) {
-                const Line* column = columns + j * plane.H;
-                const Line first = column[position[2 * pair]];
-                const Line second = 2 * pair + 1 < plane.H ? column[position[2 * pair + 1]] : Line{};
-                if (block.here[j] == block.mirrored[j]) {
-                    line[block.here[j]] = {first.re, second.re};
+    struct ColumnIn : Column {
+        template <class Radix>
+        FFT_INLINE void operator()(Line* a, Radix radix, std::int64_t, std::int64_t m) const {
+            for_each(radix, [&](auto r) UNROLLED_BODY {
+                if (r % 2) return;
+                const Line first = a[r], second = r + 1 < radix ? a[r + 1] : Line{};
+                if (this->here == this->mirrored) {
+                    this->here[this->pair(r, m)] = {first.re, second.re};
                 } else {
-                    line[block.here[j]] = {first.re - second.im, first.im + second.re};
-                    line[block.mirrored[j]] = {first.re + second.im, second.re - first.im};
+                    this->here[this->pair(r, m)] = {first.re - second.im, first.im + second.re};
+                    this->mirrored[this->pair(r, m)] = {first.re + second.im, second.re - first.im};
                 }
-            }
+            });
         }
+    };
+    struct ColumnSource : Columns {
+        FFT_INLINE ColumnOut of(std::int64_t j) const { return {this->column(j)}; }
+    };
+    struct ColumnSink : Columns {
+        FFT_INLINE ColumnIn of(std::int64_t j) const { return {this->column(j)}; }
+    };
+
+    // What the last pass' butterflies go through: the filter, and the way back.
+    template <class Mix, class Sink>
+    struct Mixing {
+        const Pass<T>& pass;
+        Mix mix;
+        Sink sink;
+
+        FFT_INLINE auto of(std::int64_t j) const {
+            return Mixing<decltype(mix.of(j)), decltype(sink.of(j))>{pass, mix.of(j), sink.of(j)};
+        }
+        template <class Radix>
+        FFT_INLINE void operator()(Line* a, Radix radix, std::int64_t outer, std::int64_t m) const {
+            mix(a, radix, int(outer) * radix);
+            exchange<V>(radix, a);
+            pass_butterfly<V>(pass, radix, a);
+            exchange<V>(radix, a);
+            sink(a, radix, outer, m);
+        }
+    };
+
+    static void columns(const FilterCall& call, const PlaneGroup& group, void* scratch, int first, int last) {
+        for (int g = 0; g < group.count; g++) plane_columns(Plane(call, group.tasks[g]), scratch, first, last);
     }
 
-    static void columns(const FilterCall& call, const PlaneTask& task, void* scratch, int first, int last) {
-        const Plane plane(call, task);
-        Line* x_columns = static_cast<Line*>(scratch);
+    static void plane_columns(const Plane& plane, void* scratch_, int first, int last) {
         const int size = column_block(plane);
-        Line* y_columns = plane.y_spectrum == plane.x_spectrum ? x_columns : x_columns + std::int64_t{size} * plane.H;
-        Line* pass_scratch = y_columns + std::int64_t{size} * plane.H;
+        Line* x_lines = static_cast<Line*>(scratch_);
+        Line* lines = x_lines + (plane.backward() ? std::int64_t{size} * plane.H : 0);
+        Line* scratch = lines + std::int64_t{size} * plane.H;
         for (int start = first; start < last; start += size) {
             const ColumnBlock block(plane, start, start + size < last ? size : last - start);
-            if (plane.needs_x_spectrum()) {
-                load_columns(plane, block, plane.x_spectrum, x_columns);
-                transform<false>(plane.column_plan, x_columns, block.count, plane.H, pass_scratch);
-            }
-            if (plane.backward()) {
-                load_columns(plane, block, plane.y_spectrum, y_columns);
-                transform<false>(plane.column_plan, y_columns, block.count, plane.H, pass_scratch);
-            }
-            for (int j = 0; j < block.count; j++)
-                mix_column(plane, block.k[j], x_columns + j * plane.H, y_columns + j * plane.H);
-            if (!plane.needs_y_spectrum()) continue;
-            transform<true>(plane.column_plan, y_columns, block.count, plane.H, pass_scratch);
-            store_columns(plane, block, y_columns, plane.y_spectrum);
+            if (plane.backward() && plane.needs_x_spectrum()) transform_columns(plane, block, x_lines, scratch);
+            if (plane.F == 4 && !plane.backward())
+                filter_columns(plane, block, lines, scratch, InlineMix{plane, block});
+            else
+                filter_columns(plane, block, lines, scratch, CalledMix{plane, block, x_lines, mix_of(plane)});
         }
     }
 
     static int column_block(const Plane& plane) {
-        const int block = block_of(column_block_bytes, plane.H);
-        return block < max_column_block ? block : max_column_block;
+        const std::int64_t columns = column_block_bytes / (std::int64_t{sizeof(Line)} * plane.H);
+        return columns < 1 ? 1 : columns < max_column_block ? int(columns) : max_column_block;
     }
 
-    static void mix_column(const Plane& plane, int k, Line* x, Line* y) {
-        if (plane.F == 0)
-            plane.backward() ? mix_global_backward(plane, k, x, y) : mix_global(plane, k, y);
-        else if (plane.F == 4)
-            plane.backward() ? mix_backward<4>(plane, k, x, y) : mix<4>(plane, k, y);
-        else
-            plane.backward() ? mix_backward<0>(plane, k, x, y) : mix<0>(plane, k, y);
+    // Columns of x, which backward needs beside those of grad_y.
+    static void transform_columns(const Plane& plane, const ColumnBlock& block, Line* lines, Line* scratch) {
+        const Plan<T>& plan = plane.column_plan;
+        const Pass<T>& first = plan.passes[0];
+        run_pass<false, V>(first, block.count, scratch,
+                           ColumnSource{{plane.x_spectrum, block, plane.call.row_stride, first.inner}},
+                           LineSink<V>{{lines, first.inner, plane.H}});
+        run_passes<false, V>(plan, 1, plan.num_passes, block.count, lines, plane.H, scratch);
     }
 
-    // ---- the filter: fixed_F is F where that is known, else 0
-
-    template <int fixed_F>
-    struct Routing {
-        V r[fixed_F];
-        explicit Routing(const Plane& plane) {
-            for (int f = 0; f < fixed_F; f++) r[f] = plane.routing[f];
+    // Along H: transform, filter, transform back.
+    template <class Mix>
+    static void filter_columns(const Plane& plane, const ColumnBlock& block, Line* lines, Line* scratch, Mix mix) {
+        const Plan<T>& plan = plane.column_plan;
+        const Pass<T>&first = plan.passes[0], &last = plan.passes[plan.num_passes - 1];
+        const Columns columns{plane.y_spectrum, block, plane.call.row_stride, first.inner};
+        if (plan.num_passes == 1) {
+            run_last_pass<V>(first, block.count, scratch, ColumnSource{columns},
+                             Mixing<Mix, ColumnSink>{first, mix, {columns}});
+            return;
         }
-        V operator[](int f) const { return r[f]; }
+        const InLine<V> in_first{lines, first.inner, plane.H}, in_last{lines, 1, plane.H};
+        run_pass<false, V>(first, block.count, scratch, ColumnSource{columns}, LineSink<V>{in_first});
+        run_passes<false, V>(plan, 1, plan.num_passes - 1, block.count, lines, plane.H, scratch);
+        run_last_pass<V>(last, block.count, scratch, LineSource<V>{in_last},
+                         Mixing<Mix, LineSink<V>>{last, mix, {in_last}});
+        run_passes<true, V>(plan, 1, plan.num_passes - 1, block.count, lines, plane.H, scratch);
+        run_pass<true, V>(first, block.count, scratch, LineSource<V>{in_first}, ColumnSink{columns});
+    }
+
+    // ---- the filter of one column: mix(a, radix, p) filters a[0 .. radix), the values at positions p .. p + radix
+
+    struct FilterColumn {
+        const Plane& plane;
+        const int* frequency;
+        const T* filters;   // [H] rows of basis or weight at this column
+        std::int64_t row;   // elements from one to the next
+        const Line* x;      // backward: the column of x's spectrum
+        V* grad_routing;    // [F], this column's part
+        T* grad_filters;    // like `filters`: where to add this plane's part; null where that is not needed
+        T grad_scale;       // of a weight's gradient: D and what is not normalised
+
+        FilterColumn(const Plane& plane_, int k, const Line* x_)
+            : plane(plane_),
+              frequency(plane.column_plan.frequency),
+              row(2 * std::int64_t{plane.K} * (plane.F > 0 ? plane.F : plane.problem.C)),
+              x(x_),
+              grad_routing(plane.grad_routing + std::int64_t{k} * plane.F),
+              grad_filters(nullptr),
+              grad_scale(T(plane.half_spectrum_weight(k) * plane.normalisation() / 2)) {
+            const std::int64_t column = 2 * (plane.F > 0 ? std::int64_t{k} * plane.F : k * plane.problem.C + plane.channel);
+            filters = static_cast<const T*>(plane.tensors.filters) + column;
+            if (!plane.tensors.grad_filters) return;
+            grad_filters = column + (plane.F > 0 ? static_cast<T*>(plane.call.slots) + plane.task.slot * plane.H * row
+                                                 : static_cast<T*>(plane.tensors.grad_filters));
+        }
+        FFT_INLINE const T* at(int position) const { return filters + frequency[position] * row; }
     };
 
-    template <int fixed_F, class R>
-    static Line mixed(const R& routing, const T* basis, int F) {
-        Line M = {routing[0] * basis[0], routing[0] * basis[1]};
-        for (int f = 1; f < (fixed_F ? fixed_F : F); f++) {
-            M.re += routing[f] * basis[2 * f];
-            M.im += routing[f] * basis[2 * f + 1];
+    // The case that matters most has its filter inlined into the pass; the others share one pass, which calls theirs.
+    struct InlineMix {
+        const Plane& plane;
+        const ColumnBlock& block;
+        struct Filtered : FilterColumn {
+            V routing[4];
+            FFT_INLINE Filtered(const Plane& plane, int k) : FilterColumn(plane, k, nullptr) {
+                for (int f = 0; f < 4; f++) routing[f] = plane.routing[f];
+            }
+            template <class Radix>
+            FFT_INLINE void operator()(Line* a, Radix radix, int first) const {
+                for_each(radix, [&](auto r) UNROLLED_BODY { a[r] = a[r] * mixed<4>(routing, this->at(first + r)); });
+            }
+        };
+        FFT_INLINE Filtered of(std::int64_t j) const { return Filtered(plane, block.k[j]); }
+    };
+
+    using MixFunction = void (*)(const FilterColumn&, Line* a, int radix, int first);
+    struct CalledMix {
+        const Plane& plane;
+        const ColumnBlock& block;
+        const Line* x_lines;
+        MixFunction mix;
+        struct Filtered : FilterColumn {
+            MixFunction mix;
+            Filtered(const Plane& plane, int k, const Line* x, MixFunction mix_) : FilterColumn(plane, k, x), mix(mix_) {
+                for (int f = 0; plane.backward() && f < plane.F; f++) this->grad_routing[f] = V{};
+            }
+            FFT_INLINE void operator()(Line* a, int radix, int first) const { mix(*this, a, radix, first); }
+        };
+        FFT_INLINE Filtered of(std::int64_t j) const {
+            return Filtered(plane, block.k[j], x_lines + j * plane.H, mix);
         }
-        return M;
-    }
+    };
 
-    template <int fixed_F>
-    static auto routing_of(const Plane& plane) {
-        if constexpr (fixed_F > 0)
-            return Routing<fixed_F>(plane);
-        else
-            return static_cast<const V*>(plane.routing);
-    }
-
-    template <int fixed_F>
-    static void mix(const Plane& plane, int k, Line* column) {
-        const auto routing = routing_of<fixed_F>(plane);
-        for (int p = 0; p < plane.H; p++)
-            column[p] = column[p] * mixed<fixed_F>(routing, plane.filters(plane.column_plan.frequency[p], k), plane.F);
+    static MixFunction mix_of(const Plane& plane) {
+        if (plane.F == 0) return plane.backward() ? mix_global_backward : mix_global;
+        if (!plane.backward()) return mix_basis;
+        return plane.F == 4 ? mix_basis_backward<4> : mix_basis_backward<0>;
     }
 
     static Line conj_times(Line a, Line b) { return {a.re * b.re + a.im * b.im, a.re * b.im - a.im * b.re}; }
 
+    // sum_f routing[f] bin[f]; fixed_F is F where that is known, else 0
     template <int fixed_F>
-    static void mix_backward(const Plane& plane, int k, const Line* x, Line* y) {
-        const int F = fixed_F ? fixed_F : plane.F;
-        const auto routing = routing_of<fixed_F>(plane);
-        const bool need_parameters = plane.needs_x_spectrum();
-        V local_grads[fixed_F ? fixed_F : 1] = {};
-        V* grads = fixed_F ? local_grads : plane.grad_routing + std::int64_t{k} * F;
-        if (need_parameters && !fixed_F)
-            for (int f = 0; f < F; f++) grads[f] = V{};
-        for (int p = 0; p < plane.H; p++) {
-            const std::int64_t h = plane.column_plan.frequency[p];
-            const T* basis = plane.filters(h, k);
-            const Line G = y[p];
-            y[p] = conj_times(mixed<fixed_F>(routing, basis, F), G);
-            if (!need_parameters) continue;
-            const Line Q = conj_times(x[p], G);
-            for (int f = 0; f < F; f++) grads[f] += Q.re * basis[2 * f] + Q.im * basis[2 * f + 1];
-            if (!plane.tensors.grad_filters) continue;
-            T* sums = static_cast<T*>(plane.call.slots) + ((plane.task.slot * plane.H + h) * plane.K + k) * F * 2;
-            constexpr int group = fixed_F && 2 * fixed_F < lanes ? 2 * fixed_F : fixed_F ? lanes : 2;
-            for (int i = 0; i < 2 * F; i += group) {
-                V parts[group];
-                for (int n = 0; n < group; n += 2) {
-                    parts[n] = routing[(i + n) / 2] * Q.re;
-                    parts[n + 1] = routing[(i + n) / 2] * Q.im;
-                }
-                add_first<group>(sums + i, lane_sums<group>(parts), plane.task.first_of_slot);
-            }
+    FFT_INLINE static Line mixed(const V* routing, const T* bin, int F = fixed_F) {
+        Line M = {routing[0] * bin[0], routing[0] * bin[1]};
+        for (int f = 1; f < (fixed_F ? fixed_F : F); f++) {
+            M.re += routing[f] * bin[2 * f];
+            M.im += routing[f] * bin[2 * f + 1];
         }
-        if (fixed_F && need_parameters)
-            for (int f = 0; f < F; f++) plane.grad_routing[std::int64_t{k} * F + f] = local_grads[f];
+        return M;
     }
 
+    static void mix_basis(const FilterColumn& column, Line* a, int radix, int first) {
+        for (int r = 0; r < radix; r++)
+            a[r] = a[r] * mixed<0>(column.plane.routing, column.at(first + r), column.plane.F);
+    }
+
+    template <int fixed_F>
+    static void mix_basis_backward(const FilterColumn& column, Line* a, int radix, int first) {
+        const int F = fixed_F ? fixed_F : column.plane.F;
+        const V* routing = column.plane.routing;
+        const bool need_grads = column.plane.needs_x_spectrum();
+        for (int r = 0; r < radix; r++) {
+            const T* bin = column.at(first + r);
+            const Line G = a[r];
+            a[r] = conj_times(mixed<fixed_F>(routing, bin, F), G);
+            if (!need_grads) continue;
+            const Line Q = conj_times(column.x[first + r], G);
+            for (int f = 0; f < F; f++) column.grad_routing[f] += Q.re * bin[2 * f] + Q.im * bin[2 * f + 1];
+            if (column.grad_filters) add_grad_basis<fixed_F>(column, first + r, routing, Q, F);
+        }
+    }
+
+    // grad_filters[f] += routing[f] Q, summed over the lanes
+    template <int fixed_F>
+    FFT_INLINE static void add_grad_basis(const FilterColumn& column, int position, const V* routing, Line Q, int F) {
+        constexpr int group = fixed_F == 0 ? 2 : 2 * fixed_F < lanes ? 2 * fixed_F : lanes;
+        T* sums = column.grad_filters + column.frequency[position] * column.row;
+        for (int i = 0; i < 2 * F; i += group) {
+            V parts[group];
+            for (int n = 0; n < group; n += 2) {
+                parts[n] = routing[(i + n) / 2] * Q.re;
+                parts[n + 1] = routing[(i + n) / 2] * Q.im;
+            }
+            add<group>(sums + i, lane_sums<group>(parts), column.plane.task.first_of_slot);
+        }
+    }
+
+    // to[i] = v[i] or to[i] += v[i] for the first n lanes
     template <int n>
-    static void add_first(T* to, V v, bool replace) {
+    FFT_INLINE static void add(T* to, V v, bool replace) {
         T elements[lanes];
         Arithmetic::store(elements, v);
         for (int i = 0; i < n; i++) to[i] = replace ? elements[i] : to[i] + elements[i];
     }
 
-    // ---- the filter: a weight for every channel
-
-    static Line weight_at(const Plane& plane, std::int64_t h, std::int64_t k) {
-        const T* weight = plane.filters(h, k);
-        const int used = 2 * plane.used;
-        const V low = used >= lanes ? Arithmetic::load(weight) : load_first<Arithmetic>(weight, used);
-        const V high = used == 2 * lanes ? Arithmetic::load(weight + lanes)
-                       : used > lanes    ? load_first<Arithmetic>(weight + lanes, used - lanes)
+    // A weight for every channel, its real and imaginary parts in turn.
+    static Line weight_at(const FilterColumn& column, int position) {
+        const T* bin = column.at(position);
+        const int used = 2 * column.plane.used;
+        const V low = used >= lanes ? Arithmetic::load(bin) : load_first<Arithmetic>(bin, used);
+        const V high = used == 2 * lanes ? Arithmetic::load(bin + lanes)
+                       : used > lanes    ? load_first<Arithmetic>(bin + lanes, used - lanes)
                                          : V{};
-        return {alternate<0>(low, high), alternate<1>(low, high)};
+        const T scale = T(column.plane.normalisation());
+        return {alternate<0>(low, high) * scale, alternate<1>(low, high) * scale};
     }
 
-    static void mix_global(const Plane& plane, int k, Line* column) {
-        const T scale = T(plane.normalisation());
-        for (int p = 0; p < plane.H; p++) {
-            const Line M = weight_at(plane, plane.column_plan.frequency[p], k);
-            column[p] = column[p] * Line{M.re * scale, M.im * scale};
+    static void mix_global(const FilterColumn& column, Line* a, int radix, int first) {
+        for (int r = 0; r < radix; r++) a[r] = a[r] * weight_at(column, first + r);
+    }
+
+    static void mix_global_backward(const FilterColumn& column, Line* a, int radix, int first) {
+        for (int r = 0; r < radix; r++) {
+            const Line G = a[r];
+            a[r] = conj_times(weight_at(column, first + r), G);
+            if (column.grad_filters) add_grad_weight(column, first + r, conj_times(column.x[first + r], G));
         }
     }
 
-    static void mix_global_backward(const Plane& plane, int k, const Line* x, Line* y) {
-        const T scale = T(plane.normalisation());
-        const T weight_scale = T(plane.half_spectrum_weight(k) * plane.normalisation() / 2);
-        for (int p = 0; p < plane.H; p++) {
-            const std::int64_t h = plane.column_plan.frequency[p];
-            const Line G = y[p], M = weight_at(plane, h, k);
-            y[p] = conj_times({M.re * scale, M.im * scale}, G);
-            if (!plane.tensors.grad_filters) continue;
-            const Line Q = conj_times(x[p], G);
-            add_weight(plane, h, k, {Q.re * weight_scale, Q.im * weight_scale});
-        }
-    }
-
-    static void add_weight(const Plane& plane, std::int64_t h, std::int64_t k, Line grad) {
+    static void add_grad_weight(const FilterColumn& column, int position, Line Q) {
+        const Plane& plane = column.plane;
         T elements[2 * lanes];
-        Arithmetic::store(elements, interleave<false>(grad.re, grad.im));
-        Arithmetic::store(elements + lanes, interleave<true>(grad.re, grad.im));
-        T* sums = static_cast<T*>(plane.tensors.grad_filters) + 2 * ((h * plane.K + k) * plane.problem.C + plane.channel);
-        for (int i = 0; i < 2 * plane.used; i++) sums[i] = plane.task.first_of_slot ? elements[i] : sums[i] + elements[i];
+        Arithmetic::store(elements, interleave<false>(Q.re, Q.im) * column.grad_scale);
+        Arithmetic::store(elements + lanes, interleave<true>(Q.re, Q.im) * column.grad_scale);
+        T* sums = column.grad_filters + column.frequency[position] * column.row;
+        for (int i = 0; i < 2 * plane.used; i++)
+            sums[i] = plane.task.first_of_slot ? elements[i] : sums[i] + elements[i];
     }
 
     // ---- before and after
@@ -420,7 +386,8 @@ struct Filter {
         V* routing = plane.routing;
         V largest{}, sum{};
         for (int f = 0; f < plane.F; f++) {
-            routing[f] = load_first<Arithmetic>(logits(plane, f), plane.used);
+            const T* from = logits(plane, f);
+            routing[f] = plane.used == lanes ? Arithmetic::load(from) : load_first<Arithmetic>(from, plane.used);
             largest = f == 0 || routing[f] > largest ? routing[f] : largest;
         }
         for (int f = 0; f < plane.F; f++) sum += routing[f] = exp_nonpositive(routing[f] - largest);
@@ -472,9 +439,205 @@ struct Filter {
         const auto* end = reinterpret_cast<char*>(plane.star_relu_sums + (plane.backward() ? 2 * plane.pairs : 0));
         const std::int64_t scratch = plane.row_plan.scratch > plane.column_plan.scratch ? plane.row_plan.scratch
                                                                                         : plane.column_plan.scratch;
-        const std::int64_t columns = (plane.backward() ? 2 : 1) * std::int64_t{column_block(plane)} * plane.H;
-        return {end - static_cast<char*>(nullptr), (columns + scratch) * std::int64_t{sizeof(Line)}};
+        const std::int64_t columns = column_block(plane) * (plane.backward() ? 2 : 1);
+        return {end - static_cast<char*>(nullptr), (columns * plane.H + scratch) * std::int64_t{sizeof(Line)}};
     }
+};
+
+template <class L>
+struct Filter : FilterOf<typename L::Vec> {
+    using Storage = typename L::Scalar;
+    using V = typename L::Vec;
+    using Base = FilterOf<V>;
+    using typename Base::Line, typename Base::Plane, typename Base::T;
+    using Base::lanes;
+
+    // Lines that go through a pass together: they stay in L1 for the next one.
+    static constexpr std::int64_t row_block_bytes = 16384;
+
+    static const Storage* pixels(const Plane& plane, const void* tensor, std::int64_t row) {
+        return static_cast<const Storage*>(tensor) + plane.row_offset(row);
+    }
+    static Storage* pixels(const Plane& plane, void* tensor, std::int64_t row) {
+        return static_cast<Storage*>(tensor) + plane.row_offset(row);
+    }
+
+    // Pixels of the last block of channels, which may not fill all lanes.
+    static V load(const Storage* from, int used) { return used == lanes ? L::load(from) : load_first<L>(from, used); }
+    static void store(Storage* to, V v, int used) { used == lanes ? L::store(to, v) : store_first<L>(to, v, used); }
+
+    struct Identity {
+        FFT_INLINE V operator()(V x) const { return x; }
+    };
+    struct Activation {
+        V scale, bias;
+        explicit Activation(const Plane& plane)
+            : scale(V{} + T(plane.problem.scale)), bias(V{} + T(plane.problem.bias)) {}
+        FFT_INLINE V operator()(V x) const { return StarReLU<L>::forward_lane(x, scale, bias); }
+    };
+
+    // Pairs of rows of a tensor, from pair `first` on.
+    struct RowPairs {
+        const Plane& plane;
+        const void* tensor;
+        int first;
+    };
+    // Rows a and b are a line a + i b. A row without a partner is its own: the column pass takes no notice of b then,
+    // and b is stored before a.
+    struct RowPair {
+        const int* sample;
+        std::int64_t inner, C;
+        Storage *a, *b;
+
+        FFT_INLINE RowPair(const RowPairs& pairs, std::int64_t i)
+            : sample(pairs.plane.row_plan.sample),
+              inner(pairs.plane.row_plan.passes[0].inner),
+              C(pairs.plane.problem.C) {
+            const int* rows = pairs.plane.column_plan.pairs + 2 * (pairs.first + i);
+            auto* pixels = static_cast<Storage*>(const_cast<void*>(pairs.tensor));
+            a = pixels + pairs.plane.row_offset(rows[0]);
+            b = rows[1] < 0 ? a : pixels + pairs.plane.row_offset(rows[1]);
+        }
+        FFT_INLINE std::int64_t offset(std::int64_t r, std::int64_t m) const { return sample[r * inner + m] * C; }
+    };
+    template <class Act>
+    struct RowSource : RowPairs {
+        Act act;
+        struct Pair : RowPair {
+            Act act;
+            template <class Radix>
+            FFT_INLINE void operator()(Line* line, Radix radix, std::int64_t, std::int64_t m) const {
+                for_each(radix, [&](auto r) UNROLLED_BODY {
+                    const std::int64_t offset = this->offset(r, m);
+                    line[r] = {act(L::load(this->a + offset)), act(L::load(this->b + offset))};
+                });
+            }
+        };
+        FFT_INLINE Pair of(std::int64_t i) const { return {RowPair(*this, i), act}; }
+    };
+    static int row_block(const Plane& plane) {
+        const std::int64_t lines = row_block_bytes / (std::int64_t{sizeof(Line)} * plane.W);
+        return lines < 1 ? 1 : int(lines);
+    }
+
+    // A full block of channels is read by the first pass itself.
+    template <class Act>
+    static void transform_rows(const RowPairs& rows, int count, Line* line, Line* scratch, const Act& act) {
+        const Plan<T>& plan = rows.plane.row_plan;
+        const Pass<T>& first = plan.passes[0];
+        const std::int64_t stride = rows.plane.call.row_stride;
+        if (rows.plane.used == lanes)
+            run_pass<false, V>(first, count, scratch, RowSource<Act>{rows, act}, LineSink<V>{{line, first.inner, stride}});
+        else
+            for (int i = 0; i < count; i++) load_pair(RowPair(rows, i), rows.plane, line + i * stride, act);
+        run_passes<false, V>(plan, rows.plane.used == lanes ? 1 : 0, plan.num_passes, count, line, stride, scratch);
+    }
+    template <class Act>
+    static void load_pair(const RowPair& pair, const Plane& plane, Line* line, const Act& act) {
+        for (int p = 0; p < plane.W; p++) {
+            const std::int64_t offset = pair.sample[p] * pair.C;
+            line[p] = {act(load(pair.a + offset, plane.used)), act(load(pair.b + offset, plane.used))};
+        }
+    }
+
+    static void rows(const FilterCall& call, const PlaneGroup& group, void* scratch_, int first, int last) {
+        Line* scratch = static_cast<Line*>(scratch_);
+        const int block = row_block(Plane(call, group.tasks[0]));
+        for (int start = first; start < last; start += block)
+            for (int g = 0; g < group.count; g++) {
+                const Plane plane(call, group.tasks[g]);
+                const int count = start + block < last ? block : last - start;
+                const RowPairs x{plane, plane.tensors.x, start}, grad_y{plane, plane.tensors.grad_y, start};
+                Line* x_line = plane.x_spectrum + start * call.row_stride;
+                Line* y_line = plane.y_spectrum + start * call.row_stride;
+                if (plane.needs_x_spectrum() && plane.problem.star_relu)
+                    transform_rows(x, count, x_line, scratch, Activation(plane));
+                else if (plane.needs_x_spectrum())
+                    transform_rows(x, count, x_line, scratch, Identity{});
+                if (plane.backward()) transform_rows(grad_y, count, y_line, scratch, Identity{});
+            }
+    }
+
+    static void inverse_rows(const FilterCall& call, const PlaneGroup& group, void* scratch, int first, int last) {
+        const Plane plane(call, group.tasks[0]);
+        if (!plane.needs_y_spectrum()) return;
+        const Plan<T>& plan = plane.row_plan;
+        const int block = row_block(plane);
+        for (int start = first; start < last; start += block) {
+            const int count = start + block < last ? block : last - start;
+            for (int g = 0; g < group.count; g++) {
+                Line* line = Plane(call, group.tasks[g]).y_spectrum + start * call.row_stride;
+                run_passes<true, V>(plan, 0, plan.num_passes, count, line, call.row_stride, static_cast<Line*>(scratch));
+            }
+            for (int pair = start; pair < start + count; pair++) store_pair(call, group, pair);
+        }
+    }
+
+    static void store_pair(const FilterCall& call, const PlaneGroup& group, int pair) {
+        const Plane plane(call, group.tasks[0]), last(call, group.tasks[group.count - 1]);
+        if (plane.backward() && plane.problem.star_relu)
+            for (int g = 0; g < group.count; g++) {
+                const Plane each(call, group.tasks[g]);
+                store_pair_star_relu(each, pair, each.y_spectrum + pair * call.row_stride);
+            }
+        else
+            store_rows(plane, last, group.count, pair);
+    }
+
+    // Pixel by pixel, all of the group's blocks: one after the other in the same memory page, in different cache sets.
+    static void store_rows(const Plane& plane, const Plane& last, int count, int pair) {
+        const RowPair rows({plane, plane.backward() ? plane.tensors.grad_x : plane.tensors.y, pair}, 0);
+        const Line* line = plane.y_spectrum + pair * plane.call.row_stride;
+        const std::int64_t stride = count > 1 ? (last.y_spectrum - plane.y_spectrum) / (count - 1) : 0;
+        if (last.used < lanes) {
+            count--;
+            for (int p = 0; p < plane.W; p++) {
+                const std::int64_t offset = rows.sample[p] * rows.C + count * lanes;
+                store_first<L>(rows.b + offset, line[p + count * stride].im, last.used);
+                store_first<L>(rows.a + offset, line[p + count * stride].re, last.used);
+            }
+        }
+        switch (count) {
+            case 1: return store_blocks<1>(rows, plane.W, line, stride);
+            case 2: return store_blocks<2>(rows, plane.W, line, stride);
+            case 3: return store_blocks<3>(rows, plane.W, line, stride);
+            case 4: return store_blocks<4>(rows, plane.W, line, stride);
+        }
+    }
+    template <int count>
+    static void store_blocks(const RowPair& rows, int W, const Line* line, std::int64_t stride) {
+        const int* sample = rows.sample;
+        Storage *a = rows.a, *b = rows.b;
+        for (const Line* end = line + W; line < end; line++) {
+            const std::int64_t offset = *sample++ * rows.C;
+            for (int g = 0; g < count; g++) L::store(b + offset + g * lanes, line[g * stride].im);
+            for (int g = 0; g < count; g++) L::store(a + offset + g * lanes, line[g * stride].re);
+        }
+    }
+
+    // grad_x from grad_u, and this pair's part of StarReLU's own gradients.
+    static void store_pair_star_relu(const Plane& plane, int pair, const Line* __restrict line) {
+        const int* __restrict position = plane.row_plan.position;
+        const std::int64_t C = plane.problem.C, W = plane.W;
+        const V two_scale = V{} + T(2 * plane.problem.scale);
+        typename StarReLU<L>::Sums sums;
+        for (int i = 0; i < 2; i++) {
+            const int row = plane.column_plan.pairs[2 * pair + i];
+            if (row < 0) continue;
+            const Storage* x = pixels(plane, plane.tensors.x, row);
+            Storage* __restrict grad_x = plane.tensors.grad_x ? pixels(plane, plane.tensors.grad_x, row) : nullptr;
+            for (std::int64_t w = 0; w < W; w++) {
+                const Line& grad_u = line[position[w]];
+                const V g = StarReLU<L>::backward_lane(i ? grad_u.im : grad_u.re, load(x + w * C, plane.used),
+                                                       two_scale, sums);
+                if (grad_x) store(grad_x + w * C, g, plane.used);
+            }
+        }
+        sums.flush();
+        plane.star_relu_sums[2 * pair] = lane_sum(sums.scale.sum);
+        plane.star_relu_sums[2 * pair + 1] = lane_sum(sums.bias.sum);
+    }
+
 };
 
 template <class L>

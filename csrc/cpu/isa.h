@@ -38,19 +38,27 @@ struct PlaneTask {
     void* workspace;
 };
 
+// Planes of neighbouring channel blocks that go through the steps together, so that those that touch tensors take a
+// pixel's neighbouring cache lines one after the other.
+struct PlaneGroup {
+    static constexpr int max_count = 4;
+    int count;
+    PlaneTask tasks[max_count];
+};
+
 struct FilterWorkspace {
     std::int64_t plane_bytes;    // of a plane in progress
     std::int64_t scratch_bytes;  // of a thread
 };
 
-// A plane's steps in order. Those with a range [first, last) of row pairs or of columns may run on several threads, each
+// A group's steps in order. Those with a range [first, last) of row pairs or of columns may run on several threads, each
 // with its own scratch, as long as all of one step are done before the next begins.
 struct FilterKernel {
     FilterWorkspace (*workspace)(const FilterCall&);
     void (*begin)(const FilterCall&, const PlaneTask&);
-    void (*rows)(const FilterCall&, const PlaneTask&, void* scratch, int first, int last);
-    void (*columns)(const FilterCall&, const PlaneTask&, void* scratch, int first, int last);
-    void (*inverse_rows)(const FilterCall&, const PlaneTask&, void* scratch, int first, int last);
+    void (*rows)(const FilterCall&, const PlaneGroup&, void* scratch, int first, int last);
+    void (*columns)(const FilterCall&, const PlaneGroup&, void* scratch, int first, int last);
+    void (*inverse_rows)(const FilterCall&, const PlaneGroup&, void* scratch, int first, int last);
     // star_relu_sums: this plane's part of StarReLU's two gradients
     void (*end)(const FilterCall&, const PlaneTask&, double* star_relu_sums);
     // rows [first, last) of a basis' gradient from the slots

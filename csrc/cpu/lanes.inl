@@ -100,13 +100,13 @@ struct Float16 {
 
 // The first n < L::count elements, the other lanes zero. Nothing beyond them is read or written.
 template <class L>
-inline typename L::Vec load_first(const typename L::Scalar* from, int n) {
+__attribute__((noinline)) typename L::Vec load_first(const typename L::Scalar* from, int n) {
     typename L::Scalar elements[L::count] = {};
     for (int i = 0; i < n; i++) elements[i] = from[i];
     return L::load(elements);
 }
 template <class L>
-inline void store_first(typename L::Scalar* to, typename L::Vec v, int n) {
+__attribute__((noinline)) void store_first(typename L::Scalar* to, typename L::Vec v, int n) {
     typename L::Scalar elements[L::count];
     L::store(elements, v);
     for (int i = 0; i < n; i++) to[i] = elements[i];

@@ -54,9 +54,7 @@ int convolution_size(int prime);
 
 // Measured nanoseconds of one butterfly (AVX-512, data in L1); only their ratios matter.
 double butterfly_cost(int radix) {
-    static const std::map<int, double> unrolled = {{2, 1.1},  {3, 1.9},  {4, 2.2},   {5, 3.5},   {6, 3.9},
-                                                   {7, 5.4},  {8, 6.0},  {9, 8.9},   {10, 8.7},  {11, 16.7},
-                                                   {12, 9.9}, {13, 26.6}, {14, 18.6}, {16, 20.4}};
+    static const std::map<int, double> unrolled = {{2, 1.1}, {3, 1.9}, {4, 2.2}, {5, 3.5}, {7, 5.4}, {8, 6.0}};
     if (const auto found = unrolled.find(radix); found != unrolled.end()) return found->second;
     if (radix >= smallest_chirp_prime) return 4.0 * convolution_size(radix);
     return 0.3 * radix * radix;
@@ -91,9 +89,14 @@ Factors cheapest_factors(int n, std::map<int, Factors>& known) {
     return known[n] = best;
 }
 
+// Outermost first. An even one, where there is one, comes first: its butterflies take an even number of rows.
 std::vector<int> radices_of(int n) {
+    if (n == 1) return {1};
     std::map<int, Factors> known;
-    return cheapest_factors(n, known).radices;
+    std::vector<int> radices = cheapest_factors(n, known).radices;
+    const auto even = std::find_if(radices.begin(), radices.end(), [](int radix) { return radix % 2 == 0; });
+    if (even != radices.end()) std::rotate(radices.begin(), even, even + 1);
+    return radices;
 }
 
 // The cheapest smooth length in which a circular convolution holds the linear one of a prime's chirp.
@@ -132,7 +135,7 @@ template <class T>
 struct OwnedPlan {
     Plan<T> plan{};
     std::vector<Pass<T>> passes;
-    std::vector<int> position, frequency, frequency_at, columns;
+    std::vector<int> sample, position, frequency, frequency_at, columns, pairs;
     std::deque<std::vector<T>> tables;  // a deque: its elements stay where they are
     std::vector<std::shared_ptr<const Plan<T>>> convolutions;
 
@@ -191,7 +194,7 @@ std::shared_ptr<const Plan<T>> build(int size) {
                 for (int r = 1; r < R; r++) twiddles.push_back(root(static_cast<std::int64_t>(sample[m]) * r, N));
             pass.twiddles = owned->table(twiddles);
         }
-        if (!is_unrolled(R)) add_roots(*owned, pass);
+        if (R > 1 && !is_unrolled(R)) add_roots(*owned, pass);
         owned->passes.insert(owned->passes.begin(), pass);
 
         std::vector<int> longer_sample(N), longer_frequency(N);
@@ -216,12 +219,22 @@ std::shared_ptr<const Plan<T>> build(int size) {
         owned->frequency_at[frequency[p]] = p;
         if (frequency[p] <= size / 2) owned->columns.push_back(frequency[p]);
     }
+    owned->sample = sample;
     owned->frequency = frequency;
+    const int R = radices.front(), M = size / R;
+    for (int r = 0; r < R; r += 2)
+        for (int m = 0; m < M; m++) {
+            owned->pairs.push_back(sample[r * M + m]);
+            owned->pairs.push_back(r + 1 < R ? sample[(r + 1) * M + m] : -1);
+        }
     Plan<T>& plan = owned->plan;
     plan.size = size;
     plan.num_passes = static_cast<int>(owned->passes.size());
     plan.num_columns = static_cast<int>(owned->columns.size());
+    plan.num_pairs = static_cast<int>(owned->pairs.size() / 2);
+    plan.pairs = owned->pairs.data();
     plan.passes = owned->passes.data();
+    plan.sample = owned->sample.data();
     plan.position = owned->position.data();
     plan.frequency = owned->frequency.data();
     plan.frequency_at = owned->frequency_at.data();

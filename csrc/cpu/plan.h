@@ -24,17 +24,19 @@ struct Pass {
 // A transform leaves frequencies in the order its passes produce; nothing is ever sorted. The inverse takes them there.
 template <class T>
 struct Plan {
-    int size, num_passes, num_columns;
+    int size, num_passes, num_columns, num_pairs;
     const Pass<T>* passes;
-    const int* position;       // [size] where the line keeps sample n
+    const int* sample;         // [size] the sample that a line keeps at position p
+    const int* position;       // [size] the position of sample n
     const int* frequency;      // [size] the frequency that ends at position p
     const int* frequency_at;   // [size] the position of frequency k
     const int* columns;        // [num_columns] the frequencies 0 .. size/2 of a real signal, in order of position
+    const int* pairs;          // [num_pairs][2] samples (-1: none) that the first pass takes together: see filter.inl
     std::int64_t scratch;      // complex elements that the passes need beside the line
 };
 
 // Radices that have code of their own.
-inline constexpr int unrolled_radices[] = {2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16};
+inline constexpr int unrolled_radices[] = {2, 3, 4, 5, 7, 8};
 
 // T is float or double. Thread-safe; plans are kept until `plan_cache_limit` others have been used since.
 template <class T>

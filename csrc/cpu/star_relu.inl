@@ -5,7 +5,7 @@ namespace {
 // relu that keeps NaN, as torch's does: a NaN is not below zero.
 template <class Vec>
 inline Vec relu(Vec x) {
-    return x < 0 ? Vec{} : x;
+    return Vec{} > x ? Vec{} : x;
 }
 
 template <class L>

@@ -1,7 +1,10 @@
 // Transforms of lines of any length, following a Plan. Included once per instruction set, after lanes.inl.
 //
 // Forward: butterfly, then twiddles, pass by pass. Inverse: the same backwards with real and imaginary parts exchanged,
-// twiddles first. Neither is normalised. Lines are transformed in place, `count` of them `stride` elements apart.
+// twiddles first. Neither is normalised. Where a butterfly's points come from and go to is the caller's choice, so that
+// a pass over lines can also be what reads or writes another layout: for line i, source.of(i) is called as
+// (a, radix, outer, m) to fill a[0 .. radix), and sink.of(i) to take them away. `radix` is an Index<R> where that radix
+// has code of its own and a[] lives in registers, an int where it has not.
 
 namespace {
 
@@ -16,73 +19,87 @@ struct ScalarOf<F64> {
     using Type = double;
 };
 
-template <bool inverse, class V>
-FFT_INLINE Complex<V> exchanged(Complex<V> a) {
-    if constexpr (inverse) return {a.im, a.re};
-    return a;
-}
+template <class V>
+using PassOf = Pass<typename ScalarOf<V>::Type>;
+template <class V>
+using PlanOf = Plan<typename ScalarOf<V>::Type>;
 
 template <class T>
 FFT_INLINE Complex<T> pair_at(const T* pairs, std::int64_t i) {
     return {pairs[2 * i], pairs[2 * i + 1]};
 }
 
-template <class V>
-using PassOf = Pass<typename ScalarOf<V>::Type>;
-template <class V>
-using PlanOf = Plan<typename ScalarOf<V>::Type>;
-
-template <int R, bool inverse, bool twiddled, class V>
-void unrolled_pass(const PassOf<V>& pass, Complex<V>* lines, std::int64_t count, std::int64_t stride) {
-    const std::int64_t inner = pass.inner;
-    for (std::int64_t line = 0; line < count; line++)
-        for (int outer = 0; outer < pass.outer; outer++) {
-            Complex<V>* first = lines + line * stride + outer * R * inner;
-            const auto* twiddles = pass.twiddles;
-            for (std::int64_t m = 0; m < inner; m++, twiddles += 2 * (R - 1)) {
-                Complex<V> a[R];
-                unrolled<0, R>([&](auto r) UNROLLED_BODY {
-                    a[r] = exchanged<inverse>(first[m + r * inner]);
-                    if constexpr (inverse && twiddled && r.value > 0) a[r] = a[r] * pair_at(twiddles, r - 1);
-                });
-                butterfly<R>(a);
-                unrolled<0, R>([&](auto r) UNROLLED_BODY {
-                    if constexpr (!inverse && twiddled && r.value > 0) a[r] = a[r] * pair_at(twiddles, r - 1);
-                    first[m + r * inner] = exchanged<inverse>(a[r]);
-                });
-            }
-        }
+// fn(0), ..., fn(radix - 1)
+template <int R, class Fn>
+FFT_INLINE void for_each(Index<R>, Fn&& fn) {
+    unrolled<0, R>(fn);
 }
+template <class Fn>
+FFT_INLINE void for_each(int radix, Fn&& fn) {
+    for (int r = 0; r < radix; r++) fn(r);
+}
+
+// Lines in memory, each [outer][radix][inner].
+template <class V>
+struct InLine {
+    Complex<V>* line;
+    std::int64_t inner, stride;
+
+    template <class Radix>
+    FFT_INLINE Complex<V>* first(Radix radix, std::int64_t outer, std::int64_t m) const {
+        return line + outer * radix * inner + m;
+    }
+};
+template <class V>
+struct LineSource : InLine<V> {
+    FFT_INLINE LineSource of(std::int64_t i) const { return {{this->line + i * this->stride, this->inner, 0}}; }
+    template <class Radix>
+    FFT_INLINE void operator()(Complex<V>* a, Radix radix, std::int64_t outer, std::int64_t m) const {
+        const Complex<V>* first = this->first(radix, outer, m);
+        for_each(radix, [&](auto r) UNROLLED_BODY { a[r] = first[r * this->inner]; });
+    }
+};
+template <class V>
+struct LineSink : InLine<V> {
+    FFT_INLINE LineSink of(std::int64_t i) const { return {{this->line + i * this->stride, this->inner, 0}}; }
+    template <class Radix>
+    FFT_INLINE void operator()(Complex<V>* a, Radix radix, std::int64_t outer, std::int64_t m) const {
+        Complex<V>* first = this->first(radix, outer, m);
+        for_each(radix, [&](auto r) UNROLLED_BODY { first[r * this->inner] = a[r]; });
+    }
+};
 
 // a[k] = sum_n a[n] exp(-2 pi i n k / radix) by its definition, for an odd radix: samples n and radix - n together.
 template <class V>
 void direct_butterfly(const PassOf<V>& pass, Complex<V>* a) {
-    const int half = pass.radix / 2;
-    Complex<V> mean = a[0];
+    const int radix = pass.radix, half = radix / 2;
+    Complex<V>* results = a + radix;
+    results[0] = a[0];
     for (int n = 1; n <= half; n++) {
-        const Complex<V> sum = a[n] + a[pass.radix - n], difference = a[n] - a[pass.radix - n];
+        const Complex<V> sum = a[n] + a[radix - n], difference = a[n] - a[radix - n];
         a[n] = sum;
-        a[pass.radix - n] = difference;
-        mean = mean + sum;
+        a[radix - n] = difference;
+        results[0] = results[0] + sum;
     }
-    Complex<V>* results = a + pass.radix;
-    results[0] = mean;
     for (int k = 1; k <= half; k++) {
         Complex<V> even = a[0], odd{};
         for (int n = 1, turn = k; n <= half; n++) {
             const auto root = pair_at(pass.roots, turn);
             even = {even.re + a[n].re * root.re, even.im + a[n].im * root.re};
-            odd = {odd.re + a[pass.radix - n].re * root.im, odd.im + a[pass.radix - n].im * root.im};
+            odd = {odd.re + a[radix - n].re * root.im, odd.im + a[radix - n].im * root.im};
             turn += k;
-            if (turn >= pass.radix) turn -= pass.radix;
+            if (turn >= radix) turn -= radix;
         }
         results[k] = {even.re - odd.im, even.im + odd.re};
-        results[pass.radix - k] = {even.re + odd.im, even.im - odd.re};
+        results[radix - k] = {even.re + odd.im, even.im - odd.re};
     }
+    for (int k = 0; k < radix; k++) a[k] = results[k];
 }
 
-template <bool inverse, class V>
-void transform(const PlanOf<V>& plan, Complex<V>* lines, std::int64_t count, std::int64_t stride, Complex<V>* scratch);
+template <class V>
+void transform_line(const PlanOf<V>& plan, Complex<V>* line);
+template <class V>
+void inverse_transform_line(const PlanOf<V>& plan, Complex<V>* line);
 
 // A large prime: a chirp turns the transform into a convolution, done by transforms of a smooth length (Bluestein).
 template <class V>
@@ -91,70 +108,109 @@ void chirp_butterfly(const PassOf<V>& pass, Complex<V>* a) {
     Complex<V>* line = a + pass.radix;
     for (int p = 0; p < convolution.size; p++) line[p] = Complex<V>{};
     for (int n = 0; n < pass.radix; n++) line[convolution.position[n]] = a[n] * pair_at(pass.chirp, n);
-    transform<false>(convolution, line, 1, 0, line);
+    transform_line<V>(convolution, line);
     for (int p = 0; p < convolution.size; p++) line[p] = line[p] * pair_at(pass.chirp_spectrum, p);
-    transform<true>(convolution, line, 1, 0, line);
+    inverse_transform_line<V>(convolution, line);
     for (int k = 0; k < pass.radix; k++) a[k] = line[convolution.position[k]] * pair_at(pass.chirp, k);
 }
 
-template <bool inverse, class V>
-void prime_pass(const PassOf<V>& pass, Complex<V>* lines, std::int64_t count, std::int64_t stride, Complex<V>* scratch) {
-    const int radix = pass.radix;
-    const std::int64_t inner = pass.inner;
-    for (std::int64_t line = 0; line < count; line++)
-        for (std::int64_t i = 0; i < pass.outer * inner; i++) {
-            const std::int64_t m = i % inner;
-            Complex<V>* first = lines + line * stride + (i - m) * radix + m;
-            const auto twiddled = [&](Complex<V> a, int r) {
-                return pass.twiddles && r > 0 ? a * pair_at(pass.twiddles, m * (radix - 1) + r - 1) : a;
-            };
-            for (int r = 0; r < radix; r++) {
-                const Complex<V> a = exchanged<inverse>(first[r * inner]);
-                scratch[r] = inverse ? twiddled(a, r) : a;
-            }
-            const Complex<V>* results = scratch;
-            if (pass.chirp) {
-                chirp_butterfly(pass, scratch);
-            } else {
-                direct_butterfly(pass, scratch);
-                results = scratch + radix;
-            }
-            for (int r = 0; r < radix; r++)
-                first[r * inner] = exchanged<inverse>(inverse ? results[r] : twiddled(results[r], r));
-        }
+template <class V, int R>
+FFT_INLINE void pass_butterfly(const PassOf<V>&, Index<R>, Complex<V>* a) {
+    butterfly<R>(a);
+}
+template <class V>
+FFT_INLINE void pass_butterfly(const PassOf<V>& pass, int, Complex<V>* a) {
+    pass.chirp ? chirp_butterfly(pass, a) : direct_butterfly(pass, a);
 }
 
-template <bool inverse, class V>
-void run_pass(const PassOf<V>& pass, Complex<V>* lines, std::int64_t count, std::int64_t stride, Complex<V>* scratch) {
-    const auto run = [&](auto radix) {
-        if (pass.twiddles)
-            unrolled_pass<radix.value, inverse, true>(pass, lines, count, stride);
-        else
-            unrolled_pass<radix.value, inverse, false>(pass, lines, count, stride);
-    };
-    switch (pass.radix) {
-        case 2: return run(Index<2>{});
-        case 3: return run(Index<3>{});
-        case 4: return run(Index<4>{});
-        case 5: return run(Index<5>{});
-        case 6: return run(Index<6>{});
-        case 7: return run(Index<7>{});
-        case 8: return run(Index<8>{});
-        case 9: return run(Index<9>{});
-        case 10: return run(Index<10>{});
-        case 11: return run(Index<11>{});
-        case 12: return run(Index<12>{});
-        case 13: return run(Index<13>{});
-        case 14: return run(Index<14>{});
-        case 16: return run(Index<16>{});
-        default: return prime_pass<inverse>(pass, lines, count, stride, scratch);
+template <class V, class Radix>
+FFT_INLINE void twiddle(const PassOf<V>& pass, Radix radix, std::int64_t m, Complex<V>* a) {
+    const auto* twiddles = pass.twiddles + 2 * m * (radix - 1);
+    for_each(radix, [&](auto r) UNROLLED_BODY {
+        if (r > 0) a[r] = a[r] * pair_at(twiddles, r - 1);
+    });
+}
+
+template <class V, class Radix>
+FFT_INLINE void exchange(Radix radix, Complex<V>* a) {
+    for_each(radix, [&](auto r) UNROLLED_BODY { a[r] = Complex<V>{a[r].im, a[r].re}; });
+}
+
+template <bool inverse, bool twiddled, class V, class Radix, class Source, class Sink>
+FFT_INLINE void run_butterflies(const PassOf<V>& pass, std::int64_t lines, Radix radix, Complex<V>* a,
+                                const Source& source, const Sink& sink) {
+    const std::int64_t outers = pass.outer, inner = pass.inner;
+    for (std::int64_t i = 0; i < lines; i++) {
+        const auto from = source.of(i);
+        const auto to = sink.of(i);
+        for (std::int64_t outer = 0; outer < outers; outer++)
+            for (std::int64_t m = 0; m < inner; m++) {
+                from(a, radix, outer, m);
+                if constexpr (inverse) exchange<V>(radix, a);
+                if constexpr (inverse && twiddled) twiddle<V>(pass, radix, m, a);
+                pass_butterfly<V>(pass, radix, a);
+                if constexpr (!inverse && twiddled) twiddle<V>(pass, radix, m, a);
+                if constexpr (inverse) exchange<V>(radix, a);
+                to(a, radix, outer, m);
+            }
     }
 }
 
+template <bool inverse, bool twiddled, int R, class V, class Source, class Sink>
+void unrolled_pass(const PassOf<V>& pass, std::int64_t lines, const Source& source, const Sink& sink) {
+    Complex<V> a[R];
+    run_butterflies<inverse, twiddled, V>(pass, lines, Index<R>{}, a, source, sink);
+}
+
+// `scratch` holds Plan::scratch elements; only radices without code of their own use it.
+template <bool inverse, bool twiddled, class V, class Source, class Sink>
+void run_pass_of_any_radix(const PassOf<V>& pass, std::int64_t lines, Complex<V>* scratch, const Source& source,
+                           const Sink& sink) {
+    switch (pass.radix) {
+        case 1: return unrolled_pass<inverse, twiddled, 1, V>(pass, lines, source, sink);
+        case 2: return unrolled_pass<inverse, twiddled, 2, V>(pass, lines, source, sink);
+        case 3: return unrolled_pass<inverse, twiddled, 3, V>(pass, lines, source, sink);
+        case 4: return unrolled_pass<inverse, twiddled, 4, V>(pass, lines, source, sink);
+        case 5: return unrolled_pass<inverse, twiddled, 5, V>(pass, lines, source, sink);
+        case 7: return unrolled_pass<inverse, twiddled, 7, V>(pass, lines, source, sink);
+        case 8: return unrolled_pass<inverse, twiddled, 8, V>(pass, lines, source, sink);
+        default: return run_butterflies<inverse, twiddled, V>(pass, lines, pass.radix, scratch, source, sink);
+    }
+}
+
+template <bool inverse, class V, class Source, class Sink>
+void run_pass(const PassOf<V>& pass, std::int64_t lines, Complex<V>* scratch, const Source& source, const Sink& sink) {
+    if (pass.twiddles)
+        run_pass_of_any_radix<inverse, true, V>(pass, lines, scratch, source, sink);
+    else
+        run_pass_of_any_radix<inverse, false, V>(pass, lines, scratch, source, sink);
+}
+
+// A plan's last pass, which has no twiddles.
+template <class V, class Source, class Sink>
+void run_last_pass(const PassOf<V>& pass, std::int64_t lines, Complex<V>* scratch, const Source& source,
+                   const Sink& sink) {
+    run_pass_of_any_radix<false, false, V>(pass, lines, scratch, source, sink);
+}
+
+// Passes [first, last) of a plan over lines in place; the inverse runs them backwards.
 template <bool inverse, class V>
-void transform(const PlanOf<V>& plan, Complex<V>* lines, std::int64_t count, std::int64_t stride, Complex<V>* scratch) {
-    for (int i = 0; i < plan.num_passes; i++)
-        run_pass<inverse>(plan.passes[inverse ? plan.num_passes - 1 - i : i], lines, count, stride, scratch);
+void run_passes(const PlanOf<V>& plan, int first, int last, std::int64_t lines, Complex<V>* line, std::int64_t stride,
+                Complex<V>* scratch) {
+    for (int i = first; i < last; i++) {
+        const PassOf<V>& pass = plan.passes[inverse ? first + last - 1 - i : i];
+        const InLine<V> in_line{line, pass.inner, stride};
+        run_pass<inverse, V>(pass, lines, scratch, LineSource<V>{in_line}, LineSink<V>{in_line});
+    }
+}
+
+template <class V>
+void transform_line(const PlanOf<V>& plan, Complex<V>* line) {
+    run_passes<false, V>(plan, 0, plan.num_passes, 1, line, 0, nullptr);
+}
+template <class V>
+void inverse_transform_line(const PlanOf<V>& plan, Complex<V>* line) {
+    run_passes<true, V>(plan, 0, plan.num_passes, 1, line, 0, nullptr);
 }
 
 }  // namespace

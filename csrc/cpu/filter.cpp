@@ -25,10 +25,12 @@ struct Free {
 };
 using Memory = std::unique_ptr<char, Free>;
 
-std::int64_t padded(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
+// A multiple of a complex number's size in any vector width, which is also what workspaces are aligned to.
+constexpr std::int64_t alignment = 128;
+std::int64_t padded(std::int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
 
 Memory allocate(std::int64_t bytes) {
-    void* memory = bytes ? std::aligned_alloc(64, padded(bytes)) : nullptr;
+    void* memory = bytes ? std::aligned_alloc(alignment, padded(bytes)) : nullptr;
     if (bytes && !memory) throw std::bad_alloc();
     return Memory(static_cast<char*>(memory));
 }

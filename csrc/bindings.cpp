@@ -85,8 +85,9 @@ FilterProblem checked_problem(const std::array<std::int64_t, 5>& shape, int dtyp
 
 const void* required(const char* name, Address address) { return input(name, address, 1); }
 
-void bind_filter(const std::array<std::int64_t, 5>& shape, int dtype, std::optional<std::pair<double, double>> star_relu,
-                 Address x, Address logits, Address filters, Address y, int threads) {
+void bind_filter(const std::array<std::int64_t, 5>& shape, int dtype,
+                 std::optional<std::pair<double, double>> star_relu, Address x, Address logits, Address filters,
+                 Address y, int threads) {
     const FilterProblem problem = checked_problem(shape, dtype, star_relu);
     check_threads(threads);
     FilterTensors tensors{};
@@ -107,7 +108,8 @@ std::pair<double, double> bind_filter_backward(const std::array<std::int64_t, 5>
     check_threads(threads);
     if (need_scalars && !problem.star_relu)
         throw std::invalid_argument("need_scalars: got true, but the problem has no StarReLU");
-    if (grad_logits && problem.F == 0) throw std::invalid_argument("grad_logits: a global filter (F = 0) has no logits");
+    if (grad_logits && problem.F == 0)
+        throw std::invalid_argument("grad_logits: a global filter (F = 0) has no logits");
     FilterTensors tensors{};
     tensors.x = required("x", x);
     tensors.logits = problem.F > 0 ? required("logits", logits) : nullptr;

@@ -50,6 +50,8 @@ std::int64_t last_level_cache_bytes() {
 constexpr std::int64_t min_elements_per_thread = 16384;
 // Planes of fewer bytes are never shared between threads: they would wait for each other longer than they compute.
 constexpr std::int64_t min_shared_plane_bytes = 256 * 1024;
+// Larger ones always are where every thread's own would crowd each other out of the last cache.
+constexpr std::int64_t max_own_plane_bytes = 2 << 20;
 // Partial sums of grad_basis: as many as fit, for threads to work on; the number must not depend on theirs.
 constexpr std::int64_t max_slots = 16, max_slots_bytes = 16 << 20;
 // Planes in progress on one thread stay in its L2 cache.
@@ -62,7 +64,7 @@ constexpr std::int64_t max_group_bytes = 512 * 1024;
 // units are its channel blocks. Units left over when every thread has had the same number, or all of them where the
 // planes in progress would not fit the last cache together, are shared: all threads work on one plane at a time.
 class Driver {
-   public:
+  public:
     Driver(const FilterProblem& problem, const FilterTensors& tensors, int threads)
         : kernels_(active_kernels()),
           kernel_(kernels_.filter[static_cast<int>(problem.dtype)]),
@@ -83,7 +85,8 @@ class Driver {
         scratch_bytes_ = padded(workspace.scratch_bytes);
         const std::int64_t elements = problem.B * problem.H * problem.W * problem.C;
         threads_ = static_cast<int>(std::clamp<std::int64_t>(elements / min_elements_per_thread, 1, threads));
-        slot_bytes_ = problem.F > 0 && tensors.grad_filters ? problem.H * (problem.W / 2 + 1) * problem.F * 2 * item_ : 0;
+        slot_bytes_ =
+            problem.F > 0 && tensors.grad_filters ? problem.H * (problem.W / 2 + 1) * problem.F * 2 * item_ : 0;
         choose_units();
         share_units();
     }
@@ -109,7 +112,7 @@ class Driver {
         return total;
     }
 
-   private:
+  private:
     template <class T>
     void set_plans() {
         const auto row_plan = plan_for<T>(static_cast<int>(problem_.W));
@@ -141,7 +144,8 @@ class Driver {
         own_units_ = units_;
         if (threads_ > 1 && plane_bytes_ >= min_shared_plane_bytes) {
             own_units_ -= units_ % threads_;
-            if (threads_ * plane_bytes_ > last_level_cache_bytes()) own_units_ = 0;
+            const bool crowded = threads_ * plane_bytes_ > last_level_cache_bytes() / 4;
+            if (crowded && plane_bytes_ > max_own_plane_bytes) own_units_ = 0;
         }
         if (own_units_ == units_) threads_ = static_cast<int>(std::min<std::int64_t>(threads_, units_));
     }

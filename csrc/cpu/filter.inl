@@ -6,9 +6,9 @@
 //              grad_u = irfft2(conj(M) G)
 //              grad_routing[f] = sum_hk D Re(Q conj(basis[h,k,f])),   grad_basis[h,k,f] = sum_bc D routing[f] Q
 //
-// Two rows are transformed as one complex line, Z = rfft(row a) + i rfft(row b). Column k of both is Z[k] + conj(Z[-k]) and
-// -i (Z[k] - conj(Z[-k])), so a column and its mirror image hold all that the column pass needs, and what it makes goes
-// back to the same two places. A plane's workspace is as large as the plane. Nothing is normalised on the way: the
+// Two rows are transformed as one complex line, Z = rfft(row a) + i rfft(row b). Column k of both is Z[k] + conj(Z[-k])
+// and -i (Z[k] - conj(Z[-k])), so a column and its mirror image hold all that the column pass needs, and what it makes
+// goes back to the same two places. A plane's workspace is as large as the plane. Nothing is normalised on the way: the
 // factor 2 above and the transforms' 1/sqrt(H W) are put into the routing weights.
 
 namespace {
@@ -64,9 +64,7 @@ struct FilterOf {
         bool needs_y_spectrum() const { return !backward() || tensors.grad_x || tensors.need_scalars; }
 
         // Elements before this plane's first channel at the start of a row of pixels.
-        std::int64_t row_offset(std::int64_t row) const {
-            return (task.sample * H + row) * W * problem.C + channel;
-        }
+        std::int64_t row_offset(std::int64_t row) const { return (task.sample * H + row) * W * problem.C + channel; }
         double half_spectrum_weight(int k) const { return k == 0 || 2 * k == W ? 1 : 2; }
         double normalisation() const { return 0.5 / (double(H) * W); }
     };
@@ -217,12 +215,12 @@ struct FilterOf {
     struct FilterColumn {
         const Plane& plane;
         const int* frequency;
-        const T* filters;   // [H] rows of basis or weight at this column
-        std::int64_t row;   // elements from one to the next
-        const Line* x;      // backward: the column of x's spectrum
-        V* grad_routing;    // [F], this column's part
-        T* grad_filters;    // like `filters`: where to add this plane's part; null where that is not needed
-        T grad_scale;       // of a weight's gradient: D and what is not normalised
+        const T* filters;  // [H] rows of basis or weight at this column
+        std::int64_t row;  // elements from one to the next
+        const Line* x;     // backward: the column of x's spectrum
+        V* grad_routing;   // [F], this column's part
+        T* grad_filters;   // like `filters`: where to add this plane's part; null where that is not needed
+        T grad_scale;      // of a weight's gradient: D and what is not normalised
 
         FilterColumn(const Plane& plane_, int k, const Line* x_)
             : plane(plane_),
@@ -232,7 +230,8 @@ struct FilterOf {
               grad_routing(plane.grad_routing + std::int64_t{k} * plane.F),
               grad_filters(nullptr),
               grad_scale(T(plane.half_spectrum_weight(k) * plane.normalisation() / 2)) {
-            const std::int64_t column = 2 * (plane.F > 0 ? std::int64_t{k} * plane.F : k * plane.problem.C + plane.channel);
+            const std::int64_t column =
+                2 * (plane.F > 0 ? std::int64_t{k} * plane.F : k * plane.problem.C + plane.channel);
             filters = static_cast<const T*>(plane.tensors.filters) + column;
             if (!plane.tensors.grad_filters) return;
             grad_filters = column + (plane.F > 0 ? static_cast<T*>(plane.call.slots) + plane.task.slot * plane.H * row
@@ -266,14 +265,13 @@ struct FilterOf {
         MixFunction mix;
         struct Filtered : FilterColumn {
             MixFunction mix;
-            Filtered(const Plane& plane, int k, const Line* x, MixFunction mix_) : FilterColumn(plane, k, x), mix(mix_) {
+            Filtered(const Plane& plane, int k, const Line* x, MixFunction mix_)
+                : FilterColumn(plane, k, x), mix(mix_) {
                 for (int f = 0; plane.backward() && f < plane.F; f++) this->grad_routing[f] = V{};
             }
             FFT_INLINE void operator()(Line* a, int radix, int first) const { mix(*this, a, radix, first); }
         };
-        FFT_INLINE Filtered of(std::int64_t j) const {
-            return Filtered(plane, block.k[j], x_lines + j * plane.H, mix);
-        }
+        FFT_INLINE Filtered of(std::int64_t j) const { return Filtered(plane, block.k[j], x_lines + j * plane.H, mix); }
     };
 
     static MixFunction mix_of(const Plane& plane) {
@@ -303,17 +301,23 @@ struct FilterOf {
     template <int fixed_F>
     static void mix_basis_backward(const FilterColumn& column, Line* a, int radix, int first) {
         const int F = fixed_F ? fixed_F : column.plane.F;
-        const V* routing = column.plane.routing;
         const bool need_grads = column.plane.needs_x_spectrum();
+        // in registers where F is known
+        V fixed_routing[fixed_F ? fixed_F : 1], fixed_grads[fixed_F ? fixed_F : 1];
+        for (int f = 0; f < fixed_F; f++) fixed_routing[f] = column.plane.routing[f];
+        for (int f = 0; f < fixed_F; f++) fixed_grads[f] = column.grad_routing[f];
+        const V* routing = fixed_F ? fixed_routing : column.plane.routing;
+        V* grads = fixed_F ? fixed_grads : column.grad_routing;
         for (int r = 0; r < radix; r++) {
             const T* bin = column.at(first + r);
             const Line G = a[r];
             a[r] = conj_times(mixed<fixed_F>(routing, bin, F), G);
             if (!need_grads) continue;
             const Line Q = conj_times(column.x[first + r], G);
-            for (int f = 0; f < F; f++) column.grad_routing[f] += Q.re * bin[2 * f] + Q.im * bin[2 * f + 1];
+            for (int f = 0; f < F; f++) grads[f] += Q.re * bin[2 * f] + Q.im * bin[2 * f + 1];
             if (column.grad_filters) add_grad_basis<fixed_F>(column, first + r, routing, Q, F);
         }
+        for (int f = 0; f < fixed_F; f++) column.grad_routing[f] = fixed_grads[f];
     }
 
     // grad_filters[f] += routing[f] Q, summed over the lanes
@@ -334,9 +338,12 @@ struct FilterOf {
     // to[i] = v[i] or to[i] += v[i] for the first n lanes
     template <int n>
     FFT_INLINE static void add(T* to, V v, bool replace) {
-        T elements[lanes];
-        Arithmetic::store(elements, v);
-        for (int i = 0; i < n; i++) to[i] = replace ? elements[i] : to[i] + elements[i];
+        typedef T Part __attribute__((vector_size(n * sizeof(T))));
+        Part part, sum{};
+        __builtin_memcpy(&part, &v, sizeof(part));
+        if (!replace) __builtin_memcpy(&sum, to, sizeof(sum));
+        sum += part;
+        __builtin_memcpy(to, &sum, sizeof(sum));
     }
 
     // A weight for every channel, its real and imaginary parts in turn.
@@ -437,8 +444,8 @@ struct FilterOf {
     static FilterWorkspace workspace(const FilterCall& call) {
         const Plane plane(call, PlaneTask{});
         const auto* end = reinterpret_cast<char*>(plane.star_relu_sums + (plane.backward() ? 2 * plane.pairs : 0));
-        const std::int64_t scratch = plane.row_plan.scratch > plane.column_plan.scratch ? plane.row_plan.scratch
-                                                                                        : plane.column_plan.scratch;
+        const std::int64_t scratch =
+            plane.row_plan.scratch > plane.column_plan.scratch ? plane.row_plan.scratch : plane.column_plan.scratch;
         const std::int64_t columns = column_block(plane) * (plane.backward() ? 2 : 1);
         return {end - static_cast<char*>(nullptr), (columns * plane.H + scratch) * std::int64_t{sizeof(Line)}};
     }
@@ -449,8 +456,8 @@ struct Filter : FilterOf<typename L::Vec> {
     using Storage = typename L::Scalar;
     using V = typename L::Vec;
     using Base = FilterOf<V>;
-    using typename Base::Line, typename Base::Plane, typename Base::T;
     using Base::lanes;
+    using typename Base::Line, typename Base::Plane, typename Base::T;
 
     // Lines that go through a pass together: they stay in L1 for the next one.
     static constexpr std::int64_t row_block_bytes = 16384;
@@ -527,7 +534,8 @@ struct Filter : FilterOf<typename L::Vec> {
         const Pass<T>& first = plan.passes[0];
         const std::int64_t stride = rows.plane.call.row_stride;
         if (rows.plane.used == lanes)
-            run_pass<false, V>(first, count, scratch, RowSource<Act>{rows, act}, LineSink<V>{{line, first.inner, stride}});
+            run_pass<false, V>(first, count, scratch, RowSource<Act>{rows, act},
+                               LineSink<V>{{line, first.inner, stride}});
         else
             for (int i = 0; i < count; i++) load_pair(RowPair(rows, i), rows.plane, line + i * stride, act);
         run_passes<false, V>(plan, rows.plane.used == lanes ? 1 : 0, plan.num_passes, count, line, stride, scratch);
@@ -567,7 +575,8 @@ struct Filter : FilterOf<typename L::Vec> {
             const int count = start + block < last ? block : last - start;
             for (int g = 0; g < group.count; g++) {
                 Line* line = Plane(call, group.tasks[g]).y_spectrum + start * call.row_stride;
-                run_passes<true, V>(plan, 0, plan.num_passes, count, line, call.row_stride, static_cast<Line*>(scratch));
+                run_passes<true, V>(plan, 0, plan.num_passes, count, line, call.row_stride,
+                                    static_cast<Line*>(scratch));
             }
             for (int pair = start; pair < start + count; pair++) store_pair(call, group, pair);
         }
@@ -575,33 +584,36 @@ struct Filter : FilterOf<typename L::Vec> {
 
     static void store_pair(const FilterCall& call, const PlaneGroup& group, int pair) {
         const Plane plane(call, group.tasks[0]), last(call, group.tasks[group.count - 1]);
+        const Line* line = plane.y_spectrum + pair * call.row_stride;
+        const std::int64_t stride = group.count > 1 ? (last.y_spectrum - plane.y_spectrum) / (group.count - 1) : 0;
         if (plane.backward() && plane.problem.star_relu)
-            for (int g = 0; g < group.count; g++) {
-                const Plane each(call, group.tasks[g]);
-                store_pair_star_relu(each, pair, each.y_spectrum + pair * call.row_stride);
-            }
+            for (int g = 0; g < group.count; g++)
+                store_pair_star_relu(Plane(call, group.tasks[g]), pair, line + g * stride);
         else
-            store_rows(plane, last, group.count, pair);
+            store_rows(plane, last.used, group.count, pair, line, stride);
     }
 
     // Pixel by pixel, all of the group's blocks: one after the other in the same memory page, in different cache sets.
-    static void store_rows(const Plane& plane, const Plane& last, int count, int pair) {
+    static void store_rows(const Plane& plane, int used_of_last, int count, int pair, const Line* line,
+                           std::int64_t stride) {
         const RowPair rows({plane, plane.backward() ? plane.tensors.grad_x : plane.tensors.y, pair}, 0);
-        const Line* line = plane.y_spectrum + pair * plane.call.row_stride;
-        const std::int64_t stride = count > 1 ? (last.y_spectrum - plane.y_spectrum) / (count - 1) : 0;
-        if (last.used < lanes) {
+        if (used_of_last < lanes) {
             count--;
             for (int p = 0; p < plane.W; p++) {
                 const std::int64_t offset = rows.sample[p] * rows.C + count * lanes;
-                store_first<L>(rows.b + offset, line[p + count * stride].im, last.used);
-                store_first<L>(rows.a + offset, line[p + count * stride].re, last.used);
+                store_first<L>(rows.b + offset, line[p + count * stride].im, used_of_last);
+                store_first<L>(rows.a + offset, line[p + count * stride].re, used_of_last);
             }
         }
         switch (count) {
-            case 1: return store_blocks<1>(rows, plane.W, line, stride);
-            case 2: return store_blocks<2>(rows, plane.W, line, stride);
-            case 3: return store_blocks<3>(rows, plane.W, line, stride);
-            case 4: return store_blocks<4>(rows, plane.W, line, stride);
+            case 1:
+                return store_blocks<1>(rows, plane.W, line, stride);
+            case 2:
+                return store_blocks<2>(rows, plane.W, line, stride);
+            case 3:
+                return store_blocks<3>(rows, plane.W, line, stride);
+            case 4:
+                return store_blocks<4>(rows, plane.W, line, stride);
         }
     }
     template <int count>
@@ -628,8 +640,8 @@ struct Filter : FilterOf<typename L::Vec> {
             Storage* __restrict grad_x = plane.tensors.grad_x ? pixels(plane, plane.tensors.grad_x, row) : nullptr;
             for (std::int64_t w = 0; w < W; w++) {
                 const Line& grad_u = line[position[w]];
-                const V g = StarReLU<L>::backward_lane(i ? grad_u.im : grad_u.re, load(x + w * C, plane.used),
-                                                       two_scale, sums);
+                const V g =
+                    StarReLU<L>::backward_lane(i ? grad_u.im : grad_u.re, load(x + w * C, plane.used), two_scale, sums);
                 if (grad_x) store(grad_x + w * C, g, plane.used);
             }
         }
@@ -637,11 +649,11 @@ struct Filter : FilterOf<typename L::Vec> {
         plane.star_relu_sums[2 * pair] = lane_sum(sums.scale.sum);
         plane.star_relu_sums[2 * pair + 1] = lane_sum(sums.bias.sum);
     }
-
 };
 
 template <class L>
-constexpr FilterKernel filter_kernel = {Filter<L>::workspace,    Filter<L>::begin, Filter<L>::rows, Filter<L>::columns,
-                                        Filter<L>::inverse_rows, Filter<L>::end,   Filter<L>::sum_slots};
+constexpr FilterKernel filter_kernel = {Filter<L>::workspace, Filter<L>::begin,        Filter<L>::rows,
+                                        Filter<L>::columns,   Filter<L>::inverse_rows, Filter<L>::end,
+                                        Filter<L>::sum_slots};
 
 }  // namespace

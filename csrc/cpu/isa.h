@@ -51,8 +51,8 @@ struct FilterWorkspace {
     std::int64_t scratch_bytes;  // of a thread
 };
 
-// A group's steps in order. Those with a range [first, last) of row pairs or of columns may run on several threads, each
-// with its own scratch, as long as all of one step are done before the next begins.
+// A group's steps in order. Those with a range [first, last) of row pairs or of columns may run on several threads,
+// each with its own scratch, as long as all of one step are done before the next begins.
 struct FilterKernel {
     FilterWorkspace (*workspace)(const FilterCall&);
     void (*begin)(const FilterCall&, const PlaneTask&);

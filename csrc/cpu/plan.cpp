@@ -177,8 +177,8 @@ void add_roots(OwnedPlan<T>& owned, Pass<T>& pass) {
 }
 
 // A line of N = R M points after its first pass is R lines of M. Sample n = M r + m (coprime factors: M r + R m) meets
-// the first butterfly as its r-th input; the rest belongs to the line of sample m. Frequencies come back as k = r + R km
-// (coprime: the k with remainders r and km).
+// the first butterfly as its r-th input; the rest belongs to the line of sample m. Frequencies come back as k = r + R
+// km (coprime: the k with remainders r and km).
 template <class T>
 std::shared_ptr<const Plan<T>> build(int size) {
     auto owned = std::make_shared<OwnedPlan<T>>();
@@ -244,8 +244,8 @@ std::shared_ptr<const Plan<T>> build(int size) {
 
 std::mutex cache_mutex;
 // A child that is forked while another thread holds the mutex would wait for it forever.
-[[maybe_unused]] const int at_fork = pthread_atfork([] { cache_mutex.lock(); }, [] { cache_mutex.unlock(); },
-                                                    [] { cache_mutex.unlock(); });
+[[maybe_unused]] const int at_fork =
+    pthread_atfork([] { cache_mutex.lock(); }, [] { cache_mutex.unlock(); }, [] { cache_mutex.unlock(); });
 
 // Most recently used first.
 template <class T>

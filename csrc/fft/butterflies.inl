@@ -51,7 +51,8 @@ constexpr double cos_turn(long long k, long long n) {
     if (k < 0) k += n;
     if (2 * k > n) k = n - k;
     if (4 * k > n) return -cos_turn(n - 2 * k, 2 * n);
-    return 8 * k > n ? sine_series(pi * double(n - 4 * k) / double(2 * n)) : cosine_series(2 * pi * double(k) / double(n));
+    return 8 * k > n ? sine_series(pi * double(n - 4 * k) / double(2 * n))
+                     : cosine_series(2 * pi * double(k) / double(n));
 }
 constexpr double sin_turn(long long k, long long n) { return cos_turn(4 * k - n, 4 * n); }
 
@@ -153,9 +154,8 @@ FFT_INLINE void composite_butterfly(Complex<T>* a) {
             column[r] = a[coprime ? (M * r.value + R * m.value) % N : M * r.value + m.value];
         });
         butterfly<R>(column);
-        unrolled<0, R>([&](auto r) UNROLLED_BODY {
-            grid[r * M + m] = rotated<coprime ? 0 : r.value * m.value, N>(column[r]);
-        });
+        unrolled<0, R>([&](auto r)
+                           UNROLLED_BODY { grid[r * M + m] = rotated<coprime ? 0 : r.value * m.value, N>(column[r]); });
     });
     unrolled<0, R>([&](auto r) UNROLLED_BODY {
         butterfly<M>(grid + r * M);

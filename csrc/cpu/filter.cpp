@@ -6,6 +6,7 @@
 #include <new>
 #include <stdexcept>
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #ifdef _OPENMP
@@ -20,6 +21,8 @@ namespace {
 
 using namespace cpu;
 
+constexpr std::int64_t huge_page = 2 << 20;
+
 struct Free {
     void operator()(void* memory) const { std::free(memory); }
 };
@@ -30,8 +33,15 @@ constexpr std::int64_t alignment = 128;
 std::int64_t padded(std::int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
 
 Memory allocate(std::int64_t bytes) {
-    void* memory = bytes ? std::aligned_alloc(alignment, padded(bytes)) : nullptr;
-    if (bytes && !memory) throw std::bad_alloc();
+    if (bytes == 0) return nullptr;
+    // From some size on, every call gets fresh pages: large ones, or their faults would cost more than the transforms.
+    const bool huge = bytes >= 2 * huge_page;
+    const std::int64_t unit = huge ? huge_page : alignment;
+    void* memory = std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit);
+    if (!memory) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (huge) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
     return Memory(static_cast<char*>(memory));
 }
 
@@ -55,7 +65,7 @@ constexpr std::int64_t max_own_plane_bytes = 2 << 20;
 // Partial sums of grad_basis: as many as fit, for threads to work on; the number must not depend on theirs.
 constexpr std::int64_t max_slots = 16, max_slots_bytes = 16 << 20;
 // Planes in progress on one thread stay in its L2 cache.
-constexpr std::int64_t max_group_bytes = 512 * 1024;
+constexpr std::int64_t max_group_bytes = 640 * 1024;
 
 // Everything about one call that follows from its sizes.
 //

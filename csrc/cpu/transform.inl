@@ -69,7 +69,36 @@ struct LineSink : InLine<V> {
     }
 };
 
-// a[k] = sum_n a[n] exp(-2 pi i n k / radix) by its definition, for an odd radix: samples n and radix - n together.
+// results[k] = sum_n a[n] exp(-2 pi i n k / radix) for k = first, ..., first + count - 1 and their negatives, from sums
+// a[n] and differences a[radix - n] of the samples n and -n. `count` of them share what is loaded.
+template <int count, class V>
+void direct_frequencies(const PassOf<V>& pass, const Complex<V>* a, int first, Complex<V>* results) {
+    const int radix = pass.radix, half = radix / 2;
+    const auto* roots = pass.roots;
+    Complex<V> even[count], odd[count];
+    int turn[count];
+    unrolled<0, count>([&](auto i) UNROLLED_BODY {
+        even[i] = a[0];
+        odd[i] = Complex<V>{};
+        turn[i] = first + i;
+    });
+    for (int n = 1; n <= half; n++) {
+        const Complex<V> sum = a[n], difference = a[radix - n];
+        unrolled<0, count>([&](auto i) UNROLLED_BODY {
+            const auto root = pair_at(roots, turn[i]);
+            even[i] = {even[i].re + sum.re * root.re, even[i].im + sum.im * root.re};
+            odd[i] = {odd[i].re + difference.re * root.im, odd[i].im + difference.im * root.im};
+            turn[i] += first + i;
+            turn[i] -= turn[i] >= radix ? radix : 0;
+        });
+    }
+    unrolled<0, count>([&](auto i) UNROLLED_BODY {
+        results[first + i] = {even[i].re - odd[i].im, even[i].im + odd[i].re};
+        results[radix - first - i] = {even[i].re + odd[i].im, even[i].im - odd[i].re};
+    });
+}
+
+// An odd radix by its definition, in place; `a` has room for as many again.
 template <class V>
 void direct_butterfly(const PassOf<V>& pass, Complex<V>* a) {
     const int radix = pass.radix, half = radix / 2;
@@ -81,19 +110,11 @@ void direct_butterfly(const PassOf<V>& pass, Complex<V>* a) {
         a[radix - n] = difference;
         results[0] = results[0] + sum;
     }
-    for (int k = 1; k <= half; k++) {
-        Complex<V> even = a[0], odd{};
-        for (int n = 1, turn = k; n <= half; n++) {
-            const auto root = pair_at(pass.roots, turn);
-            even = {even.re + a[n].re * root.re, even.im + a[n].im * root.re};
-            odd = {odd.re + a[radix - n].re * root.im, odd.im + a[radix - n].im * root.im};
-            turn += k;
-            if (turn >= radix) turn -= radix;
-        }
-        results[k] = {even.re - odd.im, even.im + odd.re};
-        results[radix - k] = {even.re + odd.im, even.im - odd.re};
-    }
-    for (int k = 0; k < radix; k++) a[k] = results[k];
+    constexpr int together = VECTOR_BYTES == 64 ? 4 : 2;  // as many as there are registers for
+    int k = 1;
+    for (; k + together <= half + 1; k += together) direct_frequencies<together, V>(pass, a, k, results);
+    for (; k <= half; k++) direct_frequencies<1, V>(pass, a, k, results);
+    for (int i = 0; i < radix; i++) a[i] = results[i];
 }
 
 template <class V>

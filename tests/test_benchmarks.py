@@ -1,0 +1,149 @@
+"""The benchmark script: what it counts, whom it refuses, what it writes."""
+
+import csv
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import bench_op
+import pytest
+import torch
+from bench_op import BOTH, FORWARD, Budget, Contestant, Problem, Row, Setting
+from torch import Tensor
+
+from dfformer_kernels import backends, reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = Problem("dynamic_filter", torch.float32, (2, 6, 5, 3), True)
+BRIEF = Budget(0, 1e-5)
+ROW = Row(
+    *("dynamic_filter", "float32", True, 1, 8, 8, 4, FORWARD, "cpu", "avx512", 2, 5),
+    *(2.0, 3.0, 1.0, 1.0, 10.0, 100.0, 0.5, 0.0, None),
+)
+
+
+def test_counts() -> None:
+    """By hand: N = 16, so a transform is 2.5 * 16 * 4 = 160 flops a channel; 6 channels, 12 kept frequencies."""
+    counts = {
+        ("dynamic_filter", FORWARD): 6 * (2 * 160 + 12 * (16 + 6)),
+        ("dynamic_filter", BOTH): 6 * (5 * 160 + 12 * (22 + 16 + 6 + 8 + 32)),
+        ("global_filter", FORWARD): 6 * (2 * 160 + 12 * 6),
+        ("global_filter", BOTH): 6 * (5 * 160 + 12 * (6 + 6 + 8 + 2)),
+    }
+    assert {key: bench_op.flops(key[0], (2, 4, 4, 3), key[1]) for key in bench_op.FLOPS} == counts
+    assert bench_op.moved_bytes((2, 4, 4, 3), torch.float32, FORWARD) == 2 * 96 * 4
+    assert bench_op.moved_bytes((2, 4, 4, 3), torch.bfloat16, BOTH) == 5 * 96 * 2
+
+
+def test_problems() -> None:
+    found = bench_op.problems("global_filter")
+    assert len(found) == len(set(found))
+    by_dtype = [sum(p.dtype == dtype for p in found) for dtype in bench_op.DTYPES.values()]
+    assert by_dtype == [4 * 4 * 2 - 4 + len(bench_op.OTHER_SHAPES), 8, 8, 8]
+    assert (8, 128, 128, 64) in [p.shape for p in found]
+    assert (8, 256, 256, 64) not in [p.shape for p in found]
+    assert not bench_op.is_measured(4096, (1, 1024, 1024, 65))
+
+
+def test_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One tiny shape through everything, with every contestant there is but torch.compile."""
+    monkeypatch.setattr(bench_op, "problems", lambda op, quick: [TINY._replace(op=op)])
+    monkeypatch.setattr(bench_op, "gemm_rate", lambda dtype: 100.0)
+    monkeypatch.setattr(bench_op, "copy_rate", lambda: 10.0)
+    ops = ["dynamic_filter", "global_filter"]
+    bench_op.main(["--quick", "--op", ",".join(ops), "--threads", "1", "--output", str(tmp_path / "new")])
+
+    with (tmp_path / "new/op.csv").open(newline="") as file:
+        table = csv.DictReader(file)
+        rows = list(table)
+        assert table.fieldnames == [field.name for field in fields(Row)]
+    content: dict[str, Any] = json.loads((tmp_path / "new/op.json").read_text())
+    assert [r["contestant"] for r in content["rows"]] == [r["contestant"] for r in rows]
+    runnable = {name for name, reasons in backends().items() if not reasons}
+    for op in ops:
+        for direction in (FORWARD, BOTH):
+            of_problem = [r for r in content["rows"] if (r["op"], r["direction"]) == (op, direction)]
+            assert runnable <= {r["contestant"] for r in of_problem}
+            for r in of_problem:
+                assert min(r["ms"], r["speedup"], r["gflops"], r["gbps"], r["share_of_limit"]) > 0
+                assert r["rounds"] >= 5
+                assert r["contestant"] not in runnable or (r["extra_bytes"] is None) == (direction == BOTH)
+    assert {"machine", "caches", "libraries", "commit", "dirty", "date", "threads", "torch", "dfformer"} <= set(
+        content["machine"]
+    )
+    assert (content["machine"]["copy_gbps"], content["machine"]["gemm_gflops"]["float32"]) == (10, 100)
+    assert bool(content["summary"]) == ("cpu" in runnable)
+    assert (tmp_path / "new/op.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "torch.compile is left out: compiling" in printed
+    assert "2x6x5x3 (stage)" in printed
+
+
+def wrong_result(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    return reference.dynamic_filter(x, logits, basis) * 1.00001
+
+
+def wrong_gradient(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    return reference.dynamic_filter(x, logits, basis) + 1e-4 * (x - x.detach())
+
+
+def not_a_number(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    return torch.full_like(x, float("nan"))
+
+
+@pytest.mark.parametrize(("run", "calls"), [(wrong_result, 0), (wrong_gradient, 1), (not_a_number, 0)])
+def test_wrong_contestant_is_refused(monkeypatch: pytest.MonkeyPatch, run: Any, calls: int) -> None:
+    """Before the direction it is wrong in is timed."""
+    monkeypatch.setitem(bench_op.CONTESTANTS, "wrong", lambda op, threads: [Contestant("bad", run, Setting(threads))])
+    timed = 0
+    median_seconds = bench_op._median_seconds
+
+    def counted(runs: list[bench_op.Run], budget: Budget) -> tuple[int, list[float]]:
+        nonlocal timed
+        timed += 1
+        return median_seconds(runs, budget)
+
+    monkeypatch.setattr(bench_op, "_median_seconds", counted)
+    entrants = bench_op.contestants("dynamic_filter", 1, quick=True)
+    with pytest.raises(ValueError, match="bad is wrong on Problem"):
+        bench_op.measure(TINY, entrants, 100.0, BRIEF)
+    assert timed == calls
+
+
+def test_absent_library(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(bench_op.CONTESTANTS, "ducc0", lambda op, threads: [__import__("no_such_library")])
+    assert "ducc0" not in [c.name for c in bench_op.contestants("global_filter", 1, quick=True)]
+    assert "ducc0 is left out: No module named 'no_such_library'" in capsys.readouterr().out
+
+
+def test_extra_memory() -> None:
+    """One temporary of x's size beside y."""
+    contestant = Contestant("two steps", lambda x: (x + x) * x, Setting(1))
+    x = torch.ones(1000)
+    assert bench_op._allocated_peak(contestant, TINY, [x]) == x.nbytes
+
+
+def test_rates() -> None:
+    assert bench_op.copy_rate(2**16) > 0
+    assert bench_op.gemm_rate(torch.float32, 32) > 0
+
+
+def test_summary() -> None:
+    rows = [
+        ROW,
+        replace(ROW, stage=False, B=8, speedup=5.0),
+        replace(ROW, dtype="bfloat16", ms=1.0),
+        replace(ROW, contestant="cpu/avx2", isa="avx2", ms=3.0),
+        replace(ROW, contestant="cpu/1 thread", threads=1, ms=3.5),
+        replace(ROW, contestant="torch", isa="", ms=6.0),
+    ]
+    assert {s.quantity: (s.median, s.minimum, s.problems) for s in bench_op.summarize(rows)} == {
+        "times faster than torch.fft, stages": (3, 3, 1),
+        "times faster than torch.fft, all": (4, 3, 2),
+        "share of the limit, stages": (0.5, 0.5, 1),
+        "bfloat16 / float32 time": (0.5, 0.5, 1),
+        "AVX2 / AVX-512 time": (1.5, 1.5, 1),
+        "1 -> 2 threads, batch 1, times faster": (1.75, 1.75, 1),
+    }

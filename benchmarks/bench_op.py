@@ -56,9 +56,9 @@ from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 F = 4
 FORWARD, BOTH = "forward", "forward+backward"
 
-# (stride of the plane, C), at the sizes of square inputs, for the batches. C is the width of DFFormer-S18's blocks;
-# their filters work on that times the expansion ratio, 2 unless told otherwise.
-STAGES = ((4, 64), (8, 128), (16, 320), (32, 512))
+# (stride of the plane, C) of DFFormer-S18's stages, at the sizes of square inputs, for the batches. C is what the filters
+# work on: twice the width of the blocks.
+STAGES = ((4, 128), (8, 256), (16, 640), (32, 1024))
 INPUTS = (224, 384, 512, 1024)
 BATCHES = (1, 8)
 # (B, H, W, C): odd, prime, power-of-two and rectangular planes.

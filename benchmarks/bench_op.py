@@ -281,7 +281,7 @@ def _compiled(op: str, threads: int) -> list[Contestant]:
 
 
 def _backend(name: str, op: str, threads: int) -> list[Contestant]:
-    if reasons := dispatch.by_name(name).unsupported_reasons(dispatch.Problem(op, "cpu", torch.float32, ())):
+    if reasons := dispatch.by_name(name).unsupported_reasons(dispatch.Problem(op, "cpu", torch.float32, (1, 1, 1, 1))):
         raise RuntimeError("; ".join(reasons))
     run = partial(getattr(dfformer_kernels, op), backend=name)
     if name != "cpu":

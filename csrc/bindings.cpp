@@ -17,6 +17,9 @@ namespace {
 
 using Address = std::uintptr_t;
 
+// Far beyond any image and any basis; the kernels count both in ints, and may square a side.
+constexpr std::int64_t max_side = 32768, max_filters = 65536;
+
 DType checked_dtype(int dtype) {
     if (dtype < 0 || dtype >= num_dtypes)
         throw std::invalid_argument("dtype: got code " + std::to_string(dtype) + ", accepted are 0 to " +
@@ -71,13 +74,20 @@ FilterProblem checked_problem(const std::array<std::int64_t, 5>& shape, int dtyp
                               std::optional<std::pair<double, double>> star_relu) {
     const auto [B, H, W, C, F] = shape;
     const DType dtype = checked_dtype(dtype_code);
-    // one side of a plane: far beyond any image, and its square still fits an int
-    constexpr std::int64_t max_side = 32768;
-    if (B < 1 || C < 1 || F < 0 || H < 1 || W < 1 || H > max_side || W > max_side)
-        throw std::invalid_argument("shape: accepted are B, C >= 1, F >= 0 and H, W from 1 to " +
-                                    std::to_string(max_side));
-    product({B, H, W, C + 64, 32});
-    product({B, F, C + 64, 32});
+    const auto check = [&](const char* name, std::int64_t size, std::int64_t least, std::int64_t most) {
+        if (size < least || size > most)
+            throw std::invalid_argument("shape: got " + std::string(name) + " = " + std::to_string(size) +
+                                        ", accepted are " + std::to_string(least) + " to " + std::to_string(most));
+    };
+    constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max();
+    check("B", B, 1, most);
+    check("H", H, 1, max_side);
+    check("W", W, 1, max_side);
+    check("C", C, 1, most);
+    check("F", F, 0, max_filters);
+    // 32 bytes an element: the largest item, complex, with room for rounding C up to the lanes
+    product({B, H, W, C, 32});
+    product({B, std::max<std::int64_t>(F, 1), C, 32});
     product({H, W / 2 + 1, std::max(F, C), 32});
     const auto [scale, bias] = star_relu.value_or(std::pair{0.0, 0.0});
     return {B, H, W, C, F, dtype, star_relu.has_value(), scale, bias};
@@ -136,6 +146,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("supported_isas", &supported_isas);
     m.def("active_isa", &active_isa);
     m.def("set_active_isa", &set_active_isa, py::arg("name"));
+    m.attr("max_side") = max_side;
+    m.attr("max_filters") = max_filters;
     const py::call_guard<py::gil_scoped_release> no_gil;
     m.def("star_relu", &bind_star_relu, no_gil, py::arg("x"), py::arg("y"), py::arg("n"), py::arg("dtype"),
           py::arg("scale"), py::arg("bias"), py::arg("threads"));

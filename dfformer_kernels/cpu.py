@@ -48,6 +48,14 @@ def unavailable_reasons() -> list[str]:
     return [] if core else [reason]
 
 
+def refusals(op: str, shape: tuple[int, ...]) -> list[str]:
+    """Why the core cannot do ``op`` on x of this shape; empty if it can."""
+    most = core().max_side
+    if op.startswith("star_relu") or max(shape[1:3]) <= most:
+        return []
+    return [f"a side of the plane is longer than {most}"]
+
+
 def core() -> ModuleType:
     """The compiled core; RuntimeError with the reason where it is absent."""
     module, reason = _load()

@@ -38,6 +38,7 @@ class Backend:
     device: str | None  # device type, None for any
     kernels: Mapping[str, Kernel]
     unavailable_reasons: Callable[[], list[str]]  # why it cannot run anything on this machine
+    refusals: Callable[[str, tuple[int, ...]], list[str]] = lambda op, shape: []  # why it cannot do op on such an x
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """Why it cannot run ``problem``; empty if it can."""
@@ -46,11 +47,11 @@ class Backend:
             reasons.append(f"it runs on {self.device}, x is on {problem.device}")
         if problem.op not in self.kernels:
             reasons.append(f"it has no {problem.op} kernel, only {', '.join(self.kernels)}")
-        return reasons
+        return reasons or self.refusals(problem.op, problem.shape)
 
 
 TABLE: tuple[Backend, ...] = (
-    Backend("cpu", "cpu", cpu.KERNELS, cpu.unavailable_reasons),
+    Backend("cpu", "cpu", cpu.KERNELS, cpu.unavailable_reasons, cpu.refusals),
     Backend("torch", None, reference.KERNELS, list),
 )
 _BY_NAME = {backend.name: backend for backend in TABLE}

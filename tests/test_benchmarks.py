@@ -42,8 +42,8 @@ def test_problems() -> None:
     assert len(found) == len(set(found))
     by_dtype = [sum(p.dtype == dtype for p in found) for dtype in bench_op.DTYPES.values()]
     assert by_dtype == [4 * 4 * 2 - 4 + len(bench_op.OTHER_SHAPES), 8, 8, 8]
-    assert (8, 128, 128, 64) in [p.shape for p in found]
-    assert (8, 256, 256, 64) not in [p.shape for p in found]
+    assert (8, 128, 128, 128) in [p.shape for p in found]
+    assert (8, 256, 256, 128) not in [p.shape for p in found]
     assert not bench_op.is_measured(4096, (1, 1024, 1024, 65))
 
 

@@ -19,6 +19,7 @@ struct FilterOf {
     using T = typename ScalarOf<V>::Type;
     using Line = Complex<V>;
     using Arithmetic = Plain<T, V>;  // lane type of tensors kept in the arithmetic type
+    using Sum = decltype(Accumulator<V>::sum);
     static constexpr int lanes = Arithmetic::count;
 
     // Columns of x that backward transforms together: neighbours in memory, few enough for L1.
@@ -35,8 +36,9 @@ struct FilterOf {
         std::int64_t channel;
         int used;  // lanes that hold a channel
         Line *x_spectrum, *y_spectrum;
-        V* routing;              // [F] softmax(logits) / (2HW)
-        V* grad_routing;         // [K][F]: each column's part
+        V* weights;              // [F] softmax(logits)
+        V* routing;              // [F] weights / (2HW)
+        Sum* grad_routing;       // [K][F]: each column's part
         double* star_relu_sums;  // [pairs][2]: each row pair's part
 
         Plane(const FilterCall& call_, const PlaneTask& task_)
@@ -55,8 +57,9 @@ struct FilterOf {
               used(problem.C - channel < lanes ? int(problem.C - channel) : lanes) {
             x_spectrum = static_cast<Line*>(task.workspace);
             y_spectrum = x_spectrum + (backward() && needs_x_spectrum() ? pairs * call.row_stride : 0);
-            routing = reinterpret_cast<V*>(y_spectrum + pairs * call.row_stride);
-            grad_routing = routing + F;
+            weights = reinterpret_cast<V*>(y_spectrum + pairs * call.row_stride);
+            routing = weights + F;
+            grad_routing = reinterpret_cast<Sum*>(routing + F);
             star_relu_sums = reinterpret_cast<double*>(grad_routing + (backward() ? std::int64_t{K} * F : 0));
         }
         bool backward() const { return tensors.grad_y; }
@@ -215,12 +218,12 @@ struct FilterOf {
     struct FilterColumn {
         const Plane& plane;
         const int* frequency;
-        const T* filters;  // [H] rows of basis or weight at this column
-        std::int64_t row;  // elements from one to the next
-        const Line* x;     // backward: the column of x's spectrum
-        V* grad_routing;   // [F], this column's part
-        T* grad_filters;   // like `filters`: where to add this plane's part; null where that is not needed
-        T grad_scale;      // of a weight's gradient: D and what is not normalised
+        const T* filters;   // [H] rows of basis or weight at this column
+        std::int64_t row;   // elements from one to the next
+        const Line* x;      // backward: the column of x's spectrum
+        Sum* grad_routing;  // [F], this column's part
+        T* grad_filters;    // like `filters`: where to add this plane's part; null where that is not needed
+        T grad_scale;       // of a weight's gradient: D and what is not normalised
 
         FilterColumn(const Plane& plane_, int k, const Line* x_)
             : plane(plane_),
@@ -267,7 +270,7 @@ struct FilterOf {
             MixFunction mix;
             Filtered(const Plane& plane, int k, const Line* x, MixFunction mix_)
                 : FilterColumn(plane, k, x), mix(mix_) {
-                for (int f = 0; plane.backward() && f < plane.F; f++) this->grad_routing[f] = V{};
+                for (int f = 0; plane.backward() && f < plane.F; f++) this->grad_routing[f] = Sum{};
             }
             FFT_INLINE void operator()(Line* a, int radix, int first) const { mix(*this, a, radix, first); }
         };
@@ -298,26 +301,50 @@ struct FilterOf {
             a[r] = a[r] * mixed<0>(column.plane.routing, column.at(first + r), column.plane.F);
     }
 
+    // Sums over a few points in the arithmetic type, then in float64.
+    static constexpr int points_together = 8;
+
     template <int fixed_F>
     static void mix_basis_backward(const FilterColumn& column, Line* a, int radix, int first) {
-        const int F = fixed_F ? fixed_F : column.plane.F;
-        const bool need_grads = column.plane.needs_x_spectrum();
-        // in registers where F is known
-        V fixed_routing[fixed_F ? fixed_F : 1], fixed_grads[fixed_F ? fixed_F : 1];
-        for (int f = 0; f < fixed_F; f++) fixed_routing[f] = column.plane.routing[f];
-        for (int f = 0; f < fixed_F; f++) fixed_grads[f] = column.grad_routing[f];
-        const V* routing = fixed_F ? fixed_routing : column.plane.routing;
-        V* grads = fixed_F ? fixed_grads : column.grad_routing;
-        for (int r = 0; r < radix; r++) {
-            const T* bin = column.at(first + r);
-            const Line G = a[r];
-            a[r] = conj_times(mixed<fixed_F>(routing, bin, F), G);
-            if (!need_grads) continue;
-            const Line Q = conj_times(column.x[first + r], G);
-            for (int f = 0; f < F; f++) grads[f] += Q.re * bin[2 * f] + Q.im * bin[2 * f + 1];
-            if (column.grad_filters) add_grad_basis<fixed_F>(column, first + r, routing, Q, F);
+        for (int r = 0; r < radix; r += points_together) {
+            const int points = radix - r < points_together ? radix - r : points_together;
+            if constexpr (fixed_F > 0) {
+                V routing[fixed_F], grads[fixed_F] = {};
+                for (int f = 0; f < fixed_F; f++) routing[f] = column.plane.routing[f];
+                mix_points_backward<fixed_F>(column, a + r, points, first + r, routing, grads, fixed_F);
+                for (int f = 0; f < fixed_F; f++) column.grad_routing[f] += __builtin_convertvector(grads[f], Sum);
+            } else {
+                for (int f = 0; f < column.plane.F; f++) add_grad_routing(column, a + r, points, first + r, f);
+                mix_points_backward<0>(column, a + r, points, first + r, column.plane.routing, nullptr, column.plane.F);
+            }
         }
-        for (int f = 0; f < fixed_F; f++) column.grad_routing[f] = fixed_grads[f];
+    }
+
+    template <int fixed_F>
+    FFT_INLINE static void mix_points_backward(const FilterColumn& column, Line* a, int points, int first,
+                                               const V* routing, V* grads, int F) {
+        const bool need_grads = column.plane.needs_x_spectrum();
+        for (int i = 0; i < points; i++) {
+            const T* bin = column.at(first + i);
+            const Line G = a[i];
+            a[i] = conj_times(mixed<fixed_F>(routing, bin, F), G);
+            if (!need_grads) continue;
+            const Line Q = conj_times(column.x[first + i], G);
+            for (int f = 0; grads && f < F; f++) grads[f] += Q.re * bin[2 * f] + Q.im * bin[2 * f + 1];
+            if (column.grad_filters) add_grad_basis<fixed_F>(column, first + i, routing, Q, F);
+        }
+    }
+
+    // One filter's part, where there is no telling how many there are.
+    static void add_grad_routing(const FilterColumn& column, const Line* a, int points, int first, int f) {
+        if (!column.plane.needs_x_spectrum()) return;
+        V grad{};
+        for (int i = 0; i < points; i++) {
+            const Line Q = conj_times(column.x[first + i], a[i]);
+            const T* bin = column.at(first + i) + 2 * f;
+            grad += Q.re * bin[0] + Q.im * bin[1];
+        }
+        column.grad_routing[f] += __builtin_convertvector(grad, Sum);
     }
 
     // grad_filters[f] += routing[f] Q, summed over the lanes
@@ -390,40 +417,45 @@ struct FilterOf {
     static void begin(const FilterCall& call, const PlaneTask& task) {
         const Plane plane(call, task);
         if (plane.F == 0) return;
-        V* routing = plane.routing;
+        V* weights = plane.weights;
         V largest{}, sum{};
         for (int f = 0; f < plane.F; f++) {
             const T* from = logits(plane, f);
-            routing[f] = plane.used == lanes ? Arithmetic::load(from) : load_first<Arithmetic>(from, plane.used);
-            largest = f == 0 || routing[f] > largest ? routing[f] : largest;
+            weights[f] = plane.used == lanes ? Arithmetic::load(from) : load_first<Arithmetic>(from, plane.used);
+            largest = f == 0 || weights[f] > largest ? weights[f] : largest;
         }
-        for (int f = 0; f < plane.F; f++) sum += routing[f] = exp_nonpositive(routing[f] - largest);
-        for (int f = 0; f < plane.F; f++) routing[f] = routing[f] / sum * T(plane.normalisation());
+        for (int f = 0; f < plane.F; f++) sum += weights[f] = exp_nonpositive(weights[f] - largest);
+        for (int f = 0; f < plane.F; f++) {
+            weights[f] /= sum;
+            plane.routing[f] = weights[f] * T(plane.normalisation());
+        }
     }
 
-    // softmax's gradient: routing (grad_routing - sum_f routing grad_routing)
     static void end(const FilterCall& call, const PlaneTask& task, double* star_relu_sums) {
         const Plane plane(call, task);
-        if (plane.tensors.grad_logits) {
-            V* grads = plane.grad_routing;
-            V mean{};
-            for (int f = 0; f < plane.F; f++) {
-                Accumulator<V> sum;
-                for (int k = 0; k < plane.K; k++) sum.add(grads[k * plane.F + f] * T(plane.half_spectrum_weight(k)));
-                grads[f] = __builtin_convertvector(sum.sum, V) * T(plane.normalisation() / 2);
-                plane.routing[f] *= T(1 / plane.normalisation());
-                mean += plane.routing[f] * grads[f];
-            }
-            for (int f = 0; f < plane.F; f++) {
-                const std::int64_t offset = logits(plane, f) - static_cast<const T*>(plane.tensors.logits);
-                store_first<Arithmetic>(static_cast<T*>(plane.tensors.grad_logits) + offset,
-                                        plane.routing[f] * (grads[f] - mean), plane.used);
-            }
-        }
+        if (plane.tensors.grad_logits) store_grad_logits(plane);
         star_relu_sums[0] = star_relu_sums[1] = 0;
         if (!plane.tensors.need_scalars) return;
         for (int pair = 0; pair < plane.pairs; pair++)
             for (int i = 0; i < 2; i++) star_relu_sums[i] += plane.star_relu_sums[2 * pair + i];
+    }
+
+    // softmax's gradient: weights (grad_routing - sum_f weights grad_routing)
+    static void store_grad_logits(const Plane& plane) {
+        V* grads = plane.routing;  // which is not needed any more
+        V mean{};
+        for (int f = 0; f < plane.F; f++) {
+            Sum sum{};
+            for (int k = 0; k < plane.K; k++)
+                sum += plane.grad_routing[std::int64_t{k} * plane.F + f] * plane.half_spectrum_weight(k);
+            grads[f] = __builtin_convertvector(sum * (plane.normalisation() / 2), V);
+            mean += plane.weights[f] * grads[f];
+        }
+        for (int f = 0; f < plane.F; f++) {
+            const std::int64_t offset = logits(plane, f) - static_cast<const T*>(plane.tensors.logits);
+            store_first<Arithmetic>(static_cast<T*>(plane.tensors.grad_logits) + offset,
+                                    plane.weights[f] * (grads[f] - mean), plane.used);
+        }
     }
 
     static void sum_slots(const FilterCall& call, int first, int last) {

@@ -56,8 +56,8 @@ from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 F = 4
 FORWARD, BOTH = "forward", "forward+backward"
 
-# (stride of the plane, C) of DFFormer-S18's stages, at the sizes of square inputs, for the batches. C is what the filters
-# work on: twice the width of the blocks.
+# (stride of the plane, C) of DFFormer-S18's stages, at the sizes of square inputs, for the batches. C is what the
+# filters work on: twice the width of the blocks.
 STAGES = ((4, 128), (8, 256), (16, 640), (32, 1024))
 INPUTS = (224, 384, 512, 1024)
 BATCHES = (1, 8)
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if problem.dtype in [DTYPES[name] for name in args.dtype]:
                 rate = machine["gemm_gflops"][_name(reference.compute_dtype(problem.dtype))]
                 rows += _reported(
-                    measure(problem, entrants, rate, Budget(0.2, 1e-3) if args.quick else Budget(4, 5e-3))
+                    measure(problem, entrants, rate, Budget(0.2, 1e-3) if args.quick else Budget(2, 5e-3))
                 )
     summary = summarize(rows)
     print_summary(summary)

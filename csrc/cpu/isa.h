@@ -1,4 +1,4 @@
-// What one instruction set's translation unit provides to the drivers (star_relu.cpp, filter.cpp).
+// What one instruction set's translation unit provides to the drivers (dispatch.cpp, filter.cpp).
 //
 // Every isa_*.cpp compiles the same kernel source inside an anonymous namespace. The kernels use no std:: templates:
 // an inline std function instantiated under a wider target would be a weak symbol that the linker may hand to a

@@ -138,7 +138,7 @@ class Driver {
         units_ = planes_;
         if (slot_bytes_)
             units_ = std::clamp<std::int64_t>(max_slots_bytes / slot_bytes_, 1, std::min(max_slots, planes_));
-        else if (by_channel() && backward_)
+        else if (by_channel())
             units_ = call_.channel_blocks;
         else
             while (units_ > 1 && group_ > 1 && units_ == planes_) {
@@ -161,7 +161,7 @@ class Driver {
     }
 
     // A weight's gradient adds up over samples, so those are neighbours; else channel blocks are.
-    bool by_channel() const { return problem_.F == 0; }
+    bool by_channel() const { return problem_.F == 0 && backward_; }
 
     std::int64_t shared_bytes() const { return own_units_ < units_ ? plane_bytes_ : 0; }
     std::int64_t own_bytes() const { return own_units_ > 0 ? group_ * plane_bytes_ : 0; }

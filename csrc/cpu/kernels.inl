@@ -2,6 +2,7 @@
 #include "lanes.inl"
 #include "star_relu.inl"
 #include "transform.inl"
+#include "columns.inl"
 #include "filter.inl"
 
 namespace {

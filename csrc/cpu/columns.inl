@@ -1,0 +1,499 @@
+// The filter step and its gradients on one plane: a block of channels, one per lane, of one sample. Included once per
+// instruction set, after transform.inl. Here: what happens between the transforms along W, which no storage type
+// touches; filter.inl has the rest.
+//
+//   forward    y = irfft2(rfft2(u) M)
+//   backward   X = rfft2(u), G = rfft2(grad_y), Q = G conj(X), D = 1 for k = 0 and k = W/2, else 2
+//              grad_u = irfft2(conj(M) G)
+//              grad_routing[f] = sum_hk D Re(Q conj(basis[h,k,f])),   grad_basis[h,k,f] = sum_bc D routing[f] Q
+//
+// Two rows are transformed as one complex line, Z = rfft(row a) + i rfft(row b). Column k of both is Z[k] + conj(Z[-k])
+// and -i (Z[k] - conj(Z[-k])), so a column and its mirror image hold all that the column pass needs, and what it makes
+// goes back to the same two places. A plane's workspace is as large as the plane. Nothing is normalised on the way: the
+// factor 2 above and the transforms' 1/sqrt(H W) are put into the routing weights.
+
+namespace {
+
+// What does not depend on the storage type.
+template <class V>
+struct FilterOf {
+    using T = typename ScalarOf<V>::Type;
+    using Line = Complex<V>;
+    using Arithmetic = Plain<T, V>;  // lane type of tensors kept in the arithmetic type
+    using Sum = decltype(Accumulator<V>::sum);
+    static constexpr int lanes = Arithmetic::count;
+
+    // Lines that go through a pass together: few enough to stay in L1 for the next one.
+    static constexpr std::int64_t block_bytes = 16384;
+    static constexpr int max_column_block = 8;
+
+    static int block_of_lines(std::int64_t length) {
+        const std::int64_t lines = block_bytes / (std::int64_t{sizeof(Line)} * length);
+        return lines < 1 ? 1 : int(lines);
+    }
+    static int block_of_columns(std::int64_t H) {
+        const int block = block_of_lines(H);
+        return block < max_column_block ? block : max_column_block;
+    }
+
+    struct Plane {
+        const FilterCall& call;
+        const FilterProblem& problem;
+        const FilterTensors& tensors;
+        const PlaneTask& task;
+        const Plan<T>&row_plan, &column_plan;
+        int H, W, K, F, pairs;
+        std::int64_t channel;
+        int used;  // lanes that hold a channel
+        Line *x_spectrum, *y_spectrum;
+        V* weights;              // [F] softmax(logits)
+        V* routing;              // [F] weights / (2HW)
+        Sum* grad_routing;       // [K][F]: each column's part
+        double* star_relu_sums;  // [pairs][2]: each row pair's part
+
+        Plane(const FilterCall& call_, const PlaneTask& task_)
+            : call(call_),
+              problem(*call_.problem),
+              tensors(*call_.tensors),
+              task(task_),
+              row_plan(*static_cast<const Plan<T>*>(call_.row_plan)),
+              column_plan(*static_cast<const Plan<T>*>(call_.column_plan)),
+              H(problem.H),
+              W(problem.W),
+              K(W / 2 + 1),
+              F(problem.F),
+              pairs(column_plan.num_pairs),
+              channel(task_.channel_block * lanes),
+              used(problem.C - channel < lanes ? int(problem.C - channel) : lanes) {
+            x_spectrum = static_cast<Line*>(task.workspace);
+            y_spectrum = x_spectrum + (backward() && needs_x_spectrum() ? pairs * call.row_stride : 0);
+            weights = reinterpret_cast<V*>(y_spectrum + pairs * call.row_stride);
+            routing = weights + F;
+            grad_routing = reinterpret_cast<Sum*>(routing + F);
+            star_relu_sums = reinterpret_cast<double*>(grad_routing + (backward() ? std::int64_t{K} * F : 0));
+        }
+        bool backward() const { return tensors.grad_y; }
+        bool needs_x_spectrum() const { return !backward() || tensors.grad_filters || tensors.grad_logits; }
+        bool needs_y_spectrum() const { return !backward() || tensors.grad_x || tensors.need_scalars; }
+
+        // Elements before this plane's first channel at the start of a row of pixels.
+        std::int64_t row_offset(std::int64_t row) const { return (task.sample * H + row) * W * problem.C + channel; }
+        double half_spectrum_weight(int k) const { return k == 0 || 2 * k == W ? 1 : 2; }
+        double normalisation() const { return 0.5 / (double(H) * W); }
+    };
+
+    // ---- columns
+
+    // Columns [first, first + count) of the row plan's order: neighbours in memory.
+    struct ColumnBlock {
+        int count;
+        int k[max_column_block];
+        std::int64_t here[max_column_block], mirrored[max_column_block];  // positions of k and -k in a line
+
+        ColumnBlock(const Plane& plane, int first, int count_) : count(count_) {
+            for (int j = 0; j < count; j++) {
+                k[j] = plane.row_plan.columns[first + j];
+                here[j] = plane.row_plan.frequency_at[k[j]];
+                mirrored[j] = plane.row_plan.frequency_at[(plane.W - k[j]) % plane.W];
+            }
+        }
+    };
+
+    struct Column {
+        Line *here, *mirrored;
+        std::int64_t row_stride, inner;
+
+        FFT_INLINE std::int64_t pair(std::int64_t r, std::int64_t m) const { return (r / 2 * inner + m) * row_stride; }
+    };
+    // Columns of a plane's spectrum. Pair i M + m holds the column plan's samples 2i M + m and (2i+1) M + m, so that a
+    // butterfly of its first pass finds both rows of a pair.
+    struct Columns {
+        Line* spectrum;
+        const ColumnBlock& block;
+        std::int64_t row_stride, inner;
+
+        FFT_INLINE Column column(std::int64_t j) const {
+            return Column{spectrum + block.here[j], spectrum + block.mirrored[j], row_stride, inner};
+        }
+    };
+    struct ColumnOut : Column {
+        template <class Radix>
+        FFT_INLINE void operator()(Line* a, Radix radix, std::int64_t, std::int64_t m) const {
+            for_each(radix, [&](auto r) UNROLLED_BODY {
+                const Line z = this->here[this->pair(r, m)], mirror = this->mirrored[this->pair(r, m)];
+                a[r] = r % 2 ? Line{z.im + mirror.im, mirror.re - z.re} : Line{z.re + mirror.re, z.im - mirror.im};
+            });
+        }
+    };
+    // Columns 0 and W/2 of a real signal's spectrum are real before the transform along H: what is left of an imaginary
+    // part is dropped, as irfft2 does.
+    struct ColumnIn : Column {
+        template <class Radix>
+        FFT_INLINE void operator()(Line* a, Radix radix, std::int64_t, std::int64_t m) const {
+            for_each(radix, [&](auto r) UNROLLED_BODY {
+                if (r % 2) return;
+                const Line first = a[r], second = r + 1 < radix ? a[r + 1] : Line{};
+                if (this->here == this->mirrored) {
+                    this->here[this->pair(r, m)] = {first.re, second.re};
+                } else {
+                    this->here[this->pair(r, m)] = {first.re - second.im, first.im + second.re};
+                    this->mirrored[this->pair(r, m)] = {first.re + second.im, second.re - first.im};
+                }
+            });
+        }
+    };
+    struct ColumnSource : Columns {
+        FFT_INLINE ColumnOut of(std::int64_t j) const { return {this->column(j)}; }
+    };
+    struct ColumnSink : Columns {
+        FFT_INLINE ColumnIn of(std::int64_t j) const { return {this->column(j)}; }
+    };
+
+    // What the last pass' butterflies go through: the filter, and the way back.
+    template <class Mix, class Sink>
+    struct Mixing {
+        const Pass<T>& pass;
+        Mix mix;
+        Sink sink;
+
+        FFT_INLINE auto of(std::int64_t j) const {
+            return Mixing<decltype(mix.of(j)), decltype(sink.of(j))>{pass, mix.of(j), sink.of(j)};
+        }
+        template <class Radix>
+        FFT_INLINE void operator()(Line* a, Radix radix, std::int64_t outer, std::int64_t m) const {
+            mix(a, radix, int(outer) * radix);
+            exchange<V>(radix, a);
+            pass_butterfly<V>(pass, radix, a);
+            exchange<V>(radix, a);
+            sink(a, radix, outer, m);
+        }
+    };
+
+    static void columns(const FilterCall& call, const PlaneGroup& group, void* scratch, int first, int last) {
+        for (int g = 0; g < group.count; g++) plane_columns(Plane(call, group.tasks[g]), scratch, first, last);
+    }
+
+    static void plane_columns(const Plane& plane, void* scratch_, int first, int last) {
+        const int size = block_of_columns(plane.H);
+        Line* x_lines = static_cast<Line*>(scratch_);
+        Line* lines = x_lines + (plane.backward() ? std::int64_t{size} * plane.H : 0);
+        Line* scratch = lines + std::int64_t{size} * plane.H;
+        for (int start = first; start < last; start += size) {
+            const ColumnBlock block(plane, start, start + size < last ? size : last - start);
+            if (plane.backward() && plane.needs_x_spectrum()) transform_columns(plane, block, x_lines, scratch);
+            if (plane.F == 4 && !plane.backward())
+                filter_columns(plane, block, lines, scratch, InlineMix{plane, block});
+            else
+                filter_columns(plane, block, lines, scratch, CalledMix{plane, block, x_lines, mix_of(plane)});
+        }
+    }
+
+    // Columns of x, which backward needs beside those of grad_y.
+    static void transform_columns(const Plane& plane, const ColumnBlock& block, Line* lines, Line* scratch) {
+        const Plan<T>& plan = plane.column_plan;
+        const Pass<T>& first = plan.passes[0];
+        run_pass<false, V>(first, block.count, scratch,
+                           ColumnSource{{plane.x_spectrum, block, plane.call.row_stride, first.inner}},
+                           LineSink<V>{{lines, first.inner, plane.H}});
+        run_passes<false, V>(plan, 1, plan.num_passes, block.count, lines, plane.H, scratch);
+    }
+
+    // Along H: transform, filter, transform back.
+    template <class Mix>
+    static void filter_columns(const Plane& plane, const ColumnBlock& block, Line* lines, Line* scratch, Mix mix) {
+        const Plan<T>& plan = plane.column_plan;
+        const Pass<T>&first = plan.passes[0], &last = plan.passes[plan.num_passes - 1];
+        const Columns columns{plane.y_spectrum, block, plane.call.row_stride, first.inner};
+        if (plan.num_passes == 1) {
+            run_last_pass<V>(first, block.count, scratch, ColumnSource{columns},
+                             Mixing<Mix, ColumnSink>{first, mix, {columns}});
+            return;
+        }
+        const InLine<V> in_first{lines, first.inner, plane.H}, in_last{lines, 1, plane.H};
+        run_pass<false, V>(first, block.count, scratch, ColumnSource{columns}, LineSink<V>{in_first});
+        run_passes<false, V>(plan, 1, plan.num_passes - 1, block.count, lines, plane.H, scratch);
+        run_last_pass<V>(last, block.count, scratch, LineSource<V>{in_last},
+                         Mixing<Mix, LineSink<V>>{last, mix, {in_last}});
+        run_passes<true, V>(plan, 1, plan.num_passes - 1, block.count, lines, plane.H, scratch);
+        run_pass<true, V>(first, block.count, scratch, LineSource<V>{in_first}, ColumnSink{columns});
+    }
+
+    // ---- the filter of one column: mix(a, radix, p) filters a[0 .. radix), the values at positions p .. p + radix
+
+    struct FilterColumn {
+        const Plane& plane;
+        const int* frequency;
+        const T* filters;   // [H] rows of basis or weight at this column
+        std::int64_t row;   // elements from one to the next
+        const Line* x;      // backward: the column of x's spectrum
+        Sum* grad_routing;  // [F], this column's part
+        T* grad_filters;    // like `filters`: where to add this plane's part; null where that is not needed
+        T grad_scale;       // of a weight's gradient: D and what is not normalised
+
+        FilterColumn(const Plane& plane_, int k, const Line* x_)
+            : plane(plane_),
+              frequency(plane.column_plan.frequency),
+              row(2 * std::int64_t{plane.K} * (plane.F > 0 ? plane.F : plane.problem.C)),
+              x(x_),
+              grad_routing(plane.grad_routing + std::int64_t{k} * plane.F),
+              grad_filters(nullptr),
+              grad_scale(T(plane.half_spectrum_weight(k) * plane.normalisation() / 2)) {
+            const std::int64_t column =
+                2 * (plane.F > 0 ? std::int64_t{k} * plane.F : k * plane.problem.C + plane.channel);
+            filters = static_cast<const T*>(plane.tensors.filters) + column;
+            if (!plane.tensors.grad_filters) return;
+            grad_filters = column + (plane.F > 0 ? static_cast<T*>(plane.call.slots) + plane.task.slot * plane.H * row
+                                                 : static_cast<T*>(plane.tensors.grad_filters));
+        }
+        FFT_INLINE const T* at(int position) const { return filters + frequency[position] * row; }
+    };
+
+    // The case that matters most has its filter inlined into the pass; the others share one pass, which calls theirs.
+    struct InlineMix {
+        const Plane& plane;
+        const ColumnBlock& block;
+        struct Filtered : FilterColumn {
+            V routing[4];
+            FFT_INLINE Filtered(const Plane& plane, int k) : FilterColumn(plane, k, nullptr) {
+                for (int f = 0; f < 4; f++) routing[f] = plane.routing[f];
+            }
+            template <class Radix>
+            FFT_INLINE void operator()(Line* a, Radix radix, int first) const {
+                for_each(radix, [&](auto r) UNROLLED_BODY { a[r] = a[r] * mixed<4>(routing, this->at(first + r)); });
+            }
+        };
+        FFT_INLINE Filtered of(std::int64_t j) const { return Filtered(plane, block.k[j]); }
+    };
+
+    using MixFunction = void (*)(const FilterColumn&, Line* a, int radix, int first);
+    struct CalledMix {
+        const Plane& plane;
+        const ColumnBlock& block;
+        const Line* x_lines;
+        MixFunction mix;
+        struct Filtered : FilterColumn {
+            MixFunction mix;
+            Filtered(const Plane& plane, int k, const Line* x, MixFunction mix_)
+                : FilterColumn(plane, k, x), mix(mix_) {
+                for (int f = 0; plane.backward() && f < plane.F; f++) this->grad_routing[f] = Sum{};
+            }
+            FFT_INLINE void operator()(Line* a, int radix, int first) const { mix(*this, a, radix, first); }
+        };
+        FFT_INLINE Filtered of(std::int64_t j) const { return Filtered(plane, block.k[j], x_lines + j * plane.H, mix); }
+    };
+
+    static MixFunction mix_of(const Plane& plane) {
+        if (plane.F == 0) return plane.backward() ? mix_global_backward : mix_global;
+        if (!plane.backward()) return mix_basis;
+        return plane.F == 4 ? mix_basis_backward<4> : mix_basis_backward<0>;
+    }
+
+    static Line conj_times(Line a, Line b) { return {a.re * b.re + a.im * b.im, a.re * b.im - a.im * b.re}; }
+
+    // sum_f routing[f] bin[f]; fixed_F is F where that is known, else 0
+    template <int fixed_F>
+    FFT_INLINE static Line mixed(const V* routing, const T* bin, int F = fixed_F) {
+        Line M = {routing[0] * bin[0], routing[0] * bin[1]};
+        for (int f = 1; f < (fixed_F ? fixed_F : F); f++) {
+            M.re += routing[f] * bin[2 * f];
+            M.im += routing[f] * bin[2 * f + 1];
+        }
+        return M;
+    }
+
+    static void mix_basis(const FilterColumn& column, Line* a, int radix, int first) {
+        for (int r = 0; r < radix; r++)
+            a[r] = a[r] * mixed<0>(column.plane.routing, column.at(first + r), column.plane.F);
+    }
+
+    // Sums over a few points in the arithmetic type, then in float64.
+    static constexpr int points_together = 8;
+
+    template <int fixed_F>
+    static void mix_basis_backward(const FilterColumn& column, Line* a, int radix, int first) {
+        for (int r = 0; r < radix; r += points_together) {
+            const int points = radix - r < points_together ? radix - r : points_together;
+            if constexpr (fixed_F > 0) {
+                V routing[fixed_F], grads[fixed_F] = {};
+                for (int f = 0; f < fixed_F; f++) routing[f] = column.plane.routing[f];
+                mix_points_backward<fixed_F>(column, a + r, points, first + r, routing, grads, fixed_F);
+                for (int f = 0; f < fixed_F; f++) column.grad_routing[f] += __builtin_convertvector(grads[f], Sum);
+            } else {
+                for (int f = 0; f < column.plane.F; f++) add_grad_routing(column, a + r, points, first + r, f);
+                mix_points_backward<0>(column, a + r, points, first + r, column.plane.routing, nullptr, column.plane.F);
+            }
+        }
+    }
+
+    template <int fixed_F>
+    FFT_INLINE static void mix_points_backward(const FilterColumn& column, Line* a, int points, int first,
+                                               const V* routing, V* grads, int F) {
+        const bool need_grads = column.plane.needs_x_spectrum();
+        for (int i = 0; i < points; i++) {
+            const T* bin = column.at(first + i);
+            const Line G = a[i];
+            a[i] = conj_times(mixed<fixed_F>(routing, bin, F), G);
+            if (!need_grads) continue;
+            const Line Q = conj_times(column.x[first + i], G);
+            for (int f = 0; grads && f < F; f++) grads[f] += Q.re * bin[2 * f] + Q.im * bin[2 * f + 1];
+            if (column.grad_filters) add_grad_basis<fixed_F>(column, first + i, routing, Q, F);
+        }
+    }
+
+    // One filter's part, where there is no telling how many there are.
+    static void add_grad_routing(const FilterColumn& column, const Line* a, int points, int first, int f) {
+        if (!column.plane.needs_x_spectrum()) return;
+        V grad{};
+        for (int i = 0; i < points; i++) {
+            const Line Q = conj_times(column.x[first + i], a[i]);
+            const T* bin = column.at(first + i) + 2 * f;
+            grad += Q.re * bin[0] + Q.im * bin[1];
+        }
+        column.grad_routing[f] += __builtin_convertvector(grad, Sum);
+    }
+
+    // grad_filters[f] += routing[f] Q, summed over the lanes
+    template <int fixed_F>
+    FFT_INLINE static void add_grad_basis(const FilterColumn& column, int position, const V* routing, Line Q, int F) {
+        constexpr int group = fixed_F == 0 ? 2 : 2 * fixed_F < lanes ? 2 * fixed_F : lanes;
+        T* sums = column.grad_filters + column.frequency[position] * column.row;
+        for (int i = 0; i < 2 * F; i += group) {
+            V parts[group];
+            for (int n = 0; n < group; n += 2) {
+                parts[n] = routing[(i + n) / 2] * Q.re;
+                parts[n + 1] = routing[(i + n) / 2] * Q.im;
+            }
+            add<group>(sums + i, lane_sums<group>(parts), column.plane.task.first_of_slot);
+        }
+    }
+
+    // to[i] = v[i] or to[i] += v[i] for the first n lanes
+    template <int n>
+    FFT_INLINE static void add(T* to, V v, bool replace) {
+        typedef T Part __attribute__((vector_size(n * sizeof(T))));
+        Part part, sum{};
+        __builtin_memcpy(&part, &v, sizeof(part));
+        if (!replace) __builtin_memcpy(&sum, to, sizeof(sum));
+        sum += part;
+        __builtin_memcpy(to, &sum, sizeof(sum));
+    }
+
+    // A weight for every channel, its real and imaginary parts in turn.
+    static Line weight_at(const FilterColumn& column, int position) {
+        const T* bin = column.at(position);
+        const int used = 2 * column.plane.used;
+        const V low = used >= lanes ? Arithmetic::load(bin) : load_first<Arithmetic>(bin, used);
+        const V high = used == 2 * lanes ? Arithmetic::load(bin + lanes)
+                       : used > lanes    ? load_first<Arithmetic>(bin + lanes, used - lanes)
+                                         : V{};
+        const T scale = T(column.plane.normalisation());
+        return {alternate<0>(low, high) * scale, alternate<1>(low, high) * scale};
+    }
+
+    static void mix_global(const FilterColumn& column, Line* a, int radix, int first) {
+        for (int r = 0; r < radix; r++) a[r] = a[r] * weight_at(column, first + r);
+    }
+
+    static void mix_global_backward(const FilterColumn& column, Line* a, int radix, int first) {
+        for (int r = 0; r < radix; r++) {
+            const Line G = a[r];
+            a[r] = conj_times(weight_at(column, first + r), G);
+            if (column.grad_filters) add_grad_weight(column, first + r, conj_times(column.x[first + r], G));
+        }
+    }
+
+    static void add_grad_weight(const FilterColumn& column, int position, Line Q) {
+        const Plane& plane = column.plane;
+        T elements[2 * lanes];
+        Arithmetic::store(elements, interleave<false>(Q.re, Q.im) * column.grad_scale);
+        Arithmetic::store(elements + lanes, interleave<true>(Q.re, Q.im) * column.grad_scale);
+        T* sums = column.grad_filters + column.frequency[position] * column.row;
+        for (int i = 0; i < 2 * plane.used; i++)
+            sums[i] = plane.task.first_of_slot ? elements[i] : sums[i] + elements[i];
+    }
+
+    // ---- before and after
+
+    static const T* logits(const Plane& plane, int f) {
+        const std::int64_t row = plane.task.sample * plane.F + f;
+        return static_cast<const T*>(plane.tensors.logits) + row * plane.problem.C + plane.channel;
+    }
+
+    static void begin(const FilterCall& call, const PlaneTask& task) {
+        const Plane plane(call, task);
+        if (plane.F == 0) return;
+        V* weights = plane.weights;
+        V largest{}, sum{};
+        for (int f = 0; f < plane.F; f++) {
+            const T* from = logits(plane, f);
+            weights[f] = plane.used == lanes ? Arithmetic::load(from) : load_first<Arithmetic>(from, plane.used);
+            largest = f == 0 || weights[f] > largest ? weights[f] : largest;
+        }
+        for (int f = 0; f < plane.F; f++) sum += weights[f] = exp_nonpositive(weights[f] - largest);
+        for (int f = 0; f < plane.F; f++) {
+            weights[f] /= sum;
+            plane.routing[f] = weights[f] * T(plane.normalisation());
+        }
+    }
+
+    static void end(const FilterCall& call, const PlaneTask& task, double* star_relu_sums) {
+        const Plane plane(call, task);
+        if (plane.tensors.grad_logits) store_grad_logits(plane);
+        star_relu_sums[0] = star_relu_sums[1] = 0;
+        if (!plane.tensors.need_scalars) return;
+        for (int pair = 0; pair < plane.pairs; pair++)
+            for (int i = 0; i < 2; i++) star_relu_sums[i] += plane.star_relu_sums[2 * pair + i];
+    }
+
+    // softmax's gradient: weights (grad_routing - sum_f weights grad_routing)
+    static void store_grad_logits(const Plane& plane) {
+        V* grads = plane.routing;  // which is not needed any more
+        V mean{};
+        for (int f = 0; f < plane.F; f++) {
+            Sum sum{};
+            for (int k = 0; k < plane.K; k++)
+                sum += plane.grad_routing[std::int64_t{k} * plane.F + f] * plane.half_spectrum_weight(k);
+            grads[f] = __builtin_convertvector(sum * (plane.normalisation() / 2), V);
+            mean += plane.weights[f] * grads[f];
+        }
+        for (int f = 0; f < plane.F; f++) {
+            const std::int64_t offset = logits(plane, f) - static_cast<const T*>(plane.tensors.logits);
+            store_first<Arithmetic>(static_cast<T*>(plane.tensors.grad_logits) + offset,
+                                    plane.weights[f] * (grads[f] - mean), plane.used);
+        }
+    }
+
+    static void sum_slots(const FilterCall& call, int first, int last) {
+        const FilterProblem& problem = *call.problem;
+        const std::int64_t K = problem.W / 2 + 1, F2 = 2 * problem.F, size = problem.H * K * F2;
+        auto* grad = static_cast<T*>(call.tensors->grad_filters);
+        const auto* slots = static_cast<const T*>(call.slots);
+        for (std::int64_t bin = first * K; bin < last * K; bin++) {
+            const T weight = T(bin % K == 0 || 2 * (bin % K) == problem.W ? 0.5 : 1);
+            for (std::int64_t i = bin * F2; i < (bin + 1) * F2; i++) {
+                T sum{};
+                for (std::int64_t slot = 0; slot < call.num_slots; slot++) sum += slots[slot * size + i];
+                grad[i] = sum * weight;
+            }
+        }
+    }
+
+    static FilterWorkspace workspace(const FilterCall& call) {
+        const FilterProblem& problem = *call.problem;
+        const auto& row_plan = *static_cast<const Plan<T>*>(call.row_plan);
+        const auto& column_plan = *static_cast<const Plan<T>*>(call.column_plan);
+        const bool backward = call.tensors->grad_y;
+        const bool both_spectra = backward && (call.tensors->grad_filters || call.tensors->grad_logits);
+        const std::int64_t pairs = column_plan.num_pairs, bytes_of_line = sizeof(Line);
+        const std::int64_t spectrum = pairs * call.row_stride * bytes_of_line;
+        const std::int64_t routing = 2 * problem.F * std::int64_t{sizeof(V)};
+        const std::int64_t grad_routing = (problem.W / 2 + 1) * problem.F * std::int64_t{sizeof(Sum)};
+        const std::int64_t star_relu_sums = 2 * pairs * std::int64_t{sizeof(double)};
+        const std::int64_t columns = block_of_columns(problem.H) * problem.H * (backward ? 2 : 1);
+        const std::int64_t scratch = row_plan.scratch > column_plan.scratch ? row_plan.scratch : column_plan.scratch;
+        return {(both_spectra ? 2 : 1) * spectrum + routing + (backward ? grad_routing + star_relu_sums : 0),
+                (columns + scratch) * bytes_of_line};
+    }
+};
+
+}  // namespace

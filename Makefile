@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-isa test-sanitize lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dfformer demo --output demo
@@ -12,11 +12,19 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
+# The compiled core alone, without Python: on emulated processors that lack this one's instruction sets, and under
+# sanitizers.
+test-isa:
+	tests/native/run.sh isa
+
+test-sanitize:
+	tests/native/run.sh sanitize
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
 $(VENV)/.installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)

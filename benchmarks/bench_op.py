@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if problem.dtype in [DTYPES[name] for name in args.dtype]:
                 rate = machine["gemm_gflops"][_name(reference.compute_dtype(problem.dtype))]
                 rows += _reported(
-                    measure(problem, entrants, rate, Budget(0.2, 1e-3) if args.quick else Budget(2, 5e-3))
+                    measure(problem, entrants, rate, Budget(0.2, 1e-3) if args.quick else Budget(1.5, 5e-3))
                 )
     summary = summarize(rows)
     print_summary(summary)

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_op.py [--quick] [--op dynamic_filter,global_filter] [--dtype float32] [--threads N]
 
-All contestants run interleaved, round by round, in one process; medians are reported. A result outside
+All contestants run interleaved, round by round, in one process; medians of single calls are reported. A result outside
 ``dfformer_kernels.tolerance`` of the float64 reference is an error, found before anything is timed. Without StarReLU.
 
 Contestants: every backend that can run here; ``cpu`` also on each instruction set and on one thread; ``torch``, the
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if problem.dtype in [DTYPES[name] for name in args.dtype]:
                 rate = machine["gemm_gflops"][_name(reference.compute_dtype(problem.dtype))]
                 rows += _reported(
-                    measure(problem, entrants, rate, Budget(0.2, 1e-3) if args.quick else Budget(1.5, 5e-3))
+                    measure(problem, entrants, rate, Budget(0.2, 1e-3) if args.quick else Budget(1.5, 1e-2))
                 )
     summary = summarize(rows)
     print_summary(summary)
@@ -436,22 +436,30 @@ def _checked_error(
 
 
 def _median_seconds(runs: Sequence[Run], budget: Budget) -> tuple[int, list[float]]:
-    """The number of rounds, and the median time of each run."""
-    once = [_seconds(*run, 1) for run in runs]  # each has run before: this is warm
-    repeats = [max(1, math.ceil(budget.sample / t)) for t in once]
-    a_round = sum(t * n for t, n in zip(once, repeats, strict=True))
+    """The number of rounds, and the median time of each run.
+
+    In a round each runs for a while, every call timed by itself: the first few find the caches as another left them.
+    """
+    once = [min(_seconds(*run, 1)) for run in runs]  # each has run before: this is warm
+    calls = [max(1, math.ceil(budget.sample / t)) for t in once]
+    a_round = sum(t * n for t, n in zip(once, calls, strict=True))
     rounds = max(budget.rounds, int(budget.seconds / a_round))
-    samples = [[_seconds(*run, n) for run, n in zip(runs, repeats, strict=True)] for _ in range(rounds)]
-    return rounds, [statistics.median(of_run) for of_run in zip(*samples, strict=True)]
+    samples: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for of_run, run, n in zip(samples, runs, calls, strict=True):
+            of_run += _seconds(*run, n)
+    return rounds, [statistics.median(of_run) for of_run in samples]
 
 
-def _seconds(setting: Setting, run: Callable[[], object], repeats: int) -> float:
-    """Mean time of consecutive runs."""
+def _seconds(setting: Setting, run: Callable[[], object], calls: int) -> list[float]:
+    """Times of consecutive calls."""
+    times = []
     with _under(setting):
-        start = time.perf_counter()
-        for _ in range(repeats):
+        for _ in range(calls):
+            start = time.perf_counter()
             run()
-        return (time.perf_counter() - start) / repeats
+            times.append(time.perf_counter() - start)
+    return times
 
 
 @contextmanager
@@ -525,7 +533,7 @@ def gemm_rate(dtype: torch.dtype, n: int = 1536) -> float:
 
 def _median_of_five(run: Callable[[], object]) -> float:
     run()
-    return statistics.median(_seconds(Setting(torch.get_num_threads()), run, 1) for _ in range(5))
+    return statistics.median(_seconds(Setting(torch.get_num_threads()), run, 5))
 
 
 def _caches() -> dict[str, str]:

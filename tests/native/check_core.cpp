@@ -649,7 +649,7 @@ const std::vector<Shape> shapes = {
     // are one chain, which at such heights has lost digits
     {1, 101, 5, 17, 4},
     {1, 4, 103, 17, 4},
-    {1, 101, 103, 17, 4},
+    {1, 101, 103, 7, 4},
     {1, 202, 3, 17, 0},
     {1, 3, 206, 3, 4},
     {1, 10201, 1, 1, 0},

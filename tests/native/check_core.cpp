@@ -624,7 +624,7 @@ struct Shape {
 // For emulators: every radix and both kinds of butterfly without code of their own, every kind of channel block.
 const std::vector<Shape> quick_shapes = {
     {2, 7, 7, 33, 4}, {1, 14, 8, 17, 4}, {2, 9, 15, 3, 5}, {1, 22, 26, 3, 2}, {1, 16, 3, 65, 1}, {3, 1, 1, 5, 4},
-    {2, 2, 2, 3, 4},  {2, 1, 12, 3, 4},  {2, 13, 1, 1, 4}, {1, 2, 101, 3, 4}, {1, 101, 2, 3, 0},
+    {2, 2, 2, 3, 4},  {2, 1, 12, 3, 4},  {2, 13, 1, 1, 4}, {1, 2, 101, 3, 4}, {1, 101, 2, 3, 4},
 };
 const std::vector<Shape> shapes = {
     // the planes of the models' four stages; the last is large enough for threads to share one
@@ -645,14 +645,14 @@ const std::vector<Shape> shapes = {
     {2, 22, 26, 17, 4},
     {1, 121, 3, 17, 4},
     {1, 3, 143, 3, 4},
-    // large primes, alone, beside another factor, and twice; tall planes with F = 0: grad_logits' float32 sums along H
-    // are one chain, which at such heights has lost digits
+    // large primes, alone, beside another factor, and twice; long sums along either side
     {1, 101, 5, 17, 4},
     {1, 4, 103, 17, 4},
     {1, 101, 103, 7, 4},
-    {1, 202, 3, 17, 0},
+    {1, 202, 3, 17, 4},
     {1, 3, 206, 3, 4},
-    {1, 10201, 1, 1, 0},
+    {1, 10201, 1, 1, 4},
+    {1, 2048, 1, 17, 4},
     {1, 1, 10201, 1, 4},
     // rectangles
     {2, 6, 10, 7, 4},
@@ -665,7 +665,7 @@ const std::vector<Shape> shapes = {
     {2, 12, 1, 3, 4},
     {1, 7, 1, 65, 4},
     {1, 1, 101, 3, 4},
-    {1, 101, 1, 3, 0},
+    {1, 101, 1, 3, 4},
     // the smallest planes
     {3, 1, 1, 5, 4},
     {2, 2, 2, 3, 4},

@@ -63,11 +63,11 @@ check_isa() {
 }
 
 check_sanitize() {
-    # checks of addresses as calls, not inline: the kernels compile four times faster
-    build asan -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all \
-        --param asan-instrumentation-with-call-threshold=0 -fopenmp
-    run "addresses and undefined behaviour" build/native/asan/check_core
-    run "addresses and undefined behaviour, eight threads" build/native/asan/check_core --threads
+    build asan -O1 -fsanitize=address -fopenmp
+    run "addresses" build/native/asan/check_core
+    run "addresses, eight threads" build/native/asan/check_core --threads
+    build ubsan -O1 -fsanitize=undefined -fno-sanitize-recover=all -fopenmp
+    run "undefined behaviour" build/native/ubsan/check_core
     # gcc's OpenMP runtime is not instrumented: its barriers would be reported as races
     build tsan -O1 -g1 -fsanitize=thread
     run "no OpenMP" build/native/tsan/check_core --quick

@@ -21,26 +21,29 @@ namespace {
 
 using namespace cpu;
 
-constexpr std::int64_t huge_page = 2 << 20;
-
 struct Free {
     void operator()(void* memory) const { std::free(memory); }
 };
 using Memory = std::unique_ptr<char, Free>;
 
 // A multiple of a complex number's size in any vector width, which is also what workspaces are aligned to.
-constexpr std::int64_t alignment = 128;
+constexpr std::int64_t alignment = 128, huge_page = 2 << 20;
 std::int64_t padded(std::int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
+
+// What is allocated for so many bytes. From some size on every call gets fresh pages, whose faults would cost more than
+// the transforms were they not large ones.
+std::int64_t allocated(std::int64_t bytes) {
+    const std::int64_t unit = bytes >= 2 * huge_page ? huge_page : alignment;
+    return (bytes + unit - 1) / unit * unit;
+}
 
 Memory allocate(std::int64_t bytes) {
     if (bytes == 0) return nullptr;
-    // From some size on, every call gets fresh pages: large ones, or their faults would cost more than the transforms.
     const bool huge = bytes >= 2 * huge_page;
-    const std::int64_t unit = huge ? huge_page : alignment;
-    void* memory = std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit);
+    void* memory = std::aligned_alloc(huge ? huge_page : alignment, allocated(bytes));
     if (!memory) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    if (huge) madvise(memory, bytes, MADV_HUGEPAGE);
+    if (huge) madvise(memory, allocated(bytes), MADV_HUGEPAGE);
 #endif
     return Memory(static_cast<char*>(memory));
 }
@@ -102,11 +105,11 @@ class Driver {
     }
 
     std::int64_t workspace_bytes() const {
-        return shared_bytes() + threads_ * (own_bytes() + scratch_bytes_) + padded(sums_bytes()) + slots_bytes();
+        return allocated(planes_bytes()) + allocated(slots_bytes()) + allocated(sums_bytes());
     }
 
     StarReLUScalarGrads run() {
-        const Memory memory = allocate(shared_bytes() + threads_ * (own_bytes() + scratch_bytes_));
+        const Memory memory = allocate(planes_bytes());
         const Memory slots = allocate(slots_bytes());
         const Memory sums = allocate(sums_bytes());
         memory_ = memory.get();
@@ -165,6 +168,7 @@ class Driver {
 
     std::int64_t shared_bytes() const { return own_units_ < units_ ? plane_bytes_ : 0; }
     std::int64_t own_bytes() const { return own_units_ > 0 ? group_ * plane_bytes_ : 0; }
+    std::int64_t planes_bytes() const { return shared_bytes() + threads_ * (own_bytes() + scratch_bytes_); }
     std::int64_t sums_bytes() const { return backward_ ? planes_ * 2 * std::int64_t{sizeof(double)} : 0; }
     std::int64_t slots_bytes() const { return slot_bytes_ ? units_ * slot_bytes_ : 0; }
     std::int64_t first_plane(std::int64_t unit) const { return unit * planes_ / units_; }

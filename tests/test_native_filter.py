@@ -462,6 +462,8 @@ def test_very_large_and_very_small_inputs_are_within_the_bound(name: str, magnit
 
 STAGES = [(56, 64), (28, 128), (14, 320), (7, 512)]
 MEBI = 2**20
+# Spectra and partial sums are each rounded up to large pages of 2 MiB, where they take more than one.
+ROUNDING = 2 * 2 * MEBI
 
 
 @pytest.mark.parametrize(("side", "C"), STAGES)
@@ -490,7 +492,7 @@ def test_workspace_grows_no_faster_than_threads(dtype: torch.dtype, backward: bo
                 torch.set_num_threads(threads)
                 # a plane, or a group of them, for each thread, and one that they share
                 together = cpu.filter_workspace_bytes(shape, F, dtype, backward)
-                assert alone / 4 < together <= (threads + 1) * alone, (shape, F, threads)
+                assert alone / 4 < together <= (threads + 1) * alone + ROUNDING, (shape, F, threads)
             torch.set_num_threads(1)
 
 
@@ -504,8 +506,8 @@ def test_workspace_of_a_large_plane_is_that_of_its_spectra(isa: str, dtype: torc
     for F in (0, 4):
         forward, backward = (cpu.filter_workspace_bytes((2, side, side, 64), F, dtype, b) for b in (False, True))
         grad_basis = max(16 * MEBI, side * (side // 2 + 1) * F * 2 * reference.compute_dtype(dtype).itemsize)
-        assert plane <= forward <= 1.05 * plane * planes
-        assert 2 * plane <= backward <= 2.1 * plane * planes + grad_basis
+        assert plane <= forward <= 1.05 * plane * planes + ROUNDING
+        assert 2 * plane <= backward <= 2.1 * plane * planes + grad_basis + ROUNDING
 
 
 PEAK = """

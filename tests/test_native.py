@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -276,15 +276,12 @@ def test_eight_threads_at_once_get_their_own_results() -> None:
     assert all(torch.equal(y, wanted[i]) for i, repeated in enumerate(results) for y in repeated)
 
 
-def test_other_python_threads_run_during_a_call(core: ModuleType) -> None:
+def assert_releases_the_gil(run: Callable[[], object]) -> None:
     """Were the GIL held, no time would be read in the middle half of a call."""
-    core.set_active_isa(core.supported_isas()[-1])
-    x = torch.zeros(2**24, dtype=torch.float16)
-    y = torch.zeros_like(x)
 
     def call() -> tuple[float, float]:
         start = time.perf_counter()
-        core.star_relu(x.data_ptr(), y.data_ptr(), x.numel(), CODES[x.dtype], 1.0, 0.0, 1)
+        run()
         return start, time.perf_counter()
 
     def seen_during_a_call(pool: ThreadPoolExecutor) -> bool:
@@ -298,6 +295,15 @@ def test_other_python_threads_run_during_a_call(core: ModuleType) -> None:
     with ThreadPoolExecutor(1) as pool:
         # Not of every call: on a busy machine this thread may sleep through one, or the other begin late.
         assert sum(seen_during_a_call(pool) for _ in range(10)) >= 5
+
+
+def test_other_python_threads_run_during_a_call(core: ModuleType) -> None:
+    """Were the GIL held, no time would be read in the middle half of a call."""
+    core.set_active_isa(core.supported_isas()[-1])
+    x = torch.zeros(2**24, dtype=torch.float16)
+    y = torch.zeros_like(x)
+
+    assert_releases_the_gil(lambda: core.star_relu(x.data_ptr(), y.data_ptr(), x.numel(), CODES[x.dtype], 1.0, 0.0, 1))
 
 
 FORK = """

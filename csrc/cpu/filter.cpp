@@ -1,10 +1,8 @@
 // Drives the filter step: plans, workspace, threads, and the order of reductions. Compiled for the baseline only.
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
-#include <stdexcept>
 
 #include <sys/mman.h>
 #include <unistd.h>

@@ -230,7 +230,6 @@ std::shared_ptr<const Plan<T>> build(int size) {
     Plan<T>& plan = owned->plan;
     plan.size = size;
     plan.num_passes = static_cast<int>(owned->passes.size());
-    plan.num_columns = static_cast<int>(owned->columns.size());
     plan.num_pairs = static_cast<int>(owned->pairs.size() / 2);
     plan.pairs = owned->pairs.data();
     plan.passes = owned->passes.data();

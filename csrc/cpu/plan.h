@@ -24,13 +24,13 @@ struct Pass {
 // A transform leaves frequencies in the order its passes produce; nothing is ever sorted. The inverse takes them there.
 template <class T>
 struct Plan {
-    int size, num_passes, num_columns, num_pairs;
+    int size, num_passes, num_pairs;
     const Pass<T>* passes;
     const int* sample;        // [size] the sample that a line keeps at position p
     const int* position;      // [size] the position of sample n
     const int* frequency;     // [size] the frequency that ends at position p
     const int* frequency_at;  // [size] the position of frequency k
-    const int* columns;       // [num_columns] the frequencies 0 .. size/2 of a real signal, in order of position
+    const int* columns;       // [size/2 + 1] the frequencies 0 .. size/2 of a real signal, in order of position
     const int* pairs;         // [num_pairs][2] samples (-1: none) that the first pass takes together: see filter.inl
     std::int64_t scratch;     // complex elements that the passes need beside the line
 };

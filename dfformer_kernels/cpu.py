@@ -67,7 +67,9 @@ def core() -> ModuleType:
 def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    core().star_relu(*_addresses(x, y), x.numel(), _DTYPE_CODES[x.dtype], float(scale), float(bias), _threads())
+    core().star_relu(
+        _address(x), _address(y, x), x.numel(), _DTYPE_CODES[x.dtype], scale.item(), bias.item(), _threads()
+    )
     return y
 
 
@@ -76,7 +78,13 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
     x, grad_y = x.contiguous(), grad_y.to(x.dtype).contiguous()
     grad_x = torch.empty_like(x) if need_x else None
     grad_scale, grad_bias = core().star_relu_backward(
-        *_addresses(grad_y, x, grad_x), x.numel(), _DTYPE_CODES[x.dtype], float(scale), _threads()
+        _address(grad_y, x),
+        _address(x),
+        _address(grad_x, x),
+        x.numel(),
+        _DTYPE_CODES[x.dtype],
+        scale.item(),
+        _threads(),
     )
     gradients = [] if grad_x is None else [grad_x]
     if need_scale:
@@ -97,7 +105,7 @@ def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor 
 def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     problem = _FilterProblem(x, logits, filters, scale, bias)
     y = torch.empty_like(problem.x)
-    core().filter(*problem.arguments, *_addresses(problem.x), *problem.parameters, *_addresses(y), _threads())
+    core().filter(*problem.arguments, *problem.addresses, _address(y, problem.x), _threads())
     return y
 
 
@@ -137,11 +145,11 @@ def _filter_backward(
     grad_filters = torch.empty_like(problem.filters) if need_filters else None
     grad_scale, grad_bias = core().filter_backward(
         *problem.arguments,
-        *_addresses(grad_y, problem.x),
-        *problem.parameters,
-        *_addresses(grad_x),
-        *_addresses(grad_logits),
-        *_addresses(grad_filters),
+        _address(grad_y, problem.x),
+        *problem.addresses,
+        _address(grad_x, problem.x),
+        _address(grad_logits, problem.logits),
+        _address(grad_filters, problem.filters),
         need_scale or need_bias,
         _threads(),
     )
@@ -167,9 +175,9 @@ class _FilterProblem:
         self.filters = filters.contiguous()
         self.logits = None if logits is None else logits.to(filters.dtype).contiguous()
         F = 0 if logits is None else logits.shape[1]
-        star_relu = None if scale is None or bias is None else (float(scale), float(bias))
+        star_relu = None if scale is None or bias is None else (scale.item(), bias.item())
         self.arguments = ((*x.shape, F), _DTYPE_CODES[x.dtype], star_relu)
-        self.parameters = (*_addresses(self.logits), *_addresses(self.filters))
+        self.addresses = (_address(self.x), _address(self.logits), _address(self.filters))
 
 
 def filter_workspace_bytes(shape: Sequence[int], num_filters: int, dtype: torch.dtype, backward: bool = False) -> int:
@@ -195,14 +203,15 @@ def _threads() -> int:
     return 1 if _in_forked_child else torch.get_num_threads()
 
 
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    """Addresses of dense CPU tensors of one dtype and size; the last check before the core trusts a pointer."""
-    present = [t for t in tensors if t is not None]
-    for t in present:
-        first = present[0]
-        if not (t.device.type == "cpu" and t.is_contiguous() and t.dtype == first.dtype and t.shape == first.shape):
-            raise RuntimeError(
-                f"the compiled core takes contiguous CPU tensors of one dtype and shape, got {t.dtype} "
-                f"{tuple(t.shape)} with strides {t.stride()} on {t.device} beside {first.dtype} {tuple(first.shape)}"
-            )
-    return [0 if t is None else t.data_ptr() for t in tensors]
+def _address(t: Tensor | None, like: Tensor | None = None) -> int:
+    """The address of a dense CPU tensor, of the dtype and size of ``like``; 0 for None. The last check before the core
+    trusts a pointer."""
+    if t is None:
+        return 0
+    like = t if like is None else like
+    if not (t.is_cpu and t.is_contiguous() and t.dtype == like.dtype and t.numel() == like.numel()):
+        raise RuntimeError(
+            f"the compiled core takes contiguous CPU tensors of one dtype and shape, got {t.dtype} "
+            f"{tuple(t.shape)} with strides {t.stride()} on {t.device} beside {like.dtype} {tuple(like.shape)}"
+        )
+    return t.data_ptr()

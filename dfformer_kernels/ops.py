@@ -106,6 +106,9 @@ def _real(filters: Tensor) -> Tensor:
     return torch.view_as_real(filters.resolve_conj()) if filters.is_complex() else filters
 
 
+_LIBRARY = torch.library.Library("dfformer", "DEF")
+
+
 def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
     """Registers ``dfformer::<name>`` and ``dfformer::<name>_backward`` and returns their autograd Function, whose
     ``apply`` takes the inputs in that order and the backend's name or None.
@@ -148,17 +151,15 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
         checks.check_grad_y(backward_name, grad_y, tensors[0])
         checks.check_needs(backward_name, needs, len(tensors))
 
-    forward_op = torch.library.custom_op(
-        f"dfformer::{name}", forward_impl, mutates_args=(), schema=f"({inputs}, str? backend) -> Tensor"
-    )
-    backward_op = torch.library.custom_op(
-        f"dfformer::{backward_name}",
-        backward_impl,
-        mutates_args=(),
-        schema=f"(Tensor grad_y, {inputs}, bool[] needs, str? backend) -> Tensor[]",
-    )
-    forward_op.register_fake(forward_fake)
-    backward_op.register_fake(backward_fake)
+    # Not torch.library.custom_op: what it wraps around every call takes as long as a small problem.
+    _LIBRARY.define(f"{name}({inputs}, str? backend) -> Tensor")
+    _LIBRARY.define(f"{backward_name}(Tensor grad_y, {inputs}, bool[] needs, str? backend) -> Tensor[]")
+    _LIBRARY.impl(name, forward_impl, "CompositeExplicitAutograd")
+    _LIBRARY.impl(backward_name, backward_impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dfformer::{name}", forward_fake, lib=_LIBRARY)
+    torch.library.register_fake(f"dfformer::{backward_name}", backward_fake, lib=_LIBRARY)
+    forward_op = getattr(torch.ops.dfformer, name).default
+    backward_op = getattr(torch.ops.dfformer, backward_name).default
     differentiable_backward = getattr(reference, backward_name)
 
     class Function(torch.autograd.Function):
@@ -183,7 +184,9 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
             remaining = iter(gradients)
             return (*(next(remaining) if need else None for need in needs), None)
 
-    forward_op.register_autograd(Function.backward, setup_context=Function.setup_context)
+    torch.library.register_autograd(
+        f"dfformer::{name}", Function.backward, setup_context=Function.setup_context, lib=_LIBRARY
+    )
     return Function
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from dfformer_kernels import cpu, reference
 Kernel = Callable[..., Any]  # (tensors) -> Tensor forward, (grad_y, tensors, needs) -> list[Tensor] backward
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a backend needs to know to accept or refuse: operator name, device type, dtype and shape of ``x``."""
 
     op: str

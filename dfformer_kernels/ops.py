@@ -152,8 +152,9 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
         checks.check_needs(backward_name, needs, len(tensors))
 
     # Not torch.library.custom_op: what it wraps around every call takes as long as a small problem.
-    _LIBRARY.define(f"{name}({inputs}, str? backend) -> Tensor")
-    _LIBRARY.define(f"{backward_name}(Tensor grad_y, {inputs}, bool[] needs, str? backend) -> Tensor[]")
+    tag = torch.Tag.pt2_compliant_tag
+    _LIBRARY.define(f"{name}({inputs}, str? backend) -> Tensor", tags=tag)
+    _LIBRARY.define(f"{backward_name}(Tensor grad_y, {inputs}, bool[] needs, str? backend) -> Tensor[]", tags=tag)
     _LIBRARY.impl(name, forward_impl, "CompositeExplicitAutograd")
     _LIBRARY.impl(backward_name, backward_impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dfformer::{name}", forward_fake, lib=_LIBRARY)
@@ -164,13 +165,11 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(*args: Any) -> Tensor:
-            return forward_op(*args)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            *tensors, ctx.backend = inputs
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            *tensors, ctx.backend = args
             ctx.save_for_backward(*tensors)
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward_op(*args)
 
         @staticmethod
         def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -184,9 +183,13 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
             remaining = iter(gradients)
             return (*(next(remaining) if need else None for need in needs), None)
 
-    torch.library.register_autograd(
-        f"dfformer::{name}", Function.backward, setup_context=Function.setup_context, lib=_LIBRARY
-    )
+    def autograd_impl(*args: Any) -> Tensor:
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+            return Function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward_op(*args)
+
+    _LIBRARY.impl(name, autograd_impl, "Autograd")
     return Function
 
 

@@ -272,7 +272,7 @@ def test_a_strided_tensor_never_reaches_the_core() -> None:
     with pytest.raises(
         RuntimeError, match=r"contiguous CPU tensors.* got torch.float32 \(3, 2\) with strides \(1, 3\)"
     ):
-        cpu._addresses(torch.zeros(2, 3).t())
+        cpu._address(torch.zeros(2, 3).t())
 
 
 @pytest.mark.parametrize("available", [True, False])

@@ -185,6 +185,9 @@ struct FilterOf {
                 filter_columns(plane, block, lines, scratch, InlineMix{plane, block});
             else
                 filter_columns(plane, block, lines, scratch, CalledMix{plane, block, x_lines, mix_of(plane)});
+            if (plane.F > 0 && plane.tensors.grad_filters)
+                for (int j = 0; j < block.count; j++)
+                    add_grad_basis(plane, block.k[j], x_lines + std::int64_t{j} * plane.H);
         }
     }
 
@@ -225,25 +228,24 @@ struct FilterOf {
         const int* frequency;
         const T* filters;   // [H] rows of basis or weight at this column
         std::int64_t row;   // elements from one to the next
-        const Line* x;      // backward: the column of x's spectrum
+        Line* x;            // backward: the column of x's spectrum X; Q takes its place
         Sum* grad_routing;  // [F], this column's part
-        T* grad_filters;    // like `filters`: where to add this plane's part; null where that is not needed
+        T* grad_weight;     // like `filters`: where to add this plane's part; null where that is not needed
         T grad_scale;       // of a weight's gradient: D and what is not normalised
 
-        FilterColumn(const Plane& plane_, int k, const Line* x_)
+        FilterColumn(const Plane& plane_, int k, Line* x_)
             : plane(plane_),
               frequency(plane.column_plan.frequency),
               row(2 * std::int64_t{plane.K} * (plane.F > 0 ? plane.F : plane.problem.C)),
               x(x_),
               grad_routing(plane.grad_routing + std::int64_t{k} * plane.F),
-              grad_filters(nullptr),
+              grad_weight(nullptr),
               grad_scale(T(plane.half_spectrum_weight(k) * plane.normalisation() / 2)) {
             const std::int64_t column =
                 2 * (plane.F > 0 ? std::int64_t{k} * plane.F : k * plane.problem.C + plane.channel);
             filters = static_cast<const T*>(plane.tensors.filters) + column;
-            if (!plane.tensors.grad_filters) return;
-            grad_filters = column + (plane.F > 0 ? static_cast<T*>(plane.call.slots) + plane.task.slot * plane.H * row
-                                                 : static_cast<T*>(plane.tensors.grad_filters));
+            if (plane.F == 0 && plane.tensors.grad_filters)
+                grad_weight = static_cast<T*>(plane.tensors.grad_filters) + column;
         }
         FFT_INLINE const T* at(int position) const { return filters + frequency[position] * row; }
     };
@@ -269,12 +271,11 @@ struct FilterOf {
     struct CalledMix {
         const Plane& plane;
         const ColumnBlock& block;
-        const Line* x_lines;
+        Line* x_lines;
         MixFunction mix;
         struct Filtered : FilterColumn {
             MixFunction mix;
-            Filtered(const Plane& plane, int k, const Line* x, MixFunction mix_)
-                : FilterColumn(plane, k, x), mix(mix_) {
+            Filtered(const Plane& plane, int k, Line* x, MixFunction mix_) : FilterColumn(plane, k, x), mix(mix_) {
                 for (int f = 0; plane.backward() && f < plane.F; f++) this->grad_routing[f] = Sum{};
             }
             FFT_INLINE void operator()(Line* a, int radix, int first) const { mix(*this, a, radix, first); }
@@ -336,7 +337,7 @@ struct FilterOf {
             if (!need_grads) continue;
             const Line Q = conj_times(column.x[first + i], G);
             for (int f = 0; grads && f < F; f++) grads[f] += Q.re * bin[2 * f] + Q.im * bin[2 * f + 1];
-            if (column.grad_filters) add_grad_basis<fixed_F>(column, first + i, routing, Q, F);
+            column.x[first + i] = Q;
         }
     }
 
@@ -352,30 +353,45 @@ struct FilterOf {
         column.grad_routing[f] += __builtin_convertvector(grad, Sum);
     }
 
-    // grad_filters[f] += routing[f] Q, summed over the lanes
-    template <int fixed_F>
-    FFT_INLINE static void add_grad_basis(const FilterColumn& column, int position, const V* routing, Line Q, int F) {
-        constexpr int group = fixed_F == 0 ? 2 : 2 * fixed_F < lanes ? 2 * fixed_F : lanes;
-        T* sums = column.grad_filters + column.frequency[position] * column.row;
-        for (int i = 0; i < 2 * F; i += group) {
-            V parts[group];
-            for (int n = 0; n < group; n += 2) {
-                parts[n] = routing[(i + n) / 2] * Q.re;
-                parts[n + 1] = routing[(i + n) / 2] * Q.im;
+    // Points of a column whose real and imaginary parts fill a register.
+    static constexpr int points_of_register = lanes / 2;
+    static std::int64_t slot_registers(int H, int K, int F) {
+        return std::int64_t{K} * F * ((H + points_of_register - 1) / points_of_register);
+    }
+
+    // grad_basis[f] += sum_c routing[f][c] Q[c], for column k. A few points are turned on their side, so that a lane is
+    // no longer a channel but a point's real or imaginary part, and stay like that in the slot.
+    static void add_grad_basis(const Plane& plane, int k, const Line* Q) {
+        const std::int64_t registers = slot_registers(plane.H, plane.K, plane.F);
+        V* sums = static_cast<V*>(plane.call.slots) + plane.task.slot * registers + k * (registers / plane.K);
+        for (int first = 0; first < plane.H; first += points_of_register) {
+            V parts[lanes];
+            unrolled<0, points_of_register>([&](auto i) UNROLLED_BODY {
+                const Line point = first + i < plane.H ? Q[first + i] : Line{};
+                parts[2 * i] = point.re;
+                parts[2 * i + 1] = point.im;
+            });
+            transpose<1>(parts);
+            for (int f = 0; f < plane.F; f++, sums++) {
+                V sum = plane.task.first_of_slot ? V{} : *sums;
+                unrolled<0, lanes>([&](auto c) UNROLLED_BODY { sum += parts[c] * plane.routing[f][c.value]; });
+                *sums = sum;
             }
-            add<group>(sums + i, lane_sums<group>(parts), column.plane.task.first_of_slot);
         }
     }
 
-    // to[i] = v[i] or to[i] += v[i] for the first n lanes
-    template <int n>
-    FFT_INLINE static void add(T* to, V v, bool replace) {
-        typedef T Part __attribute__((vector_size(n * sizeof(T))));
-        Part part, sum{};
-        __builtin_memcpy(&part, &v, sizeof(part));
-        if (!replace) __builtin_memcpy(&sum, to, sizeof(sum));
-        sum += part;
-        __builtin_memcpy(to, &sum, sizeof(sum));
+    // v[i][j] becomes v[j][i], by interleaving halves as often as their number can be halved.
+    template <int done>
+    FFT_INLINE static void transpose(V* v) {
+        if constexpr (done < lanes) {
+            V turned[lanes];
+            unrolled<0, lanes / 2>([&](auto i) UNROLLED_BODY {
+                turned[2 * i] = interleave<false>(v[i], v[i + lanes / 2]);
+                turned[2 * i + 1] = interleave<true>(v[i], v[i + lanes / 2]);
+            });
+            transpose<2 * done>(turned);
+            unrolled<0, lanes>([&](auto i) UNROLLED_BODY { v[i] = turned[i]; });
+        }
     }
 
     // A weight for every channel, its real and imaginary parts in turn.
@@ -398,7 +414,7 @@ struct FilterOf {
         for (int r = 0; r < radix; r++) {
             const Line G = a[r];
             a[r] = conj_times(weight_at(column, first + r), G);
-            if (column.grad_filters) add_grad_weight(column, first + r, conj_times(column.x[first + r], G));
+            if (column.grad_weight) add_grad_weight(column, first + r, conj_times(column.x[first + r], G));
         }
     }
 
@@ -407,7 +423,7 @@ struct FilterOf {
         T elements[2 * lanes];
         Arithmetic::store(elements, interleave<false>(Q.re, Q.im) * column.grad_scale);
         Arithmetic::store(elements + lanes, interleave<true>(Q.re, Q.im) * column.grad_scale);
-        T* sums = column.grad_filters + column.frequency[position] * column.row;
+        T* sums = column.grad_weight + column.frequency[position] * column.row;
         for (int i = 0; i < 2 * plane.used; i++)
             sums[i] = plane.task.first_of_slot ? elements[i] : sums[i] + elements[i];
     }
@@ -465,17 +481,27 @@ struct FilterOf {
 
     static void sum_slots(const FilterCall& call, int first, int last) {
         const FilterProblem& problem = *call.problem;
-        const std::int64_t K = problem.W / 2 + 1, F2 = 2 * problem.F, size = problem.H * K * F2;
-        auto* grad = static_cast<T*>(call.tensors->grad_filters);
-        const auto* slots = static_cast<const T*>(call.slots);
-        for (std::int64_t bin = first * K; bin < last * K; bin++) {
-            const T weight = T(bin % K == 0 || 2 * (bin % K) == problem.W ? 0.5 : 1);
-            for (std::int64_t i = bin * F2; i < (bin + 1) * F2; i++) {
-                T sum{};
-                for (std::int64_t slot = 0; slot < call.num_slots; slot++) sum += slots[slot * size + i];
-                grad[i] = sum * weight;
+        const int H = problem.H, K = problem.W / 2 + 1, F = problem.F;
+        const int* position = static_cast<const Plan<T>*>(call.column_plan)->frequency_at;
+        const std::int64_t registers = slot_registers(H, K, F);
+        auto* grad = static_cast<T*>(call.tensors->grad_filters) + first * std::int64_t{K} * F * 2;
+        for (int h = first; h < last; h++)
+            for (int k = 0; k < K; k++) {
+                const T weight = T(k == 0 || 2 * k == problem.W ? 0.5 : 1);
+                const V* of_column = static_cast<const V*>(call.slots) + k * (registers / K);
+                const V* of_points = of_column + position[h] / points_of_register * F;
+                const int lane = 2 * (position[h] % points_of_register);
+                for (int f = 0; f < F; f++, grad += 2) {
+                    T re{}, im{};
+                    for (std::int64_t slot = 0; slot < call.num_slots; slot++) {
+                        const V& sum = of_points[slot * registers + f];
+                        re += sum[lane];
+                        im += sum[lane + 1];
+                    }
+                    grad[0] = re * weight;
+                    grad[1] = im * weight;
+                }
             }
-        }
     }
 
     static FilterWorkspace workspace(const FilterCall& call) {
@@ -491,8 +517,10 @@ struct FilterOf {
         const std::int64_t star_relu_sums = 2 * pairs * std::int64_t{sizeof(double)};
         const std::int64_t columns = block_of_columns(problem.H) * problem.H * (backward ? 2 : 1);
         const std::int64_t scratch = row_plan.scratch > column_plan.scratch ? row_plan.scratch : column_plan.scratch;
+        const bool slots = backward && problem.F > 0 && call.tensors->grad_filters;
         return {(both_spectra ? 2 : 1) * spectrum + routing + (backward ? grad_routing + star_relu_sums : 0),
-                (columns + scratch) * bytes_of_line};
+                (columns + scratch) * bytes_of_line,
+                slots ? slot_registers(problem.H, problem.W / 2 + 1, problem.F) * std::int64_t{sizeof(V)} : 0};
     }
 };
 

@@ -96,8 +96,7 @@ class Driver {
         scratch_bytes_ = padded(workspace.scratch_bytes);
         const std::int64_t elements = problem.B * problem.H * problem.W * problem.C;
         threads_ = static_cast<int>(std::clamp<std::int64_t>(elements / min_elements_per_thread, 1, threads));
-        slot_bytes_ =
-            problem.F > 0 && tensors.grad_filters ? problem.H * (problem.W / 2 + 1) * problem.F * 2 * item_ : 0;
+        slot_bytes_ = workspace.slot_bytes;
         choose_units();
         share_units();
     }

@@ -27,7 +27,7 @@ struct FilterCall {
     const void* column_plan;  // Plan<T> of length H
     std::int64_t channel_blocks;
     std::int64_t row_stride;  // complex lanes from one pair of rows to the next in a plane's workspace
-    void* slots;              // backward: [slots][H][K][F][2] partial sums of a basis' gradient
+    void* slots;              // backward: partial sums of a basis' gradient, as the kernel lays them out
     std::int64_t num_slots;
 };
 
@@ -49,6 +49,7 @@ struct PlaneGroup {
 struct FilterWorkspace {
     std::int64_t plane_bytes;    // of a plane in progress
     std::int64_t scratch_bytes;  // of a thread
+    std::int64_t slot_bytes;     // of a partial sum of a basis' gradient; 0 where that is not needed
 };
 
 // A group's steps in order. Those with a range [first, last) of row pairs or of columns may run on several threads,

@@ -158,22 +158,6 @@ template <bool upper, class Vec>
 inline Vec interleave(Vec a, Vec b) {
     return interleave<upper>(a, b, typename CountTo<sizeof(Vec) / sizeof(a[0])>::Type{});
 }
-// Sums of neighbouring lanes: a's in the lower half, b's in the upper.
-template <class Vec>
-inline Vec pair_sums(Vec a, Vec b) {
-    return alternate<0>(a, b) + alternate<1>(a, b);
-}
-
-// Lane i of the result, i < n, is the sum of v[i]'s lanes; n is a power of two, at most the number of lanes.
-template <int n, class Vec>
-inline Vec lane_sums(Vec* v) {
-    constexpr int lanes = sizeof(Vec) / sizeof(v[0][0]);
-    for (int count = n; count > 1; count /= 2)
-        for (int i = 0; i < count / 2; i++) v[i] = pair_sums(v[2 * i], v[2 * i + 1]);
-    for (int parts = lanes / n; parts > 1; parts /= 2) v[0] = pair_sums(v[0], v[0]);
-    return v[0];
-}
-
 // Sum of float32 registers (or, below, float64 ones) kept in float64 lanes.
 inline double lane_sum(F64 v) {
     double sum = 0;

@@ -12,11 +12,13 @@ from setuptools import setup
 OPENMP = {"linux": ["-fopenmp"], "darwin": []}
 core = Pybind11Extension(
     "dfformer_kernels._C",
-    sources=sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+    sources=sorted(glob("csrc/**/*.cpp", recursive=True)),
     depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inl", recursive=True),
     cxx_std=20,
     extra_compile_args=["-O3", "-fno-math-errno", "-Wno-psabi", *OPENMP.get(sys.platform, [])],
     extra_link_args=OPENMP.get(sys.platform, []),
+    # dlopen, in a library of its own before glibc 2.34
+    libraries=["dl"] if sys.platform == "linux" else [],
     # A missing or failing compiler becomes a warning in the build log; `dfformer info` says so too.
     optional=True,
 )

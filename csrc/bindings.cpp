@@ -8,6 +8,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "cuda/cufft.h"
 #include "dynamic_filter.h"
 
 namespace py = pybind11;
@@ -139,10 +140,40 @@ std::int64_t bind_filter_workspace(const std::array<std::int64_t, 5>& shape, int
     return filter_workspace(checked_problem(shape, dtype, std::pair{1.0, 0.0}), backward, threads);
 }
 
+// (H, W, N) of arrays that can exist.
+cufft::Transform checked_transform(int device, const std::array<std::int64_t, 3>& shape, int dtype_code, bool inverse) {
+    const auto [H, W, N] = shape;
+    const DType dtype = checked_dtype(dtype_code);
+    if (dtype != DType::float32 && dtype != DType::float64)
+        throw std::invalid_argument("dtype: got code " + std::to_string(dtype_code) + ", accepted are 0 and 1");
+    if (device < 0) throw std::invalid_argument("device: got " + std::to_string(device) + ", which is no index");
+    if (H < 1 || H > max_side || W < 1 || W > max_side || N < 1)
+        throw std::invalid_argument("shape: got H, W, N = " + std::to_string(H) + ", " + std::to_string(W) + ", " +
+                                    std::to_string(N) + ", accepted are sides of 1 to " + std::to_string(max_side) +
+                                    " and N >= 1");
+    product({H, W / 2 + 1, N, 16});
+    return {device, H, W, N, dtype, inverse};
+}
+
+std::int64_t bind_cufft_plan(int device, const std::array<std::int64_t, 3>& shape, int dtype, bool inverse,
+                             bool capturing) {
+    return cufft::plan(checked_transform(device, shape, dtype, inverse), capturing);
+}
+
+void bind_cufft_run(int device, const std::array<std::int64_t, 3>& shape, int dtype, bool inverse, bool capturing,
+                    Address input, Address output_address, Address workspace, std::int64_t workspace_bytes,
+                    Address stream) {
+    const cufft::Transform transform = checked_transform(device, shape, dtype, inverse);
+    cufft::run(transform, capturing,
+               {const_cast<void*>(required("input", input)), output("output", output_address, 1),
+                output("workspace", workspace, workspace_bytes), workspace_bytes, reinterpret_cast<void*>(stream)});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "dfformer_kernels' compiled core. Takes raw addresses: call it through dfformer_kernels.cpu only.";
+    m.doc() =
+        "dfformer_kernels' compiled core. Takes raw addresses: call it through dfformer_kernels.cpu and libcufft only.";
     m.def("supported_isas", &supported_isas);
     m.def("active_isa", &active_isa);
     m.def("set_active_isa", &set_active_isa, py::arg("name"));
@@ -160,4 +191,13 @@ PYBIND11_MODULE(_C, m) {
           py::arg("grad_logits"), py::arg("grad_filters"), py::arg("need_scalars"), py::arg("threads"));
     m.def("filter_workspace", &bind_filter_workspace, py::arg("shape"), py::arg("dtype"), py::arg("backward"),
           py::arg("threads"), "Bytes that a call allocates beside its tensors.");
+    m.attr("cufft_plans_per_device") = cufft::plans_per_device;
+    m.def("cufft_open", &cufft::open, no_gil, py::arg("path"));
+    m.def("cufft_plan", &bind_cufft_plan, no_gil, py::arg("device"), py::arg("shape"), py::arg("dtype"),
+          py::arg("inverse"), py::arg("capturing"), "Bytes of workspace that cufft_run needs.");
+    m.def("cufft_run", &bind_cufft_run, no_gil, py::arg("device"), py::arg("shape"), py::arg("dtype"),
+          py::arg("inverse"), py::arg("capturing"), py::arg("input"), py::arg("output"), py::arg("workspace"),
+          py::arg("workspace_bytes"), py::arg("stream"));
+    m.def("cufft_clear", &cufft::clear, no_gil, py::arg("device"));
+    m.def("cufft_plan_count", &cufft::plan_count, no_gil, py::arg("device"));
 }

@@ -1,6 +1,7 @@
 """What users install: a source distribution, a wheel built from it, and what runs from that wheel."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from zipfile import ZipFile
 import pytest
 from conftest import require, require_compiler
 
+from dfformer_kernels import sources
+from dfformer_kernels.sources import cuda_sources
+
 ROOT = Path(__file__).parents[1]
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 
@@ -21,6 +25,7 @@ import sys, warnings
 import torch
 import dfformer_kernels
 from dfformer_kernels import backends, dynamic_filter, star_relu
+from dfformer_kernels.sources import cuda_sources
 assert dfformer_kernels.__file__.startswith(sys.argv[1]), dfformer_kernels.__file__
 scale, bias = torch.tensor([0.5]), torch.tensor([1.0])
 with warnings.catch_warnings(record=True) as seen:
@@ -28,7 +33,7 @@ with warnings.catch_warnings(record=True) as seen:
     assert star_relu(torch.tensor([-2.0, 2.0]), scale, bias).tolist() == [1, 3]
     y = dynamic_filter(torch.ones(1, 4, 4, 2), torch.zeros(1, 3, 2), torch.ones(4, 3, 3, 2), (scale, bias))
 torch.testing.assert_close(y, torch.full_like(y, 1.5))
-print(not backends()["cpu"], len(seen))
+print(not backends()["cpu"], len(seen), *sorted(cuda_sources()))
 """
 
 
@@ -80,6 +85,13 @@ def installed(wheel: Path) -> str:
     return run(sys.executable, "-S", "-c", RUN, target, cwd=wheel.parent, PYTHONPATH=path).strip()
 
 
+def run_time_sources() -> set[str]:
+    """What is compiled where there is a GPU, as the wheel names it."""
+    csrc = ROOT / "csrc"
+    paths = [*csrc.glob("cuda/*.cu"), *csrc.glob("cuda/*.inl"), *csrc.glob("fft/*.inl")]
+    return {f"dfformer_kernels/csrc/{path.relative_to(csrc).as_posix()}" for path in paths}
+
+
 def has_core(names: list[str]) -> bool:
     return any(name.startswith("dfformer_kernels/_C.") for name in names)
 
@@ -92,11 +104,22 @@ def test_a_wheel_built_from_the_sdist_has_the_compiled_core(build_wheel: Callabl
     assert {"dfformer/py.typed", "dfformer_kernels/py.typed"} <= set(names)
     assert [name for name in names if name.endswith("LICENSE")] != []
     assert {name.split("/")[0].split("-")[0] for name in names} == {"dfformer", "dfformer_kernels"}
-    assert [name for name in names if name.endswith((".cpp", ".h", ".inl"))] == []
-    assert installed(wheel) == "True 0"
+    assert {name for name in names if name.endswith((".cpp", ".h", ".inl", ".cu"))} == run_time_sources()
+    assert installed(wheel) == " ".join(["True 0", *sorted(cuda_sources())])
 
 
 def test_without_a_compiler_the_wheel_works_through_torch(build_wheel: Callable[..., Path]) -> None:
     wheel = build_wheel(CC="false", CXX="false")
     assert not has_core(contents(wheel))
-    assert installed(wheel) == "False 1"
+    assert installed(wheel) == " ".join(["False 1", *sorted(cuda_sources())])
+
+
+def test_sources_compiled_at_run_time_are_found_in_a_checkout() -> None:
+    assert {Path(name).name for name in run_time_sources()} == set(cuda_sources())
+    assert cuda_sources()["butterflies.inl"] == (ROOT / "csrc" / "fft" / "butterflies.inl").read_text(encoding="utf-8")
+
+
+def test_missing_sources_are_an_error_that_names_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "__file__", str(tmp_path / "dfformer_kernels" / "sources.py"))
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "csrc"))):
+        cuda_sources.__wrapped__()

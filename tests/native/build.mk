@@ -1,4 +1,4 @@
-# Builds check_core with the compiled core. OUT, FLAGS and CXX are the caller's; each set of flags has its own OUT.
+# Builds check_core with the compiled core, or check_cufft with its part of it and a fake libcufft. OUT, FLAGS and CXX are the caller's; each set of flags has its own OUT.
 CXX ?= g++
 OBJECTS := $(patsubst csrc/cpu/%.cpp,$(OUT)/%.o,$(wildcard csrc/cpu/*.cpp)) $(OUT)/check_core.o
 
@@ -13,5 +13,12 @@ $(OUT)/%.o: csrc/cpu/%.cpp
 $(OUT)/check_core.o: tests/native/check_core.cpp
 	@mkdir -p $(OUT)
 	$(CXX) -std=c++20 -Wall -Wextra -Wno-psabi $(filter-out -O% -fsanitize=%,$(FLAGS)) -O2 -Icsrc -MMD -c $< -o $@
+
+$(OUT)/check_cufft: csrc/cuda/cufft.cpp tests/native/check_cufft.cpp csrc/cuda/cufft.h $(OUT)/libcufft.so
+	$(CXX) -std=c++20 -Wall -Wextra $(FLAGS) -Icsrc $(filter %.cpp,$^) -ldl -pthread -o $@
+
+$(OUT)/libcufft.so: tests/native/fake_cufft.cpp
+	@mkdir -p $(OUT)
+	$(CXX) -std=c++20 -Wall -Wextra $(FLAGS) -shared -fPIC $< -o $@
 
 -include $(OBJECTS:.o=.d)

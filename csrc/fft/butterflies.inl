@@ -1,11 +1,14 @@
 // X[k] = sum_n a[n] exp(-2 pi i n k / N) for small N, in registers.
 //
 // Templated on the lane type T: a SIMD vector of channels on a CPU, a float in a GPU thread. No std headers and no
-// namespace of its own: the includer provides both, and may define FFT_INLINE. The inverse transform needs no code: it
-// is the forward one with real and imaginary parts exchanged before and after.
+// namespace of its own: the includer provides both, and may define FFT_INLINE, and UNROLLED_BODY for lambdas. The
+// inverse transform needs no code: it is the forward one with real and imaginary parts exchanged before and after.
 
 #ifndef FFT_INLINE
 #define FFT_INLINE inline __attribute__((always_inline))
+#endif
+#ifndef UNROLLED_BODY
+#define UNROLLED_BODY __attribute__((always_inline))
 #endif
 
 template <class T>
@@ -70,7 +73,6 @@ FFT_INLINE void unrolled(Fn&& fn) {
         unrolled<first + 1, last>(fn);
     }
 }
-#define UNROLLED_BODY __attribute__((always_inline))
 
 constexpr int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
 
@@ -104,7 +106,8 @@ FFT_INLINE Complex<T> rotated(Complex<T> a) {
 // The factor that N is split by; N itself where it is transformed directly.
 constexpr int first_factor(int N) {
     if (N == 2 || N == 4) return N;
-    for (int R : {4, 2, 3, 5, 7, 11, 13})
+    const int factors[] = {4, 2, 3, 5, 7, 11, 13};
+    for (int R : factors)
         if (N % R == 0) return R;
     return N;
 }
@@ -125,9 +128,10 @@ FFT_INLINE void odd_prime_butterfly(Complex<T>* a) {
         a[0] = a[0] + sum[n];
     });
     unrolled<1, half + 1>([&](auto k) UNROLLED_BODY {
+        constexpr int K = k.value;  // of a lambda around this one, compilers do not all take k.value for a constant
         Complex<T> even = a0, odd{};
         unrolled<0, half>([&](auto n) UNROLLED_BODY {
-            constexpr S c = S(cos_turn(k.value * (n.value + 1), N)), s = S(sin_turn(k.value * (n.value + 1), N));
+            constexpr S c = S(cos_turn(K * (n.value + 1), N)), s = S(sin_turn(K * (n.value + 1), N));
             even.re += sum[n].re * c;
             even.im += sum[n].im * c;
             if constexpr (n.value == 0) {
@@ -148,20 +152,21 @@ FFT_INLINE void composite_butterfly(Complex<T>* a) {
     constexpr int M = N / R;
     constexpr bool coprime = greatest_common_divisor(R, M) == 1;
     Complex<T> grid[N];
-    unrolled<0, M>([&](auto m) UNROLLED_BODY {
+    unrolled<0, M>([&](auto column_index) UNROLLED_BODY {
+        constexpr int m = column_index.value;
         Complex<T> column[R];
-        unrolled<0, R>([&](auto r) UNROLLED_BODY {
-            column[r] = a[coprime ? (M * r.value + R * m.value) % N : M * r.value + m.value];
-        });
+        unrolled<0, R>([&](auto r)
+                           UNROLLED_BODY { column[r] = a[coprime ? (M * r.value + R * m) % N : M * r.value + m]; });
         butterfly<R>(column);
         unrolled<0, R>([&](auto r)
-                           UNROLLED_BODY { grid[r * M + m] = rotated<coprime ? 0 : r.value * m.value, N>(column[r]); });
+                           UNROLLED_BODY { grid[r * M + m] = rotated<coprime ? 0 : r.value * m, N>(column[r]); });
     });
-    unrolled<0, R>([&](auto r) UNROLLED_BODY {
+    unrolled<0, R>([&](auto row_index) UNROLLED_BODY {
+        constexpr int r = row_index.value;
         butterfly<M>(grid + r * M);
         unrolled<0, M>([&](auto m) UNROLLED_BODY {
-            constexpr int k = coprime ? (r.value * M * inverse_modulo(M, R) + m.value * R * inverse_modulo(R, M)) % N
-                                      : r.value + R * m.value;
+            constexpr int k =
+                coprime ? (r * M * inverse_modulo(M, R) + m.value * R * inverse_modulo(R, M)) % N : r + R * m.value;
             a[k] = grid[r * M + m];
         });
     });

@@ -1,0 +1,153 @@
+// The filter step and its gradients as one kernel each, for NVRTC with -default-device: dynamic_filter.inl on a GPU.
+//
+// Specialised by macros:
+//
+//   DIRECTION            0 filter_forward, 1 filter_backward
+//   PLANE_H, PLANE_W     H and W
+//   CHANNELS             C
+//   FILTERS              F; 0: one weight a channel, (H,K,C,2)
+//   LANES, THREADS       channels and threads of a block
+//   ROWS, COLUMNS        how rows and columns are transformed: the enums of dynamic_filter.inl
+//   STORAGE              of x, y and their gradients: 0 float32, 2 bfloat16, 3 float16
+//   STAR_RELU            1: StarReLU on load
+//   MIN_BLOCKS           blocks that shall fit a multiprocessor at once
+//   SHARED_BYTES         dynamic shared memory at launch: must be the layout's
+
+#ifdef __CUDACC_RTC__
+#define FFT_INLINE __forceinline__
+#define FFT_CONSTANT __constant__ const
+#endif
+
+#include "butterflies.inl"
+#include "dynamic_filter.inl"
+
+using Block = Layout<PLANE_H, PLANE_W, CHANNELS, FILTERS, LANES, THREADS, ROWS, COLUMNS, STAR_RELU, DIRECTION>;
+static_assert(Block::shared_bytes == SHARED_BYTES, "the caller computes shared memory as Layout does");
+
+template <int storage>
+struct StorageType;
+template <>
+struct StorageType<0> {
+    using Type = float;
+};
+template <>
+struct StorageType<2> {
+    using Type = BFloat16;
+};
+template <>
+struct StorageType<3> {
+    using Type = Float16;
+};
+using Storage = StorageType<STORAGE>::Type;
+
+#ifdef __CUDACC_RTC__
+FFT_INLINE float float_of(Float16 value) {
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+    return result;
+}
+FFT_INLINE Float16 float16_of(float value) {
+    Float16 result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+}
+FFT_INLINE BFloat16 bfloat16_of(float value) {
+    BFloat16 result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+}
+#endif
+
+extern __shared__ float2 shared[];
+
+struct Environment {
+    FFT_INLINE float load(const float* p) const { return __ldg(p); }
+    FFT_INLINE float load(const BFloat16* p) const { return __uint_as_float((unsigned)__ldg(&p->bits) << 16); }
+    FFT_INLINE float load(const Float16* p) const { return float_of(Float16{__ldg(&p->bits)}); }
+    template <int count>
+    FFT_INLINE void load(const float* p, float* values) const {
+        if constexpr (count == 4) {
+            const float4 v = __ldg((const float4*)p);
+            values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+        } else {
+            const float2 v = __ldg((const float2*)p);
+            values[0] = v.x, values[1] = v.y;
+        }
+    }
+
+    FFT_INLINE void store(float* p, float value) const { *p = value; }
+    FFT_INLINE void store(BFloat16* p, float value) const { *p = bfloat16_of(value); }
+    FFT_INLINE void store(Float16* p, float value) const { *p = float16_of(value); }
+
+    template <int count>
+    FFT_INLINE void accumulate(float* p, const float* values, bool first) const {
+        if constexpr (count == 4) {
+            float4 v = first ? make_float4(0, 0, 0, 0) : *(float4*)p;
+            v.x += values[0], v.y += values[1], v.z += values[2], v.w += values[3];
+            *(float4*)p = v;
+        } else {
+            float2 v = first ? make_float2(0, 0) : *(float2*)p;
+            v.x += values[0], v.y += values[1];
+            *(float2*)p = v;
+        }
+    }
+
+    FFT_INLINE Complex<float> plane(int i) const { return {shared[i].x, shared[i].y}; }
+    FFT_INLINE void set_plane(int i, Complex<float> value) const { shared[i] = make_float2(value.re, value.im); }
+    FFT_INLINE float scratch(int i) const { return ((const float*)shared)[i]; }
+    FFT_INLINE void set_scratch(int i, float value) const { ((float*)shared)[i] = value; }
+};
+
+#if DIRECTION == 0
+
+// One work item a block: gridDim.x = B ceil(C / LANES), a sample's channel blocks side by side.
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    filter_forward(const Storage* x, Storage* y, const float* logits, const float* filters, const float* star_relu,
+                   long long) {
+    using Step = Forward<Block, Storage>;
+    Environment env;
+    const Step step{x, y, logits, filters, star_relu, (int)threadIdx.x, blockIdx.x};
+    unrolled<0, Step::phases>([&](auto phase) {
+        if (phase > 0) __syncthreads();
+        step.template run<phase.value>(env);
+    });
+}
+
+#else
+
+// Block i takes the work items i, i + gridDim.x, ... of B ceil(C / LANES), in order, and gridDim.x is at most their
+// number. Its part of a sum over blocks goes to a slot:
+//
+//   grad_basis   filter_slots[gridDim.x][H][K][F][2], block i has slot i
+//   grad_weight  filter_slots[gridDim.x / ceil(C / LANES)][H][K][C][2]: gridDim.x is a multiple of ceil(C / LANES), so
+//                that a block's items are samples of the same channels, for which it fills slot i / ceil(C / LANES)
+//   scalars      star_relu_slots[gridDim.x][2]: grad_scale, grad_bias
+//
+// An output that is null is not wanted.
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    filter_backward(const Storage* grad_y, const Storage* x, const float* logits, const float* filters,
+                    const float* star_relu, Storage* grad_x, float* grad_logits, float* filter_slots,
+                    float* star_relu_slots, long long B) {
+    using Step = Backward<Block, Storage>;
+    constexpr int slot_blocks = FILTERS ? 1 : Block::channel_blocks, slot_size = Block::H * Block::K * 2;
+    const long long slot = blockIdx.x / slot_blocks;
+    if (filter_slots) filter_slots += slot * slot_size * (FILTERS ? FILTERS : CHANNELS);
+    if (star_relu_slots) star_relu_slots += 2LL * blockIdx.x;
+
+    Environment env;
+    Step step{grad_y, x,           logits,       filters,         star_relu,
+              grad_x, grad_logits, filter_slots, star_relu_slots, (int)threadIdx.x};
+    for (step.item = blockIdx.x; step.item < B * Block::channel_blocks; step.item += gridDim.x) {
+        step.first = step.item == blockIdx.x;
+        unrolled<0, Step::phases>([&](auto phase) {
+            step.template run<phase.value>(env);
+            __syncthreads();
+        });
+    }
+    unrolled<0, Step::end_phases>([&](auto phase) {
+        if (phase > 0) __syncthreads();
+        step.template end<phase.value>(env);
+    });
+}
+
+#endif

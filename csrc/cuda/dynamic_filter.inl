@@ -1,0 +1,595 @@
+// The filter step and its gradients on one block of threads, plane by plane in shared memory.
+//
+//   y = irfft2(rfft2(u) M),   u = star_relu(x) or x,   M[h,k] = a weight or sum_f softmax(logits)[f] basis[h,k,f]
+//
+// Written as phases of one thread with a barrier between two of them, templated on a Layout, how tensors store numbers
+// and an environment, which is everything a phase touches: tensors, shared memory. On a GPU the environment is a few
+// instructions; on a host it watches for races, bank conflicts and addresses outside. Included after butterflies.inl;
+// no std headers. An environment has, for p into a tensor and i into shared memory:
+//
+//   load(p)                              a number of a read-only tensor as float
+//   load<count>(p, values)               2 or 4 aligned floats of one
+//   store(p, value)                      rounded to nearest
+//   accumulate<count>(p, values, first)  2 or 4 aligned floats this block alone adds to; the first time they are set
+//   plane(i), set_plane(i, value)        complex numbers of shared memory
+//   scratch(i), set_scratch(i, value)    floats of shared memory, i counting from the same start
+//
+// The arithmetic is float32.
+
+// Tables indexed at run time. The includer may define it, as it may FFT_INLINE.
+#ifndef FFT_CONSTANT
+#define FFT_CONSTANT constexpr
+#endif
+
+struct BFloat16 {
+    unsigned short bits;
+};
+struct Float16 {
+    unsigned short bits;
+};
+
+enum Rows { ROW_PAIRS = 0, HALF_ROWS = 1 };
+enum Columns { COLUMNS_IN_REGISTERS = 0, COLUMNS_UNROLLED = 1, COLUMNS_ROLLED = 2 };
+
+// N2 of H = N1 N2, N1 >= N2: coprime (no twiddles between the two) and of at most 16 if there is such a pair, otherwise
+// as equal as possible.
+constexpr int second_factor(int H) {
+    int best = 1;
+    bool best_is_coprime = false;
+    for (int N2 = 2; N2 * N2 <= H; N2++) {
+        if (H % N2) continue;
+        const bool coprime = greatest_common_divisor(H / N2, N2) == 1 && H / N2 <= 16;
+        if (best_is_coprime && !coprime) continue;
+        best = N2;
+        best_is_coprime = coprime;
+    }
+    return best;
+}
+
+// How threads and shared memory are laid out for one problem. `lanes` neighbouring channels of one sample are a block's
+// work item; thread t works on lane t % lanes and takes every (threads / lanes)-th row or column.
+//
+// Shared memory: `planes` half spectra, complex [H][row_stride] with [K][lanes] in a row; then, backward only, floats:
+// [F][lanes] routing weights and [sums][threads] partial sums.
+//
+//   row_stride   = K lanes            lanes >= 16
+//                  (K | 1) lanes      half rows: an odd number of lanes' banks from one row to the next
+//                  K lanes + lanes/2  row pairs: the same from one pair to the next
+//   shared_bytes = 8 planes H row_stride + 4 (F lanes + sums threads)
+//   planes       = 1 forward, 2 backward;   sums = 0 forward, max(F, 2 if StarReLU) backward
+//
+// so that the 16 / lanes rows that half a warp touches at once lie in different banks.
+//
+// Along a column slot s = j + N2 i (j < N2, i < N1) holds row(s), and after N1-point transforms over i and N2-point
+// transforms over j frequency(i, j).
+template <int H_, int W_, int C_, int F_, int lanes_, int threads_, int rows_, int columns_, bool star_relu_,
+          bool backward_>
+struct Layout {
+    static constexpr int H = H_, W = W_, C = C_, F = F_, K = W / 2 + 1, lanes = lanes_, threads = threads_;
+    static constexpr int rows = rows_;
+    static constexpr int filters = F ? F : 1;  // at one frequency of one channel
+    static constexpr bool star_relu = star_relu_, per_channel = F == 0, rolled = columns_ == COLUMNS_ROLLED;
+    static_assert(rows == ROW_PAIRS || (rows == HALF_ROWS && W % 2 == 0), "half rows are halves of even rows");
+    static_assert(lanes >= 2 && lanes <= 32 && (lanes & (lanes - 1)) == 0, "lanes are 2, 4, 8, 16 or 32");
+    static_assert(threads % lanes == 0 && threads <= 1024, "every lane has as many threads");
+    static_assert((long long)H * W * C < (1LL << 31) && F <= 16, "offsets within a sample are ints");
+
+    static constexpr int channel_blocks = (C + lanes - 1) / lanes;
+    static constexpr int workers = threads / lanes;
+    static constexpr int row_items = rows == ROW_PAIRS ? (H + 1) / 2 : H;
+
+    static constexpr int row_stride = lanes >= 16         ? K * lanes
+                                      : rows == HALF_ROWS ? (K | 1) * lanes
+                                                          : K * lanes + lanes / 2;
+    static constexpr int plane = H * row_stride;
+    static constexpr int sums = backward_ ? (star_relu && F < 2 ? 2 : F) : 0;
+    static constexpr int weights_at = 2 * (backward_ ? 2 : 1) * plane;
+    static constexpr int sums_at = weights_at + (backward_ ? F * lanes : 0);
+    static constexpr int shared_bytes = 4 * (sums_at + sums * threads);
+
+    static constexpr int N2 = columns_ == COLUMNS_IN_REGISTERS ? H : second_factor(H), N1 = H / N2;
+    static constexpr bool coprime = greatest_common_divisor(N1, N2) == 1;
+    static constexpr int from_i = N2 * inverse_modulo(N2, N1) % H, from_j = N1 * inverse_modulo(N1, N2) % H;
+
+    static constexpr FFT_INLINE int row(int slot) { return coprime ? (N2 * (slot / N2) + N1 * (slot % N2)) % H : slot; }
+    static constexpr FFT_INLINE int frequency(int i, int j) {
+        if (!coprime) return i + N1 * j;
+        const int h = i * from_i % H + j * from_j % H;
+        return h < H ? h : h - H;
+    }
+
+    // The transforms' 1 / HW, and 1/2 for the factor 2 that rows are left with by taking them apart.
+    static constexpr float normalisation = float(0.5 / (double(H) * W));
+};
+
+// One channel of one sample: what a thread works on.
+template <class L>
+struct Channel {
+    long long sample;
+    int lane, index;
+
+    // Of work item b * channel_blocks + block.
+    FFT_INLINE Channel(long long item, int thread)
+        : sample(item / L::channel_blocks),
+          lane(thread % L::lanes),
+          index(int(item % L::channel_blocks) * L::lanes + lane) {}
+
+    // The last block's lanes may reach beyond C.
+    FFT_INLINE bool exists() const { return L::C % L::lanes == 0 || index < L::C; }
+
+    template <class T>
+    FFT_INLINE T* in_pixels(T* tensor) const {
+        return tensor + sample * (L::H * L::W * L::C) + index;
+    }
+    template <class T>
+    FFT_INLINE T* in_logits(T* tensor) const {
+        return tensor + sample * (L::F * L::C) + index;
+    }
+};
+
+// fn(0), ..., fn(count - 1): in a loop, or one after the other with constants.
+template <int count, bool rolled, class Fn>
+FFT_INLINE void counted(Fn&& fn) {
+    if constexpr (rolled) {
+#pragma unroll 1
+        for (int i = 0; i < count; i++) fn(i);
+    } else {
+        unrolled<0, count>(fn);
+    }
+}
+
+FFT_INLINE Complex<float> exchanged(Complex<float> a) { return {a.im, a.re}; }
+FFT_INLINE Complex<float> conjugate(Complex<float> a) { return {a.re, -a.im}; }
+
+// a[n] = sum_k a[k] exp(+2 pi i n k / N)
+template <int N>
+FFT_INLINE void inverse_butterfly(Complex<float>* a) {
+    unrolled<0, N>([&](auto n) UNROLLED_BODY { a[n] = exchanged(a[n]); });
+    butterfly<N>(a);
+    unrolled<0, N>([&](auto n) UNROLLED_BODY { a[n] = exchanged(a[n]); });
+}
+
+template <int N>
+struct Roots {
+    Complex<float> values[N];
+    constexpr Roots() : values() {
+        for (int k = 0; k < N; k++) values[k] = {float(cos_turn(k, N)), float(-sin_turn(k, N))};
+    }
+};
+template <int N>
+FFT_CONSTANT Roots<N> roots{};
+
+// a exp(-2 pi i factor m / H) between the two stages of a column, where they need it.
+template <class L, int factor, int m>
+FFT_INLINE Complex<float> twiddled(Complex<float> a, Index<factor>, Index<m>) {
+    return rotated<L::coprime ? 0 : factor * m, L::H>(a);
+}
+template <class L, int factor>
+FFT_INLINE Complex<float> twiddled(Complex<float> a, Index<factor>, int m) {
+    if constexpr (L::coprime || factor == 0)
+        return a;
+    else
+        return a * roots<L::H>.values[factor * m];
+}
+
+struct StarReLU {
+    float scale, bias;
+
+    // Lets NaN through, as torch does.
+    static FFT_INLINE float relu(float x) { return x < 0 ? 0 : x; }
+    FFT_INLINE float operator()(float x) const { return scale * relu(x) * relu(x) + bias; }
+};
+struct Identity {
+    FFT_INLINE float operator()(float x) const { return x; }
+};
+
+// The activation on load; `parameters` are scale and bias on the device.
+template <class L, class Env>
+FFT_INLINE auto activation_of(Env& env, const float* parameters) {
+    if constexpr (L::star_relu)
+        return StarReLU{env.load(parameters), env.load(parameters + 1)};
+    else
+        return Identity{};
+}
+
+// Rows of a tensor to 2 rfft(row) in the plane that begins at `base`. Two rows a and b are transformed as a + i b, or
+// one as even + i odd samples.
+template <class L, class Env, class Storage, class Activation>
+FFT_INLINE void transform_rows(int thread, Env& env, const Channel<L>& channel, const Storage* tensor,
+                               Activation activation, int base) {
+    constexpr int W = L::W, lanes = L::lanes;
+    const Storage* pixels = channel.in_pixels(tensor);
+    const auto load = [&](int slot, int w) UNROLLED_BODY {
+        return activation(channel.exists() ? env.load(pixels + (L::row(slot) * W + w) * L::C) : 0.0f);
+    };
+#pragma unroll 1
+    for (int item = thread / lanes; item < L::row_items; item += L::workers) {
+        if constexpr (L::rows == ROW_PAIRS) {
+            const int slot = 2 * item, at = base + slot * L::row_stride + channel.lane;
+            const bool two = L::H % 2 == 0 || slot + 1 < L::H;
+            Complex<float> a[W];
+            unrolled<0, W>([&](auto w) UNROLLED_BODY { a[w] = {load(slot, w), two ? load(slot + 1, w) : 0.0f}; });
+            butterfly<W>(a);
+            unrolled<0, L::K>([&](auto k) UNROLLED_BODY {
+                const Complex<float> p = a[k], q = a[(W - k) % W];
+                env.set_plane(at + k * lanes, {p.re + q.re, p.im - q.im});
+                if (two) env.set_plane(at + k * lanes + L::row_stride, {p.im + q.im, q.re - p.re});
+            });
+        } else {
+            constexpr int M = W / 2;
+            const int at = base + item * L::row_stride + channel.lane;
+            Complex<float> a[M];
+            unrolled<0, M>([&](auto w) UNROLLED_BODY { a[w] = {load(item, 2 * w), load(item, 2 * w + 1)}; });
+            butterfly<M>(a);
+            unrolled<0, M / 2 + 1>([&](auto k) UNROLLED_BODY {
+                constexpr int mirrored = M - k.value;
+                const Complex<float> p = a[k], q = a[mirrored % M];
+                const Complex<float> even = {p.re + q.re, p.im - q.im};
+                const Complex<float> odd = rotated<k.value, W>(Complex<float>{p.im + q.im, q.re - p.re});
+                env.set_plane(at + k * lanes, even + odd);
+                if constexpr (mirrored != k.value) env.set_plane(at + mirrored * lanes, conjugate(even - odd));
+            });
+        }
+    }
+}
+
+// The way back: irfft of the plane's rows without its 1/W, dropping what is imaginary in columns 0 and W/2. Every value
+// goes to store(offset of the pixel in channel.in_pixels(), value).
+template <class L, class Env, class Store>
+FFT_INLINE void inverse_rows(int thread, Env& env, const Channel<L>& channel, int base, Store&& store) {
+    constexpr int W = L::W, lanes = L::lanes;
+    const auto put = [&](int slot, int w, float value) UNROLLED_BODY {
+        if (channel.exists()) store((L::row(slot) * W + w) * L::C, value);
+    };
+#pragma unroll 1
+    for (int item = thread / lanes; item < L::row_items; item += L::workers) {
+        if constexpr (L::rows == ROW_PAIRS) {
+            const int slot = 2 * item, at = base + slot * L::row_stride + channel.lane;
+            const bool two = L::H % 2 == 0 || slot + 1 < L::H;
+            Complex<float> a[W];
+            unrolled<0, L::K>([&](auto k) UNROLLED_BODY {
+                const Complex<float> X = env.plane(at + k * lanes);
+                const Complex<float> Y = two ? env.plane(at + k * lanes + L::row_stride) : Complex<float>{};
+                if constexpr (k.value == 0 || 2 * k.value == W) {
+                    a[k] = {X.re, Y.re};
+                } else {
+                    a[k] = {X.re - Y.im, X.im + Y.re};
+                    a[W - k] = {X.re + Y.im, Y.re - X.im};
+                }
+            });
+            inverse_butterfly<W>(a);
+            unrolled<0, W>([&](auto w) UNROLLED_BODY {
+                put(slot, w, a[w].re);
+                if (two) put(slot + 1, w, a[w].im);
+            });
+        } else {
+            constexpr int M = W / 2;
+            const int at = base + item * L::row_stride + channel.lane;
+            Complex<float> a[M];
+            unrolled<0, M / 2 + 1>([&](auto k) UNROLLED_BODY {
+                constexpr int mirrored = M - k.value;
+                Complex<float> X = env.plane(at + k * lanes), Y = env.plane(at + mirrored * lanes);
+                if constexpr (k.value == 0) X.im = Y.im = 0;
+                const Complex<float> even = X + conjugate(Y);
+                const Complex<float> odd = conjugate(rotated<k.value, W>(conjugate(X) - Y));
+                a[k] = {even.re - odd.im, even.im + odd.re};
+                if constexpr (mirrored < M) a[mirrored] = {even.re + odd.im, odd.re - even.im};
+            });
+            inverse_butterfly<M>(a);
+            unrolled<0, M>([&](auto w) UNROLLED_BODY {
+                put(item, 2 * w, a[w].re);
+                put(item, 2 * w + 1, a[w].im);
+            });
+        }
+    }
+}
+
+// The N1-point transforms of one column, in place; with the twiddles that follow them on the way there.
+template <class L, bool inverse, class Env>
+FFT_INLINE void outer_stage(Env& env, int column) {
+    constexpr int N1 = L::N1;
+    if constexpr (N1 > 1)
+        counted<L::N2, L::rolled>([&](auto j) UNROLLED_BODY {
+            const auto at = [&](int i) UNROLLED_BODY { return column + (j + L::N2 * i) * L::row_stride; };
+            Complex<float> a[N1];
+            unrolled<0, N1>([&](auto i) UNROLLED_BODY { a[i] = env.plane(at(i)); });
+            if constexpr (inverse)
+                inverse_butterfly<N1>(a);
+            else
+                butterfly<N1>(a);
+            unrolled<0, N1>([&](auto i)
+                                UNROLLED_BODY { env.set_plane(at(i), inverse ? a[i] : twiddled<L>(a[i], i, j)); });
+        });
+}
+
+// a[j] = the N2-point transform of what the stage before left, i.e. spectrum [frequency(i, j)].
+template <class L, class Env>
+FFT_INLINE void inner_transform(Env& env, int at, Complex<float>* a) {
+    unrolled<0, L::N2>([&](auto j) UNROLLED_BODY { a[j] = env.plane(at + j * L::row_stride); });
+    butterfly<L::N2>(a);
+}
+
+// And back, with the twiddles that precede the N1-point transforms.
+template <class L, class Env, class I>
+FFT_INLINE void inner_inverse(Env& env, int at, I i, Complex<float>* a) {
+    inverse_butterfly<L::N2>(a);
+    unrolled<0, L::N2>([&](auto j) UNROLLED_BODY {
+        env.set_plane(at + j * L::row_stride, exchanged(twiddled<L>(exchanged(a[j]), j, i)));
+    });
+}
+
+// r[f] = softmax(logits)[f] / 2HW: the filters' weights with the normalisation of both transforms.
+template <class L, class Env>
+FFT_INLINE void routing_weights(Env& env, const Channel<L>& channel, const float* logits, float* r) {
+    if constexpr (L::per_channel) {
+        r[0] = L::normalisation;
+        return;
+    }
+    const float* own = channel.in_logits(logits);
+    unrolled<0, L::F>([&](auto f) UNROLLED_BODY { r[f] = channel.exists() ? env.load(own + f * L::C) : 0.0f; });
+    float largest = r[0], sum = 0;
+    unrolled<1, L::F>([&](auto f) UNROLLED_BODY { largest = r[f] > largest ? r[f] : largest; });
+    unrolled<0, L::F>([&](auto f) UNROLLED_BODY {
+        r[f] = expf(r[f] - largest);
+        sum += r[f];
+    });
+    const float scale = L::normalisation / sum;
+    unrolled<0, L::F>([&](auto f) UNROLLED_BODY { r[f] *= scale; });
+}
+
+// count floats, a multiple of 2, as wide as their alignment allows: fn(vector width, offset) for each vector.
+template <int count, class Fn>
+FFT_INLINE void in_vectors(Fn&& fn) {
+    constexpr int width = count % 4 == 0 ? 4 : 2;
+    unrolled<0, count / width>([&](auto i) UNROLLED_BODY { fn(Index<width>{}, i * width); });
+}
+
+// The filters at one frequency: F basis filters, or this channel's weight.
+template <class L>
+struct Filters {
+    static constexpr int count = L::filters;
+    float values[2 * count];  // re, im
+
+    template <class Env>
+    FFT_INLINE Filters(Env& env, const Channel<L>& channel, const float* filters, int h, int k) {
+        const int point = h * L::K + k;
+        if constexpr (L::per_channel) {
+            values[0] = values[1] = 0;
+            if (channel.exists()) env.template load<2>(filters + 2 * (point * L::C + channel.index), values);
+        } else {
+            in_vectors<2 * count>([&](auto width, int offset) UNROLLED_BODY {
+                env.template load<width.value>(filters + point * 2 * count + offset, values + offset);
+            });
+        }
+    }
+
+    // M / 2HW
+    FFT_INLINE Complex<float> mixed(const float* r) const {
+        Complex<float> M = {r[0] * values[0], r[0] * values[1]};
+        unrolled<1, count>([&](auto f) UNROLLED_BODY {
+            M.re += r[f] * values[2 * f];
+            M.im += r[f] * values[2 * f + 1];
+        });
+        return M;
+    }
+};
+
+template <class L, class Storage>
+struct Forward {
+    static constexpr int phases = 3;
+    const Storage* x;      // (B,H,W,C)
+    Storage* y;            // (B,H,W,C)
+    const float* logits;   // (B,F,C)
+    const float* filters;  // (H,K,F,2), or (H,K,C,2): 16-byte aligned
+    const float* star_relu;
+    int thread;
+    long long item;
+
+    template <int phase, class Env>
+    FFT_INLINE void run(Env& env) const {
+        const Channel<L> channel(item, thread);
+        if constexpr (phase == 0) transform_rows<L>(thread, env, channel, x, activation_of<L>(env, star_relu), 0);
+        if constexpr (phase == 1) filter_columns(env, channel);
+        if constexpr (phase == 2) {
+            Storage* pixels = channel.in_pixels(y);
+            inverse_rows<L>(thread, env, channel, 0,
+                            [&](int offset, float value) UNROLLED_BODY { env.store(pixels + offset, value); });
+        }
+    }
+
+    template <class Env>
+    FFT_INLINE void filter_columns(Env& env, const Channel<L>& channel) const {
+        float r[L::filters];
+        routing_weights(env, channel, logits, r);
+#pragma unroll 1
+        for (int k = thread / L::lanes; k < L::K; k += L::workers) {
+            const int column = k * L::lanes + channel.lane;
+            outer_stage<L, false>(env, column);
+            counted<L::N1, L::rolled>([&](auto i) UNROLLED_BODY {
+                const int at = column + i * L::N2 * L::row_stride;
+                Complex<float> a[L::N2];
+                inner_transform<L>(env, at, a);
+                unrolled<0, L::N2>([&](auto j) UNROLLED_BODY {
+                    a[j] = a[j] * Filters<L>(env, channel, filters, L::frequency(i, j), k).mixed(r);
+                });
+                inner_inverse<L>(env, at, i, a);
+            });
+            outer_stage<L, true>(env, column);
+        }
+    }
+};
+
+// With G = rfft2(grad_y), D = 1 for k = 0 and W/2 and else 2, P = D G conj(X):
+//
+//   grad_u = irfft2(conj(M) G), then StarReLU's gradients;   grad_r[f] = sum_hk Re(P conj(basis[f])), then softmax's;
+//   grad_basis = sum_bc r P;   grad of a weight = sum_b P
+//
+// Plane 0 holds X, then P; plane 1 holds G, then conj(M) G. A null output is not wanted.
+template <class L, class Storage>
+struct Backward {
+    static constexpr int phases = 3, end_phases = L::star_relu ? 2 : 0;
+    const Storage* grad_y;   // (B,H,W,C)
+    const Storage* x;        // (B,H,W,C)
+    const float* logits;     // (B,F,C)
+    const float* filters;    // (H,K,F,2), or (H,K,C,2): 16-byte aligned
+    const float* star_relu;  // scale, bias
+    Storage* grad_x;         // (B,H,W,C)
+    float* grad_logits;      // (B,F,C)
+    float* filter_slot;      // (H,K,F,2): this block's part of the sum; or (H,K,C,2), of which it has its channels
+    float* star_relu_slot;   // this block's part of grad_scale and grad_bias
+    int thread;
+    long long item = 0;
+    bool first = true;                    // of this block's items
+    float grad_scale = 0, grad_bias = 0;  // this thread's part
+
+    template <int phase, class Env>
+    FFT_INLINE void run(Env& env) {
+        const Channel<L> channel(item, thread);
+        if constexpr (phase == 0) {
+            transform_rows<L>(thread, env, channel, x, activation_of<L>(env, star_relu), 0);
+            transform_rows<L>(thread, env, channel, grad_y, Identity{}, L::plane);
+        }
+        if constexpr (phase == 1) differentiate_columns(env, channel);
+        if constexpr (phase == 2) {
+            differentiate_activation(env, channel);
+            if constexpr (!L::per_channel) {
+                if (filter_slot) sum_over_lanes(env);
+                if (grad_logits && thread < L::lanes) differentiate_softmax(env, channel);
+            }
+        }
+    }
+
+    // After the last item: the block's sums over threads.
+    template <int phase, class Env>
+    FFT_INLINE void end(Env& env) {
+        if constexpr (phase == 0) {
+            env.set_scratch(L::sums_at + 2 * thread, grad_scale);
+            env.set_scratch(L::sums_at + 2 * thread + 1, grad_bias);
+        }
+        if constexpr (phase == 1)
+            if (star_relu_slot && thread < 2)
+                env.store(star_relu_slot + thread, sum<2, L::threads>(env, L::sums_at + thread));
+    }
+
+    template <class Env>
+    FFT_INLINE void differentiate_columns(Env& env, const Channel<L>& channel) {
+        float r[L::filters], grad_r[L::filters];
+        routing_weights(env, channel, logits, r);
+        unrolled<0, L::F>([&](auto f) UNROLLED_BODY { grad_r[f] = 0; });
+#pragma unroll 1
+        for (int k = thread / L::lanes; k < L::K; k += L::workers) {
+            const int column = k * L::lanes + channel.lane;
+            const float half_D = k == 0 || 2 * k == L::W ? 0.5f : 1.0f;
+            outer_stage<L, false>(env, column);
+            outer_stage<L, false>(env, L::plane + column);
+            counted<L::N1, L::rolled>([&](auto i) UNROLLED_BODY {
+                const int at = column + i * L::N2 * L::row_stride;
+                Complex<float> X[L::N2], G[L::N2];
+                inner_transform<L>(env, at, X);
+                inner_transform<L>(env, L::plane + at, G);
+                unrolled<0, L::N2>([&](auto j) UNROLLED_BODY {
+                    const int h = L::frequency(i, j);
+                    const Filters<L> basis(env, channel, filters, h, k);
+                    const Complex<float> product = G[j] * conjugate(X[j]);
+                    const Complex<float> P = {product.re * half_D, product.im * half_D};
+                    if constexpr (L::per_channel)
+                        add_to_weight(env, channel, h * L::K + k, P);
+                    else
+                        env.set_plane(at + j * L::row_stride, P);
+                    unrolled<0, L::F>([&](auto f) UNROLLED_BODY {
+                        grad_r[f] += P.re * basis.values[2 * f];
+                        grad_r[f] += P.im * basis.values[2 * f + 1];
+                    });
+                    G[j] = G[j] * conjugate(basis.mixed(r));
+                });
+                inner_inverse<L>(env, L::plane + at, i, G);
+            });
+            outer_stage<L, true>(env, L::plane + column);
+        }
+        unrolled<0, L::F>([&](auto f) UNROLLED_BODY {
+            env.set_scratch(L::sums_at + f * L::threads + thread, grad_r[f]);
+            if (thread < L::lanes) env.set_scratch(L::weights_at + f * L::lanes + thread, r[f]);
+        });
+    }
+
+    template <class Env>
+    FFT_INLINE void add_to_weight(Env& env, const Channel<L>& channel, int point, Complex<float> P) const {
+        if (!filter_slot || !channel.exists()) return;
+        const float values[2] = {P.re * L::normalisation, P.im * L::normalisation};
+        env.template accumulate<2>(filter_slot + 2 * (point * L::C + channel.index), values, first);
+    }
+
+    // grad_x from grad_u, and this thread's part of grad_scale and grad_bias.
+    template <class Env>
+    FFT_INLINE void differentiate_activation(Env& env, const Channel<L>& channel) {
+        const auto activation = activation_of<L>(env, star_relu);
+        const Storage* pixels = channel.in_pixels(x);
+        Storage* gradients = channel.in_pixels(grad_x);
+        inverse_rows<L>(thread, env, channel, L::plane, [&](int offset, float value) UNROLLED_BODY {
+            if constexpr (L::star_relu) {
+                const float relu = StarReLU::relu(env.load(pixels + offset));
+                grad_scale += value * relu * relu;
+                grad_bias += value;
+                // a select, so that an infinite gradient does not make 0 * inf where x <= 0
+                value = relu == 0 ? 0 : 2 * activation.scale * relu * value;
+            }
+            if (grad_x) env.store(gradients + offset, value);
+        });
+    }
+
+    // grad_basis += sum over lanes of r P, one thread a frequency.
+    template <class Env>
+    FFT_INLINE void sum_over_lanes(Env& env) const {
+        constexpr int lanes = L::lanes, F = L::F;
+#pragma unroll 1
+        for (int point = thread; point < L::H * L::K; point += L::threads) {
+            const int slot = point / L::K, k = point % L::K;
+            const int at = slot * L::row_stride + k * lanes;
+            // Threads whose lanes lie in the same banks begin with different ones.
+            const int begin = at / (lanes < 16 ? 16 : lanes);
+            float sums[2 * F] = {};
+#pragma unroll
+            for (int step = 0; step < lanes; step++) {
+                const int lane = (begin + step) % lanes;
+                const Complex<float> P = env.plane(at + lane);
+                unrolled<0, F>([&](auto f) UNROLLED_BODY {
+                    const float r = env.scratch(L::weights_at + f * lanes + lane);
+                    sums[2 * f] += r * P.re;
+                    sums[2 * f + 1] += r * P.im;
+                });
+            }
+            float* own = filter_slot + (L::frequency(slot / L::N2, slot % L::N2) * L::K + k) * 2 * F;
+            in_vectors<2 * F>([&](auto width, int offset) UNROLLED_BODY {
+                env.template accumulate<width.value>(own + offset, sums + offset, first);
+            });
+        }
+    }
+
+    // grad_logits[f] = r[f] sum_f' r[f'] (grad_r[f] - grad_r[f']), one thread a channel; exactly 0 where F = 1.
+    template <class Env>
+    FFT_INLINE void differentiate_softmax(Env& env, const Channel<L>& channel) const {
+        float r[L::F], grad_r[L::F];
+        unrolled<0, L::F>([&](auto f) UNROLLED_BODY {
+            r[f] = env.scratch(L::weights_at + f * L::lanes + thread);
+            grad_r[f] = sum<L::lanes, L::workers>(env, L::sums_at + f * L::threads + thread);
+        });
+        float* own = channel.in_logits(grad_logits);
+        unrolled<0, L::F>([&](auto f) UNROLLED_BODY {
+            float difference = 0;
+            for (int other = 0; other < L::F; other++) difference += r[other] * (grad_r[f] - grad_r[other]);
+            if (channel.exists()) env.store(own + f * L::C, r[f] / L::normalisation * difference);
+        });
+    }
+
+    // Of `count` floats of shared memory, four chains of additions side by side.
+    template <int stride, int count, class Env>
+    static FFT_INLINE float sum(Env& env, int begin) {
+        float sums[4] = {};
+#pragma unroll 2
+        for (int i = 0; i < count; i += 4)
+            unrolled<0, 4>([&](auto chain) UNROLLED_BODY {
+                if (count % 4 == 0 || i + chain < count) sums[chain] += env.scratch(begin + (i + chain) * stride);
+            });
+        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+};

@@ -1,0 +1,279 @@
+// Runs the phases of the CUDA kernels thread by thread and watches every access:
+//
+//   races        words of shared memory or of a tensor that two threads touch in one phase, one of them writing
+//   outside      accesses beyond shared memory or the tensor
+//   unwritten    words of shared memory read before anybody wrote them
+//   wavefronts   of a warp's accesses to shared memory, by the rule of 32 banks of 4 bytes; and the least possible
+//   sectors      of 32 bytes, of a warp's requests for pixels; and the requests
+//   loaded       bytes read from, and stored to, the tensors of pixels
+//
+//   emulate_cuda SPECIALISATION B GRID WANTED MISSING_BARRIER INPUTS OUTPUTS
+//
+// MISSING_BARRIER counts a block's barriers; -1: none is missing. SPECIALISATIONS, a macro, lists
+// RUN(name, storage type, Forward or Backward, layout's arguments...).
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "butterflies.inl"
+#include "dynamic_filter.inl"
+#include "cuda_tensors.h"
+
+namespace {
+
+struct Report {
+    long long races = 0, outside = 0, unwritten = 0, wavefronts = 0, least_wavefronts = 0, sectors = 0, requests = 0,
+              loaded = 0, stored = 0;
+};
+
+// Memory whose words remember who touched them since the last barrier.
+struct Region {
+    const char* begin;
+    long long bytes;
+    bool pixels = false;  // counted as what moves between tensors and the kernel
+
+    static constexpr int granule = 2, nobody = -1, several = -2;
+    struct Word {
+        int phase = -1, writer = nobody, reader = nobody;
+        bool written = false;
+    };
+    std::vector<Word> words = std::vector<Word>(bytes / granule);
+};
+
+struct Access {
+    const Region* region;
+    long long at;
+    int bytes;
+};
+
+struct Block {
+    Report& report;
+    Region shared;
+    std::vector<Region>& tensors;
+    std::vector<std::vector<Access>> accesses;  // of each thread in this phase
+    int phase = 0, barriers = 0, missing_barrier;
+
+    Block(Report& report, std::vector<char>& memory, std::vector<Region>& tensors, int threads, int missing_barrier)
+        : report(report),
+          shared{memory.data(), (long long)memory.size()},
+          tensors(tensors),
+          accesses(threads),
+          missing_barrier(missing_barrier) {}
+
+    void barrier() {
+        if (barriers++ != missing_barrier) phase++;
+        count_wavefronts();
+        for (auto& of_thread : accesses) of_thread.clear();
+    }
+
+    // Whether the memory is there.
+    bool touch(Region& region, int thread, const void* p, int bytes, bool write) {
+        const long long at = (const char*)p - region.begin;
+        if (at < 0 || at + bytes > region.bytes || at % bytes) {
+            report.outside++;
+            return false;
+        }
+        accesses[thread].push_back({&region, at, bytes});
+        if (region.pixels) (write ? report.stored : report.loaded) += bytes;
+        bool race = false;
+        for (long long w = at / Region::granule; w < (at + bytes) / Region::granule; w++) {
+            Region::Word& word = region.words[w];
+            if (word.phase != phase) word = {phase, Region::nobody, Region::nobody, word.written};
+            race |= word.writer != Region::nobody && word.writer != thread;
+            if (write) {
+                race |= word.reader != Region::nobody && word.reader != thread;
+                word.writer = thread;
+                word.written = true;
+            } else {
+                word.reader = word.reader == Region::nobody || word.reader == thread ? thread : Region::several;
+                report.unwritten += &region == &shared && !word.written;
+            }
+        }
+        report.races += race;
+        return true;
+    }
+
+    bool touch_tensor(int thread, const void* p, int bytes, bool write) {
+        for (Region& region : tensors)
+            if (p >= region.begin && p < region.begin + region.bytes) return touch(region, thread, p, bytes, write);
+        report.outside++;
+        return false;
+    }
+
+    // A warp's n-th accesses are one instruction, or those of 64 bits two of half a warp.
+    void count_wavefronts() {
+        const int threads = int(accesses.size());
+        for (int first = 0; first < threads; first += 32) {
+            std::size_t longest = 0;
+            const int last = std::min(first + 32, threads);
+            for (int t = first; t < last; t++) longest = std::max(longest, accesses[t].size());
+            for (std::size_t n = 0; n < longest; n++) {
+                std::vector<long long> sectors;
+                std::array<std::vector<long long>, 2> words;
+                for (int t = first; t < last; t++) {
+                    if (n >= accesses[t].size()) continue;
+                    const Access& access = accesses[t][n];
+                    if (access.region == &shared)
+                        for (int word = 0; word < access.bytes / 4; word++)
+                            words[access.bytes == 8 ? (t - first) / 16 : 0].push_back(access.at / 4 + word);
+                    else if (access.region->pixels)
+                        sectors.push_back(((long long)access.region->begin + access.at) / 32);
+                }
+                for (auto& half : words) count_banks(half);
+                distinct(sectors);
+                report.sectors += (long long)sectors.size();
+                report.requests += !sectors.empty();
+            }
+        }
+    }
+    void count_banks(std::vector<long long>& words) {
+        distinct(words);
+        if (words.empty()) return;
+        std::array<int, 32> banks{};
+        for (long long word : words) banks[word % 32]++;
+        report.wavefronts += *std::max_element(banks.begin(), banks.end());
+        report.least_wavefronts += (long long)(words.size() + 31) / 32;
+    }
+    static void distinct(std::vector<long long>& values) {
+        std::sort(values.begin(), values.end());
+        values.erase(std::unique(values.begin(), values.end()), values.end());
+    }
+};
+
+// The environment of one thread.
+struct Environment {
+    Block& block;
+    int thread;
+
+    template <class T>
+    float load(const T* p) const {
+        return block.touch_tensor(thread, p, sizeof(T), false) ? float_of(*p) : 0;
+    }
+    template <int count>
+    void load(const float* p, float* values) const {
+        if (block.touch_tensor(thread, p, count * 4, false)) std::copy_n(p, count, values);
+    }
+    void store(float* p, float value) const {
+        if (block.touch_tensor(thread, p, sizeof *p, true)) *p = value;
+    }
+    void store(BFloat16* p, float value) const {
+        if (block.touch_tensor(thread, p, sizeof *p, true)) *p = bfloat16_of(value);
+    }
+    void store(Float16* p, float value) const {
+        if (block.touch_tensor(thread, p, sizeof *p, true)) *p = float16_of(value);
+    }
+    template <int count>
+    void accumulate(float* p, const float* values, bool first) const {
+        if (!block.touch_tensor(thread, p, count * 4, true)) return;
+        for (int i = 0; i < count; i++) p[i] = first ? values[i] : p[i] + values[i];
+    }
+
+    float* shared(int i) const { return (float*)block.shared.begin + i; }
+    Complex<float> plane(int i) const {
+        if (!block.touch(block.shared, thread, shared(2 * i), 8, false)) return {};
+        return {*shared(2 * i), *shared(2 * i + 1)};
+    }
+    void set_plane(int i, Complex<float> value) const {
+        if (!block.touch(block.shared, thread, shared(2 * i), 8, true)) return;
+        *shared(2 * i) = value.re;
+        *shared(2 * i + 1) = value.im;
+    }
+    float scratch(int i) const { return block.touch(block.shared, thread, shared(i), 4, false) ? *shared(i) : 0; }
+    void set_scratch(int i, float value) const {
+        if (block.touch(block.shared, thread, shared(i), 4, true)) *shared(i) = value;
+    }
+};
+
+template <class T>
+void add_region(std::vector<Region>& regions, const Tensor<T>& tensor, bool pixels = false) {
+    if (tensor.count) regions.push_back({(const char*)tensor.data(), tensor.bytes(), pixels});
+}
+
+template <int phase, class Step>
+void run_phase(Block& block, std::vector<Step>& threads) {
+    for (Step& step : threads) {
+        Environment env{block, step.thread};
+        step.template run<phase>(env);
+    }
+    block.barrier();
+}
+
+template <class L, class Storage, class T>
+void run_forward(const T& t, Block& block, long long index) {
+    std::vector<Forward<L, Storage>> threads;
+    for (int thread = 0; thread < L::threads; thread++)
+        threads.push_back(
+            {t.x.data(), t.y.data(), t.logits.data(), t.filters.data(), t.star_relu.data(), thread, index});
+    unrolled<0, Forward<L, Storage>::phases>([&](auto phase) { run_phase<phase.value>(block, threads); });
+}
+
+// The slot's part of a tensor that may be unwanted.
+float* part(const Tensor<float>& slots, long long slot, long long count) {
+    return slots.count ? slots.data() + slot * (slots.count / count) : nullptr;
+}
+
+template <class L, class Storage, class T>
+void run_backward(const T& t, Block& block, long long index) {
+    const long long slot = L::per_channel ? index / L::channel_blocks : index;
+    std::vector<Backward<L, Storage>> threads;
+    for (int thread = 0; thread < L::threads; thread++)
+        threads.push_back({t.grad_y.data(), t.x.data(), t.logits.data(), t.filters.data(), t.star_relu.data(),
+                           t.y.data(), t.grad_logits.data(), part(t.filter_slots, slot, t.slots),
+                           part(t.star_relu_slots, index, t.grid), thread});
+    for (long long item = index; item < t.B * L::channel_blocks; item += t.grid) {
+        for (auto& step : threads) {
+            step.item = item;
+            step.first = item == index;
+        }
+        unrolled<0, Backward<L, Storage>::phases>([&](auto phase) { run_phase<phase.value>(block, threads); });
+    }
+    unrolled<0, Backward<L, Storage>::end_phases>([&](auto phase) {
+        for (auto& step : threads) {
+            Environment env{block, step.thread};
+            step.template end<phase.value>(env);
+        }
+        block.barrier();
+    });
+}
+
+template <class L, class Storage, bool backward>
+Report run(long long B, long long grid, int wanted, int missing_barrier, const char* inputs, const char* outputs) {
+    const Tensors<L, Storage, backward> t(B, grid, wanted, inputs);
+    std::vector<Region> regions;
+    add_region(regions, t.x, true), add_region(regions, t.grad_y, true), add_region(regions, t.y, true);
+    add_region(regions, t.logits), add_region(regions, t.filters), add_region(regions, t.star_relu);
+    add_region(regions, t.grad_logits), add_region(regions, t.filter_slots), add_region(regions, t.star_relu_slots);
+    Report report;
+    for (long long index = 0; index < grid; index++) {
+        std::vector<char> memory(L::shared_bytes, char(0xff));
+        Block block(report, memory, regions, L::threads, missing_barrier);
+        for (Region& region : regions) region.words.assign(region.words.size(), {});
+        if constexpr (backward)
+            run_backward<L, Storage>(t, block, index);
+        else
+            run_forward<L, Storage>(t, block, index);
+    }
+    t.write(outputs);
+    return report;
+}
+
+enum Direction { forward = 0, backward = 1 };
+using Run = Report (*)(long long, long long, int, int, const char*, const char*);
+const std::map<std::string, Run> specialisations = {
+#define RUN(name, storage, direction, ...) {#name, run<Layout<__VA_ARGS__, direction>, storage, direction>},
+    SPECIALISATIONS};
+
+}  // namespace
+
+int main(int, char** arguments) {
+    const Report r =
+        specialisations.at(arguments[1])(std::atoll(arguments[2]), std::atoll(arguments[3]), std::atoi(arguments[4]),
+                                         std::atoi(arguments[5]), arguments[6], arguments[7]);
+    std::printf(
+        "races %lld outside %lld unwritten %lld wavefronts %lld least_wavefronts %lld sectors %lld requests %lld "
+        "loaded %lld stored %lld\n",
+        r.races, r.outside, r.unwritten, r.wavefronts, r.least_wavefronts, r.sectors, r.requests, r.loaded, r.stored);
+}

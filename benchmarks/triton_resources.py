@@ -1,0 +1,162 @@
+"""What the Triton kernels of the ``cufft`` backend take of each GPU, from compiling them: no GPU is needed.
+
+What is compiled is what the backend launches: its operators run on small CPU tensors while their launches are recorded
+instead of made, and each is compiled with the types and specialisations that Triton would have given it.
+"""
+
+import inspect
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from dfformer_kernels import cufft
+
+# Triton's target; threads, blocks and bytes of shared memory of a multiprocessor; the most of those for a block.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 2048, 32, 164 << 10, 163 << 10),
+    "sm_86": (GPUTarget("cuda", 86, 32), 1536, 16, 100 << 10, 99 << 10),
+    "sm_89": (GPUTarget("cuda", 89, 32), 1536, 24, 100 << 10, 99 << 10),
+    "sm_90": (GPUTarget("cuda", 90, 32), 2048, 32, 228 << 10, 227 << 10),
+    "sm_100": (GPUTarget("cuda", 100, 32), 2048, 32, 228 << 10, 227 << 10),
+    "sm_120": (GPUTarget("cuda", 120, 32), 1536, 24, 100 << 10, 99 << 10),
+    "gfx90a": (GPUTarget("hip", "gfx90a", 64), 2048, 32, 64 << 10, 64 << 10),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 2048, 32, 64 << 10, 64 << 10),
+}
+OPS = ("dynamic_filter", "global_filter")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# (H, W, C) of the models' four stages, and one whose C and W give no aligned strides
+SHAPES = ((56, 56, 64), (28, 28, 128), (14, 14, 320), (7, 7, 512), (9, 15, 5))
+
+Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
+
+
+def launches(op: str, shape: tuple[int, int, int], dtype: torch.dtype, backward: bool, F: int = 4) -> list[Launch]:
+    """What the backend launches for ``op`` with StarReLU on two samples of shape (H,W,C): (kernel, args, kwargs)."""
+    H, W, C = shape
+    K, parameters = W // 2 + 1, torch.float64 if dtype == torch.float64 else torch.float32
+    x = torch.zeros(2, H, W, C, dtype=dtype)
+    filters: dict[str, list[Tensor]] = {
+        "dynamic_filter": [torch.zeros(2, F, C, dtype=dtype), torch.zeros(H, K, F, 2, dtype=parameters)],
+        "global_filter": [torch.zeros(H, K, C, 2, dtype=parameters)],
+    }
+    arguments = [x, *filters[op], torch.ones(1), torch.zeros(1)]
+    with _recorded() as recorded:
+        if backward:
+            cufft.KERNELS[f"{op}_backward"](x, *arguments, [True] * len(arguments))
+        else:
+            cufft.KERNELS[op](*arguments)
+    return recorded
+
+
+def rows(
+    targets: Sequence[str] = tuple(TARGETS),
+    shapes: Sequence[tuple[int, int, int]] = SHAPES,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> Iterator[dict[str, object]]:
+    """A row for each kernel that differs, in the columns of ``benchmarks/results/gpu_resources.csv``."""
+    for target in targets:
+        for dtype in dtypes:
+            for H, W, C in shapes:
+                seen = set()
+                for backward in (False, True):
+                    for op in OPS:
+                        for launch in launches(op, (H, W, C), dtype, backward):
+                            key, resources = _resources(launch, target)
+                            if key in seen:
+                                continue
+                            seen.add(key)
+                            yield {
+                                "backend": "cufft",
+                                "kernel": launch[0].__name__.removeprefix("_").removesuffix("_kernel"),
+                                "target": target,
+                                "H": H,
+                                "W": W,
+                                "dtype": str(dtype).removeprefix("torch."),
+                                "direction": "backward" if backward else "forward",
+                                **resources,
+                                "dispatched": 1,
+                            }
+
+
+@contextmanager
+def _recorded() -> Iterator[list[Launch]]:
+    recorded: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+        recorded.append((kernel, args, kwargs))
+
+    transforms = (
+        lambda u: u.new_empty((u.shape[0], u.shape[1] // 2 + 1, u.shape[2], 2)),
+        lambda Z, W: Z.new_empty((Z.shape[0], W, Z.shape[2])),
+    )
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(cufft, "_transforms", return_value=transforms),
+    ):
+        yield recorded
+
+
+def compiled(launch: Launch, target: str) -> Any:
+    """The launch's kernel as Triton would compile it for the target."""
+    kernel, args, kwargs = launch
+    backend = make_backend(TARGETS[target][0])
+    bind = create_function_from_signature(inspect.signature(kernel.fn), kernel.params, backend)
+    bound, specialization, options = bind(*args, **kwargs, debug=False)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, {**kwargs, "debug": False}, bound, specialization, options
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=TARGETS[target][0], options=options.__dict__)
+
+
+def _resources(launch: Launch, target: str) -> tuple[str, dict[str, int]]:
+    """What tells the compiled kernel from others, and its registers, spills, shared memory and blocks a processor."""
+    result = compiled(launch, target)
+    registers, spilled = _nvidia(result) if target.startswith("sm_") else _amd(result)
+    gpu, threads, blocks, shared, _ = TARGETS[target]
+    used = result.metadata.shared
+    warps = result.metadata.num_warps
+    if gpu.backend == "cuda":
+        by_registers = 65536 // 4 // (-(-registers * 32 // 256) * 256) * 4 // warps
+        used_of_all = used + 1024  # of each block, 1 KiB is the system's
+    else:
+        by_registers = min(8, 512 // (-(-registers // 8) * 8)) * 4 // warps
+        used_of_all = max(used, 1)
+    resident = min(blocks, threads // (warps * gpu.warp_size), by_registers, shared // used_of_all)
+    return result.hash, {"regs": registers, "spill_bytes": spilled, "smem_bytes": used, "blocks_per_sm": resident}
+
+
+def _nvidia(result: Any) -> tuple[int, int]:
+    """Registers and bytes of stack, where spilled ones go, of a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(result.asm["cubin"])
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [str(cuobjdump), "--dump-resource-usage", str(cubin)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+
+
+def _amd(result: Any) -> tuple[int, int]:
+    """Vector registers and bytes of scratch memory, where spilled ones go, of a code object's assembly."""
+    assembly = result.asm["amdgcn"]
+    return _number(r"\.vgpr_count:\s*(\d+)", assembly), _number(r"\.private_segment_fixed_size:\s*(\d+)", assembly)
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"no {pattern!r} in the compiler's output")
+    return int(match[1])

@@ -1,0 +1,406 @@
+"""Triton kernels around a 2-D transform, and the functions that launch them: what goes in, filtering, what comes out.
+
+Planes are (B,R,C) with R = H*W rows and any strides; a spectrum is (H,K,N,2), N = B*C, contiguous, K = W//2 + 1, not
+scaled: with real transforms unscaled both ways, 1/(HW) is the filter's. A program works on a tile of rows and columns
+n, where n is channel n % C of sample n // C. Partial sums go to slots, one for each tile, and are then added up in a
+fixed order: no atomics. Arithmetic is float64 for float64 planes or spectra and float32 otherwise.
+
+Columns k = 0 and k = W/2 of a real plane's spectrum are conjugate to themselves turned around; those of a filtered one
+need not be, and libraries differ in what their inverse then returns. The convention (inverse along H, drop the
+imaginary part) equals filtering those two columns by (M[h] + conj(M[-h])) / 2, which keeps them Hermitian: as here.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_EXTENT = 2**30  # of rows and of columns, which are counted in 32 bits; offsets are 64-bit
+_PLANE_TILE, _SPECTRUM_TILE = 2048, 1024  # elements of a program
+_WIDTH = 128  # columns of a tile, where there are as many
+_HEIGHT = 64  # most rows of a spectrum's tile: long sums in float32 would lose digits
+_WARPS = {"num_warps": 8}  # of a program: half as many registers as with Triton's 4, and no spills
+_PROGRAMS = 1024  # enough to occupy any GPU
+
+# Kernels' helpers
+
+
+@triton.jit
+def _tile(rows, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's rows, columns and which of its elements exist; neighbouring programs have neighbouring columns."""
+    across = tl.cdiv(N, COLUMNS)
+    row = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
+    n = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    return row, n, (row < rows)[:, None] & (n < N)[None, :]
+
+
+@triton.jit
+def _offsets(row, n, C, stride_b, stride_row, stride_c):
+    columns = (n // C).to(tl.int64) * stride_b + (n % C).to(tl.int64) * stride_c
+    return row.to(tl.int64)[:, None] * stride_row + columns[None, :]
+
+
+@triton.jit
+def _load_complex(address, offset, exists):
+    pair = tl.arange(0, 2)[None, None, :]
+    return tl.split(tl.load(address + (2 * offset[:, :, None] + pair), exists[:, :, None], 0))
+
+
+@triton.jit
+def _store_complex(address, offset, real, imaginary, exists):
+    pair = tl.arange(0, 2)[None, None, :]
+    tl.store(address + (2 * offset[:, :, None] + pair), tl.join(real, imaginary), exists[:, :, None])
+
+
+@triton.jit
+def _turned(row, H, W):
+    """Row (-h, k) of each row (h, k), and whether its column k is a self-conjugate one."""
+    K = W // 2 + 1
+    h, k = row // K, row % K
+    return ((H - h) % H) * K + k, (k == 0) | (2 * k == W)
+
+
+@triton.jit
+def _basis(basis, row, rows, f, H, W, F: tl.constexpr):
+    """Function f of the basis on these rows, symmetric in the self-conjugate columns."""
+    turned, special = _turned(row, H, W)
+    address = basis + 2 * (row.to(tl.int64) * F + f)
+    mirror = basis + 2 * (turned.to(tl.int64) * F + f)
+    exists, mirrored = row < rows, (row < rows) & special
+    real, imaginary = tl.load(address, exists, 0), tl.load(address + 1, exists, 0)
+    real = tl.where(special, (real + tl.load(mirror, mirrored, 0)) * 0.5, real)
+    return real, tl.where(special, (imaginary - tl.load(mirror + 1, mirrored, 0)) * 0.5, imaginary)
+
+
+@triton.jit
+def _weight(weight, row, c, C, exists, H, W):
+    """A global filter on these rows and channels, symmetric in the self-conjugate columns."""
+    turned, special = _turned(row, H, W)
+    mirrored = exists & special[:, None]
+    real, imaginary = _load_complex(weight, _offsets(row, c, C, 0, C, 1), exists)
+    mirror_real, mirror_imaginary = _load_complex(weight, _offsets(turned, c, C, 0, C, 1), mirrored)
+    real = tl.where(special[:, None], (real + mirror_real) * 0.5, real)
+    return real, tl.where(special[:, None], (imaginary - mirror_imaginary) * 0.5, imaginary)
+
+
+@triton.jit
+def _logits(logits, n, N, C, f, stride_b, stride_f, stride_c, COMPUTE: tl.constexpr):
+    offset = (n // C).to(tl.int64) * stride_b + (n % C).to(tl.int64) * stride_c + f * stride_f
+    return tl.load(logits + offset, n < N, 0).to(COMPUTE)
+
+
+@triton.jit
+def _softmax_scale(logits, n, N, C, stride_b, stride_f, stride_c, F: tl.constexpr, COMPUTE: tl.constexpr):
+    """Largest logit and sum of the exponentials: ``r[f] = exp(logits[f] - peak) / total``."""
+    peak = _logits(logits, n, N, C, 0, stride_b, stride_f, stride_c, COMPUTE)
+    for f in range(1, F):
+        peak = tl.maximum(peak, _logits(logits, n, N, C, f, stride_b, stride_f, stride_c, COMPUTE))
+    total = tl.zeros_like(peak)
+    for f in range(F):
+        total += tl.exp(_logits(logits, n, N, C, f, stride_b, stride_f, stride_c, COMPUTE) - peak)
+    return peak, total
+
+
+# Kernels
+
+
+@triton.jit
+def _activate_kernel(
+    x, y, scale, bias, rows, N, C,
+    x_stride_b, x_stride_row, x_stride_c, y_stride_b, y_stride_row, y_stride_c,
+    COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``y = scale * relu(x)^2 + bias``, or ``y = x`` without scale and bias; any dtypes, any strides."""
+    row, n, exists = _tile(rows, N, ROWS, COLUMNS)
+    value = tl.load(x + _offsets(row, n, C, x_stride_b, x_stride_row, x_stride_c), exists, 0).to(COMPUTE)
+    if scale is not None:
+        # not maximum(x, 0), which would turn a NaN into 0
+        r = tl.where(value < 0, 0.0, value)
+        value = tl.load(scale).to(COMPUTE) * r * r + tl.load(bias).to(COMPUTE)
+    tl.store(y + _offsets(row, n, C, y_stride_b, y_stride_row, y_stride_c), value.to(y.dtype.element_ty), exists)
+
+
+@triton.jit
+def _activate_backward_kernel(
+    grad_y, x, scale, grad_x, slots, rows, N, C,
+    g_stride_b, g_stride_row, g_stride_c, x_stride_b, x_stride_row, x_stride_c, o_stride_b, o_stride_row, o_stride_c,
+    COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``grad_x = 2 scale relu(x) grad_y``; slots (tiles,2) get ``sum(relu(x)^2 grad_y)`` and ``sum(grad_y)``."""
+    row, n, exists = _tile(rows, N, ROWS, COLUMNS)
+    g = tl.load(grad_y + _offsets(row, n, C, g_stride_b, g_stride_row, g_stride_c), exists, 0).to(COMPUTE)
+    r = tl.load(x + _offsets(row, n, C, x_stride_b, x_stride_row, x_stride_c), exists, 0).to(COMPUTE)
+    r = tl.where(r < 0, 0.0, r)
+    if grad_x is not None:
+        # a select, so that an infinite grad_y does not make 0 * inf where x <= 0
+        value = tl.where(r == 0, 0.0, 2 * tl.load(scale).to(COMPUTE) * r * g)
+        offset = _offsets(row, n, C, o_stride_b, o_stride_row, o_stride_c)
+        tl.store(grad_x + offset, value.to(grad_x.dtype.element_ty), exists)
+    if slots is not None:
+        slot = slots + 2 * tl.program_id(0).to(tl.int64)
+        # a row's sum in float32, all that is longer in float64: terms cancel
+        tl.store(slot, tl.sum(tl.sum(r * r * g, 1).to(tl.float64), 0))
+        tl.store(slot + 1, tl.sum(tl.sum(g, 1).to(tl.float64), 0))
+
+
+@triton.jit
+def _mix_kernel(
+    X, logits, basis, H, W, rows, N, C, l_stride_b, l_stride_f, l_stride_c,
+    F: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``X *= M / (HW)``, ``M[h,k,n] = sum_f softmax(logits)[f,n] basis[h,k,f]``, in place."""
+    row, n, exists = _tile(rows, N, ROWS, COLUMNS)
+    peak, total = _softmax_scale(logits, n, N, C, l_stride_b, l_stride_f, l_stride_c, F, COMPUTE)
+    M_real, M_imaginary = tl.zeros((ROWS, COLUMNS), COMPUTE), tl.zeros((ROWS, COLUMNS), COMPUTE)
+    for f in range(F):
+        r = tl.exp(_logits(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, COMPUTE) - peak) / total
+        real, imaginary = _basis(basis, row, rows, f, H, W, F)
+        M_real += real[:, None] * r[None, :]
+        M_imaginary += imaginary[:, None] * r[None, :]
+    norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
+    offset = _offsets(row, n, N, 0, N, 1)
+    real, imaginary = _load_complex(X, offset, exists)
+    _store_complex(
+        X,
+        offset,
+        (real * M_real - imaginary * M_imaginary) * norm,
+        (real * M_imaginary + imaginary * M_real) * norm,
+        exists,
+    )
+
+
+@triton.jit
+def _global_mix_kernel(X, weight, H, W, rows, N, C, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``X *= weight / (HW)``, in place."""
+    row, n, exists = _tile(rows, N, ROWS, COLUMNS)
+    M_real, M_imaginary = _weight(weight, row, n % C, C, exists, H, W)
+    norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
+    offset = _offsets(row, n, N, 0, N, 1)
+    real, imaginary = _load_complex(X, offset, exists)
+    _store_complex(
+        X,
+        offset,
+        (real * M_real - imaginary * M_imaginary) * norm,
+        (real * M_imaginary + imaginary * M_real) * norm,
+        exists,
+    )
+
+
+@triton.jit
+def _mix_backward_kernel(
+    G, X, logits, basis, r_slots, basis_slots, H, W, rows, N, C, l_stride_b, l_stride_f, l_stride_c,
+    F: tl.constexpr, STORE_G: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``G *= conj(M) / (HW)`` in place; with ``P = D G conj(X) / (HW)`` of the G before, r_slots (row tiles,F,N) get
+    ``sum_hk Re(P conj(basis[h,k,f]))`` and basis_slots (column tiles,rows,F,2) ``sum_n r[f,n] P``.
+    """
+    row, n, exists = _tile(rows, N, ROWS, COLUMNS)
+    norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
+    offset = _offsets(row, n, N, 0, N, 1)
+    peak, total = _softmax_scale(logits, n, N, C, l_stride_b, l_stride_f, l_stride_c, F, COMPUTE)
+    G_real, G_imaginary = _load_complex(G, offset, exists)
+    if X is not None:
+        X_real, X_imaginary = _load_complex(X, offset, exists)
+        _, special = _turned(row, H, W)
+        D = tl.where(special, norm, 2 * norm)[:, None]
+        P_real = D * (G_real * X_real + G_imaginary * X_imaginary)
+        P_imaginary = D * (G_imaginary * X_real - G_real * X_imaginary)
+    if STORE_G:
+        M_real, M_imaginary = tl.zeros((ROWS, COLUMNS), COMPUTE), tl.zeros((ROWS, COLUMNS), COMPUTE)
+    for f in range(F):
+        r = tl.exp(_logits(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, COMPUTE) - peak) / total
+        if STORE_G:
+            real, imaginary = _basis(basis, row, rows, f, H, W, F)
+            M_real += real[:, None] * r[None, :]
+            M_imaginary += imaginary[:, None] * r[None, :]
+        if r_slots is not None:
+            address = basis + 2 * (row.to(tl.int64) * F + f)
+            real, imaginary = tl.load(address, row < rows, 0), tl.load(address + 1, row < rows, 0)
+            part = tl.sum(P_real * real[:, None] + P_imaginary * imaginary[:, None], 0)
+            slot = (tl.program_id(0) // tl.cdiv(N, COLUMNS)).to(tl.int64) * F + f
+            tl.store(r_slots + slot * N + n, part, n < N)
+        if basis_slots is not None:
+            slot = (tl.program_id(0) % tl.cdiv(N, COLUMNS)).to(tl.int64) * rows + row
+            address = basis_slots + 2 * (slot * F + f)
+            tl.store(address, tl.sum(P_real * r[None, :], 1), row < rows)
+            tl.store(address + 1, tl.sum(P_imaginary * r[None, :], 1), row < rows)
+    if STORE_G:
+        _store_complex(
+            G,
+            offset,
+            (G_real * M_real + G_imaginary * M_imaginary) * norm,
+            (G_imaginary * M_real - G_real * M_imaginary) * norm,
+            exists,
+        )
+
+
+@triton.jit
+def _global_mix_backward_kernel(
+    G, X, weight, slots, H, W, rows, B, C, samples,
+    STORE_G: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``G *= conj(weight) / (HW)`` in place; slots (slices,rows,C,2) get ``sum_b D G conj(X) / (HW)`` of the G before.
+
+    A program has its tile of channels in a slice of ``samples`` samples, one after the other.
+    """
+    row, c, exists = _tile(rows, C, ROWS, COLUMNS)
+    norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
+    _, special = _turned(row, H, W)
+    D = tl.where(special, norm, 2 * norm)[:, None]
+    if STORE_G:
+        M_real, M_imaginary = _weight(weight, row, c, C, exists, H, W)
+    sum_real, sum_imaginary = tl.zeros((ROWS, COLUMNS), COMPUTE), tl.zeros((ROWS, COLUMNS), COMPUTE)
+    first = tl.program_id(1) * samples
+    for b in range(first, tl.minimum(first + samples, B)):
+        offset = _offsets(row, b * C + c, B * C, 0, B * C, 1)
+        G_real, G_imaginary = _load_complex(G, offset, exists)
+        if X is not None:
+            X_real, X_imaginary = _load_complex(X, offset, exists)
+            sum_real += G_real * X_real + G_imaginary * X_imaginary
+            sum_imaginary += G_imaginary * X_real - G_real * X_imaginary
+        if STORE_G:
+            _store_complex(
+                G,
+                offset,
+                (G_real * M_real + G_imaginary * M_imaginary) * norm,
+                (G_imaginary * M_real - G_real * M_imaginary) * norm,
+                exists,
+            )
+    if slots is not None:
+        slot = tl.program_id(1).to(tl.int64) * rows * C
+        _store_complex(slots, slot + _offsets(row, c, C, 0, C, 1), D * sum_real, D * sum_imaginary, exists)
+
+
+@triton.jit
+def _softmax_backward_kernel(
+    grad_r, logits, grad_logits, N, C, l_stride_b, l_stride_f, l_stride_c, o_stride_b, o_stride_f, o_stride_c,
+    F: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``grad_logits[f] = r[f] (grad_r[f] - sum_g r[g] grad_r[g])``, ``r = softmax(logits)``; grad_r is (F,N)."""
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    peak, total = _softmax_scale(logits, n, N, C, l_stride_b, l_stride_f, l_stride_c, F, COMPUTE)
+    mean = tl.zeros_like(peak)
+    for f in range(F):
+        r = tl.exp(_logits(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, COMPUTE) - peak) / total
+        mean += r * tl.load(grad_r + f * N.to(tl.int64) + n, n < N, 0)
+    for f in range(F):
+        r = tl.exp(_logits(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, COMPUTE) - peak) / total
+        value = r * (tl.load(grad_r + f * N.to(tl.int64) + n, n < N, 0) - mean)
+        offset = (n // C).to(tl.int64) * o_stride_b + (n % C).to(tl.int64) * o_stride_c + f * o_stride_f
+        tl.store(grad_logits + offset, value.to(grad_logits.dtype.element_ty), n < N)
+
+
+# Launchers
+
+
+def activate(x: Tensor, y: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """``y = scale * relu(x)^2 + bias``, or ``y = x`` where scale and bias are None; returns y.
+
+    ``x`` and ``y`` are (B,R,C) with any strides, each of any of the four dtypes; ``scale``, ``bias`` one element.
+    """
+    B, rows, C = x.shape
+    tile, grid = _tiles(rows, B * C, _PLANE_TILE)
+    _activate_kernel[grid](x, y, scale, bias, rows, B * C, C, *x.stride(), *y.stride(), _compute(x), *tile, **_WARPS)
+    return y
+
+
+def activate_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    """``grad_x = 2 scale relu(x) grad_y``, ``grad_scale = sum(relu(x)^2 grad_y)``, ``grad_bias = sum(grad_y)``.
+
+    ``grad_y`` and ``x`` are (B,R,C) with any strides. Returns those of (x, scale, bias) that ``needs`` asks for.
+    """
+    B, rows, C = x.shape
+    need_x, *need_scalars = needs
+    tile, grid = _tiles(rows, B * C, _PLANE_TILE)
+    grad_x = torch.empty((B, rows, C), dtype=x.dtype, device=x.device) if need_x else None
+    slots = torch.empty((grid[0], 2), dtype=torch.float64, device=x.device) if any(need_scalars) else None
+    strides = (*grad_y.stride(), *x.stride(), *(grad_x if grad_x is not None else x).stride())
+    _activate_backward_kernel[grid](
+        grad_y, x, scale, grad_x, slots, rows, B * C, C, *strides, _compute(x), *tile, **_WARPS
+    )
+    gradients = [] if grad_x is None else [grad_x]
+    if slots is not None:
+        sums = slots.sum(0)
+        pairs = zip((scale, bias), sums, need_scalars, strict=True)
+        gradients += [total.to(t.dtype).reshape(t.shape) for t, total, need in pairs if need]
+    return gradients
+
+
+def mix(X: Tensor, W: int, logits: Tensor | None, filters: Tensor) -> None:
+    """``X *= M / (HW)`` in place, X (H,K,B*C,2); ``M = softmax(logits) @ filters``, or filters where logits is None.
+
+    ``logits`` is (B,F,C) with any strides and dtype, ``filters`` the contiguous basis (H,K,F,2) or weight (H,K,C,2).
+    """
+    H, K, N, _ = X.shape
+    tile, grid = _tiles(H * K, N, _SPECTRUM_TILE)
+    if logits is None:
+        _global_mix_kernel[grid](X, filters, H, W, H * K, N, filters.shape[2], _compute(X), *tile, **_WARPS)
+        return
+    _, F, C = logits.shape
+    _mix_kernel[grid](X, logits, filters, H, W, H * K, N, C, *logits.stride(), F, _compute(X), *tile, **_WARPS)
+
+
+def mix_backward(
+    G: Tensor, X: Tensor | None, W: int, logits: Tensor, basis: Tensor, needs: Sequence[bool]
+) -> list[Tensor]:
+    """``G *= conj(M) / (HW)`` in place, and the gradients of logits and basis from the G before and X (H,K,B*C,2).
+
+    ``needs`` is for (G, logits, basis); X may be None where only G is wanted. Returns the two others that are.
+    """
+    H, K, N, _ = G.shape
+    _, F, C = logits.shape
+    need_G, need_logits, need_basis = needs
+    tile, grid = _tiles(H * K, N, _SPECTRUM_TILE)
+    r_slots = _empty(G, triton.cdiv(H * K, tile[0]), F, N) if need_logits else None
+    basis_slots = _empty(G, triton.cdiv(N, tile[1]), H, K, F, 2) if need_basis else None
+    arguments = (H, W, H * K, N, C, *logits.stride(), F, need_G, _compute(G), *tile)
+    _mix_backward_kernel[grid](G, X, logits, basis, r_slots, basis_slots, *arguments, **_WARPS)
+    gradients = []
+    if r_slots is not None:
+        grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        strides = (*logits.stride(), *grad_logits.stride())
+        grid = (triton.cdiv(N, _WIDTH),)
+        grad_r = r_slots.sum(0, dtype=torch.float64)  # of which softmax's gradient takes small differences
+        _softmax_backward_kernel[grid](grad_r, logits, grad_logits, N, C, *strides, F, tl.float64, _WIDTH)
+        gradients.append(grad_logits)
+    if basis_slots is not None:
+        gradients.append(basis_slots.sum(0))
+    return gradients
+
+
+def global_mix_backward(G: Tensor, X: Tensor | None, W: int, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    """``G *= conj(weight) / (HW)`` in place, and weight's gradient from the G before and X (H,K,B*C,2).
+
+    ``needs`` is for (G, weight); X may be None where only G is wanted. Returns weight's gradient if it is.
+    """
+    H, K, N, _ = G.shape
+    C = weight.shape[2]
+    need_G, need_weight = needs
+    tile, (tiles,) = _tiles(H * K, C, _SPECTRUM_TILE)
+    samples = triton.cdiv(N // C, min(N // C, triton.cdiv(_PROGRAMS, tiles), 65535))
+    slices = triton.cdiv(N // C, samples)
+    slots = _empty(G, slices, H, K, C, 2) if need_weight else None
+    _global_mix_backward_kernel[tiles, slices](
+        G, X, weight, slots, H, W, H * K, N // C, C, samples, need_G, _compute(G), *tile, **_WARPS
+    )
+    return [] if slots is None else [slots.sum(0)]
+
+
+def _tiles(rows: int, N: int, elements: int) -> tuple[tuple[int, int], tuple[int]]:
+    """(rows, columns) of a tile, and the grid; they depend on the problem only, and with them the order of sums."""
+    columns = min(triton.next_power_of_2(N), _WIDTH)
+    most = _HEIGHT if elements == _SPECTRUM_TILE else elements
+    height = min(triton.next_power_of_2(rows), elements // columns, most)
+    return (height, columns), (triton.cdiv(rows, height) * triton.cdiv(N, columns),)
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Memory for sums: of the dtype that arithmetic on ``like`` is done in."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _compute(t: Tensor) -> tl.dtype:
+    return tl.float64 if t.dtype == torch.float64 else tl.float32

@@ -1,0 +1,25 @@
+"""Every Triton kernel compiled for every kind of GPU: nothing spilled, shared memory within the limit."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+resources = pytest.importorskip("triton_resources")
+
+FULL = os.environ.get("DFFORMER_TEST_FULL") == "1"
+SHAPES = resources.SHAPES if FULL else [(56, 56, 64), (9, 15, 5)]
+DTYPES = resources.DTYPES if FULL else [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("target", resources.TARGETS)
+def test_kernels_fit_every_gpu(target: str) -> None:
+    rows = list(resources.rows([target], SHAPES, DTYPES))
+    kernels = {"activate", "activate_backward", "mix", "mix_backward", "global_mix", "global_mix_backward"}
+    assert {row["kernel"] for row in rows} == kernels | {"softmax_backward"}
+    *_, most_shared = resources.TARGETS[target]
+    for row in rows:
+        assert row["spill_bytes"] == 0, row
+        assert 0 <= row["smem_bytes"] <= most_shared, row
+        assert row["blocks_per_sm"] >= 1, row

@@ -39,13 +39,19 @@ def examine(quick: bool = False) -> bool:
             for shape in QUICK_SHAPES if quick else SHAPES:
                 for dtype in (torch.float32, torch.bfloat16):
                     for case in _cases(shape, dtype, device):
-                        problem = dispatch.Problem(case.op, device, dtype, shape)
-                        if dispatch.by_name(name).unsupported_reasons(problem):
+                        if not _supported(dispatch.by_name(name), case.op, device, dtype, shape):
                             continue
                         checks += 1
                         failures += not _examine_case(name, device, shape, dtype, case)
     print(f"{checks - failures} of {checks} checks passed" + (f", {failures} FAILED" if failures else ""))
     return failures == 0
+
+
+def _supported(backend: dispatch.Backend, op: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Forward and backward."""
+    filters = F if op == "dynamic_filter" else 0
+    problems = [dispatch.Problem(name, device, dtype, shape, filters, True) for name in (op, f"{op}_backward")]
+    return not any(backend.unsupported_reasons(problem) for problem in problems)
 
 
 def _examine_case(backend: str, device: str, shape: tuple[int, ...], dtype: torch.dtype, case: Case) -> bool:

@@ -1,12 +1,13 @@
 """The one policy: which backend runs a problem, and every reason when none does.
 
 Precedence: the ``backend=`` argument, then the ``use_backend`` context, then the environment variable
-``DFFORMER_BACKEND``, then the first backend of the table that supports the problem.
+``DFFORMER_BACKEND``. Where none of them names one: on a CPU the first backend of the table that supports the problem,
+on a GPU the fastest of those that do, as measured once (`autotune`).
 """
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -15,18 +16,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dfformer_kernels import cpu, reference
+from dfformer_kernels import cpu, cuda, cufft, reference
+from dfformer_kernels.autotune import Autotuner
 
 Kernel = Callable[..., Any]  # (tensors) -> Tensor forward, (grad_y, tensors, needs) -> list[Tensor] backward
 
 
-class Problem(NamedTuple):
-    """What a backend needs to know to accept or refuse: operator name, device type, dtype and shape of ``x``."""
+class Problem(NamedTuple):  # made at every call, in half a dataclass's time
+    """What a backend needs to know to accept or refuse: operator name, device type, dtype and shape of ``x``, F of a
+    dynamic filter, whether StarReLU is part of it, device index.
+    """
 
     op: str
     device: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    filters: int = 0
+    star_relu: bool = False
+    device_index: int = 0
+
+    @staticmethod
+    def of(op: str, tensors: Sequence[Tensor | None]) -> "Problem":
+        """Of the operator's tensor arguments, x first, or those of its backward without grad_y; checked before."""
+        x, logits, *_ = tensors
+        assert x is not None
+        filters = logits.shape[1] if logits is not None and op.startswith("dynamic_filter") else 0
+        return Problem(
+            op, x.device.type, x.dtype, tuple(x.shape), filters, tensors[-1] is not None, x.device.index or 0
+        )
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,10 @@ class Backend:
     device: str | None  # device type, None for any
     kernels: Mapping[str, Kernel]
     unavailable_reasons: Callable[[], list[str]]  # why it cannot run anything on this machine
-    refusals: Callable[[str, tuple[int, ...]], list[str]] = lambda op, shape: []  # why it cannot do op on such an x
+    # Why it cannot run this problem, which is on its device, though it runs others.
+    refusals: Callable[[Problem], list[str]] = lambda problem: []
+    # Whether it would run this problem now without compiling, loading or planning anything first.
+    prepared: Callable[[Problem], bool] = lambda problem: True
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """Why it cannot run ``problem``; empty if it can."""
@@ -46,11 +66,17 @@ class Backend:
             reasons.append(f"it runs on {self.device}, x is on {problem.device}")
         if problem.op not in self.kernels:
             reasons.append(f"it has no {problem.op} kernel, only {', '.join(self.kernels)}")
-        return reasons or self.refusals(problem.op, problem.shape)
+        return reasons or self.refusals(problem)
 
 
 TABLE: tuple[Backend, ...] = (
-    Backend("cpu", "cpu", cpu.KERNELS, cpu.unavailable_reasons, cpu.refusals),
+    Backend("cpu", "cpu", cpu.KERNELS, cpu.unavailable_reasons, lambda p: cpu.refusals(p.op, p.shape)),
+    Backend("cuda", "cuda", cuda.KERNELS, cuda.unavailable_reasons, cuda.refusals, cuda.prepared),
+    Backend(
+        *("cufft", "cuda", cufft.KERNELS, cufft.unavailable_reasons),
+        refusals=lambda p: cufft.refusals(p.op, p.shape),
+        prepared=lambda p: False,  # Triton compiles, and cuFFT plans, for what it has not seen
+    ),
     Backend("torch", None, reference.KERNELS, list),
 )
 _BY_NAME = {backend.name: backend for backend in TABLE}
@@ -94,8 +120,8 @@ def checked_name(argument: str, name: str) -> str:
     return name
 
 
-def kernel_for(op: str, backend: str | None, x: Tensor) -> Kernel:
-    """The kernel of ``op`` that runs ``x``: on ``backend``, or where that is None as the environment and table say.
+def kernel_for(op: str, backend: str | None, tensors: Sequence[Tensor | None]) -> Kernel:
+    """The kernel of ``op`` that runs its ``tensors``, x first: on ``backend``, or if None as described above.
 
     Raises ValueError for an unknown backend, RuntimeError with every reason if none can run this.
     """
@@ -103,7 +129,10 @@ def kernel_for(op: str, backend: str | None, x: Tensor) -> Kernel:
         checked_name("backend", backend)
     elif name := os.environ.get("DFFORMER_BACKEND"):
         backend = checked_name("DFFORMER_BACKEND", name)
-    return select(Problem(op, x.device.type, x.dtype, tuple(x.shape)), backend).kernels[op]
+    problem = Problem.of(op, tensors)
+    if backend is None and problem.device == "cuda":
+        return autotuner.kernel(problem, candidates)
+    return select(problem, backend).kernels[op]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -119,17 +148,29 @@ def select(problem: Problem, name: str | None = None) -> Backend:
 
     Raises RuntimeError with every reason if there is none.
     """
-    candidates = TABLE if name is None else (_BY_NAME[name],)
-    refusals = {}
-    for backend in candidates:
-        reasons = backend.unsupported_reasons(problem)
-        if not reasons:
-            return backend
-        refusals[backend.name] = reasons
-        if name is None and backend.device == problem.device and backend.unavailable_reasons():
-            _warn_unavailable(backend.name, "; ".join(backend.unavailable_reasons()))
-    lines = [f"  {backend}: {'; '.join(reasons)}" for backend, reasons in refusals.items()]
-    raise RuntimeError("\n".join([f"no backend can run {problem}:", *lines]))
+    return candidates(problem, name)[0]
+
+
+def candidates(problem: Problem, name: str | None = None) -> tuple[Backend, ...]:
+    """All backends that support ``problem``, in order of preference; of those with that name where one is given.
+
+    Raises RuntimeError with every reason if there are none. Backends of other devices are not asked, which could load
+    their libraries, unless for that error.
+    """
+    asked = TABLE if name is None else (_BY_NAME[name],)
+    here = [backend for backend in asked if backend.device in (None, problem.device)]
+    supporting = tuple(backend for backend in here if not backend.unsupported_reasons(problem))
+    if not supporting:
+        lines = [f"  {backend.name}: {'; '.join(backend.unsupported_reasons(problem))}" for backend in asked]
+        raise RuntimeError("\n".join([f"no backend can run {problem}:", *lines]))
+    if supporting[0] is TABLE[-1] and name is None:
+        for backend in here:
+            if reasons := backend.unavailable_reasons():
+                _warn_unavailable(backend.name, "; ".join(reasons))
+    return supporting
+
+
+autotuner = Autotuner()
 
 
 @cache

@@ -120,7 +120,7 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
     def forward_impl(*args: Any) -> Tensor:
         *tensors, backend = args
         check(*tensors)
-        kernel = kernel_for(name, backend, tensors[0])
+        kernel = kernel_for(name, backend, tensors)
         if tensors[0].numel() == 0:
             return forward_fake(*args)
         with without_autocast(tensors[0].device):
@@ -134,7 +134,7 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
     def backward_impl(*args: Any) -> list[Tensor]:
         grad_y, *tensors, needs, backend = args
         check_backward(grad_y, tensors, needs)
-        kernel = kernel_for(backward_name, backend, tensors[0])
+        kernel = kernel_for(backward_name, backend, tensors)
         if tensors[0].numel() == 0:
             return [gradient.zero_() for gradient in backward_fake(*args)]
         with without_autocast(tensors[0].device):

@@ -3,7 +3,7 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from cases import TARGETS, Target
 from torch import Tensor
 
-from dfformer_kernels import backends
+from dfformer_kernels import backends, dispatch
 
 # torch remembers, at the first use of a device context, which functions allocate: the real ones, not the poisoned ones.
 with torch.device("meta"):
@@ -45,6 +45,14 @@ def require_compiler() -> None:
 def require_backend(name: str) -> None:
     reasons = backends()[name]
     require(name, not reasons, f"backend {name}: {'; '.join(reasons)}")
+
+
+def require_support(backend: str, op: str, tensors: Sequence[Tensor | None]) -> None:
+    """Skips with its reasons where an available backend does not take such inputs of ``op`` or its backward."""
+    problems = [dispatch.Problem.of(name, tensors) for name in (op, f"{op}_backward")]
+    reasons = [reason for p in problems for reason in dispatch.by_name(backend).unsupported_reasons(p)]
+    if reasons:
+        pytest.skip(f"backend {backend}: {'; '.join(reasons)}")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -26,7 +26,7 @@ from cases import (
     make_grad,
     make_inputs,
 )
-from conftest import require_backend, require_compiler, targets
+from conftest import require_backend, require_compiler, require_support, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ SEVERAL_CHUNKS = Case(2, 14, 14, 90)
 
 
 def run(target: Target, inputs: Inputs, grad_y: Tensor) -> tuple[Tensor, Inputs]:
+    require_support(target.backend, target.op.name, target.op.schema_order(inputs))
     y = target.op.public(inputs, target.backend)
     return y.detach(), gradients(y, inputs, grad_y)
 

@@ -38,6 +38,7 @@ SMALL = Case(2, 4, 6, 3)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Triton function of the backend run by Triton's interpreter, on CPU tensors."""
     importlib.import_module("triton.experimental.gluon")  # imported by the interpreter, while all is as it was
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
     from triton.runtime.jit import JITFunction
 
@@ -46,6 +47,15 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
             if isinstance(function, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(function.fn))
 
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """A function called by a kernel: as the interpreter does (Triton 3.8), but leaving the language as it was."""
+        patched = interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        finally:
+            patched.restore()
+
+    monkeypatch.setattr(InterpretedFunction, "__call__", call)
     cast = InterpreterBuilder.cast_impl
 
     def rounding_cast(self: Any, source: Any, dtype: Any) -> Any:

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_EXTENT = 2**30  # of rows and of columns, which are counted in 32 bits; offsets are 64-bit
-_PLANE_TILE, _SPECTRUM_TILE = 2048, 1024  # elements of a program
+_PLANE_TILE = 2048  # elements of a program
+_SPECTRUM_TILE = {4: 1024, 8: 256}  # by bytes of an element: the most that spill nothing
 _WIDTH = 128  # columns of a tile, where there are as many
 _HEIGHT = 64  # most rows of a spectrum's tile: long sums in float32 would lose digits
 _WARPS = {"num_warps": 8}  # of a program: half as many registers as with Triton's 4, and no spills
@@ -301,7 +302,7 @@ def activate(x: Tensor, y: Tensor, scale: Tensor | None = None, bias: Tensor | N
     ``x`` and ``y`` are (B,R,C) with any strides, each of any of the four dtypes; ``scale``, ``bias`` one element.
     """
     B, rows, C = x.shape
-    tile, grid = _tiles(rows, B * C, _PLANE_TILE)
+    tile, grid = _tiles(rows, B * C, _PLANE_TILE, _PLANE_TILE)
     _activate_kernel[grid](x, y, scale, bias, rows, B * C, C, *x.stride(), *y.stride(), _compute(x), *tile, **_WARPS)
     return y
 
@@ -313,7 +314,7 @@ def activate_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, ne
     """
     B, rows, C = x.shape
     need_x, *need_scalars = needs
-    tile, grid = _tiles(rows, B * C, _PLANE_TILE)
+    tile, grid = _tiles(rows, B * C, _PLANE_TILE, _PLANE_TILE)
     grad_x = torch.empty((B, rows, C), dtype=x.dtype, device=x.device) if need_x else None
     slots = torch.empty((grid[0], 2), dtype=torch.float64, device=x.device) if any(need_scalars) else None
     strides = (*grad_y.stride(), *x.stride(), *(grad_x if grad_x is not None else x).stride())
@@ -334,7 +335,7 @@ def mix(X: Tensor, W: int, logits: Tensor | None, filters: Tensor) -> None:
     ``logits`` is (B,F,C) with any strides and dtype, ``filters`` the contiguous basis (H,K,F,2) or weight (H,K,C,2).
     """
     H, K, N, _ = X.shape
-    tile, grid = _tiles(H * K, N, _SPECTRUM_TILE)
+    tile, grid = _spectrum_tiles(X, N)
     if logits is None:
         _global_mix_kernel[grid](X, filters, H, W, H * K, N, filters.shape[2], _compute(X), *tile, **_WARPS)
         return
@@ -352,7 +353,7 @@ def mix_backward(
     H, K, N, _ = G.shape
     _, F, C = logits.shape
     need_G, need_logits, need_basis = needs
-    tile, grid = _tiles(H * K, N, _SPECTRUM_TILE)
+    tile, grid = _spectrum_tiles(G, N)
     r_slots = _empty(G, triton.cdiv(H * K, tile[0]), F, N) if need_logits else None
     basis_slots = _empty(G, triton.cdiv(N, tile[1]), H, K, F, 2) if need_basis else None
     arguments = (H, W, H * K, N, C, *logits.stride(), F, need_G, _compute(G), *tile)
@@ -378,7 +379,7 @@ def global_mix_backward(G: Tensor, X: Tensor | None, W: int, weight: Tensor, nee
     H, K, N, _ = G.shape
     C = weight.shape[2]
     need_G, need_weight = needs
-    tile, (tiles,) = _tiles(H * K, C, _SPECTRUM_TILE)
+    tile, (tiles,) = _spectrum_tiles(G, C)
     samples = triton.cdiv(N // C, min(N // C, triton.cdiv(_PROGRAMS, tiles), 65535))
     slices = triton.cdiv(N // C, samples)
     slots = _empty(G, slices, H, K, C, 2) if need_weight else None
@@ -388,11 +389,15 @@ def global_mix_backward(G: Tensor, X: Tensor | None, W: int, weight: Tensor, nee
     return [] if slots is None else [slots.sum(0)]
 
 
-def _tiles(rows: int, N: int, elements: int) -> tuple[tuple[int, int], tuple[int]]:
+def _spectrum_tiles(spectrum: Tensor, columns: int) -> tuple[tuple[int, int], tuple[int]]:
+    H, K, _, _ = spectrum.shape
+    return _tiles(H * K, columns, _SPECTRUM_TILE[spectrum.element_size()], _HEIGHT)
+
+
+def _tiles(rows: int, N: int, elements: int, most_rows: int) -> tuple[tuple[int, int], tuple[int]]:
     """(rows, columns) of a tile, and the grid; they depend on the problem only, and with them the order of sums."""
     columns = min(triton.next_power_of_2(N), _WIDTH)
-    most = _HEIGHT if elements == _SPECTRUM_TILE else elements
-    height = min(triton.next_power_of_2(rows), elements // columns, most)
+    height = min(triton.next_power_of_2(rows), elements // columns, most_rows)
     return (height, columns), (triton.cdiv(rows, height) * triton.cdiv(N, columns),)
 
 

@@ -1,7 +1,9 @@
 """Every Triton kernel compiled for every kind of GPU: nothing spilled, shared memory within the limit."""
 
 import os
+from itertools import product
 
+import gpu_resources
 import pytest
 import torch
 
@@ -23,3 +25,11 @@ def test_kernels_fit_every_gpu(target: str) -> None:
         assert row["spill_bytes"] == 0, row
         assert 0 <= row["smem_bytes"] <= most_shared, row
         assert row["blocks_per_sm"] >= 1, row
+
+
+def test_the_committed_table_is_complete_and_clean() -> None:
+    rows = [row for row in gpu_resources.read() if row["backend"] == "cufft"]
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in resources.DTYPES]
+    problems = {(row["target"], int(row["H"]), int(row["W"]), row["dtype"]) for row in rows}
+    assert problems == {(t, H, W, d) for t, (H, W, _), d in product(resources.TARGETS, resources.SHAPES, dtypes)}
+    assert all((row["spill_bytes"], row["dispatched"]) == ("0", "True") for row in rows)

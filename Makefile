@@ -4,13 +4,22 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-isa test-sanitize lint clean
+.PHONY: demo test test-full test-gpu test-isa test-sanitize lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dfformer demo --output demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# With the long lists of shapes, chips and compilations, which take far longer.
+test-full: $(VENV)/.installed
+	DFFORMER_TEST_FULL=1 $(BIN)/python -m pytest
+
+# On a machine with a GPU: what needs one, then small problems under NVIDIA's compute-sanitizer.
+test-gpu: $(VENV)/.installed
+	DFFORMER_REQUIRE=cuda $(BIN)/python -m pytest -m gpu
+	PYTHON=$(BIN)/python tests/native/compute_sanitizer.sh
 
 # The compiled core alone, without Python: on emulated processors that lack this one's instruction sets, and under
 # sanitizers.

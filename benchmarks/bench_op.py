@@ -1,13 +1,15 @@
-"""Times the filter steps, forward and forward+backward, against torch.fft and other FFT libraries on this CPU.
+"""Times the filter steps, forward and forward+backward, against torch.fft and other FFT libraries.
 
     python benchmarks/bench_op.py [--quick] [--op dynamic_filter,global_filter] [--dtype float32] [--threads N]
+                                  [--device cpu|cuda]
 
-All contestants run interleaved, round by round, in one process; medians of single calls are reported. A result outside
+All contestants run interleaved, round by round, in one process; medians of single calls are reported, on a GPU those of
+triton.testing.do_bench, which empties its second-level cache before every call. A result outside
 ``dfformer_kernels.tolerance`` of the float64 reference is an error, found before anything is timed. Without StarReLU.
 
 Contestants: every backend that can run here; ``cpu`` also on each instruction set and on one thread; ``torch``, the
 reference called directly, is torch.fft as one would write it; the same under torch.compile; the same with the
-transforms of scipy.fft, pyfftw and ducc0 (forward only).
+transforms of scipy.fft, pyfftw and ducc0 (forward only, on a CPU).
 
 What is counted, for x (B,H,W,C), N = HW, K = W//2 + 1:
 
@@ -17,10 +19,11 @@ What is counted, for x (B,H,W,C), N = HW, K = W//2 + 1:
   and frequencies (2, its sum over the batch, for a global filter).
 - bytes: 2 tensors like x forward (x, y), 5 forward and backward (x, y; x, grad_y, grad_x).
 - limit: the larger of bytes / copy bandwidth (``copy_`` of a tensor like x in the same rounds, N threads) and
-  flops / matrix product rate (the better of torch.mm and a 1x1 convolution, N threads). The share of the limit is that
-  time over the measured one.
+  flops / matrix product rate (the better of torch.mm and a 1x1 convolution, N threads; without TF32). The share of the
+  limit is that time over the measured one.
 - extra memory of a forward, beside its arguments and y: for ``cpu`` the workspace it asks for; for torch.fft and
-  torch.compile the peak that torch's profiler sees allocated (not the transform library's own scratch).
+  torch.compile the peak that torch's profiler sees allocated (not the transform library's own scratch); on a GPU the
+  peak of torch's allocator.
 
 Writes op.csv, op.json and op.png.
 """
@@ -82,6 +85,7 @@ FLOPS = {
     ("global_filter", BOTH): (5, 6 + 6 + 8 + 2),
 }
 TENSORS_MOVED = {FORWARD: 2, BOTH: 5}
+OURS = ("cpu", "cuda", "cufft")
 OPS = ("dynamic_filter", "global_filter")
 
 
@@ -101,18 +105,21 @@ class Problem(NamedTuple):
     shape: tuple[int, int, int, int]
     stage: bool
 
-    def inputs(self) -> list[Tensor]:
+    def inputs(self, device: str) -> list[Tensor]:
         """x and the operator's parameters."""
         B, H, W, C = self.shape
         K, generator = W // 2 + 1, torch.Generator().manual_seed(0)
-        random = partial(torch.randn, generator=generator)
-        x, of_filters = random(self.shape).to(self.dtype), reference.compute_dtype(self.dtype)
-        if self.op == "global_filter":
-            return [x, random(H, K, C, 2).to(of_filters)]
-        return [x, random(B, F, C).to(self.dtype), random(H, K, F, 2).to(of_filters)]
 
-    def grad_y(self) -> Tensor:
-        return torch.randn(self.shape, generator=torch.Generator().manual_seed(1)).to(self.dtype)
+        def random(dtype: torch.dtype, *size: int) -> Tensor:
+            return torch.randn(*size, generator=generator).to(device, dtype)
+
+        x, of_filters = random(self.dtype, *self.shape), reference.compute_dtype(self.dtype)
+        if self.op == "global_filter":
+            return [x, random(of_filters, H, K, C, 2)]
+        return [x, random(self.dtype, B, F, C), random(of_filters, H, K, F, 2)]
+
+    def grad_y(self, device: str) -> Tensor:
+        return torch.randn(self.shape, generator=torch.Generator().manual_seed(1)).to(device, self.dtype)
 
 
 class Setting(NamedTuple):
@@ -120,6 +127,7 @@ class Setting(NamedTuple):
 
     threads: int
     isa: str = ""
+    device: str = "cpu"
 
 
 Run = tuple[Setting, Callable[[], object]]
@@ -134,6 +142,7 @@ class Contestant:
     setting: Setting
     differentiable: bool = True
     extra_memory: Callable[["Contestant", Problem, list[Tensor]], int] | None = None
+    supports: Callable[[Problem], bool] = lambda problem: True
 
 
 @dataclass(frozen=True)
@@ -173,8 +182,9 @@ class Row:
 
 
 class Summary(NamedTuple):
-    """A ratio over problems."""
+    """A ratio over problems of one of our backends."""
 
+    contestant: str
     op: str
     direction: str
     quantity: str
@@ -186,16 +196,19 @@ class Summary(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     torch.set_num_threads(args.threads)
-    machine = describe_machine()
+    setting = Setting(args.threads, device=args.device)
+    machine = describe_machine(setting)
+    budget = Budget(0.2, 1e-3) if args.quick else Budget(1.5, 1e-2)
     rows: list[Row] = []
     for op in args.op:
-        entrants = contestants(op, args.threads, args.quick)
+        entrants = contestants(op, setting, args.quick)
         for problem in problems(op, args.quick):
             if problem.dtype in [DTYPES[name] for name in args.dtype]:
                 rate = machine["gemm_gflops"][_name(reference.compute_dtype(problem.dtype))]
-                rows += _reported(
-                    measure(problem, entrants, rate, Budget(0.2, 1e-3) if args.quick else Budget(1.5, 1e-2))
-                )
+                try:
+                    rows += _reported(measure(problem, entrants, rate, budget))
+                except torch.OutOfMemoryError as error:
+                    print(f"\n{problem} is left out: {error}")
     summary = summarize(rows)
     print_summary(summary)
     write(args.output, machine, rows, summary)
@@ -215,8 +228,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--op", type=names(OPS), default=["dynamic_filter"], help=f"of {','.join(OPS)}")
     parser.add_argument("--dtype", type=names(list(DTYPES)), default=list(DTYPES), help=f"of {','.join(DTYPES)}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", type=Path, default=Path("build/bench_op"), help="folder for op.csv, .json, .png")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got 'cuda', and torch finds no GPU")
+    return args
 
 
 def problems(op: str, quick: bool = False) -> list[Problem]:
@@ -255,38 +272,46 @@ def moved_bytes(shape: Sequence[int], dtype: torch.dtype, direction: str) -> int
 # --- contestants
 
 
-def contestants(op: str, threads: int, quick: bool = False) -> list[Contestant]:
+def contestants(op: str, setting: Setting, quick: bool = False) -> list[Contestant]:
     """Who runs ``op`` here; prints why another does not."""
     found: list[Contestant] = []
     for name, make in CONTESTANTS.items():
         try:
             if quick and make is _compiled:
                 raise RuntimeError("compiling takes longer than --quick allows")
-            found += make(op, threads)
+            found += make(op, setting)
         except (ImportError, RuntimeError) as error:
             print(f"{op}: {name} is left out: {error}")
     return found
 
 
-def _torch(op: str, threads: int) -> list[Contestant]:
-    return [Contestant("torch", getattr(reference, op), Setting(threads), extra_memory=_allocated_peak)]
+def _torch(op: str, setting: Setting) -> list[Contestant]:
+    return [Contestant("torch", getattr(reference, op), setting, extra_memory=_allocated_peak)]
 
 
-def _compiled(op: str, threads: int) -> list[Contestant]:
+def _compiled(op: str, setting: Setting) -> list[Contestant]:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise RuntimeError("there is no C++ compiler")
     run = torch.compile(getattr(reference, op), fullgraph=True, dynamic=False)
-    run(*Problem(op, torch.float32, (1, 4, 4, 2), False).inputs())
-    return [Contestant("torch.compile", run, Setting(threads), extra_memory=_allocated_peak)]
+    run(*Problem(op, torch.float32, (1, 4, 4, 2), False).inputs(setting.device))
+    return [Contestant("torch.compile", run, setting, extra_memory=_allocated_peak)]
 
 
-def _backend(name: str, op: str, threads: int) -> list[Contestant]:
-    if reasons := dispatch.by_name(name).unsupported_reasons(dispatch.Problem(op, "cpu", torch.float32, (1, 1, 1, 1))):
+def _backend(name: str, op: str, setting: Setting) -> list[Contestant]:
+    if reasons := _refusals(name, setting.device, Problem(op, torch.float32, (1, 1, 1, 1), False)):
         raise RuntimeError("; ".join(reasons))
     run = partial(getattr(dfformer_kernels, op), backend=name)
     if name != "cpu":
-        return [Contestant(name, run, Setting(threads))]
-    active = cpu.core().active_isa()
+        return [
+            Contestant(
+                name,
+                run,
+                setting,
+                extra_memory=_allocated_peak,
+                supports=lambda problem: not _refusals(name, setting.device, problem),
+            )
+        ]
+    threads, active = setting.threads, cpu.core().active_isa()
     settings = {"cpu": Setting(threads, active)}
     settings |= {f"cpu/{isa}": Setting(threads, isa) for isa in cpu.core().supported_isas() if isa != active}
     if threads > 1:
@@ -294,40 +319,58 @@ def _backend(name: str, op: str, threads: int) -> list[Contestant]:
     return [Contestant(name, run, setting, extra_memory=_workspace) for name, setting in settings.items()]
 
 
-def _scipy(module: str, op: str, threads: int) -> list[Contestant]:
+def _refusals(backend: str, device: str, problem: Problem) -> list[str]:
+    """Why a backend cannot do the forward step or its backward."""
+    filters = F if problem.op == "dynamic_filter" else 0
+    steps = [
+        dispatch.Problem(op, device, problem.dtype, problem.shape, filters)
+        for op in (problem.op, f"{problem.op}_backward")
+    ]
+    return [reason for step in steps for reason in dispatch.by_name(backend).unsupported_reasons(step)]
+
+
+def _scipy(module: str, op: str, setting: Setting) -> list[Contestant]:
+    _require_cpu(setting)
     fft = import_module(module)
-    options: dict[str, Any] = {"norm": "ortho", "workers": threads}
+    options: dict[str, Any] = {"norm": "ortho", "workers": setting.threads}
     return [
         _pipeline(
             module.split(".")[0],
             lambda u: fft.rfft2(u, axes=(1, 2), **options),
             lambda Z, W: fft.irfft(fft.ifft(Z, axis=1, **options), n=W, axis=2, **options),
-            threads,
+            setting,
         )
     ]
 
 
-def _pyfftw(op: str, threads: int) -> list[Contestant]:
+def _pyfftw(op: str, setting: Setting) -> list[Contestant]:
+    _require_cpu(setting)
     pyfftw = import_module("pyfftw")
     pyfftw.config.PLANNER_EFFORT = "FFTW_MEASURE"
     import_module("pyfftw.interfaces.cache").enable()
     import_module("pyfftw.interfaces.cache").set_keepalive_time(60)  # plans survive until their next round
-    return _scipy("pyfftw.interfaces.scipy_fft", op, threads)
+    return _scipy("pyfftw.interfaces.scipy_fft", op, setting)
 
 
-def _ducc0(op: str, threads: int) -> list[Contestant]:
+def _ducc0(op: str, setting: Setting) -> list[Contestant]:
+    _require_cpu(setting)
     fft = import_module("ducc0").fft
-    options: dict[str, Any] = {"inorm": 1, "nthreads": threads}
+    options: dict[str, Any] = {"inorm": 1, "nthreads": setting.threads}
 
     def inverse(Z: Any, W: int) -> Any:
         Z = fft.c2c(Z, axes=(1,), forward=False, **options)
         return fft.c2r(Z, axes=(2,), lastsize=W, forward=False, **options)
 
-    return [_pipeline("ducc0", lambda u: fft.r2c(u, axes=(1, 2), **options), inverse, threads)]
+    return [_pipeline("ducc0", lambda u: fft.r2c(u, axes=(1, 2), **options), inverse, setting)]
+
+
+def _require_cpu(setting: Setting) -> None:
+    if setting.device != "cpu":
+        raise RuntimeError("it runs on a CPU")
 
 
 def _pipeline(
-    name: str, transform: Callable[[Any], Any], inverse: Callable[[Any, int], Any], threads: int
+    name: str, transform: Callable[[Any], Any], inverse: Callable[[Any, int], Any], setting: Setting
 ) -> Contestant:
     """Transforms of NumPy arrays, (B,H,W,C) to (B,H,K,C) and back to width W, around a product in torch."""
 
@@ -340,10 +383,10 @@ def _pipeline(
         Z = torch.from_numpy(transform(u.numpy())).mul_(M)
         return torch.from_numpy(inverse(Z.numpy(), x.shape[2])).to(x.dtype)
 
-    return Contestant(name, run, Setting(threads), differentiable=False)
+    return Contestant(name, run, setting, differentiable=False)
 
 
-CONTESTANTS: dict[str, Callable[[str, int], list[Contestant]]] = {
+CONTESTANTS: dict[str, Callable[[str, Setting], list[Contestant]]] = {
     "torch": _torch,
     **{name: partial(_backend, name) for name in dfformer_kernels.backends() if name != "torch"},
     "torch.compile": _compiled,
@@ -359,6 +402,7 @@ CONTESTANTS: dict[str, Callable[[str, int], list[Contestant]]] = {
 def measure(problem: Problem, entrants: Sequence[Contestant], gemm_gflops: float, budget: Budget) -> list[Row]:
     """Checks every contestant on ``problem``, then times them; ValueError for a wrong result."""
     torch._dynamo.reset()  # each problem is compiled for itself
+    entrants = [c for c in entrants if c.supports(problem)]
     forward = _measure(problem, FORWARD, entrants, gemm_gflops, budget)
     return forward + _measure(problem, BOTH, [c for c in entrants if c.differentiable], gemm_gflops, budget)
 
@@ -366,13 +410,14 @@ def measure(problem: Problem, entrants: Sequence[Contestant], gemm_gflops: float
 def _measure(
     problem: Problem, direction: str, entrants: Sequence[Contestant], gemm_gflops: float, budget: Budget
 ) -> list[Row]:
-    inputs, grad_y = problem.inputs(), problem.grad_y()
+    setting = Setting(torch.get_num_threads(), device=entrants[0].setting.device)
+    inputs, grad_y = problem.inputs(setting.device), problem.grad_y(setting.device)
     judge = getattr(reference, problem.op)
     expected = _step(judge, [t.double() for t in inputs], grad_y.double(), direction)()
     steps = [_step(c.run, inputs, grad_y, direction) for c in entrants]
     errors = [_checked_error(c, problem, step, expected) for c, step in zip(entrants, steps, strict=True)]
     like_x = torch.empty_like(inputs[0])
-    runs: list[Run] = [(Setting(torch.get_num_threads()), lambda: like_x.copy_(inputs[0]))]
+    runs: list[Run] = [(setting, lambda: like_x.copy_(inputs[0]))]
     runs += [(c.setting, step) for c, step in zip(entrants, steps, strict=True)]
     rounds, (copy_seconds, *seconds) = _median_seconds(runs, budget)
 
@@ -440,26 +485,42 @@ def _median_seconds(runs: Sequence[Run], budget: Budget) -> tuple[int, list[floa
 
     In a round each runs for a while, every call timed by itself: the first few find the caches as another left them.
     """
-    once = [min(_seconds(*run, 1)) for run in runs]  # each has run before: this is warm
-    calls = [max(1, math.ceil(budget.sample / t)) for t in once]
-    a_round = sum(t * n for t, n in zip(once, calls, strict=True))
+    once = [min(_seconds(*run, 0)) for run in runs]  # each has run before: this is warm
+    a_round = sum(max(t, budget.sample) for t in once)
     rounds = max(budget.rounds, int(budget.seconds / a_round))
     samples: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
-        for of_run, run, n in zip(samples, runs, calls, strict=True):
-            of_run += _seconds(*run, n)
+        for of_run, run in zip(samples, runs, strict=True):
+            of_run += _seconds(*run, budget.sample)
     return rounds, [statistics.median(of_run) for of_run in samples]
 
 
-def _seconds(setting: Setting, run: Callable[[], object], calls: int) -> list[float]:
-    """Times of consecutive calls."""
-    times = []
+def _seconds(setting: Setting, run: Callable[[], object], sample: float) -> list[float]:
+    """Times of consecutive calls that take ``sample`` seconds together, of one call at least."""
     with _under(setting):
-        for _ in range(calls):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
+        return TIMERS[setting.device](run, sample)
+
+
+def _seconds_on_cpu(run: Callable[[], object], sample: float) -> list[float]:
+    times: list[float] = []
+    end = time.perf_counter() + sample
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
     return times
+
+
+def _seconds_on_gpu(run: Callable[[], object], sample: float) -> list[float]:
+    do_bench = import_module("triton.testing").do_bench
+    return [1e-3 * ms for ms in do_bench(run, warmup=0, rep=1e3 * sample, return_mode="all")]
+
+
+# What depends on the device.
+TIMERS: dict[str, Callable[[Callable[[], object], float], list[float]]] = {
+    "cpu": _seconds_on_cpu,
+    "cuda": _seconds_on_gpu,
+}
 
 
 @contextmanager
@@ -484,6 +545,11 @@ def _workspace(contestant: Contestant, problem: Problem, inputs: list[Tensor]) -
 
 def _allocated_peak(contestant: Contestant, problem: Problem, inputs: list[Tensor]) -> int:
     """The most bytes torch has allocated at once during a forward, less y's."""
+    if contestant.setting.device == "cuda":
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        y = contestant.run(*inputs)
+        return torch.cuda.max_memory_allocated() - held - y.nbytes
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         y = contestant.run(*inputs)
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -497,7 +563,7 @@ def _allocated_peak(contestant: Contestant, problem: Problem, inputs: list[Tenso
 # --- the machine
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(setting: Setting) -> dict[str, Any]:
     """What the times depend on, and the two rates they are compared with."""
     root = Path(__file__).parents[1]
     return environment() | {
@@ -507,33 +573,39 @@ def describe_machine() -> dict[str, Any]:
         "commit": _git(root, "rev-parse", "HEAD"),
         "dirty": _git(root, "status", "--porcelain") != "",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "threads": torch.get_num_threads(),
-        "copy_gbps": copy_rate(),
-        "gemm_gflops": {_name(dtype): gemm_rate(dtype) for dtype in (torch.float32, torch.float64)},
+        "threads": setting.threads,
+        "device": setting.device,
+        "copy_gbps": copy_rate(setting),
+        "gemm_gflops": {_name(dtype): gemm_rate(setting, dtype) for dtype in (torch.float32, torch.float64)},
     }
 
 
-def copy_rate(nbytes: int = 2**28) -> float:
+def copy_rate(setting: Setting, nbytes: int = 2**28) -> float:
     """GB/s of a copy that no cache holds, read and written bytes counted."""
-    source, target = torch.ones(nbytes, dtype=torch.uint8), torch.empty(nbytes, dtype=torch.uint8)
-    return 2 * nbytes / _median_of_five(lambda: target.copy_(source)) / 1e9
+    source = torch.ones(nbytes, dtype=torch.uint8, device=setting.device)
+    target = torch.empty_like(source)
+    return 2 * nbytes / _median_time(setting, lambda: target.copy_(source)) / 1e9
 
 
-def gemm_rate(dtype: torch.dtype, n: int = 1536) -> float:
+def gemm_rate(setting: Setting, dtype: torch.dtype, n: int = 1536) -> float:
     """GFLOP/s of the better of a matrix product of size n and a 1x1 convolution."""
-    a = torch.randn(n, n, dtype=dtype)
-    image = torch.randn(8, 512, 28, 28, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(512, 512, 1, 1, dtype=dtype)
+    random = partial(torch.randn, dtype=dtype, device=setting.device)
+    a = random(n, n)
+    image = random(8, 512, 28, 28).contiguous(memory_format=torch.channels_last)
+    weight = random(512, 512, 1, 1)
     products = {
         2 * n**3: lambda: torch.mm(a, a),
         2 * image.numel() * 512: lambda: torch.nn.functional.conv2d(image, weight),
     }
-    return max(count / _median_of_five(run) / 1e9 for count, run in products.items())
+    with torch.backends.cudnn.flags(
+        enabled=True, allow_tf32=False
+    ):  # the products of the filters are of full precision
+        return max(count / _median_time(setting, run) / 1e9 for count, run in products.items())
 
 
-def _median_of_five(run: Callable[[], object]) -> float:
+def _median_time(setting: Setting, run: Callable[[], object]) -> float:
     run()
-    return statistics.median(_seconds(Setting(torch.get_num_threads()), run, 5))
+    return statistics.median(_seconds(setting, run, 0.25))
 
 
 def _caches() -> dict[str, str]:
@@ -580,8 +652,12 @@ def _reported(rows: list[Row]) -> list[Row]:
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
-    """Of ``cpu``: speed-up over torch.fft, share of the limit, and its time ratios between dtypes, ISAs and threads."""
-    ours = [r for r in rows if r.contestant == "cpu"]
+    """Of our backends: speed-up over torch.fft, share of the limit, time ratios between dtypes, ISAs and threads."""
+    return [summary for name in OURS for summary in _summary_of(name, rows)]
+
+
+def _summary_of(name: str, rows: Sequence[Row]) -> list[Summary]:
+    ours = [r for r in rows if r.contestant == name]
     single = [r for r in ours if r.dtype == "float32"]
     stages = [r for r in single if r.stage]
 
@@ -594,13 +670,13 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
         "times faster than torch.fft, all": [(r, r.speedup) for r in single],
         "share of the limit, stages": [(r, r.share_of_limit) for r in stages],
         "bfloat16 / float32 time": _time_ratios([r for r in ours if r.dtype == "bfloat16"], single),
-        "AVX2 / AVX-512 time": _time_ratios(on("cpu/avx2"), [r for r in single if r.isa == "avx512"]),
+        "AVX2 / AVX-512 time": _time_ratios(on(f"{name}/avx2"), [r for r in single if r.isa == "avx512"]),
     }
     for B in sorted({r.B for r in ours}):
-        alone = [r for r in on("cpu/1 thread") if r.B == B]
+        alone = [r for r in on(f"{name}/1 thread") if r.B == B]
         quantities[f"1 -> {threads} threads, batch {B}, times faster"] = _time_ratios(alone, single)
     return [
-        Summary(op, direction, quantity, statistics.median(values), min(values), len(values))
+        Summary(name, op, direction, quantity, statistics.median(values), min(values), len(values))
         for op in OPS
         for quantity, pairs in quantities.items()
         for direction in (FORWARD, BOTH)
@@ -615,9 +691,11 @@ def _time_ratios(over: Sequence[Row], under: Sequence[Row]) -> list[tuple[Row, f
 
 
 def print_summary(summary: Sequence[Summary]) -> None:
-    print(f"\n{'summary of cpu':<40}{'operator':<16}{'direction':<18}{'median':>8}{'minimum':>9}{'problems':>10}")
+    print(f"\n{'summary':<8}{'':<40}{'operator':<16}{'direction':<18}{'median':>8}{'minimum':>9}{'problems':>10}")
     for s in summary:
-        print(f"{s.quantity:<40}{s.op:<16}{s.direction:<18}{s.median:>8.2f}{s.minimum:>9.2f}{s.problems:>10}")
+        print(
+            f"{s.contestant:<8}{s.quantity:<40}{s.op:<16}{s.direction:<18}{s.median:>8.2f}{s.minimum:>9.2f}{s.problems:>10}"
+        )
 
 
 def write(folder: Path, machine: dict[str, Any], rows: Sequence[Row], summary: Sequence[Summary]) -> None:
@@ -634,47 +712,61 @@ def write(folder: Path, machine: dict[str, Any], rows: Sequence[Row], summary: S
 
 
 COLOURS = {FORWARD: "#2c3e50", BOTH: "#c0392b"}
+MARKERS = {"cpu": "o", "cuda": "o", "cufft": "^", "torch": "s"}
+HATCHES = {"cpu": "", "cuda": "", "cufft": "///"}
 ABOVE: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
 
 
 def figure(machine: dict[str, Any], rows: Sequence[Row]) -> Figure:
-    """Of the rows of one dtype: the speed-up of ``cpu`` over torch.fft by shape, and a roofline of both."""
+    """Of the rows of one dtype: the speed-up of our backends over torch.fft by shape, and a roofline of all."""
+    ours = [name for name in OURS if name in {r.contestant for r in rows}]
     shapes = list(dict.fromkeys((r.op, r.shape) for r in rows))
     picture = Figure(figsize=(13, max(5, 0.26 * len(shapes) + 1.5)), layout="constrained")
     left, right = picture.subplots(1, 2)
-    _speedup_bars(left, shapes, [r for r in rows if r.contestant == "cpu"])
-    _roofline(right, machine, rows)
+    _speedup_bars(left, shapes, ours, rows)
+    _roofline(right, machine, ours, rows)
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
-    picture.suptitle(f"Filter step, {rows[0].dtype}, {machine['machine']}", fontsize=11)
+    where = machine["machine" if machine["device"] == "cpu" else "gpu"]
+    picture.suptitle(f"Filter step, {rows[0].dtype}, {where}", fontsize=11)
     return picture
 
 
-def _speedup_bars(ax: Axes, shapes: list[tuple[str, str]], rows: Sequence[Row]) -> None:
-    for offset, (direction, colour) in zip((-0.2, 0.2), COLOURS.items(), strict=True):
-        drawn = [r for r in rows if r.direction == direction]
-        position = [shapes.index((r.op, r.shape)) + offset for r in drawn]
-        bars = ax.barh(position, [r.speedup for r in drawn], 0.38, color=colour, label=direction)
+def _speedup_bars(ax: Axes, shapes: list[tuple[str, str]], ours: Sequence[str], rows: Sequence[Row]) -> None:
+    kinds = [(direction, name) for direction in COLOURS for name in ours]
+    for i, (direction, name) in enumerate(kinds):
+        drawn = [r for r in rows if (r.direction, r.contestant) == (direction, name)]
+        position = [shapes.index((r.op, r.shape)) + 0.8 * ((i + 0.5) / len(kinds) - 0.5) for r in drawn]
+        bars = ax.barh(
+            position,
+            [r.speedup for r in drawn],
+            0.76 / len(kinds),
+            color=COLOURS[direction],
+            hatch=HATCHES[name],
+            edgecolor="white",
+            linewidth=0,
+            label=direction if len(ours) == 1 else f"{name}, {direction}",
+        )
         ax.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
     names = [shape if len({op for op, _ in shapes}) == 1 else f"{op} {shape}" for op, shape in shapes]
     ax.set_yticks(range(len(shapes)), names, fontsize=8)
     ax.invert_yaxis()
     ax.axvline(1, color="#7f8c8d", linewidth=1)
     ax.set(xlabel="times faster than torch.fft", ylabel="B x H x W x C")
-    ax.legend(title="cpu against torch.fft", ncols=2, frameon=False, **ABOVE)
+    ax.legend(title=f"{' and '.join(ours)} against torch.fft", ncols=2, frameon=False, **ABOVE)
 
 
-def _roofline(ax: Axes, machine: dict[str, Any], rows: Sequence[Row]) -> None:
-    for name, marker, filled in (("cpu", "o", True), ("torch", "s", False)):
+def _roofline(ax: Axes, machine: dict[str, Any], ours: Sequence[str], rows: Sequence[Row]) -> None:
+    for name in (*ours, "torch"):
         for direction, colour in COLOURS.items():
             drawn = [r for r in rows if (r.contestant, r.direction) == (name, direction)]
             ax.scatter(
                 [r.gflops / r.gbps for r in drawn],
                 [r.gflops for r in drawn],
                 s=24,
-                marker=marker,
+                marker=MARKERS[name],
                 edgecolors=colour,
-                facecolors=colour if filled else "none",
+                facecolors=colour if name in ours else "none",
                 label=f"{name}, {direction}",
             )
     peak, slow, fast = rows[0].gemm_gflops, machine["copy_gbps"], max(r.copy_gbps for r in rows)

@@ -37,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = command(
         "doctor", _doctor, "Verifies every available backend against float64, forward and backward, and times it."
     )
-    doctor.add_argument("--quick", action="store_true", help="small shapes only")
+    doctor.add_argument("--quick", action="store_true", help="small shapes only, and no torch.compile")
+    doctor.add_argument("--json", type=Path, help="also write everything there, to send to somebody")
 
     convert = command("convert", _convert, "Converts a checkpoint (.pth) to .safetensors.")
     convert.add_argument("source", type=Path)
@@ -86,7 +87,7 @@ def _info(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from dfformer.doctor import examine
 
-    return 0 if examine(quick=arguments.quick) else 1
+    return 0 if examine(quick=arguments.quick, report=arguments.json) else 1
 
 
 def _convert(arguments: argparse.Namespace) -> int:

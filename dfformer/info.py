@@ -1,7 +1,9 @@
 """``dfformer info``: versions, device, backends, and the model table."""
 
 import platform
+import subprocess
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import timm
@@ -13,8 +15,7 @@ from dfformer_kernels import __version__, backends, cpu
 
 
 def print_info(img_size: tuple[int, int]) -> None:
-    for name, value in environment().items():
-        print(f"{name + ':':<13}{value}")
+    print_environment()
     print("\nbackends, in order of preference")
     for name, reasons in backends().items():
         print(f"  {name:<8}{'no: ' + '; '.join(reasons) if reasons else 'available'}")
@@ -22,9 +23,14 @@ def print_info(img_size: tuple[int, int]) -> None:
     print(model_table(img_size))
 
 
+def print_environment() -> None:
+    for name, value in environment().items():
+        print(f"{name + ':':<14}{value}")
+
+
 def environment() -> dict[str, str]:
     """Versions and hardware a measurement depends on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     if cpu.unavailable_reasons():
         isa = "compiled core absent"
     else:
@@ -36,8 +42,39 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": f"{processor()}, {torch.get_num_threads()} threads",
         "cpu kernels": isa,
-        "gpu": gpu,
+        "gpu": "; ".join(_gpu(device) for device in gpus) or "none",
+        "gpu software": ", ".join(f"{name} {version}" for name, version in _gpu_software().items()),
     }
+
+
+def _gpu(device: int) -> str:
+    p = torch.cuda.get_device_properties(device)
+    return (
+        f"{p.name} ({p.major}.{p.minor}, {p.multi_processor_count} multiprocessors, {p.total_memory / 2**30:.0f} GiB)"
+    )
+
+
+def _gpu_software() -> dict[str, str]:
+    """What kernels are compiled and run with."""
+    built_for = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    versions = {f"torch for {name}": version for name, version in built_for.items() if version}
+    return versions | {name: _version(name) for name in ("triton", "cuda-bindings")} | {"driver": _driver()}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _driver() -> str:
+    """NVIDIA's driver as its own tool names it; it is the same for all devices."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "absent"
 
 
 def processor() -> str:

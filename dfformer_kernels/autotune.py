@@ -72,13 +72,17 @@ class Autotuner:
         While a CUDA graph is captured, a problem that has not run before is run by the class's remembered winner if
         that is prepared, else by the first candidate that is: in the last resort ``torch``, which needs no preparation.
         """
-        static = os.environ.get("DFFORMER_AUTOTUNE") == "0"
+        static = _is_static()
         chosen = self._chosen.get((problem, static))
         if chosen is not None:
             return chosen.kernels[problem.op]
         if self._gpu.capturing():
             return self._prepared(problem, candidates(problem), static).kernels[problem.op]
         return partial(self._first_call, problem, candidates(problem), static)
+
+    def choice(self, problem: "Problem") -> "Backend | None":
+        """What runs ``problem`` since its first call; None before that."""
+        return self._chosen.get((problem, _is_static()))
 
     def _prepared(self, problem: "Problem", candidates: Sequence["Backend"], static: bool) -> "Backend":
         winner = None if static else (self._winners or {}).get(self._class_of(problem))
@@ -179,6 +183,10 @@ class Autotuner:
     def _file(self) -> str:
         versions = json.dumps(self._gpu.versions(), sort_keys=True).encode()
         return f"autotune-{hashlib.sha256(versions).hexdigest()[:16]}.json"
+
+
+def _is_static() -> bool:
+    return os.environ.get("DFFORMER_AUTOTUNE") == "0"
 
 
 def _version(distribution: str) -> str:

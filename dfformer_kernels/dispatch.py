@@ -125,14 +125,24 @@ def kernel_for(op: str, backend: str | None, tensors: Sequence[Tensor | None]) -
 
     Raises ValueError for an unknown backend, RuntimeError with every reason if none can run this.
     """
-    if backend is not None:
-        checked_name("backend", backend)
-    elif name := os.environ.get("DFFORMER_BACKEND"):
-        backend = checked_name("DFFORMER_BACKEND", name)
+    backend = _from_environment() if backend is None else checked_name("backend", backend)
     problem = Problem.of(op, tensors)
     if backend is None and problem.device == "cuda":
         return autotuner.kernel(problem, candidates)
     return select(problem, backend).kernels[op]
+
+
+def chosen(problem: Problem) -> Backend | None:
+    """What runs ``problem`` where no argument or context names a backend; None while a GPU has yet to run it first."""
+    name = _from_environment()
+    if name is None and problem.device == "cuda":
+        return autotuner.choice(problem)
+    return select(problem, name)
+
+
+def _from_environment() -> str | None:
+    name = os.environ.get("DFFORMER_BACKEND")
+    return checked_name("DFFORMER_BACKEND", name) if name else None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

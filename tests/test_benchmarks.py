@@ -2,8 +2,12 @@
 
 import csv
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_op
@@ -22,6 +26,14 @@ ROW = Row(
     *("dynamic_filter", "float32", True, 1, 8, 8, 4, FORWARD, "cpu", "avx512", 2, 5),
     *(2.0, 3.0, 1.0, 1.0, 10.0, 100.0, 0.5, 0.0, None),
 )
+
+MACHINE = {
+    "machine": "a processor",
+    "gpu": "a GPU",
+    "device": "cpu",
+    "copy_gbps": 10.0,
+    "gemm_gflops": {"float32": 100.0},
+}
 
 
 def test_counts() -> None:
@@ -50,8 +62,8 @@ def test_problems() -> None:
 def test_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One tiny shape through everything, with every contestant there is but torch.compile."""
     monkeypatch.setattr(bench_op, "problems", lambda op, quick: [TINY._replace(op=op)])
-    monkeypatch.setattr(bench_op, "gemm_rate", lambda dtype: 100.0)
-    monkeypatch.setattr(bench_op, "copy_rate", lambda: 10.0)
+    monkeypatch.setattr(bench_op, "gemm_rate", lambda setting, dtype: 100.0)
+    monkeypatch.setattr(bench_op, "copy_rate", lambda setting: 10.0)
     ops = ["dynamic_filter", "global_filter"]
     bench_op.main(["--quick", "--op", ",".join(ops), "--threads", "1", "--output", str(tmp_path / "new")])
 
@@ -96,7 +108,7 @@ def not_a_number(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
 @pytest.mark.parametrize(("run", "calls"), [(wrong_result, 0), (wrong_gradient, 1), (not_a_number, 0)])
 def test_wrong_contestant_is_refused(monkeypatch: pytest.MonkeyPatch, run: Any, calls: int) -> None:
     """Before the direction it is wrong in is timed."""
-    monkeypatch.setitem(bench_op.CONTESTANTS, "wrong", lambda op, threads: [Contestant("bad", run, Setting(threads))])
+    monkeypatch.setitem(bench_op.CONTESTANTS, "wrong", lambda op, setting: [Contestant("bad", run, setting)])
     timed = 0
     median_seconds = bench_op._median_seconds
 
@@ -106,16 +118,85 @@ def test_wrong_contestant_is_refused(monkeypatch: pytest.MonkeyPatch, run: Any, 
         return median_seconds(runs, budget)
 
     monkeypatch.setattr(bench_op, "_median_seconds", counted)
-    entrants = bench_op.contestants("dynamic_filter", 1, quick=True)
+    entrants = bench_op.contestants("dynamic_filter", Setting(1), quick=True)
     with pytest.raises(ValueError, match="bad is wrong on Problem"):
         bench_op.measure(TINY, entrants, 100.0, BRIEF)
     assert timed == calls
 
 
 def test_absent_library(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(bench_op.CONTESTANTS, "ducc0", lambda op, threads: [__import__("no_such_library")])
-    assert "ducc0" not in [c.name for c in bench_op.contestants("global_filter", 1, quick=True)]
+    monkeypatch.setitem(bench_op.CONTESTANTS, "ducc0", lambda op, setting: [__import__("no_such_library")])
+    assert "ducc0" not in [c.name for c in bench_op.contestants("global_filter", Setting(1), quick=True)]
     assert "ducc0 is left out: No module named 'no_such_library'" in capsys.readouterr().out
+
+
+def test_contestants_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which take what they can, problem by problem; without a GPU, torch.fft is left to run there."""
+    found = bench_op.contestants("global_filter", Setting(1, device="cuda"), quick=True)
+    gpu_backends = {name for name in ("cuda", "cufft") if not backends()[name]}
+    assert {c.name for c in found} == {"torch", *gpu_backends}
+    assert all(c.setting.device == "cuda" for c in found)
+    printed = capsys.readouterr().out
+    assert "cpu is left out: it runs on cpu, x is on cuda" in printed
+    assert all(f"{name} is left out: " in printed for name in ("scipy", "pyfftw", "ducc0"))
+
+
+def test_a_problem_a_contestant_does_not_take() -> None:
+    torch_alone = bench_op._torch("dynamic_filter", Setting(1))
+    other = Contestant("picky", not_a_number, Setting(1), supports=lambda problem: problem.shape[0] > 2)
+    rows = bench_op.measure(TINY, [*torch_alone, other], 100.0, BRIEF)
+    assert {r.contestant for r in rows} == {"torch"}
+
+
+def test_times_on_a_gpu_are_those_of_do_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    def do_bench(run: Callable[[], object], **options: object) -> list[float]:
+        assert options in ({"warmup": 0, "rep": 1e3 * sample, "return_mode": "all"} for sample in (0, 1e-2))
+        run()
+        return [2.0, 4.0, 3.0]
+
+    monkeypatch.setitem(sys.modules, "triton.testing", SimpleNamespace(do_bench=do_bench))
+    calls: list[str] = []
+    runs: list[bench_op.Run] = [
+        (Setting(1, device="cuda"), partial(calls.append, "a")),
+        (Setting(1, device="cuda"), partial(calls.append, "b")),
+    ]
+    assert bench_op._median_seconds(runs, Budget(0, 1e-2)) == (5, [0.003, 0.003])
+    assert calls == ["a", "b"] * 6  # once to see how long it takes, then round by round
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench_op.main(["--device", "cuda"])
+    assert "--device: got 'cuda', and torch finds no GPU" in capsys.readouterr().err
+
+
+def test_out_of_memory_leaves_a_problem_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(problem: Problem, *args: object) -> list[Row]:
+        if problem.op == "global_filter":
+            raise torch.OutOfMemoryError("8 GiB more are needed")
+        return [ROW]
+
+    for name, replacement in {"problems": lambda op, quick: [TINY._replace(op=op)], "measure": measure}.items():
+        monkeypatch.setattr(bench_op, name, replacement)
+    monkeypatch.setattr(bench_op, "describe_machine", lambda setting: MACHINE)
+    bench_op.main(["--quick", "--op", "dynamic_filter,global_filter", "--output", str(tmp_path)])
+    assert "is left out: 8 GiB more are needed" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "op.json").read_text())["rows"]) == 1
+
+
+def test_figure_of_two_backends() -> None:
+    rows = [replace(ROW, contestant=name, direction=d) for name in ("torch", "cuda", "cufft") for d in (FORWARD, BOTH)]
+    axes: list[Any] = bench_op.figure(MACHINE | {"device": "cuda"}, rows).axes
+    left, right = axes
+    assert left.get_legend().get_title().get_text() == "cuda and cufft against torch.fft"
+    assert len(left.patches) == 4
+    places = [bar.get_y() for bar in left.patches]
+    assert len(set(places)) == 4
+    labels = [text.get_text() for text in right.get_legend().get_texts()]
+    assert {"cuda, forward", "cufft, forward+backward", "torch, forward"} <= set(labels)
 
 
 def test_extra_memory() -> None:
@@ -126,8 +207,8 @@ def test_extra_memory() -> None:
 
 
 def test_rates() -> None:
-    assert bench_op.copy_rate(2**16) > 0
-    assert bench_op.gemm_rate(torch.float32, 32) > 0
+    assert bench_op.copy_rate(Setting(1), 2**16) > 0
+    assert bench_op.gemm_rate(Setting(1), torch.float32, 32) > 0
 
 
 def test_summary() -> None:

@@ -1,6 +1,8 @@
 """The command line, run as a user would, and what it counts."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from dfformer.checkpoint import read_checkpoint, save_checkpoint
 from dfformer.cli import main
 from dfformer.profile import profile, saved_for_backward
 from dfformer_kernels import cpu, dispatch
+from dfformer_kernels.tolerance import BOUND
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_size": 32, "num_classes": 3}
 
@@ -70,11 +73,18 @@ def test_bad_sizes(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert repr(size) in capsys.readouterr().err
 
 
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "devices", lambda: [doctor.CPU])
+
+
+@pytest.mark.usefixtures("no_gpu")
 def test_doctor_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--quick"]) == 0
     assert "checks passed" in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_doctor_fails_on_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     real = dispatch.by_name("torch")
     kernels = dict(real.kernels)
@@ -96,6 +106,123 @@ def test_doctor_fails_on_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monk
     assert len(failed) == 1
     assert "global_filter" in failed[0]
     assert "1 FAILED" in printed.splitlines()[-1]
+
+
+class HereInsteadOfApart:
+    """Checks in this process, where a test's patches are."""
+
+    def __enter__(self) -> "HereInsteadOfApart":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    check = staticmethod(doctor.check_backend)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU examined as if it were a GPU on which every call takes two milliseconds."""
+
+    def two_ms(run: Callable[[], object]) -> float:
+        run()
+        return 2.0
+
+    shape = (2, 6, 5, 3)
+    device = doctor.Device("cpu", tuple(BOUND), (shape,), (shape,), two_ms, checked_first=True)
+    monkeypatch.setattr(doctor, "devices", lambda: [device])
+    monkeypatch.setattr(doctor, "QUICK_SHAPES", [(1, 4, 4, 3)])
+    monkeypatch.setattr(doctor, "_Process", HereInsteadOfApart)
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_doctor_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """First everything is checked, then what passed is timed."""
+    report = tmp_path / "doctor.json"
+    assert main(["doctor", "--quick", "--json", str(report)]) == 0
+    printed = capsys.readouterr().out
+    parts = ["dfformer:", "error y", "times on cpu", "automatic choice on cpu", "checks passed"]
+    assert sorted(parts, key=printed.index) == parts
+    content = json.loads(report.read_text())
+    here = [b.name for b in dispatch.TABLE if b.device in (None, "cpu") and not b.unavailable_reasons()]
+    assert content["passed"]
+    assert content["environment"]["torch"] == torch.__version__
+    assert len(content["checks"]) == len(here) * 2 * 4 * 3
+    assert {c["forward_ms"] for c in content["checks"]} == {None}
+    assert {t["contestant"] for t in content["times"]} == {*here, "torch.fft"}
+    assert len(content["times"]) == (len(here) + 1) * 2 * 3
+    copied = 2 * 2**28 / content["copy_gbps"]["cpu"]
+    assert copied == pytest.approx(2e6)  # bytes at GB/s are nanoseconds
+    for t in content["times"]:
+        nbytes = 2 * 6 * 5 * 3 * (4 if t["dtype"] == "float32" else 2)
+        of_copy = nbytes / (2 * 2**28)
+        assert (t["forward_ms"], t["both_ms"]) == (2, 2)
+        assert [t["forward_share"], t["both_share"]] == pytest.approx([2 * of_copy, 5 * of_copy])
+    assert {(c["forward"], c["backward"]) for c in content["choices"]} == {(here[0], here[0])}
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_doctor_goes_on_after_a_crash(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And does not time what failed."""
+
+    def crash(*args: Any) -> None:
+        raise RuntimeError("an illegal memory access\nof this thread")
+
+    real = dispatch.by_name("torch")
+    broken = dispatch.Backend("broken", None, {**real.kernels, "global_filter": crash}, list)
+    monkeypatch.setattr(dispatch, "TABLE", (broken, real))
+    monkeypatch.setattr(dispatch, "_BY_NAME", {"broken": broken, "torch": real})
+    dispatch.select.cache_clear()
+    report = tmp_path / "doctor.json"
+    try:
+        assert main(["doctor", "--quick", "--json", str(report)]) == 1
+    finally:
+        dispatch.select.cache_clear()
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if "FAILED: RuntimeError: an illegal memory access" in line]
+    checks, choices = failed[:8], failed[8:]
+    assert all(line.split()[:3] == ["broken", "cpu", "global_filter"] for line in checks)
+    assert [line.split()[0] for line in choices] == 2 * ["global_filter"]
+    assert lines[-1] == "40 of 48 checks passed, 10 FAILED"
+    content = json.loads(report.read_text())
+    assert {c["failure"] for c in content["checks"]} == {"", "RuntimeError: an illegal memory access\nof this thread"}
+    timed = {(t["contestant"], t["op"]) for t in content["times"]}
+    assert ("broken", "dynamic_filter") in timed
+    assert ("broken", "global_filter") not in timed
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_doctor_without_a_compiler_for_torch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of ours has failed then."""
+
+    def compiled(*inputs: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda run, **options: compiled)
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("FAILED: RuntimeError: no compiler" in line for line in lines if line.startswith("torch.compile")) == 6
+
+
+class Killer:
+    """Unpickling it kills the process."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return os.abort, ()
+
+
+def test_doctor_survives_a_process_that_crashes() -> None:
+    problem = dispatch.Problem("star_relu", "cpu", torch.float32, (1, 4, 4, 3), 0, True)
+    killer: Any = Killer()
+    with doctor._Process() as process:
+        crashed, checked = process.check(killer, problem), process.check("torch", problem)
+    assert (crashed.op, crashed.failure) == ("star_relu", "its process crashed")
+    assert not checked.failure
+    assert checked.error_y <= 1e-6
 
 
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

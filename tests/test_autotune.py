@@ -73,8 +73,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_fastest_is_measured_once_and_runs_from_then_on() -> None:
     gpu = FakeGpu()
     tuner = Autotuner(gpu)
+    assert tuner.choice(PROBLEM) is None
     assert gpu.run(tuner) == ("cufft", "argument")
     assert gpu.measured == ["cuda", "cufft", "torch"]
+    choice = tuner.choice(PROBLEM)
+    assert choice is not None
+    assert choice.name == "cufft"
     gpu.run(tuner)
     assert gpu.calls == ["cufft", "cufft"]
     assert gpu.measured == ["cuda", "cufft", "torch"]

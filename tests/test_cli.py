@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,13 @@ def test_doctor_without_a_compiler_for_torch(
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("FAILED: RuntimeError: no compiler" in line for line in lines if line.startswith("torch.compile")) == 6
+
+
+def test_gpu_times_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton.testing", None)
+    monkeypatch.setattr(doctor.Gpu, "seconds", lambda gpu, run, device: 0.25)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert doctor.GPU.median_ms(lambda: None) == 250
 
 
 class Killer:

@@ -18,7 +18,7 @@ test-full: $(VENV)/.installed
 
 # On a machine with a GPU: what needs one, then small problems under NVIDIA's compute-sanitizer.
 test-gpu: $(VENV)/.installed
-	DFFORMER_REQUIRE=cuda $(BIN)/python -m pytest -m gpu
+	DFFORMER_REQUIRE=cuda,cufft $(BIN)/python -m pytest -m gpu
 	PYTHON=$(BIN)/python tests/native/compute_sanitizer.sh
 
 # The compiled core alone, without Python: on emulated processors that lack this one's instruction sets, and under

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfformer_kernels.kernels import filter_kernels
+
 # The order of DType in csrc/dynamic_filter.h.
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -94,38 +96,11 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
     return gradients
 
 
-def dynamic_filter(x: Tensor, logits: Tensor, basis: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    return _filter(x, logits, basis, scale, bias)
-
-
-def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    return _filter(x, None, weight, scale, bias)
-
-
 def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     problem = _FilterProblem(x, logits, filters, scale, bias)
     y = torch.empty_like(problem.x)
     core().filter(*problem.arguments, *problem.addresses, _address(y, problem.x), _threads())
     return y
-
-
-def dynamic_filter_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    logits: Tensor,
-    basis: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    return _filter_backward(grad_y, x, logits, basis, scale, bias, needs)
-
-
-def global_filter_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
-) -> list[Tensor]:
-    need_x, *others = needs
-    return _filter_backward(grad_y, x, None, weight, scale, bias, (need_x, False, *others))
 
 
 def _filter_backward(
@@ -191,10 +166,7 @@ def filter_workspace_bytes(shape: Sequence[int], num_filters: int, dtype: torch.
 KERNELS: dict[str, Callable[..., Any]] = {
     "star_relu": star_relu,
     "star_relu_backward": star_relu_backward,
-    "dynamic_filter": dynamic_filter,
-    "dynamic_filter_backward": dynamic_filter_backward,
-    "global_filter": global_filter,
-    "global_filter_backward": global_filter_backward,
+    **filter_kernels(_filter, _filter_backward),
 }
 
 

@@ -7,15 +7,16 @@ are laid out.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dfformer_kernels import nvrtc
+from dfformer_kernels.kernels import filter_kernels
 from dfformer_kernels.sources import cuda_sources
 
 if TYPE_CHECKING:
@@ -304,14 +305,6 @@ def _load(step: Step, device: int) -> _Prepared:
     return _Prepared(kernel, -(-step.C // variant.lanes), chip.multiprocessors * variant.min_blocks)
 
 
-def dynamic_filter(x: Tensor, logits: Tensor, basis: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    return _filter(x, logits, basis, scale, bias)
-
-
-def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    return _filter(x, None, weight, scale, bias)
-
-
 def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     with torch.cuda.device(x.device):
         inputs = _Inputs(x, logits, filters, scale, bias)
@@ -322,25 +315,6 @@ def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | N
             B * prepared.channel_blocks, *_addresses(x.device, x.dtype, inputs.x, y), *inputs.parameters, B
         )
         return y
-
-
-def dynamic_filter_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    logits: Tensor,
-    basis: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    return _filter_backward(grad_y, x, logits, basis, scale, bias, needs)
-
-
-def global_filter_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
-) -> list[Tensor]:
-    need_x, *others = needs
-    return _filter_backward(grad_y, x, None, weight, scale, bias, (need_x, False, *others))
 
 
 def _filter_backward(
@@ -437,9 +411,4 @@ def _addresses(device: torch.device, dtype: torch.dtype, *tensors: Tensor | None
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
-KERNELS: dict[str, Callable[..., Any]] = {
-    "dynamic_filter": dynamic_filter,
-    "dynamic_filter_backward": dynamic_filter_backward,
-    "global_filter": global_filter,
-    "global_filter_backward": global_filter_backward,
-}
+KERNELS = filter_kernels(_filter, _filter_backward)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfformer_kernels.kernels import filter_kernels
 from dfformer_kernels.reference import compute_dtype
 
 _MAX_EXTENT = 2**30  # of H*W, and of B*C: 32-bit indices in the Triton kernels, whose offsets are 64-bit
@@ -50,38 +51,11 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
     return [gradients[0].view(x.shape), *gradients[1:]] if needs[0] else gradients
 
 
-def dynamic_filter(x: Tensor, logits: Tensor, basis: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    return _filter(x, logits, basis, scale, bias)
-
-
-def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    return _filter(x, None, weight, scale, bias)
-
-
 def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     with torch.cuda.device_of(x):
         X = _spectrum(x, x.dtype, scale, bias)
         _triton().mix(X, x.shape[2], logits, filters.contiguous())
         return _samples(_transforms(x.device.type)[1](X, x.shape[2]), x)
-
-
-def dynamic_filter_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    logits: Tensor,
-    basis: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    return _filter_backward(grad_y, x, logits, basis, scale, bias, needs)
-
-
-def global_filter_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
-) -> list[Tensor]:
-    need_x, *others = needs
-    return _filter_backward(grad_y, x, None, weight, scale, bias, (need_x, False, *others))
 
 
 def _filter_backward(
@@ -120,10 +94,7 @@ def _filter_backward(
 KERNELS: dict[str, Callable[..., Any]] = {
     "star_relu": star_relu,
     "star_relu_backward": star_relu_backward,
-    "dynamic_filter": dynamic_filter,
-    "dynamic_filter_backward": dynamic_filter_backward,
-    "global_filter": global_filter,
-    "global_filter_backward": global_filter_backward,
+    **filter_kernels(_filter, _filter_backward),
 }
 
 

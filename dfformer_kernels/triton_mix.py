@@ -104,6 +104,20 @@ def _softmax_scale(logits, n, N, C, stride_b, stride_f, stride_c, F: tl.constexp
     return peak, total
 
 
+@triton.jit
+def _filter_tile(X, row, n, N, exists, M_real, M_imaginary, norm):
+    """``X *= M norm`` in place."""
+    offset = _offsets(row, n, N, 0, N, 1)
+    real, imaginary = _load_complex(X, offset, exists)
+    _store_complex(
+        X,
+        offset,
+        (real * M_real - imaginary * M_imaginary) * norm,
+        (real * M_imaginary + imaginary * M_real) * norm,
+        exists,
+    )
+
+
 # Kernels
 
 
@@ -160,16 +174,7 @@ def _mix_kernel(
         real, imaginary = _basis(basis, row, rows, f, H, W, F)
         M_real += real[:, None] * r[None, :]
         M_imaginary += imaginary[:, None] * r[None, :]
-    norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
-    offset = _offsets(row, n, N, 0, N, 1)
-    real, imaginary = _load_complex(X, offset, exists)
-    _store_complex(
-        X,
-        offset,
-        (real * M_real - imaginary * M_imaginary) * norm,
-        (real * M_imaginary + imaginary * M_real) * norm,
-        exists,
-    )
+    _filter_tile(X, row, n, N, exists, M_real, M_imaginary, tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE))
 
 
 @triton.jit
@@ -177,16 +182,7 @@ def _global_mix_kernel(X, weight, H, W, rows, N, C, COMPUTE: tl.constexpr, ROWS:
     """``X *= weight / (HW)``, in place."""
     row, n, exists = _tile(rows, N, ROWS, COLUMNS)
     M_real, M_imaginary = _weight(weight, row, n % C, C, exists, H, W)
-    norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
-    offset = _offsets(row, n, N, 0, N, 1)
-    real, imaginary = _load_complex(X, offset, exists)
-    _store_complex(
-        X,
-        offset,
-        (real * M_real - imaginary * M_imaginary) * norm,
-        (real * M_imaginary + imaginary * M_real) * norm,
-        exists,
-    )
+    _filter_tile(X, row, n, N, exists, M_real, M_imaginary, tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE))
 
 
 @triton.jit

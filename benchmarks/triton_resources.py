@@ -22,18 +22,19 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from dfformer_kernels import cufft
+from dfformer_kernels.cuda import CHIPS
 
 # Triton's target; threads, blocks and bytes of shared memory of a multiprocessor; the most of those for a block.
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 2048, 32, 164 << 10, 163 << 10),
-    "sm_86": (GPUTarget("cuda", 86, 32), 1536, 16, 100 << 10, 99 << 10),
-    "sm_89": (GPUTarget("cuda", 89, 32), 1536, 24, 100 << 10, 99 << 10),
-    "sm_90": (GPUTarget("cuda", 90, 32), 2048, 32, 228 << 10, 227 << 10),
-    "sm_100": (GPUTarget("cuda", 100, 32), 2048, 32, 228 << 10, 227 << 10),
-    "sm_120": (GPUTarget("cuda", 120, 32), 1536, 24, 100 << 10, 99 << 10),
-    "gfx90a": (GPUTarget("hip", "gfx90a", 64), 2048, 32, 64 << 10, 64 << 10),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 2048, 32, 64 << 10, 64 << 10),
-}
+    arch: (
+        GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
+        chip.threads_per_multiprocessor,
+        chip.blocks_per_multiprocessor,
+        chip.shared_per_multiprocessor,
+        chip.shared_per_block,
+    )
+    for arch, chip in CHIPS.items()
+} | {arch: (GPUTarget("hip", arch, 64), 2048, 32, 64 << 10, 64 << 10) for arch in ("gfx90a", "gfx942")}
 OPS = ("dynamic_filter", "global_filter")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (H, W, C) of the models' four stages, and one whose C and W give no aligned strides
@@ -129,12 +130,10 @@ def _resources(launch: Launch, target: str) -> tuple[str, dict[str, int]]:
     used = result.metadata.shared
     warps = result.metadata.num_warps
     if gpu.backend == "cuda":
-        by_registers = 65536 // 4 // (-(-registers * 32 // 256) * 256) * 4 // warps
-        used_of_all = used + 1024  # of each block, 1 KiB is the system's
+        resident = CHIPS[target].resident_blocks(warps * gpu.warp_size, registers, used)
     else:
         by_registers = min(8, 512 // (-(-registers // 8) * 8)) * 4 // warps
-        used_of_all = max(used, 1)
-    resident = min(blocks, threads // (warps * gpu.warp_size), by_registers, shared // used_of_all)
+        resident = min(blocks, threads // (warps * gpu.warp_size), by_registers, shared // max(used, 1))
     return result.hash, {"regs": registers, "spill_bytes": spilled, "smem_bytes": used, "blocks_per_sm": resident}
 
 

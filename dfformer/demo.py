@@ -7,12 +7,11 @@
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import timm
@@ -30,8 +29,8 @@ from dfformer import figures
 from dfformer.checkpoint import load_model, save_checkpoint
 from dfformer.info import environment
 from dfformer.layers import DynamicFilter
+from dfformer.plain import plain_torch
 from dfformer.profile import saved_for_backward
-from dfformer_kernels import reference
 from dfformer_kernels.dispatch import Problem, select
 from dfformer_kernels.tolerance import relative_error
 
@@ -247,17 +246,6 @@ def mixed_filters(model: nn.Module, layer: DynamicFilter, images: Tensor) -> Ten
     r = routed[0].view(len(images), layer.num_filters, -1).softmax(1)
     basis = torch.view_as_complex(layer.complex_weights.detach())
     return torch.einsum("bfc,hkf->bhkc", r.to(basis.dtype), basis)
-
-
-@contextmanager
-def plain_torch() -> Iterator[None]:
-    """The authors' formulation: filter step and StarReLU as separate torch operations under torch's own autograd."""
-
-    def dynamic_filter(x: Tensor, logits: Tensor, basis: Tensor, star_relu: tuple[Tensor, Tensor]) -> Tensor:
-        return reference.dynamic_filter(x, logits, basis, *star_relu)
-
-    with patch.multiple("dfformer.layers", dynamic_filter=dynamic_filter, star_relu=reference.star_relu):
-        yield
 
 
 def compare_on_photos(repetitions: int) -> list[Comparison]:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import Mlp, to_2tuple
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfformer.resize import check_rule, resize_filter
-from dfformer_kernels import dynamic_filter, global_filter, star_relu
+from dfformer_kernels import dynamic_filter, global_filter, linear, mlp, star_relu
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.reference import compute_dtype
 
@@ -33,6 +33,39 @@ class StarReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return star_relu(x, self.scale, self.bias)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` on the fastest matrix product there is for ``x``; see `dfformer_kernels.dense`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Mlp(nn.Module):
+    """``fc2(act(fc1(x)))`` without biases, on (..., dim).
+
+    Where ``act`` is StarReLU the three run as one step that saves less and stays in cache (`dfformer_kernels.mlp`),
+    unless a part was replaced or has hooks.
+    """
+
+    def __init__(self, dim: int, hidden: int, out: int | None = None, act_layer: Activation = StarReLU) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden, bias=False)
+        self.act = act_layer()
+        self.fc2 = Linear(hidden, out or dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc1, act, fc2 = self.fc1, self.act, self.fc2
+        if is_plain(fc1, Linear) and is_plain(act, StarReLU) and is_plain(fc2, Linear):
+            return mlp(x, fc1.weight, (act.scale, act.bias), fc2.weight)
+        return fc2(act(fc1(x)))
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a fused step may do what ``module`` would: it is of this very type, and nothing hooks into its call."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
 
 
 class SquaredReLU(nn.Module):
@@ -58,13 +91,13 @@ class SepConv(nn.Module):
     ) -> None:
         super().__init__()
         med_channels = int(expansion_ratio * dim)
-        self.pwconv1 = nn.Linear(dim, med_channels, bias=bias)
+        self.pwconv1 = Linear(dim, med_channels, bias=bias)
         self.act1 = act1_layer()
         self.dwconv = nn.Conv2d(
             med_channels, med_channels, kernel_size, padding=padding, groups=med_channels, bias=bias
         )
         self.act2 = act2_layer()
-        self.pwconv2 = nn.Linear(med_channels, dim, bias=bias)
+        self.pwconv2 = Linear(med_channels, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act1(self.pwconv1(x))
@@ -159,7 +192,7 @@ class DynamicFilter(SpectralFilter):
         dim: channels of ``x``.
         expansion_ratio: ``pwconv1`` expands to ``C = int(expansion_ratio * dim)`` channels.
         reweight_expansion_ratio: hidden width of the routing MLP, relative to ``dim``.
-        act1_layer: activation after ``pwconv1``; StarReLU is left to the fused step, so hooks on it do not run.
+        act1_layer: activation after ``pwconv1``; StarReLU, if nothing hooks into it, is left to the fused step.
         act2_layer: activation before ``pwconv2``.
         bias: whether ``pwconv1`` and ``pwconv2`` have one.
         num_filters: filters in the basis, F.
@@ -186,13 +219,11 @@ class DynamicFilter(SpectralFilter):
         super().__init__(size, num_filters, weight_resize, resize)
         med_channels = int(expansion_ratio * dim)
         self.num_filters = num_filters
-        self.pwconv1 = nn.Linear(dim, med_channels, bias=bias)
+        self.pwconv1 = Linear(dim, med_channels, bias=bias)
         self.act1 = act1_layer()
-        self.reweight = Mlp(
-            dim, int(reweight_expansion_ratio * dim), num_filters * med_channels, act_layer=StarReLU, bias=False
-        )
+        self.reweight = Mlp(dim, int(reweight_expansion_ratio * dim), num_filters * med_channels)
         self.act2 = act2_layer()
-        self.pwconv2 = nn.Linear(med_channels, dim, bias=bias)
+        self.pwconv2 = Linear(med_channels, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
@@ -221,10 +252,10 @@ class GlobalFilter(SpectralFilter):
     ) -> None:
         med_channels = int(expansion_ratio * dim)
         super().__init__(size, med_channels, weight_resize, resize)
-        self.pwconv1 = nn.Linear(dim, med_channels, bias=bias)
+        self.pwconv1 = Linear(dim, med_channels, bias=bias)
         self.act1 = act1_layer()
         self.act2 = act2_layer()
-        self.pwconv2 = nn.Linear(med_channels, dim, bias=bias)
+        self.pwconv2 = Linear(med_channels, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
@@ -263,14 +294,14 @@ class AFNO2D(nn.Module):
         self.num_blocks = num_blocks
         self.sparsity_threshold = sparsity_threshold
         self.hard_thresholding_fraction = hard_thresholding_fraction
-        self.pwconv1 = nn.Linear(dim, med_channels, bias=bias)
+        self.pwconv1 = Linear(dim, med_channels, bias=bias)
         self.act1 = act1_layer()
         self.w1 = nn.Parameter(0.02 * torch.randn(2, num_blocks, block, hidden))
         self.b1 = nn.Parameter(0.02 * torch.randn(2, num_blocks, hidden))
         self.w2 = nn.Parameter(0.02 * torch.randn(2, num_blocks, hidden, block))
         self.b2 = nn.Parameter(0.02 * torch.randn(2, num_blocks, block))
         self.act2 = act2_layer()
-        self.pwconv2 = nn.Linear(med_channels, dim, bias=bias)
+        self.pwconv2 = Linear(med_channels, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act1(self.pwconv1(x))
@@ -308,11 +339,11 @@ class MlpHead(nn.Module):
     def __init__(self, dim: int, num_classes: int, mlp_ratio: float = 4, drop_rate: float = 0.0) -> None:
         super().__init__()
         hidden = int(mlp_ratio * dim)
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.act = SquaredReLU()
         self.norm = nn.LayerNorm(hidden)
         self.head_dropout = nn.Dropout(drop_rate)
-        self.fc2 = nn.Linear(hidden, num_classes)
+        self.fc2 = Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.head_dropout(self.norm(self.act(self.fc1(x)))))
@@ -329,6 +360,11 @@ class Scale(nn.Module):
         return x * self.scale
 
 
+def add_residual(x: Tensor, scale: nn.Module, branch: Tensor) -> Tensor:
+    """``scale(x) + branch``, with a `Scale` in one pass."""
+    return torch.addcmul(branch, x, scale.scale) if is_plain(scale, Scale) else scale(x) + branch  # type: ignore
+
+
 def conv_output_size(plane: tuple[int, int], kernel_size: int, stride: int, padding: int) -> tuple[int, int]:
     """The plane a convolution makes of ``plane`` (H, W)."""
     H, W = (math.floor((n + 2 * padding - kernel_size) / stride) + 1 for n in plane)
@@ -337,6 +373,6 @@ def conv_output_size(plane: tuple[int, int], kernel_size: int, stride: int, padd
 
 def _activation_on_load(act: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Leaves StarReLU to the fused step, which applies it while it loads ``x``; runs any other activation now."""
-    if type(act) is StarReLU:
-        return x, (act.scale, act.bias)
+    if is_plain(act, StarReLU):
+        return x, (act.scale, act.bias)  # type: ignore[return-value]
     return act(x), None

@@ -4,11 +4,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, to_2tuple, trunc_normal_
+from timm.layers import DropPath, SelectAdaptivePool2d, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dfformer.layers import Activation, DynamicFilter, MlpHead, Scale, SpectralFilter, StarReLU, conv_output_size
+from dfformer.layers import (
+    Activation,
+    DynamicFilter,
+    Mlp,
+    MlpHead,
+    Scale,
+    SpectralFilter,
+    StarReLU,
+    add_residual,
+    conv_output_size,
+)
 from dfformer.resize import check_rule
 
 TokenMixer = Callable[..., nn.Module]
@@ -60,13 +70,13 @@ class MetaFormerBlock(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.res_scale1 = scale()
         self.norm2 = _norm(dim)
-        self.mlp = Mlp(dim, 4 * dim, act_layer=mlp_act, bias=False)
+        self.mlp = Mlp(dim, 4 * dim, act_layer=mlp_act)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.res_scale2 = scale()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.res_scale1(x) + self.drop_path1(self.token_mixer(self.norm1(x)))
-        return self.res_scale2(x) + self.drop_path2(self.mlp(self.norm2(x)))
+        x = add_residual(x, self.res_scale1, self.drop_path1(self.token_mixer(self.norm1(x))))
+        return add_residual(x, self.res_scale2, self.drop_path2(self.mlp(self.norm2(x))))
 
 
 class MetaFormer(nn.Module):

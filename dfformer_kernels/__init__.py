@@ -6,7 +6,17 @@
 
 __version__ = "0.1.0"
 
+from dfformer_kernels.dense import linear, mlp
 from dfformer_kernels.dispatch import backends, use_backend
 from dfformer_kernels.ops import DynamicFilterFunction, dynamic_filter, global_filter, star_relu
 
-__all__ = ["DynamicFilterFunction", "backends", "dynamic_filter", "global_filter", "star_relu", "use_backend"]
+__all__ = [
+    "DynamicFilterFunction",
+    "backends",
+    "dynamic_filter",
+    "global_filter",
+    "linear",
+    "mlp",
+    "star_relu",
+    "use_backend",
+]

@@ -35,6 +35,52 @@ def check_global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, 
     _check_scalars("global_filter", x, scale, bias)
 
 
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_matrix("linear", "x", x, "weight", weight, x)
+    if bias is not None:
+        _check_same_kind("linear", "bias", x, bias)
+        if bias.shape != weight.shape[:1]:
+            _fail("linear", "bias", f"shape (N,) = {_shape(weight)[:1]}", _shape(bias))
+
+
+def check_linear_backward(grad_y: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> None:
+    op = "linear_backward"
+    check_linear(x, weight, None)
+    check_needs(op, needs, 3)
+    _check_same_kind(op, "grad_y", x, grad_y)
+    if grad_y.shape != (*x.shape[:-1], weight.shape[0]):
+        _fail(op, "grad_y", f"shape {(*x.shape[:-1], weight.shape[0])}, that of y", _shape(grad_y))
+
+
+def check_mlp(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor) -> None:
+    op = "mlp"
+    _check_x(op, x)
+    if x.dim() != 2:
+        _fail(op, "x", "shape (M,K)", _shape(x))
+    _check_matrix(op, "x", x, "weight1", weight1, x)
+    _check_matrix(op, "weight1.T", weight1.t(), "weight2", weight2, x)
+    _check_scalars(op, x, scale, bias)
+
+
+def check_mlp_backward(
+    grad_y: Tensor,
+    hidden: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    weight2: Tensor,
+    needs: Sequence[bool],
+) -> None:
+    op = "mlp_backward"
+    check_mlp(x, weight1, scale, bias, weight2)
+    check_needs(op, needs, 5)
+    for name, t, columns in (("grad_y", grad_y, weight2.shape[0]), ("hidden", hidden, weight1.shape[0])):
+        _check_same_kind(op, name, x, t)
+        if t.shape != (x.shape[0], columns):
+            _fail(op, name, f"shape {(x.shape[0], columns)}", _shape(t))
+
+
 def check_tensors(op: str, **arguments: object) -> None:
     for name, argument in arguments.items():
         if not isinstance(argument, Tensor):
@@ -70,6 +116,19 @@ def _check_companion(op: str, name: str, x: Tensor, t: Tensor) -> None:
     if t.dtype not in DTYPES or compute_dtype(t.dtype) not in (torch.float32, compute_dtype(x.dtype)):
         accepted = DTYPES if x.dtype == torch.float64 else tuple(d for d in DTYPES if d != torch.float64)
         _fail(op, name, f"dtype {_names(accepted)} beside {_names([x.dtype])} x", _names([t.dtype]), TypeError)
+
+
+def _check_matrix(op: str, name: str, factor: Tensor, weight_name: str, weight: Tensor, x: Tensor) -> None:
+    """A weight (N,K) for a factor (...,K), of x's dtype and device."""
+    _check_same_kind(op, weight_name, x, weight)
+    if factor.dim() < 1 or weight.dim() != 2 or weight.shape[1] != factor.shape[-1]:
+        _fail(op, weight_name, f"shape (N, {factor.shape[-1]}) for {name} of shape {_shape(factor)}", _shape(weight))
+
+
+def _check_same_kind(op: str, name: str, x: Tensor, t: Tensor) -> None:
+    _check_device(op, name, x, t)
+    if t.dtype != x.dtype:
+        _fail(op, name, f"dtype {_names([x.dtype])}, that of x", _names([t.dtype]), TypeError)
 
 
 def _check_spectral(op: str, name: str, x: Tensor, t: Tensor, shape: tuple[int, ...], meaning: str) -> None:

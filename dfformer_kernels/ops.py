@@ -109,6 +109,28 @@ def _real(filters: Tensor) -> Tensor:
 _LIBRARY = torch.library.Library("dfformer", "DEF")
 
 
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Defines ``torch.ops.dfformer``'s operator of this schema, with what it computes on any device and its fake."""
+    # Not torch.library.custom_op: what it wraps around every call takes as long as a small problem.
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dfformer::{name}", fake, lib=_LIBRARY)
+
+
+def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
+    """Makes ``function`` the operator's gradient; its ``apply`` takes the operator's arguments."""
+    operator = getattr(torch.ops.dfformer, name).default
+
+    def kernel(*args: Any) -> Tensor:
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    _LIBRARY.impl(name, kernel, "Autograd")
+
+
 def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
     """Registers ``dfformer::<name>`` and ``dfformer::<name>_backward`` and returns their autograd Function, whose
     ``apply`` takes the inputs in that order and the backend's name or None.
@@ -151,14 +173,9 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
         checks.check_grad_y(backward_name, grad_y, tensors[0])
         checks.check_needs(backward_name, needs, len(tensors))
 
-    # Not torch.library.custom_op: what it wraps around every call takes as long as a small problem.
-    tag = torch.Tag.pt2_compliant_tag
-    _LIBRARY.define(f"{name}({inputs}, str? backend) -> Tensor", tags=tag)
-    _LIBRARY.define(f"{backward_name}(Tensor grad_y, {inputs}, bool[] needs, str? backend) -> Tensor[]", tags=tag)
-    _LIBRARY.impl(name, forward_impl, "CompositeExplicitAutograd")
-    _LIBRARY.impl(backward_name, backward_impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dfformer::{name}", forward_fake, lib=_LIBRARY)
-    torch.library.register_fake(f"dfformer::{backward_name}", backward_fake, lib=_LIBRARY)
+    register(f"{name}({inputs}, str? backend) -> Tensor", forward_impl, forward_fake)
+    backward_schema = f"{backward_name}(Tensor grad_y, {inputs}, bool[] needs, str? backend) -> Tensor[]"
+    register(backward_schema, backward_impl, backward_fake)
     forward_op = getattr(torch.ops.dfformer, name).default
     backward_op = getattr(torch.ops.dfformer, backward_name).default
     differentiable_backward = getattr(reference, backward_name)
@@ -183,13 +200,7 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
             remaining = iter(gradients)
             return (*(next(remaining) if need else None for need in needs), None)
 
-    def autograd_impl(*args: Any) -> Tensor:
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-            return Function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return forward_op(*args)
-
-    _LIBRARY.impl(name, autograd_impl, "Autograd")
+    differentiate(name, Function)
     return Function
 
 

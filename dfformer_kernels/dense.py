@@ -1,0 +1,315 @@
+"""Pointwise projections, and the MLP around StarReLU, at the best rate the machine has.
+
+On x86 CPUs float32 products go to oneDNN, which generates code for the instructions it finds; torch's own choice, MKL,
+decides by the maker of the processor and has half its rate on an AMD CPU (docs/model_speed.md). Everything else goes
+where ``F.linear`` sends it. On a CPU the MLP runs in chunks of rows whose hidden activations stay in cache.
+"""
+
+import platform
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dfformer_kernels import checks, memory, reference
+from dfformer_kernels.dispatch import requested_backend
+from dfformer_kernels.ops import differentiate, register
+
+# Hidden activations of an MLP's chunk: less than the caches of two cores, and enough rows for the products to run at
+# full rate (docs/model_speed.md).
+CHUNK_BYTES = 4 * 2**20
+# From this many rows on oneDNN sums a weight's gradient faster as a convolution's than as a product.
+ROWS_FOR_CONVOLUTION = 784
+
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear(x, weight, bias)``, on oneDNN where that is faster.
+
+    Args:
+        x: (..., K), any floating dtype. weight: (N, K), bias: (N,), of x's dtype; under autocast, of any.
+
+    Returns:
+        (..., N). Saves ``x`` and ``weight`` for backward.
+    """
+    if _onednn_is_faster(x) and not _autocast_dtype(x):
+        return torch.ops.dfformer.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: Tensor) -> Tensor:
+    """``star_relu(x @ weight1.T) @ weight2.T``, MetaFormer's MLP.
+
+    Args:
+        x: (..., K), float32, float64, bfloat16 or float16.
+        weight1: (hidden, K), weight2: (N, hidden), of x's dtype; under autocast, of any.
+        star_relu: StarReLU's ``(scale, bias)``, one element each.
+
+    Returns:
+        (..., N). Saves its arguments and the hidden activations before StarReLU for backward: StarReLU costs less to
+        compute again than to keep. Without a backward to come the hidden activations are never in memory as a whole.
+
+    Raises:
+        ValueError, TypeError: a bad argument, by name.
+    """
+    scale, bias = star_relu
+    checks.check_tensors("mlp", x=x, weight1=weight1, scale=scale, bias=bias, weight2=weight2)
+    if dtype := _autocast_dtype(x):
+        x, weight1, weight2 = x.to(dtype), weight1.to(dtype), weight2.to(dtype)
+    rows = x.flatten(0, -2) if x.dim() > 2 else x
+    y = torch.ops.dfformer.mlp(rows, weight1, scale, bias, weight2, requested_backend(None))
+    return y.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts the arguments of ``F.linear`` to; None where it leaves them."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+# Products
+
+
+def _onednn_is_faster(x: Tensor) -> bool:
+    return _X86 and x.is_cpu and x.dtype == torch.float32 and torch._C._get_mkldnn_enabled()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``; x (..., K), weight (N, K) contiguous or transposed."""
+    if _onednn_is_faster(x) and x.numel() and weight.numel():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
+    """``grad_y.T @ x`` (N, K) of grad_y (M, N) and x (M, K), both contiguous."""
+    (M, N), K = grad_y.shape, x.shape[1]
+    if not _onednn_is_faster(x) or not M:
+        return grad_y.t() @ x
+    if M >= ROWS_FOR_CONVOLUTION:
+        grad_y, x = (t.view(1, 1, M, -1).permute(0, 3, 1, 2) for t in (grad_y, x))
+        weight = x.new_empty(1).expand(N, K, 1, 1)  # of which only the shape is used
+        geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])
+        return torch.ops.aten.convolution_backward(grad_y, x, weight, None, *geometry)[1].view(N, K)
+    # The first operand is copied to transpose it.
+    return _product(grad_y.t(), x.t()) if N <= K else _product(x.t(), grad_y.t()).t().contiguous()
+
+
+# linear
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    checks.check_linear(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    checks.check_linear(x, weight, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_backward(grad_y: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
+    checks.check_linear_backward(grad_y, x, weight, needs)
+    need_x, need_weight, need_bias = needs
+    gradients = [_product(grad_y, weight.t())] if need_x else []
+    grad_y, x = grad_y.reshape(-1, weight.shape[0]).contiguous(), x.reshape(-1, weight.shape[1]).contiguous()
+    if need_weight:
+        gradients.append(_weight_gradient(grad_y, x))
+    if need_bias:
+        gradients.append(grad_y.sum(0))
+    return gradients
+
+
+def _linear_backward_fake(grad_y: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
+    checks.check_linear_backward(grad_y, x, weight, needs)
+    return [x.new_empty(shape) for shape in compress((x.shape, weight.shape, weight.shape[:1]), needs)]
+
+
+class LinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        ctx.save_for_backward(*args[:2])
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.dfformer.linear(*args)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad)
+        if torch.is_grad_enabled():  # somebody will differentiate these gradients
+            rows = grad_y.flatten(0, -2)
+            all_of_them = (grad_y @ weight, rows.t() @ x.flatten(0, -2), rows.sum(0))
+            return tuple(gradient if need else None for gradient, need in zip(all_of_them, needs, strict=True))
+        gradients = iter(torch.ops.dfformer.linear_backward(grad_y, x, weight, needs))
+        return tuple(next(gradients) if need else None for need in needs)
+
+
+# mlp, of rows
+
+
+def _mlp(
+    x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor, backend: str | None, keep: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The MLP of x (M, K), and, if they are to be kept, the hidden activations before StarReLU."""
+    checks.check_mlp(x, weight1, scale, bias, weight2)
+    y = memory.empty((x.shape[0], weight2.shape[0]), x)
+    hidden = memory.empty((x.shape[0] if keep else 0, weight1.shape[0]), x)
+    for rows in _chunks(x, weight1):
+        h = _product(x[rows], weight1)
+        if keep:
+            hidden[rows] = h
+        y[rows] = _product(torch.ops.dfformer.star_relu(h, scale, bias, backend), weight2)
+    return y, hidden
+
+
+def _mlp_fake(
+    x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor, backend: str | None, keep: bool = False
+) -> tuple[Tensor, Tensor]:
+    checks.check_mlp(x, weight1, scale, bias, weight2)
+    M = x.shape[0]
+    return x.new_empty((M, weight2.shape[0])), x.new_empty((M if keep else 0, weight1.shape[0]))
+
+
+def _mlp_backward(
+    grad_y: Tensor,
+    hidden: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    weight2: Tensor,
+    needs: list[bool],
+    backend: str | None,
+) -> list[Tensor]:
+    checks.check_mlp_backward(grad_y, hidden, x, weight1, scale, bias, weight2, needs)
+    grad_y, x, hidden = grad_y.contiguous(), x.contiguous(), hidden.contiguous()
+    need_x, need_weight1, need_scale, need_bias, need_weight2 = needs
+    need_h = need_x or need_weight1
+    grad_x = memory.empty(x.shape if need_x else (0,), x)
+    sums = [_Sum(t) for t in (weight1, scale, bias, weight2)]
+    sum_weight1, *sum_scalars, sum_weight2 = sums
+    for rows in _chunks(x, weight1):
+        h, gy = hidden[rows], grad_y[rows]
+        if need_weight2:
+            sum_weight2 += _weight_gradient(gy, torch.ops.dfformer.star_relu(h, scale, bias, backend))
+        if not (need_h or need_scale or need_bias):
+            continue
+        wanted = [need_h, need_scale, need_bias]
+        grads = torch.ops.dfformer.star_relu_backward(_product(gy, weight2.t()), h, scale, bias, wanted, backend)
+        for total, grad in zip(compress(sum_scalars, wanted[1:]), grads[need_h:], strict=True):
+            total += grad
+        if need_weight1:
+            sum_weight1 += _weight_gradient(grads[0], x[rows])
+        if need_x:
+            grad_x[rows] = _product(grads[0], weight1.t())
+    gradients = [total.value() for total in compress(sums, needs[1:])]
+    return [grad_x, *gradients] if need_x else gradients
+
+
+def _mlp_backward_fake(
+    grad_y: Tensor,
+    hidden: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    weight2: Tensor,
+    needs: list[bool],
+    backend: str | None,
+) -> list[Tensor]:
+    checks.check_mlp_backward(grad_y, hidden, x, weight1, scale, bias, weight2, needs)
+    return [t.new_empty(t.shape) for t in compress((x, weight1, scale, bias, weight2), needs)]
+
+
+class _Sum:
+    """A gradient, summed over chunks in their order; that of a narrow dtype in float32."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._sum: Tensor | None = None
+
+    def __iadd__(self, term: Tensor) -> "_Sum":
+        if self._sum is None:
+            self._sum = term.to(reference.compute_dtype(term.dtype))
+        else:
+            self._sum += term
+        return self
+
+    def value(self) -> Tensor:
+        return torch.zeros_like(self._like) if self._sum is None else self._sum.to(self._like.dtype)
+
+
+def _chunks(x: Tensor, weight1: Tensor) -> Iterator[slice]:
+    """Rows of x (M, K) to run at a time: about equally many, all of them on other devices than a CPU."""
+    M = x.shape[0]
+    count = -(-M * weight1.shape[0] * x.itemsize // CHUNK_BYTES) if x.is_cpu else 1
+    size = max(-(-M // max(count, 1)), 1)
+    return (slice(start, min(start + size, M)) for start in range(0, M, size))
+
+
+class MlpFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, ctx.backend = args
+        with torch._C._AutoDispatchBelowAutograd():
+            y, hidden = torch.ops.dfformer.mlp_keeping_hidden(*args)
+        ctx.save_for_backward(*tensors, hidden)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, hidden = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:-1])
+        if torch.is_grad_enabled():  # somebody will differentiate these gradients
+            gradients = iter(_mlp_differentiable_backward(grad_y, tensors, needs))
+        else:
+            gradients = iter(torch.ops.dfformer.mlp_backward(grad_y, hidden, *tensors, needs, ctx.backend))
+        return (*(next(gradients) if need else None for need in needs), None)
+
+
+def _mlp_differentiable_backward(grad_y: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    x, weight1, scale, bias, weight2 = tensors
+    need_x, need_weight1, need_scale, need_bias, need_weight2 = needs
+    h = x @ weight1.t()
+    wanted = (need_x or need_weight1, need_scale, need_bias)
+    grads = iter(reference.star_relu_backward(grad_y @ weight2, h, scale, bias, wanted))
+    grad_h = next(grads) if wanted[0] else h
+    gradients = [grad_h @ weight1] if need_x else []
+    if need_weight1:
+        gradients.append(grad_h.t() @ x)
+    gradients += grads
+    if need_weight2:
+        gradients.append(grad_y.t() @ reference.star_relu(h, scale, bias))
+    return gradients
+
+
+_LINEAR = "Tensor x, Tensor weight, Tensor? bias"
+_MLP = "Tensor x, Tensor weight1, Tensor scale, Tensor bias, Tensor weight2"
+
+register(f"linear({_LINEAR}) -> Tensor", _linear, _linear_fake)
+register(
+    "linear_backward(Tensor grad_y, Tensor x, Tensor weight, bool[] needs) -> Tensor[]",
+    _linear_backward,
+    _linear_backward_fake,
+)
+differentiate("linear", LinearFunction)
+
+register(f"mlp({_MLP}, str? backend) -> Tensor", lambda *args: _mlp(*args)[0], lambda *args: _mlp_fake(*args)[0])
+register(
+    f"mlp_keeping_hidden({_MLP}, str? backend) -> (Tensor, Tensor)",
+    partial(_mlp, keep=True),
+    partial(_mlp_fake, keep=True),
+)
+register(
+    f"mlp_backward(Tensor grad_y, Tensor hidden, {_MLP}, bool[] needs, str? backend) -> Tensor[]",
+    _mlp_backward,
+    _mlp_backward_fake,
+)
+differentiate("mlp", MlpFunction)

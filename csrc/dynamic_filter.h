@@ -21,7 +21,7 @@ std::string active_isa();
 // Throws std::invalid_argument unless `name` is one of supported_isas().
 void set_active_isa(const std::string& name);
 
-// y = scale * relu(x)^2 + bias over n elements. x and y must not overlap.
+// y = scale * relu(x)^2 + bias over n elements. y may be x; otherwise they must not overlap.
 void star_relu(const void* x, void* y, std::int64_t n, DType dtype, double scale, double bias, int threads);
 
 struct StarReLUScalarGrads {
@@ -30,7 +30,7 @@ struct StarReLUScalarGrads {
 };
 
 // grad_x = 2 * scale * relu(x) * grad_y;  grad_scale = sum(grad_y * relu(x)^2);  grad_bias = sum(grad_y)
-// grad_x may be null when it is not needed. The two sums are reduced in a fixed order: the same bits for any `threads`.
+// grad_x may be null when it is not needed, and may be grad_y. The two sums are reduced in a fixed order: the same bits for any `threads`.
 StarReLUScalarGrads star_relu_backward(const void* grad_y, const void* x, void* grad_x, std::int64_t n, DType dtype,
                                        double scale, int threads);
 

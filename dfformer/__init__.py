@@ -5,6 +5,7 @@
 """
 
 from dfformer.checkpoint import load_checkpoint, load_model
+from dfformer.inference import optimize_for_inference
 from dfformer.layers import AFNO2D, DynamicFilter, GlobalFilter, SepConv, StarReLU
 from dfformer.model import MetaFormer
 from dfformer.registry import VARIANTS
@@ -22,5 +23,6 @@ __all__ = [
     "__version__",
     "load_checkpoint",
     "load_model",
+    "optimize_for_inference",
     "replace_dynamic_filters",
 ]

@@ -5,7 +5,7 @@ A token mixer is built as ``mixer(dim=..., size=plane)`` and maps (B,H,W,dim) to
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from timm.layers import to_2tuple
@@ -18,6 +18,7 @@ from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.reference import compute_dtype
 
 Activation = Callable[[], nn.Module]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class StarReLU(nn.Module):
@@ -62,10 +63,16 @@ class Mlp(nn.Module):
         return fc2(act(fc1(x)))
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[ModuleT]) -> TypeGuard[ModuleT]:
     """Whether a fused step may do what ``module`` would: it is of this very type, and nothing hooks into its call."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks)
+    return type(module) is kind and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody sees or changes what goes in and out of a module or what it contains."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules()
+    )
 
 
 class SquaredReLU(nn.Module):
@@ -362,7 +369,7 @@ class Scale(nn.Module):
 
 def add_residual(x: Tensor, scale: nn.Module, branch: Tensor) -> Tensor:
     """``scale(x) + branch``, with a `Scale` in one pass."""
-    return torch.addcmul(branch, x, scale.scale) if is_plain(scale, Scale) else scale(x) + branch  # type: ignore
+    return torch.addcmul(branch, x, scale.scale) if is_plain(scale, Scale) else scale(x) + branch
 
 
 def conv_output_size(plane: tuple[int, int], kernel_size: int, stride: int, padding: int) -> tuple[int, int]:
@@ -374,5 +381,5 @@ def conv_output_size(plane: tuple[int, int], kernel_size: int, stride: int, padd
 def _activation_on_load(act: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Leaves StarReLU to the fused step, which applies it while it loads ``x``; runs any other activation now."""
     if is_plain(act, StarReLU):
-        return x, (act.scale, act.bias)  # type: ignore[return-value]
+        return x, (act.scale, act.bias)
     return act(x), None

@@ -18,6 +18,7 @@ from dfformer.layers import (
     StarReLU,
     add_residual,
     conv_output_size,
+    has_hooks,
 )
 from dfformer.resize import check_rule
 
@@ -26,6 +27,8 @@ TokenMixer = Callable[..., nn.Module]
 # (kernel size, padding) of the stem and of the three downsampling convolutions.
 STEM, DOWNSAMPLE = (7, 2), (3, 1)
 NORM_EPS = 1e-6
+# Feature map, at a stage's entrance, of as many samples as are run through the stage together for inference on a CPU.
+PART_BYTES = 2 * 2**20
 
 
 def _norm(dim: int, bias: bool = False) -> nn.LayerNorm:
@@ -267,6 +270,21 @@ class MetaFormer(nn.Module):
         return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
 
     def _stage(self, i: int, x: Tensor) -> Tensor:
+        parts = self._parts(i, x)
+        return torch.cat([self._run_stage(i, part) for part in parts]) if len(parts) > 1 else self._run_stage(i, x)
+
+    def _parts(self, i: int, x: Tensor) -> Sequence[Tensor]:
+        """The batch in parts whose feature maps stay in a CPU's cache, where nobody can tell the difference."""
+        observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not x.is_cpu or observed or len(x) < 2:
+            return [x]
+        pixels = x.shape[2] * x.shape[3] // 16 if i == 0 else x.shape[1] * x.shape[2] // 4
+        samples = max(PART_BYTES // (pixels * self.feature_info[i]["num_chs"] * x.itemsize), 1)
+        if samples >= len(x) or has_hooks(self.stages[i]) or has_hooks(self.downsample_layers[i]):
+            return [x]
+        return x.split(samples)
+
+    def _run_stage(self, i: int, x: Tensor) -> Tensor:
         x = self.downsample_layers[i](x)
         if self.grad_checkpointing and torch.is_grad_enabled():
             for block in self.stages[i].children():

@@ -1,7 +1,7 @@
 """The authors' formulation, to compare with: every step a plain torch operation under torch's own autograd."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from dfformer_kernels import reference
 def plain_torch() -> Iterator[None]:
     """Models run inside compute what the authors' code does, the way it does: torch.fft for the filter step, StarReLU
     and residual scales as separate operations, ``F.linear``, nothing recomputed in backward. Process-wide."""
-    with patch.multiple("dfformer.layers", **_PLAIN), patch("dfformer.model.add_residual", _add_residual):
+    with ExitStack() as replaced:
+        for target, plain in _PLAIN.items():
+            replaced.enter_context(patch(target, plain))
         yield
 
 
@@ -35,9 +37,10 @@ def _add_residual(x: Tensor, scale: nn.Module, branch: Tensor) -> Tensor:
 
 
 _PLAIN = {
-    "dynamic_filter": _dynamic_filter,
-    "global_filter": _global_filter,
-    "star_relu": reference.star_relu,
-    "linear": F.linear,
-    "mlp": _mlp,
+    "dfformer.layers.dynamic_filter": _dynamic_filter,
+    "dfformer.layers.global_filter": _global_filter,
+    "dfformer.layers.star_relu": reference.star_relu,
+    "dfformer.layers.linear": F.linear,
+    "dfformer.layers.mlp": _mlp,
+    "dfformer.model.add_residual": _add_residual,
 }

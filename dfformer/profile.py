@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfformer.layers import AFNO2D, DynamicFilter, GlobalFilter
+from dfformer.layers import AFNO2D, DynamicFilter, GlobalFilter, Linear
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,13 @@ def profile(make_model: Callable[[], nn.Module], img_size: tuple[int, int], in_c
     with torch.device("meta"):
         model = make_model().train()
         image = torch.empty(1, in_chans, *img_size)
-        handles = [m.register_forward_hook(counter.count) for m in model.modules() if type(m) in _MACS]
-        saved = saved_for_backward(model, image)
-        for handle in handles:
-            handle.remove()
+        saved = saved_for_backward(model, image)  # before the hooks, which would keep steps from being fused
         with torch.no_grad():
             features = model.forward_intermediates(image, intermediates_only=True)  # type: ignore[operator]
+            for module in model.modules():
+                if type(module) in _MACS:
+                    module.register_forward_hook(counter.count)
+            model(image)
     return Profile(
         parameters=sum(p.numel() for p in model.parameters()),
         macs=counter.macs,
@@ -86,6 +87,7 @@ def _spectral_macs(module: Any, x: Tensor, y: Tensor) -> int:
 
 _MACS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {
     nn.Linear: _linear_macs,
+    Linear: _linear_macs,
     nn.Conv2d: _conv_macs,
     DynamicFilter: _spectral_macs,
     GlobalFilter: _spectral_macs,

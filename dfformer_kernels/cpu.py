@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfformer_kernels import memory
 from dfformer_kernels.kernels import filter_kernels
 
 # The order of DType in csrc/dynamic_filter.h.
@@ -66,19 +67,28 @@ def core() -> ModuleType:
     return module
 
 
-def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def star_relu(x: Tensor, scale: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """``out``, contiguous, may be x itself."""
     x = x.contiguous()
-    y = torch.empty_like(x)
+    y = memory.empty(x.shape, x) if out is None else out
     core().star_relu(
         _address(x), _address(y, x), x.numel(), _DTYPE_CODES[x.dtype], scale.item(), bias.item(), _threads()
     )
     return y
 
 
-def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+def star_relu_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    needs: Sequence[bool],
+    out: Tensor | None = None,
+) -> list[Tensor]:
+    """``out``, for grad_x, may be grad_y itself if that is contiguous and has x's dtype."""
     need_x, need_scale, need_bias = needs
     x, grad_y = x.contiguous(), grad_y.to(x.dtype).contiguous()
-    grad_x = torch.empty_like(x) if need_x else None
+    grad_x = (memory.empty(x.shape, x) if out is None else out) if need_x else None
     grad_scale, grad_bias = core().star_relu_backward(
         _address(grad_y, x),
         _address(x),
@@ -98,7 +108,7 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
 
 def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     problem = _FilterProblem(x, logits, filters, scale, bias)
-    y = torch.empty_like(problem.x)
+    y = memory.empty(x.shape, x)
     core().filter(*problem.arguments, *problem.addresses, _address(y, problem.x), _threads())
     return y
 
@@ -115,7 +125,7 @@ def _filter_backward(
     need_x, need_logits, need_filters, need_scale, need_bias = needs
     problem = _FilterProblem(x, logits, filters, scale, bias)
     grad_y = grad_y.to(x.dtype).contiguous()
-    grad_x = torch.empty_like(problem.x) if need_x else None
+    grad_x = memory.empty(x.shape, x) if need_x else None
     grad_logits = torch.empty_like(problem.logits) if problem.logits is not None and need_logits else None
     grad_filters = torch.empty_like(problem.filters) if need_filters else None
     grad_scale, grad_bias = core().filter_backward(

@@ -6,7 +6,7 @@ where ``F.linear`` sends it. On a CPU the MLP runs in chunks of rows whose hidde
 """
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfformer_kernels import checks, memory, reference
-from dfformer_kernels.dispatch import requested_backend
+from dfformer_kernels import checks, cpu, memory, reference
+from dfformer_kernels.dispatch import kernel_for, requested_backend, without_autocast
 from dfformer_kernels.ops import differentiate, register
 
 # Hidden activations of an MLP's chunk: less than the caches of two cores, and enough rows for the products to run at
@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., N). Saves ``x`` and ``weight`` for backward.
     """
-    if _onednn_is_faster(x) and not _autocast_dtype(x):
+    if _suits_onednn(x) and not _autocast_dtype(x):
         return torch.ops.dfformer.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -77,13 +77,18 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 # Products
 
 
-def _onednn_is_faster(x: Tensor) -> bool:
-    return _X86 and x.is_cpu and x.dtype == torch.float32 and torch._C._get_mkldnn_enabled()
+def _suits_onednn(x: Tensor) -> bool:
+    return _X86 and x.is_cpu and x.dtype == torch.float32
+
+
+def _by_onednn(x: Tensor) -> bool:
+    # Empty tensors it refuses. torch.compile must not see the question whether the user has switched it off.
+    return _suits_onednn(x) and x.numel() > 0 and torch._C._get_mkldnn_enabled()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``; x (..., K), weight (N, K) contiguous or transposed."""
-    if _onednn_is_faster(x) and x.numel() and weight.numel():
+    if _by_onednn(x) and weight.numel():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -91,7 +96,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
     """``grad_y.T @ x`` (N, K) of grad_y (M, N) and x (M, K), both contiguous."""
     (M, N), K = grad_y.shape, x.shape[1]
-    if not _onednn_is_faster(x) or not M:
+    if not _by_onednn(x):
         return grad_y.t() @ x
     if M >= ROWS_FOR_CONVOLUTION:
         grad_y, x = (t.view(1, 1, M, -1).permute(0, 3, 1, 2) for t in (grad_y, x))
@@ -100,6 +105,25 @@ def _weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
         return torch.ops.aten.convolution_backward(grad_y, x, weight, None, *geometry)[1].view(N, K)
     # The first operand is copied to transpose it.
     return _product(grad_y.t(), x.t()) if N <= K else _product(x.t(), grad_y.t()).t().contiguous()
+
+
+# Weights in oneDNN's own layout, for those that do not change
+
+
+def can_pack(x: Tensor) -> bool:
+    """Whether products with x are faster when the weight is packed: a little in float32, more in bfloat16."""
+    by_onednn = _by_onednn(x) or (_X86 and x.is_cpu and x.dtype == torch.bfloat16 and x.numel() > 0)
+    return by_onednn and torch._C._get_mkldnn_enabled() and not _autocast_dtype(x)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight (N, K) in the layout that `packed_product` takes; opaque to everything else."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_FOR_CONVOLUTION)
+
+
+def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` with a weight that `pack` made, for an x that `can_pack`."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 # linear
@@ -159,13 +183,14 @@ def _mlp(
 ) -> tuple[Tensor, Tensor]:
     """The MLP of x (M, K), and, if they are to be kept, the hidden activations before StarReLU."""
     checks.check_mlp(x, weight1, scale, bias, weight2)
+    x = x.contiguous()
     y = memory.empty((x.shape[0], weight2.shape[0]), x)
     hidden = memory.empty((x.shape[0] if keep else 0, weight1.shape[0]), x)
-    for rows in _chunks(x, weight1):
+    for rows in chunks(x, weight1.shape[0]):
         h = _product(x[rows], weight1)
         if keep:
             hidden[rows] = h
-        y[rows] = _product(torch.ops.dfformer.star_relu(h, scale, bias, backend), weight2)
+        y[rows] = _product(star_relu_(h, scale, bias, backend), weight2)
     return y, hidden
 
 
@@ -195,14 +220,14 @@ def _mlp_backward(
     grad_x = memory.empty(x.shape if need_x else (0,), x)
     sums = [_Sum(t) for t in (weight1, scale, bias, weight2)]
     sum_weight1, *sum_scalars, sum_weight2 = sums
-    for rows in _chunks(x, weight1):
+    for rows in chunks(x, weight1.shape[0]):
         h, gy = hidden[rows], grad_y[rows]
         if need_weight2:
-            sum_weight2 += _weight_gradient(gy, torch.ops.dfformer.star_relu(h, scale, bias, backend))
+            sum_weight2 += _weight_gradient(gy, star_relu_(h.clone(), scale, bias, backend))
         if not (need_h or need_scale or need_bias):
             continue
         wanted = [need_h, need_scale, need_bias]
-        grads = torch.ops.dfformer.star_relu_backward(_product(gy, weight2.t()), h, scale, bias, wanted, backend)
+        grads = _star_relu_backward_(_product(gy, weight2.t()), h, scale, bias, wanted, backend)
         for total, grad in zip(compress(sum_scalars, wanted[1:]), grads[need_h:], strict=True):
             total += grad
         if need_weight1:
@@ -228,6 +253,21 @@ def _mlp_backward_fake(
     return [t.new_empty(t.shape) for t in compress((x, weight1, scale, bias, weight2), needs)]
 
 
+def star_relu_(h: Tensor, scale: Tensor, bias: Tensor, backend: str | None = None) -> Tensor:
+    """StarReLU, on a CPU in h's place: half the memory for the caches to hold."""
+    kernel = kernel_for("star_relu", backend, (h, scale, bias))
+    return kernel(h, scale, bias, out=h) if kernel is cpu.star_relu else kernel(h, scale, bias)
+
+
+def _star_relu_backward_(
+    grad_y: Tensor, h: Tensor, scale: Tensor, bias: Tensor, needs: list[bool], backend: str | None
+) -> list[Tensor]:
+    """StarReLU's gradients, on a CPU that of h in grad_y's place."""
+    kernel = kernel_for("star_relu_backward", backend, (h, scale, bias))
+    out = {"out": grad_y} if kernel is cpu.star_relu_backward else {}
+    return kernel(grad_y, h, scale, bias, needs, **out)
+
+
 class _Sum:
     """A gradient, summed over chunks in their order; that of a narrow dtype in float32."""
 
@@ -246,10 +286,11 @@ class _Sum:
         return torch.zeros_like(self._like) if self._sum is None else self._sum.to(self._like.dtype)
 
 
-def _chunks(x: Tensor, weight1: Tensor) -> Iterator[slice]:
-    """Rows of x (M, K) to run at a time: about equally many, all of them on other devices than a CPU."""
+def chunks(x: Tensor, hidden: int) -> Iterator[slice]:
+    """Rows of x (M, K) to run an MLP with so many hidden channels on at a time: about equally many, all of them on
+    other devices than a CPU."""
     M = x.shape[0]
-    count = -(-M * weight1.shape[0] * x.itemsize // CHUNK_BYTES) if x.is_cpu else 1
+    count = -(-M * hidden * x.itemsize // CHUNK_BYTES) if x.is_cpu else 1
     size = max(-(-M // max(count, 1)), 1)
     return (slice(start, min(start + size, M)) for start in range(0, M, size))
 
@@ -293,21 +334,30 @@ def _mlp_differentiable_backward(grad_y: Tensor, tensors: Sequence[Tensor], need
 _LINEAR = "Tensor x, Tensor weight, Tensor? bias"
 _MLP = "Tensor x, Tensor weight1, Tensor scale, Tensor bias, Tensor weight2"
 
-register(f"linear({_LINEAR}) -> Tensor", _linear, _linear_fake)
-register(
+
+def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def in_the_dtypes_given(*args: Any) -> Any:
+        with without_autocast(args[0].device):
+            return implementation(*args)
+
+    register(schema, in_the_dtypes_given, fake)
+
+
+_register(f"linear({_LINEAR}) -> Tensor", _linear, _linear_fake)
+_register(
     "linear_backward(Tensor grad_y, Tensor x, Tensor weight, bool[] needs) -> Tensor[]",
     _linear_backward,
     _linear_backward_fake,
 )
 differentiate("linear", LinearFunction)
 
-register(f"mlp({_MLP}, str? backend) -> Tensor", lambda *args: _mlp(*args)[0], lambda *args: _mlp_fake(*args)[0])
-register(
+_register(f"mlp({_MLP}, str? backend) -> Tensor", lambda *args: _mlp(*args)[0], lambda *args: _mlp_fake(*args)[0])
+_register(
     f"mlp_keeping_hidden({_MLP}, str? backend) -> (Tensor, Tensor)",
     partial(_mlp, keep=True),
     partial(_mlp_fake, keep=True),
 )
-register(
+_register(
     f"mlp_backward(Tensor grad_y, Tensor hidden, {_MLP}, bool[] needs, str? backend) -> Tensor[]",
     _mlp_backward,
     _mlp_backward_fake,

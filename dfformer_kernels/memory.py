@@ -1,4 +1,4 @@
-"""Allocating large CPU tensors without faulting in every page of them at every call."""
+"""Keeping large CPU tensors from being faulted in, page by page, at every call."""
 
 import ctypes
 import mmap
@@ -8,14 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# glibc keeps smaller blocks for the next call; one this large it maps afresh and gives back when it is freed, however
-# often it is needed.
+# From this size on glibc's malloc maps every block afresh and gives it back when it is freed.
 MAPPED_AFRESH = 32 * 2**20
+
+# Below it, glibc gives back what exceeds twice the largest block that was ever mapped and freed, so that a model whose
+# activations come and go would fault them in again at every layer. One block just under the limit, never touched,
+# raises that to 64 MiB.
+torch.empty(MAPPED_AFRESH - 2**16, dtype=torch.uint8)
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of ``shape`` with the dtype and device of ``like``, on huge pages where it
-    would otherwise cost a page fault for every 4 KiB."""
+    would be mapped afresh: one fault for 2 MiB instead of 512."""
     t = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
     if t.is_cpu and t.nbytes >= MAPPED_AFRESH and sys.platform == "linux":
         _advise_huge_pages(t)

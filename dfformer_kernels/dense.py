@@ -61,9 +61,9 @@ def mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: T
     checks.check_tensors("mlp", x=x, weight1=weight1, scale=scale, bias=bias, weight2=weight2)
     if dtype := _autocast_dtype(x):
         x, weight1, weight2 = x.to(dtype), weight1.to(dtype), weight2.to(dtype)
-    rows = x.flatten(0, -2) if x.dim() > 2 else x
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() else x  # which the operator refuses
     y = torch.ops.dfformer.mlp(rows, weight1, scale, bias, weight2, requested_backend(None))
-    return y.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y
+    return y.view(*x.shape[:-1], weight2.shape[0])
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -168,8 +168,8 @@ class LinearFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs = list(ctx.needs_input_grad)
         if torch.is_grad_enabled():  # somebody will differentiate these gradients
-            rows = grad_y.flatten(0, -2)
-            all_of_them = (grad_y @ weight, rows.t() @ x.flatten(0, -2), rows.sum(0))
+            rows = grad_y.reshape(-1, weight.shape[0])
+            all_of_them = (grad_y @ weight, rows.t() @ x.reshape(-1, weight.shape[1]), rows.sum(0))
             return tuple(gradient if need else None for gradient, need in zip(all_of_them, needs, strict=True))
         gradients = iter(torch.ops.dfformer.linear_backward(grad_y, x, weight, needs))
         return tuple(next(gradients) if need else None for need in needs)

@@ -559,6 +559,97 @@ def test_empty_batch() -> None:
 # Compilers
 
 
+class Copies(TorchDispatchMode):
+    """Notes every operation that rearranges or duplicates the memory of an activation."""
+
+    COPYING = ("clone", "copy_", "_to_copy", "contiguous")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.COPYING and args[0].dim() == 4:
+            self.seen.append(f"{func} of {tuple(args[0].shape)} with strides {args[0].stride()}")
+        return func(*args, **(kwargs or {}))
+
+
+@EVERY_KIND
+def test_blocks_copy_no_activation(name: str) -> None:
+    model = small(name)
+    for stage, plane in zip(model.stages, ((24, 16), (12, 8), (6, 4), (3, 2)), strict=True):
+        block = stage[0]
+        x = torch.randn(2, *plane, block.norm2.weight.numel(), requires_grad=True)
+        with Copies() as copies:
+            y = block(x)
+            y.backward(torch.ones_like(y))
+        assert copies.seen == []
+
+
+def test_stages_run_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small("dfformer_s18"), images(96, 64, batch=5)
+    whole, calls = model(x), []
+    monkeypatch.setattr("dfformer.model.PART_BYTES", 2 * 24 * 16 * 16 * 4)  # two samples of the first stage
+    monkeypatch.setattr(model, "_run_stage", lambda i, part: calls.append((i, len(part))) or run_stage(i, part))
+    run_stage = type(model)._run_stage.__get__(model)
+    with torch.no_grad():
+        assert relative_error(model(x), whole) < ERROR
+        assert [samples for i, samples in calls if i == 0] == [2, 2, 1]
+        calls.clear()
+        handle = model.stages[0][0].register_forward_hook(lambda *args: None)  # who looks sees whole batches
+        model(x)
+        assert [samples for i, samples in calls if i == 0] == [5]
+        handle.remove()
+    calls.clear()
+    model(x)
+    assert [samples for i, samples in calls if i == 0] == [5]
+
+
+def test_hooks_inside_an_mlp_run() -> None:
+    model, seen = small("dfformer_s18"), []
+    block = model.stages[0][0]
+    x = torch.randn(2, 16, 16, block.norm2.weight.numel())
+    fused = block(x)
+    for module in (block.mlp.fc1, block.mlp.act, block.token_mixer.act1, block.token_mixer.reweight.fc2):
+        module.register_forward_hook(lambda module, inputs, y: seen.append(module))
+    assert relative_error(block(x), fused) < ERROR
+    assert len(seen) == 4
+
+
+@EVERY_KIND
+def test_the_plain_formulation_computes_the_same(name: str) -> None:
+    model, x = small(name), images()
+    y, grads = step(model, model, x)
+    with plain_torch():
+        plain_y, plain = step(model, model, x)
+        with pytest.raises(AssertionError):  # nothing of ours runs
+            with patch("torch.ops.dfformer.star_relu", side_effect=AssertionError):
+                raise AssertionError
+    assert relative_error(y, plain_y) < ERROR
+    assert max(gradient_errors(list(grads.values()), list(plain.values()))) < 10 * ERROR
+
+
+def test_training_follows_the_plain_formulation() -> None:
+    curves = []
+    for form in (nullcontext, plain_torch):
+        torch.manual_seed(0)
+        model = small("dfformer_s18").train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+        generator, losses = torch.Generator().manual_seed(1), []
+        with form():
+            for _ in range(200):
+                x, target = torch.randn(8, 3, 32, 32, generator=generator), torch.randint(CLASSES, (8,), generator=generator)
+                loss = nn.functional.cross_entropy(model(x), target)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+        curves.append(torch.stack(losses))
+    # What rounding alone does to a run: gradients of either form differ from float64 by the same 1e-6.
+    assert relative_error(curves[0][:20], curves[1][:20]) < 1e-4
+    assert relative_error(*curves) < 2e-2
+
+
 @pytest.fixture
 def fresh_dynamo() -> None:
     torch._dynamo.reset()

@@ -327,7 +327,8 @@ class AFNO2D(nn.Module):
         real, imag = self._complex_linear(F.relu(real), F.relu(imag), self.w2, self.b2)
         Z = F.softshrink(torch.stack([real, imag], dim=-1), self.sparsity_threshold)
         Z = torch.view_as_complex(Z).flatten(-2)
-        Z = F.pad(Z, (0, 0, 0, K - kept))
+        if kept < K:
+            Z = F.pad(Z, (0, 0, 0, K - kept))
         return torch.fft.irfft2(Z, s=(H, W), dim=(1, 2), norm="ortho")
 
     @staticmethod

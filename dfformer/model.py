@@ -279,7 +279,7 @@ class MetaFormer(nn.Module):
         if not x.is_cpu or observed or len(x) < 2:
             return [x]
         pixels = x.shape[2] * x.shape[3] // 16 if i == 0 else x.shape[1] * x.shape[2] // 4
-        samples = max(PART_BYTES // (pixels * self.feature_info[i]["num_chs"] * x.itemsize), 1)
+        samples = max(PART_BYTES // (max(pixels, 1) * self.feature_info[i]["num_chs"] * x.itemsize), 1)
         if samples >= len(x) or has_hooks(self.stages[i]) or has_hooks(self.downsample_layers[i]):
             return [x]
         return x.split(samples)

@@ -7,6 +7,14 @@ from pathlib import Path
 
 from dfformer_kernels import __version__
 
+_SHOWN = {
+    "filters": "Stored filters, which of them the routing picks, and the filters mixed for images and classes.",
+    "response": "What the filters do to an image and to the layer's own input.",
+    "spectrum": "Relative log amplitude of feature maps, by depth.",
+    "receptive-field": "Effective receptive fields, of several models side by side (repeat --checkpoint or --model).",
+    "similarity": "CKA between the layers of a model, or of two (repeat --checkpoint or --model).",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
@@ -56,6 +64,22 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--device", default="cpu")
     predict.add_argument("--json", type=Path, help="also write the result there")
 
+    show = command("show", _show, "Shows what is inside models: pictures, and the numbers as CSV.")
+    shown = show.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for what, help in _SHOWN.items():
+        sub = shown.add_parser(what, help=help, description=help)
+        sub.add_argument("inputs", nargs="*", type=Path, metavar="IMAGE", help="default: scikit-learn's")
+        sub.add_argument("--checkpoint", action="append", type=Path, help=".safetensors or .pth")
+        sub.add_argument("--model", action="append", help="e.g. dfformer_s18, of a checkpoint or by itself")
+        sub.add_argument("--pretrained", action="store_true", help="download the authors' weights of --model")
+        if what in ("receptive-field", "similarity"):
+            sub.add_argument("--untrained", action="store_true", help="the same model with fresh weights too")
+        if what != "receptive-field":
+            sub.add_argument("--layer", metavar="PATTERN", help="of names, e.g. 'stages.2.*'")
+        sub.add_argument("--img-size", type=_plane, metavar="N or HxW", help="default: the model's")
+        sub.add_argument("--output", type=Path, default=Path("show"), help="folder to write to (default: show)")
+        sub.add_argument("--device", default="cpu")
+
     demo = command(
         "demo", _demo, "Trains a small CDFFormer on handwritten digits and compares the step on photographs."
     )
@@ -101,6 +125,12 @@ def _predict(arguments: argparse.Namespace) -> int:
     from dfformer.predict import predict_command
 
     return predict_command(arguments)
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from dfformer.show import show_command
+
+    return show_command(arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

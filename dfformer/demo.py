@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dfformer import figures
+from dfformer.analysis import applied_filters, capture, most_different, stored_filters
 from dfformer.checkpoint import load_model, save_checkpoint
 from dfformer.info import environment
 from dfformer.layers import DynamicFilter
@@ -217,35 +218,21 @@ def draw_digits(model: nn.Module, digits: Digits, history: dict[str, list[float]
     curve.savefig(output / "learning_curve.png", dpi=130)
     layer = model.get_submodule(SHOWN_LAYER)
     assert isinstance(layer, DynamicFilter)
-    title = f"Learned filter basis of {SHOWN_LAYER}"
-    figures.filter_basis(layer.complex_weights, layer.size[1], title).savefig(output / "filter_basis.png", dpi=130)
+    basis, names = stored_filters(layer, layer.size), [f"filter {f}" for f in range(layer.num_filters)]
+    learned = figures.filter_basis(basis, layer.size[1], names, f"Learned filter basis of {SHOWN_LAYER}")
+    learned.savefig(output / "filter_basis.png", dpi=130)
     shown = torch.stack([digits.test_x[digits.test_y == digit][0] for digit in range(10)])
-    filters = mixed_filters(model, layer, normalise(shown))
-    # the channels whose filters differ most between these images
-    spread = (filters - filters.mean(0)).abs().square().mean(dim=(0, 1, 2)) / filters.abs().square().mean(dim=(0, 1, 2))
-    channels = spread.topk(4).indices
+    filters = applied_filters(layer, capture(model, {"": layer}, normalise(shown), inputs=True)[""])
+    channels = most_different(filters, 4)
     mixed = figures.mixed_filters(
-        shown[:, 0],
+        list(shown[:, 0].numpy()),
         [str(digit) for digit in range(10)],
         filters[..., channels],
+        channels,
         layer.size[1],
         f"The filter each image makes for itself in {SHOWN_LAYER}: the 4 channels that differ most",
     )
     mixed.savefig(output / "mixed_filters.png", dpi=130)
-
-
-def mixed_filters(model: nn.Module, layer: DynamicFilter, images: Tensor) -> Tensor:
-    """The filters (N,H,K,C), complex, that ``layer`` mixes for ``images`` in a forward of ``model``."""
-    routed: list[Tensor] = []
-    handle = layer.reweight.register_forward_hook(lambda module, inputs, output: routed.append(output))
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        handle.remove()
-    r = routed[0].view(len(images), layer.num_filters, -1).softmax(1)
-    basis = torch.view_as_complex(layer.complex_weights.detach())
-    return torch.einsum("bfc,hkf->bhkc", r.to(basis.dtype), basis)
 
 
 def compare_on_photos(repetitions: int) -> list[Comparison]:

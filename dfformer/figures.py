@@ -1,15 +1,23 @@
-"""Pictures of training and of filters. Every figure can stand alone: axes, units, colour bars, a title."""
+"""Pictures of training and of models. Every figure can stand alone: axes, units, colour bars, a title, a caption."""
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from dfformer.analysis import Area, Spectrum
+
 WRONG, RIGHT = "#c0392b", "#2c3e50"
+MOST_WRITTEN = 150  # cells of a matrix whose numbers can be read
 
 
 def predictions_grid(
@@ -64,59 +72,204 @@ def learning_curve(loss: Sequence[float], train_accuracy: Sequence[float], test_
     return figure
 
 
-def filter_basis(basis: Tensor, width: int, title: str) -> Figure:
-    """A basis (H,K,F,2) for planes of ``width``: log magnitude and phase of each filter, frequency 0 in the middle."""
-    filters = full_spectrum(torch.view_as_complex(basis.detach().float().contiguous()), width)
-    magnitude, phase = np.log10(np.abs(filters) + 1e-12), np.angle(filters)
-    count = filters.shape[-1]
+def filter_basis(filters: Tensor, width: int, names: Sequence[str], title: str, caption: str = "") -> Figure:
+    """Filters (H,K,n), complex, for planes of ``width``: log magnitude and phase of each, frequency 0 in the middle."""
+    spectra = full_spectrum(filters, width)
+    magnitude, phase = np.log10(np.abs(spectra) + 1e-12), np.angle(spectra)
+    count = spectra.shape[-1]
     figure = Figure(figsize=(2.3 * count + 1, 5.2), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
     low, high = np.percentile(magnitude, [1, 100])
     for f in range(count):
         top = _spectrum(axes[0, f], magnitude[..., f], "magma", low, high)
         bottom = _spectrum(axes[1, f], phase[..., f], "twilight", -np.pi, np.pi)
-        axes[0, f].set_title(f"filter {f + 1}", fontsize=10)
-    axes[0, 0].set_ylabel("log magnitude\n\nvertical frequency", fontsize=9)
-    axes[1, 0].set_ylabel("phase\n\nvertical frequency", fontsize=9)
-    for ax in axes[1]:
-        ax.set_xlabel("horizontal frequency", fontsize=9)
+        axes[0, f].set_title(names[f], fontsize=10)
+        axes[1, f].set_xlabel("horizontal frequency\n(cycles/plane)", fontsize=9)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("vertical frequency\n(cycles/plane)", fontsize=9)
     figure.colorbar(top, ax=axes[0], shrink=0.85, label="log10 |filter|")
     bar = figure.colorbar(bottom, ax=axes[1], shrink=0.85, label="phase (rad)")
     bar.set_ticks([-np.pi, 0, np.pi], labels=["-π", "0", "π"])
-    figure.suptitle(title, fontsize=11)
+    _title(figure, title, caption)
     return figure
 
 
-def mixed_filters(images: Tensor, labels: Sequence[str], filters: Tensor, width: int, title: str) -> Figure:
-    """Images (N,H,W) and, below each, how its mixed filter differs from the average one, in a few channels.
+def mixed_filters(
+    images: Sequence[np.ndarray],
+    labels: Sequence[str],
+    filters: Tensor,
+    channels: Sequence[int],
+    width: int,
+    title: str,
+    caption: str = "",
+) -> Figure:
+    """Images (H,W) or (H,W,3) and, below each, how its mixed filter differs from the average one, in a few channels.
 
-    ``filters`` is complex (N,H,K,channels) for planes of ``width``. The first column is the average filter.
+    ``filters`` is complex (N,H,K,n) for planes of ``width``; ``channels`` says which n channels they are. The first
+    column is the average filter.
     """
-    count, channels = len(images), filters.shape[-1]
+    count = len(images)
     spectra = np.stack([np.abs(full_spectrum(f, width)) + 1e-12 for f in filters])
     average = spectra.mean(0)
     gain = 20 * np.log10(spectra / average)
     limit = max(float(np.percentile(np.abs(gain), 99)), 1e-3)
-    figure = Figure(figsize=(1.2 * (count + 1) + 1.6, 1.25 * (channels + 1) + 0.7), layout="constrained")
-    axes = figure.subplots(channels + 1, count + 1, squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
+    figure = Figure(figsize=(1.2 * (count + 1) + 1.6, 1.25 * (len(channels) + 1) + 0.7), layout="constrained")
+    axes = figure.subplots(len(channels) + 1, count + 1, squeeze=False)
     axes[0, 0].set_axis_off()
     for n in range(count):
-        axes[0, n + 1].imshow(images[n].numpy(), cmap="gray_r")
+        axes[0, n + 1].imshow(images[n], cmap="gray")
         axes[0, n + 1].set_title(labels[n], fontsize=9)
     low, high = np.percentile(np.log10(average), [1, 100])
-    for c in range(channels):
-        mean = _spectrum(axes[c + 1, 0], np.log10(average[..., c]), "magma", low, high)
-        axes[c + 1, 0].set_ylabel(f"channel {c + 1}", fontsize=9)
+    for row, channel in enumerate(channels):
+        mean = _spectrum(axes[row + 1, 0], np.log10(average[..., row]), "magma", low, high)
+        axes[row + 1, 0].set_ylabel(f"channel {channel}", fontsize=9)
         for n in range(count):
-            change = _spectrum(axes[c + 1, n + 1], gain[n, ..., c], "RdBu_r", -limit, limit)
-    for ax in axes[1:].flat:
+            change = _spectrum(axes[row + 1, n + 1], gain[n, ..., row], "RdBu_r", -limit, limit)
+    for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     axes[1, 0].set_title("average", fontsize=9)
     figure.colorbar(mean, ax=axes[1:, 0], shrink=0.7, location="left", label="log10 |average filter|")
     figure.colorbar(change, ax=axes[1:, -1], shrink=0.7, label="gain against the average (dB)")
-    figure.suptitle(title, fontsize=11)
+    _title(figure, title, caption)
+    return figure
+
+
+def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], title: str, caption: str = "") -> Figure:
+    """The share of each filter in each channel, (N,F,C), a panel a filter, and its entropy ``bits`` (N,C).
+
+    A row is an image or a class. Channels are sorted by their strongest filter.
+    """
+    count, filters, _ = shares.shape
+    mean = shares.mean(0)
+    order = torch.tensor(
+        sorted(range(shares.shape[2]), key=lambda c: (int(mean[:, c].argmax()), -float(mean[:, c].max())))
+    )
+    even = 1 / filters
+    limit = max(float((shares - even).abs().max()), 1e-6)
+    figure = Figure(figsize=(2.4 * filters + 3.2, 0.22 * count + 2.2), layout="constrained")
+    axes = figure.subplots(1, filters + 1, squeeze=False, sharey=True)[0]
+    for f in range(filters):
+        image = axes[f].imshow(shares[:, f, order].numpy(), cmap="RdBu_r", aspect="auto", interpolation="nearest")
+        image.set_clim(even - limit, even + limit)
+        axes[f].set_title(f"filter {f}", fontsize=10)
+        axes[f].set_xlabel("channel (sorted)", fontsize=9)
+    axes[0].set_yticks(range(count), labels, fontsize=8)
+    figure.colorbar(image, ax=axes[:filters], shrink=0.9, label=f"share of the filter (white: 1/{filters})")
+    axes[filters].boxplot(list(bits.numpy()), positions=range(count), orientation="horizontal", showfliers=False)
+    axes[filters].axvline(np.log2(filters), color=WRONG, linestyle=":", label="all filters alike")
+    axes[filters].set_yticks(range(count), labels, fontsize=8)
+    axes[filters].set_xlabel("entropy of the shares (bits)", fontsize=9)
+    axes[filters].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    _title(figure, title, caption)
+    return figure
+
+
+def responses(
+    maps: Sequence[Sequence[Tensor]], rows: Sequence[str], columns: Sequence[str], title: str, caption: str = ""
+) -> Figure:
+    """Planes (H,W), a row an input: the input itself and what filters make of it, each with its gain.
+
+    Every plane is drawn in units of its own standard deviation around its mean; the gain is the ratio of standard
+    deviations, response to input.
+    """
+    H, W = maps[0][0].shape
+    figure = Figure(
+        figsize=(1.65 * len(columns) + 1.5, 1.65 * len(rows) * H / W + 0.3 * len(rows) + 0.9), layout="constrained"
+    )
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    for r, planes in enumerate(maps):
+        spread = float(planes[0].std()) + 1e-30
+        axes[r, 0].set_ylabel(rows[r], fontsize=9)
+        for c, plane in enumerate(planes):
+            values = (plane - plane.mean()) / (plane.std() + 1e-30)
+            image = axes[r, c].imshow(values.numpy(), cmap="gray", vmin=-3, vmax=3, interpolation="nearest")
+            gain = 20 * np.log10(float(plane.std()) / spread + 1e-12)
+            above = columns[c] if r == 0 else ""
+            below = "" if c == 0 else f"{gain:+.0f} dB"
+            axes[r, c].set_title("\n".join(filter(None, (above, below))), fontsize=8)
+    figure.colorbar(image, ax=axes, shrink=0.6, label="value (standard deviations from the mean)")
+    _title(figure, title, caption)
+    return figure
+
+
+def spectra_by_depth(spectra: dict[str, Spectrum], title: str, caption: str = "") -> Figure:
+    """Relative log amplitude against frequency, a curve a layer, and that of its highest frequency against depth."""
+    names, count = list(spectra), len(spectra)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    colours = [colormaps["viridis"](depth / max(count - 1, 1)) for depth in range(count)]
+    for colour, spectrum in zip(colours, spectra.values(), strict=True):
+        left.plot(spectrum.frequency, spectrum.amplitude, color=colour, marker=".", markersize=4, linewidth=1.2)
+    left.set(xlabel="frequency (rad/pixel of the feature map)", ylabel="Δ log amplitude", xlim=(0, 1.02))
+    left.set_xticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "π/4", "π/2", "3π/4", "π"])
+    norm = BoundaryNorm(np.arange(count + 1) + 0.5, 256) if count > 1 else Normalize(0.5, 1.5)
+    bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=left, label="depth (layer)")
+    bar.set_ticks(np.unique(np.linspace(1, count, min(count, 9)).round()).tolist())
+    highest = [float(s.amplitude[-1]) for s in spectra.values()]
+    right.plot(range(1, count + 1), highest, color="#b0b0b0", linewidth=1)
+    right.scatter(range(1, count + 1), highest, color=colours, zorder=3)
+    right.set(ylabel="Δ log amplitude, highest frequency")
+    right.set_xticks(range(1, count + 1), names, rotation=90, fontsize=7)
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    _title(figure, title, caption)
+    return figure
+
+
+def receptive_fields(
+    fields: dict[str, Tensor],
+    centres: Sequence[tuple[float, float]],
+    areas: Sequence[Sequence[Area]],
+    title: str,
+    caption: str = "",
+) -> Figure:
+    """Receptive fields (H,W) by model, with the squares of ``areas``, and the area that holds any share of them."""
+    count = len(fields)
+    figure = Figure(figsize=(3.3 * count + 4, 3.8), layout="constrained")
+    axes = figure.subplots(1, count + 1, squeeze=False)[0]
+    for ax, (name, field), centre, squares in zip(axes, fields.items(), centres, areas, strict=False):
+        image = ax.imshow(np.log10(field / field.max() + 1e-12), cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
+        for area in squares:
+            corner = (centre[1] - area.side / 2, centre[0] - area.side / 2)
+            ax.add_patch(Rectangle(corner, area.side, area.side, fill=False, edgecolor="white", linewidth=0.8))
+            ax.annotate(f"{area.share:.0%}", corner, color="white", fontsize=7, va="bottom")
+        H, W = field.shape
+        ax.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5), xlabel="column (pixel)", ylabel="row (pixel)")
+        ax.set_title(name, fontsize=9)
+        share = field.flatten().sort(descending=True).values.cumsum(0)
+        axes[-1].plot(100 * np.arange(1, H * W + 1) / (H * W), 100 * share, label=name)
+    figure.colorbar(image, ax=axes[:count], shrink=0.8, label="log10 (contribution / largest)")
+    axes[-1].set(xlabel="pixels that contribute most\n(% of the image)", ylabel="their share of all contributions (%)")
+    axes[-1].set(xlim=(0, 100), ylim=(0, 101))
+    axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[-1].grid(alpha=0.3)
+    axes[-1].spines[["top", "right"]].set_visible(False)
+    _title(figure, title, caption)
+    return figure
+
+
+def similarity_matrix(
+    cka: Tensor, layers: Sequence[Sequence[str]], models: Sequence[str], title: str, caption: str = ""
+) -> Figure:
+    """CKA (a,b) of the ``layers`` of two ``models`` (rows, columns)."""
+    rows, columns = layers
+    figure = Figure(figsize=(0.34 * len(columns) + 3, 0.34 * len(rows) + 2.2), layout="constrained")
+    ax = figure.subplots()
+    image = ax.imshow(cka.numpy(), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
+    ax.set_yticks(range(len(rows)), rows, fontsize=7)
+    ax.set_ylabel(f"{models[0]}\nlayer", fontsize=9)
+    ax.set_xlabel(f"layer\n{models[1]}", fontsize=9)
+    if cka.numel() <= MOST_WRITTEN:
+        for (a, b), value in np.ndenumerate(cka.numpy()):
+            ax.text(
+                b, a, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if value > 0.5 else "white"
+            )
+    figure.colorbar(image, ax=ax, shrink=0.9, label="CKA (linear)")
+    _title(figure, title, caption)
     return figure
 
 
@@ -148,6 +301,14 @@ def full_spectrum(half: Tensor, width: int) -> np.ndarray:
     own_half = half[:, torch.where(mirrored, 0, columns)]
     selector = mirrored.view(1, -1, *[1] * (half.dim() - 2))
     return np.fft.fftshift(torch.where(selector, other_half, own_half).resolve_conj().numpy(), axes=(0, 1))
+
+
+def _title(figure: Figure, title: str, caption: str) -> None:
+    """The title above, and below in small print what is shown on what."""
+    figure.suptitle(title, fontsize=11)
+    letters_an_inch = 17  # of 8 points
+    text = textwrap.fill(caption, int(letters_an_inch * figure.get_figwidth()))
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color="#404040")
 
 
 def _spectrum(ax: Axes, values: np.ndarray, colours: str, low: float, high: float) -> AxesImage:

@@ -82,7 +82,7 @@ def predict_command(arguments: argparse.Namespace) -> int:
     if arguments.topk < 1 or arguments.batch_size < 1:
         raise ValueError("--topk and --batch-size: accepted are numbers from 1 up")
     model, classes = _load(arguments)
-    paths = list(_image_files(arguments.inputs))
+    paths = list(image_files(arguments.inputs))
     if not paths:
         raise ValueError(f"no images in {', '.join(map(str, arguments.inputs))}")
     failed: dict[str, str] = {}
@@ -127,7 +127,7 @@ def _default_classes(num_classes: int) -> list[str]:
     return [f"class {i}" for i in range(num_classes)]
 
 
-def _image_files(inputs: Iterable[Path]) -> Iterable[Path]:
+def image_files(inputs: Iterable[Path]) -> Iterable[Path]:
     for path in inputs:
         if path.is_dir():
             yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)

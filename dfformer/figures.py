@@ -231,7 +231,8 @@ def receptive_fields(
     figure = Figure(figsize=(3.3 * count + 4, 3.8), layout="constrained")
     axes = figure.subplots(1, count + 1, squeeze=False)[0]
     for ax, (name, field), centre, squares in zip(axes, fields.items(), centres, areas, strict=False):
-        image = ax.imshow(np.log10(field / field.max() + 1e-12), cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
+        relative = (field / field.max() + 1e-12).log10().numpy()
+        image = ax.imshow(relative, cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
         for area in squares:
             corner = (centre[1] - area.side / 2, centre[0] - area.side / 2)
             ax.add_patch(Rectangle(corner, area.side, area.side, fill=False, edgecolor="white", linewidth=0.8))

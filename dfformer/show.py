@@ -36,15 +36,19 @@ SQUARES = (0.5, 0.9)  # of a receptive field, drawn
 
 
 class Loaded(NamedTuple):
-    """A model in eval mode, and what to call it."""
+    """A model in eval mode, what to call it, and the size (H,W) of images it is shown; None for its own."""
 
     name: str
     model: nn.Module
+    img_size: tuple[int, int] | None = None
 
     @property
     def config(self) -> dict[str, Any]:
-        """How it wants images, in timm's terms; at its own size."""
-        return resolve_model_data_config(self.model)
+        """How it wants images, in timm's terms."""
+        config = resolve_model_data_config(self.model)
+        if self.img_size is not None:
+            config["input_size"] = (config["input_size"][0], *self.img_size)
+        return config
 
 
 class Sample(NamedTuple):
@@ -153,10 +157,10 @@ def load_models(arguments: argparse.Namespace) -> list[Loaded]:
                 loaded.append(Loaded(f"{name}, untrained", timm.create_model(name, **overrides)))
     else:
         raise ValueError("pass --checkpoint FILE, or --model NAME (with --pretrained, or its fresh weights are shown)")
-    for name, model in loaded:
+    for name, model, _ in loaded:
         if not isinstance(model, MetaFormer):
-            raise ValueError(f"--model: {name} is a {type(model).__name__}, not one of dfformer's")
-    return [Loaded(name, model.eval().to(arguments.device)) for name, model in loaded]
+            raise ValueError(f"--model: {name}: is a {type(model).__name__} and not one of dfformer's models")
+    return [Loaded(name, model.eval().to(arguments.device), arguments.img_size) for name, model, _ in loaded]
 
 
 def _untrained(path: Path, name: str | None, **overrides: Any) -> nn.Module:

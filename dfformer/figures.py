@@ -226,17 +226,18 @@ def receptive_fields(
     title: str,
     caption: str = "",
 ) -> Figure:
-    """Receptive fields (H,W) by model, with the squares of ``areas``, and the area that holds any share of them."""
+    """Receptive fields (H,W) by model, each with the squares of two ``areas``, and the area that holds any share."""
     count = len(fields)
     figure = Figure(figsize=(3.3 * count + 4, 3.8), layout="constrained")
     axes = figure.subplots(1, count + 1, squeeze=False)[0]
     for ax, (name, field), centre, squares in zip(axes, fields.items(), centres, areas, strict=False):
         relative = (field / field.max() + 1e-12).log10().numpy()
         image = ax.imshow(relative, cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
-        for area in squares:
-            corner = (centre[1] - area.side / 2, centre[0] - area.side / 2)
-            ax.add_patch(Rectangle(corner, area.side, area.side, fill=False, edgecolor="white", linewidth=0.8))
-            ax.annotate(f"{area.share:.0%}", corner, color="white", fontsize=7, va="bottom")
+        for area, side in zip(squares, ("right", "left"), strict=True):  # at other corners, not to overlap
+            left, top = centre[1] - area.side / 2, centre[0] - area.side / 2
+            ax.add_patch(Rectangle((left, top), area.side, area.side, fill=False, edgecolor="white", linewidth=0.8))
+            x = min(left + area.side, field.shape[1]) if side == "right" else max(left, 0)
+            ax.annotate(f"{area.share:.0%}", (x, max(top, 1)), color="white", fontsize=7, va="bottom", ha=side)
         H, W = field.shape
         ax.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5), xlabel="column (pixel)", ylabel="row (pixel)")
         ax.set_title(name, fontsize=9)

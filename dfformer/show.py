@@ -206,7 +206,7 @@ def _photographs() -> Samples:
     data = load_sample_images()
     names = [Path(name).stem for name in data.filenames]
     samples = [_in_memory(name, name, pixels) for name, pixels in zip(names, data.images, strict=True)]
-    return Samples(f"scikit-learn's photographs {' and '.join(names)}", samples)
+    return Samples("scikit-learn's two photographs", samples)
 
 
 def _photograph_crops(rows: int = 4, columns: int = 8) -> Samples:

@@ -448,3 +448,18 @@ def test_show_a_broken_image(checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     assert main(["show", "spectrum", "--checkpoint", str(checkpoint), str(tmp_path / "broken.png")]) == 2
     assert "broken: cannot be read" in capsys.readouterr().err
+
+
+def test_the_python_of_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs" / "see_inside.md").read_text(encoding="utf-8")
+    scope: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], scope)
+    torch.testing.assert_close(scope["filters"], analysis.mix(scope["shares"], scope["basis"]))
+    with torch.no_grad():
+        shown = scope["layer"].pwconv2(scope["response"])
+        torch.testing.assert_close(shown, scope["layer"](scope["x"]), rtol=1e-4, atol=1e-5)
+    shapes = {"x": (8, 4, 4, 320), "basis": (4, 3, 4), "shares": (8, 4, 640), "filters": (8, 4, 3, 640)}
+    shapes |= {"response": (8, 4, 4, 640), "field": (64, 64), "cka": (18, 18)}
+    assert {name: tuple(scope[name].shape) for name in shapes} == shapes
+    assert_pictures(tmp_path, {"spectrum"})

@@ -3,6 +3,7 @@
 import argparse
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +142,8 @@ def load_models(arguments: argparse.Namespace) -> list[Loaded]:
     untrained = getattr(arguments, "untrained", False)
     loaded = []
     torch.manual_seed(0)
+    if checkpoints and arguments.pretrained:
+        raise ValueError("--pretrained: is for --model by itself, a checkpoint brings its weights")
     if checkpoints:
         if len(names) not in (0, 1, len(checkpoints)):
             raise ValueError(f"--model: got {len(names)} for {len(checkpoints)} checkpoints; one each, or one for all")
@@ -179,18 +182,29 @@ def load_samples(inputs: Sequence[Path], channels: set[int], crops: bool = False
     """
     if inputs:
         given = {path for path in inputs if not path.is_dir()}
-        files = list(image_files(inputs))
+        files = list(dict.fromkeys(image_files(inputs)))
         if not files:
             raise ValueError(f"no images in {', '.join(map(str, inputs))}")
         samples = [
-            Sample(path.stem if path in given else str(path), path.stem if path in given else path.parent.name, opener)
-            for path in files
-            for opener in [lambda path=path: Image.open(path)]
+            Sample(name, name if path in given else path.parent.name, partial(Image.open, path))
+            for name, path in zip(_short_names(files), files, strict=True)
         ]
         return Samples(f"{len(samples)} image{'s'[: len(samples) > 1]}", samples)
     if channels == {1}:
         return _digits()
+    if not channels <= {1, 3}:
+        raise ValueError(f"in_chans: got {channels}, scikit-learn's images and image files have 1 channel or 3")
     return _photograph_crops() if crops else _photographs()
+
+
+def _short_names(paths: list[Path]) -> list[str]:
+    """Different names of different files: as few trailing parts of their paths as tell them apart."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        for own in ([path.with_suffix("") for path in paths], paths):
+            names = ["_".join(path.parts[-depth:]) for path in own]
+            if len(set(names)) == len(names):
+                return names
+    return [str(path).replace("/", "_") for path in paths]
 
 
 def _digits() -> Samples:
@@ -283,13 +297,12 @@ def _half_spectrum(filters: Tensor) -> Iterator[tuple[int, int, float, float]]:
 def _show_routing(title: str, shares: Tensor, samples: Samples, name: str, output: Output) -> None:
     groups = samples.groups
     bits = analysis.entropy(shares)
+    class_shares = torch.stack([shares[members].mean(0) for members in groups.values()])
+    class_bits = torch.stack([bits[members].mean(0) for members in groups.values()])
     if len(groups) > 1:
-        labels = list(groups)
-        drawn = torch.stack([shares[i].mean(0) for i in groups.values()])
-        drawn_bits = torch.stack([bits[i].mean(0) for i in groups.values()])
+        labels, drawn, drawn_bits = list(groups), class_shares, class_bits
     else:
-        labels = [sample.name for sample in samples.samples]
-        drawn, drawn_bits = shares, bits
+        labels, drawn, drawn_bits = [sample.name for sample in samples.samples], shares, bits
     labels, drawn, drawn_bits = labels[:DRAWN_CLASSES], drawn[:DRAWN_CLASSES], drawn_bits[:DRAWN_CLASSES]
     caption = (
         f"What the softmax of the routing gives each filter in each of {shares.shape[2]} channels, averaged over the "
@@ -310,9 +323,9 @@ def _show_routing(title: str, shares: Tensor, samples: Samples, name: str, outpu
         f"{name}.routing_classes",
         ("class", "channel", "entropy_bits", *(f"share_{f}" for f in filters)),
         (
-            (group, c, float(bits[members, c].mean()), *shares[members, :, c].mean(0).tolist())
-            for group, members in groups.items()
-            for c in range(shares.shape[2])
+            (group, c, own_bits, *own_shares)
+            for group, of_class, bits_of_class in zip(groups, class_shares, class_bits, strict=True)
+            for c, (own_bits, own_shares) in enumerate(zip(bits_of_class.tolist(), of_class.T.tolist(), strict=True))
         ),
     )
 

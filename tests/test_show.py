@@ -385,6 +385,15 @@ def test_show_response(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(planes[1 + f], expected, rtol=0, atol=1e-5)
 
 
+def test_images_of_the_same_name_do_not_overwrite_each_other(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    arguments = ("--checkpoint", checkpoint, "--layer", "stages.3.*", "--output")
+    run("response", *arguments, tmp_path / "folder", folder)
+    names = {f"response.stages.3.0.token_mixer.{name}" for name in ("ant_0", "bee_0")}
+    assert_pictures(tmp_path / "folder", names)
+    run("response", *arguments, tmp_path / "files", folder / "ant" / "0.png", folder / "bee" / "0.png")
+    assert_pictures(tmp_path / "files", names)
+
+
 def test_show_spectrum_of_the_built_in_digits(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -431,6 +440,7 @@ MISUSES = {
     "unknown": (["spectrum", "--model", "dfformer_s19"], "dfformer_s19"),
     "no-filters": (["filters", "--model", "dfformer_s18_afno"], "no DynamicFilter or GlobalFilter"),
     "absent": (["spectrum", "--model", "dfformer_s18", "absent.png"], "absent: cannot be read"),
+    "both-weights": (["spectrum", "--checkpoint", "a", "--pretrained"], "--pretrained: is for --model by itself"),
     "pairs": (
         ["similarity", *["--checkpoint", "a"] * 3, *["--model", "dfformer_s18"] * 2],
         "got 2 for 3 checkpoints; one each",

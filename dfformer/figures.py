@@ -180,12 +180,12 @@ def responses(
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     for r, planes in enumerate(maps):
-        spread = float(planes[0].std()) + 1e-30
+        spread = float(planes[0].std(correction=0)) + 1e-30
         axes[r, 0].set_ylabel(rows[r], fontsize=9)
         for c, plane in enumerate(planes):
-            values = (plane - plane.mean()) / (plane.std() + 1e-30)
+            values = (plane - plane.mean()) / (plane.std(correction=0) + 1e-30)
             image = axes[r, c].imshow(values.numpy(), cmap="gray", vmin=-3, vmax=3, interpolation="nearest")
-            gain = 20 * np.log10(float(plane.std()) / spread + 1e-12)
+            gain = 20 * np.log10(float(plane.std(correction=0)) / spread + 1e-12)
             above = columns[c] if r == 0 else ""
             below = "" if c == 0 else f"{gain:+.0f} dB"
             axes[r, c].set_title("\n".join(filter(None, (above, below))), fontsize=8)

@@ -392,7 +392,12 @@ def _show_response(
     sample, plane = samples.samples[index], (x.shape[1], x.shape[2])
     u, applied = analysis.expanded(layer, x)[0], analysis.applied_filters(layer, x)[0]
     basis = analysis.stored_filters(layer, plane) if isinstance(layer, DynamicFilter) else applied[..., :0]
-    channels = analysis.filtered(u, applied).std(dim=(0, 1)).topk(min(DRAWN_CHANNELS - 1, u.shape[2])).indices.tolist()
+    channels = (
+        analysis.filtered(u, applied)
+        .std(dim=(0, 1), correction=0)
+        .topk(min(DRAWN_CHANNELS - 1, u.shape[2]))
+        .indices.tolist()
+    )
     grey = samples.pixels(index, loaded).mean(0)
     photograph = F.interpolate(grey[None, None], plane, mode="bilinear", antialias=True)[0, 0]
     inputs = {"image": (photograph, channels[0])} | {f"channel {c}": (u[..., c], c) for c in channels}

@@ -260,7 +260,8 @@ def similarity_matrix(
     rows, columns = layers
     figure = Figure(figsize=(0.34 * len(columns) + 3, 0.34 * len(rows) + 2.2), layout="constrained")
     ax = figure.subplots()
-    image = ax.imshow(cka.numpy(), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    lowest = min(np.floor(10 * np.nan_to_num(cka.numpy()).min()) / 10, 0.9)
+    image = ax.imshow(cka.numpy(), cmap="magma", vmin=lowest, vmax=1, interpolation="nearest")
     ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
     ax.set_yticks(range(len(rows)), rows, fontsize=7)
     ax.set_ylabel(f"{models[0]}\nlayer", fontsize=9)

@@ -347,12 +347,13 @@ def _show_mixed(
     for part, (labels, members) in parts.items():
         filters = analysis.mix(torch.stack([shares[i].mean(0) for i in members])[..., channels], basis)
         pictures = [torch.stack([samples.pixels(i, loaded) for i in own]).mean(0) for own in members]
-        shown = {
-            "images": f"{len(labels)} of {samples.description} and the filters they make for themselves",
-            "classes": f"{len(labels)} classes of {samples.description} and their filters, averages of their images'",
-        }
+        what = {
+            "images": f"{len(labels)} of {samples.description} and the filters they make",
+            "classes": f"{len(labels)} classes of {samples.description}, averages of images and of the filters "
+            "they make",
+        }[part]
         caption = (
-            f"{shown[part]}, in the {len(channels)} of {shares.shape[2]} channels that differ most between images. "
+            f"{what}, in the {len(channels)} of {shares.shape[2]} channels that differ most between images. "
             f"Planes of {plane[0]}x{plane[1]}, frequency 0 in the middle."
         )
         title = f"{loaded.name}: {layer}, mixed filters"

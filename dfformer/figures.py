@@ -268,9 +268,8 @@ def similarity_matrix(
     ax.set_xlabel(f"layer\n{models[1]}", fontsize=9)
     if cka.numel() <= MOST_WRITTEN:
         for (a, b), value in np.ndenumerate(cka.numpy()):
-            ax.text(
-                b, a, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if value > 0.5 else "white"
-            )
+            color = "black" if value > (lowest + 1) / 2 else "white"
+            ax.text(b, a, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
     figure.colorbar(image, ax=ax, shrink=0.9, label="CKA (linear)")
     _title(figure, title, caption)
     return figure

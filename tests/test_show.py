@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -457,6 +458,13 @@ MISUSES = {
 def test_show_misused(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", *arguments, "--output", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_show_without_its_libraries(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "dfformer.show", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["show", "spectrum", "--model", "dfformer_s18"]) == 2
+    assert "pip install 'dfformer[demo]'" in capsys.readouterr().err
 
 
 def test_show_a_broken_image(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

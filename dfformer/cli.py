@@ -80,6 +80,18 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--output", type=Path, default=Path("show"), help="folder to write to (default: show)")
         sub.add_argument("--device", default="cpu")
 
+    export = command("export", _export, "Writes a model as a file that other programs run, and checks that file.")
+    export.add_argument("output", type=Path, help="a name ending in .pt2, .onnx or .safetensors")
+    export.add_argument("--checkpoint", type=Path, help=".safetensors or .pth")
+    export.add_argument("--model", help="e.g. dfformer_s18; checkpoints written by dfformer say it themselves")
+    export.add_argument("--pretrained", action="store_true", help="download the authors' weights of --model")
+    export.add_argument("--img-size", type=_plane, metavar="N or HxW", help="of the images; default: the model's")
+    export.add_argument("--format", help="pt2, onnx, safetensors or aoti (a .pt2 too); default: by output's name")
+    export.add_argument(
+        "--fused", action="store_true", help="pt2, aoti: keep this package's operators; loading needs dfformer_kernels"
+    )
+    export.add_argument("--device", default="cpu")
+
     demo = command(
         "demo", _demo, "Trains a small CDFFormer on handwritten digits and compares the step on photographs."
     )
@@ -131,6 +143,12 @@ def _show(arguments: argparse.Namespace) -> int:
     from dfformer.show import show_command
 
     return show_command(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from dfformer.export import export_command
+
+    return export_command(arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -4,10 +4,14 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-full test-gpu test-isa test-sanitize lint clean
+.PHONY: demo docs test test-full test-gpu test-isa test-sanitize lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dfformer demo --output demo
+
+# The documentation as a site, in site/.
+docs: $(VENV)/.installed
+	$(BIN)/python -m mkdocs build --strict
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
@@ -41,4 +45,4 @@ $(VENV)/.installed: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info dfformer_kernels/*.so
+	rm -rf $(VENV) build demo site *.egg-info dfformer_kernels/*.so

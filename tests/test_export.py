@@ -155,7 +155,7 @@ def test_safetensors(tmp_path: Path) -> None:
     export(model, path, (40, 33), architecture="dfformer_s18", model_args=ARGS, classes=["ant", "bee", "cat"])
     reloaded, classes = load_model(path)
     assert classes == ["ant", "bee", "cat"]
-    assert resolve_model_data_config(reloaded)["input_size"] == (3, 40, 33)
+    assert list(resolve_model_data_config(reloaded)["input_size"]) == [3, 40, 33]
     assert filter_size(reloaded) == (10, 8)
     x = images(2, 3, 40, 33)
     with torch.no_grad():

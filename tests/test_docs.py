@@ -1,0 +1,69 @@
+"""What the documentation says works as written."""
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import require
+from torch import nn
+
+from dfformer import DynamicFilter
+from dfformer.cli import _parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# A fenced block, and the comment in front of it that says why it is not run.
+BLOCK = re.compile(r"^(<!-- not run.*?-->\n)?```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"^    (dfformer .*?)(?: +#.*)?$", re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+
+
+def readers_own() -> dict[str, Any]:
+    """What pages suppose that the reader has."""
+    return {
+        "their_model": nn.Sequential(DynamicFilter(8, size=6)),
+        "x": torch.randn(2, 6, 6, 8),
+        "logits": torch.randn(2, 4, 8),
+        "basis": torch.randn(6, 4, 4, 2),
+    }
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text("utf-8"))], ids=lambda page: page.name)
+def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a page in one namespace, in the order of reading."""
+    monkeypatch.chdir(tmp_path)
+    namespace, threads = readers_own(), torch.get_num_threads()
+    try:
+        for number, block in enumerate(BLOCK.finditer(page.read_text("utf-8")), 1):
+            if not block[1]:
+                exec(compile(block[2], f"{page.name}, block {number}", "exec"), namespace)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@EVERY_PAGE
+def test_commands_exist(page: Path) -> None:
+    for command in COMMAND.findall(page.read_text("utf-8")):
+        _parser().parse_args(shlex.split(command)[1:])
+
+
+@EVERY_PAGE
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = LINK.findall(page.read_text("utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_site(tmp_path: Path) -> None:
+    require("docs", find_spec("material") is not None, "no mkdocs-material: pip install 'dfformer[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    api = (tmp_path / "api" / "index.html").read_text("utf-8")
+    assert "replace_dynamic_filters" in api

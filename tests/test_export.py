@@ -34,7 +34,6 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {
     "afno_low_pass": partial(AFNO2D, hard_thresholding_fraction=0.5),
     "conv": SepConv,
 }
-EVERY_MIXER = pytest.mark.parametrize("mixer", MIXERS)
 # Even and odd sides, wide and tall ones, and the smallest.
 PLANES = [(8, 8), (7, 5), (4, 9), (12, 6), (1, 2), (1, 1)]
 # float32 models round some tens of times in a row, in an order that programs change
@@ -106,7 +105,7 @@ def test_matrices_are_made_once() -> None:
 # In this process
 
 
-@EVERY_MIXER
+@pytest.mark.parametrize("mixer", MIXERS if FULL else ["dynamic", "global", "afno", "conv"])
 @pytest.mark.parametrize("name", ["pt2", "onnx"])
 def test_program(mixer: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / f"model{FORMATS[name].suffix}"
@@ -123,15 +122,12 @@ def test_program(mixer: str, name: str, tmp_path: Path) -> None:
     assert names(tmp_path) == [path.name]
 
 
-@pytest.mark.parametrize("name", ["pt2", "onnx"])
-def test_image_size_of_its_own(name: str, tmp_path: Path) -> None:
+def test_image_size_of_its_own(tmp_path: Path) -> None:
     """Filters are resized once, while exporting: nothing of it is in the program."""
-    model = tiny(img_size=(32, 32))
-    path = tmp_path / f"model{FORMATS[name].suffix}"
-    assert export(model, path, (21, 34), name) < ERROR
-    if name == "pt2":
-        shapes = {tuple(value.shape) for key, value in torch.export.load(path).state_dict.items() if "complex" in key}
-        assert shapes == {(10, 9, 4, 2), (5, 5, 4, 2)}
+    model, path = tiny(img_size=(32, 32)), tmp_path / "model.pt2"
+    assert export(model, path, (21, 34)) < ERROR
+    shapes = {tuple(value.shape) for key, value in torch.export.load(path).state_dict.items() if "complex" in key}
+    assert shapes == {(10, 9, 4, 2), (5, 5, 4, 2)}
     assert filter_size(model) == (15, 15)
 
 
@@ -206,8 +202,7 @@ PRESENT = f"sys.path.insert(0, {str(Path(__file__).parents[1])!r}); import dffor
 
 @pytest.mark.parametrize(
     ("name", "fused"),
-    [("pt2", False), ("pt2", True), ("onnx", False), ("aoti", False), ("aoti", True)],
-    ids=["pt2", "pt2_fused", "onnx", "aoti", "aoti_fused"],
+    [("pt2", False), ("pt2", True), ("onnx", False), ("aoti", False), *([("aoti", True)] if FULL else [])],
 )
 def test_fresh_process(name: str, fused: bool, tmp_path: Path) -> None:
     if name == "aoti":
@@ -224,26 +219,15 @@ def test_fresh_process(name: str, fused: bool, tmp_path: Path) -> None:
         assert "dfformer" in failed.value.stderr
 
 
-def read_pt2(path: Path) -> str:
-    found = {"dfformer": ""}
-    torch.export.load(path, extra_files=found)
-    return found["dfformer"]
-
-
-def read_onnx(path: Path) -> str:
+def test_description(tmp_path: Path) -> None:
+    """What a program needs to prepare images and name classes is in the file."""
     import onnxruntime
 
-    return onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["dfformer"]
-
-
-@pytest.mark.parametrize(("file", "read"), [("model.pt2", read_pt2), ("model.onnx", read_onnx)])
-def test_description(file: str, read: Callable[[Path], str], tmp_path: Path) -> None:
-    """What a program needs to prepare images and name classes is in the file."""
-    path = tmp_path / file
+    path = tmp_path / "model.onnx"
     data = {"mean": (0.5,), "std": (0.25,), "crop_pct": 1.0, "interpolation": "bilinear"}
     model = timm.create_model("dfformer_s18", pretrained_cfg_overlay=data, **ARGS)
     export(model, path, (32, 40), architecture="dfformer_s18", model_args=ARGS, classes=["ant", "bee", "cat"])
-    description = json.loads(read(path))
+    description = json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["dfformer"])
     assert description["architecture"] == "dfformer_s18"
     assert description["classes"] == ["ant", "bee", "cat"]
     assert description["model_args"]["img_size"] == [32, 40]
@@ -317,7 +301,9 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     arguments = ["export", "--checkpoint", str(checkpoint), str(output)]
     assert main(arguments) == 0
     assert f"wrote {output}: " in capsys.readouterr().out
-    description = json.loads(read_pt2(output))
+    found = {"dfformer": ""}
+    torch.export.load(output, extra_files=found)
+    description = json.loads(found["dfformer"])
     assert description["architecture"] == "dfformer_s18"
     assert description["data"]["input_size"] == [3, 32, 32]
     again = tmp_path / "again.safetensors"

@@ -29,30 +29,26 @@ Writes op.csv, op.json and op.png.
 """
 
 import argparse
-import csv
 import json
 import math
 import os
 import shutil
 import statistics
-import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
 from functools import partial
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import DTYPES, TIMERS, names, provenance, write_csv
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import dfformer_kernels
-from dfformer.info import environment
 from dfformer_kernels import cpu, dispatch, reference
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
@@ -75,7 +71,6 @@ OTHER_SHAPES = (
     (1, 512, 512, 16),
     (1, 1024, 64, 32),
 )
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 # (operator, direction): transforms a channel, flops a kept frequency and channel.
 FLOPS = {
@@ -215,14 +210,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    def names(accepted: Sequence[str]) -> Callable[[str], list[str]]:
-        def parse(text: str) -> list[str]:
-            if unknown := set(text.split(",")) - set(accepted):
-                raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, accepted are {', '.join(accepted)}")
-            return text.split(",")
-
-        return parse
-
     parser = argparse.ArgumentParser(description="Times the filter steps against torch.fft and other FFT libraries.")
     parser.add_argument("--quick", action="store_true", help="a few shapes, less than a minute")
     parser.add_argument("--op", type=names(OPS), default=["dynamic_filter"], help=f"of {','.join(OPS)}")
@@ -501,28 +488,6 @@ def _seconds(setting: Setting, run: Callable[[], object], sample: float) -> list
         return TIMERS[setting.device](run, sample)
 
 
-def _seconds_on_cpu(run: Callable[[], object], sample: float) -> list[float]:
-    times: list[float] = []
-    end = time.perf_counter() + sample
-    while not times or time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def _seconds_on_gpu(run: Callable[[], object], sample: float) -> list[float]:
-    do_bench = import_module("triton.testing").do_bench
-    return [1e-3 * ms for ms in do_bench(run, warmup=0, rep=1e3 * sample, return_mode="all")]
-
-
-# What depends on the device.
-TIMERS: dict[str, Callable[[Callable[[], object], float], list[float]]] = {
-    "cpu": _seconds_on_cpu,
-    "cuda": _seconds_on_gpu,
-}
-
-
 @contextmanager
 def _under(setting: Setting) -> Iterator[None]:
     threads, isa = torch.get_num_threads(), cpu.core().active_isa() if setting.isa else ""
@@ -565,16 +530,7 @@ def _allocated_peak(contestant: Contestant, problem: Problem, inputs: list[Tenso
 
 def describe_machine(setting: Setting) -> dict[str, Any]:
     """What the times depend on, and the two rates they are compared with."""
-    root = Path(__file__).parents[1]
-    return environment() | {
-        "cores": os.cpu_count(),
-        "caches": _caches(),
-        "libraries": {name: _version(name) for name in ("numpy", "scipy", "pyfftw", "ducc0")},
-        "commit": _git(root, "rev-parse", "HEAD"),
-        "dirty": _git(root, "status", "--porcelain") != "",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "threads": setting.threads,
-        "device": setting.device,
+    return provenance(setting.threads, setting.device, ("numpy", "scipy", "pyfftw", "ducc0")) | {
         "copy_gbps": copy_rate(setting),
         "gemm_gflops": {_name(dtype): gemm_rate(setting, dtype) for dtype in (torch.float32, torch.float64)},
     }
@@ -606,29 +562,6 @@ def gemm_rate(setting: Setting, dtype: torch.dtype, n: int = 1536) -> float:
 def _median_time(setting: Setting, run: Callable[[], object]) -> float:
     run()
     return statistics.median(_seconds(setting, run, 0.25))
-
-
-def _caches() -> dict[str, str]:
-    """Level and type of each cache to its size, as Linux tells them of the first core."""
-    folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
-    read = [[(folder / name).read_text().strip() for name in ("level", "type", "size")] for folder in folders]
-    return {f"L{level} {kind}": size for level, kind, size in read}
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
-def _git(root: Path, *arguments: str) -> str:
-    try:
-        return subprocess.run(
-            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -701,10 +634,7 @@ def print_summary(summary: Sequence[Summary]) -> None:
 def write(folder: Path, machine: dict[str, Any], rows: Sequence[Row], summary: Sequence[Summary]) -> None:
     """op.csv, op.json and op.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "op.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, [field.name for field in fields(Row)])
-        table.writeheader()
-        table.writerows(asdict(r) for r in rows)
+    write_csv(folder / "op.csv", [field.name for field in fields(Row)], [asdict(r) for r in rows])
     content = {"machine": machine, "summary": [s._asdict() for s in summary], "rows": [asdict(r) for r in rows]}
     (folder / "op.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     figure(machine, [r for r in rows if r.dtype == rows[0].dtype]).savefig(folder / "op.png", dpi=120)

@@ -510,14 +510,14 @@ def _kib(path: str) -> dict[str, int]:
 
 
 def _continued(folder: Path, machine: dict[str, Any]) -> tuple[dict[str, Any], list[Row], list[LeftOut]]:
-    """What the folder has; ValueError if that was measured elsewhere or with other code."""
+    """What the folder has; SystemExit if that was measured elsewhere or with other code."""
     path = folder / "model.json"
     if not path.exists():
         return machine, [], []
     content = json.loads(path.read_text(encoding="utf-8"))
     for key in ("machine", "commit", "torch", "timm", "device", "threads"):
         if content["machine"][key] != machine[key]:
-            raise ValueError(
+            raise SystemExit(
                 f"--output: {path} was measured with {key} {content['machine'][key]}, this is {machine[key]}; "
                 "name another folder"
             )

@@ -127,8 +127,8 @@ def _up_to(side: int) -> list[tuple[int, int]]:
     return [size for size in (*SMALL_SIZES, *SIZES) if math.prod(size) <= side**2]
 
 
-# By device, task, dtype and mode: the image sizes for each batch. On a CPU, what there is time for: all that is eager
-# takes half an hour on two cores, and compiling half a minute to a minute for each contestant and problem.
+# By device, task, dtype and mode: the image sizes for each batch. On a CPU fewer, for time; compiling alone takes half
+# a minute to a minute for each contestant and problem.
 COMPILED_SIZES = {8: [(224, 224)], 1: [*SMALL_SIZES, (1024, 1024)]}
 PLANS: dict[str, dict[tuple[str, str, str], dict[int, list[tuple[int, int]]]]] = {
     "cpu": {
@@ -393,7 +393,7 @@ class Entry:
         torch.manual_seed(0)
         options = {"img_size": problem.size} if contestant.sized else {}
         model = timm.create_model(contestant.architecture, num_classes=CLASSES, drop_path_rate=0.0, **options)
-        # Convolutions are fastest on channels-last tensors, and every contestant is at least as fast with them.
+        # All in the memory format that convolutions need not reorder.
         self.plain = model.to(device, memory_format=torch.channels_last).train(problem.task == TRAINING)
         self.dtype = DTYPES[problem.dtype]
         self.model = contestant.prepare(self.plain, self.dtype) if contestant.prepare else self.plain

@@ -422,8 +422,8 @@ class Entry:
         self.optimizer.zero_grad()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.contestant.prepare:
-            return self.model(x.to(self.dtype))
+        if self.contestant.prepare:  # it casts by itself
+            return self.model(x)
         with self.autocast():
             return self.model(x)
 

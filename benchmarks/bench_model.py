@@ -431,8 +431,8 @@ class Entry:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def costs(self) -> Costs:
-        if self.problem.mode == COMPILED:
-            self.run()  # what compiling takes is not the model's
+        if self.problem.mode == COMPILED or self.contestant.prepare:
+            self.run()  # what compiling and packing weights take is not a call's
         measure_peak = _resident_peak if self.device == "cpu" else _allocated_peak
         seconds: list[float] = []
         peak = measure_peak(lambda: seconds.extend(self.times(0)))

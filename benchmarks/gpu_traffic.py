@@ -21,6 +21,7 @@ from dfformer_kernels import cufft, reference
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "gpu_traffic.png"
 Shape = tuple[int, int, int, int]  # (B, H, W, C)
 SHAPES: tuple[Shape, ...] = ((128, 56, 56, 128), (128, 28, 28, 256), (128, 14, 14, 640), (128, 7, 7, 1024))
+LARGE: Shape = (8, 256, 256, 128)  # the first stage at 1024, which ``cuda`` refuses
 F = 4
 BACKENDS = {"cuda": "cuda", "cufft": "cufft", "torch": "torch\n(at least)"}  # and how they are labelled
 DTYPES = (torch.float32, torch.bfloat16)
@@ -95,10 +96,11 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def main() -> None:
-    for shape in SHAPES:
+    for shape in (*SHAPES, LARGE):
         for dtype in DTYPES:
             for backward in (False, True):
-                moved = [f"{name} {bytes_per_element(name, shape, dtype, backward):6.1f}" for name in BACKENDS]
+                names = [name for name in BACKENDS if name != "cuda" or shape is not LARGE]
+                moved = [f"{name} {bytes_per_element(name, shape, dtype, backward):6.1f}" for name in names]
                 print(f"{'x'.join(map(str, shape)):<16}{_name(dtype):<10}{DIRECTIONS[backward]:<10}{'  '.join(moved)}")
     draw()
 

@@ -99,8 +99,8 @@ def _recorded() -> Iterator[list[Launch]]:
         recorded.append((kernel, args, kwargs))
 
     transforms = (
-        lambda u: u.new_empty((u.shape[0], u.shape[1] // 2 + 1, u.shape[2], 2)),
-        lambda Z, W: Z.new_empty((Z.shape[0], W, Z.shape[2])),
+        lambda u: u.new_empty((*u.shape[:2], u.shape[2] // 2 + 1, u.shape[3], 2)),
+        lambda Z, W: Z.new_empty((*Z.shape[:2], W, Z.shape[3])),
     )
     with (
         mock.patch.object(JITFunction, "run", record),

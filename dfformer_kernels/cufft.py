@@ -1,8 +1,9 @@
 """The ``cufft`` backend: Triton kernels around cuFFT's transforms (torch.fft's where there is no libcufft), any plane.
 
-All samples lie side by side: planes are (H,W,B*C), spectra (H,K,B*C,2), so that one transform takes all channels of
+Samples lie side by side: planes are (1,H,W,B*C), spectra (1,H,K,B*C,2), so that one transform takes all channels of
 all samples. A pass over memory brings ``x`` there, applying StarReLU and converting to float32 on the way, and one
-takes the result back; a single sample of the arithmetic dtype lies like that already and needs them for StarReLU only.
+takes the result back. Or each sample is a transform of its own, where `by_sample` says so: planes are (B,H,W,C), as x
+and y are, and those of the arithmetic dtype need passes for StarReLU only.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from torch import Tensor
 from dfformer_kernels.kernels import filter_kernels
 from dfformer_kernels.reference import compute_dtype
 
+# What may move while one more transform is launched, in bytes: 3 us at the 3.35 TB/s of an H100. An assumption.
+_LAUNCH_BYTES = 10_000_000
 _MAX_EXTENT = 2**30  # of H*W, and of B*C: 32-bit indices in the Triton kernels, whose offsets are 64-bit
 
 
@@ -51,9 +54,26 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
     return [gradients[0].view(x.shape), *gradients[1:]] if needs[0] else gradients
 
 
+def by_sample(shape: Sequence[int], dtype: torch.dtype, star_relu: bool, backward: bool) -> bool:
+    """Whether each sample of x (B,H,W,C) is a transform of its own: where that moves fewer bytes, launches included.
+
+    It saves the passes that only bring samples side by side or back: of x and y, or of grad_y, x and grad_x, with
+    StarReLU those of y and grad_y alone, since StarReLU's own passes remain. Beyond the first sample it takes two
+    launches each forward, three backward. One sample is the same either way; passes that convert 16 bits remain.
+    """
+    B, H, W, C = shape
+    if B == 1:
+        return True
+    if dtype != compute_dtype(dtype) or H * W * C % 2:  # cuFFT wants real arrays to begin at even elements
+        return False
+    transforms = 3 if backward else 2
+    passes = 1 if star_relu else transforms
+    return passes * 2 * H * W * C * dtype.itemsize > transforms * _LAUNCH_BYTES
+
+
 def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     with torch.cuda.device_of(x):
-        X = _spectrum(x, x.dtype, scale, bias)
+        X = _spectrum(x, x.dtype, scale, bias, by_sample(x.shape, x.dtype, scale is not None, backward=False))
         _triton().mix(X, x.shape[2], logits, filters.contiguous())
         return _samples(_transforms(x.device.type)[1](X, x.shape[2]), x)
 
@@ -72,8 +92,9 @@ def _filter_backward(
     if not any(needs):
         return []
     with torch.cuda.device_of(x):
-        G = _spectrum(grad_y, x.dtype, None, None)
-        X = _spectrum(x, x.dtype, scale, bias) if need_logits or need_filters else None
+        apart = by_sample(x.shape, x.dtype, scale is not None, backward=True)
+        G = _spectrum(grad_y, x.dtype, None, None, apart)
+        X = _spectrum(x, x.dtype, scale, bias, apart) if need_logits or need_filters else None
         if logits is None:
             gradients = _triton().global_mix_backward(G, X, W, filters, (need_u, need_filters))
         else:
@@ -84,7 +105,7 @@ def _filter_backward(
         grad_u = _transforms(x.device.type)[1](G, W)
         if scale is None or bias is None:
             return [_samples(grad_u, x), *gradients]
-        planes = _side_by_side(grad_u, x.shape[0])
+        planes = _by_channel(grad_u, x.shape[0])
         of_inputs = _triton().activate_backward(planes, x.flatten(1, 2), scale, bias, (need_x, need_scale, need_bias))
         if need_x:
             gradients.insert(0, of_inputs.pop(0).view(x.shape))
@@ -98,30 +119,34 @@ KERNELS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _spectrum(x: Tensor, dtype: torch.dtype, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``rfft2(u)`` (H,K,B*C,2) in the dtype that arithmetic on ``dtype`` is done in; u is x or StarReLU of it."""
+def _spectrum(x: Tensor, dtype: torch.dtype, scale: Tensor | None, bias: Tensor | None, apart: bool) -> Tensor:
+    """``rfft2(u)`` in the dtype that arithmetic on ``dtype`` is done in, samples apart (B,H,K,C,2) or side by side
+    (1,H,K,B*C,2); u is x or StarReLU of it.
+    """
     B, H, W, C = x.shape
     planes = x.flatten(1, 2)  # a view, but for memory in which no row follows the one above
-    if B == 1 and scale is None and x.dtype == compute_dtype(dtype) and planes.is_contiguous():
-        u = planes.view(H, W, C)
+    if apart and scale is None and x.dtype == compute_dtype(dtype) and planes.is_contiguous():
+        u = planes.view(x.shape)
     else:
-        u = torch.empty((H, W, B * C), dtype=compute_dtype(dtype), device=x.device)
-        _triton().activate(planes, _side_by_side(u, B), scale, bias)
+        shape = (B, H, W, C) if apart else (1, H, W, B * C)
+        u = torch.empty(shape, dtype=compute_dtype(dtype), device=x.device)
+        _triton().activate(planes, _by_channel(u, B), scale, bias)
     return _transforms(x.device.type)[0](u)
 
 
 def _samples(u: Tensor, x: Tensor) -> Tensor:
-    """(H,W,B*C) as (B,H,W,C) of x's dtype."""
-    if x.shape[0] == 1 and u.dtype == x.dtype:
-        return u.unsqueeze(0)
+    """(B,H,W,C) or (1,H,W,B*C) as (B,H,W,C) of x's dtype."""
+    if u.shape == x.shape and u.dtype == x.dtype:
+        return u
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _triton().activate(_side_by_side(u, x.shape[0]), y.flatten(1, 2))
+    _triton().activate(_by_channel(u, x.shape[0]), y.flatten(1, 2))
     return y
 
 
-def _side_by_side(u: Tensor, B: int) -> Tensor:
-    """(H,W,B*C) seen as (B,H*W,C)."""
-    return u.view(u.shape[0] * u.shape[1], B, -1).transpose(0, 1)
+def _by_channel(u: Tensor, B: int) -> Tensor:
+    """(B,H,W,C) or (1,H,W,B*C) seen as (B,H*W,C)."""
+    rows = u.flatten(1, 2)
+    return rows if len(u) == B else rows[0].unflatten(1, (B, -1)).transpose(0, 1)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -140,14 +165,15 @@ def traffic(
 
     Of a transform it counts its input and its output once, whatever the library does in between. A global filter's
     weight is as large as a sample's spectrum and counts, as does its gradient (once, though small planes have slots of
-    it); a dynamic filter's parameters and slots are small and do not. Each pass but a transform is one launch.
+    it); a dynamic filter's parameters and slots are small and do not. Each pass is one launch, but a transform of
+    several samples one for each where `by_sample` says so.
     """
     B, H, W, C = shape
     stored, wide = dtype.itemsize, compute_dtype(dtype).itemsize
     elements = B * H * W * C
     plane, spectrum = elements * wide, 2 * B * H * (W // 2 + 1) * C * wide
     weight = spectrum // B if op == "global_filter" else 0
-    moves = B > 1 or stored != wide
+    moves = stored != wide or not by_sample(shape, dtype, star_relu, backward)
     inside = ("inside", elements * stored + plane)
     outside = ("outside", plane + elements * stored)
     transform = ("rfft2", plane + spectrum)
@@ -175,9 +201,9 @@ def _transforms(device_type: str) -> tuple[Callable[[Tensor], Tensor], Callable[
 
 
 def _torch_rfft2(u: Tensor) -> Tensor:
-    return torch.view_as_real(torch.fft.rfft2(u, dim=(0, 1), norm="backward").contiguous())
+    return torch.view_as_real(torch.fft.rfft2(u, dim=(1, 2), norm="backward").contiguous())
 
 
 def _torch_irfft2(Z: Tensor, W: int) -> Tensor:
     # "forward" leaves the scaling to the forward transform: none here.
-    return torch.fft.irfft2(torch.view_as_complex(Z), s=(Z.shape[0], W), dim=(0, 1), norm="forward").contiguous()
+    return torch.fft.irfft2(torch.view_as_complex(Z), s=(Z.shape[1], W), dim=(1, 2), norm="forward").contiguous()

@@ -1,9 +1,11 @@
 """cuFFT's 2-D real transforms through the compiled core: unscaled both ways, in any size.
 
 Planes lie side by side with N fastest: real ones (H,W,N), their spectra (H,K,N,2) with K = W//2 + 1 and real and
-imaginary parts last. One sample of a channels-last tensor is such an array (N = C), many take a copy (N = B*C).
+imaginary parts last. One sample of a channels-last tensor is such an array (N = C). Of several arrays each is a
+transform of its own.
 """
 
+import math
 from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
@@ -48,18 +50,19 @@ def rfft2(u: Tensor) -> Tensor:
     """``Z[h,k,n] = sum_pq u[p,q,n] exp(-2 pi i (h p / H + k q / W))`` on the device's current stream.
 
     Args:
-        u: (H,W,N) float32 or float64, contiguous, on a CUDA device. One that is not aligned to two elements is copied.
+        u: (...,H,W,N) float32 or float64, contiguous, on a CUDA device. One that is not aligned to two elements is
+            copied. H*W*N is even if there are several.
 
     Returns:
-        (H,K,N,2), K = W//2 + 1, of u's dtype.
+        (...,H,K,N,2), K = W//2 + 1, of u's dtype.
 
     Raises:
         ValueError: for any other u.
         RuntimeError: if libcufft is not there, or with the name of the error it returned.
     """
-    _check("u", u, "(H,W,N)", u.dim() == 3)
-    H, W, N = u.shape
-    return _transform(u, u.new_empty((H, W // 2 + 1, N, 2)), (H, W, N), inverse=False)
+    _check("u", u, "(...,H,W,N)", u.dim() >= 3)
+    *several, H, W, N = u.shape
+    return _transform(u, u.new_empty((*several, H, W // 2 + 1, N, 2)), (H, W, N), inverse=False)
 
 
 def irfft2(Z: Tensor, W: int) -> Tensor:
@@ -69,21 +72,20 @@ def irfft2(Z: Tensor, W: int) -> Tensor:
     conjugate to themselves is up to the library.
 
     Args:
-        Z: (H,K,N,2), K = W//2 + 1, as `rfft2` returns it. **Overwritten.**
+        Z: (...,H,K,N,2), K = W//2 + 1, as `rfft2` returns it. **Overwritten.**
         W: width of the planes.
 
     Returns:
-        (H,W,N) of Z's dtype: H*W times the planes that `rfft2` made Z of.
+        (...,H,W,N) of Z's dtype: H*W times the planes that `rfft2` made Z of.
 
     Raises:
         ValueError: for any other Z or W.
         RuntimeError: if libcufft is not there, or with the name of the error it returned.
     """
-    _check(
-        "Z", Z, f"(H,K,N,2), K = {W}//2 + 1,", W > 0 and Z.dim() == 4 and Z.shape[1] == W // 2 + 1 and Z.shape[3] == 2
-    )
-    H, _, N, _ = Z.shape
-    return _transform(Z, Z.new_empty((H, W, N)), (H, W, N), inverse=True)
+    fits = W > 0 and Z.dim() >= 4 and Z.shape[-3] == W // 2 + 1 and Z.shape[-1] == 2
+    _check("Z", Z, f"(...,H,K,N,2), K = {W}//2 + 1,", fits)
+    *several, H, _, N, _ = Z.shape
+    return _transform(Z, Z.new_empty((*several, H, W, N)), (H, W, N), inverse=True)
 
 
 def clear_plans(device: torch.device) -> None:
@@ -106,19 +108,23 @@ def _transform(source: Tensor, result: Tensor, shape: tuple[int, int, int], inve
     if reasons := unavailable_reasons():
         raise RuntimeError("; ".join(reasons))
     core, device = cpu.core(), source.device
+    count = (result if inverse else source).numel() // math.prod(shape)
+    if count > 1 and math.prod(shape) % 2:
+        raise ValueError(f"libcufft: of {count} real arrays {shape} every second one begins at an odd element")
     if source.data_ptr() % (2 * source.itemsize):  # cuFFT wants real arrays aligned like complex ones, too
         source = source.clone()
     with _cuda.guard(device):
         transform = (_cuda.index(device), shape, _DTYPE_CODES[source.dtype], inverse, _cuda.capturing())
         workspace = source.new_empty(core.cufft_plan(*transform), dtype=torch.uint8)
-        core.cufft_run(
-            *transform,
-            source.data_ptr(),
-            result.data_ptr(),
-            workspace.data_ptr(),
-            workspace.numel(),
-            _cuda.stream(device),
-        )
+        for i in range(count):
+            core.cufft_run(
+                *transform,
+                source.data_ptr() + i * source.nbytes // count,
+                result.data_ptr() + i * result.nbytes // count,
+                workspace.data_ptr(),
+                workspace.numel(),
+                _cuda.stream(device),
+            )
     return result
 
 

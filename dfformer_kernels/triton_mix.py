@@ -1,9 +1,10 @@
 """Triton kernels around a 2-D transform, and the functions that launch them: what goes in, filtering, what comes out.
 
-Planes are (B,R,C) with R = H*W rows and any strides; a spectrum is (H,K,N,2), N = B*C, contiguous, K = W//2 + 1, not
-scaled: with real transforms unscaled both ways, 1/(HW) is the filter's. A program works on a tile of rows and columns
-n, where n is channel n % C of sample n // C. Partial sums go to slots, one for each tile, and are then added up in a
-fixed order: no atomics. Arithmetic is float64 for float64 planes or spectra and float32 otherwise.
+Planes are (B,R,C) with R = H*W rows and any strides. Spectra are those of N = B*C planes, ``width`` of them side by
+side, (N/width,H,K,width,2), contiguous, K = W//2 + 1, not scaled: with real transforms unscaled both ways, 1/(HW) is
+the filter's. A program works on a tile of rows and columns n, where n is channel n % C of sample n // C. Partial sums
+go to slots, one for each tile, and are then added up in a fixed order: no atomics. Arithmetic is float64 for float64
+planes or spectra and float32 otherwise.
 
 Columns k = 0 and k = W/2 of a real plane's spectrum are conjugate to themselves turned around; those of a filtered one
 need not be, and libraries differ in what their inverse then returns. The convention (inverse along H, drop the
@@ -41,6 +42,13 @@ def _tile(rows, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def _offsets(row, n, C, stride_b, stride_row, stride_c):
     columns = (n // C).to(tl.int64) * stride_b + (n % C).to(tl.int64) * stride_c
     return row.to(tl.int64)[:, None] * stride_row + columns[None, :]
+
+
+@triton.jit
+def _points(row, n, rows, width):
+    """Where points of spectra are, counted in complex numbers."""
+    columns = (n // width).to(tl.int64) * rows * width + n % width
+    return row.to(tl.int64)[:, None] * width + columns[None, :]
 
 
 @triton.jit
@@ -105,9 +113,8 @@ def _softmax_scale(logits, n, N, C, stride_b, stride_f, stride_c, F: tl.constexp
 
 
 @triton.jit
-def _filter_tile(X, row, n, N, exists, M_real, M_imaginary, norm):
+def _filter_tile(X, offset, exists, M_real, M_imaginary, norm):
     """``X *= M norm`` in place."""
-    offset = _offsets(row, n, N, 0, N, 1)
     real, imaginary = _load_complex(X, offset, exists)
     _store_complex(
         X,
@@ -162,7 +169,7 @@ def _activate_backward_kernel(
 
 @triton.jit
 def _mix_kernel(
-    X, logits, basis, H, W, rows, N, C, l_stride_b, l_stride_f, l_stride_c,
+    X, logits, basis, H, W, rows, N, C, width, l_stride_b, l_stride_f, l_stride_c,
     F: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``X *= M / (HW)``, ``M[h,k,n] = sum_f softmax(logits)[f,n] basis[h,k,f]``, in place."""
@@ -174,20 +181,24 @@ def _mix_kernel(
         real, imaginary = _basis(basis, row, rows, f, H, W, F)
         M_real += real[:, None] * r[None, :]
         M_imaginary += imaginary[:, None] * r[None, :]
-    _filter_tile(X, row, n, N, exists, M_real, M_imaginary, tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE))
+    norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
+    _filter_tile(X, _points(row, n, rows, width), exists, M_real, M_imaginary, norm)
 
 
 @triton.jit
-def _global_mix_kernel(X, weight, H, W, rows, N, C, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _global_mix_kernel(
+    X, weight, H, W, rows, N, C, width, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
     """``X *= weight / (HW)``, in place."""
     row, n, exists = _tile(rows, N, ROWS, COLUMNS)
     M_real, M_imaginary = _weight(weight, row, n % C, C, exists, H, W)
-    _filter_tile(X, row, n, N, exists, M_real, M_imaginary, tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE))
+    norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
+    _filter_tile(X, _points(row, n, rows, width), exists, M_real, M_imaginary, norm)
 
 
 @triton.jit
 def _mix_backward_kernel(
-    G, X, logits, basis, r_slots, basis_slots, H, W, rows, N, C, l_stride_b, l_stride_f, l_stride_c,
+    G, X, logits, basis, r_slots, basis_slots, H, W, rows, N, C, width, l_stride_b, l_stride_f, l_stride_c,
     F: tl.constexpr, STORE_G: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``G *= conj(M) / (HW)`` in place; with ``P = D G conj(X) / (HW)`` of the G before, r_slots (row tiles,F,N) get
@@ -195,7 +206,7 @@ def _mix_backward_kernel(
     """
     row, n, exists = _tile(rows, N, ROWS, COLUMNS)
     norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
-    offset = _offsets(row, n, N, 0, N, 1)
+    offset = _points(row, n, rows, width)
     peak, total = _softmax_scale(logits, n, N, C, l_stride_b, l_stride_f, l_stride_c, F, COMPUTE)
     G_real, G_imaginary = _load_complex(G, offset, exists)
     if X is not None:
@@ -235,7 +246,7 @@ def _mix_backward_kernel(
 
 @triton.jit
 def _global_mix_backward_kernel(
-    G, X, weight, slots, H, W, rows, B, C, samples,
+    G, X, weight, slots, H, W, rows, B, C, width, samples,
     STORE_G: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``G *= conj(weight) / (HW)`` in place; slots (slices,rows,C,2) get ``sum_b D G conj(X) / (HW)`` of the G before.
@@ -251,7 +262,7 @@ def _global_mix_backward_kernel(
     sum_real, sum_imaginary = tl.zeros((ROWS, COLUMNS), COMPUTE), tl.zeros((ROWS, COLUMNS), COMPUTE)
     first = tl.program_id(1) * samples
     for b in range(first, tl.minimum(first + samples, B)):
-        offset = _offsets(row, b * C + c, B * C, 0, B * C, 1)
+        offset = _points(row, b * C + c, rows, width)
         G_real, G_imaginary = _load_complex(G, offset, exists)
         if X is not None:
             X_real, X_imaginary = _load_complex(X, offset, exists)
@@ -326,33 +337,37 @@ def activate_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, ne
 
 
 def mix(X: Tensor, W: int, logits: Tensor | None, filters: Tensor) -> None:
-    """``X *= M / (HW)`` in place, X (H,K,B*C,2); ``M = softmax(logits) @ filters``, or filters where logits is None.
+    """``X *= M / (HW)`` in place; ``M = softmax(logits) @ filters``, or filters where logits is None.
 
-    ``logits`` is (B,F,C) with any strides and dtype, ``filters`` the contiguous basis (H,K,F,2) or weight (H,K,C,2).
+    ``X`` is (S,H,K,width,2) with S width = B*C, ``logits`` (B,F,C) with any strides and dtype, ``filters`` the
+    contiguous basis (H,K,F,2) or weight (H,K,C,2).
     """
-    H, K, N, _ = X.shape
+    S, H, K, width, _ = X.shape
+    N = S * width
     tile, grid = _spectrum_tiles(X, N)
     if logits is None:
-        _global_mix_kernel[grid](X, filters, H, W, H * K, N, filters.shape[2], _compute(X), *tile, **_WARPS)
+        _global_mix_kernel[grid](X, filters, H, W, H * K, N, filters.shape[2], width, _compute(X), *tile, **_WARPS)
         return
     _, F, C = logits.shape
-    _mix_kernel[grid](X, logits, filters, H, W, H * K, N, C, *logits.stride(), F, _compute(X), *tile, **_WARPS)
+    _mix_kernel[grid](X, logits, filters, H, W, H * K, N, C, width, *logits.stride(), F, _compute(X), *tile, **_WARPS)
 
 
 def mix_backward(
     G: Tensor, X: Tensor | None, W: int, logits: Tensor, basis: Tensor, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """``G *= conj(M) / (HW)`` in place, and the gradients of logits and basis from the G before and X (H,K,B*C,2).
+    """``G *= conj(M) / (HW)`` in place, and the gradients of logits and basis from the G before and X.
 
-    ``needs`` is for (G, logits, basis); X may be None where only G is wanted. Returns the two others that are.
+    ``G`` and ``X`` are (S,H,K,width,2) with S width = B*C. ``needs`` is for (G, logits, basis); X may be None where
+    only G is wanted. Returns the two others that are.
     """
-    H, K, N, _ = G.shape
+    S, H, K, width, _ = G.shape
+    N = S * width
     _, F, C = logits.shape
     need_G, need_logits, need_basis = needs
     tile, grid = _spectrum_tiles(G, N)
     r_slots = _empty(G, triton.cdiv(H * K, tile[0]), F, N) if need_logits else None
     basis_slots = _empty(G, triton.cdiv(N, tile[1]), H, K, F, 2) if need_basis else None
-    arguments = (H, W, H * K, N, C, *logits.stride(), F, need_G, _compute(G), *tile)
+    arguments = (H, W, H * K, N, C, width, *logits.stride(), F, need_G, _compute(G), *tile)
     _mix_backward_kernel[grid](G, X, logits, basis, r_slots, basis_slots, *arguments, **_WARPS)
     gradients = []
     if r_slots is not None:
@@ -368,25 +383,27 @@ def mix_backward(
 
 
 def global_mix_backward(G: Tensor, X: Tensor | None, W: int, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    """``G *= conj(weight) / (HW)`` in place, and weight's gradient from the G before and X (H,K,B*C,2).
+    """``G *= conj(weight) / (HW)`` in place, and weight's gradient from the G before and X.
 
-    ``needs`` is for (G, weight); X may be None where only G is wanted. Returns weight's gradient if it is.
+    ``G`` and ``X`` are (S,H,K,width,2) with S width = B*C. ``needs`` is for (G, weight); X may be None where only G
+    is wanted. Returns weight's gradient if it is.
     """
-    H, K, N, _ = G.shape
+    S, H, K, width, _ = G.shape
     C = weight.shape[2]
+    B = S * width // C
     need_G, need_weight = needs
     tile, (tiles,) = _spectrum_tiles(G, C)
-    samples = triton.cdiv(N // C, min(N // C, triton.cdiv(_PROGRAMS, tiles), 65535))
-    slices = triton.cdiv(N // C, samples)
+    samples = triton.cdiv(B, min(B, triton.cdiv(_PROGRAMS, tiles), 65535))
+    slices = triton.cdiv(B, samples)
     slots = _empty(G, slices, H, K, C, 2) if need_weight else None
     _global_mix_backward_kernel[tiles, slices](
-        G, X, weight, slots, H, W, H * K, N // C, C, samples, need_G, _compute(G), *tile, **_WARPS
+        G, X, weight, slots, H, W, H * K, B, C, width, samples, need_G, _compute(G), *tile, **_WARPS
     )
     return [] if slots is None else [slots.sum(0)]
 
 
 def _spectrum_tiles(spectrum: Tensor, columns: int) -> tuple[tuple[int, int], tuple[int]]:
-    H, K, _, _ = spectrum.shape
+    _, H, K, _, _ = spectrum.shape
     return _tiles(H * K, columns, _SPECTRUM_TILE[spectrum.element_size()], _HEIGHT)
 
 

@@ -222,6 +222,28 @@ def test_a_sample_inside_a_batch_needs_no_copy_unless_it_is_not_aligned(
         assert relative_error(libcufft.rfft2(x.to(device)[b]), spectra(x[b].double())) <= BOUND[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_of_several_arrays_is_a_transform(dtype: torch.dtype, fake: Fake) -> None:
+    u = torch.stack([planes((6, 9, 5), dtype, seed) for seed in range(4)]).view(2, 2, 6, 9, 5)
+    Z = libcufft.rfft2(u)
+    back = libcufft.irfft2(Z.clone(), 9)
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        assert relative_error(Z[i, j], spectra(u[i, j].double())) <= BOUND[dtype]
+    assert relative_error(back / 54, u) <= BOUND[dtype]
+    assert [fake.calls(EXECUTE[dtype, inverse]) for inverse in (False, True)] == [4, 4]
+    assert fake.live_plans == 2
+
+
+@pytest.mark.usefixtures("fake")
+def test_several_arrays_of_an_odd_size_are_refused() -> None:
+    for transform in (
+        lambda: libcufft.rfft2(torch.zeros(2, 3, 5, 7)),
+        lambda: libcufft.irfft2(torch.zeros(2, 3, 3, 7, 2), 5),
+    ):
+        with pytest.raises(ValueError, match=r"of 2 real arrays \(3, 5, 7\) every second one begins at an odd element"):
+            transform()
+
+
 def test_the_input_of_rfft2_stays_as_it_is(device: torch.device) -> None:
     u = planes((6, 10, 4), torch.float32)
     on_device = u.to(device)
@@ -263,7 +285,7 @@ def test_spectra_of_real_planes_do_not_depend_on_what_a_library_does_with_others
 )
 def test_rfft2_takes_dense_planes_only(u: Tensor, given: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"libcufft: u must be contiguous \(H,W,N\) float32 or float64 .*got.*{given}"
+        ValueError, match=rf"libcufft: u must be contiguous \(\.\.\.,H,W,N\) float32 or float64 .*got.*{given}"
     ):
         libcufft.rfft2(u)
 
@@ -273,7 +295,7 @@ def test_rfft2_takes_dense_planes_only(u: Tensor, given: str) -> None:
     ("shape", "W"), [((4, 3, 2, 2), 6), ((4, 3, 2, 2), 3), ((4, 3, 2), 4), ((4, 3, 2, 1), 4), ((4, 1, 2, 2), 0)]
 )
 def test_irfft2_takes_the_spectra_of_planes_that_wide(shape: tuple[int, ...], W: int) -> None:
-    with pytest.raises(ValueError, match=rf"Z must be contiguous \(H,K,N,2\), K = {W}//2 \+ 1,"):
+    with pytest.raises(ValueError, match=rf"Z must be contiguous \(\.\.\.,H,K,N,2\), K = {W}//2 \+ 1,"):
         libcufft.irfft2(torch.zeros(shape), W)
 
 

@@ -145,6 +145,59 @@ def test_several_tiles_and_the_same_bits_again(op: Op, case: Case) -> None:
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
+# x (B,H,W,C), dtype, StarReLU, backward, and whether each sample is a transform of its own
+RULE = [
+    ((1, 7, 7, 5), torch.float32, True, False, True),  # one is one
+    ((2, 250, 250, 20), torch.float32, False, False, False),  # 1.25 M elements a sample: as many bytes either way
+    ((2, 250, 250, 22), torch.float32, False, False, True),
+    ((2, 250, 250, 22), torch.float32, False, True, True),
+    ((2, 250, 250, 40), torch.float32, True, False, False),  # 2.5 M
+    ((2, 250, 250, 42), torch.float32, True, False, True),
+    ((2, 250, 250, 60), torch.float32, True, True, False),  # 3.75 M
+    ((2, 250, 250, 62), torch.float32, True, True, True),
+    ((2, 250, 250, 12), torch.float64, False, False, True),  # twice the bytes
+    ((2, 256, 256, 128), torch.bfloat16, True, False, False),  # the passes convert
+    ((2, 201, 201, 201), torch.float32, False, False, False),  # the second sample is not aligned
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "star_relu", "backward", "wanted"), RULE, ids=str)
+def test_samples_are_transforms_of_their_own_where_that_moves_less(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    star_relu: bool,
+    backward: bool,
+    wanted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert cufft.by_sample(shape, dtype, star_relu, backward) == wanted
+    launch, moved = cufft._LAUNCH_BYTES, []
+    for bytes_of_launch in (0, 2**60):  # of their own where possible, side by side
+        monkeypatch.setattr(cufft, "_LAUNCH_BYTES", bytes_of_launch)
+        moved.append(sum(size for _, size in cufft.traffic("dynamic_filter", shape, dtype, star_relu, backward)))
+    saved_a_sample = (moved[1] - moved[0]) / shape[0]
+    assert shape[0] == 1 or wanted == (saved_a_sample > (3 if backward else 2) * launch)
+
+
+@pytest.mark.parametrize("case", [Case(3, 4, 6, 3), Case(2, 7, 8, 200, F=5), Case(5, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize("op", FILTERS.values(), ids=FILTERS)
+def test_each_sample_a_transform_of_its_own(op: Op, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on large planes."""
+    shapes = set()
+
+    def rfft2(u: Tensor) -> Tensor:
+        shapes.add(tuple(u.shape))
+        return cufft._torch_rfft2(u)
+
+    monkeypatch.setattr(cufft, "_LAUNCH_BYTES", 0)
+    monkeypatch.setattr(cufft, "_transforms", lambda device: (rfft2, cufft._torch_irfft2))
+    for dtype in (torch.float32, torch.float64):
+        inputs = make_inputs(op, case, dtype)
+        grad_y = make_grad(op, inputs)
+        assert_all_within_bound(*run(op, inputs, grad_y), expected(op, inputs, grad_y))
+    assert shapes == {tuple(inputs["x"].shape)}
+
+
 def test_slices_of_samples_in_the_global_filters_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS["global_filter"]
     inputs = make_inputs(op, Case(7, 4, 5, 3), torch.float32)
@@ -164,7 +217,7 @@ def test_no_imaginary_part_is_left_to_the_librarys_convention(
 
     def irfft2(Z: Tensor, W: int) -> Tensor:
         for k in {0, W // 2} if W % 2 == 0 else {0}:
-            column = torch.view_as_complex(Z)[:, k]
+            column = torch.view_as_complex(Z[0])[:, k]
             seen.append(
                 relative_error(
                     torch.view_as_real(column.roll(-1, 0).flip(0)), torch.view_as_real(column.conj_physical())
@@ -195,13 +248,14 @@ def test_nan_and_infinity_go_through_star_relu() -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize(("B", "bytes_of_launch"), [(1, 2**60), (2, 2**60), (2, 0)])
 @pytest.mark.parametrize("op", FILTERS.values(), ids=FILTERS)
 def test_launches_touch_what_the_model_of_traffic_says(
-    op: Op, B: int, dtype: torch.dtype, backward: bool, monkeypatch: pytest.MonkeyPatch
+    op: Op, B: int, bytes_of_launch: int, dtype: torch.dtype, backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
+    monkeypatch.setattr(cufft, "_LAUNCH_BYTES", bytes_of_launch)
     launches: list[list[Tensor]] = []
 
     def count(method: str, mask_at: int, code: int) -> None:

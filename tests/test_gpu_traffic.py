@@ -63,6 +63,17 @@ def test_the_table_of_passes(column: int) -> None:
     assert cells("**together**")[2 + column].startswith(f"**{total:.1f}**, {len(passes)}")
 
 
+def test_what_the_page_says_of_large_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(backward: bool) -> float:
+        return gpu_traffic.bytes_per_element("cufft", gpu_traffic.LARGE, torch.float32, backward)
+
+    a, c = (f"{moved(backward):.1f}" for backward in (False, True))
+    monkeypatch.setattr(cufft, "_LAUNCH_BYTES", 2**60)
+    b, d = (f"{moved(backward):.1f}" for backward in (False, True))
+    words = f"{a} bytes an element forward instead of {b}, and {c} instead of {d} backward"
+    assert words in " ".join(PAGE.split())
+
+
 def test_what_the_page_says_of_torch() -> None:
     for backward, words in ((False, "73 to 80 bytes forward"), (True, "198 to 225 backward")):
         moved = [gpu_traffic.bytes_per_element("torch", shape, torch.float32, backward) for shape in gpu_traffic.SHAPES]

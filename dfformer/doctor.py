@@ -1,8 +1,8 @@
 """``dfformer doctor``: every backend against the float64 reference, forward and backward, with times.
 
-On a CPU a backend is checked and timed problem by problem. On a GPU everything is checked first, each backend in a
-process of its own: one that crashes, or breaks the device's context, takes nothing else with it. What passed is then
-timed beside torch.fft, eager and under torch.compile, and the automatic choice is asked what it takes.
+On a CPU a backend is checked and timed problem by problem. On a GPU everything is checked first; what passed is then
+timed beside torch.fft, eager and under torch.compile, and the automatic choice is asked what it takes. All of that runs
+in other processes: what crashes, hangs or breaks the device's context takes nothing else with it.
 """
 
 import json
@@ -10,16 +10,15 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +37,7 @@ QUICK_SHAPES: list[Shape] = [(2, 14, 14, 32), (2, 7, 7, 20), (1, 13, 9, 5), (2, 
 # (H, W, C) of DFFormer-S18's stages at 224: C is the expanded width.
 STAGES = ((56, 56, 128), (28, 28, 256), (14, 14, 640), (7, 7, 1024))
 F = 4
+LIMIT_S = 300.0  # for one check, time or choice on a GPU, compiling included
 FORWARD_TENSORS, BOTH_TENSORS = 2, 5  # like x, moved at least: x, y; x, y, then x, grad_y, grad_x
 
 # Each takes its inputs in the order of the operator's schema.
@@ -123,6 +123,9 @@ class Choice(NamedTuple):
     failure: str = ""
 
 
+Record = TypeVar("Record", Check, Timing, Choice)
+
+
 @dataclass
 class Findings:
     """Everything that is printed, and written for sending."""
@@ -190,8 +193,9 @@ def _checks(backend: str, device: Device, quick: bool) -> Iterator[Check]:
     if not device.checked_first:
         yield from (check_backend(backend, problem, device.median_ms) for problem in problems)
         return
-    with _Process() as process:
-        yield from (process.check(backend, problem) for problem in problems)
+    with _Apart() as apart:
+        for problem in problems:
+            yield apart.run(Check(backend, *_words(problem)), check_backend, backend, problem)
 
 
 def _supported(backend: str, problem: Problem) -> bool:
@@ -222,34 +226,6 @@ def check_backend(backend: str, problem: Problem, median_ms: Median | None = Non
     return check if passed else check._replace(failure=f"the bound is {bound:.1e}")
 
 
-class _Process(AbstractContextManager["_Process"]):
-    """Runs checks in another process; after a failure in a new one, for that may have broken the device's context."""
-
-    def __init__(self) -> None:
-        self._pool: ProcessPoolExecutor | None = None
-
-    def check(self, backend: str, problem: Problem) -> Check:
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        try:
-            check = self._pool.submit(check_backend, backend, problem).result()
-        except BrokenProcessPool:
-            check = Check(backend, *_words(problem), failure="its process crashed")
-        if check.failure:
-            self._end()
-        return check
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
-
-
 def _print_check(c: Check) -> None:
     times = "" if c.forward_ms is None or c.both_ms is None else f"{c.forward_ms:>12.3f}{c.both_ms:>10.3f}"
     print(f"{c.backend:<8}{c.device:<8}{c.op:<16}{c.dtype:<10}{c.shape:<20}{c.error_y:>9.1e}{c.error_grad:>12.1e}"
@@ -266,36 +242,40 @@ def _time_backends(findings: Findings, device: Device, quick: bool) -> None:
           f"{'contestant':<15}{'operator':<16}{'dtype':<10}{'shape':<20}{'forward ms':>12}{'share':>7}"
           f"{'both ms':>10}{'share':>7}")  # fmt: skip
     passed = {check[:5] for check in findings.checks if not check.failure}
-    for problem in device.timed_problems(quick):
-        names = [name for name in backends() if (name, *_words(problem)) in passed]
-        for timing in _timings(problem, names, device.median_ms, copy_gbps, compiled=not quick):
-            findings.times.append(timing)
-            _print_timing(timing)
+    with _Apart() as apart:
+        for problem in device.timed_problems(quick):
+            names = [name for name in backends() if (name, *_words(problem)) in passed]
+            for name in [*names, "torch.fft", *(["torch.compile"] if not quick else [])]:
+                timing = Timing(name, *_words(problem))
+                timing = apart.run(timing, time_contestant, name, problem, device.median_ms, copy_gbps)
+                findings.times.append(timing)
+                _print_timing(timing)
 
 
-def _timings(
-    problem: Problem, names: Sequence[str], median_ms: Median, copy_gbps: float, compiled: bool
-) -> Iterator[Timing]:
-    inputs, grad_y = _inputs(problem)
+def time_contestant(contestant: str, problem: Problem, median_ms: Median, copy_gbps: float) -> Timing:
+    """Of a backend, ``torch.fft`` or ``torch.compile``."""
+    timing, bytes_per_ms = Timing(contestant, *_words(problem)), 1e6 * copy_gbps
+    try:
+        inputs, grad_y = _inputs(problem)
+        forward_ms, both_ms = (median_ms(step) for step in _steps(_contestant(contestant, problem), inputs, grad_y))
+    except Exception as error:
+        return timing._replace(failure=_named(error))
+    return timing._replace(
+        forward_ms=forward_ms,
+        forward_share=FORWARD_TENSORS * inputs[0].nbytes / bytes_per_ms / forward_ms,
+        both_ms=both_ms,
+        both_share=BOTH_TENSORS * inputs[0].nbytes / bytes_per_ms / both_ms,
+    )
+
+
+def _contestant(name: str, problem: Problem) -> Callable[..., Tensor]:
     judge = getattr(reference, problem.op)
-    runs = {name: partial(OPERATORS[problem.op], backend=name) for name in names} | {"torch.fft": judge}
-    if compiled:
+    if name == "torch.fft":
+        return judge
+    if name == "torch.compile":
         torch._dynamo.reset()  # each problem is compiled for itself
-        runs["torch.compile"] = torch.compile(judge, fullgraph=True, dynamic=False)
-    bytes_per_ms, nbytes = 1e6 * copy_gbps, inputs[0].nbytes
-    for name, run in runs.items():
-        timing = Timing(name, *_words(problem))
-        try:
-            forward_ms, both_ms = (median_ms(step) for step in _steps(run, inputs, grad_y))
-        except Exception as error:
-            yield timing._replace(failure=_named(error))
-        else:
-            yield timing._replace(
-                forward_ms=forward_ms,
-                forward_share=FORWARD_TENSORS * nbytes / bytes_per_ms / forward_ms,
-                both_ms=both_ms,
-                both_share=BOTH_TENSORS * nbytes / bytes_per_ms / both_ms,
-            )
+        return torch.compile(judge, fullgraph=True, dynamic=False)
+    return partial(OPERATORS[problem.op], backend=name)
 
 
 def _copy_gbps(device: Device) -> float:
@@ -316,14 +296,15 @@ def _print_timing(t: Timing) -> None:
 def _ask_choices(findings: Findings, device: Device, quick: bool) -> None:
     print(f"\nautomatic choice on {device.type}\n"
           f"{'operator':<16}{'dtype':<10}{'shape':<20}{'forward':<9}{'backward':<9}")  # fmt: skip
-    for problem in device.timed_problems(quick):
-        choice = _choice(problem)
-        findings.choices.append(choice)
-        print(f"{choice.op:<16}{choice.dtype:<10}{choice.shape:<20}{choice.forward:<9}{choice.backward:<9}"
-              f"{_failed(choice.failure)}", flush=True)  # fmt: skip
+    with _Apart() as apart:
+        for problem in device.timed_problems(quick):
+            choice = apart.run(Choice(*_words(problem)), ask_choice, problem)
+            findings.choices.append(choice)
+            print(f"{choice.op:<16}{choice.dtype:<10}{choice.shape:<20}{choice.forward:<9}{choice.backward:<9}"
+                  f"{_failed(choice.failure)}", flush=True)  # fmt: skip
 
 
-def _choice(problem: Problem) -> Choice:
+def ask_choice(problem: Problem) -> Choice:
     choice = Choice(*_words(problem))
     try:
         inputs, grad_y = _inputs(problem)
@@ -336,6 +317,52 @@ def _choice(problem: Problem) -> Choice:
 
 
 # --- shared by all parts
+
+
+class _Apart(AbstractContextManager["_Apart"]):
+    """Runs functions in another process; after a failure in a new one, for the device's context may be broken."""
+
+    def __init__(self) -> None:
+        self._process: multiprocessing.process.BaseProcess | None = None
+
+    def run(self, nothing: Record, function: Callable[..., Record], *arguments: object) -> Record:
+        """What the function returns; ``nothing`` with the reason if the process crashes or takes over `LIMIT_S`."""
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs,))
+            self._process.start()
+            theirs.close()  # so that a crash ends the pipe
+        record = nothing
+        try:
+            self._pipe.send((function, arguments))
+            if self._pipe.poll(LIMIT_S):
+                record = self._pipe.recv()
+            else:
+                record = nothing._replace(failure=f"it hangs: no result after {LIMIT_S:g} s")
+        except (EOFError, ConnectionError):
+            record = nothing._replace(failure="its process crashed")
+        if record.failure:
+            self._end()
+        return record
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = None
+
+
+def _serve(pipe: Connection) -> None:
+    while True:
+        function, arguments = pipe.recv()
+        pipe.send(function(*arguments))
 
 
 def _inputs(problem: Problem) -> tuple[list[Tensor], Tensor]:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def test_doctor_fails_on_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monk
 
 
 class HereInsteadOfApart:
-    """Checks in this process, where a test's patches are."""
+    """Runs everything in this process, where a test's patches are."""
 
     def __enter__(self) -> "HereInsteadOfApart":
         return self
@@ -118,7 +119,8 @@ class HereInsteadOfApart:
     def __exit__(self, *error: object) -> None:
         pass
 
-    check = staticmethod(doctor.check_backend)
+    def run(self, nothing: object, function: Callable[..., Any], *arguments: object) -> Any:
+        return function(*arguments)
 
 
 @pytest.fixture
@@ -133,7 +135,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     device = doctor.Device("cpu", tuple(BOUND), (shape,), (shape,), two_ms, checked_first=True)
     monkeypatch.setattr(doctor, "devices", lambda: [device])
     monkeypatch.setattr(doctor, "QUICK_SHAPES", [(1, 4, 4, 3)])
-    monkeypatch.setattr(doctor, "_Process", HereInsteadOfApart)
+    monkeypatch.setattr(doctor, "_Apart", HereInsteadOfApart)
 
 
 @pytest.mark.usefixtures("pretended_gpu")
@@ -223,14 +225,36 @@ class Killer:
         return os.abort, ()
 
 
-def test_doctor_survives_a_process_that_crashes() -> None:
+def test_doctor_survives_a_process_that_crashes_and_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = dispatch.Problem("star_relu", "cpu", torch.float32, (1, 4, 4, 3), 0, True)
-    killer: Any = Killer()
-    with doctor._Process() as process:
-        crashed, checked = process.check(killer, problem), process.check("torch", problem)
-    assert (crashed.op, crashed.failure) == ("star_relu", "its process crashed")
+    nothing = doctor.Check("torch", "cpu", "star_relu", "float32", "1x4x4x3")
+    with doctor._Apart() as apart:
+        crashed = apart.run(nothing, doctor.check_backend, Killer(), problem)
+        monkeypatch.setattr(doctor, "LIMIT_S", 0.5)
+        hanging: Any = time.sleep
+        hung = apart.run(nothing, hanging, 1000)
+        monkeypatch.undo()
+        checked = apart.run(nothing, doctor.check_backend, "torch", problem)
+    assert crashed == nothing._replace(failure="its process crashed")
+    assert hung == nothing._replace(failure="it hangs: no result after 0.5 s")
     assert not checked.failure
     assert checked.error_y <= 1e-6
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_doctor_names_what_hangs_and_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Hanging(HereInsteadOfApart):
+        def run(self, nothing: Any, function: Callable[..., Any], *arguments: object) -> Any:
+            hangs = isinstance(nothing, doctor.Timing) and nothing.contestant == "torch" and nothing.op == "star_relu"
+            return nothing._replace(failure="it hangs") if hangs else function(*arguments)
+
+    monkeypatch.setattr(doctor, "_Apart", Hanging)
+    assert main(["doctor", "--quick"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines if line.endswith("FAILED: it hangs")] == [
+        ["torch", "star_relu", dtype] for dtype in ("float32", "bfloat16")
+    ]
+    assert lines[-1].endswith("checks passed, 2 FAILED")
 
 
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,9 @@ from dfformer_kernels.sources import cuda_sources
 
 RESULTS = Path(__file__).parent / "results" / "gpu_resources.csv"
 SIZES = (224, 384, 512, 1024)  # of square images
-STAGES = ((4, 128), (8, 256), (16, 640), (32, 1024))  # of DFFormer-S18: stride, C
+STAGES = ((4, 128), (8, 256), (16, 640), (32, 1024))  # of DFFormer-S18 and S36: stride, C
+# of M36 and B36, at 224 only: C is in offsets, which takes a few registers more or less, and in no layout
+WIDER_STAGES = ((4, 192), (8, 384), (16, 768), (32, 1152), (4, 256), (8, 512), (16, 1024), (32, 1536))
 DTYPES = (torch.float32, torch.bfloat16)
 F = 4
 DIRECTIONS = ("forward", "backward")
@@ -50,8 +52,9 @@ class Row:
 
 
 def steps() -> Iterator[Step]:
-    """The dynamic filters with StarReLU of DFFormer-S18 and their gradients."""
-    for size, (stride, C), dtype, direction in product(SIZES, STAGES, DTYPES, DIRECTIONS):
+    """The dynamic filters with StarReLU of the DFFormers, and their gradients."""
+    planes = [*product(SIZES, STAGES), *product(SIZES[:1], WIDER_STAGES)]
+    for (size, (stride, C)), dtype, direction in product(planes, DTYPES, DIRECTIONS):
         side = size // stride
         yield Step(side, side, C, F, dtype, star_relu=True, backward=direction == "backward")
 

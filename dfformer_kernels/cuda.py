@@ -114,6 +114,7 @@ class Variant:
     columns: int
     lanes: int
     threads: int
+    planes: int  # half spectra of each lane in shared memory
     min_blocks: int
     shared_bytes: int
 
@@ -123,25 +124,34 @@ def choose_variant(step: Step, chip: Chip) -> Variant | None:
 
     ``lanes`` channels of a sample are a block's work: enough to fill sectors of device memory and, on small planes,
     four warps. Half as many, and again, until two blocks fit a multiprocessor, so that one computes while the other
-    waits for memory. Where that never happens, the most lanes of which one block fits.
+    waits for memory. Where that never happens, the most lanes of which one block fits. Backward has two half spectra
+    in shared memory or, where those of two lanes do not fit, takes them in turn.
     """
     wanted = max(_SECTOR // step.dtype.itemsize, 4 * _WARP // _workers(step))
     most = max(min(_power_of_two(wanted), _power_of_two(step.C), _WARP), 2)
-    variants = [_variant(step, chip, lanes) for lanes in (32, 16, 8, 4, 2) if lanes <= most]
-    fitting = [variant for variant in variants if variant is not None]
-    return next((variant for variant in fitting if variant.min_blocks >= 2), fitting[0] if fitting else None)
+    for planes in (2, 1) if step.backward else (1,):
+        variants = [_variant(step, chip, lanes, planes) for lanes in (32, 16, 8, 4, 2) if lanes <= most]
+        fitting = [variant for variant in variants if variant is not None]
+        if fitting:
+            return next((variant for variant in fitting if variant.min_blocks >= 2), fitting[0])
+    return None
 
 
-def _variant(step: Step, chip: Chip, lanes: int) -> Variant | None:
+def _variant(step: Step, chip: Chip, lanes: int, planes: int) -> Variant | None:
     rows, columns = _rows(step), _columns(step)
     registers = _registers(step, rows, columns)
-    warps = min(-(-_workers(step) * lanes // _WARP), _MOST_WARPS)
-    threads = warps * _WARP  # and of every lane as many, since lanes divide a warp
-    shared_bytes = _shared_bytes(step, rows, lanes, threads)
+    threads = _threads(step, lanes, registers)
+    shared_bytes = _shared_bytes(step, rows, lanes, threads, planes)
     if registers > _MOST_REGISTERS or shared_bytes > chip.shared_per_block:
         return None
     min_blocks = chip.resident_blocks(threads, registers, shared_bytes)
-    return Variant(rows, columns, lanes, threads, min_blocks, shared_bytes) if min_blocks else None
+    return Variant(rows, columns, lanes, threads, planes, min_blocks, shared_bytes) if min_blocks else None
+
+
+def _threads(step: Step, lanes: int, registers: int) -> int:
+    """Whole warps, and of every lane as many, since lanes divide a warp; no more than have registers."""
+    most_warps = _MOST_WARPS if registers <= 128 else _MOST_WARPS // 2
+    return min(-(-_workers(step) * lanes // _WARP), most_warps) * _WARP
 
 
 def _rows(step: Step) -> int:
@@ -161,15 +171,19 @@ def _columns(step: Step) -> int:
 
 
 def _registers(step: Step, rows: int, columns: int) -> int:
-    """What a thread needs so that nothing spills: fitted to what the compiler reports."""
+    """What a thread needs so that nothing spills: fitted to what the compiler reports.
+
+    It makes do with what there is in backward rows of up to 80 points.
+    """
     N2 = step.H if columns == _COLUMNS_IN_REGISTERS else _second_factor(step.H)
     row = step.W // 2 if rows == _HALF_ROWS else step.W
     if step.backward:
-        return max(3 * row + 70, 7 * N2 + 6 * step.F + 16, 4 * (step.H // N2) + 40)
+        for_row = min(3 * row + 70, _MOST_REGISTERS) if row <= 80 else 3 * row + 70
+        return max(for_row, 7 * N2 + 6 * step.F + 16, 4 * (step.H // N2) + 40)
     return max(2 * row + 40, 5 * N2 + 4 * step.F + 20, 4 * (step.H // N2) + 30)
 
 
-def _shared_bytes(step: Step, rows: int, lanes: int, threads: int) -> int:
+def _shared_bytes(step: Step, rows: int, lanes: int, threads: int, planes: int) -> int:
     """As `Layout` in dynamic_filter.inl computes it, where it is explained."""
     K = step.K
     narrow_padding = lanes * (1 - K % 2) if rows == _HALF_ROWS else lanes // 2
@@ -177,7 +191,7 @@ def _shared_bytes(step: Step, rows: int, lanes: int, threads: int) -> int:
     if not step.backward:
         return 8 * step.H * row_stride
     sums = max(step.F, 2 if step.star_relu else 0)
-    return 16 * step.H * row_stride + 4 * (step.F * lanes + sums * threads)
+    return planes * 8 * step.H * row_stride + 4 * (step.F * lanes + sums * threads)
 
 
 def _second_factor(H: int) -> int:
@@ -206,6 +220,7 @@ def compile_options(step: Step, variant: Variant) -> list[str]:
         "COLUMNS": variant.columns,
         "LANES": variant.lanes,
         "THREADS": variant.threads,
+        "PLANES": variant.planes,
         "MIN_BLOCKS": variant.min_blocks,
         "SHARED_BYTES": variant.shared_bytes,
     }
@@ -255,8 +270,20 @@ def step_refusals(step: Step, chip: Chip) -> list[str]:
             reasons.append(f"{side} = {length} has a prime factor above {_LARGEST_PRIME}")
     if step.H * step.W * step.C >= 2**31:
         reasons.append("a sample has 2^31 elements or more")
-    if not reasons and choose_variant(step, chip) is None:
-        reasons.append(f"{step.H}x{step.W} planes do not fit a multiprocessor of {chip.arch}")
+    return reasons or _misfits(step, chip)
+
+
+def _misfits(step: Step, chip: Chip) -> list[str]:
+    """What of a chip has no room for ``step``; empty where `choose_variant` finds a layout."""
+    reasons, rows = [], _rows(step)
+    registers = _registers(step, rows, _columns(step))
+    if registers > _MOST_REGISTERS:
+        reasons.append(f"rows of W = {step.W} do not fit the {_MOST_REGISTERS} registers of a thread")
+    if _shared_bytes(step, rows, 2, _threads(step, 2, registers), 1) > chip.shared_per_block:
+        reasons.append(
+            f"half spectra of two channels of {step.H}x{step.W} planes do not fit the "
+            f"{chip.shared_per_block >> 10} KiB of shared memory that a block has on {chip.arch}"
+        )
     return reasons
 
 
@@ -281,6 +308,7 @@ class _Prepared:
     kernel: nvrtc.Kernel
     channel_blocks: int  # blocks' worth of work in a sample
     resident: int  # blocks the chip runs at once
+    spectrum: int  # complex numbers of device memory that a block needs
 
 
 _kernels: dict[tuple[Step, int], _Prepared] = {}
@@ -302,7 +330,8 @@ def _load(step: Step, device: int) -> _Prepared:
     cubin = nvrtc.cached_cubin(cuda_sources(), compile_options(step, variant), chip.arch)
     name = "filter_backward" if step.backward else "filter_forward"
     kernel = nvrtc.Kernel(cubin, name, device, variant.threads, variant.shared_bytes)
-    return _Prepared(kernel, -(-step.C // variant.lanes), chip.multiprocessors * variant.min_blocks)
+    spectrum = step.H * step.K * variant.lanes if step.backward and variant.planes == 1 else 0
+    return _Prepared(kernel, -(-step.C // variant.lanes), chip.multiprocessors * variant.min_blocks, spectrum)
 
 
 def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -343,12 +372,13 @@ def _filter_backward(
         grad_logits = output(logits is not None and need_logits, *(() if logits is None else logits.shape))
         filter_slots = output(need_filters, slots, *filters.shape)
         scalar_slots = output(need_scale or need_bias, blocks, 2)
+        spectra = output(prepared.spectrum > 0, blocks, prepared.spectrum, 2)
         prepared.kernel.launch(
             blocks,
             *_addresses(x.device, x.dtype, grad_y, inputs.x),
             *inputs.parameters,
             *_addresses(x.device, x.dtype, grad_x),
-            *_addresses(x.device, torch.float32, grad_logits, filter_slots, scalar_slots),
+            *_addresses(x.device, torch.float32, grad_logits, filter_slots, scalar_slots, spectra),
             x.shape[0],
         )
         gradients = [] if grad_x is None else [grad_x]

@@ -348,6 +348,9 @@ def test_variants_keep_the_kernels_and_the_chips_limits(chip: Chip) -> None:
         (Step(56, 56, 128, 4, torch.bfloat16, True, False), H100, 8, 256, 2),
         # one block of 66 kB is all that fits
         (Step(128, 128, 128, 4, torch.float32, True, False), H100, 2, 160, 1),
+        # and one of 133 kB, for two half spectra in turn
+        (Step(128, 128, 128, 4, torch.float32, True, True), H100, 2, 160, 1),
+        (Step(96, 96, 128, 4, torch.float32, True, True), RTX_4090, 2, 128, 1),
         # no more lanes than channels
         (Step(7, 7, 3, 4, torch.float32, True, False), H100, 4, 32, 28),
     ],
@@ -364,10 +367,8 @@ def test_the_models_planes_fit() -> None:
     refused = {(step.H, step.backward, chip.arch) for step, chip in family() if choose_variant(step, chip) is None}
     small = {"sm_86", "sm_89", "sm_120"}
     assert {key for key in refused if key[0] <= 64} == set()
-    assert {key for key in refused if key[0] == 96} == {(96, True, arch) for arch in small}
-    assert {key for key in refused if key[0] == 128} == {(128, True, arch) for arch in CHIPS} | {
-        (128, False, arch) for arch in small
-    }
+    assert {key for key in refused if key[0] == 96} == set()
+    assert {key for key in refused if key[0] == 128} == {(128, b, arch) for b in (False, True) for arch in small}
     assert {key for key in refused if key[0] == 256} == {(256, b, arch) for b in (False, True) for arch in CHIPS}
 
 
@@ -383,6 +384,10 @@ def test_resident_blocks_by_hand() -> None:
     assert H100.resident_blocks(32, 32, 233472 // 3) == 2  # shared memory
 
 
+NO_REGISTERS = "do not fit the 255 registers of a thread"
+NO_SHARED_MEMORY = "do not fit the 227 KiB of shared memory that a block has on sm_90"
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -393,8 +398,13 @@ def test_resident_blocks_by_hand() -> None:
         ({"F": 17}, "it mixes at most 16 filters, there are 17"),
         ({"H": 34}, "H = 34 has a prime factor above 13"),
         ({"W": 19}, "W = 19 has a prime factor above 13"),
-        ({"H": 256, "W": 256}, "256x256 planes do not fit a multiprocessor of sm_90"),
-        ({"W": 1024}, "14x1024 planes do not fit a multiprocessor of sm_90"),
+        ({"H": 288, "W": 208}, f"half spectra of two channels of 288x208 planes {NO_SHARED_MEMORY}"),
+        ({"W": 1024}, f"rows of W = 1024 {NO_REGISTERS}"),
+        ({"H": 128, "W": 128, "backward": True}, None),
+        ({"W": 77, "backward": True}, None),
+        ({"W": 81, "backward": True}, f"rows of W = 81 {NO_REGISTERS}"),
+        ({"W": 162, "backward": True}, f"rows of W = 162 {NO_REGISTERS}"),
+        ({"H": 480, "W": 54, "backward": True}, None),
         ({"C": 2**31 // 196 + 1}, "a sample has 2^31 elements or more"),
     ],
 )
@@ -529,6 +539,7 @@ class FakeKernel:
         grad_logits: int,
         filter_slots: int,
         star_relu_slots: int,
+        spectra: int,
         B: int,
     ) -> None:
         step = self.step
@@ -562,7 +573,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     def prepare(step: Step, device: object) -> cuda._Prepared:
         channel_blocks = -(-step.C // 2)
         kernel: Any = FakeKernel(step, channel_blocks, launched)
-        return cuda._Prepared(kernel, channel_blocks, resident=5)
+        return cuda._Prepared(kernel, channel_blocks, resident=5, spectrum=0)
 
     monkeypatch.setattr(cuda, "_prepare", prepare)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
@@ -607,7 +618,7 @@ def test_what_is_not_needed_is_not_asked_of_the_kernel(launched: list[tuple[int,
         assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
         ((_, *arguments, _),) = launched
         need_x, need_logits, need_basis, need_scale, need_bias = needs
-        assert [bool(p) for p in arguments[5:]] == [need_x, need_logits, need_basis, need_scale or need_bias]
+        assert [bool(p) for p in arguments[5:]] == [need_x, need_logits, need_basis, need_scale or need_bias, False]
 
 
 @pytest.mark.parametrize(
@@ -623,7 +634,7 @@ def test_what_is_not_needed_is_not_asked_of_the_kernel(launched: list[tuple[int,
 def test_the_backwards_blocks(
     B: int, channel_blocks: int, resident: int, per_channel: bool, expected: tuple[int, int]
 ) -> None:
-    prepared = cuda._Prepared(Any, channel_blocks, resident)  # type: ignore[arg-type]
+    prepared = cuda._Prepared(Any, channel_blocks, resident, 0)  # type: ignore[arg-type]
     assert cuda._launch_size(prepared, B, per_channel) == expected
 
 
@@ -689,6 +700,20 @@ ON_THE_HOST = [
 ]
 if os.environ.get("DFFORMER_TEST_FULL"):
     ON_THE_HOST += product(OPS, CASES, [torch.float32])
+
+
+@pytest.mark.usefixtures("on_the_host")
+@pytest.mark.parametrize("op", ["dynamic_filter+star_relu", "global_filter"])
+def test_two_half_spectra_in_turn(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a chip whose shared memory has room for one."""
+    chip = replace(cuda.chip_of(0), shared_per_block=1500)
+    monkeypatch.setattr(cuda, "chip_of", lambda device: chip)
+    case = Case(3, 8, 6, 5)
+    variant = choose_variant(Step(case.H, case.W, case.C, case.F, torch.float32, True, True), chip)
+    assert variant is not None
+    assert (variant.planes, variant.shared_bytes) == (1, 8 * 8 * 5 * 2 + 4 * (4 * 2 + 4 * 32))
+    inputs = make_inputs(OPS[op], case, torch.float32, requires_grad=False)
+    compare_with_reference(OPS[op], inputs, make_grad(OPS[op], inputs))
 
 
 @pytest.mark.usefixtures("on_the_host")

@@ -49,17 +49,19 @@ class Kernel:
     dtype: torch.dtype = torch.float32
     star_relu: bool = True
     B: int = 2
+    planes: int = 2  # in shared memory, backward
 
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         variant = f"lanes{self.lanes}x{self.threads}_rows{self.rows}_columns{self.columns}"
-        return f"plane{self.H}x{self.W}_C{self.C}_F{self.F}_{variant}_{dtype}{'_star_relu' * self.star_relu}"
+        flags = "_star_relu" * self.star_relu + "_in_turn" * (self.planes == 1)
+        return f"plane{self.H}x{self.W}_C{self.C}_F{self.F}_{variant}_{dtype}{flags}"
 
-    @property
-    def layout(self) -> str:
+    def layout(self, backward: bool) -> str:
         numbers = (self.H, self.W, self.C, self.F, self.lanes, self.threads, self.rows, self.columns)
-        return f"{', '.join(map(str, numbers))}, {str(self.star_relu).lower()}"
+        flags = (self.star_relu, backward, self.planes if backward else 1)
+        return ", ".join(str(int(number)) for number in (*numbers, *flags))
 
     @property
     def channel_blocks(self) -> int:
@@ -81,7 +83,7 @@ class Kernel:
     def shared_bytes(self, backward: bool) -> int:
         forward = 8 * self.H * self.row_stride
         sums = max(self.F, 2 if self.star_relu else 0)
-        return 2 * forward + 4 * (self.F * self.lanes + sums * self.threads) if backward else forward
+        return self.planes * forward + 4 * (self.F * self.lanes + sums * self.threads) if backward else forward
 
     def macros(self, backward: bool) -> list[str]:
         values = {
@@ -96,6 +98,7 @@ class Kernel:
             "COLUMNS": self.columns,
             "STORAGE": STORAGE[self.dtype][1],
             "STAR_RELU": int(self.star_relu),
+            "PLANES": self.planes if backward else 1,
             "MIN_BLOCKS": 1,
             "SHARED_BYTES": self.shared_bytes(backward),
         }
@@ -137,6 +140,11 @@ KERNELS = [
     # a weight for every channel
     Kernel(14, 14, 12, 0, 8, 64, PAIRS, REGISTERS, B=3),
     Kernel(6, 10, 5, 0, 2, 32, HALVES, ROLLED, BF16, star_relu=False),
+    # spectra taken in turn: long and short columns, twiddles, F from 0 to 16
+    Kernel(24, 24, 6, 4, 4, 128, HALVES, ROLLED, planes=1),
+    Kernel(9, 7, 5, 3, 2, 32, PAIRS, ROLLED, BF16, planes=1),
+    Kernel(7, 8, 3, 16, 2, 32, HALVES, REGISTERS, star_relu=False, planes=1),
+    Kernel(16, 6, 5, 0, 2, 32, HALVES, ROLLED, planes=1, B=3),
 ]
 if os.environ.get("DFFORMER_TEST_FULL"):
     SIDES = (3, 4, 5, 11, 13, 18, 20, 21, 22, 25, 26, 27, 35, 36, 39, 40, 44, 49, 50, 52, 60, 63, 72, 80, 96, 112, 128)
@@ -244,9 +252,9 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     require_compiler()
     program = tmp_path_factory.mktemp("emulator") / "emulate_cuda"
     runs = " ".join(
-        f"RUN({kernel.name}_{direction}, {STORAGE[kernel.dtype][0]}, {direction}, {kernel.layout})"
+        f"RUN({kernel.name}_{direction}, {STORAGE[kernel.dtype][0]}, {direction}, {kernel.layout(bool(backward))})"
         for kernel in KERNELS
-        for direction in ("forward", "backward")
+        for backward, direction in enumerate(("forward", "backward"))
     )
     _compile("emulate_cuda.cpp", program, "-O0", "-DFFT_INLINE=inline", "-DUNROLLED_BODY=", f"-DSPECIALISATIONS={runs}")
     return program
@@ -273,6 +281,11 @@ def test_emulated(kernel: Kernel, backward: bool, emulator: Path, tmp_path: Path
     size = kernel.B * kernel.H * kernel.W * kernel.C * kernel.dtype.itemsize
     assert report["loaded"] == size * (1 + backward * (1 + kernel.star_relu))
     assert report["stored"] == size
+
+    # in turn, X is written and read, and so is P where a basis' gradient adds up over lanes
+    spectra = 8 * kernel.H * (kernel.W // 2 + 1) * kernel.lanes * kernel.B * kernel.channel_blocks
+    in_turn = backward and kernel.planes == 1
+    assert report["kept"] == in_turn * (4 if kernel.F else 2) * spectra
 
     # a warp's request: a run of channels for each of 32 / lanes pixels, in one more sector where it begins anywhere
     run = -(-kernel.lanes * kernel.dtype.itemsize // 32) + (kernel.C * kernel.dtype.itemsize % 32 != 0)
@@ -322,11 +335,18 @@ def _pixels_out(
 
 
 BARRIERS = [(False, 0), (False, 1), (True, 0), (True, 1)]
+IN_TURN = next(kernel for kernel in KERNELS if kernel.planes == 1)
 
 
-@pytest.mark.parametrize(("backward", "barrier"), BARRIERS)
-def test_the_emulator_sees_a_missing_barrier(backward: bool, barrier: int, emulator: Path, tmp_path: Path) -> None:
-    assert _emulate(emulator, DYNAMIC, backward, tmp_path, missing_barrier=barrier)["races"]
+@pytest.mark.parametrize(
+    ("kernel", "backward", "barrier"),
+    [(DYNAMIC, *which) for which in BARRIERS] + [(IN_TURN, True, barrier) for barrier in range(4)],
+    ids=lambda value: value.name if isinstance(value, Kernel) else None,
+)
+def test_the_emulator_sees_a_missing_barrier(
+    kernel: Kernel, backward: bool, barrier: int, emulator: Path, tmp_path: Path
+) -> None:
+    assert _emulate(emulator, kernel, backward, tmp_path, missing_barrier=barrier)["races"]
 
 
 # dynamic_filter.cu itself, in host threads. Small: a sanitizer makes a barrier of some threads slow.
@@ -334,6 +354,7 @@ THREADED = [
     Kernel(8, 6, 5, 4, 2, 8, HALVES, UNROLLED),
     Kernel(5, 7, 3, 3, 2, 8, PAIRS, REGISTERS, BF16),
     Kernel(6, 5, 3, 0, 2, 8, PAIRS, ROLLED, FP16),
+    Kernel(8, 6, 5, 4, 2, 8, HALVES, UNROLLED, planes=1),
 ]
 
 

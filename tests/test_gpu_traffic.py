@@ -48,6 +48,19 @@ def test_the_table_of_resources(side: int, backward: bool) -> None:
         assert cell == f"{variant.lanes} x {variant.threads}, {row['regs']}, {size}, {row['blocks_per_sm']}"
 
 
+def test_what_the_page_says_of_the_committed_table() -> None:
+    rows = [row for row in gpu_resources.read() if row["backend"] == "cuda"]
+    assert f"{sum(row['dispatched'] == 'True' for row in rows)} of {len(rows)} combinations dispatched" in PAGE
+    of_plane: dict[tuple[str, ...], list[tuple[int, str]]] = {}
+    for row in rows:
+        if row["dispatched"] == "True":
+            problem = tuple(row[name] for name in ("target", "H", "W", "dtype", "direction"))
+            of_plane.setdefault(problem, []).append((int(row["regs"]), f"{row['smem_bytes']}, {row['blocks_per_sm']}"))
+    assert all(len({layout for _, layout in kernels}) == 1 for kernels in of_plane.values())
+    apart = max(max(kernels)[0] - min(kernels)[0] for kernels in of_plane.values())
+    assert f"differ by up to {apart} registers" in PAGE
+
+
 @pytest.mark.parametrize("column", range(4))
 def test_the_table_of_passes(column: int) -> None:
     shape, dtype, backward = gpu_traffic.SHAPES[0], gpu_traffic.DTYPES[column % 2], column >= 2

@@ -10,6 +10,7 @@
 //   ROWS, COLUMNS        how rows and columns are transformed: the enums of dynamic_filter.inl
 //   STORAGE              of x, y and their gradients: 0 float32, 2 bfloat16, 3 float16
 //   STAR_RELU            1: StarReLU on load
+//   PLANES               half spectra of a block's lanes in shared memory: 1 forward, 2 or 1 backward
 //   MIN_BLOCKS           blocks that shall fit a multiprocessor at once
 //   SHARED_BYTES         dynamic shared memory at launch: must be the layout's
 
@@ -21,7 +22,7 @@
 #include "butterflies.inl"
 #include "dynamic_filter.inl"
 
-using Block = Layout<PLANE_H, PLANE_W, CHANNELS, FILTERS, LANES, THREADS, ROWS, COLUMNS, STAR_RELU, DIRECTION>;
+using Block = Layout<PLANE_H, PLANE_W, CHANNELS, FILTERS, LANES, THREADS, ROWS, COLUMNS, STAR_RELU, DIRECTION, PLANES>;
 static_assert(Block::shared_bytes == SHARED_BYTES, "the caller computes shared memory as Layout does");
 
 template <int storage>
@@ -61,6 +62,8 @@ FFT_INLINE BFloat16 bfloat16_of(float value) {
 extern __shared__ float2 shared[];
 
 struct Environment {
+    float2* spectra = nullptr;
+
     FFT_INLINE float load(const float* p) const { return __ldg(p); }
     FFT_INLINE float load(const BFloat16* p) const { return __uint_as_float((unsigned)__ldg(&p->bits) << 16); }
     FFT_INLINE float load(const Float16* p) const { return float_of(Float16{__ldg(&p->bits)}); }
@@ -94,6 +97,8 @@ struct Environment {
 
     FFT_INLINE Complex<float> plane(int i) const { return {shared[i].x, shared[i].y}; }
     FFT_INLINE void set_plane(int i, Complex<float> value) const { shared[i] = make_float2(value.re, value.im); }
+    FFT_INLINE Complex<float> spectrum(int i) const { return {spectra[i].x, spectra[i].y}; }
+    FFT_INLINE void set_spectrum(int i, Complex<float> value) const { spectra[i] = make_float2(value.re, value.im); }
     FFT_INLINE float scratch(int i) const { return ((const float*)shared)[i]; }
     FFT_INLINE void set_scratch(int i, float value) const { ((float*)shared)[i] = value; }
 };
@@ -123,18 +128,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 //                that a block's items are samples of the same channels, for which it fills slot i / ceil(C / LANES)
 //   scalars      star_relu_slots[gridDim.x][2]: grad_scale, grad_bias
 //
-// An output that is null is not wanted.
+// `spectra` is [gridDim.x][Block::spectrum_size] where PLANES is 1, and otherwise not used. An output that is null is
+// not wanted.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     filter_backward(const Storage* grad_y, const Storage* x, const float* logits, const float* filters,
                     const float* star_relu, Storage* grad_x, float* grad_logits, float* filter_slots,
-                    float* star_relu_slots, long long B) {
+                    float* star_relu_slots, float2* spectra, long long B) {
     using Step = Backward<Block, Storage>;
     constexpr int slot_blocks = FILTERS ? 1 : Block::channel_blocks, slot_size = Block::H * Block::K * 2;
     const long long slot = blockIdx.x / slot_blocks;
     if (filter_slots) filter_slots += slot * slot_size * (FILTERS ? FILTERS : CHANNELS);
     if (star_relu_slots) star_relu_slots += 2LL * blockIdx.x;
 
-    Environment env;
+    Environment env{Block::in_turn ? spectra + (long long)blockIdx.x * Block::spectrum_size : nullptr};
     Step step{grad_y, x,           logits,       filters,         star_relu,
               grad_x, grad_logits, filter_slots, star_relu_slots, (int)threadIdx.x};
     for (step.item = blockIdx.x; step.item < B * Block::channel_blocks; step.item += gridDim.x) {

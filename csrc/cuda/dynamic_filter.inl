@@ -13,6 +13,7 @@
 //   accumulate<count>(p, values, first)  2 or 4 aligned floats this block alone adds to; the first time they are set
 //   plane(i), set_plane(i, value)        complex numbers of shared memory
 //   scratch(i), set_scratch(i, value)    floats of shared memory, i counting from the same start
+//   spectrum(i), set_spectrum(i, value)  complex numbers of the block's own device memory, for spectra taken in turn
 //
 // The arithmetic is float32.
 
@@ -50,20 +51,21 @@ constexpr int second_factor(int H) {
 // work item; thread t works on lane t % lanes and takes every (threads / lanes)-th row or column.
 //
 // Shared memory: `planes` half spectra, complex [H][row_stride] with [K][lanes] in a row; then, backward only, floats:
-// [F][lanes] routing weights and [sums][threads] partial sums.
+// [F][lanes] routing weights and [sums][threads] partial sums. Backward has two planes, or where those do not fit takes
+// X and G in turn through one: X waits in the block's own device memory, complex [H][K][lanes] = [spectrum_size].
 //
 //   row_stride   = K lanes            lanes >= 16
 //                  (K | 1) lanes      half rows: an odd number of lanes' banks from one row to the next
 //                  K lanes + lanes/2  row pairs: the same from one pair to the next
 //   shared_bytes = 8 planes H row_stride + 4 (F lanes + sums threads)
-//   planes       = 1 forward, 2 backward;   sums = 0 forward, max(F, 2 if StarReLU) backward
+//   planes       = 1 forward, 2 or 1 backward;   sums = 0 forward, max(F, 2 if StarReLU) backward
 //
 // so that the 16 / lanes rows that half a warp touches at once lie in different banks.
 //
 // Along a column slot s = j + N2 i (j < N2, i < N1) holds row(s), and after N1-point transforms over i and N2-point
 // transforms over j frequency(i, j).
 template <int H_, int W_, int C_, int F_, int lanes_, int threads_, int rows_, int columns_, bool star_relu_,
-          bool backward_>
+          bool backward_, int planes_>
 struct Layout {
     static constexpr int H = H_, W = W_, C = C_, F = F_, K = W / 2 + 1, lanes = lanes_, threads = threads_;
     static constexpr int rows = rows_;
@@ -83,7 +85,10 @@ struct Layout {
                                                           : K * lanes + lanes / 2;
     static constexpr int plane = H * row_stride;
     static constexpr int sums = backward_ ? (star_relu && F < 2 ? 2 : F) : 0;
-    static constexpr int weights_at = 2 * (backward_ ? 2 : 1) * plane;
+    static constexpr bool in_turn = backward_ && planes_ == 1;
+    static_assert(planes_ == (backward_ && !in_turn ? 2 : 1), "forward has a plane, backward one or two");
+    static constexpr int gradient_plane = in_turn ? 0 : plane, spectrum_size = H * K * lanes;  // where G begins
+    static constexpr int weights_at = 2 * planes_ * plane;
     static constexpr int sums_at = weights_at + (backward_ ? F * lanes : 0);
     static constexpr int shared_bytes = 4 * (sums_at + sums * threads);
 
@@ -424,10 +429,11 @@ struct Forward {
 //   grad_u = irfft2(conj(M) G), then StarReLU's gradients;   grad_r[f] = sum_hk Re(P conj(basis[f])), then softmax's;
 //   grad_basis = sum_bc r P;   grad of a weight = sum_b P
 //
-// Plane 0 holds X, then P; plane 1 holds G, then conj(M) G. A null output is not wanted.
+// Plane 0 holds X, then P; plane 1 holds G, then conj(M) G. In turn, X and then P are in device memory, and the plane
+// holds what becomes X, then G and conj(M) G. A null output is not wanted.
 template <class L, class Storage>
 struct Backward {
-    static constexpr int phases = 3, end_phases = L::star_relu ? 2 : 0;
+    static constexpr int phases = L::in_turn ? 5 : 3, end_phases = L::star_relu ? 2 : 0;
     const Storage* grad_y;   // (B,H,W,C)
     const Storage* x;        // (B,H,W,C)
     const float* logits;     // (B,F,C)
@@ -445,12 +451,12 @@ struct Backward {
     template <int phase, class Env>
     FFT_INLINE void run(Env& env) {
         const Channel<L> channel(item, thread);
-        if constexpr (phase == 0) {
-            transform_rows<L>(thread, env, channel, x, activation_of<L>(env, star_relu), 0);
-            transform_rows<L>(thread, env, channel, grad_y, Identity{}, L::plane);
-        }
-        if constexpr (phase == 1) differentiate_columns(env, channel);
-        if constexpr (phase == 2) {
+        if constexpr (phase == 0) transform_rows<L>(thread, env, channel, x, activation_of<L>(env, star_relu), 0);
+        if constexpr (L::in_turn && phase == 1) keep_spectrum(env, channel);
+        if constexpr (phase == phases - 3)
+            transform_rows<L>(thread, env, channel, grad_y, Identity{}, L::gradient_plane);
+        if constexpr (phase == phases - 2) differentiate_columns(env, channel);
+        if constexpr (phase == phases - 1) {
             differentiate_activation(env, channel);
             if constexpr (!L::per_channel) {
                 if (filter_slot) sum_over_lanes(env);
@@ -471,6 +477,24 @@ struct Backward {
                 env.store(star_relu_slot + thread, sum<2, L::threads>(env, L::sums_at + thread));
     }
 
+    // Of a channel's point in slot s of column k.
+    static FFT_INLINE int spectrum_at(int s, int k, int lane) { return (s * L::K + k) * L::lanes + lane; }
+
+    template <class Env>
+    FFT_INLINE void keep_spectrum(Env& env, const Channel<L>& channel) {
+#pragma unroll 1
+        for (int k = thread / L::lanes; k < L::K; k += L::workers) {
+            const int column = k * L::lanes + channel.lane;
+            outer_stage<L, false>(env, column);
+            counted<L::N1, L::rolled>([&](auto i) UNROLLED_BODY {
+                Complex<float> X[L::N2];
+                inner_transform<L>(env, column + i * L::N2 * L::row_stride, X);
+                unrolled<0, L::N2>(
+                    [&](auto j) UNROLLED_BODY { env.set_spectrum(spectrum_at(i * L::N2 + j, k, channel.lane), X[j]); });
+            });
+        }
+    }
+
     template <class Env>
     FFT_INLINE void differentiate_columns(Env& env, const Channel<L>& channel) {
         float r[L::filters], grad_r[L::filters];
@@ -480,20 +504,24 @@ struct Backward {
         for (int k = thread / L::lanes; k < L::K; k += L::workers) {
             const int column = k * L::lanes + channel.lane;
             const float half_D = k == 0 || 2 * k == L::W ? 0.5f : 1.0f;
-            outer_stage<L, false>(env, column);
-            outer_stage<L, false>(env, L::plane + column);
+            if constexpr (!L::in_turn) outer_stage<L, false>(env, column);
+            outer_stage<L, false>(env, L::gradient_plane + column);
             counted<L::N1, L::rolled>([&](auto i) UNROLLED_BODY {
                 const int at = column + i * L::N2 * L::row_stride;
                 Complex<float> X[L::N2], G[L::N2];
-                inner_transform<L>(env, at, X);
-                inner_transform<L>(env, L::plane + at, G);
+                if constexpr (!L::in_turn) inner_transform<L>(env, at, X);
+                inner_transform<L>(env, L::gradient_plane + at, G);
                 unrolled<0, L::N2>([&](auto j) UNROLLED_BODY {
+                    const int kept = spectrum_at(i * L::N2 + j, k, channel.lane);
+                    if constexpr (L::in_turn) X[j] = env.spectrum(kept);
                     const int h = L::frequency(i, j);
                     const Filters<L> basis(env, channel, filters, h, k);
                     const Complex<float> product = G[j] * conjugate(X[j]);
                     const Complex<float> P = {product.re * half_D, product.im * half_D};
                     if constexpr (L::per_channel)
                         add_to_weight(env, channel, h * L::K + k, P);
+                    else if constexpr (L::in_turn)
+                        env.set_spectrum(kept, P);
                     else
                         env.set_plane(at + j * L::row_stride, P);
                     unrolled<0, L::F>([&](auto f) UNROLLED_BODY {
@@ -502,9 +530,9 @@ struct Backward {
                     });
                     G[j] = G[j] * conjugate(basis.mixed(r));
                 });
-                inner_inverse<L>(env, L::plane + at, i, G);
+                inner_inverse<L>(env, L::gradient_plane + at, i, G);
             });
-            outer_stage<L, true>(env, L::plane + column);
+            outer_stage<L, true>(env, L::gradient_plane + column);
         }
         unrolled<0, L::F>([&](auto f) UNROLLED_BODY {
             env.set_scratch(L::sums_at + f * L::threads + thread, grad_r[f]);
@@ -525,7 +553,7 @@ struct Backward {
         const auto activation = activation_of<L>(env, star_relu);
         const Storage* pixels = channel.in_pixels(x);
         Storage* gradients = channel.in_pixels(grad_x);
-        inverse_rows<L>(thread, env, channel, L::plane, [&](int offset, float value) UNROLLED_BODY {
+        inverse_rows<L>(thread, env, channel, L::gradient_plane, [&](int offset, float value) UNROLLED_BODY {
             if constexpr (L::star_relu) {
                 const float relu = StarReLU::relu(env.load(pixels + offset));
                 grad_scale += value * relu * relu;
@@ -551,7 +579,7 @@ struct Backward {
 #pragma unroll
             for (int step = 0; step < lanes; step++) {
                 const int lane = (begin + step) % lanes;
-                const Complex<float> P = env.plane(at + lane);
+                const Complex<float> P = L::in_turn ? env.spectrum(point * lanes + lane) : env.plane(at + lane);
                 unrolled<0, F>([&](auto f) UNROLLED_BODY {
                     const float r = env.scratch(L::weights_at + f * lanes + lane);
                     sums[2 * f] += r * P.re;

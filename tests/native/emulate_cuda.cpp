@@ -6,6 +6,7 @@
 //   wavefronts   of a warp's accesses to shared memory, by the rule of 32 banks of 4 bytes; and the least possible
 //   sectors      of 32 bytes, of a warp's requests for pixels; and the requests
 //   loaded       bytes read from, and stored to, the tensors of pixels
+//   kept         bytes read from and written to a block's own device memory
 //
 //   emulate_cuda SPECIALISATION B GRID WANTED MISSING_BARRIER INPUTS OUTPUTS
 //
@@ -26,14 +27,15 @@ namespace {
 
 struct Report {
     long long races = 0, outside = 0, unwritten = 0, wavefronts = 0, least_wavefronts = 0, sectors = 0, requests = 0,
-              loaded = 0, stored = 0;
+              loaded = 0, stored = 0, kept = 0;
 };
 
 // Memory whose words remember who touched them since the last barrier.
 struct Region {
     const char* begin;
     long long bytes;
-    bool pixels = false;  // counted as what moves between tensors and the kernel
+    bool pixels = false;   // counted as what moves between tensors and the kernel
+    bool scratch = false;  // holds nothing at the start
 
     static constexpr int granule = 2, nobody = -1, several = -2;
     struct Word {
@@ -51,14 +53,16 @@ struct Access {
 
 struct Block {
     Report& report;
-    Region shared;
+    Region shared, spectra;
     std::vector<Region>& tensors;
     std::vector<std::vector<Access>> accesses;  // of each thread in this phase
     int phase = 0, barriers = 0, missing_barrier;
 
-    Block(Report& report, std::vector<char>& memory, std::vector<Region>& tensors, int threads, int missing_barrier)
+    Block(Report& report, std::vector<char>& memory, std::vector<char>& spectra, std::vector<Region>& tensors,
+          int threads, int missing_barrier)
         : report(report),
-          shared{memory.data(), (long long)memory.size()},
+          shared{memory.data(), (long long)memory.size(), false, true},
+          spectra{spectra.data(), (long long)spectra.size(), false, true},
           tensors(tensors),
           accesses(threads),
           missing_barrier(missing_barrier) {}
@@ -77,6 +81,7 @@ struct Block {
             return false;
         }
         accesses[thread].push_back({&region, at, bytes});
+        if (&region == &spectra) report.kept += bytes;
         if (region.pixels) (write ? report.stored : report.loaded) += bytes;
         bool race = false;
         for (long long w = at / Region::granule; w < (at + bytes) / Region::granule; w++) {
@@ -89,7 +94,7 @@ struct Block {
                 word.written = true;
             } else {
                 word.reader = word.reader == Region::nobody || word.reader == thread ? thread : Region::several;
-                report.unwritten += &region == &shared && !word.written;
+                report.unwritten += region.scratch && !word.written;
             }
         }
         report.races += race;
@@ -171,16 +176,22 @@ struct Environment {
         for (int i = 0; i < count; i++) p[i] = first ? values[i] : p[i] + values[i];
     }
 
+    Complex<float> complex(Region& region, int i) const {
+        const float* p = (const float*)region.begin + 2 * i;
+        if (!block.touch(region, thread, p, 8, false)) return {};
+        return {p[0], p[1]};
+    }
+    void set_complex(Region& region, int i, Complex<float> value) const {
+        float* p = (float*)region.begin + 2 * i;
+        if (!block.touch(region, thread, p, 8, true)) return;
+        p[0] = value.re;
+        p[1] = value.im;
+    }
+    Complex<float> plane(int i) const { return complex(block.shared, i); }
+    void set_plane(int i, Complex<float> value) const { set_complex(block.shared, i, value); }
+    Complex<float> spectrum(int i) const { return complex(block.spectra, i); }
+    void set_spectrum(int i, Complex<float> value) const { set_complex(block.spectra, i, value); }
     float* shared(int i) const { return (float*)block.shared.begin + i; }
-    Complex<float> plane(int i) const {
-        if (!block.touch(block.shared, thread, shared(2 * i), 8, false)) return {};
-        return {*shared(2 * i), *shared(2 * i + 1)};
-    }
-    void set_plane(int i, Complex<float> value) const {
-        if (!block.touch(block.shared, thread, shared(2 * i), 8, true)) return;
-        *shared(2 * i) = value.re;
-        *shared(2 * i + 1) = value.im;
-    }
     float scratch(int i) const { return block.touch(block.shared, thread, shared(i), 4, false) ? *shared(i) : 0; }
     void set_scratch(int i, float value) const {
         if (block.touch(block.shared, thread, shared(i), 4, true)) *shared(i) = value;
@@ -249,7 +260,8 @@ Report run(long long B, long long grid, int wanted, int missing_barrier, const c
     Report report;
     for (long long index = 0; index < grid; index++) {
         std::vector<char> memory(L::shared_bytes, char(0xff));
-        Block block(report, memory, regions, L::threads, missing_barrier);
+        std::vector<char> spectra(L::in_turn ? 8 * L::spectrum_size : 0, char(0xff));
+        Block block(report, memory, spectra, regions, L::threads, missing_barrier);
         for (Region& region : regions) region.words.assign(region.words.size(), {});
         if constexpr (backward)
             run_backward<L, Storage>(t, block, index);
@@ -263,7 +275,7 @@ Report run(long long B, long long grid, int wanted, int missing_barrier, const c
 enum Direction { forward = 0, backward = 1 };
 using Run = Report (*)(long long, long long, int, int, const char*, const char*);
 const std::map<std::string, Run> specialisations = {
-#define RUN(name, storage, direction, ...) {#name, run<Layout<__VA_ARGS__, direction>, storage, direction>},
+#define RUN(name, storage, direction, ...) {#name, run<Layout<__VA_ARGS__>, storage, direction>},
     SPECIALISATIONS};
 
 }  // namespace
@@ -274,6 +286,7 @@ int main(int, char** arguments) {
                                          std::atoi(arguments[5]), arguments[6], arguments[7]);
     std::printf(
         "races %lld outside %lld unwritten %lld wavefronts %lld least_wavefronts %lld sectors %lld requests %lld "
-        "loaded %lld stored %lld\n",
-        r.races, r.outside, r.unwritten, r.wavefronts, r.least_wavefronts, r.sectors, r.requests, r.loaded, r.stored);
+        "loaded %lld stored %lld kept %lld\n",
+        r.races, r.outside, r.unwritten, r.wavefronts, r.least_wavefronts, r.sectors, r.requests, r.loaded, r.stored,
+        r.kept);
 }

@@ -18,6 +18,7 @@ int main(int, char** arguments) {
                                                std::atoi(arguments[3]), arguments[5]);
     missing_barrier = std::atoi(arguments[4]);
     gridDim.x = unsigned(t.grid);
+    std::vector<float2> spectra(Block::in_turn ? t.grid * Block::spectrum_size : 0);
     for (unsigned block = 0; block < gridDim.x; block++) {
         std::memset(shared, 0xff, sizeof shared);
         std::barrier<> all(THREADS);
@@ -31,7 +32,8 @@ int main(int, char** arguments) {
                 filter_forward(t.x.data(), t.y.data(), t.logits.data(), t.filters.data(), t.star_relu.data(), t.B);
 #else
                 filter_backward(t.grad_y.data(), t.x.data(), t.logits.data(), t.filters.data(), t.star_relu.data(),
-                                t.y.data(), t.grad_logits.data(), t.filter_slots.data(), t.star_relu_slots.data(), t.B);
+                                t.y.data(), t.grad_logits.data(), t.filter_slots.data(), t.star_relu_slots.data(),
+                                spectra.data(), t.B);
 #endif
             });
         for (std::thread& thread : threads) thread.join();

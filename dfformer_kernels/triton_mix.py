@@ -113,9 +113,8 @@ def _softmax_scale(logits, n, N, C, stride_b, stride_f, stride_c, F: tl.constexp
 
 
 @triton.jit
-def _filter_tile(X, offset, exists, M_real, M_imaginary, norm):
-    """``X *= M norm`` in place."""
-    real, imaginary = _load_complex(X, offset, exists)
+def _store_product(X, offset, exists, real, imaginary, M_real, M_imaginary, norm):
+    """``X = (real + i imaginary) M norm``."""
     _store_complex(
         X,
         offset,
@@ -178,11 +177,13 @@ def _mix_kernel(
     M_real, M_imaginary = tl.zeros((ROWS, COLUMNS), COMPUTE), tl.zeros((ROWS, COLUMNS), COMPUTE)
     for f in range(F):
         r = tl.exp(_logits(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, COMPUTE) - peak) / total
-        real, imaginary = _basis(basis, row, rows, f, H, W, F)
-        M_real += real[:, None] * r[None, :]
-        M_imaginary += imaginary[:, None] * r[None, :]
+        basis_real, basis_imaginary = _basis(basis, row, rows, f, H, W, F)
+        M_real += basis_real[:, None] * r[None, :]
+        M_imaginary += basis_imaginary[:, None] * r[None, :]
     norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
-    _filter_tile(X, _points(row, n, rows, width), exists, M_real, M_imaginary, norm)
+    offset = _points(row, n, rows, width)
+    real, imaginary = _load_complex(X, offset, exists)
+    _store_product(X, offset, exists, real, imaginary, M_real, M_imaginary, norm)
 
 
 @triton.jit
@@ -193,7 +194,9 @@ def _global_mix_kernel(
     row, n, exists = _tile(rows, N, ROWS, COLUMNS)
     M_real, M_imaginary = _weight(weight, row, n % C, C, exists, H, W)
     norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
-    _filter_tile(X, _points(row, n, rows, width), exists, M_real, M_imaginary, norm)
+    offset = _points(row, n, rows, width)
+    real, imaginary = _load_complex(X, offset, exists)
+    _store_product(X, offset, exists, real, imaginary, M_real, M_imaginary, norm)
 
 
 @triton.jit
@@ -235,13 +238,7 @@ def _mix_backward_kernel(
             tl.store(address, tl.sum(P_real * r[None, :], 1), row < rows)
             tl.store(address + 1, tl.sum(P_imaginary * r[None, :], 1), row < rows)
     if STORE_G:
-        _store_complex(
-            G,
-            offset,
-            (G_real * M_real + G_imaginary * M_imaginary) * norm,
-            (G_imaginary * M_real - G_real * M_imaginary) * norm,
-            exists,
-        )
+        _store_product(G, offset, exists, G_real, G_imaginary, M_real, -M_imaginary, norm)
 
 
 @triton.jit
@@ -269,13 +266,7 @@ def _global_mix_backward_kernel(
             sum_real += G_real * X_real + G_imaginary * X_imaginary
             sum_imaginary += G_imaginary * X_real - G_real * X_imaginary
         if STORE_G:
-            _store_complex(
-                G,
-                offset,
-                (G_real * M_real + G_imaginary * M_imaginary) * norm,
-                (G_imaginary * M_real - G_real * M_imaginary) * norm,
-                exists,
-            )
+            _store_product(G, offset, exists, G_real, G_imaginary, M_real, -M_imaginary, norm)
     if slots is not None:
         slot = tl.program_id(1).to(tl.int64) * rows * C
         _store_complex(slots, slot + _offsets(row, c, C, 0, C, 1), D * sum_real, D * sum_imaginary, exists)

@@ -56,7 +56,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {path} does not exist")
-    content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
+    content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (read_pickle(path), {})
     if isinstance(content, dict):
         nested = next((content[key] for key in _NESTED_KEYS if isinstance(content.get(key), dict)), None)
         content = content if nested is None else nested
@@ -129,7 +129,7 @@ def compare(model: nn.Module, state_dict: dict[str, Tensor]) -> Mismatch:
 
 
 def save_checkpoint(
-    model: nn.Module,
+    model: nn.Module | dict[str, Tensor],
     path: str | Path,
     architecture: str,
     model_args: dict[str, Any] | None = None,
@@ -139,13 +139,15 @@ def save_checkpoint(
     """Writes ``model`` as ``.safetensors``, atomically, with what `load_model` needs to rebuild it.
 
     Args:
+        model: or its state dict.
         architecture: its name for ``timm.create_model``.
         model_args: the other arguments it was created with (JSON types).
         classes: names of the classes.
         data: entries for timm's pretrained_cfg: input_size, mean, std, interpolation, crop_pct.
     """
     metadata = {"architecture": architecture, "model_args": model_args or {}, "classes": classes, "data": data or {}}
-    _write_safetensors(model.state_dict(), path, {_METADATA_KEY: json.dumps(metadata)})
+    state_dict = model.state_dict() if isinstance(model, nn.Module) else model
+    _write_safetensors(state_dict, path, {_METADATA_KEY: json.dumps(metadata)})
 
 
 def load_model(
@@ -179,7 +181,8 @@ def convert(source: str | Path, target: str | Path) -> int:
     return len(state_dict)
 
 
-def _read_pickle(path: Path) -> Any:
+def read_pickle(path: Path) -> Any:
+    """The content of a ``.pth`` or ``.pt`` file, read with ``weights_only=True``; CheckpointError if that fails."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script stores its arguments
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -18,7 +18,11 @@ _SHOWN = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "train":  # which reads its own
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return run(arguments)
@@ -34,8 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dfformer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], help: str, add_help: bool = True
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, add_help=add_help)
         sub.set_defaults(run=run)
         return sub
 
@@ -91,6 +97,24 @@ def _parser() -> argparse.ArgumentParser:
         "--fused", action="store_true", help="pt2, aoti: keep this package's operators; loading needs dfformer_kernels"
     )
     export.add_argument("--device", default="cpu")
+
+    command("train", _train, "Trains a model from a recipe.", add_help=False)
+
+    evaluate = command("eval", _evaluate, "Measures the accuracy and speed of checkpoints.")
+    evaluate.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help=".safetensors, .pth or .pt")
+    evaluate.add_argument("--root", help="folder of the data")
+    evaluate.add_argument("--dataset", default="", help="digits, or timm's name; default: class folders in root/split")
+    evaluate.add_argument("--split", default="val", help="default: val")
+    evaluate.add_argument("--model", help="e.g. dfformer_s18; checkpoints written by dfformer say it themselves")
+    evaluate.add_argument(
+        "--img-size", nargs="+", type=_plane, metavar="N or HxW", help="one or several; default: the model's"
+    )
+    evaluate.add_argument("--crop-pct", type=float, help="share of the image's side that is kept; default: the model's")
+    evaluate.add_argument("--batch-size", type=int, default=64)
+    evaluate.add_argument("--workers", type=int, default=4, help="processes that decode images (default: 4)")
+    evaluate.add_argument("--device", default="cpu")
+    evaluate.add_argument("--amp", choices=["none", "bfloat16", "float16"], default="none")
+    evaluate.add_argument("--csv", type=Path, help="also write the table there")
 
     demo = command(
         "demo", _demo, "Trains a small CDFFormer on handwritten digits and compares the step on photographs."
@@ -149,6 +173,18 @@ def _export(arguments: argparse.Namespace) -> int:
     from dfformer.export import export_command
 
     return export_command(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from dfformer.train import train_command
+
+    return train_command(arguments.rest)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from dfformer.evaluate import evaluate_command
+
+    return evaluate_command(arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

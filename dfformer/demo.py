@@ -17,8 +17,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
-from sklearn.model_selection import train_test_split
+from sklearn.datasets import load_sample_images
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from dfformer import figures
 from dfformer.analysis import applied_filters, capture, most_different, stored_filters
 from dfformer.checkpoint import load_model, save_checkpoint
+from dfformer.data import DIGITS_MEAN, DIGITS_STD, Digits, load_digit_images
 from dfformer.info import environment
 from dfformer.layers import DynamicFilter
 from dfformer.plain import plain_torch
@@ -45,7 +45,6 @@ MODEL_ARGS: dict[str, Any] = {
     "in_chans": 1,
     "num_classes": 10,
 }
-MEAN, STD = 0.305, 0.376  # of the digits, scaled to 0..1
 SHOWN_LAYER = "stages.2.0.token_mixer"
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 64, 3e-3, 0.05
 
@@ -59,16 +58,6 @@ class Effort(NamedTuple):
 
 
 FULL, QUICK = Effort(14, 0.97, 5), Effort(8, 0.90, 2)
-
-
-@dataclass
-class Digits:
-    """Handwritten digits as (N,1,32,32) images scaled to 0..1, with labels (N,)."""
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
 
 
 @dataclass
@@ -115,16 +104,6 @@ def run_demo(output: Path, seed: int = 0, quick: bool = False) -> None:
     print(f"digits: {accuracy:.2%} of {len(digits.test_y)} test images right; read {output / 'report.md'}")
 
 
-def load_digit_images(seed: int) -> Digits:
-    """scikit-learn's 1,797 digits of 8x8, enlarged to 32x32, split 80:20 with equal shares of each class."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
-    train, test = train_test_split(np.arange(len(images)), test_size=0.2, stratify=data.target, random_state=seed)
-    labels = torch.tensor(data.target)
-    return Digits(images[train], labels[train], images[test], labels[test])
-
-
 def train(digits: Digits, epochs: int, seed: int) -> tuple[nn.Module, dict[str, list[float]]]:
     """AdamW with a one-cycle schedule on randomly shifted images; returns the model in eval mode and its history."""
     torch.manual_seed(seed)
@@ -169,7 +148,7 @@ def shift(images: Tensor, most: int = 2) -> Tensor:
 
 
 def normalise(images: Tensor) -> Tensor:
-    return (images - MEAN) / STD
+    return (images - DIGITS_MEAN) / DIGITS_STD
 
 
 def probabilities(model: nn.Module, images: Tensor) -> Tensor:
@@ -184,7 +163,13 @@ def save_and_reload(model: nn.Module, digits: Digits, output: Path) -> float:
     the reloaded model's outputs, which must be 0."""
     path = output / "digits.safetensors"
     names = [str(digit) for digit in range(10)]
-    data = {"input_size": (1, 32, 32), "mean": (MEAN,), "std": (STD,), "crop_pct": 1.0, "interpolation": "bilinear"}
+    data = {
+        "input_size": (1, 32, 32),
+        "mean": (DIGITS_MEAN,),
+        "std": (DIGITS_STD,),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+    }
     save_checkpoint(model, path, ARCHITECTURE, MODEL_ARGS, names, data)
     reloaded, _ = load_model(path)
     difference = (probabilities(reloaded, digits.test_x) - probabilities(model, digits.test_x)).abs().max().item()

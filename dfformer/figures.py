@@ -47,14 +47,17 @@ def predictions_grid(
     return figure
 
 
-def learning_curve(loss: Sequence[float], train_accuracy: Sequence[float], test_accuracy: Sequence[float]) -> Figure:
+def learning_curve(
+    loss: Sequence[float], train_accuracy: Sequence[float] | None, test_accuracy: Sequence[float]
+) -> Figure:
     """Loss and accuracies (fractions) by epoch."""
     epochs = np.arange(1, len(loss) + 1)
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(epochs, loss, color=RIGHT)
     left.set(xlabel="epoch", ylabel="training loss (cross entropy)", ylim=(0, None))
-    right.plot(epochs, 100 * np.array(train_accuracy), color="#7f8c8d", label="training (augmented)")
+    if train_accuracy is not None:
+        right.plot(epochs, 100 * np.array(train_accuracy), color="#7f8c8d", label="training (augmented)")
     right.plot(epochs, 100 * np.array(test_accuracy), color=WRONG, label="test")
     right.set(xlabel="epoch", ylabel="accuracy (%)")
     right.annotate(

@@ -1,0 +1,268 @@
+"""Images for training and evaluation: timm's datasets and the built-in digits, checked before anything starts.
+
+All randomness of a training image comes from (seed, epoch, index), and the order of an epoch from (seed, epoch). So the
+same images come whatever the number of processes and workers, and wherever an interrupted run goes on.
+"""
+
+import random
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset
+from timm.data.loader import fast_collate
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+DIGITS = "digits"
+DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of the digits, scaled to 0..1
+
+
+@dataclass
+class Digits:
+    """Handwritten digits as (N,1,32,32) images scaled to 0..1, with labels (N,)."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+
+def load_digit_images(seed: int) -> Digits:
+    """scikit-learn's 1,797 digits of 8x8, enlarged to 32x32, split 80:20 with equal shares of each class."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise RuntimeError("the digits come with scikit-learn: pip install 'dfformer[train]'") from error
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
+    images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
+    train, test = train_test_split(np.arange(len(images)), test_size=0.2, stratify=data.target, random_state=seed)
+    labels = torch.tensor(data.target)
+    return Digits(images[train], labels[train], images[test], labels[test])
+
+
+class DigitImages(Dataset):
+    """The digits as pairs of grey PIL image and label, the way timm's datasets give theirs; split: train or val."""
+
+    def __init__(self, split: str) -> None:
+        digits = load_digit_images(seed=0)
+        splits = {"train": (digits.train_x, digits.train_y), "val": (digits.test_x, digits.test_y)}
+        if split not in splits:
+            raise ValueError(f"split: got {split!r}, the digits have train and val")
+        images, labels = splits[split]
+        self.images = (255 * images[:, 0]).round().to(torch.uint8).numpy()
+        self.labels: list[int] = labels.tolist()
+        self.classes = [str(digit) for digit in range(10)]
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = Image.fromarray(self.images[index])
+        return (self.transform(image) if self.transform else image), self.labels[index]
+
+
+def open_dataset(name: str, root: str | None, split: str, channels: int = 3, download: bool = False) -> Any:
+    """A map-style dataset of (image, label), with a settable ``transform``.
+
+    Args:
+        name: "" for folders and .tar files, "digits", or timm's name of another dataset.
+        root: where it is; for folders, that of the splits.
+        channels: of the model's images; 1 converts to grey.
+
+    Raises:
+        ValueError: no such split, no images in it, class folders without images, or a streamed dataset.
+    """
+    if name == DIGITS:
+        return DigitImages(split)
+    if root is None:
+        raise ValueError("root: give the folder of the data")
+    if not name:
+        _check_root(Path(root), split)
+    mode = "L" if channels == 1 else "RGB"
+    where = f"{root}, split {split}"
+    # torchvision's datasets do not take the mode
+    arguments = {} if name.startswith("torch/") else {"input_img_mode": mode}
+    try:
+        dataset = create_dataset(name, root=root, split=split, download=download, **arguments)
+    except (AssertionError, RuntimeError, ImportError, OSError, tarfile.TarError) as error:
+        raise ValueError(f"{where}: {error or 'no such dataset'}") from error
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"{name}: streamed datasets have no order to resume in; accepted are map-style ones")
+    if len(dataset) == 0:
+        raise ValueError(f"{where}: no images")
+    return dataset
+
+
+def _check_root(root: Path, split: str) -> None:
+    """timm would take ``root`` itself for a split that is not there."""
+    if root.suffix == ".tar" and root.is_file():
+        return
+    if not root.is_dir():
+        raise ValueError(f"root: {root} is neither a folder nor a .tar file")
+    folder = root / split
+    if not folder.is_dir():
+        raise ValueError(f"{root}: has no folder {split!r}")
+    classes = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()]
+    if not classes:
+        raise ValueError(f"{folder}: has no class folders")
+    for entry in classes:
+        if not any(path.is_file() for path in entry.rglob("*")):
+            raise ValueError(f"{entry}: this class folder has no images")
+
+
+def class_names(dataset: Any) -> list[str] | None:
+    """Names of a dataset's classes in the order of their labels, or None where it does not tell."""
+    mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    if mapping:
+        return sorted(mapping, key=mapping.__getitem__)
+    names = getattr(dataset, "classes", None)
+    return list(map(str, names)) if names else None
+
+
+def check_same_classes(train: Any, val: Any, where: str) -> None:
+    """Raises ValueError unless both splits have the same classes: labels are positions in the sorted list of them."""
+    expected, found = class_names(train), class_names(val)
+    if expected is None or found is None or expected == found:
+        return
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    raise ValueError(
+        f"{where}: its classes are not those of the training images"
+        + (f"; missing: {_some(missing)}" if missing else "")
+        + (f"; not in training: {_some(extra)}" if extra else "")
+    )
+
+
+def check_images(dataset: Any) -> None:
+    """Reads the header of every file of a folder dataset; raises ValueError naming those that are no images."""
+    samples = getattr(getattr(dataset, "reader", None), "samples", None)
+    if not samples or not isinstance(samples[0][0], str):
+        return
+    with ThreadPoolExecutor(16) as pool:
+        broken = [problem for problem in pool.map(_header_problem, (path for path, _ in samples)) if problem]
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(samples)} images cannot be read: {_some(broken)}")
+
+
+def _header_problem(path: str) -> str:
+    try:
+        with Image.open(path):
+            return ""
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return str(error) if path in str(error) else f"{path}: {error}"
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seeds Python, numpy and torch (all devices) from several numbers at once."""
+    state = np.random.SeedSequence(numbers).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(state[1])  # noqa: NPY002 (timm's augmentation draws from the global generator)
+    torch.manual_seed(int(state[2]))
+
+
+class SeededImages(Dataset):
+    """``dataset`` indexed by (epoch, index), its augmentation drawn from (seed, epoch, index)."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
+        seed_everything(self.seed, *key)
+        return self.dataset[key[1]]
+
+
+class GlobalBatches:
+    """Batches of (epoch, index) for one of several processes: slices of global batches that do not depend on how many.
+
+    Set ``epoch`` and ``first_step`` before iterating. The last images of an epoch, too few for a batch, are left out.
+
+    Args:
+        images: in the dataset.
+        global_batch: images an optimiser step, over all processes and passes.
+        accumulation: passes a step; as many batches come.
+        rank, world: this process and how many there are.
+    """
+
+    def __init__(self, images: int, global_batch: int, accumulation: int, rank: int, world: int, seed: int) -> None:
+        parts = world * accumulation
+        if global_batch % parts:
+            raise ValueError(
+                f"optim.global_batch: got {global_batch}, which {world} processes x {accumulation} accumulated passes "
+                f"do not divide"
+            )
+        if images < global_batch:
+            raise ValueError(f"optim.global_batch: got {global_batch}, the training split has only {images} images")
+        self.images, self.batch, self.accumulation = images, global_batch // parts, accumulation
+        self.rank, self.world, self.seed = rank, world, seed
+        self.steps = images // global_batch
+        self.epoch = self.first_step = 0
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        shuffled = np.random.default_rng([self.seed, self.epoch]).permutation(self.images)
+        order = torch.from_numpy(shuffled).split(self.batch)
+        parts = self.world * self.accumulation
+        for step in range(self.first_step, self.steps):
+            for part in range(self.accumulation):
+                indices = order[step * parts + part * self.world + self.rank]
+                yield [(self.epoch, index) for index in indices.tolist()]
+
+
+def training_loader(dataset: Any, batches: GlobalBatches, workers: int, pin_memory: bool) -> DataLoader:
+    """uint8 images (B,channels,H,W) and labels (B,), in the order of ``batches``."""
+    return DataLoader(
+        SeededImages(dataset, batches.seed),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=fast_collate,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+    )
+
+
+class _Padded(Dataset):
+    """``dataset`` going on past its end with images again, labelled -1: equally many for each process."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.dataset[index % len(self.dataset)]
+        return image, label if index < len(self.dataset) else -1
+
+
+def evaluation_loader(
+    dataset: Any, batch_size: int, workers: int, pin_memory: bool, rank: int = 0, world: int = 1
+) -> DataLoader:
+    """uint8 images and labels in the dataset's order, every ``world``-th from ``rank`` on.
+
+    All processes get equally many; what that needs beyond the dataset has the label -1.
+    """
+    each = -(-len(dataset) // world)
+    return DataLoader(
+        _Padded(dataset),
+        batch_size=batch_size,
+        sampler=range(rank, each * world, world),
+        num_workers=workers,
+        collate_fn=fast_collate,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,247 @@
+"""What a training run is made of: typed, from a YAML recipe and the command line, unknown keys refused.
+
+The defaults are the authors' recipe for ImageNet-1k (the command in their README, and for what it leaves out the
+defaults of their ``train.py``). A recipe file names the model and says what differs.
+"""
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+
+try:
+    from jsonargparse import ArgumentError, ArgumentParser, Namespace
+except ImportError as error:
+    raise RuntimeError(f"training needs {error.name}: pip install 'dfformer[train]'") from error
+
+
+@dataclass
+class ModelConfig:
+    """The model.
+
+    Args:
+        name: of a model for ``timm.create_model``.
+        args: its other arguments, e.g. drop_path_rate. The number of classes comes from the data, where they tell it.
+        checkpoint: weights to start from; a classifier for other classes is left out.
+        grad_checkpointing: forward again during backward instead of keeping what it needs: slower, less memory.
+        compile: run under torch.compile.
+    """
+
+    name: str = "dfformer_s18"
+    args: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    grad_checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass
+class DataConfig:
+    """The images.
+
+    Args:
+        dataset: "" for a folder of class folders a split, or a .tar of them; "digits", built in; or any map-style
+            dataset timm knows: "torch/cifar10", "hfds/...".
+        root: where it is.
+        train_split: name of the training split; for folders, of the folder.
+        val_split: the same for validation.
+        download: let timm download a "torch/..." dataset.
+        img_size: one number or [H, W], in training and validation.
+        mean: of the pixels, 0 to 1, a value a channel; the model's if not given.
+        std: the same.
+        interpolation: when resizing for validation; the model's if not given.
+        crop_pct: share of the image's side kept in validation; the model's if not given.
+        workers: processes that decode images, for each training process.
+        check_images: read the header of every file of a folder before training starts.
+    """
+
+    dataset: str = ""
+    root: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    download: bool = False
+    img_size: int | tuple[int, int] = 224
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
+    workers: int = 8
+    check_images: bool = True
+
+
+@dataclass
+class AugmentConfig:
+    """What is done to training images, by timm.
+
+    Args:
+        scale: share of the area a random crop has, least and most.
+        ratio: its aspect ratio, least and most.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength; not used together with auto_augment.
+        auto_augment: a policy in timm's notation, or none.
+        interpolation: when resizing; "random" is bilinear or bicubic.
+        re_prob: probability of erasing a random rectangle.
+        re_mode: "pixel" fills it with noise, "rand" with one colour, "const" with the mean.
+        mixup: alpha; 0 for none.
+        cutmix: alpha; 0 for none.
+        smoothing: of labels.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    color_jitter: float = 0.4
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    interpolation: str = "random"
+    re_prob: float = 0.25
+    re_mode: Literal["pixel", "rand", "const"] = "pixel"
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+
+
+@dataclass
+class OptimConfig:
+    """How the weights are moved.
+
+    Args:
+        opt: an optimiser timm knows.
+        lr: the highest learning rate, for steps of global_batch images. It is never scaled behind your back.
+        global_batch: images an optimiser step, over all processes and accumulated passes.
+        accumulation: forward and backward passes a step; each process passes global_batch / (processes x accumulation)
+            images at a time.
+        weight_decay: not applied to biases and norms.
+        clip_grad: largest norm of the gradient, or none.
+        epochs: of the schedule, warm-up included.
+        cooldown_epochs: added after it, at min_lr.
+        schedule: of the learning rate, a value a step.
+        warmup_epochs: from warmup_lr up to lr, in a straight line.
+        warmup_lr: where it starts.
+        min_lr: where it ends.
+        ema_decay: of an averaged copy of the weights, which is then what is saved for use; 0 for none.
+    """
+
+    opt: str = "adamw"
+    lr: float = 1e-3
+    global_batch: int = 1024
+    accumulation: int = 1
+    weight_decay: float = 0.05
+    clip_grad: float | None = None
+    epochs: int = 300
+    cooldown_epochs: int = 10
+    schedule: Literal["cosine", "poly", "step", "multistep", "constant"] = "cosine"
+    warmup_epochs: float = 20
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    ema_decay: float = 0.0
+
+
+@dataclass
+class TrainConfig:
+    """A training run.
+
+    Args:
+        model: the model.
+        data: the images.
+        augment: what is done to training images.
+        optim: how the weights are moved.
+        output: folder for checkpoints, logs and pictures.
+        resume: go on with what is in output, if anything is.
+        seed: of everything random.
+        device: "auto" is CUDA where there is one, else the CPU.
+        amp: type of mixed precision; float16 needs CUDA, its gradients are scaled.
+        distributed: under torchrun, how processes share the work: replicas (ddp) or shards of the weights (fsdp).
+        save_steps: also write a checkpoint every so many steps inside an epoch; 0 for only after each epoch.
+        keep: how many of the latest checkpoints stay.
+        log_steps: steps between two lines of steps.jsonl.
+        tensorboard: also write events for TensorBoard.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    output: str = "runs/train"
+    resume: bool = False
+    seed: int = 0
+    device: str = "auto"
+    amp: Literal["none", "bfloat16", "float16"] = "none"
+    distributed: Literal["ddp", "fsdp"] = "ddp"
+    save_steps: int = 0
+    keep: int = 2
+    log_steps: int = 50
+    tensorboard: bool = False
+
+
+# What may change between the parts of a run that is interrupted and resumed: it has no influence on the result.
+FREE_TO_CHANGE = {"output", "resume", "save_steps", "keep", "log_steps", "tensorboard"}
+FREE_TO_CHANGE |= {"data.root", "data.download", "data.workers", "data.check_images", "model.checkpoint"}
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "data.workers": (0, math.inf),
+    "augment.hflip": (0, 1),
+    "augment.re_prob": (0, 1),
+    "augment.mixup": (0, math.inf),
+    "augment.cutmix": (0, math.inf),
+    "augment.smoothing": (0, 1),
+    "optim.lr": (0, math.inf),
+    "optim.global_batch": (1, math.inf),
+    "optim.accumulation": (1, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "optim.epochs": (1, math.inf),
+    "optim.cooldown_epochs": (0, math.inf),
+    "optim.warmup_epochs": (0, math.inf),
+    "optim.ema_decay": (0, 1),
+    "save_steps": (0, math.inf),
+    "keep": (1, math.inf),
+    "log_steps": (1, math.inf),
+}
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """The configuration of a command line: ``--recipe FILE`` (or ``--config``), then ``--optim.lr 1e-4`` and the like.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type or out of range, an unknown model.
+    """
+    parser = ArgumentParser(prog="dfformer train", description="Trains a model.", exit_on_error=False)
+    parser.add_argument("--recipe", "--config", action="config", help="a YAML file; see recipes/")
+    parser.add_class_arguments(TrainConfig)
+    try:
+        parsed: Namespace = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+    parsed.pop("recipe", None)
+    config = TrainConfig(**vars(parser.instantiate(parsed)))
+    check(config)
+    return config
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError for values that no run can have."""
+    values = flatten(asdict(config))
+    for name, (low, high) in _RANGES.items():
+        if not low <= values[name] <= high:
+            raise ValueError(f"{name}: got {values[name]}, accepted are numbers from {low} to {high}")
+    if not timm.is_model(config.model.name):
+        close = difflib.get_close_matches(config.model.name, timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else "; `dfformer info` lists this package's models"
+        raise ValueError(f"model.name: timm knows no model {config.model.name!r}{hint}")
+    if config.optim.warmup_epochs >= config.optim.epochs:
+        raise ValueError(
+            f"optim.warmup_epochs: got {config.optim.warmup_epochs}, which leaves nothing of "
+            f"optim.epochs={config.optim.epochs}"
+        )
+    if config.model.checkpoint and not Path(config.model.checkpoint).is_file():
+        raise FileNotFoundError(f"model.checkpoint: {config.model.checkpoint} does not exist")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"optim": {"lr": 1}}`` as ``{"optim.lr": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and key in ("model", "data", "augment", "optim")
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat

@@ -1,0 +1,178 @@
+"""What is trained: a task knows its data, its model, its loss and its measure of success; the engine the rest."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import timm
+import torch
+from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from dfformer import data
+from dfformer.checkpoint import load_checkpoint, save_checkpoint
+from dfformer.evaluate import Pixels, count_correct
+from dfformer.registry import VARIANTS
+from dfformer.train_config import TrainConfig
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process is: its device, its rank and how many there are."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+
+class Task(Protocol):
+    """What the engine asks of a task."""
+
+    metric: str  # the measure in what `validate` returns, by which the best weights are chosen: larger is better
+    batches: data.GlobalBatches
+
+    def check(self) -> None:
+        """Reads what can be wrong with the data, and raises ValueError naming it."""
+
+    def build_model(self) -> nn.Module: ...
+
+    def training_loader(self) -> DataLoader: ...
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean loss of a batch as its loader gave it. Draws what is random from the global generators."""
+
+    def validate(self, model: nn.Module) -> dict[str, Tensor]:
+        """Sums over this process's part of the validation images; `images` is how many. The engine adds and divides."""
+
+    def export(self, weights: dict[str, Tensor], path: Path) -> None:
+        """Writes weights for use."""
+
+
+class Classification:
+    """Images with one label each; cross entropy, mixup and cutmix; top-1 and top-5."""
+
+    metric = "top1"
+
+    def __init__(self, config: TrainConfig, place: Place) -> None:
+        self.config, self.place = config, place
+        given = config.data
+        channels = config.model.args.get("in_chans", 3)
+        self.train_set, self.val_set = (
+            data.open_dataset(given.dataset, given.root, split, channels, given.download)
+            for split in (given.train_split, given.val_split)
+        )
+        data.check_same_classes(self.train_set, self.val_set, f"{given.root}, split {given.val_split}")
+        self.classes = data.class_names(self.train_set)
+        self.model_args = {**config.model.args, **self._num_classes()}
+        optim = config.optim
+        self.batches = data.GlobalBatches(
+            len(self.train_set), optim.global_batch, optim.accumulation, place.rank, place.world, config.seed
+        )
+        self.mix = self._mixup()
+
+    def _num_classes(self) -> dict[str, int]:
+        asked = self.config.model.args.get("num_classes")
+        if self.classes is None:
+            return {}
+        if asked not in (None, len(self.classes)):
+            raise ValueError(f"model.args.num_classes: got {asked}, the data has {len(self.classes)} classes")
+        return {"num_classes": len(self.classes)}
+
+    def _mixup(self) -> Mixup | None:
+        augment = self.config.augment
+        if not augment.mixup and not augment.cutmix:
+            return None
+        if self.batches.batch % 2:
+            raise ValueError(
+                f"optim.global_batch: leaves {self.batches.batch} images for each process and pass; mixup pairs them, "
+                "so the number must be even"
+            )
+        return Mixup(
+            mixup_alpha=augment.mixup,
+            cutmix_alpha=augment.cutmix,
+            label_smoothing=augment.smoothing,
+            num_classes=self.model_args.get("num_classes", 1000),
+        )
+
+    def check(self) -> None:
+        if self.config.data.check_images:
+            for dataset in (self.train_set, self.val_set):
+                data.check_images(dataset)
+
+    def build_model(self) -> nn.Module:
+        config = self.config
+        size = config.data.img_size
+        img_size = (size, size) if isinstance(size, int) else tuple(size)
+        if "img_size" in self.model_args:
+            raise ValueError("model.args.img_size: give it as data.img_size")
+        if config.model.name.split(".")[0] in VARIANTS:  # timm's MetaFormers take any size without being told
+            self.model_args["img_size"] = list(img_size)
+        model = timm.create_model(config.model.name, **self.model_args)
+        if config.model.checkpoint:
+            load_checkpoint(model, config.model.checkpoint)
+        if config.model.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+        self._prepare_images(model, img_size)
+        return model
+
+    def _prepare_images(self, model: nn.Module, img_size: tuple[int, ...]) -> None:
+        given, augment = self.config.data, self.config.augment
+        overrides = {name: getattr(given, name) for name in ("mean", "std", "interpolation", "crop_pct")}
+        channels = self.model_args.get("in_chans", 3)
+        overrides = {"input_size": (channels, *img_size)} | {k: v for k, v in overrides.items() if v is not None}
+        self.data_config = resolve_data_config(overrides, model=model)
+        self.pixels = Pixels(self.data_config["mean"], self.data_config["std"], self.place.device)
+        self.erase = RandomErasing(augment.re_prob, mode=augment.re_mode, device=self.place.device)
+        self.val_set.transform = create_transform(**self.data_config, use_prefetcher=True)
+        self.train_set.transform = create_transform(
+            self.data_config["input_size"],
+            is_training=True,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter,
+            auto_augment=augment.auto_augment,
+            interpolation=augment.interpolation,
+            mean=self.data_config["mean"],
+            use_prefetcher=True,
+        )
+
+    def training_loader(self) -> DataLoader:
+        pinned = self.place.device.type == "cuda"
+        return data.training_loader(self.train_set, self.batches, self.config.data.workers, pinned)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        images, labels = self.pixels(batch[0]), batch[1].to(self.place.device, non_blocking=True)
+        if self.config.augment.re_prob:
+            images = self.erase(images)
+        if self.mix is not None:
+            images, mixed = self.mix(images, labels)
+            return F.cross_entropy(model(images), mixed)
+        return F.cross_entropy(model(images), labels, label_smoothing=self.config.augment.smoothing)
+
+    def validate(self, model: nn.Module) -> dict[str, Tensor]:
+        loader = data.evaluation_loader(
+            self.val_set,
+            self.batches.batch,
+            self.config.data.workers,
+            self.place.device.type == "cuda",
+            self.place.rank,
+            self.place.world,
+        )
+        return count_correct(model, loader, self.pixels)
+
+    def export(self, weights: dict[str, Tensor], path: Path) -> None:
+        kept = ("input_size", "mean", "std", "interpolation", "crop_pct")
+        save_checkpoint(
+            weights,
+            path,
+            self.config.model.name,
+            {name: value for name, value in self.model_args.items() if name != "pretrained"},
+            self.classes,
+            {name: self.data_config[name] for name in kept},
+        )

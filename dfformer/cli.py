@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--img-size", type=_plane, metavar="N or HxW", help="default: the model's")
     predict.add_argument("--topk", type=int, default=5)
     predict.add_argument("--batch-size", type=int, default=16)
+    predict.add_argument("--workers", type=int, default=4, help="processes that read images (default: 4)")
     predict.add_argument("--device", default="cpu")
     predict.add_argument("--json", type=Path, help="also write the result there")
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from dfformer.checkpoint import load_model
 
@@ -33,6 +34,7 @@ def predict(
     topk: int = 5,
     batch_size: int = 16,
     img_size: tuple[int, int] | None = None,
+    workers: int = 0,
     on_error: Callable[[Path, Exception], None] | None = None,
 ) -> list[Prediction]:
     """Classifies image files with ``model`` (in eval mode), prepared as its ``pretrained_cfg`` says.
@@ -41,27 +43,42 @@ def predict(
         classes: a name a class.
         topk: how many to return; at most all.
         img_size: (H, W) to evaluate at, instead of the model's.
+        workers: processes that read images; 0 reads them in this one.
         on_error: called for a file that cannot be read, and the rest goes on; without it the error is raised.
     """
     config = resolve_model_data_config(model)
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], *img_size)
-    transform = create_transform(**config, is_training=False)
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    files = _Files(list(paths), create_transform(**config, is_training=False), config["input_size"][0])
+    loader = DataLoader(files, batch_size, num_workers=workers, collate_fn=list)
     predictions: list[Prediction] = []
-    batch: list[tuple[Path, Tensor]] = []
-    for path in paths:
+    for batch in loader:
+        for path, content in batch:
+            if isinstance(content, Exception):
+                if on_error is None:
+                    raise content
+                on_error(path, content)
+        readable = [(path, content) for path, content in batch if isinstance(content, Tensor)]
+        predictions += _predict_batch(model, readable, classes, topk) if readable else []
+    return predictions
+
+
+class _Files(Dataset):
+    """Image files as (path, image prepared for the model, or the error that reading it raised)."""
+
+    def __init__(self, paths: list[Path], transform: Callable[[Any], Tensor], channels: int) -> None:
+        self.paths, self.transform, self.mode = paths, transform, "L" if channels == 1 else "RGB"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Path, Tensor | Exception]:
+        path = self.paths[index]
         try:
             with Image.open(path) as image:
-                batch.append((path, transform(image.convert(mode))))
+                return path, self.transform(image.convert(self.mode))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            if on_error is None:
-                raise
-            on_error(path, error)
-        if len(batch) == batch_size:
-            predictions += _predict_batch(model, batch, classes, topk)
-            batch = []
-    return predictions + (_predict_batch(model, batch, classes, topk) if batch else [])
+            return path, error
 
 
 def _predict_batch(
@@ -79,8 +96,8 @@ def _predict_batch(
 
 def predict_command(arguments: argparse.Namespace) -> int:
     """The command line's ``predict``. Returns 1 if any image failed, after all the others are done."""
-    if arguments.topk < 1 or arguments.batch_size < 1:
-        raise ValueError("--topk and --batch-size: accepted are numbers from 1 up")
+    if arguments.topk < 1 or arguments.batch_size < 1 or arguments.workers < 0:
+        raise ValueError("--topk and --batch-size: accepted are numbers from 1 up; --workers: from 0 up")
     model, classes = _load(arguments)
     paths = list(image_files(arguments.inputs))
     if not paths:
@@ -91,8 +108,9 @@ def predict_command(arguments: argparse.Namespace) -> int:
         failed[str(path)] = str(error)
         print(f"skipped {path}: {error}", file=sys.stderr)
 
+    workers = min(arguments.workers, len(paths) // arguments.batch_size)  # for a few images none pays
     predictions = predict(
-        model, paths, classes, arguments.topk, arguments.batch_size, arguments.img_size, on_error=report
+        model, paths, classes, arguments.topk, arguments.batch_size, arguments.img_size, workers, report
     )
     print(_table(predictions))
     if arguments.json:

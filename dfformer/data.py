@@ -76,8 +76,8 @@ def open_dataset(name: str, root: str | None, split: str, channels: int = 3, dow
     """A map-style dataset of (image, label), with a settable ``transform``.
 
     Args:
-        name: "" for folders and .tar files, "digits", or timm's name of another dataset.
-        root: where it is; for folders, that of the splits.
+        name: "" for class folders or a .tar of them, "digits", or timm's name of another dataset.
+        root: where it is; for "", the folder that has the split, as a folder or a .tar file.
         channels: of the model's images; 1 converts to grey.
 
     Raises:
@@ -87,14 +87,13 @@ def open_dataset(name: str, root: str | None, split: str, channels: int = 3, dow
         return DigitImages(split)
     if root is None:
         raise ValueError("root: give the folder of the data")
-    if not name:
-        _check_root(Path(root), split)
+    path = root if name else str(_split_path(Path(root), split))
     mode = "L" if channels == 1 else "RGB"
     where = f"{root}, split {split}"
     # torchvision's datasets do not take the mode
     arguments = {} if name.startswith("torch/") else {"input_img_mode": mode}
     try:
-        dataset = create_dataset(name, root=root, split=split, download=download, **arguments)
+        dataset = create_dataset(name, root=path, split=split, search_split=False, download=download, **arguments)
     except (AssertionError, RuntimeError, ImportError, OSError, tarfile.TarError) as error:
         raise ValueError(f"{where}: {error or 'no such dataset'}") from error
     if isinstance(dataset, IterableDataset):
@@ -104,26 +103,28 @@ def open_dataset(name: str, root: str | None, split: str, channels: int = 3, dow
     return dataset
 
 
-def _check_root(root: Path, split: str) -> None:
-    """timm would take ``root`` itself for a split that is not there."""
-    if root.suffix == ".tar" and root.is_file():
-        return
+def _split_path(root: Path, split: str) -> Path:
+    """The folder or .tar file of a split; timm would take ``root`` itself for one that is not there."""
+    folder, tar = root / split, root / f"{split}.tar"
     if not root.is_dir():
-        raise ValueError(f"root: {root} is neither a folder nor a .tar file")
-    folder = root / split
+        raise ValueError(f"root: {root} is not a folder")
+    if tar.is_file() and not folder.is_dir():
+        return tar
     if not folder.is_dir():
-        raise ValueError(f"{root}: has no folder {split!r}")
+        raise ValueError(f"{root}: has neither a folder {split!r} nor {tar.name}")
     classes = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()]
     if not classes:
         raise ValueError(f"{folder}: has no class folders")
     for entry in classes:
         if not any(path.is_file() for path in entry.rglob("*")):
             raise ValueError(f"{entry}: this class folder has no images")
+    return folder
 
 
 def class_names(dataset: Any) -> list[str] | None:
     """Names of a dataset's classes in the order of their labels, or None where it does not tell."""
-    mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    reader = getattr(dataset, "reader", None)
+    mapping = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     if mapping:
         return sorted(mapping, key=mapping.__getitem__)
     names = getattr(dataset, "classes", None)
@@ -146,7 +147,7 @@ def check_same_classes(train: Any, val: Any, where: str) -> None:
 def check_images(dataset: Any) -> None:
     """Reads the header of every file of a folder dataset; raises ValueError naming those that are no images."""
     samples = getattr(getattr(dataset, "reader", None), "samples", None)
-    if not samples or not isinstance(samples[0][0], str):
+    if not isinstance(samples, list):  # an archive, or no files at all
         return
     with ThreadPoolExecutor(16) as pool:
         broken = [problem for problem in pool.map(_header_problem, (path for path, _ in samples)) if problem]

@@ -42,8 +42,8 @@ class DataConfig:
     """The images.
 
     Args:
-        dataset: "" for a folder of class folders a split, or a .tar of them; "digits", built in; or any map-style
-            dataset timm knows: "torch/cifar10", "hfds/...".
+        dataset: "" for root/train and root/val with a folder a class, or .tar files of that; "digits", built in; or any
+            map-style dataset timm knows: "torch/cifar10", "hfds/...".
         root: where it is.
         train_split: name of the training split; for folders, of the folder.
         val_split: the same for validation.

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_bfloat16(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
 
 MISUSES = {
     "no-root": ([], "root: give the folder of the data"),
-    "no-split": (["--root", "{root}", "--split", "test"], "has no folder 'test'"),
+    "no-split": (["--root", "{root}", "--split", "test"], "has neither a folder 'test' nor test.tar"),
     "crop": (["--root", "{root}", "--crop-pct", "0"], "--crop-pct: got 0.0"),
     "batch": (["--root", "{root}", "--batch-size", "0"], "--batch-size"),
     "classes": (["--dataset", "digits"], "its 3 classes are not the data's 10; only in one of them: 0, 1, 2, 3, 4"),
@@ -124,12 +125,10 @@ def test_an_unreadable_image(root: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_tar_file(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import tarfile
-
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
         tar.add(root / "val", arcname=".")
     checkpoint = write_checkpoint(tmp_path / "m.safetensors", CLASSES)
-    assert main(["eval", str(checkpoint), "--root", str(tmp_path / "val.tar"), "--workers", "0"]) == 0
+    assert main(["eval", str(checkpoint), "--root", str(tmp_path), "--workers", "0"]) == 0
     from_tar = capsys.readouterr().out
     assert main(["eval", str(checkpoint), "--root", str(root), "--workers", "0"]) == 0
     assert from_tar.split("images/s")[0].split()[:-1] == capsys.readouterr().out.split("images/s")[0].split()[:-1]

@@ -186,8 +186,8 @@ MISUSES = {
     "no-weights": (["--model.checkpoint", "absent.pth"], "model.checkpoint: absent.pth does not exist"),
     "fp16-on-cpu": (["--amp", "float16", "--device", "cpu"], "amp: float16 needs a CUDA device"),
     "fsdp-alone": (["--distributed", "fsdp"], "start with torchrun"),
-    "no-root": (["--data.root", "nowhere"], "root: nowhere is neither a folder nor a .tar file"),
-    "no-split": (["--data.val_split", "test"], "has no folder 'test'"),
+    "no-root": (["--data.root", "nowhere"], "root: nowhere is not a folder"),
+    "no-split": (["--data.val_split", "test"], "has neither a folder 'test' nor test.tar"),
     "unknown-dataset": (["--data.dataset", "torch/nothing"], "Unknown torchvision dataset nothing"),
 }
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dfformer import VARIANTS, data, train, train_state
+from dfformer import VARIANTS, data, train_state
 from dfformer.checkpoint import CheckpointError, load_model, read_checkpoint
 from dfformer.cli import main
 from dfformer.train_config import parse
@@ -460,8 +460,3 @@ def test_fine_tuning_starts_from_weights(command: list[str], tmp_path: Path) -> 
     weights = ["--model.checkpoint", str(first / "last.safetensors")]
     assert main([*command, *NOTHING_RANDOM, *weights, "--output", str(second)]) == 0
     assert steps(second)[0]["loss"] < steps(first)[0]["loss"]
-
-
-def test_the_first_process_tells_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="broken"):
-        train._on_first(train.Place(torch.device("cpu")), lambda: (_ for _ in ()).throw(ValueError("broken")))

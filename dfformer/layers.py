@@ -322,7 +322,8 @@ class AFNO2D(nn.Module):
         _, H, W, _ = x.shape
         K = W // 2 + 1
         kept = int(K * self.hard_thresholding_fraction)
-        X = torch.fft.rfft2(x, dim=(1, 2), norm="ortho")[:, :, :kept].unflatten(-1, (self.num_blocks, -1))
+        X = torch.fft.rfft2(x, dim=(1, 2), norm="ortho")
+        X = (X[:, :, :kept] if kept < K else X).unflatten(-1, (self.num_blocks, -1))
         real, imag = self._complex_linear(X.real, X.imag, self.w1, self.b1)
         real, imag = self._complex_linear(F.relu(real), F.relu(imag), self.w2, self.b2)
         Z = F.softshrink(torch.stack([real, imag], dim=-1), self.sparsity_threshold)

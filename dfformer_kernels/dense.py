@@ -98,7 +98,7 @@ def _weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
     (M, N), K = grad_y.shape, x.shape[1]
     if not _by_onednn(x):
         return grad_y.t() @ x
-    if M >= ROWS_FOR_CONVOLUTION:
+    if M >= ROWS_FOR_CONVOLUTION and torch.get_num_threads() > 1:  # with one, torch keeps convolutions from oneDNN
         grad_y, x = (t.view(1, 1, M, -1).permute(0, 3, 1, 2) for t in (grad_y, x))
         weight = x.new_empty(1).expand(N, K, 1, 1)  # of which only the shape is used
         geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])

@@ -127,6 +127,12 @@ def test_chunks_are_of_about_one_size(rows: int) -> None:
 
 
 @ALL_OPS
+def test_with_two_threads(op: Op) -> None:
+    torch.set_num_threads(2)  # weight gradients of many rows are a convolution's then
+    assert_correct(op, *make(op, (1, 28, 28, 8)))
+
+
+@ALL_OPS
 def test_without_onednn(op: Op) -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         assert_correct(op, *make(op, (2, 20, 20, 8)))

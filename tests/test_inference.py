@@ -32,7 +32,7 @@ def trained(name: str = "dfformer_s18", **kwargs: Any) -> nn.Module:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm | Scale | StarReLU):
                 for parameter in module.parameters():
-                    parameter += 0.3 * torch.randn_like(parameter)
+                    parameter.add_(0.3 * torch.randn_like(parameter))
             elif isinstance(module, nn.Linear):  # at initialisation, blocks hardly change what comes in
                 module.weight *= 2
     return model

@@ -603,10 +603,15 @@ def test_blocks_copy_no_activation(name: str) -> None:
 
 def test_stages_run_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small("dfformer_s18"), images(96, 64, batch=5)
-    whole, calls = model(x), []
+    whole, run_stage = model(x), model._run_stage
+    calls: list[tuple[int, int]] = []
+
+    def noted(i: int, part: Tensor) -> Tensor:
+        calls.append((i, len(part)))
+        return run_stage(i, part)
+
     monkeypatch.setattr("dfformer.model.PART_BYTES", 2 * 24 * 16 * 16 * 4)  # two samples of the first stage
-    monkeypatch.setattr(model, "_run_stage", lambda i, part: calls.append((i, len(part))) or run_stage(i, part))
-    run_stage = type(model)._run_stage.__get__(model)
+    monkeypatch.setattr(model, "_run_stage", noted)
     with torch.no_grad():
         assert relative_error(model(x), whole) < ERROR
         assert [samples for i, samples in calls if i == 0] == [2, 2, 1]

@@ -589,7 +589,8 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@EVERY_KIND
+# AFNO runs on torch.fft, whose backward copies the half spectrum.
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.endswith("afno")])
 def test_blocks_copy_no_activation(name: str) -> None:
     model = small(name)
     for stage, plane in zip(model.stages, ((24, 16), (12, 8), (6, 4), (3, 2)), strict=True):

@@ -181,7 +181,7 @@ def test_a_process_tells_why_it_failed() -> None:
 
 
 def test_peak_memory() -> None:
-    """Of what is held at once, not of all that is allocated."""
+    """Of what is held at once, not of all that is allocated; kernels may count pages a while after their return."""
 
     def run() -> None:
         for _ in range(10):
@@ -189,7 +189,7 @@ def test_peak_memory() -> None:
 
     peak = bench_model._resident_peak(run)
     assert peak is not None
-    assert 0.95 * 2**26 <= peak <= 3.5 * 2**26
+    assert 0.95 * 2**26 <= peak <= 5 * 2**26
 
 
 def test_growth() -> None:

@@ -703,7 +703,7 @@ def figure(machine: dict[str, Any], rows: Sequence[Row], label: str, value: Call
         _curves(ax, [r for r in drawn if r.task == task], value)
         ax.set(title=task, xlabel="image size", ylabel=label)
     handles, labels = picture.axes[0].get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    picture.legend(handles, labels, loc="outside lower center", ncols=2 + len(tasks), frameon=False)
     batch = "single images" if rows[0].batch == 1 else f"batches of {rows[0].batch}"
     picture.suptitle(f"{batch}, {rows[0].dtype}, {rows[0].mode}, {_where(machine)}", fontsize=11)
     return picture

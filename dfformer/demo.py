@@ -308,8 +308,8 @@ outputs. Try it:
 
 ## DFFormer-S18 on photographs
 
-Plain torch.fft is the authors' formulation: the same model with the filter step and StarReLU as separate torch
-operations under torch's own autograd. dfformer ran the filter step on its `{step}` backend and StarReLU on
+Plain torch.fft is the authors' formulation: the same model with the filter step, StarReLU and projections as separate
+torch operations under torch's own autograd. dfformer ran the filter step on its `{step}` backend and StarReLU on
 `{activation}`. Difference is that of the logits, relative. Memory is what one training forward keeps for backward. The
 weights are fresh, so there is nothing to classify here; agreement, time and memory do not depend on them.
 

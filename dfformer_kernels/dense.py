@@ -112,8 +112,9 @@ def _weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
 
 def can_pack(x: Tensor) -> bool:
     """Whether products with x are faster when the weight is packed: a little in float32, more in bfloat16."""
-    by_onednn = _by_onednn(x) or (_X86 and x.is_cpu and x.dtype == torch.bfloat16 and x.numel() > 0)
-    return by_onednn and torch._C._get_mkldnn_enabled() and not _autocast_dtype(x)
+    if not (_X86 and x.is_cpu and x.numel() > 0 and torch._C._get_mkldnn_enabled()) or _autocast_dtype(x):
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -238,19 +239,10 @@ def _mlp_backward(
     return [grad_x, *gradients] if need_x else gradients
 
 
-def _mlp_backward_fake(
-    grad_y: Tensor,
-    hidden: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    weight2: Tensor,
-    needs: list[bool],
-    backend: str | None,
-) -> list[Tensor]:
-    checks.check_mlp_backward(grad_y, hidden, x, weight1, scale, bias, weight2, needs)
-    return [t.new_empty(t.shape) for t in compress((x, weight1, scale, bias, weight2), needs)]
+def _mlp_backward_fake(grad_y: Tensor, hidden: Tensor, *args: Any) -> list[Tensor]:
+    *tensors, needs, _ = args
+    checks.check_mlp_backward(grad_y, hidden, *tensors, needs)
+    return [t.new_empty(t.shape) for t in compress(tensors, needs)]
 
 
 def star_relu_(h: Tensor, scale: Tensor, bias: Tensor, backend: str | None = None) -> Tensor:

@@ -30,7 +30,8 @@ struct StarReLUScalarGrads {
 };
 
 // grad_x = 2 * scale * relu(x) * grad_y;  grad_scale = sum(grad_y * relu(x)^2);  grad_bias = sum(grad_y)
-// grad_x may be null when it is not needed, and may be grad_y. The two sums are reduced in a fixed order: the same bits for any `threads`.
+// grad_x may be null when it is not needed, and may be grad_y. The two sums are reduced in a fixed order: the same bits
+// for any `threads`.
 StarReLUScalarGrads star_relu_backward(const void* grad_y, const void* x, void* grad_x, std::int64_t n, DType dtype,
                                        double scale, int threads);
 

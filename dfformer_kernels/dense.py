@@ -241,7 +241,7 @@ def _mlp_backward(
 
 def _mlp_backward_fake(grad_y: Tensor, hidden: Tensor, *args: Any) -> list[Tensor]:
     *tensors, needs, _ = args
-    checks.check_mlp_backward(grad_y, hidden, *tensors, needs)
+    checks.check_mlp_backward(grad_y, hidden, *args[:-1])
     return [t.new_empty(t.shape) for t in compress(tensors, needs)]
 
 

@@ -180,7 +180,8 @@ def _registers(step: Step, rows: int, columns: int) -> int:
     if step.backward:
         for_row = min(3 * row + 70, _MOST_REGISTERS) if row <= 80 else 3 * row + 70
         return max(for_row, 7 * N2 + 6 * step.F + 16, 4 * (step.H // N2) + 40)
-    return max(2 * row + 40, 5 * N2 + 4 * step.F + 20, 4 * (step.H // N2) + 30)
+    addresses = row + 16 if step.C % 2 else 0  # of pixels, which an even number of channels lets it add to one base
+    return max(2 * row + 40 + addresses, 5 * N2 + 4 * step.F + 20, 4 * (step.H // N2) + 30)
 
 
 def _shared_bytes(step: Step, rows: int, lanes: int, threads: int, planes: int) -> int:

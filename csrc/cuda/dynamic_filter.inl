@@ -509,6 +509,9 @@ struct Backward {
             counted<L::N1, L::rolled>([&](auto i) UNROLLED_BODY {
                 const int at = column + i * L::N2 * L::row_stride;
                 Complex<float> X[L::N2], G[L::N2];
+                // Of these few points, before it meets the rest: an image's mean makes one point outweigh all others.
+                float part[L::filters];
+                unrolled<0, L::F>([&](auto f) UNROLLED_BODY { part[f] = 0; });
                 if constexpr (!L::in_turn) inner_transform<L>(env, at, X);
                 inner_transform<L>(env, L::gradient_plane + at, G);
                 unrolled<0, L::N2>([&](auto j) UNROLLED_BODY {
@@ -525,11 +528,12 @@ struct Backward {
                     else
                         env.set_plane(at + j * L::row_stride, P);
                     unrolled<0, L::F>([&](auto f) UNROLLED_BODY {
-                        grad_r[f] += P.re * basis.values[2 * f];
-                        grad_r[f] += P.im * basis.values[2 * f + 1];
+                        part[f] += P.re * basis.values[2 * f];
+                        part[f] += P.im * basis.values[2 * f + 1];
                     });
                     G[j] = G[j] * conjugate(basis.mixed(r));
                 });
+                unrolled<0, L::F>([&](auto f) UNROLLED_BODY { grad_r[f] += part[f]; });
                 inner_inverse<L>(env, L::gradient_plane + at, i, G);
             });
             outer_stage<L, true>(env, L::gradient_plane + column);

@@ -62,7 +62,7 @@ std::pair<double, double> bind_star_relu_backward(Address grad_y, Address x, Add
     return {grads.scale, grads.bias};
 }
 
-std::int64_t product(std::initializer_list<std::int64_t> sizes) {
+std::int64_t num_elements(std::initializer_list<std::int64_t> sizes) {
     std::int64_t result = 1;
     for (std::int64_t size : sizes)
         if (__builtin_mul_overflow(result, size, &result))
@@ -87,11 +87,78 @@ FilterProblem checked_problem(const std::array<std::int64_t, 5>& shape, int dtyp
     check("C", C, 1, most);
     check("F", F, 0, max_filters);
     // 32 bytes an element: the largest item, complex, with room for rounding C up to the lanes
-    product({B, H, W, C, 32});
-    product({B, std::max<std::int64_t>(F, 1), C, 32});
-    product({H, W / 2 + 1, std::max(F, C), 32});
+    num_elements({B, H, W, C, 32});
+    num_elements({B, std::max<std::int64_t>(F, 1), C, 32});
+    num_elements({H, W / 2 + 1, std::max(F, C), 32});
     const auto [scale, bias] = star_relu.value_or(std::pair{0.0, 0.0});
     return {B, H, W, C, F, dtype, star_relu.has_value(), scale, bias};
+}
+
+using MatrixSizes = std::array<std::int64_t, 3>;
+
+// (M, N, K) of matrices that can exist, with room for rounding up to panels.
+void check_matrices(const MatrixSizes& sizes) {
+    const auto [M, N, K] = sizes;
+    for (const std::int64_t size : sizes)
+        if (size < 0) throw std::invalid_argument("sizes: got " + std::to_string(size) + ", accepted are 0 and more");
+    constexpr std::int64_t room = 4096;
+    for (const auto& [a, b] : {std::pair{M, N}, std::pair{M, K}, std::pair{N, K}}) {
+        std::int64_t rows = 0;
+        if (__builtin_add_overflow(a, room, &rows)) rows = std::numeric_limits<std::int64_t>::max();
+        num_elements({rows, std::max<std::int64_t>(b, 1), room});
+    }
+}
+
+const float* matrix(const char* name, Address address, std::int64_t n) {
+    return static_cast<const float*>(input(name, address, n));
+}
+float* result(const char* name, Address address, std::int64_t n) {
+    return const_cast<float*>(matrix(name, address, n));
+}
+
+Layout checked_layout(int layout) {
+    if (layout < 0 || layout >= num_layouts)
+        throw std::invalid_argument("layout: got code " + std::to_string(layout) + ", accepted are 0 to " +
+                                    std::to_string(num_layouts - 1));
+    return static_cast<Layout>(layout);
+}
+
+void bind_pack(std::int64_t N, std::int64_t K, Address weight, Address panels, int threads) {
+    check_matrices({1, N, K});
+    check_threads(threads);
+    pack(matrix("weight", weight, N * K), N, K, result("panels", panels, N * K), threads);
+}
+
+void bind_product(const MatrixSizes& sizes, int layout, Address x, Address weight, Address bias, Address y,
+                  int threads) {
+    const auto [M, N, K] = sizes;
+    check_matrices(sizes);
+    check_threads(threads);
+    product({M, N, K, matrix("x", x, M * K), matrix("weight", weight, N * K), checked_layout(layout),
+             matrix("bias", bias, 0), result("y", y, M * N)},
+            threads);
+}
+
+void bind_weight_gradient(const MatrixSizes& sizes, Address grad_y, Address x, Address grad, bool add, int threads) {
+    const auto [M, N, K] = sizes;
+    check_matrices(sizes);
+    check_threads(threads);
+    weight_gradient({M, N, K, matrix("grad_y", grad_y, M * N), matrix("x", x, M * K), result("grad", grad, N * K), add},
+                    threads);
+}
+
+void bind_mlp(const MatrixSizes& sizes, std::int64_t hidden, int layout, Address x, Address weight1, double scale,
+              double bias, Address weight2, Address bias2, Address before, Address y, int threads) {
+    const auto [M, N, K] = sizes;
+    check_matrices({M, hidden, K});
+    check_matrices({M, N, hidden});
+    check_threads(threads);
+    if (checked_layout(layout) == Layout::columns)
+        throw std::invalid_argument("layout: got code 1, accepted for an MLP are 0 and 2");
+    mlp({M, N, K, hidden, matrix("x", x, M * K), matrix("weight1", weight1, hidden * K), static_cast<float>(scale),
+         static_cast<float>(bias), matrix("weight2", weight2, N * hidden), checked_layout(layout),
+         matrix("bias2", bias2, 0), result("before", before, 0), result("y", y, M * N)},
+        threads);
 }
 
 const void* required(const char* name, Address address) { return input(name, address, 1); }
@@ -151,7 +218,7 @@ cufft::Transform checked_transform(int device, const std::array<std::int64_t, 3>
         throw std::invalid_argument("shape: got H, W, N = " + std::to_string(H) + ", " + std::to_string(W) + ", " +
                                     std::to_string(N) + ", accepted are sides of 1 to " + std::to_string(max_side) +
                                     " and N >= 1");
-    product({H, W / 2 + 1, N, 16});
+    num_elements({H, W / 2 + 1, N, 16});
     return {device, H, W, N, dtype, inverse};
 }
 
@@ -191,6 +258,16 @@ PYBIND11_MODULE(_C, m) {
           py::arg("grad_logits"), py::arg("grad_filters"), py::arg("need_scalars"), py::arg("threads"));
     m.def("filter_workspace", &bind_filter_workspace, py::arg("shape"), py::arg("dtype"), py::arg("backward"),
           py::arg("threads"), "Bytes that a call allocates beside its tensors.");
+    m.def("panel_width", &panel_width);
+    m.def("pack", &bind_pack, no_gil, py::arg("N"), py::arg("K"), py::arg("weight"), py::arg("panels"),
+          py::arg("threads"));
+    m.def("product", &bind_product, no_gil, py::arg("sizes"), py::arg("layout"), py::arg("x"), py::arg("weight"),
+          py::arg("bias"), py::arg("y"), py::arg("threads"));
+    m.def("weight_gradient", &bind_weight_gradient, no_gil, py::arg("sizes"), py::arg("grad_y"), py::arg("x"),
+          py::arg("grad"), py::arg("add"), py::arg("threads"));
+    m.def("mlp", &bind_mlp, no_gil, py::arg("sizes"), py::arg("hidden"), py::arg("layout"), py::arg("x"),
+          py::arg("weight1"), py::arg("scale"), py::arg("bias"), py::arg("weight2"), py::arg("bias2"),
+          py::arg("before"), py::arg("y"), py::arg("threads"));
     m.attr("cufft_plans_per_device") = cufft::plans_per_device;
     m.def("cufft_open", &cufft::open, no_gil, py::arg("path"));
     m.def("cufft_plan", &bind_cufft_plan, no_gil, py::arg("device"), py::arg("shape"), py::arg("dtype"),

@@ -66,4 +66,54 @@ StarReLUScalarGrads filter_backward(const FilterProblem& problem, const FilterTe
 // Bytes that one of these calls allocates beside its tensors, whatever they hold.
 std::int64_t filter_workspace(const FilterProblem& problem, bool backward, int threads);
 
+// Products of dense float32 matrices. All sums have a fixed order: the same bits for any `threads`; and all throw
+// std::bad_alloc if the workspace cannot be had.
+
+// How a weight (N,K) lies in memory: as that, as (K,N), or as (panels,K,width) of `pack`.
+enum class Layout : int { rows, columns, panels };
+inline constexpr int num_layouts = 3;
+
+// Columns of a panel for the active instruction set. Panels of one width are of no use to another.
+int panel_width();
+// A weight (N,K) as ceil(N / panel_width()) panels (K,width) of its columns transposed, the last one padded with zeros:
+// what every product makes of its weight first.
+void pack(const float* weight, std::int64_t N, std::int64_t K, float* panels, int threads);
+
+// y (M,N) = x (M,K) W^T + bias; bias (N) may be null.
+struct Product {
+    std::int64_t M, N, K;
+    const float* x;
+    const float* weight;
+    Layout layout;
+    const float* bias;
+    float* y;
+};
+void product(const Product& problem, int threads);
+
+// grad (N,K) = grad_y (M,N)^T x (M,K), or added to what is there.
+struct WeightGradient {
+    std::int64_t M, N, K;
+    const float* grad_y;
+    const float* x;
+    float* grad;
+    bool add;
+};
+void weight_gradient(const WeightGradient& problem, int threads);
+
+// y (M,N) = star_relu(x (M,K) W1^T) W2^T + bias2, W1 being (hidden,K) and W2 (N,hidden), both rows or both panels. What
+// StarReLU is applied to is kept in `before` (M,hidden), which may be null: then no more than a few rows of it exist at
+// a time.
+struct Mlp {
+    std::int64_t M, N, K, hidden;
+    const float* x;
+    const float* weight1;
+    float scale, bias;
+    const float* weight2;
+    Layout layout;
+    const float* bias2;  // (N), may be null
+    float* before;
+    float* y;
+};
+void mlp(const Mlp& problem, int threads);
+
 }  // namespace dfformer

@@ -20,7 +20,7 @@ from dfformer.layers import (
     is_plain,
 )
 from dfformer.model import MetaFormerBlock
-from dfformer_kernels import dense, linear, memory, mlp
+from dfformer_kernels import cpu, dense, linear, mlp
 
 DTYPES = (None, torch.float32, torch.bfloat16)
 
@@ -88,7 +88,7 @@ class InferenceModel(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without gradients whose weight oneDNN keeps in its own layout, where it runs the product."""
+    """A linear layer without gradients whose weight is also kept in the layout that products want, where there is one."""
 
     weight: Tensor
     bias: Tensor | None
@@ -97,20 +97,21 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight.detach().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self._packed: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
+        self._packed: tuple[tuple[object, ...], Tensor | cpu.Panels] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.packs(x):
             return linear(x, self.weight, self.bias)
-        return dense.packed_product(x, self._packed_weight(), self.bias)
+        return dense.packed_product(x, self.packed_weight(), self.bias)
 
     def packs(self, x: Tensor) -> bool:
         """Whether ``x`` is multiplied by the packed weight; traced graphs hold the plain one."""
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
         return not traced and x.dtype == self.weight.dtype and dense.can_pack(x)
 
-    def _packed_weight(self) -> Tensor:
-        state = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
+    def packed_weight(self) -> Tensor | cpu.Panels:
+        """Packed at first use, and again when it changed."""
+        state = (self.weight.data_ptr(), self.weight._version, dense.packing(self.weight.dtype))
         if self._packed is None or self._packed[0] != state:
             self._packed = state, dense.pack(self.weight)
         return self._packed[1]
@@ -138,10 +139,8 @@ class PackedMlp(nn.Module):
         if not self.fc1.packs(x):
             y = mlp(x, self.fc1.weight, (self.scale, self.bias), self.fc2.weight)
             return y if self.fc2.bias is None else y + self.fc2.bias
-        rows = x.flatten(0, -2)
-        y = memory.empty((len(rows), self.fc2.weight.shape[0]), rows)
-        for part in dense.chunks(rows, self.fc1.weight.shape[0]):
-            y[part] = self.fc2(dense.star_relu_(self.fc1(rows[part]), self.scale, self.bias))
+        packed1, packed2 = self.fc1.packed_weight(), self.fc2.packed_weight()
+        y = dense.packed_mlp(x.flatten(0, -2), packed1, (self.scale, self.bias), packed2, self.fc2.bias)
         return y.unflatten(0, x.shape[:-1])
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +106,96 @@ def star_relu_backward(
     return gradients
 
 
+class Panels(NamedTuple):
+    """A float32 weight (N,K) as the core's products want it; of no use under another instruction set."""
+
+    data: Tensor  # (panels,K,width)
+    N: int
+
+
+def pack(weight: Tensor) -> Panels:
+    """A float32 weight (N,K) packed once, for all products to come."""
+    weight = weight.contiguous()
+    N, K = weight.shape
+    width = core().panel_width()
+    data = weight.new_empty(-(-N // width), K, width)
+    core().pack(N, K, _matrix(weight, N, K), _matrix(data, *data.shape), _threads())
+    return Panels(data, N)
+
+
+class _Weight:
+    """A weight's sizes, and how and where it lies for the core."""
+
+    def __init__(self, weight: Tensor | Panels) -> None:
+        if isinstance(weight, Panels):
+            width = core().panel_width()
+            self.N, self.K, self.layout, self.stored = weight.N, weight.data.shape[1], 2, weight.data
+            self.address = _matrix(self.stored, -(-self.N // width), self.K, width)
+            return
+        self.N, self.K = weight.shape
+        self.layout = int(not weight.is_contiguous() and weight.t().is_contiguous())
+        self.stored = weight.t() if self.layout else weight.contiguous()
+        self.address = _matrix(self.stored, *((self.K, self.N) if self.layout else (self.N, self.K)))
+
+
+def product(x: Tensor, weight: Tensor | Panels, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` (M,N) of float32 matrices: x (M,K), weight (N,K), bias (N,)."""
+    x, w, bias = x.contiguous(), _Weight(weight), None if bias is None else bias.contiguous()
+    M = len(x)
+    y = memory.empty((M, w.N), x)
+    bias_address = 0 if bias is None else _matrix(bias, w.N)
+    core().product(
+        (M, w.N, w.K), w.layout, _matrix(x, M, w.K), w.address, bias_address, _matrix(y, M, w.N), _threads()
+    )
+    return y
+
+
+def weight_gradient(grad_y: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """``grad_y.T @ x`` (N,K) of float32 matrices: grad_y (M,N), x (M,K); added to ``out`` where that is given."""
+    grad_y, x = grad_y.contiguous(), x.contiguous()
+    (M, N), K = grad_y.shape, x.shape[1]
+    grad = x.new_empty(N, K) if out is None else out
+    core().weight_gradient(
+        (M, N, K), _matrix(grad_y, M, N), _matrix(x, M, K), _matrix(grad, N, K), out is not None, _threads()
+    )
+    return grad
+
+
+def mlp(
+    x: Tensor,
+    weight1: Tensor | Panels,
+    scale: Tensor,
+    bias: Tensor,
+    weight2: Tensor | Panels,
+    bias2: Tensor | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``star_relu(x @ weight1.T) @ weight2.T + bias2`` (M,N) of float32 matrices, and, if it is to be kept, what
+    StarReLU is applied to (M,hidden), else (0,hidden). Both weights are packed, or none."""
+    x, bias2 = x.contiguous(), None if bias2 is None else bias2.contiguous()
+    w1, w2 = (_Weight(w if isinstance(w, Panels) else w.contiguous()) for w in (weight1, weight2))
+    if w1.layout != w2.layout or w1.N != w2.K:
+        raise RuntimeError(f"the compiled core takes weights of one layout that meet, got {weight1} and {weight2}")
+    M, N, K, hidden = len(x), w2.N, w1.K, w1.N
+    before = memory.empty((M if keep else 0, hidden), x)
+    y = memory.empty((M, N), x)
+    core().mlp(
+        (M, N, K),
+        hidden,
+        w1.layout,
+        _matrix(x, M, K),
+        w1.address,
+        scale.item(),
+        bias.item(),
+        w2.address,
+        0 if bias2 is None else _matrix(bias2, N),
+        _matrix(before, M, hidden) if keep else 0,
+        _matrix(y, M, N),
+        _threads(),
+    )
+    return y, before
+
+
 def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     problem = _FilterProblem(x, logits, filters, scale, bias)
     y = memory.empty(x.shape, x)
@@ -183,6 +273,16 @@ KERNELS: dict[str, Callable[..., Any]] = {
 def _threads() -> int:
     # OpenMP's pool does not survive a fork: a child that opened a parallel region would hang.
     return 1 if _in_forked_child else torch.get_num_threads()
+
+
+def _matrix(t: Tensor, *shape: int) -> int:
+    """The address of a dense float32 CPU tensor of that shape: the last check before the core trusts a pointer."""
+    if not (t.is_cpu and t.is_contiguous() and t.dtype == torch.float32 and t.shape == shape):
+        raise RuntimeError(
+            f"the compiled core takes contiguous float32 CPU tensors, here of {shape}; got {t.dtype} {tuple(t.shape)} "
+            f"with strides {t.stride()} on {t.device}"
+        )
+    return t.data_ptr()
 
 
 def _address(t: Tensor | None, like: Tensor | None = None) -> int:

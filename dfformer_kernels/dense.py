@@ -1,10 +1,11 @@
 """Pointwise projections, and the MLP around StarReLU, at the best rate the machine has.
 
-On x86 CPUs float32 products go to oneDNN, which generates code for the instructions it finds; torch's own choice, MKL,
+On x86 CPUs float32 products are the compiled core's, with StarReLU where they are written; torch's own choice, MKL,
 decides by the maker of the processor and has half its rate on an AMD CPU (docs/model_speed.md). Everything else goes
 where ``F.linear`` sends it. On a CPU the MLP runs in chunks of rows whose hidden activations stay in cache.
 """
 
+import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -22,14 +23,14 @@ from dfformer_kernels.ops import differentiate, register
 # Hidden activations of an MLP's chunk: less than the caches of two cores, and enough rows for the products to run at
 # full rate (docs/model_speed.md).
 CHUNK_BYTES = 4 * 2**20
-# From this many rows on oneDNN sums a weight's gradient faster as a convolution's than as a product.
-ROWS_FOR_CONVOLUTION = 784
+# Rows that oneDNN lays a weight out for: any number runs.
+PACKED_FOR_ROWS = 784
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear(x, weight, bias)``, on oneDNN where that is faster.
+    """``F.linear(x, weight, bias)``, on the compiled core where that is faster.
 
     Args:
         x: (..., K), any floating dtype. weight: (N, K), bias: (N,), of x's dtype; under autocast, of any.
@@ -37,8 +38,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., N). Saves ``x`` and ``weight`` for backward.
     """
-    if _suits_onednn(x) and not _autocast_dtype(x):
-        return torch.ops.dfformer.linear(x, weight, bias)
+    if _X86 and x.is_cpu and x.dtype == torch.float32 and not _autocast_dtype(x):
+        return torch.ops.dfformer.linear(x, weight, bias, requested_backend(None))
     return F.linear(x, weight, bias)
 
 
@@ -77,82 +78,106 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 # Products
 
 
-def _suits_onednn(x: Tensor) -> bool:
-    return _X86 and x.is_cpu and x.dtype == torch.float32
+def _by_core(x: Tensor, backend: str | None) -> bool:
+    """Whether the compiled core multiplies x. Elsewhere than on x86 the makers' libraries use units of the processor
+    that it does not have."""
+    if not (_X86 and x.is_cpu and x.dtype == torch.float32):
+        return False
+    return kernel_for("star_relu", backend, (x, x, x)) is cpu.star_relu
 
 
-def _by_onednn(x: Tensor) -> bool:
-    # Empty tensors it refuses. torch.compile must not see the question whether the user has switched it off.
-    return _suits_onednn(x) and x.numel() > 0 and torch._C._get_mkldnn_enabled()
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
+    """``x @ weight.T + bias``; x (M, K), weight (N, K) contiguous or transposed."""
+    return cpu.product(x, weight, bias) if _by_core(x, backend) else F.linear(x, weight, bias)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``; x (..., K), weight (N, K) contiguous or transposed."""
-    if _by_onednn(x) and weight.numel():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+def _weight_gradient(grad_y: Tensor, x: Tensor, backend: str | None) -> Tensor:
+    """``grad_y.T @ x`` (N, K) of grad_y (M, N) and x (M, K)."""
+    return cpu.weight_gradient(grad_y, x) if _by_core(x, backend) else grad_y.t() @ x
 
 
-def _weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
-    """``grad_y.T @ x`` (N, K) of grad_y (M, N) and x (M, K), both contiguous."""
-    (M, N), K = grad_y.shape, x.shape[1]
-    if not _by_onednn(x):
-        return grad_y.t() @ x
-    if M >= ROWS_FOR_CONVOLUTION and torch.get_num_threads() > 1:  # with one, torch keeps convolutions from oneDNN
-        grad_y, x = (t.view(1, 1, M, -1).permute(0, 3, 1, 2) for t in (grad_y, x))
-        weight = x.new_empty(1).expand(N, K, 1, 1)  # of which only the shape is used
-        geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])
-        return torch.ops.aten.convolution_backward(grad_y, x, weight, None, *geometry)[1].view(N, K)
-    # The first operand is copied to transpose it.
-    return _product(grad_y.t(), x.t()) if N <= K else _product(x.t(), grad_y.t()).t().contiguous()
-
-
-# Weights in oneDNN's own layout, for those that do not change
+# Weights laid out for products once, for those that do not change
 
 
 def can_pack(x: Tensor) -> bool:
-    """Whether products with x are faster when the weight is packed: a little in float32, more in bfloat16."""
-    if not (_X86 and x.is_cpu and x.numel() > 0 and torch._C._get_mkldnn_enabled()) or _autocast_dtype(x):
+    """Whether products with x are faster when the weight is packed: float32 by the core, bfloat16 by oneDNN."""
+    if not x.is_cpu or x.numel() == 0 or _autocast_dtype(x):
         return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if x.dtype != torch.bfloat16:
+        return _by_core(x, requested_backend(None))
+    return _X86 and torch._C._get_mkldnn_enabled() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def pack(weight: Tensor) -> Tensor:
+def packing(dtype: torch.dtype) -> tuple[torch.dtype, int]:
+    """What the layout of packed weights depends on."""
+    return dtype, cpu.core().panel_width() if dtype == torch.float32 else 0
+
+
+def pack(weight: Tensor) -> Tensor | cpu.Panels:
     """A weight (N, K) in the layout that `packed_product` takes; opaque to everything else."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_FOR_CONVOLUTION)
+    if weight.dtype == torch.float32:
+        return cpu.pack(weight)
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
 
 
-def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+def packed_product(x: Tensor, packed: Tensor | cpu.Panels, bias: Tensor | None) -> Tensor:
     """``F.linear`` with a weight that `pack` made, for an x that `can_pack`."""
+    if isinstance(packed, cpu.Panels):
+        return cpu.product(_rows(x), packed, bias).view(*x.shape[:-1], packed.N)
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def packed_mlp(
+    x: Tensor,
+    packed1: Tensor | cpu.Panels,
+    star_relu: tuple[Tensor, Tensor],
+    packed2: Tensor | cpu.Panels,
+    bias2: Tensor | None,
+) -> Tensor:
+    """`mlp` of rows x (M, K) with weights that `pack` made, for an x that `can_pack`, plus ``bias2`` (N,)."""
+    if isinstance(packed1, cpu.Panels) or isinstance(packed2, cpu.Panels):
+        return cpu.mlp(x, packed1, *star_relu, packed2, bias2)[0]
+    y = memory.empty((len(x), packed2.shape[0]), x)
+    for rows in chunks(x, packed1.shape[0]):
+        y[rows] = packed_product(star_relu_(packed_product(x[rows], packed1, None), *star_relu), packed2, bias2)
+    return y
 
 
 # linear
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
     checks.check_linear(x, weight, bias)
-    return _product(x, weight, bias)
+    y = _product(_rows(x), weight, bias, backend)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
     checks.check_linear(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _linear_backward(grad_y: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
+def _linear_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, needs: list[bool], backend: str | None
+) -> list[Tensor]:
     checks.check_linear_backward(grad_y, x, weight, needs)
     need_x, need_weight, need_bias = needs
-    gradients = [_product(grad_y, weight.t())] if need_x else []
-    grad_y, x = grad_y.reshape(-1, weight.shape[0]).contiguous(), x.reshape(-1, weight.shape[1]).contiguous()
+    grad_y, rows = _rows(grad_y), _rows(x)
+    gradients = [_product(grad_y, weight.t(), None, backend).view(x.shape)] if need_x else []
     if need_weight:
-        gradients.append(_weight_gradient(grad_y, x))
+        gradients.append(_weight_gradient(grad_y, rows, backend))
     if need_bias:
         gradients.append(grad_y.sum(0))
     return gradients
 
 
-def _linear_backward_fake(grad_y: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
+def _linear_backward_fake(
+    grad_y: Tensor, x: Tensor, weight: Tensor, needs: list[bool], backend: str | None
+) -> list[Tensor]:
     checks.check_linear_backward(grad_y, x, weight, needs)
     return [x.new_empty(shape) for shape in compress((x.shape, weight.shape, weight.shape[:1]), needs)]
 
@@ -161,19 +186,21 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         ctx.save_for_backward(*args[:2])
+        ctx.backend = args[-1]
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.dfformer.linear(*args)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad)
+        needs = list(ctx.needs_input_grad[:-1])
         if torch.is_grad_enabled():  # somebody will differentiate these gradients
-            rows = grad_y.reshape(-1, weight.shape[0])
-            all_of_them = (grad_y @ weight, rows.t() @ x.reshape(-1, weight.shape[1]), rows.sum(0))
-            return tuple(gradient if need else None for gradient, need in zip(all_of_them, needs, strict=True))
-        gradients = iter(torch.ops.dfformer.linear_backward(grad_y, x, weight, needs))
-        return tuple(next(gradients) if need else None for need in needs)
+            rows = _rows(grad_y)
+            all_of_them = (grad_y @ weight, rows.t() @ _rows(x), rows.sum(0))
+            gradients = compress(all_of_them, needs)
+        else:
+            gradients = iter(torch.ops.dfformer.linear_backward(grad_y, x, weight, needs, ctx.backend))
+        return (*(next(gradients) if need else None for need in needs), None)
 
 
 # mlp, of rows
@@ -184,14 +211,16 @@ def _mlp(
 ) -> tuple[Tensor, Tensor]:
     """The MLP of x (M, K), and, if they are to be kept, the hidden activations before StarReLU."""
     checks.check_mlp(x, weight1, scale, bias, weight2)
+    if _by_core(x, backend):
+        return cpu.mlp(x, weight1, scale, bias, weight2, keep=keep)
     x = x.contiguous()
     y = memory.empty((x.shape[0], weight2.shape[0]), x)
     hidden = memory.empty((x.shape[0] if keep else 0, weight1.shape[0]), x)
     for rows in chunks(x, weight1.shape[0]):
-        h = _product(x[rows], weight1)
+        h = F.linear(x[rows], weight1)
         if keep:
             hidden[rows] = h
-        y[rows] = _product(star_relu_(h, scale, bias, backend), weight2)
+        y[rows] = F.linear(star_relu_(h, scale, bias, backend), weight2)
     return y, hidden
 
 
@@ -224,17 +253,17 @@ def _mlp_backward(
     for rows in chunks(x, weight1.shape[0]):
         h, gy = hidden[rows], grad_y[rows]
         if need_weight2:
-            sum_weight2 += _weight_gradient(gy, star_relu_(h.clone(), scale, bias, backend))
+            sum_weight2 += _weight_gradient(gy, star_relu_(h.clone(), scale, bias, backend), backend)
         if not (need_h or need_scale or need_bias):
             continue
         wanted = [need_h, need_scale, need_bias]
-        grads = _star_relu_backward_(_product(gy, weight2.t()), h, scale, bias, wanted, backend)
+        grads = _star_relu_backward_(_product(gy, weight2.t(), None, backend), h, scale, bias, wanted, backend)
         for total, grad in zip(compress(sum_scalars, wanted[1:]), grads[need_h:], strict=True):
             total += grad
         if need_weight1:
-            sum_weight1 += _weight_gradient(grads[0], x[rows])
+            sum_weight1 += _weight_gradient(grads[0], x[rows], backend)
         if need_x:
-            grad_x[rows] = _product(grads[0], weight1.t())
+            grad_x[rows] = _product(grads[0], weight1.t(), None, backend)
     gradients = [total.value() for total in compress(sums, needs[1:])]
     return [grad_x, *gradients] if need_x else gradients
 
@@ -323,7 +352,6 @@ def _mlp_differentiable_backward(grad_y: Tensor, tensors: Sequence[Tensor], need
     return gradients
 
 
-_LINEAR = "Tensor x, Tensor weight, Tensor? bias"
 _MLP = "Tensor x, Tensor weight1, Tensor scale, Tensor bias, Tensor weight2"
 
 
@@ -335,9 +363,9 @@ def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..
     register(schema, in_the_dtypes_given, fake)
 
 
-_register(f"linear({_LINEAR}) -> Tensor", _linear, _linear_fake)
+_register("linear(Tensor x, Tensor weight, Tensor? bias, str? backend) -> Tensor", _linear, _linear_fake)
 _register(
-    "linear_backward(Tensor grad_y, Tensor x, Tensor weight, bool[] needs) -> Tensor[]",
+    "linear_backward(Tensor grad_y, Tensor x, Tensor weight, bool[] needs, str? backend) -> Tensor[]",
     _linear_backward,
     _linear_backward_fake,
 )

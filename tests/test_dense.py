@@ -220,13 +220,13 @@ def test_registered_operators_under_autocast_keep_their_dtype() -> None:
     (x, *parameters), _ = make(OPS["mlp"], (6, 8))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.ops.dfformer.mlp(x, *parameters, None).dtype == torch.float32
-        assert torch.ops.dfformer.linear(x, parameters[0], None).dtype == torch.float32
+        assert torch.ops.dfformer.linear(x, parameters[0], None, None).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp"])
 def test_opcheck(name: str) -> None:
     tensors, _ = make(OPS[name], (6, 8))
-    extra = {"linear": (None,), "mlp": (None,)}[name]
+    extra = {"linear": (None, None), "mlp": (None,)}[name]
     torch.library.opcheck(getattr(torch.ops.dfformer, name).default, (*tensors, *extra))
 
 
@@ -238,7 +238,7 @@ def test_opcheck_of_what_autograd_calls() -> None:
     hidden = frozen[0] @ frozen[1].t()
     torch.library.opcheck(ops.mlp_backward.default, (grad_y, hidden, *frozen, [True] * 5, None))
     grad_h = torch.randn(6, 32)
-    torch.library.opcheck(ops.linear_backward.default, (grad_h, frozen[0], frozen[1], [True] * 3))
+    torch.library.opcheck(ops.linear_backward.default, (grad_h, frozen[0], frozen[1], [True] * 3, None))
 
 
 @ALL_OPS
@@ -298,9 +298,9 @@ X, W1, SCALAR, W2 = torch.zeros(6, 4), torch.zeros(8, 4), torch.zeros(1), torch.
         (lambda: mlp(X.long(), W1, (SCALAR, SCALAR), W2), TypeError, "mlp: x must be dtype float32, float64"),
         (lambda: mlp(X, W1.to("meta"), (SCALAR, SCALAR), W2), ValueError, "mlp: weight1 must be on cpu"),
         (lambda: linear(X, W2), (ValueError, RuntimeError), "weight must be shape|mat1 and mat2"),
-        (lambda: torch.ops.dfformer.linear(X, W2, None), ValueError, r"linear: weight must be shape \(N, 4\)"),
-        (lambda: torch.ops.dfformer.linear(X, W1, W2), ValueError, r"linear: bias must be shape \(N,\) = \(8,\)"),
-        (lambda: torch.ops.dfformer.linear(X, W1.double(), None), TypeError, "linear: weight must be dtype float32"),
+        (lambda: torch.ops.dfformer.linear(X, W2, None, None), ValueError, r"linear: weight must be shape \(N, 4\)"),
+        (lambda: torch.ops.dfformer.linear(X, W1, W2, None), ValueError, r"linear: bias must be shape \(N,\) = \(8,\)"),
+        (lambda: torch.ops.dfformer.linear(X, W1.double(), None, None), TypeError, "linear: weight must be dtype float32"),
         (lambda: backward(X, X, W1, [True] * 3), ValueError, r"linear_backward: grad_y must be shape \(6, 8\)"),
         (lambda: backward(X, X, W1, [True]), ValueError, "linear_backward: needs must be 3 flags"),
     ],
@@ -311,4 +311,4 @@ def test_bad_arguments(call: Callable[[], Any], error: type[Exception], message:
 
 
 def backward(*args: Any) -> list[Tensor]:
-    return torch.ops.dfformer.linear_backward(*args)
+    return torch.ops.dfformer.linear_backward(*args, None)

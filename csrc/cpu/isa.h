@@ -66,11 +66,48 @@ struct FilterKernel {
     void (*sum_slots)(const FilterCall&, int first, int last);
 };
 
+// y (M,N) = x (M,K) W^T + plus (N), W (N,K) being packed; and, if asked for, activated = star_relu(y), which may be y.
+struct ProductCall {
+    std::int64_t M, N, K;
+    const float* x;
+    const float* panels;
+    const float* plus;  // null for zero
+    float* y;
+    float* activated;  // null for none
+    float scale, bias;
+};
+
+// grad (N,K) = grad_y (M,N)^T x (M,K), or added to what is there.
+struct GradientCall {
+    std::int64_t M, N, K;
+    const float* grad_y;
+    const float* x;
+    float* grad;
+    bool add;
+};
+
+// A rectangle of a product: tiles of its rows, panels of its columns.
+struct ProductPart {
+    std::int64_t first_tile, last_tile, first_panel, last_panel;
+};
+
+struct ProductKernel {
+    int tile_rows;               // at most, of a tile: rows are dealt out evenly
+    int panel_width;             // columns of a panel, the last one padded with zeros
+    std::int64_t scratch_bytes;  // of a thread, for weight_gradient
+    // Panels [first, last) of a weight (N,K), stored as rows or columns.
+    void (*pack)(const float* weight, Layout layout, std::int64_t N, std::int64_t K, float* panels, std::int64_t first,
+                 std::int64_t last);
+    void (*multiply)(const ProductCall&, const ProductPart&);
+    void (*weight_gradient)(const GradientCall&, void* scratch, const ProductPart&);
+};
+
 struct Kernels {
     const char* isa;
     int vector_bytes;
     StarReLUKernel star_relu[num_dtypes];  // indexed by DType
     FilterKernel filter[num_dtypes];
+    ProductKernel product;
 };
 
 extern const Kernels baseline_kernels;  // SSE2 on x86-64, NEON on aarch64

@@ -615,7 +615,115 @@ void check_star_relu(std::int64_t n, DType dtype, Tally& tally) {
                        expected[grad_scalars]);
 }
 
+// a (M,K) b (K,N), each element of the first two by its function of row and column.
+template <class A, class B>
+Values multiplied(std::int64_t M, std::int64_t N, std::int64_t K, const A& a, const B& b) {
+    Values result(M * N, 0.0);
+    for (std::int64_t m = 0; m < M; m++)
+        for (std::int64_t k = 0; k < K; k++)
+            for (std::int64_t n = 0; n < N; n++) result[m * N + n] += a(m, k) * b(k, n);
+    return result;
+}
+
+struct MatrixSizes {
+    std::int64_t M, N, K;
+};
+
+constexpr DType single = DType::float32;
+
+const float* floats(const Tensor& t) { return reinterpret_cast<const float*>(t.data()); }
+float* floats(Tensor& t) { return reinterpret_cast<float*>(t.data()); }
+
+// The result of a product (given where to write it and how many threads), whatever the threads.
+template <class Run>
+void check_product(const std::string& what, const Values& expected, Tally& tally, const Run& run) {
+    std::string one;
+    for (int threads : {1, 2, 7}) {
+        Tensor result(expected.size(), single, threads == 1 ? Edge::upper : Edge::lower);
+        run(floats(result), threads);
+        if (threads == 1) one = result.bytes();
+        tally.same_bits(what + " depends on threads", result.bytes(), one);
+    }
+    tally.within_bound(what, single, decoded(single, one), expected);
+}
+
+void check_products(const MatrixSizes& sizes, Tally& tally) {
+    const auto [M, N, K] = sizes;
+    const Values x = rounded(single, normal(M * K, 1)), weight = rounded(single, normal(N * K, 2)),
+                 bias = rounded(single, normal(N, 3)), second = rounded(single, normal(K * N, 4));
+    const auto element = [](const Values& matrix, std::int64_t columns) {
+        return [&matrix, columns](std::int64_t row, std::int64_t column) { return matrix[row * columns + column]; };
+    };
+    const auto transposed = [](const Values& matrix, std::int64_t columns) {
+        return [&matrix, columns](std::int64_t row, std::int64_t column) { return matrix[column * columns + row]; };
+    };
+    const Values product_alone = multiplied(M, N, K, element(x, K), transposed(weight, K));
+    Values y = product_alone;
+    for (std::int64_t i = 0; i < M * N; i++) y[i] += bias[i % N];
+    const Values grad_y = leaning(single, y);
+    for (Edge edge : {Edge::upper, Edge::lower}) {
+        const Tensor given_x(x, single, edge), given_weight(weight, single, edge), given_bias(bias, single, edge),
+            given_grad(grad_y, single, edge), given_second(second, single, edge);
+        const std::int64_t width = panel_width(), panels = (N + width - 1) / width, panels2 = (K + width - 1) / width;
+        Tensor packed(panels * K * width, single, edge), packed2(panels2 * N * width, single, edge);
+        pack(floats(given_weight), N, K, floats(packed), 2);
+        pack(floats(given_second), K, N, floats(packed2), 1);
+        for (Layout layout : {Layout::rows, Layout::panels})
+            check_product("y", y, tally, [&, M = M, N = N, K = K](float* result, int threads) {
+                product({M, N, K, floats(given_x), floats(layout == Layout::rows ? given_weight : packed), layout,
+                         floats(given_bias), result},
+                        threads);
+            });
+        check_product("grad_x", multiplied(M, K, N, element(grad_y, N), element(weight, K)), tally,
+                      [&, M = M, N = N, K = K](float* result, int threads) {
+                          product({M, K, N, floats(given_grad), floats(given_weight), Layout::columns, nullptr, result},
+                                  threads);
+                      });
+        Values gradient = multiplied(N, K, M, transposed(grad_y, N), element(x, K));
+        for (bool add : {false, true}) {
+            if (add)
+                for (std::int64_t i = 0; i < N * K; i++) gradient[i] += weight[i];
+            check_product("weight's gradient", gradient, tally, [&, M = M, N = N, K = K](float* result, int threads) {
+                std::memcpy(result, floats(given_weight), N * K * sizeof(float));
+                weight_gradient({M, N, K, floats(given_grad), floats(given_x), result, add}, threads);
+            });
+        }
+        constexpr double scale = 0.875, shift = 0.3125;
+        Values hidden = product_alone;
+        for (double& value : hidden) value = scale * relu(value) * relu(value) + shift;
+        const Values through = multiplied(M, K, N, element(hidden, N), transposed(second, N));
+        Tensor before(M * N, single, edge);
+        for (Layout layout : {Layout::rows, Layout::panels})
+            for (bool keep : {false, true}) {
+                const bool rows = layout == Layout::rows;
+                check_product("MLP", through, tally, [&, M = M, N = N, K = K](float* result, int threads) {
+                    mlp({M, K, K, N, floats(given_x), floats(rows ? given_weight : packed), scale, shift,
+                         floats(rows ? given_second : packed2), layout, nullptr, keep ? floats(before) : nullptr,
+                         result},
+                        threads);
+                });
+            }
+        tally.within_bound("kept before StarReLU", single, decoded(single, before.bytes()), product_alone);
+    }
+}
+
 // ---- what is checked
+
+// Of products: single rows and columns, tiles and panels with one more and one less, sums in several steps, and enough
+// of everything for several threads and chunks.
+std::vector<MatrixSizes> matrix_sizes(bool quick) {
+    std::vector<MatrixSizes> sizes = {{1, 1, 1}, {6, 64, 16}, {7, 65, 17}, {5, 15, 33}, {13, 31, 3}, {49, 80, 7}};
+    if (!quick)
+        sizes.insert(sizes.end(), {{100, 63, 64},
+                                   {2, 200, 513},
+                                   {3, 5, 1025},
+                                   {257, 66, 5},
+                                   {513, 20, 40},
+                                   {40, 130, 520},
+                                   {1000, 130, 40},
+                                   {7, 1100, 90}});
+    return sizes;
+}
 
 struct Shape {
     std::int64_t B, H, W, C, F;
@@ -724,6 +832,10 @@ void check_everything(bool quick) {
             with_each_isa("star_relu of " + std::to_string(n) + " " + dtype_names[code], dtype, tallies,
                           [&](Tally& tally) { check_star_relu(n, dtype, tally); });
         }
+    for (const MatrixSizes& sizes : matrix_sizes(quick))
+        with_each_isa(
+            "products of " + std::to_string(sizes.M) + ", " + std::to_string(sizes.N) + ", " + std::to_string(sizes.K),
+            single, tallies, [&](Tally& tally) { check_products(sizes, tally); });
     for (const Shape& shape : quick ? quick_shapes : shapes) check_shape(shape, tallies);
     for (const std::string& isa : supported_isas())
         for (int code = 0; code < num_dtypes; code++) {

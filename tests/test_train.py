@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import require_compiler
 from PIL import Image
 from torch import nn
 
@@ -452,6 +454,28 @@ def test_settings_of_the_model(command: list[str], tmp_path: Path) -> None:
     assert losses[again] == pytest.approx(losses[plain], rel=1e-5)
     assert losses[low] == pytest.approx(losses[plain], rel=0.05)
     assert losses[low] != losses[plain]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", *(["inductor"] if FULL else [])])
+def test_compiled(backend: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torch.compile a run has the losses of an eager one, and is resumed exactly."""
+    if backend == "inductor":
+        require_compiler()
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    one_block = ["--model.args.depths=[1]", "--model.args.dims=[8]", "--model.args.strides=[4]"]
+    command = [*command, *NOTHING_RANDOM, *one_block, "--model.args.res_scale_init_values=[1.0]", "--keep=9"]
+    eager, compiled, again = tmp_path / "eager", tmp_path / "compiled", tmp_path / "again"
+    assert main([*command, "--output", str(eager)]) == 0
+    assert main([*command, "--output", str(compiled), "--model.compile=true"]) == 0
+    for name in ("loss", "grad_norm"):
+        assert [s[name] for s in steps(compiled)] == pytest.approx([s[name] for s in steps(eager)], rel=1e-5), name
+    again.mkdir()
+    for name in ("checkpoint-00000004.pt", "best.safetensors", "steps.jsonl"):
+        (again / name).write_bytes((compiled / name).read_bytes())
+    torch._dynamo.reset()
+    assert main([*command, "--output", str(again), "--model.compile=true", "--resume=true"]) == 0
+    assert_same_result(again, compiled)
 
 
 def test_fine_tuning_starts_from_weights(command: list[str], tmp_path: Path) -> None:

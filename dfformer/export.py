@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dfformer.checkpoint import load_model, read_checkpoint, save_checkpoint
+from dfformer.inference import InferenceModel
 from dfformer.layers import SpectralFilter
 from dfformer.matmul_dft import dft_as_matmul
 from dfformer.resize import resize_filter
@@ -72,7 +73,8 @@ def export(
     """Writes ``model`` in inference mode to ``path``, loads the file, and compares it at two batch sizes.
 
     Args:
-        model: of `dfformer`, also one made with ``features_only=True``; float32, on any device. It is not changed.
+        model: of `dfformer`, also one made with ``features_only=True`` or by `optimize_for_inference` (not for
+            safetensors); float32, on any device. It is not changed.
         path: ends in ``.pt2``, ``.onnx`` or ``.safetensors``. Replaced only by a file that passed.
         img_size: (H, W) of the images, or one number; filters are resized to it once, here.
         format: ``"pt2"`` (`torch.export`), ``"onnx"``, ``"safetensors"`` (weights, see `load_model`), or ``"aoti"``
@@ -94,6 +96,8 @@ def export(
         raise IsADirectoryError(f"path: {path} is a directory, accepted is a file name ending in {chosen.suffix}")
     if chosen.write is _write_safetensors and architecture is None:
         raise ValueError("architecture: required for safetensors, e.g. 'dfformer_s18'")
+    if chosen.write is _write_safetensors and isinstance(model, InferenceModel):
+        raise ValueError("model: is optimised for inference; safetensors accepts the one it was made from")
     H, W = to_2tuple(img_size)
     source = _prepared(model, (H, W), fused)
     data = {key: value for key, value in resolve_model_data_config(source.model).items() if key in _DATA_KEYS}
@@ -155,7 +159,7 @@ def _prepared(model: nn.Module, img_size: tuple[int, int], fused: bool) -> _Sour
     handles = [m.register_forward_pre_hook(store) for m in model.modules() if isinstance(m, SpectralFilter)]
     try:
         model(source.images)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"img_size: got {img_size}, which this model cannot take: {error}") from error
     for handle in handles:
         handle.remove()

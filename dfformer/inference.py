@@ -74,6 +74,7 @@ class InferenceModel(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.model = model
+        self.pretrained_cfg = getattr(model, "pretrained_cfg", {})  # says how images are prepared
         super().train(False)
 
     @torch.no_grad()

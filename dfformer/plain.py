@@ -43,4 +43,6 @@ _PLAIN = {
     "dfformer.layers.linear": F.linear,
     "dfformer.layers.mlp": _mlp,
     "dfformer.model.add_residual": _add_residual,
+    "dfformer.inference.linear": F.linear,
+    "dfformer.inference.mlp": _mlp,
 }

@@ -18,7 +18,16 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 import dfformer.export
-from dfformer import AFNO2D, VARIANTS, DynamicFilter, GlobalFilter, MetaFormer, SepConv, load_model
+from dfformer import (
+    AFNO2D,
+    VARIANTS,
+    DynamicFilter,
+    GlobalFilter,
+    MetaFormer,
+    SepConv,
+    load_model,
+    optimize_for_inference,
+)
 from dfformer.checkpoint import save_checkpoint
 from dfformer.cli import main
 from dfformer.export import FORMATS, ExportError, export
@@ -120,6 +129,21 @@ def test_program(mixer: str, name: str, tmp_path: Path) -> None:
             assert relative_error(y, model(x)) < ERROR
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert names(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "fused", "img_size"), [("pt2", False, None), ("pt2", True, None), ("onnx", False, (24, 20))]
+)
+def test_optimised_for_inference(name: str, fused: bool, img_size: tuple[int, int] | None, tmp_path: Path) -> None:
+    model, path = tiny(), tmp_path / f"model{FORMATS[name].suffix}"
+    assert export(optimize_for_inference(model, img_size=img_size), path, (24, 20), name, fused=fused) < ERROR
+    x = images(4)
+    with torch.no_grad():
+        (y,) = torch.utils._pytree.tree_leaves(FORMATS[name].load(path)(x))
+        assert relative_error(y, model(x)) < ERROR
+    if name == "pt2":
+        targets = {str(node.target) for node in torch.export.load(path).graph.nodes}
+        assert any(target.startswith("dfformer.") for target in targets) == fused
 
 
 def test_image_size_of_its_own(tmp_path: Path) -> None:
@@ -256,9 +280,35 @@ def test_refused(name: str, arguments: dict[str, Any], message: str, tmp_path: P
     assert names(tmp_path) == []
 
 
-def test_refused_dtype(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model: got torch.bfloat16 parameters, accepted are float32"):
-        export(tiny().bfloat16(), tmp_path / "model.onnx", 24)
+REFUSED_MODELS: dict[str, tuple[Callable[[Any], nn.Module], str, str]] = {
+    "bfloat16": (
+        lambda model: model.bfloat16(),
+        "model.onnx",
+        "model: got torch.bfloat16 parameters, accepted are float32",
+    ),
+    "optimised in bfloat16": (
+        lambda model: optimize_for_inference(model, torch.bfloat16),
+        "model.pt2",
+        "model: got torch.bfloat16 parameters, accepted are float32",
+    ),
+    "optimised weights": (
+        optimize_for_inference,
+        "model.safetensors",
+        "model: is optimised for inference; safetensors accepts the one it was made from",
+    ),
+    "optimised for another size": (
+        lambda model: optimize_for_inference(model, img_size=32),
+        "model.pt2",
+        r"img_size: got \(24, 24\), which this model cannot take: x: got a plane",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changed", "name", "message"), REFUSED_MODELS.values(), ids=REFUSED_MODELS)
+def test_refused_model(changed: Callable[[Any], nn.Module], name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(changed(tiny()), tmp_path / name, 24, architecture="dfformer_s18")
+    assert names(tmp_path) == []
 
 
 def test_refused_directory(tmp_path: Path) -> None:

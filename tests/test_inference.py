@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import require_compiler
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 import dfformer
@@ -65,6 +66,13 @@ def test_what_is_optimised() -> None:
     assert isinstance(block.token_mixer.pwconv1, PackedLinear)
     assert block.norm1.weight is None
     assert block.token_mixer.size == (6, 6)
+
+
+def test_images_are_prepared_as_for_the_model() -> None:
+    model = trained(pretrained_cfg_overlay={"mean": (0.5, 0.4, 0.3), "crop_pct": 0.9})
+    config = resolve_model_data_config(optimize_for_inference(model))
+    assert config == resolve_model_data_config(model)
+    assert config["mean"] == (0.5, 0.4, 0.3)
 
 
 def test_fixed_filters_refuse_another_size() -> None:

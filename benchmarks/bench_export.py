@@ -1,0 +1,202 @@
+"""Times the files that `dfformer export` writes, and the two ways an ONNX file can transform.
+
+    python benchmarks/bench_export.py [--only onnx,pt2] [--threads N] [--output FOLDER]
+
+DFFormer-S18 is exported in each way, and its files take turns with the model in one process. Files that the folder has
+of the same commit, machine and threads take part too, so that a run can be made in parts with ``--only``. Everything is
+checked before it is timed.
+
+Writes export.csv, export_transforms.csv and export.json.
+"""
+
+import argparse
+import itertools
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx
+import onnxruntime
+import timm
+import torch
+from common import TIMERS, names, provenance, write_csv
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dfformer.export import BOUND, FORMATS, export
+from dfformer.matmul_dft import _matrices
+from dfformer_kernels.tolerance import relative_error
+
+IMG_SIZE, BATCHES = 224, (1, 8)
+ROUNDS, SECONDS = 5, 0.5  # of calls in turn; for each in a round
+# format and fused, by the name in the table
+WAYS = {"onnx": ("onnx", False), "pt2": ("pt2", False), "aoti": ("aoti", False)}
+WAYS |= {f"{name} --fused": (name, True) for name in ("pt2", "aoti")}
+MODEL, TRANSFORMS = "model", "transforms"
+# Planes and channels: of the model at 224, of its first stage at 512 and 1024, and one with a large prime side.
+PLANES = [(14, 14, 640), (28, 28, 256), (56, 56, 128), (128, 128, 128), (256, 256, 128), (251, 251, 32)]
+
+Run = Callable[[Tensor], Any]
+
+
+class Row(NamedTuple):
+    """The model in Python or a file of it."""
+
+    run_as: str
+    mib: float  # of the file; of the model, its weights
+    export_seconds: float | None
+    error: float | None  # largest relative error of a file's logits
+    ms: dict[int, float]  # median of a call, by batch
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = [*WAYS, TRANSFORMS]
+    parser = argparse.ArgumentParser(description="Times exported models.")
+    parser.add_argument("--only", type=names(words), default=words, help=f"of {', '.join(words)}")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=Path("build/bench_export"), help="folder for what is written")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    machine = provenance(args.threads, "cpu", ["onnx", "onnxscript", "onnxruntime"])
+    commands, seconds = _continued(args.output, machine)
+    commands.append(shlex.join(["python", "benchmarks/bench_export.py", *(sys.argv[1:] if argv is None else argv)]))
+
+    def keep() -> None:
+        content = {"machine": machine, "commands": commands, "export_seconds": seconds}
+        (args.output / "export.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    torch.manual_seed(0)
+    model = timm.create_model("dfformer_s18", img_size=IMG_SIZE).eval()
+    for name in (name for name in WAYS if name in args.only):
+        chosen, fused = WAYS[name]
+        start = time.perf_counter()
+        export(model, _file(args.output, name), IMG_SIZE, chosen, fused=fused)
+        seconds[name] = time.perf_counter() - start
+        keep()
+    if seconds:
+        rows = [row._asdict() for row in timed(model, args.output, seconds)]
+        rows = [row | {f"ms_{B}": ms for B, ms in row.pop("ms").items()} for row in rows]
+        _report(args.output / "export.csv", rows)
+    if TRANSFORMS in args.only:
+        _report(args.output / "export_transforms.csv", [transforms(*plane) for plane in PLANES])
+    keep()
+
+
+def _continued(folder: Path, machine: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
+    """The commands before, and how long it took to make each file that is there; SystemExit if made by other code."""
+    path = folder / "export.json"
+    if not path.exists():
+        return [], {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("machine", "commit", "torch", "threads"):
+        if content["machine"][key] != machine[key]:
+            raise SystemExit(f"--output: {path} is of {key} {content['machine'][key]}, this is {machine[key]}")
+    return content["commands"], {k: v for k, v in content["export_seconds"].items() if _file(folder, k).exists()}
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name.replace(' --', '_')}{FORMATS[WAYS[name][0]].suffix}"
+
+
+def _report(path: Path, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    write_csv(path, list(rows[0]), rows)
+
+
+def in_turns(runs: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
+    """The median time of each in ms."""
+    samples: dict[Any, list[float]] = {key: [] for key in runs}
+    for run in runs.values():
+        run()
+    for _, (key, run) in itertools.product(range(ROUNDS), runs.items()):
+        samples[key] += TIMERS["cpu"](run, SECONDS)
+    return {key: 1e3 * statistics.median(times) for key, times in samples.items()}
+
+
+@torch.inference_mode()
+def timed(model: torch.nn.Module, folder: Path, seconds: dict[str, float]) -> list[Row]:
+    """The model, and each file it was exported to."""
+    loaded: dict[str, Run] = {MODEL: model}
+    loaded |= {name: FORMATS[WAYS[name][0]].load(_file(folder, name)) for name in WAYS if name in seconds}
+    images = {B: torch.randn(B, 3, IMG_SIZE, IMG_SIZE) for B in BATCHES}
+    errors = {name: max(_error(run, model, x) for x in images.values()) for name, run in loaded.items()}
+    ms = in_turns({(name, B): partial(run, x) for name, run in loaded.items() for B, x in images.items()})
+    weights = sum(p.nbytes for p in model.parameters())
+    return [
+        Row(
+            name,
+            (weights if name == MODEL else _file(folder, name).stat().st_size) / 2**20,
+            seconds.get(name),
+            None if name == MODEL else errors[name],
+            {B: ms[name, B] for B in BATCHES},
+        )
+        for name in loaded
+    ]
+
+
+def _error(run: Run, model: Run, x: Tensor) -> float:
+    (logits,) = pytree.tree_leaves(run(x))
+    error = relative_error(logits, model(x))
+    if not error <= BOUND:  # so that NaN fails
+        raise ValueError(f"a file is wrong for {len(x)} images: error {error:.1e}, bound {BOUND}")
+    return error
+
+
+def transforms(H: int, W: int, C: int) -> dict[str, Any]:
+    """rfft2 of one sample in onnxruntime: two DFT operators, or two matrix products with constants."""
+    x, K = torch.randn(1, H, W, C), W // 2 + 1
+    matrices = [m.float() for m in _matrices(H, W)]
+    X = torch.fft.rfft2(x.double(), dim=(1, 2), norm="ortho")
+    dft = _session(
+        [("DFT", ["x", "", "axis_W"], {"onesided": 1}), ("DFT", ["0", "", "axis_H"], {})],
+        {"axis_W": torch.tensor(2), "axis_H": torch.tensor(1)},
+        rank=5,
+    )
+    products = _session(
+        [("MatMul", ["columns", "x"], {}), ("Reshape", ["0", "shape"], {}), ("MatMul", ["rows", "1"], {})],
+        {"columns": matrices[0], "rows": matrices[1], "shape": torch.tensor([1, 2 * H, K * C])},
+        rank=4,
+    )
+    runs = {"dft": lambda: dft(x[..., None]), "products": lambda: products(x)}
+    # real and imaginary parts last; from one sample's parts before its rows; orthonormal
+    spectra = {
+        "dft": runs["dft"]() / (H * W) ** 0.5,
+        "products": runs["products"]().view(1, 2, H, K, C).permute(0, 2, 3, 4, 1),
+    }
+    row: dict[str, Any] = {"H": H, "W": W, "C": C}
+    row |= {f"{name}_ms": ms for name, ms in in_turns(runs).items()}
+    row |= {f"{name}_error": relative_error(y, torch.view_as_real(X)) for name, y in spectra.items()}
+    return row | {"matrices_kib": sum(m.nbytes for m in matrices) / 2**10}
+
+
+def _session(steps: Sequence[tuple[str, list[str], dict[str, Any]]], constants: dict[str, Tensor], rank: int) -> Run:
+    """A program of operators, each with its inputs and attributes; the result of the i-th is named i."""
+    nodes = [
+        onnx.helper.make_node(kind, inputs, [str(i)], **attributes)
+        for i, (kind, inputs, attributes) in enumerate(steps)
+    ]
+    kind = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes,
+        "transform",
+        [onnx.helper.make_tensor_value_info("x", kind, [None] * rank)],
+        [onnx.helper.make_tensor_value_info(nodes[-1].output[0], kind, None)],
+        [onnx.numpy_helper.from_array(t.numpy(), name) for name, t in constants.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -371,7 +371,10 @@ class Scale(nn.Module):
 
 def add_residual(x: Tensor, scale: nn.Module, branch: Tensor) -> Tensor:
     """``scale(x) + branch``, with a `Scale` in one pass."""
-    return torch.addcmul(branch, x, scale.scale) if is_plain(scale, Scale) else scale(x) + branch
+    if not is_plain(scale, Scale):
+        return scale(x) + branch
+    with without_autocast(x.device):  # which would copy the branch to x's dtype first
+        return torch.addcmul(branch, x, scale.scale)
 
 
 def conv_output_size(plane: tuple[int, int], kernel_size: int, stride: int, padding: int) -> tuple[int, int]:

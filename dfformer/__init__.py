@@ -4,6 +4,7 @@
 >>> model = timm.create_model("dfformer_s18", num_classes=10)
 """
 
+import dfformer_kernels.flops  # noqa: F401 (registers what torch's flop counter counts)
 from dfformer.checkpoint import load_checkpoint, load_model
 from dfformer.inference import optimize_for_inference
 from dfformer.layers import AFNO2D, DynamicFilter, GlobalFilter, SepConv, StarReLU

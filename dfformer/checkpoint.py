@@ -8,6 +8,8 @@ import argparse
 import json
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +66,14 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise CheckpointError(f"{path}: holds no state dict (a mapping of names to tensors, or one under a key of "
                               f"{', '.join(_NESTED_KEYS)})")  # fmt: skip
     return clean_state_dict(content), metadata
+
+
+def read_task(path: str | Path) -> str:
+    """The task a checkpoint says it is for; classify for files that do not say."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return "classify"
+    with _opened(Path(path)) as file:
+        return _metadata(file).get("task", "classify")
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> Mismatch:
@@ -135,6 +145,8 @@ def save_checkpoint(
     model_args: dict[str, Any] | None = None,
     classes: list[str] | None = None,
     data: dict[str, Any] | None = None,
+    task: str = "classify",
+    **more: Any,
 ) -> None:
     """Writes ``model`` as ``.safetensors``, atomically, with what `load_model` needs to rebuild it.
 
@@ -144,8 +156,11 @@ def save_checkpoint(
         model_args: the other arguments it was created with (JSON types).
         classes: names of the classes.
         data: entries for timm's pretrained_cfg: input_size, mean, std, interpolation, crop_pct.
+        task: what it was trained for, see `dfformer.tasks`.
+        more: what else the task needs to rebuild it (JSON types).
     """
     metadata = {"architecture": architecture, "model_args": model_args or {}, "classes": classes, "data": data or {}}
+    metadata |= {"task": task, **more}
     state_dict = model.state_dict() if isinstance(model, nn.Module) else model
     _write_safetensors(state_dict, path, {_METADATA_KEY: json.dumps(metadata)})
 
@@ -161,6 +176,8 @@ def load_model(
         model_args: override the arguments the file records, e.g. ``img_size``.
     """
     state_dict, metadata = read_checkpoint(path)
+    if metadata.get("task", "classify") != "classify":
+        raise CheckpointError(f"{path}: is a model for the task {metadata['task']}, not a classifier")
     architecture = architecture or metadata.get("architecture")
     if architecture is None:
         raise CheckpointError(f"{path}: does not say which model it is for; pass the architecture, e.g. dfformer_s18")
@@ -201,10 +218,19 @@ def read_pickle(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _metadata(file)  # noqa: SIM118 (not a mapping)
+
+
+def _metadata(file: Any) -> dict[str, Any]:
+    return json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
+            yield file
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: is truncated or not a safetensors file ({_first_line(error)})") from error
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from dfformer_kernels import __version__
 
@@ -159,9 +160,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from dfformer.predict import predict_command
-
-    return predict_command(arguments)
+    return _of_task("prediction", [arguments.checkpoint] if arguments.checkpoint else [], arguments)
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -183,9 +182,20 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from dfformer.evaluate import evaluate_command
+    return _of_task("evaluation", arguments.checkpoints, arguments)
 
-    return evaluate_command(arguments)
+
+def _of_task(part: Literal["evaluation", "prediction"], checkpoints: list[Path], arguments: argparse.Namespace) -> int:
+    """Runs the command of the task that the checkpoints are for."""
+    from dfformer.checkpoint import read_task
+    from dfformer.tasks import task_part
+
+    found = {checkpoint: read_task(checkpoint) for checkpoint in checkpoints}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{checkpoint} is for {task}" for checkpoint, task in found.items())
+        raise ValueError(f"checkpoints of several tasks: {listed}")
+    run: Callable[[argparse.Namespace], int] = task_part(next(iter(found.values()), "classify"), part)
+    return run(arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

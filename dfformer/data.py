@@ -6,7 +6,7 @@ same images come whatever the number of processes and workers, and wherever an i
 
 import random
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,42 +228,60 @@ class GlobalBatches:
                 yield [(self.epoch, index) for index in indices.tolist()]
 
 
-def training_loader(dataset: Any, batches: GlobalBatches, workers: int, pin_memory: bool) -> DataLoader:
-    """uint8 images (B,channels,H,W) and labels (B,), in the order of ``batches``."""
+Collate = Callable[[list[Any]], Any]
+
+
+def training_loader(
+    dataset: Any, batches: GlobalBatches, workers: int, pin_memory: bool, collate: Collate = fast_collate
+) -> DataLoader:
+    """Pairs of an image and its truth in the order of ``batches``, put together by ``collate``: timm's gives uint8
+    images (B,channels,H,W) and labels (B,)."""
     return DataLoader(
         SeededImages(dataset, batches.seed),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=fast_collate,
+        collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
     )
 
 
+def _no_label(truth: Any) -> int:
+    return -1
+
+
 class _Padded(Dataset):
-    """``dataset`` going on past its end with images again, labelled -1: equally many for each process."""
+    """``dataset`` going on past its end with images again, without truth: equally many for each process."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Any, surplus: Callable[[Any], Any]) -> None:
+        self.dataset, self.surplus = dataset, surplus
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self.dataset[index % len(self.dataset)]
-        return image, label if index < len(self.dataset) else -1
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, truth = self.dataset[index % len(self.dataset)]
+        return image, truth if index < len(self.dataset) else self.surplus(truth)
 
 
 def evaluation_loader(
-    dataset: Any, batch_size: int, workers: int, pin_memory: bool, rank: int = 0, world: int = 1
+    dataset: Any,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool,
+    rank: int = 0,
+    world: int = 1,
+    collate: Collate = fast_collate,
+    surplus: Callable[[Any], Any] = _no_label,
 ) -> DataLoader:
-    """uint8 images and labels in the dataset's order, every ``world``-th from ``rank`` on.
+    """Images and their truth in the dataset's order, every ``world``-th from ``rank`` on.
 
-    All processes get equally many; what that needs beyond the dataset has the label -1.
+    All processes get equally many; of what that needs beyond the dataset ``surplus`` changes the truth, by default to
+    the label -1, so that it is not counted.
     """
     each = -(-len(dataset) // world)
     return DataLoader(
-        _Padded(dataset),
+        _Padded(dataset, surplus),
         batch_size=batch_size,
         sampler=range(rank, each * world, world),
         num_workers=workers,
-        collate_fn=fast_collate,
+        collate_fn=collate,
         pin_memory=pin_memory,
     )

@@ -48,18 +48,21 @@ def predictions_grid(
 
 
 def learning_curve(
-    loss: Sequence[float], train_accuracy: Sequence[float] | None, test_accuracy: Sequence[float]
+    loss: Sequence[float],
+    train_accuracy: Sequence[float] | None,
+    test_accuracy: Sequence[float],
+    measure: str = "accuracy",
 ) -> Figure:
-    """Loss and accuracies (fractions) by epoch."""
+    """Loss and accuracies (fractions; or another ``measure``) by epoch."""
     epochs = np.arange(1, len(loss) + 1)
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(epochs, loss, color=RIGHT)
-    left.set(xlabel="epoch", ylabel="training loss (cross entropy)", ylim=(0, None))
+    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
     if train_accuracy is not None:
         right.plot(epochs, 100 * np.array(train_accuracy), color="#7f8c8d", label="training (augmented)")
     right.plot(epochs, 100 * np.array(test_accuracy), color=WRONG, label="test")
-    right.set(xlabel="epoch", ylabel="accuracy (%)")
+    right.set(xlabel="epoch", ylabel=f"{measure} (%)")
     right.annotate(
         f"{100 * test_accuracy[-1]:.1f} %",
         (epochs[-1], 100 * test_accuracy[-1]),

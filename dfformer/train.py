@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ from tqdm import tqdm
 
 from dfformer.data import seed_everything
 from dfformer.evaluate import autocast
+from dfformer.tasks import task_part
 from dfformer.train_config import FREE_TO_CHANGE, TrainConfig, flatten, parse
 from dfformer.train_state import checkpoints, load_latest_state, save_state, write_atomically
-from dfformer.train_task import Classification, Place, Task
+from dfformer.train_task import Place, Task
 
 
 class TrainingError(RuntimeError):
@@ -55,7 +57,7 @@ def train(config: TrainConfig, place: Place) -> list[dict[str, float]]:
             f"output: {folder} holds a run already; pass --resume=true to go on with it, or another folder"
         )
     seed_everything(config.seed)
-    task = Classification(config, place)
+    task: Task = task_part(config.task, "training")(config, place)
     _on_first(place, task.check)
     return Engine(config, task, place).run()
 
@@ -115,6 +117,8 @@ class Engine:
             warmup_epochs=optim.warmup_epochs,
             warmup_lr=optim.warmup_lr,
             min_lr=optim.min_lr,
+            decay_rate=optim.decay_rate,
+            decay_milestones=optim.milestones,
             step_on_epochs=False,
             updates_per_epoch=self.steps,
         )
@@ -145,7 +149,7 @@ class Engine:
     def run(self) -> list[dict[str, float]]:
         """Trains to the end; returns the measures by epoch."""
         self._announce()
-        log = Log(self.folder, self.step, self.history, self.config) if self.first else None
+        log = Log(self.folder, self.step, self.history, self.config, self.task.metric) if self.first else None
         loader = self.task.training_loader()
         started = len(self.history)
         while len(self.history) < self.epochs:
@@ -161,6 +165,7 @@ class Engine:
             self._save()
             if log:
                 log.epoch(self.history, seconds)
+        self._draw()
         if log:
             log.close()
             best = max(self.history, key=self._score)
@@ -270,25 +275,31 @@ class Engine:
             if model is None:
                 continue
             with autocast(self.place.device, self.config.amp):
-                sums = self.task.validate(model)
-            values = torch.stack(list(sums.values()))
-            if self.place.world > 1:
-                distributed.all_reduce(values)
-            added = dict(zip(sums, values.tolist(), strict=True))
-            images = added.pop("images")
-            row |= {f"{prefix}{name}": value / images for name, value in added.items()}
+                measures = self.task.validate(model)
+            row |= {f"{prefix}{name}": value for name, value in measures.items()}
         return row
 
     def _score(self, row: dict[str, float]) -> float:
         return row.get(f"ema_{self.task.metric}", row[self.task.metric])
 
+    @property
+    def _result(self) -> nn.Module:
+        """The model for use."""
+        return self.ema.module if self.ema else self.model
+
     def _export(self) -> None:
         """The weights for use: the latest, and the best so far."""
-        weights = _whole_weights(self.ema.module if self.ema else self.model)
+        weights = _whole_weights(self._result)
         if self.first:
             self.task.export(weights, self.folder / "last.safetensors")
             if self._score(self.history[-1]) > max(map(self._score, self.history[:-1]), default=-math.inf):
                 self.task.export(weights, self.folder / "best.safetensors")
+
+    def _draw(self) -> None:
+        with autocast(self.place.device, self.config.amp):
+            pictures = self.task.pictures(self._result)
+        for name, figure in pictures.items() if self.first else ():
+            write_atomically(self.folder / name, partial(figure.savefig, dpi=110))
 
     def _save(self) -> None:
         """Everything `_resume` needs. The schedule and all randomness are functions of the step."""
@@ -359,9 +370,11 @@ class Log:
     What an interrupted run wrote after the step it goes on from is taken back.
     """
 
-    def __init__(self, folder: Path, step: int, history: list[dict[str, float]], config: TrainConfig) -> None:
+    def __init__(
+        self, folder: Path, step: int, history: list[dict[str, float]], config: TrainConfig, metric: str
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.metric = folder, "top1"
+        self.folder, self.metric = folder, metric
         steps = folder / "steps.jsonl"
         kept = [line for line in _lines(steps) if json.loads(line)["step"] <= step]
         write_atomically(steps, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
@@ -388,8 +401,8 @@ class Log:
     def _draw(self, history: list[dict[str, float]]) -> None:
         from dfformer.figures import learning_curve
 
-        accuracy = [row.get("ema_top1", row["top1"]) for row in history]
-        figure = learning_curve([row["train_loss"] for row in history], None, accuracy)
+        measure = [row.get(f"ema_{self.metric}", row[self.metric]) for row in history]
+        figure = learning_curve([row["train_loss"] for row in history], None, measure, self.metric)
         write_atomically(self.folder / "learning_curve.png", lambda file: figure.savefig(file, dpi=130))
 
     def _add_events(self, values: dict[str, float]) -> None:

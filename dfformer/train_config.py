@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import timm
 
+from dfformer.tasks import check_task
+
 try:
     from jsonargparse import ArgumentError, ArgumentParser, Namespace
 except ImportError as error:
@@ -117,6 +119,8 @@ class OptimConfig:
         epochs: of the schedule, warm-up included.
         cooldown_epochs: added after it, at min_lr.
         schedule: of the learning rate, a value a step.
+        decay_rate: the power of poly; what step and multistep multiply by.
+        milestones: epochs at which multistep does.
         warmup_epochs: from warmup_lr up to lr, in a straight line.
         warmup_lr: where it starts.
         min_lr: where it ends.
@@ -132,6 +136,8 @@ class OptimConfig:
     epochs: int = 300
     cooldown_epochs: int = 10
     schedule: Literal["cosine", "poly", "step", "multistep", "constant"] = "cosine"
+    decay_rate: float = 0.1
+    milestones: list[int] = field(default_factory=list)
     warmup_epochs: float = 20
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
@@ -143,6 +149,7 @@ class TrainConfig:
     """A training run.
 
     Args:
+        task: what is learned: classify.
         model: the model.
         data: the images.
         augment: what is done to training images.
@@ -159,6 +166,7 @@ class TrainConfig:
         tensorboard: also write events for TensorBoard.
     """
 
+    task: str = "classify"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -193,6 +201,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "optim.epochs": (1, math.inf),
     "optim.cooldown_epochs": (0, math.inf),
     "optim.warmup_epochs": (0, math.inf),
+    "optim.decay_rate": (0, math.inf),
     "optim.ema_decay": (0, 1),
     "save_steps": (0, math.inf),
     "keep": (1, math.inf),
@@ -221,6 +230,7 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Raises ValueError for values that no run can have."""
+    check_task(config.task)
     values = flatten(asdict(config))
     for name, (low, high) in _RANGES.items():
         if not low <= values[name] <= high:
@@ -242,6 +252,6 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"optim": {"lr": 1}}`` as ``{"optim.lr": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        nested = isinstance(value, dict) and key in ("model", "data", "augment", "optim")
+        nested = isinstance(value, dict) and key != "args"
         flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat

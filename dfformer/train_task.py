@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import timm
 import torch
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.random_erasing import RandomErasing
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -17,6 +17,9 @@ from dfformer.checkpoint import load_checkpoint, save_checkpoint
 from dfformer.evaluate import Pixels, count_correct
 from dfformer.registry import VARIANTS
 from dfformer.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Batch = tuple[Tensor, Tensor]
 
@@ -28,6 +31,12 @@ class Place:
     device: torch.device
     rank: int = 0
     world: int = 1
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """``values`` of all processes added up, in place."""
+        if self.world > 1:
+            distributed.all_reduce(values)
+        return values
 
 
 class Task(Protocol):
@@ -46,11 +55,14 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch as its loader gave it. Draws what is random from the global generators."""
 
-    def validate(self, model: nn.Module) -> dict[str, Tensor]:
-        """Sums over this process's part of the validation images; `images` is how many. The engine adds and divides."""
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Measures over all validation images, the same in all processes, each of which goes through its part."""
 
     def export(self, weights: dict[str, Tensor], path: Path) -> None:
         """Writes weights for use."""
+
+    def pictures(self, model: nn.Module) -> "dict[str, Figure]":
+        """By file name, what the trained model makes of some validation images. Called in all processes."""
 
 
 class Classification:
@@ -155,7 +167,7 @@ class Classification:
             return F.cross_entropy(model(images), mixed)
         return F.cross_entropy(model(images), labels, label_smoothing=self.config.augment.smoothing)
 
-    def validate(self, model: nn.Module) -> dict[str, Tensor]:
+    def validate(self, model: nn.Module) -> dict[str, float]:
         loader = data.evaluation_loader(
             self.val_set,
             self.batches.batch,
@@ -164,7 +176,11 @@ class Classification:
             self.place.rank,
             self.place.world,
         )
-        return count_correct(model, loader, self.pixels)
+        sums = count_correct(model, loader, self.pixels)
+        values = self.place.add_up(torch.stack(list(sums.values()))).tolist()
+        added = dict(zip(sums, values, strict=True))
+        images = added.pop("images")
+        return {name: value / images for name, value in added.items()}
 
     def export(self, weights: dict[str, Tensor], path: Path) -> None:
         kept = ("input_size", "mean", "std", "interpolation", "crop_pct")
@@ -176,3 +192,6 @@ class Classification:
             self.classes,
             {name: self.data_config[name] for name in kept},
         )
+
+    def pictures(self, model: nn.Module) -> "dict[str, Figure]":
+        return {}

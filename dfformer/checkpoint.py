@@ -94,10 +94,11 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
         CheckpointError: the file cannot be read, or (strict) names every missing, unexpected and wrongly shaped tensor.
     """
     state_dict, _ = read_checkpoint(path)
-    return _load(model, state_dict, path, strict)
+    return load_state(model, state_dict, path, strict)
 
 
-def _load(model: nn.Module, state_dict: dict[str, Tensor], path: str | Path, strict: bool) -> Mismatch:
+def load_state(model: nn.Module, state_dict: dict[str, Tensor], path: str | Path, strict: bool = True) -> Mismatch:
+    """`load_checkpoint` of what was read from ``path`` before."""
     mismatch = compare(model, state_dict)
     if strict and (mismatch.missing or mismatch.unexpected or mismatch.wrong_shape):
         raise CheckpointError(f"{path} does not fit this {type(model).__name__}:\n{mismatch}")
@@ -185,7 +186,7 @@ def load_model(
     if "num_classes" not in arguments and "head.fc2.weight" in state_dict:
         arguments["num_classes"] = state_dict["head.fc2.weight"].shape[0]
     model = timm.create_model(architecture, pretrained_cfg_overlay=metadata.get("data", {}), **arguments)
-    _load(model, state_dict, path, strict=True)
+    load_state(model, state_dict, path)
     return model.eval(), metadata.get("classes")
 
 

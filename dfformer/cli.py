@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", type=Path)
     convert.add_argument("target", type=Path)
 
-    predict = command("predict", _predict, "Classifies images.")
+    predict = command("predict", _predict, "Classifies images, or does what else the checkpoint is for.")
     predict.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     predict.add_argument("--checkpoint", type=Path, help=".safetensors or .pth")
     predict.add_argument("--model", help="e.g. dfformer_s18; checkpoints written by dfformer say it themselves")
@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--workers", type=int, default=4, help="processes that read images (default: 4)")
     predict.add_argument("--device", default="cpu")
     predict.add_argument("--json", type=Path, help="also write the result there")
+    predict.add_argument(
+        "--output", type=Path, default=Path("predictions"), help="folder for masks and pictures (default: predictions)"
+    )
 
     show = command("show", _show, "Shows what is inside models: pictures, and the numbers as CSV.")
     shown = show.add_subparsers(dest="what", required=True, metavar="WHAT")
@@ -105,7 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", _evaluate, "Measures the accuracy and speed of checkpoints.")
     evaluate.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help=".safetensors, .pth or .pt")
     evaluate.add_argument("--root", help="folder of the data")
-    evaluate.add_argument("--dataset", default="", help="digits, or timm's name; default: class folders in root/split")
+    evaluate.add_argument(
+        "--dataset", default="", help="digits, digit_scenes, or timm's name; default: the task's folders in root"
+    )
+    evaluate.add_argument("--scenes", type=int, default=200, help="how many digit_scenes to make (default: 200)")
     evaluate.add_argument("--split", default="val", help="default: val")
     evaluate.add_argument("--model", help="e.g. dfformer_s18; checkpoints written by dfformer say it themselves")
     evaluate.add_argument(

@@ -139,8 +139,8 @@ def check_same_classes(train: Any, val: Any, where: str) -> None:
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     raise ValueError(
         f"{where}: its classes are not those of the training images"
-        + (f"; missing: {_some(missing)}" if missing else "")
-        + (f"; not in training: {_some(extra)}" if extra else "")
+        + (f"; missing: {some(missing)}" if missing else "")
+        + (f"; not in training: {some(extra)}" if extra else "")
     )
 
 
@@ -152,7 +152,7 @@ def check_images(dataset: Any) -> None:
     with ThreadPoolExecutor(16) as pool:
         broken = [problem for problem in pool.map(_header_problem, (path for path, _ in samples)) if problem]
     if broken:
-        raise ValueError(f"{len(broken)} of {len(samples)} images cannot be read: {_some(broken)}")
+        raise ValueError(f"{len(broken)} of {len(samples)} images cannot be read: {some(broken)}")
 
 
 def _header_problem(path: str) -> str:
@@ -163,7 +163,7 @@ def _header_problem(path: str) -> str:
         return str(error) if path in str(error) else f"{path}: {error}"
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -83,7 +83,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
             results.append(evaluate(checkpoint, img_size, arguments))
             print(_line(results[-1]), flush=True)
             if arguments.csv:  # after each, so that what is done stays if the next one fails
-                write_csv(arguments.csv, results)
+                write_csv(arguments.csv, Result._fields, results)
     return 0
 
 
@@ -102,9 +102,9 @@ def evaluate(checkpoint: Path, img_size: tuple[int, int] | None, arguments: argp
     data.check_images(dataset)
     dataset.transform = create_transform(**config, use_prefetcher=True)
     loader = data.evaluation_loader(dataset, arguments.batch_size, arguments.workers, device.type == "cuda")
-    timed = _Timed(model, device, arguments.amp)
+    timed = Timed(model, device, arguments.amp)
     sums = count_correct(
-        timed, _progress(loader, f"{checkpoint.name} {_size(config)}"), Pixels(config["mean"], config["std"], device)
+        timed, progress(loader, f"{checkpoint.name} {_size(config)}"), Pixels(config["mean"], config["std"], device)
     )
     images = int(sums["images"])
     return Result(
@@ -122,7 +122,7 @@ def evaluate(checkpoint: Path, img_size: tuple[int, int] | None, arguments: argp
     )
 
 
-class _Timed(nn.Module):
+class Timed(nn.Module):
     """The model, with the time spent in it added up."""
 
     def __init__(self, model: nn.Module, device: torch.device, amp: str) -> None:
@@ -157,7 +157,8 @@ def _check_classes(classes: list[str] | None, model: Any, dataset: Any, checkpoi
         raise ValueError(f"{checkpoint}: has {model.num_classes} classes, the data {len(found)}")
 
 
-def _progress(loader: DataLoader, name: str) -> Iterable[Any]:
+def progress(loader: DataLoader, name: str) -> Iterable[Any]:
+    """The batches of ``loader``, with a bar where someone looks."""
     return tqdm(loader, desc=name, unit="batch", leave=False, disable=not sys.stderr.isatty())
 
 
@@ -172,9 +173,9 @@ def _line(result: Result) -> str:
     )
 
 
-def write_csv(path: Path, results: list[Result]) -> None:
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(Result._fields)
-        writer.writerows(results)
+        writer.writerow(columns)
+        writer.writerows(rows)

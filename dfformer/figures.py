@@ -8,16 +8,17 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, Normalize
+from matplotlib.colors import BoundaryNorm, Normalize, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from dfformer.analysis import Area, Spectrum
 
 WRONG, RIGHT = "#c0392b", "#2c3e50"
 MOST_WRITTEN = 150  # cells of a matrix whose numbers can be read
+MOST_NAMED = 24  # classes in a legend, those with most pixels
 
 
 def predictions_grid(
@@ -43,6 +44,48 @@ def predictions_grid(
         ax.set(xticks=[], yticks=[])
     for ax in axes[len(images) :]:
         ax.set_axis_off()
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def class_colours(classes: Sequence[str]) -> np.ndarray:
+    """(256,3) uint8: colours far apart for neighbouring classes, black for the background and what is no class."""
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    for n, name in enumerate(classes):
+        hue = (0.1 + n * 0.618034) % 1  # by the golden ratio: never close to those before
+        rgb = hsv_to_rgb((hue, (0.95, 0.55)[n % 2], (1.0, 0.8, 0.6)[n % 3]))
+        colours[n] = 0 if name == "background" else 255 * rgb
+    return colours
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """``image`` (H,W,3) uint8, pale and grey, under the colours of its mask (H,W); black ones leave it like that."""
+    painted = colours[mask]
+    grey = 128 + image.mean(-1, keepdims=True) / 2
+    share = np.where(painted.any(-1, keepdims=True), 0.75, 0.0)
+    return (share * painted + (1 - share) * grey).round().astype(np.uint8)
+
+
+def segmentations(
+    images: Sequence[np.ndarray], masks: dict[str, Sequence[np.ndarray]], classes: Sequence[str], title: str
+) -> Figure:
+    """Photographs (H,W,3) uint8, a column each, and below them rows of masks (H,W) over them, with a legend."""
+    colours = class_colours(classes)
+    rows = {"photograph": images}
+    rows |= {name: [overlay(*pair, colours) for pair in zip(images, row, strict=True)] for name, row in masks.items()}
+    tallest = max(image.shape[0] / image.shape[1] for image in images)
+    width = 2.0 if len(images) > 1 else 5.0
+    figure = Figure(figsize=(width * len(images) + 0.4, width * tallest * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
+    for row, (name, pictures) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(name, fontsize=9)
+        for ax, picture in zip(row, pictures, strict=True):
+            ax.imshow(picture, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+    counts = np.bincount(np.concatenate([mask.ravel() for row in masks.values() for mask in row]), minlength=256)
+    shown = [n for n in np.argsort(-counts, kind="stable") if counts[n] and colours[n].any()][:MOST_NAMED]
+    patches = [Patch(color=colours[n] / 255, label=classes[n]) for n in sorted(shown)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=max(1, int(figure.get_figwidth())), fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure
 

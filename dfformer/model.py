@@ -100,7 +100,7 @@ class MetaFormer(nn.Module):
         strides: of the stem and the three downsampling convolutions.
         resize: the rule for resizing filters, see `dfformer.resize.resize_filter`.
         fork_feat: the authors' form for dense prediction: no head, ``forward`` returns the four stages' feature maps
-            (NCHW), each normalised by its own ``norm0`` .. ``norm3``.
+            (NCHW), each normalised by its own ``norm0`` .. ``norm3``; so do timm's ``features_only=True`` with it.
 
     ``forward`` maps (B,in_chans,H,W) images to (B,num_classes) logits. ``forward_features`` returns (B,H',W',C).
     """
@@ -224,13 +224,14 @@ class MetaFormer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the stages after the last index, and on request the norm and the head; returns the indices."""
+        """Removes the stages after the last index, ``fork_feat``'s norms of stages that are not taken, and on request
+        the norm and the head; returns the indices."""
         taken, last = self._taken(indices)
         stages = len(self.stages)
         pruned = last < stages - 1
         self.downsample_layers, self.stages = self.downsample_layers[: last + 1], self.stages[: last + 1]
         if self.fork_feat:
-            for i in range(last + 1, stages):
+            for i in set(range(stages)) - set(taken):
                 delattr(self, f"norm{i}")
         if pruned:  # the norm and the head were for features that are gone
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]

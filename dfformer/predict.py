@@ -1,4 +1,4 @@
-"""``dfformer predict``: classify image files, as a table and as JSON."""
+"""``dfformer predict``: classify image files, as a table and as JSON; and what that shares with other tasks."""
 
 import argparse
 import json
@@ -20,11 +20,15 @@ _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", "
 
 
 class Prediction(NamedTuple):
-    """The top classes of one image, best first: class name and probability."""
+    """The top classes of one image, best first: class name and probability, or what else a task gives each class."""
 
     path: str
     classes: list[str]
     probabilities: list[float]
+
+
+OnError = Callable[[Path, Exception], None]
+Run = Callable[[list[Path], int, OnError], list[Prediction]]
 
 
 def predict(
@@ -35,7 +39,7 @@ def predict(
     batch_size: int = 16,
     img_size: tuple[int, int] | None = None,
     workers: int = 0,
-    on_error: Callable[[Path, Exception], None] | None = None,
+    on_error: OnError | None = None,
 ) -> list[Prediction]:
     """Classifies image files with ``model`` (in eval mode), prepared as its ``pretrained_cfg`` says.
 
@@ -49,7 +53,7 @@ def predict(
     config = resolve_model_data_config(model)
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], *img_size)
-    files = _Files(list(paths), create_transform(**config, is_training=False), config["input_size"][0])
+    files = Files(list(paths), create_transform(**config, is_training=False), config["input_size"][0])
     loader = DataLoader(files, batch_size, num_workers=workers, collate_fn=list)
     predictions: list[Prediction] = []
     for batch in loader:
@@ -63,16 +67,16 @@ def predict(
     return predictions
 
 
-class _Files(Dataset):
+class Files(Dataset):
     """Image files as (path, image prepared for the model, or the error that reading it raised)."""
 
-    def __init__(self, paths: list[Path], transform: Callable[[Any], Tensor], channels: int) -> None:
+    def __init__(self, paths: list[Path], transform: Callable[[Any], Any], channels: int) -> None:
         self.paths, self.transform, self.mode = paths, transform, "L" if channels == 1 else "RGB"
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Path, Tensor | Exception]:
+    def __getitem__(self, index: int) -> tuple[Path, Any]:
         path = self.paths[index]
         try:
             with Image.open(path) as image:
@@ -95,10 +99,23 @@ def _predict_batch(
 
 
 def predict_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``predict``. Returns 1 if any image failed, after all the others are done."""
+    """The command line's ``predict`` for classifiers."""
+    model, classes = _load(arguments)
+    topk, batch_size, img_size = arguments.topk, arguments.batch_size, arguments.img_size
+
+    def run(paths: list[Path], workers: int, on_error: OnError) -> list[Prediction]:
+        return predict(model, paths, classes, topk, batch_size, img_size, workers, on_error)
+
+    return predict_files(arguments, run)
+
+
+def predict_files(arguments: argparse.Namespace, run: Run, value: str = "probability") -> int:
+    """What ``predict`` does for every task around ``run``, which is given paths, workers and what to call on errors.
+
+    Returns 1 if any image failed, after all the others are done. ``value`` is the name in JSON of a class's number.
+    """
     if arguments.topk < 1 or arguments.batch_size < 1 or arguments.workers < 0:
         raise ValueError("--topk and --batch-size: accepted are numbers from 1 up; --workers: from 0 up")
-    model, classes = _load(arguments)
     paths = list(image_files(arguments.inputs))
     if not paths:
         raise ValueError(f"no images in {', '.join(map(str, arguments.inputs))}")
@@ -109,12 +126,10 @@ def predict_command(arguments: argparse.Namespace) -> int:
         print(f"skipped {path}: {error}", file=sys.stderr)
 
     workers = min(arguments.workers, len(paths) // arguments.batch_size)  # for a few images none pays
-    predictions = predict(
-        model, paths, classes, arguments.topk, arguments.batch_size, arguments.img_size, workers, report
-    )
+    predictions = run(paths, workers, report)
     print(_table(predictions))
     if arguments.json:
-        _write_json(arguments.json, predictions, failed)
+        _write_json(arguments.json, predictions, failed, value)
     if failed:
         print(f"{len(failed)} of {len(paths)} images could not be read", file=sys.stderr)
     return 1 if failed else 0
@@ -164,11 +179,11 @@ def _table(predictions: list[Prediction]) -> str:
     )
 
 
-def _write_json(path: Path, predictions: list[Prediction], failed: dict[str, str]) -> None:
+def _write_json(path: Path, predictions: list[Prediction], failed: dict[str, str], value: str) -> None:
     images = [
         {
             "path": p.path,
-            "top": [{"class": c, "probability": q} for c, q in zip(p.classes, p.probabilities, strict=True)],
+            "top": [{"class": c, value: q} for c, q in zip(p.classes, p.probabilities, strict=True)],
         }
         for p in predictions
     ]

@@ -77,7 +77,11 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
             MetaFormer,
             name,
             pretrained,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+            feature_cfg={
+                "out_indices": (0, 1, 2, 3),
+                "feature_cls": "getter",
+                "norm": kwargs.get("fork_feat", False),
+            },
             **{**VARIANTS[name], **kwargs},
         )
     except (URLError, TimeoutError, ConnectionError) as error:

@@ -9,6 +9,11 @@ _TASKS: dict[str, dict[str, str]] = {
         "evaluation": "dfformer.evaluate:evaluate_command",
         "prediction": "dfformer.predict:predict_command",
     },
+    "segment": {
+        "training": "dfformer.segment:Segmentation",
+        "evaluation": "dfformer.segment:evaluate_command",
+        "prediction": "dfformer.segment:predict_command",
+    },
 }
 
 

@@ -44,19 +44,22 @@ class DataConfig:
     """The images.
 
     Args:
-        dataset: "" for root/train and root/val with a folder a class, or .tar files of that; "digits", built in; or any
-            map-style dataset timm knows: "torch/cifar10", "hfds/...".
+        dataset: to classify, "" for root/train and root/val with a folder a class, or .tar files of that; "digits",
+            built in; or any map-style dataset timm knows: "torch/cifar10", "hfds/...". To segment, "" for
+            root/images/SPLIT and root/annotations/SPLIT, or "digit_scenes", built in.
         root: where it is.
         train_split: name of the training split; for folders, of the folder.
         val_split: the same for validation.
         download: let timm download a "torch/..." dataset.
-        img_size: one number or [H, W], in training and validation.
+        img_size: one number or [H, W], in training and validation. To segment, of the crops in training; whole images
+            are validated, their shorter side as long as its.
         mean: of the pixels, 0 to 1, a value a channel; the model's if not given.
         std: the same.
         interpolation: when resizing for validation; the model's if not given.
         crop_pct: share of the image's side kept in validation; the model's if not given.
         workers: processes that decode images, for each training process.
-        check_images: read the header of every file of a folder before training starts.
+        check_images: read the header of every file of a folder, and all of every mask, before training starts.
+        scenes: of digit_scenes: how many to train on and to validate.
     """
 
     dataset: str = ""
@@ -71,6 +74,12 @@ class DataConfig:
     crop_pct: float | None = None
     workers: int = 8
     check_images: bool = True
+    scenes: tuple[int, int] = (1000, 200)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """img_size as (H, W)."""
+        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
 
 
 @dataclass
@@ -102,6 +111,27 @@ class AugmentConfig:
     mixup: float = 0.8
     cutmix: float = 1.0
     smoothing: float = 0.1
+
+
+@dataclass
+class SegmentConfig:
+    """Semantic segmentation: its decoder, its masks, and what is done to training images instead of ``augment``.
+
+    Args:
+        decoder: arguments of segmentation_models_pytorch's FPN, e.g. decoder_dropout.
+        reduce_zero_label: 0 in a mask is no class but to be ignored, and labels count from 1.
+        scale: least and most of a random size, relative to data.img_size, for the image's shorter side.
+        most_of_one_class: a crop is drawn again, up to ten times, while one class has a larger share of its pixels.
+        hflip: probability of a horizontal flip.
+        photometric: random brightness, contrast, saturation, hue, and order of the channels.
+    """
+
+    decoder: dict[str, Any] = field(default_factory=dict)
+    reduce_zero_label: bool = False
+    scale: tuple[float, float] = (0.5, 2.0)
+    most_of_one_class: float = 0.75
+    hflip: float = 0.5
+    photometric: bool = True
 
 
 @dataclass
@@ -149,10 +179,11 @@ class TrainConfig:
     """A training run.
 
     Args:
-        task: what is learned: classify.
+        task: what is learned: classify or segment.
         model: the model.
         data: the images.
-        augment: what is done to training images.
+        augment: what is done to training images, to classify them.
+        segment: what only segmentation has.
         optim: how the weights are moved.
         output: folder for checkpoints, logs and pictures.
         resume: go on with what is in output, if anything is.
@@ -170,6 +201,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     output: str = "runs/train"
     resume: bool = False
@@ -194,6 +226,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "augment.mixup": (0, math.inf),
     "augment.cutmix": (0, math.inf),
     "augment.smoothing": (0, 1),
+    "segment.hflip": (0, 1),
+    "segment.most_of_one_class": (0, 1),
     "optim.lr": (0, math.inf),
     "optim.global_batch": (1, math.inf),
     "optim.accumulation": (1, math.inf),

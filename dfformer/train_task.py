@@ -65,6 +65,30 @@ class Task(Protocol):
         """By file name, what the trained model makes of some validation images. Called in all processes."""
 
 
+def encoder_args(config: TrainConfig, img_size: tuple[int, int]) -> dict[str, Any]:
+    """Arguments of ``timm.create_model(config.model.name, features_only=True, ...)`` for dense prediction.
+
+    This package's models get a norm for each feature map, as the authors' have for it.
+    """
+    ours = {"img_size": list(img_size), "fork_feat": True} if is_ours(config.model.name) else {}
+    return {**config.model.args, **ours}
+
+
+def encoder_weights(config: TrainConfig) -> dict[str, Any]:
+    """More such arguments: what loads ``model.checkpoint``, the weights of a classifier, into the encoder."""
+    path = config.model.checkpoint
+    if not path:
+        return {}
+    classifier = timm.create_model(config.model.name, **config.model.args)
+    load_checkpoint(classifier, path)  # strict, where timm would pass over what is missing
+    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": classifier.state_dict()}}
+
+
+def is_ours(name: str) -> bool:
+    """Whether a model's name for timm is one of this package's."""
+    return name.split(".")[0] in VARIANTS
+
+
 class Classification:
     """Images with one label each; cross entropy, mixup and cutmix; top-1 and top-5."""
 
@@ -118,11 +142,10 @@ class Classification:
 
     def build_model(self) -> nn.Module:
         config = self.config
-        size = config.data.img_size
-        img_size = (size, size) if isinstance(size, int) else tuple(size)
+        img_size = config.data.size
         if "img_size" in self.model_args:
             raise ValueError("model.args.img_size: give it as data.img_size")
-        if config.model.name.split(".")[0] in VARIANTS:  # timm's MetaFormers take any size without being told
+        if is_ours(config.model.name):  # timm's MetaFormers take any size without being told
             self.model_args["img_size"] = list(img_size)
         model = timm.create_model(config.model.name, **self.model_args)
         if config.model.checkpoint:
@@ -132,7 +155,7 @@ class Classification:
         self._prepare_images(model, img_size)
         return model
 
-    def _prepare_images(self, model: nn.Module, img_size: tuple[int, ...]) -> None:
+    def _prepare_images(self, model: nn.Module, img_size: tuple[int, int]) -> None:
         given, augment = self.config.data, self.config.augment
         overrides = {name: getattr(given, name) for name in ("mean", "std", "interpolation", "crop_pct")}
         channels = self.model_args.get("in_chans", 3)

@@ -10,13 +10,13 @@ from dfformer.data import DigitImages
 
 DIGIT_SCENES = "digit_scenes"
 CLASSES = [str(digit) for digit in range(10)]
-MOST_DIGITS = 6
-MOST_HIDDEN = 0.2  # of a digit's pixels, by digits pasted later
-_DIGIT_SIDES = (0.2, 0.5)  # least and most, as shares of the scene's shorter side
+MOST_DIGITS = 4
+MOST_HIDDEN = 0.1  # of a digit's pixels, by digits pasted later
+_DIGIT_SIDES = (0.3, 0.6)  # least and most, as shares of the scene's shorter side
 _CROP_SIDES = (96, 192)  # of a photograph, in its pixels: least and most of the shorter side
 _TRAINING_COLUMNS = 0.7  # of a photograph, from the left; validation has the rest
-_LEAST_CONTRAST = 80  # of luma, 0 to 255, between ink and the mean of what is below
-_LUMA = np.array([0.299, 0.587, 0.114])
+_DIMMED = 0.5  # photographs are, so that light ink of any colour can be told from them
+_INK = (140, 255)  # least and most of each channel
 _TRIES = 20  # to find a digit a place
 
 
@@ -35,7 +35,7 @@ class Scene(NamedTuple):
 
 
 class DigitScenes:
-    """``count`` scenes of 1 to 6 of scikit-learn's digits on crops of its two photographs.
+    """``count`` scenes of 1 to 4 of scikit-learn's digits in light inks on crops of its two photographs, dimmed.
 
     Size, place and ink of each digit are random; a scene follows from (seed, split, index). Training and validation
     have other digits and other parts of the photographs.
@@ -59,7 +59,7 @@ class DigitScenes:
         if not 0 <= index < self.count:
             raise IndexError(f"index: got {index}, there are {self.count} scenes")
         rng = np.random.default_rng([self.seed, self.split == "train", index])
-        pixels = np.asarray(self._background(rng), dtype=np.float32).copy()
+        pixels = _DIMMED * np.asarray(self._background(rng), dtype=np.float32)
         owner = np.zeros(self.size, dtype=np.uint8)  # 1 + number of the digit seen at a pixel
         areas: list[int] = []
         labels: list[int] = []
@@ -68,7 +68,8 @@ class DigitScenes:
             place = _place(rng, coverage >= 0.5, owner, areas)
             if place is None:
                 continue
-            _paste(rng, coverage, pixels[place])
+            ink = rng.uniform(*_INK, 3).astype(np.float32)
+            pixels[place] += coverage[..., None] * (ink - pixels[place])
             areas.append(int((coverage >= 0.5).sum()))
             labels.append(label)
             owner[place][coverage >= 0.5] = len(areas)
@@ -116,14 +117,6 @@ def _place(
         if all(seen[1:] >= (1 - MOST_HIDDEN) * np.array(areas)):
             return place
     return None
-
-
-def _paste(rng: np.random.Generator, coverage: np.ndarray, below: np.ndarray) -> None:
-    """Draws a digit over ``below`` (side,side,3) in place, in an ink that can be told from it."""
-    mean = below.mean((0, 1)) @ _LUMA
-    inks = (rng.uniform(0, 255, 3) for _ in iter(int, 1))
-    ink = next(ink for ink in inks if abs(ink @ _LUMA - mean) >= _LEAST_CONTRAST)
-    below += coverage[..., None] * (ink.astype(np.float32) - below)
 
 
 def _box(seen: np.ndarray) -> tuple[int, int, int, int]:

@@ -49,7 +49,7 @@ class Segmenter(nn.Module):
     def __init__(self, encoder: str, encoder_args: dict[str, Any], classes: int, decoder: dict[str, Any]) -> None:
         super().__init__()
         arguments = dict(encoder_args)
-        weights = "timm's" if arguments.pop("pretrained", False) else None
+        weights = arguments.pop("pretrained", False) or None
         self.fpn = FPN(f"tu-{encoder}", encoder_weights=weights, classes=classes, **decoder, **arguments)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class Segmentation:
 
     def build_model(self) -> nn.Module:
         config = self.config
-        arguments = {**self.model_args, **encoder_weights(config)}
+        arguments = {**self.model_args, **encoder_weights(config, self.model_args)}
         model = Segmenter(config.model.name, arguments, len(self.classes), config.segment.decoder)
         if config.model.grad_checkpointing:
             model.set_grad_checkpointing()

@@ -273,6 +273,8 @@ def check(config: TrainConfig) -> None:
         close = difflib.get_close_matches(config.model.name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; `dfformer info` lists this package's models"
         raise ValueError(f"model.name: timm knows no model {config.model.name!r}{hint}")
+    if not 0 < config.segment.scale[0] <= config.segment.scale[1]:
+        raise ValueError(f"segment.scale: got {config.segment.scale}, accepted are two numbers above 0, least and most")
     if config.optim.warmup_epochs >= config.optim.epochs:
         raise ValueError(
             f"optim.warmup_epochs: got {config.optim.warmup_epochs}, which leaves nothing of "

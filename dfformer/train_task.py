@@ -74,12 +74,12 @@ def encoder_args(config: TrainConfig, img_size: tuple[int, int]) -> dict[str, An
     return {**config.model.args, **ours}
 
 
-def encoder_weights(config: TrainConfig) -> dict[str, Any]:
-    """More such arguments: what loads ``model.checkpoint``, the weights of a classifier, into the encoder."""
+def encoder_weights(config: TrainConfig, args: dict[str, Any]) -> dict[str, Any]:
+    """What to add to `encoder_args` to load ``model.checkpoint``, the weights of a classifier, into the encoder."""
     path = config.model.checkpoint
     if not path:
         return {}
-    classifier = timm.create_model(config.model.name, **config.model.args)
+    classifier = timm.create_model(config.model.name, **{k: v for k, v in args.items() if k != "fork_feat"})
     load_checkpoint(classifier, path)  # strict, where timm would pass over what is missing
     return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": classifier.state_dict()}}
 

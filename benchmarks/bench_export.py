@@ -10,10 +10,8 @@ Writes export.csv, export_transforms.csv and export.json.
 """
 
 import argparse
-import itertools
 import json
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +23,7 @@ import onnx
 import onnxruntime
 import timm
 import torch
-from common import TIMERS, names, provenance, write_csv
+from common import in_turns, names, provenance, write_csv
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -34,7 +32,6 @@ from dfformer.matmul_dft import _matrices
 from dfformer_kernels.tolerance import relative_error
 
 IMG_SIZE, BATCHES = 224, (1, 8)
-ROUNDS, SECONDS = 5, 0.5  # of calls in turn; for each in a round
 # format and fused, by the name in the table
 WAYS = {"onnx": ("onnx", False), "pt2": ("pt2", False), "aoti": ("aoti", False)}
 WAYS |= {f"{name} --fused": (name, True) for name in ("pt2", "aoti")}
@@ -109,16 +106,6 @@ def _report(path: Path, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     write_csv(path, list(rows[0]), rows)
-
-
-def in_turns(runs: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
-    """The median time of each in ms."""
-    samples: dict[Any, list[float]] = {key: [] for key in runs}
-    for run in runs.values():
-        run()
-    for _, (key, run) in itertools.product(range(ROUNDS), runs.items()):
-        samples[key] += TIMERS["cpu"](run, SECONDS)
-    return {key: 1e3 * statistics.median(times) for key, times in samples.items()}
 
 
 @torch.inference_mode()

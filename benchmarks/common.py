@@ -2,7 +2,9 @@
 
 import argparse
 import csv
+import itertools
 import os
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +89,16 @@ TIMERS: dict[str, Callable[[Callable[[], object], float], list[float]]] = {
     "cpu": _seconds_on_cpu,
     "cuda": _seconds_on_gpu,
 }
+
+
+def in_turns(runs: Mapping[Any, Callable[[], object]], rounds: int = 5, seconds: float = 0.5) -> dict[Any, float]:
+    """The median time of each on the CPU in ms: of single calls, so many seconds of them in a round."""
+    samples: dict[Any, list[float]] = {key: [] for key in runs}
+    for run in runs.values():
+        run()
+    for _, (key, run) in itertools.product(range(rounds), runs.items()):
+        samples[key] += TIMERS["cpu"](run, seconds)
+    return {key: 1e3 * statistics.median(times) for key, times in samples.items()}
 
 
 def write_csv(path: Path, titles: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -89,7 +89,7 @@ class InferenceModel(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without gradients whose weight is also kept in the layout that products want, where there is one."""
+    """A linear layer without gradients whose weight is also kept the way products want it, where there is one."""
 
     weight: Tensor
     bias: Tensor | None

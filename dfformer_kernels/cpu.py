@@ -144,9 +144,7 @@ def product(x: Tensor, weight: Tensor | Panels, bias: Tensor | None = None) -> T
     M = len(x)
     y = memory.empty((M, w.N), x)
     bias_address = 0 if bias is None else _matrix(bias, w.N)
-    core().product(
-        (M, w.N, w.K), w.layout, _matrix(x, M, w.K), w.address, bias_address, _matrix(y, M, w.N), _threads()
-    )
+    core().product((M, w.N, w.K), w.layout, _matrix(x, M, w.K), w.address, bias_address, _matrix(y, M, w.N), _threads())
     return y
 
 

@@ -161,9 +161,7 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | 
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _linear_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, needs: list[bool], backend: str | None
-) -> list[Tensor]:
+def _linear_backward(grad_y: Tensor, x: Tensor, weight: Tensor, needs: list[bool], backend: str | None) -> list[Tensor]:
     checks.check_linear_backward(grad_y, x, weight, needs)
     need_x, need_weight, need_bias = needs
     grad_y, rows = _rows(grad_y), _rows(x)

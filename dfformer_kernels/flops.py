@@ -60,7 +60,7 @@ def _linear(x: Shape, weight: Shape, *_: Any) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
-def _linear_backward(grad_y: Shape, x: Shape, weight: Shape, needs: Sequence[bool], *_: Any) -> int:
+def _linear_backward(grad_y: Shape, x: Shape, weight: Shape, needs: Sequence[bool], *others: Any) -> int:
     need_x, need_weight, _ = needs
     return (need_x + need_weight) * _linear(x, weight)
 

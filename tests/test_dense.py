@@ -298,9 +298,13 @@ X, W1, SCALAR, W2 = torch.zeros(6, 4), torch.zeros(8, 4), torch.zeros(1), torch.
         (lambda: mlp(X.long(), W1, (SCALAR, SCALAR), W2), TypeError, "mlp: x must be dtype float32, float64"),
         (lambda: mlp(X, W1.to("meta"), (SCALAR, SCALAR), W2), ValueError, "mlp: weight1 must be on cpu"),
         (lambda: linear(X, W2), (ValueError, RuntimeError), "weight must be shape|mat1 and mat2"),
-        (lambda: torch.ops.dfformer.linear(X, W2, None, None), ValueError, r"linear: weight must be shape \(N, 4\)"),
-        (lambda: torch.ops.dfformer.linear(X, W1, W2, None), ValueError, r"linear: bias must be shape \(N,\) = \(8,\)"),
-        (lambda: torch.ops.dfformer.linear(X, W1.double(), None, None), TypeError, "linear: weight must be dtype float32"),
+        (lambda: apply(X, W2, None), ValueError, r"linear: weight must be shape \(N, 4\)"),
+        (lambda: apply(X, W1, W2), ValueError, r"linear: bias must be shape \(N,\) = \(8,\)"),
+        (
+            lambda: apply(X, W1.double(), None),
+            TypeError,
+            "linear: weight must be dtype float32",
+        ),
         (lambda: backward(X, X, W1, [True] * 3), ValueError, r"linear_backward: grad_y must be shape \(6, 8\)"),
         (lambda: backward(X, X, W1, [True]), ValueError, "linear_backward: needs must be 3 flags"),
     ],
@@ -308,6 +312,10 @@ X, W1, SCALAR, W2 = torch.zeros(6, 4), torch.zeros(8, 4), torch.zeros(1), torch.
 def test_bad_arguments(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def apply(*args: Any) -> Tensor:
+    return torch.ops.dfformer.linear(*args, None)
 
 
 def backward(*args: Any) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Pictures of training and of models. Every figure can stand alone: axes, units, colour bars, a title, a caption."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -88,6 +88,38 @@ def segmentations(
     figure.legend(handles=patches, loc="outside lower center", ncols=max(1, int(figure.get_figwidth())), fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def detections(
+    images: Sequence[np.ndarray],
+    objects: Mapping[str, Sequence[dict[str, np.ndarray]]],
+    classes: Sequence[str],
+    title: str,
+) -> Figure:
+    """Photographs (H,W,3) uint8, a column each, in rows of what is there: boxes, labels, scores if they have any."""
+    colours = class_colours(classes) / 255
+    tallest = max(image.shape[0] / image.shape[1] for image in images)
+    width = 2.0 if len(images) > 1 else 6.0
+    figure = Figure(figsize=(width * len(images) + 0.4, width * tallest * len(objects) + 0.7), layout="constrained")
+    axes = figure.subplots(len(objects), len(images), squeeze=False)
+    for row, (name, found) in zip(axes, objects.items(), strict=True):
+        row[0].set_ylabel(name, fontsize=9)
+        for ax, image, there in zip(row, images, found, strict=True):
+            ax.imshow(image)
+            ax.set(xticks=[], yticks=[])
+            for n, label in enumerate(there["labels"]):
+                score = f" {100 * there['scores'][n]:.0f}%" if "scores" in there else ""
+                _draw_box(ax, there["boxes"][n], f"{classes[label]}{score}", colours[label])
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _draw_box(ax: Axes, box: np.ndarray, text: str, colour: np.ndarray) -> None:
+    left, top, right, bottom = box - 0.5  # imshow's first pixel is centred at 0
+    ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.4))
+    ink = "white" if colour @ (0.299, 0.587, 0.114) < 0.55 else "black"
+    around = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
+    ax.text(left, top, text, color=ink, fontsize=6, va="bottom", ha="left", bbox=around, clip_on=True)
 
 
 def learning_curve(

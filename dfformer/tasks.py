@@ -14,6 +14,11 @@ _TASKS: dict[str, dict[str, str]] = {
         "evaluation": "dfformer.segment:evaluate_command",
         "prediction": "dfformer.segment:predict_command",
     },
+    "detect": {
+        "training": "dfformer.detect:Detection",
+        "evaluation": "dfformer.detect:evaluate_command",
+        "prediction": "dfformer.detect:predict_command",
+    },
 }
 
 

@@ -46,13 +46,15 @@ class DataConfig:
     Args:
         dataset: to classify, "" for root/train and root/val with a folder a class, or .tar files of that; "digits",
             built in; or any map-style dataset timm knows: "torch/cifar10", "hfds/...". To segment, "" for
-            root/images/SPLIT and root/annotations/SPLIT, or "digit_scenes", built in.
+            root/images/SPLIT and root/annotations/SPLIT, or "digit_scenes", built in. To detect, "" for
+            root/annotations/instances_SPLIT.json and root/SPLIT, or "digit_scenes".
         root: where it is.
         train_split: name of the training split; for folders, of the folder.
         val_split: the same for validation.
         download: let timm download a "torch/..." dataset.
         img_size: one number or [H, W], in training and validation. To segment, of the crops in training; whole images
-            are validated, their shorter side as long as its.
+            are validated, their shorter side as long as its. To detect, the most for the shorter and for the longer
+            side.
         mean: of the pixels, 0 to 1, a value a channel; the model's if not given.
         std: the same.
         interpolation: when resizing for validation; the model's if not given.
@@ -135,6 +137,26 @@ class SegmentConfig:
 
 
 @dataclass
+class DetectConfig:
+    """Object detection: its head, its boxes, and what is done to training images instead of ``augment``.
+
+    Args:
+        channels: of the feature pyramid and the head.
+        anchor_scale: side of the smallest anchors, in strides of their feature map.
+        norm_groups: of a group norm after each convolution of the pyramid and the head; 0 for none.
+        hflip: probability of a horizontal flip.
+        repair_boxes: cut off what of a box is beyond its image and leave out boxes without area, instead of refusing
+            them.
+    """
+
+    channels: int = 256
+    anchor_scale: float = 4.0
+    norm_groups: int = 0
+    hflip: float = 0.5
+    repair_boxes: bool = False
+
+
+@dataclass
 class OptimConfig:
     """How the weights are moved.
 
@@ -179,11 +201,12 @@ class TrainConfig:
     """A training run.
 
     Args:
-        task: what is learned: classify or segment.
+        task: what is learned: classify, segment or detect.
         model: the model.
         data: the images.
         augment: what is done to training images, to classify them.
         segment: what only segmentation has.
+        detect: what only detection has.
         optim: how the weights are moved.
         output: folder for checkpoints, logs and pictures.
         resume: go on with what is in output, if anything is.
@@ -202,6 +225,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     segment: SegmentConfig = field(default_factory=SegmentConfig)
+    detect: DetectConfig = field(default_factory=DetectConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     output: str = "runs/train"
     resume: bool = False
@@ -228,6 +252,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "augment.smoothing": (0, 1),
     "segment.hflip": (0, 1),
     "segment.most_of_one_class": (0, 1),
+    "detect.hflip": (0, 1),
+    "detect.channels": (1, math.inf),
+    "detect.anchor_scale": (0.1, math.inf),
+    "detect.norm_groups": (0, math.inf),
     "optim.lr": (0, math.inf),
     "optim.global_batch": (1, math.inf),
     "optim.accumulation": (1, math.inf),

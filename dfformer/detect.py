@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _STRIDES = (8, 16, 32, 64, 128)  # of the pyramid's maps; the first three are the encoder's
 _MOST_FOUND = 100  # objects an image, COCO's number
 _SHOWN = 6  # images in predictions.png
-_SURE = 0.5  # score from which on an object is drawn
+_SURE = 0.3  # score from which on an object is drawn
 _MEASURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 
 Batch = tuple[list[Tensor], list[Target]]

@@ -119,7 +119,8 @@ def _draw_box(ax: Axes, box: np.ndarray, text: str, colour: np.ndarray) -> None:
     ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.4))
     ink = "white" if colour @ (0.299, 0.587, 0.114) < 0.55 else "black"
     around = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
-    ax.text(left, top, text, color=ink, fontsize=6, va="bottom", ha="left", bbox=around, clip_on=True)
+    above = top > 0.08 * ax.get_ylim()[0]  # room for the text
+    ax.text(left, top, text, color=ink, fontsize=6, va="bottom" if above else "top", bbox=around, clip_on=True)
 
 
 def learning_curve(

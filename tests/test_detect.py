@@ -242,6 +242,7 @@ def test_train_evaluate_and_predict(
     for name in ("map", "map_50", "map_75"):
         assert float(row[name]) == pytest.approx(float(history(run)[-1][name]))
     assert float(row["map"]) == pytest.approx(np.mean([float(row[f"map {name}"]) for name in CATEGORIES.values()]))
+    assert float(row["map"]) > 0, "something to compare"
     assert (row["images"], row["shorter_side"], row["longer_side"], larger["shorter_side"]) == ("5", "48", "64", "96")
 
     images = root / "val2017"
@@ -421,3 +422,28 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     save_checkpoint({"a": torch.zeros(1)}, tmp_path / "m.safetensors", "dfformer_s18")
     with pytest.raises(CheckpointError, match="is not of detection"):
         detect.load_detector(tmp_path / "m.safetensors")
+
+
+def test_recipes_for_coco_are_the_authors() -> None:
+    """Their 1x schedule. 117,266 images of train2017 have objects."""
+    paths = sorted((ROOT / "recipes").glob("detect_coco_*.yaml"))
+    assert len(paths) == 6
+    for path in paths:
+        config = parse(["--recipe", str(path)])
+        optim = config.optim
+        assert path.stem == f"detect_coco_{config.model.name}" == Path(config.output).name
+        assert config.data.size == (800, 1333)
+        assert (config.detect.channels, config.detect.anchor_scale, config.detect.norm_groups) == (256, 4, 0)
+        assert (optim.opt, optim.lr, optim.weight_decay, optim.global_batch) == ("adamw", 1e-4, 0.05, 16)
+        assert (optim.schedule, optim.milestones, optim.decay_rate, optim.epochs) == ("multistep", [8, 11], 0.1, 12)
+        assert optim.warmup_epochs * (117_266 // optim.global_batch) == pytest.approx(500, abs=1)
+
+
+def test_the_recipe_of_the_digits(tmp_path: Path) -> None:
+    """As the documentation says, less what a processor's rounding may change."""
+    torch.set_num_threads(2)
+    run = tmp_path / "run"
+    assert main(["train", "--recipe", str(ROOT / "recipes" / "detect_digits.yaml"), "--output", str(run)]) == 0
+    last = history(run)[-1]
+    assert float(last["map"]) > LEAST
+    assert float(last["map_50"]) > LEAST

@@ -87,10 +87,14 @@ class CocoImages:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Objects]:
         name, size, objects = self.images[index]
-        with Image.open(self.folder / name) as image:
-            if image.size != size:
-                raise ValueError(self._other_size(index, image.size))
-            return image.convert("RGB"), objects
+        try:
+            with Image.open(self.folder / name) as image:
+                if image.size == size:
+                    return image.convert("RGB"), objects
+                problem = self._other_size(index, image.size)
+        except _UNREADABLE as error:
+            raise ValueError(f"{self.folder / name}: {error}") from error
+        raise ValueError(problem)
 
     def check(self) -> None:
         with ThreadPoolExecutor(16) as pool:
@@ -151,6 +155,8 @@ def _boxes(
             problems.append(f"annotation {name} has the unknown category {category}")
         elif len(bbox) != 4 or not all(type(v) in (int, float) and math.isfinite(v) for v in bbox):
             problems.append(f"annotation {name}: the box {bbox} is not four numbers")
+        elif not all(type(entry.get(field, 0)) in (int, float) for field in ("iscrowd", "area")):
+            problems.append(f"annotation {name}: iscrowd and area must be numbers")
         else:
             box, beyond = _clip(bbox, sizes[image])
             if box[2] > box[0] and box[3] > box[1] and (repair or beyond <= _ROUNDING):

@@ -72,7 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--device", default="cpu")
     predict.add_argument("--json", type=Path, help="also write the result there")
     predict.add_argument(
-        "--output", type=Path, default=Path("predictions"), help="folder for masks and pictures (default: predictions)"
+        "--output",
+        type=Path,
+        default=Path("predictions"),
+        help="folder for masks, boxes and pictures (default: predictions)",
     )
 
     show = command("show", _show, "Shows what is inside models: pictures, and the numbers as CSV.")

@@ -29,7 +29,7 @@ from dfformer import data
 from dfformer.boxes import Prepared, Target, check_same_categories, collate, open_boxed
 from dfformer.checkpoint import CheckpointError, load_state, read_checkpoint, save_checkpoint
 from dfformer.evaluate import Timed, progress, write_csv
-from dfformer.predict import Files, OnError, Prediction, predict_files
+from dfformer.predict import Files, OnError, Prediction, check_names, predict_files
 from dfformer.train_config import TrainConfig
 from dfformer.train_task import Place, encoder_args, encoder_weights
 
@@ -165,19 +165,15 @@ def average_precision(
     Images whose target is None do not count. The model is left in eval mode.
     """
     model.eval()
-    pairs = [
-        (detect(model, [image], place.device)[0], target)
-        for images, targets in batches
-        for image, target in zip(images, targets, strict=True)
-        if target is not None
-    ]
+    found = [(detect(model, images, place.device), targets) for images, targets in batches]
+    pairs = [pair for batch in found for pair in zip(*batch, strict=True) if pair[1] is not None]
     parts: list[Any] = [pairs]
     if place.world > 1:
         parts = [None] * place.world
         distributed.all_gather_object(parts, pairs)
     metric = MeanAveragePrecision(class_metrics=by_class, sync_on_compute=False)
-    for found, truth in (pair for each in zip_longest(*parts) for pair in each if pair):
-        metric.update([found], [truth])
+    for objects, truth in (pair for each in zip_longest(*parts) for pair in each if pair):
+        metric.update([objects], [truth])
     measures = {name: torch.where(value == -1, torch.nan, value) for name, value in metric.compute().items()}
     return {name: value.tolist() for name, value in measures.items()}
 
@@ -202,6 +198,11 @@ class Detection:
             raise ValueError(
                 f"detect.norm_groups: got {config.detect.norm_groups}, which does not divide "
                 f"detect.channels={config.detect.channels}"
+            )
+        if given.size[0] > given.size[1]:
+            raise ValueError(
+                f"data.img_size: got {given.img_size}, accepted to detect are the limits of the shorter and of the "
+                "longer side, in this order"
             )
         self.categories = self.train_set.categories
         where = f"{given.root}, split {given.val_split}"
@@ -349,6 +350,7 @@ def predict_command(arguments: argparse.Namespace) -> int:
     model.to(device).set_img_size(*_sizes(about, arguments.img_size and [arguments.img_size])[0])
 
     def run(paths: list[Path], workers: int, on_error: OnError) -> list[Prediction]:
+        check_names(paths)
         predictions, results = [], []
         arguments.output.mkdir(parents=True, exist_ok=True)
         for [(path, content)] in DataLoader(Files(paths, _pixels, 3), num_workers=workers, collate_fn=list):

@@ -135,6 +135,15 @@ def predict_files(arguments: argparse.Namespace, run: Run, value: str = "probabi
     return 1 if failed else 0
 
 
+def check_names(paths: list[Path]) -> None:
+    """Raises ValueError for images whose results would be files of the same name."""
+    by_name: dict[str, Path] = {}
+    for path in paths:
+        other = by_name.setdefault(path.stem, path)
+        if other is not path:
+            raise ValueError(f"{other} and {path}: their results would have the same name; predict them one by one")
+
+
 def _load(arguments: argparse.Namespace) -> tuple[nn.Module, list[str]]:
     overrides = {"img_size": arguments.img_size} if arguments.img_size else {}
     if arguments.checkpoint:

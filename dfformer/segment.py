@@ -24,7 +24,7 @@ from dfformer import data
 from dfformer.checkpoint import CheckpointError, load_state, read_checkpoint, save_checkpoint
 from dfformer.evaluate import Pixels, Timed, progress, write_csv
 from dfformer.masks import IGNORED, Masked, Pair, Prepared, TrainingView, WholeView, all_ignored, open_masked
-from dfformer.predict import Files, OnError, Prediction, predict_files
+from dfformer.predict import Files, OnError, Prediction, check_names, predict_files
 from dfformer.train_config import TrainConfig
 from dfformer.train_task import Place, encoder_args, encoder_weights
 
@@ -259,7 +259,7 @@ def predict_command(arguments: argparse.Namespace) -> int:
     view = _WithOriginal(min(arguments.img_size or about["data"]["input_size"][1:]))
 
     def run(paths: list[Path], workers: int, on_error: OnError) -> list[Prediction]:
-        _check_names(paths)
+        check_names(paths)
         predictions = []
         for [(path, content)] in DataLoader(Files(paths, view, 3), num_workers=workers, collate_fn=list):
             if isinstance(content, Exception):
@@ -284,14 +284,6 @@ class _WithOriginal:
 
     def __call__(self, image: Image.Image) -> tuple[np.ndarray, Tensor]:
         return np.asarray(image), self.resize(v2.functional.pil_to_tensor(image))
-
-
-def _check_names(paths: list[Path]) -> None:
-    by_name: dict[str, Path] = {}
-    for path in paths:
-        other = by_name.setdefault(path.stem, path)
-        if other is not path:
-            raise ValueError(f"{other} and {path}: their masks would have the same name; predict them one by one")
 
 
 def _write_mask(stem: Path, image: np.ndarray, mask: np.ndarray, classes: list[str]) -> None:

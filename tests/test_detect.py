@@ -327,6 +327,7 @@ ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "three-numbers": (_entry("annotations", bbox=[5, 3, 14]), "annotation 20: the box [5, 3, 14] is not four numbers"),
     "not-a-number": (_entry("annotations", bbox=[5, 3, 14, float("nan")]), "nan] is not four numbers"),
     "category": (_entry("annotations", category_id=4), "annotation 20 has the unknown category 4"),
+    "crowd": (_entry("annotations", iscrowd="no"), "annotation 20: iscrowd and area must be numbers"),
     "image": (_entry("annotations", image_id=9), "annotation 20 is of image 9, which is not listed"),
     "no-list": (_without("categories"), "has no list 'categories'"),
     "no-key": (_without("images", 2, "width"), "images[2] has no 'width' of type int"),
@@ -405,6 +406,7 @@ MISUSES = {
     "dataset": (["--data.dataset", "digits"], "dataset: got 'digits', accepted to detect are ''"),
     "no-root": (["--data.root", "null"], "root: give the folder of the data"),
     "channels": (["--model.args.in_chans", "1"], "model.args.in_chans: got 1"),
+    "img-size": (["--data.img_size", "[64, 48]"], "data.img_size: got (64, 48), accepted to detect are the limits"),
     "head": (["--detect.channels", "0"], "detect.channels: got 0"),
     "groups": (["--detect.norm_groups", "3"], "detect.norm_groups: got 3"),
 }
@@ -416,6 +418,30 @@ def test_misuses(
 ) -> None:
     assert main([*command, *arguments, "--output", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda path: Image.new("RGB", (9, 9)).save(path), lambda path: path.write_bytes(b"")]
+)
+def test_what_was_not_checked_is_found_when_read(spoil: Callable[[Path], Any], root: Path) -> None:
+    path = root / "train2017" / f"{105:012}.png"
+    spoil(path)
+    dataset = boxes.CocoImages(root, "train2017")
+    with pytest.raises(ValueError, match=path.name):
+        [dataset[n] for n in range(len(dataset))]
+
+
+def test_images_whose_results_would_have_one_name(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = detect.Detection(parse(["--task=detect", f"--data.root={root}", "--data.train_split=train2017",
+                                   "--data.val_split=val2017", "--optim.global_batch=1", "--detect.channels=8",
+                                   f"--model.args={json.dumps(SMALL)}"]), CPU)  # fmt: skip
+    task.export(task.build_model().state_dict(), tmp_path / "m.safetensors")
+    folders = [str(root / split) for split in ("train2017", "val2017")]
+    arguments = ["--checkpoint", str(tmp_path / "m.safetensors"), "--output", str(tmp_path / "out")]
+    assert main(["predict", *arguments, *folders]) == 2
+    assert "their results would have the same name" in capsys.readouterr().err
 
 
 def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
@@ -445,5 +471,5 @@ def test_the_recipe_of_the_digits(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main(["train", "--recipe", str(ROOT / "recipes" / "detect_digits.yaml"), "--output", str(run)]) == 0
     last = history(run)[-1]
-    assert float(last["map"]) > LEAST
-    assert float(last["map_50"]) > LEAST
+    assert float(last["map"]) > 0.4
+    assert float(last["map_50"]) > 0.6

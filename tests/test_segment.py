@@ -371,7 +371,7 @@ def test_masks_of_the_same_name(checkpoint: Path, tmp_path: Path, capsys: pytest
         Image.new("RGB", (40, 40)).save(tmp_path / name)
     arguments = [str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "out")]
     assert main(["predict", "--checkpoint", str(checkpoint), *arguments]) == 2
-    assert "their masks would have the same name" in capsys.readouterr().err
+    assert "their results would have the same name" in capsys.readouterr().err
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from dfformer.matmul_dft import _matrices
 from dfformer_kernels.tolerance import relative_error
 
 IMG_SIZE, BATCHES = 224, (1, 8)
+ROUNDS, SECONDS = 5, 0.5  # of calls in turn; for each in a round
 # format and fused, by the name in the table
 WAYS = {"onnx": ("onnx", False), "pt2": ("pt2", False), "aoti": ("aoti", False)}
 WAYS |= {f"{name} --fused": (name, True) for name in ("pt2", "aoti")}
@@ -115,7 +116,7 @@ def timed(model: torch.nn.Module, folder: Path, seconds: dict[str, float]) -> li
     loaded |= {name: FORMATS[WAYS[name][0]].load(_file(folder, name)) for name in WAYS if name in seconds}
     images = {B: torch.randn(B, 3, IMG_SIZE, IMG_SIZE) for B in BATCHES}
     errors = {name: max(_error(run, model, x) for x in images.values()) for name, run in loaded.items()}
-    ms = in_turns({(name, B): partial(run, x) for name, run in loaded.items() for B, x in images.items()})
+    ms = in_turns({(name, B): partial(run, x) for name, run in loaded.items() for B, x in images.items()}, ROUNDS, SECONDS)
     weights = sum(p.nbytes for p in model.parameters())
     return [
         Row(
@@ -159,7 +160,7 @@ def transforms(H: int, W: int, C: int) -> dict[str, Any]:
         "products": runs["products"]().view(1, 2, H, K, C).permute(0, 2, 3, 4, 1),
     }
     row: dict[str, Any] = {"H": H, "W": W, "C": C}
-    row |= {f"{name}_ms": ms for name, ms in in_turns(runs).items()}
+    row |= {f"{name}_ms": ms for name, ms in in_turns(runs, ROUNDS, SECONDS).items()}
     row |= {f"{name}_error": relative_error(y, torch.view_as_real(X)) for name, y in spectra.items()}
     return row | {"matrices_kib": sum(m.nbytes for m in matrices) / 2**10}
 

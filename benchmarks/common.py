@@ -91,7 +91,7 @@ TIMERS: dict[str, Callable[[Callable[[], object], float], list[float]]] = {
 }
 
 
-def in_turns(runs: Mapping[Any, Callable[[], object]], rounds: int = 5, seconds: float = 0.5) -> dict[Any, float]:
+def in_turns(runs: Mapping[Any, Callable[[], object]], rounds: int, seconds: float) -> dict[Any, float]:
     """The median time of each on the CPU in ms: of single calls, so many seconds of them in a round."""
     samples: dict[Any, list[float]] = {key: [] for key in runs}
     for run in runs.values():

@@ -116,7 +116,9 @@ def timed(model: torch.nn.Module, folder: Path, seconds: dict[str, float]) -> li
     loaded |= {name: FORMATS[WAYS[name][0]].load(_file(folder, name)) for name in WAYS if name in seconds}
     images = {B: torch.randn(B, 3, IMG_SIZE, IMG_SIZE) for B in BATCHES}
     errors = {name: max(_error(run, model, x) for x in images.values()) for name, run in loaded.items()}
-    ms = in_turns({(name, B): partial(run, x) for name, run in loaded.items() for B, x in images.items()}, ROUNDS, SECONDS)
+    ms = in_turns(
+        {(name, B): partial(run, x) for name, run in loaded.items() for B, x in images.items()}, ROUNDS, SECONDS
+    )
     weights = sum(p.nbytes for p in model.parameters())
     return [
         Row(

@@ -211,6 +211,9 @@ def _mlp(
     checks.check_mlp(x, weight1, scale, bias, weight2)
     if _by_core(x, backend):
         return cpu.mlp(x, weight1, scale, bias, weight2, keep=keep)
+    if not x.is_cpu:  # all rows at once, and nothing in place
+        h = F.linear(x, weight1)
+        return F.linear(star_relu_(h, scale, bias, backend), weight2), h if keep else h.new_empty(0, h.shape[1])
     x = x.contiguous()
     y = memory.empty((x.shape[0], weight2.shape[0]), x)
     hidden = memory.empty((x.shape[0] if keep else 0, weight1.shape[0]), x)
@@ -245,13 +248,15 @@ def _mlp_backward(
     grad_y, x, hidden = grad_y.contiguous(), x.contiguous(), hidden.contiguous()
     need_x, need_weight1, need_scale, need_bias, need_weight2 = needs
     need_h = need_x or need_weight1
-    grad_x = memory.empty(x.shape if need_x else (0,), x)
+    in_parts = x.is_cpu
+    grad_x = memory.empty(x.shape if need_x and in_parts else (0,), x)
     sums = [_Sum(t) for t in (weight1, scale, bias, weight2)]
     sum_weight1, *sum_scalars, sum_weight2 = sums
     for rows in chunks(x, weight1.shape[0]):
         h, gy = hidden[rows], grad_y[rows]
         if need_weight2:
-            sum_weight2 += _weight_gradient(gy, star_relu_(h.clone(), scale, bias, backend), backend)
+            activated = kernel_for("star_relu", backend, (h, scale, bias))(h, scale, bias)
+            sum_weight2 += _weight_gradient(gy, activated, backend)
         if not (need_h or need_scale or need_bias):
             continue
         wanted = [need_h, need_scale, need_bias]
@@ -260,8 +265,10 @@ def _mlp_backward(
             total += grad
         if need_weight1:
             sum_weight1 += _weight_gradient(grads[0], x[rows], backend)
-        if need_x:
+        if need_x and in_parts:
             grad_x[rows] = _product(grads[0], weight1.t(), None, backend)
+        elif need_x:
+            grad_x = _product(grads[0], weight1.t(), None, backend)
     gradients = [total.value() for total in compress(sums, needs[1:])]
     return [grad_x, *gradients] if need_x else gradients
 
@@ -309,8 +316,10 @@ def chunks(x: Tensor, hidden: int) -> Iterator[slice]:
     """Rows of x (M, K) to run an MLP with so many hidden channels on at a time: about equally many, all of them on
     other devices than a CPU."""
     M = x.shape[0]
-    count = -(-M * hidden * x.itemsize // CHUNK_BYTES) if x.is_cpu else 1
-    size = max(-(-M // max(count, 1)), 1)
+    if not x.is_cpu:
+        return iter([slice(0, M)])
+    count = max(-(-M * hidden * x.itemsize // CHUNK_BYTES), 1)
+    size = max(-(-M // count), 1)
     return (slice(start, min(start + size, M)) for start in range(0, M, size))
 
 

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS
-from conftest import require_compiler
+from conftest import require_backend, require_compiler
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfformer_kernels import dense, linear, memory, mlp, reference
+from dfformer_kernels import cpu, dense, linear, memory, mlp, reference
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,7 +128,7 @@ def test_chunks_are_of_about_one_size(rows: int) -> None:
 
 @ALL_OPS
 def test_with_two_threads(op: Op) -> None:
-    torch.set_num_threads(2)  # weight gradients of many rows are a convolution's then
+    torch.set_num_threads(2)
     assert_correct(op, *make(op, (1, 28, 28, 8)))
 
 
@@ -268,6 +268,16 @@ def test_packed_product(dtype: torch.dtype, rows: int, with_bias: bool) -> None:
     y = dense.packed_product(x, dense.pack(weight), given_bias)
     wanted = F.linear(x.double(), weight.double(), bias.double() if with_bias else None)
     assert relative_error(y, wanted) <= BOUND[dtype]
+
+
+def test_panels_of_another_instruction_set_are_refused() -> None:
+    require_backend("cpu")
+    panels = cpu.pack(torch.randn(40, 24))
+    other = panels._replace(data=panels.data.view(-1, 24, panels.data.shape[2] // 2))
+    with pytest.raises(RuntimeError, match="the compiled core takes contiguous float32 CPU tensors, here of"):
+        cpu.product(torch.randn(3, 24), other)
+    with pytest.raises(RuntimeError, match="weights of one layout that meet"):
+        cpu.mlp(torch.randn(3, 24), panels, SCALAR, SCALAR, torch.randn(24, 40))
 
 
 # Memory

@@ -251,6 +251,41 @@ def test_null_pointers_raise(core: ModuleType, function: str, name: str) -> None
         getattr(core, function)(**GOOD[function] | {name: 0, "n": 1})
 
 
+# Sizes are 0, so that no call gets as far as the address 1 either.
+PRODUCTS: dict[str, dict[str, Any]] = {
+    "pack": {"N": 0, "K": 0, "weight": 1, "panels": 1, "threads": 1},
+    "product": {"sizes": (0, 0, 0), "layout": 0, "x": 1, "weight": 1, "bias": 0, "y": 1, "threads": 1},
+    "weight_gradient": {"sizes": (0, 0, 0), "grad_y": 1, "x": 1, "grad": 1, "add": False, "threads": 1},
+    "mlp": {"sizes": (0, 0, 0), "hidden": 0, "layout": 0, "x": 1, "weight1": 1, "scale": 1.0, "bias": 0.0}
+    | {"weight2": 1, "bias2": 0, "before": 0, "y": 1, "threads": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "bad", "message"),
+    [
+        *((function, {"threads": 0}, "threads: got 0") for function in PRODUCTS),
+        ("pack", {"N": -1}, "sizes: got -1, accepted are 0 and more"),
+        ("pack", {"N": 2**40, "K": 2**40}, "more bytes than 64 bits count"),
+        ("pack", {"N": 1, "K": 1, "panels": 0}, "panels: got a null pointer"),
+        ("product", {"layout": 3}, "layout: got code 3, accepted are 0 to 2"),
+        ("product", {"layout": -1}, "layout: got code -1"),
+        ("product", {"sizes": (1, 1, -2)}, "sizes: got -2"),
+        ("product", {"sizes": (2**40, 0, 2**40)}, "more bytes than 64 bits count"),
+        ("product", {"sizes": (2**63 - 1, 1, 1)}, "more bytes than 64 bits count"),
+        ("product", {"sizes": (1, 1, 1), "y": 0}, "y: got a null pointer"),
+        ("weight_gradient", {"sizes": (1, 1, 1), "grad": 0}, "grad: got a null pointer"),
+        ("mlp", {"layout": 1}, "layout: got code 1, accepted for an MLP are 0 and 2"),
+        ("mlp", {"hidden": -1}, "sizes: got -1"),
+        ("mlp", {"sizes": (1, 1, 1), "hidden": 1, "weight2": 0}, "weight2: got a null pointer"),
+    ],
+)
+def test_bad_products_never_reach_memory(core: ModuleType, function: str, bad: dict[str, Any], message: str) -> None:
+    getattr(core, function)(**PRODUCTS[function])
+    with pytest.raises(ValueError, match=message):
+        getattr(core, function)(**PRODUCTS[function] | bad)
+
+
 @pytest.mark.parametrize("bad", [{"n": 2**63}, {"x": -1}, {"x": 2**64}, {"n": 1.5}, {"dtype": "float32"}], ids=str)
 def test_arguments_of_the_wrong_type_raise(core: ModuleType, bad: dict[str, Any]) -> None:
     with pytest.raises(TypeError):

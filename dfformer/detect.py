@@ -22,6 +22,7 @@ except ImportError as error:
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import nms
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 from torchvision.transforms import v2
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 _STRIDES = (8, 16, 32, 64, 128)  # of the pyramid's maps; the first three are the encoder's
 _MOST_FOUND = 100  # objects an image, COCO's number
 _SHOWN = 6  # images in predictions.png
-_SURE = 0.3  # score from which on an object is drawn
+_SURE = 0.3  # score of what is drawn
 _MEASURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 
 Batch = tuple[list[Tensor], list[Target]]
@@ -292,8 +293,10 @@ def _loader(dataset: Any, workers: int, place: Place) -> DataLoader:
 
 
 def _drawn(objects: Target) -> dict[str, np.ndarray]:
-    sure = objects["scores"] >= _SURE
-    return {name: values[sure].numpy() for name, values in objects.items()}
+    """What is sure enough to be drawn: at one place the best of all classes."""
+    kept = nms(objects["boxes"], objects["scores"], iou_threshold=0.5)
+    kept = kept[objects["scores"][kept] >= _SURE]
+    return {name: values[kept].numpy() for name, values in objects.items()}
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:

@@ -224,15 +224,19 @@ class MetaFormer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the stages after the last index, ``fork_feat``'s norms of stages that are not taken, and on request
-        the norm and the head; returns the indices."""
+        """Removes the stages after the last index, and on request the norm and the head; returns the indices.
+
+        Of ``fork_feat``'s norms those of stages that are left but not taken stop learning: nothing would teach them.
+        """
         taken, last = self._taken(indices)
         stages = len(self.stages)
         pruned = last < stages - 1
         self.downsample_layers, self.stages = self.downsample_layers[: last + 1], self.stages[: last + 1]
         if self.fork_feat:
-            for i in set(range(stages)) - set(taken):
+            for i in range(last + 1, stages):
                 delattr(self, f"norm{i}")
+            for i in range(last + 1):
+                self.get_submodule(f"norm{i}").requires_grad_(i in taken)
         if pruned:  # the norm and the head were for features that are gone
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_norm or pruned:

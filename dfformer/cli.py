@@ -169,6 +169,8 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    if arguments.topk < 1 or arguments.batch_size < 1 or arguments.workers < 0:
+        raise ValueError("--topk and --batch-size: accepted are numbers from 1 up; --workers: from 0 up")
     return _of_task("prediction", [arguments.checkpoint] if arguments.checkpoint else [], arguments)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 
 try:
+    import pycocotools  # noqa: F401 (torchmetrics misses it only when it measures, after an epoch)
     from torchmetrics.detection import MeanAveragePrecision
 except ImportError as error:
     raise RuntimeError(f"detection needs {error.name}: pip install 'dfformer[dense]'") from error

@@ -114,8 +114,6 @@ def predict_files(arguments: argparse.Namespace, run: Run, value: str = "probabi
 
     Returns 1 if any image failed, after all the others are done. ``value`` is the name in JSON of a class's number.
     """
-    if arguments.topk < 1 or arguments.batch_size < 1 or arguments.workers < 0:
-        raise ValueError("--topk and --batch-size: accepted are numbers from 1 up; --workers: from 0 up")
     paths = list(image_files(arguments.inputs))
     if not paths:
         raise ValueError(f"no images in {', '.join(map(str, arguments.inputs))}")

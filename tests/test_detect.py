@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from test_train import assert_same_result, history, steps, torchrun
 from dfformer import boxes, detect
 from dfformer.checkpoint import CheckpointError, save_checkpoint
 from dfformer.cli import main
+from dfformer.tasks import task_part
 from dfformer.train_config import parse
 from dfformer.train_task import Place
 
@@ -448,6 +450,15 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     save_checkpoint({"a": torch.zeros(1)}, tmp_path / "m.safetensors", "dfformer_s18")
     with pytest.raises(CheckpointError, match="is not of detection"):
         detect.load_detector(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("package", ["torchmetrics.detection", "pycocotools"])
+def test_without_the_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before training starts, not when it measures."""
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "dfformer.detect")
+    with pytest.raises(RuntimeError, match=rf"needs {package}: pip install 'dfformer\[dense\]'"):
+        task_part("detect", "training")
 
 
 def test_what_is_drawn() -> None:

@@ -129,13 +129,28 @@ void bind_pack(std::int64_t N, std::int64_t K, Address weight, Address panels, i
     pack(matrix("weight", weight, N * K), N, K, result("panels", panels, N * K), threads);
 }
 
+// Address of a weight, or null, and eps.
+using NormArguments = std::optional<std::pair<Address, double>>;
+// Addresses of x and of a scale, which may be null.
+using ResidualArguments = std::optional<std::pair<Address, Address>>;
+
+Norm checked_norm(const NormArguments& norm) {
+    if (!norm) return {};
+    return {true, matrix("norm", norm->first, 0), static_cast<float>(norm->second)};
+}
+
+Residual checked_residual(const ResidualArguments& residual, std::int64_t n) {
+    if (!residual) return {};
+    return {matrix("residual", residual->first, n), matrix("residual's scale", residual->second, 0)};
+}
+
 void bind_product(const MatrixSizes& sizes, int layout, Address x, Address weight, Address bias, Address y,
-                  int threads) {
+                  const NormArguments& norm, const ResidualArguments& residual, int threads) {
     const auto [M, N, K] = sizes;
     check_matrices(sizes);
     check_threads(threads);
-    product({M, N, K, matrix("x", x, M * K), matrix("weight", weight, N * K), checked_layout(layout),
-             matrix("bias", bias, 0), result("y", y, M * N)},
+    product({M, N, K, matrix("x", x, M * K), checked_norm(norm), matrix("weight", weight, N * K),
+             checked_layout(layout), matrix("bias", bias, 0), checked_residual(residual, M * N), result("y", y, M * N)},
             threads);
 }
 
@@ -148,17 +163,29 @@ void bind_weight_gradient(const MatrixSizes& sizes, Address grad_y, Address x, A
 }
 
 void bind_mlp(const MatrixSizes& sizes, std::int64_t hidden, int layout, Address x, Address weight1, double scale,
-              double bias, Address weight2, Address bias2, Address before, Address y, int threads) {
+              double bias, Address weight2, Address bias2, Address before, Address y, const NormArguments& norm,
+              const ResidualArguments& residual, int threads) {
     const auto [M, N, K] = sizes;
     check_matrices({M, hidden, K});
     check_matrices({M, N, hidden});
     check_threads(threads);
     if (checked_layout(layout) == Layout::columns)
         throw std::invalid_argument("layout: got code 1, accepted for an MLP are 0 and 2");
-    mlp({M, N, K, hidden, matrix("x", x, M * K), matrix("weight1", weight1, hidden * K), static_cast<float>(scale),
-         static_cast<float>(bias), matrix("weight2", weight2, N * hidden), checked_layout(layout),
-         matrix("bias2", bias2, 0), result("before", before, 0), result("y", y, M * N)},
+    mlp({M, N, K, hidden, matrix("x", x, M * K), checked_norm(norm), matrix("weight1", weight1, hidden * K),
+         static_cast<float>(scale), static_cast<float>(bias), matrix("weight2", weight2, N * hidden),
+         checked_layout(layout), matrix("bias2", bias2, 0), checked_residual(residual, M * N),
+         result("before", before, 0), result("y", y, M * N)},
         threads);
+}
+
+void bind_norm_mean(const std::array<std::int64_t, 3>& sizes, Address x, const NormArguments& norm, Address y,
+                    int threads) {
+    const auto [B, P, K] = sizes;
+    for (const std::int64_t size : sizes)
+        if (size < 0) throw std::invalid_argument("sizes: got " + std::to_string(size) + ", accepted are 0 and more");
+    num_elements({B, P, K, 8});
+    check_threads(threads);
+    norm_mean({B, P, K, matrix("x", x, B * P * K), checked_norm(norm), result("y", y, B * K)}, threads);
 }
 
 const void* required(const char* name, Address address) { return input(name, address, 1); }
@@ -262,12 +289,14 @@ PYBIND11_MODULE(_C, m) {
     m.def("pack", &bind_pack, no_gil, py::arg("N"), py::arg("K"), py::arg("weight"), py::arg("panels"),
           py::arg("threads"));
     m.def("product", &bind_product, no_gil, py::arg("sizes"), py::arg("layout"), py::arg("x"), py::arg("weight"),
-          py::arg("bias"), py::arg("y"), py::arg("threads"));
+          py::arg("bias"), py::arg("y"), py::arg("norm"), py::arg("residual"), py::arg("threads"));
     m.def("weight_gradient", &bind_weight_gradient, no_gil, py::arg("sizes"), py::arg("grad_y"), py::arg("x"),
           py::arg("grad"), py::arg("add"), py::arg("threads"));
     m.def("mlp", &bind_mlp, no_gil, py::arg("sizes"), py::arg("hidden"), py::arg("layout"), py::arg("x"),
           py::arg("weight1"), py::arg("scale"), py::arg("bias"), py::arg("weight2"), py::arg("bias2"),
-          py::arg("before"), py::arg("y"), py::arg("threads"));
+          py::arg("before"), py::arg("y"), py::arg("norm"), py::arg("residual"), py::arg("threads"));
+    m.def("norm_mean", &bind_norm_mean, no_gil, py::arg("sizes"), py::arg("x"), py::arg("norm"), py::arg("y"),
+          py::arg("threads"));
     m.attr("cufft_plans_per_device") = cufft::plans_per_device;
     m.def("cufft_open", &cufft::open, no_gil, py::arg("path"));
     m.def("cufft_plan", &bind_cufft_plan, no_gil, py::arg("device"), py::arg("shape"), py::arg("dtype"),

@@ -79,13 +79,28 @@ int panel_width();
 // what every product makes of its weight first.
 void pack(const float* weight, std::int64_t N, std::int64_t K, float* panels, int threads);
 
-// y (M,N) = x (M,K) W^T + bias; bias (N) may be null.
+// Layer norm of rows, without bias: (row - mean) / sqrt(variance + eps) * weight.
+struct Norm {
+    bool applied;
+    const float* weight;  // null for ones
+    float eps;
+};
+
+// What is added to a result (M,N): x (M,N) * scale (N).
+struct Residual {
+    const float* x;      // null for nothing
+    const float* scale;  // null for ones
+};
+
+// y (M,N) = norm(x) (M,K) W^T + bias + residual; bias (N) may be null.
 struct Product {
     std::int64_t M, N, K;
     const float* x;
+    Norm norm;
     const float* weight;
     Layout layout;
     const float* bias;
+    Residual residual;
     float* y;
 };
 void product(const Product& problem, int threads);
@@ -100,20 +115,31 @@ struct WeightGradient {
 };
 void weight_gradient(const WeightGradient& problem, int threads);
 
-// y (M,N) = star_relu(x (M,K) W1^T) W2^T + bias2, W1 being (hidden,K) and W2 (N,hidden), both rows or both panels. What
-// StarReLU is applied to is kept in `before` (M,hidden), which may be null: then no more than a few rows of it exist at
-// a time.
+// y (M,N) = star_relu(norm(x) (M,K) W1^T) W2^T + bias2 + residual, W1 being (hidden,K) and W2 (N,hidden), both rows or
+// both panels. What StarReLU is applied to is kept in `before` (M,hidden), which may be null: then no more than a few
+// rows of it exist at a time.
 struct Mlp {
     std::int64_t M, N, K, hidden;
     const float* x;
+    Norm norm;
     const float* weight1;
     float scale, bias;
     const float* weight2;
     Layout layout;
     const float* bias2;  // (N), may be null
+    Residual residual;
     float* before;
     float* y;
 };
 void mlp(const Mlp& problem, int threads);
+
+// y (B,K) = the mean over P of norm(x), x being (B,P,K).
+struct NormMean {
+    std::int64_t B, P, K;
+    const float* x;
+    Norm norm;
+    float* y;
+};
+void norm_mean(const NormMean& problem, int threads);
 
 }  // namespace dfformer

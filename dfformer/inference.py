@@ -14,13 +14,14 @@ from dfformer.layers import (
     GlobalFilter,
     Linear,
     Mlp,
+    PackedLinear,
+    PackedMlp,
     SepConv,
     SpectralFilter,
     StarReLU,
     is_plain,
 )
 from dfformer.model import MetaFormerBlock
-from dfformer_kernels import cpu, dense, linear, mlp
 
 DTYPES = (None, torch.float32, torch.bfloat16)
 
@@ -54,8 +55,11 @@ def optimize_for_inference(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype}, accepted are {', '.join(map(str, DTYPES))}")
-    served = deepcopy(model).eval().requires_grad_(False)
-    with torch.no_grad():
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # tensors made in inference mode would not tell that they changed
+        served = deepcopy(model).eval().requires_grad_(False)
         if img_size is not None:
             _fix_filters(served, to_2tuple(img_size))
         for module in served.modules():
@@ -86,63 +90,6 @@ class InferenceModel(nn.Module):
         if mode:
             raise RuntimeError("a model optimised for inference cannot be trained; train the one it was made from")
         return super().train(False)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer without gradients whose weight is also kept the way products want it, where there is one."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.detach().clone())
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self._packed: tuple[tuple[object, ...], Tensor | cpu.Panels] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.packs(x):
-            return linear(x, self.weight, self.bias)
-        return dense.packed_product(x, self.packed_weight(), self.bias)
-
-    def packs(self, x: Tensor) -> bool:
-        """Whether ``x`` is multiplied by the packed weight; traced graphs hold the plain one."""
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
-        return not traced and x.dtype == self.weight.dtype and dense.can_pack(x)
-
-    def packed_weight(self) -> Tensor | cpu.Panels:
-        """Packed at first use, and again when it changed."""
-        state = (self.weight.data_ptr(), self.weight._version, dense.packing(self.weight.dtype))
-        if self._packed is None or self._packed[0] != state:
-            self._packed = state, dense.pack(self.weight)
-        return self._packed[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}, bias={self.bias is not None}"
-
-
-class PackedMlp(nn.Module):
-    """`Mlp` without gradients: ``fc2(relu(fc1(x))^2)``, StarReLU's scale and bias being in ``fc2``."""
-
-    scale: Tensor
-    bias: Tensor
-
-    def __init__(self, fc1: PackedLinear, fc2: PackedLinear) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = fc1, fc2
-        self.register_buffer("scale", fc1.weight.new_ones(1), persistent=False)
-        self.register_buffer("bias", fc1.weight.new_zeros(1), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.fc1.packs(x):
-            y = mlp(x, self.fc1.weight, (self.scale, self.bias), self.fc2.weight)
-            return y if self.fc2.bias is None else y + self.fc2.bias
-        packed1, packed2 = self.fc1.packed_weight(), self.fc2.packed_weight()
-        y = dense.packed_mlp(x.flatten(0, -2), packed1, (self.scale, self.bias), packed2, self.fc2.bias)
-        return y.unflatten(0, x.shape[:-1])
 
 
 def _fix_filters(model: nn.Module, img_size: tuple[int, int]) -> None:

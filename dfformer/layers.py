@@ -5,16 +5,18 @@ A token mixer is built as ``mixer(dim=..., size=plane)`` and maps (B,H,W,dim) to
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
-from timm.layers import to_2tuple
+from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfformer.resize import check_rule, resize_filter
-from dfformer_kernels import dynamic_filter, global_filter, linear, mlp, star_relu
+from dfformer_kernels import dynamic_filter, global_filter, inference, linear, mlp, star_relu
+from dfformer_kernels.cpu import Norm, Residual
 from dfformer_kernels.dispatch import without_autocast
+from dfformer_kernels.inference import fuses
 from dfformer_kernels.reference import compute_dtype
 
 Activation = Callable[[], nn.Module]
@@ -36,11 +38,66 @@ class StarReLU(nn.Module):
         return star_relu(x, self.scale, self.bias)
 
 
+class Around(NamedTuple):
+    """What a block computes around a branch, when that is left to the branch: ``scale x + branch(norm(x))``."""
+
+    norm: Norm
+    scale: Tensor | None
+
+
 class Linear(nn.Linear):
     """``nn.Linear`` on the fastest matrix product there is for ``x``; see `dfformer_kernels.dense`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    def fused(self, x: Tensor, norm: Norm | None = None, residual: Residual | None = None) -> Tensor:
+        """``forward(norm(x))`` plus a residual, in one step without gradients."""
+        return inference.product(x, self.weight, self.bias, norm, residual)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer without gradients whose weight is also kept the way products want it, where there is one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach().clone())
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self._packed: tuple[tuple[object, ...], inference.Packed] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.packs(x):
+            return linear(x, self.weight, self.bias)
+        return inference.product(x, self.packed_weight(), self.bias)
+
+    def fused(self, x: Tensor, norm: Norm | None = None, residual: Residual | None = None) -> Tensor:
+        """``forward(norm(x))`` plus a residual, in one step."""
+        weight = self.packed_weight() if self.packs(x) else self.weight
+        return inference.product(x, weight, self.bias, norm, residual)
+
+    def packs(self, x: Tensor) -> bool:
+        """Whether ``x`` is multiplied by the packed weight; traced graphs hold the plain one."""
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
+        return not traced and x.dtype == self.weight.dtype and inference.can_pack(x)
+
+    def packed_weight(self) -> inference.Packed:
+        """Packed at first use, and again when it changed."""
+        state = (self.weight.data_ptr(), self.weight._version, inference.packing(self.weight.dtype))
+        if self._packed is None or self._packed[0] != state:
+            self._packed = state, inference.pack(self.weight)
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}, bias={self.bias is not None}"
+
+
+PROJECTIONS = (Linear, PackedLinear)
 
 
 class Mlp(nn.Module):
@@ -56,11 +113,44 @@ class Mlp(nn.Module):
         self.act = act_layer()
         self.fc2 = Linear(hidden, out or dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, around: Around | None = None) -> Tensor:
         fc1, act, fc2 = self.fc1, self.act, self.fc2
+        if around is not None and isinstance(act, StarReLU):
+            return inference.mlp(x, fc1.weight, (act.scale, act.bias), fc2.weight, None, around.norm, around.scale)
         if is_plain(fc1, Linear) and is_plain(act, StarReLU) and is_plain(fc2, Linear):
             return mlp(x, fc1.weight, (act.scale, act.bias), fc2.weight)
         return fc2(act(fc1(x)))
+
+    def takes_around(self) -> bool:
+        return type(self.fc1) is type(self.fc2) is Linear and type(self.act) is StarReLU
+
+
+class PackedMlp(nn.Module):
+    """`Mlp` without gradients: ``fc2(relu(fc1(x))^2)``, StarReLU's scale and bias being in ``fc2``."""
+
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, fc1: PackedLinear, fc2: PackedLinear) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = fc1, fc2
+        self.register_buffer("scale", fc1.weight.new_ones(1), persistent=False)
+        self.register_buffer("bias", fc1.weight.new_zeros(1), persistent=False)
+
+    def forward(self, x: Tensor, around: Around | None = None) -> Tensor:
+        star_relu = (self.scale, self.bias)
+        packs = self.fc1.packs(x)
+        weight1, weight2 = (fc.packed_weight() if packs else fc.weight for fc in (self.fc1, self.fc2))
+        if around is not None:
+            return inference.mlp(x, weight1, star_relu, weight2, self.fc2.bias, around.norm, around.scale)
+        if not packs:
+            y = mlp(x, self.fc1.weight, star_relu, self.fc2.weight)
+            return y if self.fc2.bias is None else y + self.fc2.bias
+        y = inference.packed_mlp(x.flatten(0, -2), weight1, star_relu, weight2, self.fc2.bias)
+        return y.unflatten(0, x.shape[:-1])
+
+    def takes_around(self) -> bool:
+        return True
 
 
 def is_plain(module: nn.Module, kind: type[ModuleT]) -> TypeGuard[ModuleT]:
@@ -106,10 +196,13 @@ class SepConv(nn.Module):
         self.act2 = act2_layer()
         self.pwconv2 = Linear(med_channels, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act1(self.pwconv1(x))
-        x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.pwconv2(self.act2(x))
+    def forward(self, x: Tensor, around: Around | None = None) -> Tensor:
+        y = self.act1(_project_in(self.pwconv1, x, around))
+        y = self.dwconv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return _project_out(self.pwconv2, self.act2(y), x, around)
+
+    def takes_around(self) -> bool:
+        return _take_around(self.pwconv1, self.pwconv2)
 
 
 class SpectralFilter(nn.Module):
@@ -232,12 +325,16 @@ class DynamicFilter(SpectralFilter):
         self.act2 = act2_layer()
         self.pwconv2 = Linear(med_channels, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, around: Around | None = None) -> Tensor:
         _, H, W, _ = x.shape
-        logits = self.reweight(x.mean(dim=(1, 2))).unflatten(1, (self.num_filters, -1))
-        x, scalars = _activation_on_load(self.act1, self.pwconv1(x))
-        x = dynamic_filter(x, logits, self.filters_for((H, W)), scalars)
-        return self.pwconv2(self.act2(x))
+        mean = x.mean(dim=(1, 2)) if around is None else inference.norm_mean(x, around.norm)
+        logits = self.reweight(mean).unflatten(1, (self.num_filters, -1))
+        y, scalars = _activation_on_load(self.act1, _project_in(self.pwconv1, x, around))
+        y = dynamic_filter(y, logits, self.filters_for((H, W)), scalars)
+        return _project_out(self.pwconv2, self.act2(y), x, around)
+
+    def takes_around(self) -> bool:
+        return _take_around(self.pwconv1, self.pwconv2)
 
 
 class GlobalFilter(SpectralFilter):
@@ -264,11 +361,14 @@ class GlobalFilter(SpectralFilter):
         self.act2 = act2_layer()
         self.pwconv2 = Linear(med_channels, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, around: Around | None = None) -> Tensor:
         _, H, W, _ = x.shape
-        x, scalars = _activation_on_load(self.act1, self.pwconv1(x))
-        x = global_filter(x, self.filters_for((H, W)), scalars)
-        return self.pwconv2(self.act2(x))
+        y, scalars = _activation_on_load(self.act1, _project_in(self.pwconv1, x, around))
+        y = global_filter(y, self.filters_for((H, W)), scalars)
+        return _project_out(self.pwconv2, self.act2(y), x, around)
+
+    def takes_around(self) -> bool:
+        return _take_around(self.pwconv1, self.pwconv2)
 
 
 class AFNO2D(nn.Module):
@@ -369,12 +469,41 @@ class Scale(nn.Module):
         return x * self.scale
 
 
-def add_residual(x: Tensor, scale: nn.Module, branch: Tensor) -> Tensor:
-    """``scale(x) + branch``, with a `Scale` in one pass."""
+def add_branch(x: Tensor, scale: nn.Module, norm: nn.Module, branch: nn.Module, drop_path: nn.Module) -> Tensor:
+    """``scale(x) + drop_path(branch(norm(x)))``, in as few passes as there can be where nobody sees what is between."""
+    around = _around(scale, norm, branch, drop_path) if fuses(x) else None
+    if around is not None:
+        return branch(x, around)
+    y = drop_path(branch(norm(x)))
     if not is_plain(scale, Scale):
-        return scale(x) + branch
-    with without_autocast(x.device):  # which would copy the branch to x's dtype first
-        return torch.addcmul(branch, x, scale.scale)
+        return scale(x) + y
+    with without_autocast(x.device):  # which would copy y to x's dtype first
+        return torch.addcmul(y, x, scale.scale)
+
+
+def _around(scale: nn.Module, norm: nn.Module, branch: Any, drop_path: nn.Module) -> Around | None:
+    """What ``branch`` computes too where it can, these modules are the usual ones, and nothing hooks into any."""
+    if not hasattr(branch, "takes_around") or has_hooks(branch) or not branch.takes_around():
+        return None
+    if not is_plain(drop_path, nn.Identity) and not (is_plain(drop_path, DropPath) and not drop_path.training):
+        return None
+    if not is_plain(norm, nn.LayerNorm) or getattr(norm, "bias", None) is not None:
+        return None
+    if not is_plain(scale, Scale):
+        return Around(Norm(norm.weight, norm.eps), None) if is_plain(scale, nn.Identity) else None
+    return Around(Norm(norm.weight, norm.eps), scale.scale)
+
+
+def _take_around(*projections: nn.Module) -> bool:
+    return all(type(projection) in PROJECTIONS for projection in projections)
+
+
+def _project_in(projection: Any, x: Tensor, around: Around | None) -> Tensor:
+    return projection(x) if around is None else projection.fused(x, norm=around.norm)
+
+
+def _project_out(projection: Any, y: Tensor, x: Tensor, around: Around | None) -> Tensor:
+    return projection(y) if around is None else projection.fused(y, residual=Residual(x, around.scale))
 
 
 def conv_output_size(plane: tuple[int, int], kernel_size: int, stride: int, padding: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from dfformer.layers import (
     Scale,
     SpectralFilter,
     StarReLU,
-    add_residual,
+    add_branch,
     conv_output_size,
     has_hooks,
 )
@@ -28,7 +28,7 @@ TokenMixer = Callable[..., nn.Module]
 STEM, DOWNSAMPLE = (7, 2), (3, 1)
 NORM_EPS = 1e-6
 # Feature map, at a stage's entrance, of as many samples as are run through the stage together for inference on a CPU.
-PART_BYTES = 2 * 2**20
+PART_BYTES = 8 * 2**20
 
 
 def _norm(dim: int, bias: bool = False) -> nn.LayerNorm:
@@ -78,8 +78,8 @@ class MetaFormerBlock(nn.Module):
         self.res_scale2 = scale()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = add_residual(x, self.res_scale1, self.drop_path1(self.token_mixer(self.norm1(x))))
-        return add_residual(x, self.res_scale2, self.drop_path2(self.mlp(self.norm2(x))))
+        x = add_branch(x, self.res_scale1, self.norm1, self.token_mixer, self.drop_path1)
+        return add_branch(x, self.res_scale2, self.norm2, self.mlp, self.drop_path2)
 
 
 class MetaFormer(nn.Module):

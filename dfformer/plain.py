@@ -32,8 +32,8 @@ def _mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: 
     return F.linear(reference.star_relu(F.linear(x, weight1), *star_relu), weight2)
 
 
-def _add_residual(x: Tensor, scale: nn.Module, branch: Tensor) -> Tensor:
-    return scale(x) + branch
+def _add_branch(x: Tensor, scale: nn.Module, norm: nn.Module, branch: nn.Module, drop_path: nn.Module) -> Tensor:
+    return scale(x) + drop_path(branch(norm(x)))
 
 
 _PLAIN = {
@@ -42,7 +42,5 @@ _PLAIN = {
     "dfformer.layers.star_relu": reference.star_relu,
     "dfformer.layers.linear": F.linear,
     "dfformer.layers.mlp": _mlp,
-    "dfformer.model.add_residual": _add_residual,
-    "dfformer.inference.linear": F.linear,
-    "dfformer.inference.mlp": _mlp,
+    "dfformer.model.add_branch": _add_branch,
 }

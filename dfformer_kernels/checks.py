@@ -81,6 +81,52 @@ def check_mlp_backward(
             _fail(op, name, f"shape {(x.shape[0], columns)}", _shape(t))
 
 
+def check_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+) -> None:
+    op = "norm_linear"
+    _check_matrix(op, "x", x, "weight", weight, x)
+    N, K = weight.shape
+    given = {"norm_weight": (norm_weight, (K,)), "bias": (bias, (N,)), "residual_scale": (residual_scale, (N,))}
+    _check_shapes(op, x, {**given, "residual": (residual, (*x.shape[:-1], N))})
+    for name, t, needed, whole in (
+        ("norm_weight", norm_weight, "eps", eps),
+        ("residual_scale", residual_scale, "residual", residual),
+    ):
+        if t is not None and whole is None:
+            _fail(op, name, f"None where {needed} is", "a tensor")
+
+
+def check_norm_mlp(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    weight1: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    residual_scale: Tensor | None,
+) -> None:
+    op = "norm_mlp"
+    _check_x(op, x)
+    _check_matrix(op, "x", x, "weight1", weight1, x)
+    hidden, K = weight1.shape
+    vectors = {"norm_weight": norm_weight, "bias2": bias2, "residual_scale": residual_scale}
+    _check_shapes(op, x, {**{name: (t, (K,)) for name, t in vectors.items()}, "weight2": (weight2, (K, hidden))})
+    _check_scalars(op, x, scale, bias)
+
+
+def check_norm_mean(x: Tensor, norm_weight: Tensor | None) -> None:
+    K = _check_plane("norm_mean", x)[3]
+    _check_shapes("norm_mean", x, {"norm_weight": (norm_weight, (K,))})
+
+
 def check_tensors(op: str, **arguments: object) -> None:
     for name, argument in arguments.items():
         if not isinstance(argument, Tensor):
@@ -129,6 +175,16 @@ def _check_same_kind(op: str, name: str, x: Tensor, t: Tensor) -> None:
     _check_device(op, name, x, t)
     if t.dtype != x.dtype:
         _fail(op, name, f"dtype {_names([x.dtype])}, that of x", _names([t.dtype]), TypeError)
+
+
+def _check_shapes(op: str, x: Tensor, given: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    """Tensors, where there are any, of x's dtype and device and of these shapes."""
+    for name, (t, shape) in given.items():
+        if t is None:
+            continue
+        _check_same_kind(op, name, x, t)
+        if t.shape != shape:
+            _fail(op, name, f"shape {shape}", _shape(t))
 
 
 def _check_spectral(op: str, name: str, x: Tensor, t: Tensor, shape: tuple[int, ...], meaning: str) -> None:

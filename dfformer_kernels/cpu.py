@@ -138,13 +138,57 @@ class _Weight:
         self.address = _matrix(self.stored, *((self.K, self.N) if self.layout else (self.N, self.K)))
 
 
-def product(x: Tensor, weight: Tensor | Panels, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` (M,N) of float32 matrices: x (M,K), weight (N,K), bias (N,)."""
+class Norm(NamedTuple):
+    """A layer norm of rows without bias: its weight (K,), if it has one, and what is added to the variance."""
+
+    weight: Tensor | None
+    eps: float
+
+    def arguments(self, K: int) -> tuple[int, float]:
+        return _vector(self.weight, K), self.eps
+
+
+class Residual(NamedTuple):
+    """What is added to a product (M,N): ``x`` (M,N), each column times its ``scale`` (N,) if there is one."""
+
+    x: Tensor
+    scale: Tensor | None
+
+    def arguments(self, M: int, N: int) -> tuple[int, int]:
+        return _matrix(self.x, M, N), _vector(self.scale, N)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor | Panels,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    residual: Residual | None = None,
+) -> Tensor:
+    """``norm(x) @ weight.T + bias + residual`` (M,N) of float32 matrices: x (M,K), weight (N,K), bias (N,)."""
     x, w, bias = x.contiguous(), _Weight(weight), None if bias is None else bias.contiguous()
     M = len(x)
     y = memory.empty((M, w.N), x)
-    bias_address = 0 if bias is None else _matrix(bias, w.N)
-    core().product((M, w.N, w.K), w.layout, _matrix(x, M, w.K), w.address, bias_address, _matrix(y, M, w.N), _threads())
+    core().product(
+        (M, w.N, w.K),
+        w.layout,
+        _matrix(x, M, w.K),
+        w.address,
+        _vector(bias, w.N),
+        _matrix(y, M, w.N),
+        norm and norm.arguments(w.K),
+        residual and residual.arguments(M, w.N),
+        _threads(),
+    )
+    return y
+
+
+def norm_mean(x: Tensor, norm: Norm) -> Tensor:
+    """The mean of ``norm(x)`` (B,K) over the P rows of each sample; x (B,P,K) float32, not empty."""
+    x = x.contiguous()
+    B, P, K = x.shape
+    y = x.new_empty(B, K)
+    core().norm_mean((B, P, K), _matrix(x, B, P, K), norm.arguments(K), _matrix(y, B, K), _threads())
     return y
 
 
@@ -167,9 +211,11 @@ def mlp(
     weight2: Tensor | Panels,
     bias2: Tensor | None = None,
     keep: bool = False,
+    norm: Norm | None = None,
+    residual: Residual | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``star_relu(x @ weight1.T) @ weight2.T + bias2`` (M,N) of float32 matrices, and, if it is to be kept, what
-    StarReLU is applied to (M,hidden), else (0,hidden). Both weights are packed, or none."""
+    """``star_relu(norm(x) @ weight1.T) @ weight2.T + bias2 + residual`` (M,N) of float32 matrices, and, if it is to be
+    kept, what StarReLU is applied to (M,hidden), else (0,hidden). Both weights are packed, or none."""
     x, bias2 = x.contiguous(), None if bias2 is None else bias2.contiguous()
     w1, w2 = (_Weight(w if isinstance(w, Panels) else w.contiguous()) for w in (weight1, weight2))
     if w1.layout != w2.layout or w1.N != w2.K:
@@ -186,9 +232,11 @@ def mlp(
         scale.item(),
         bias.item(),
         w2.address,
-        0 if bias2 is None else _matrix(bias2, N),
+        _vector(bias2, N),
         _matrix(before, M, hidden) if keep else 0,
         _matrix(y, M, N),
+        norm and norm.arguments(K),
+        residual and residual.arguments(M, N),
         _threads(),
     )
     return y, before
@@ -281,6 +329,10 @@ def _matrix(t: Tensor, *shape: int) -> int:
             f"with strides {t.stride()} on {t.device}"
         )
     return t.data_ptr()
+
+
+def _vector(t: Tensor | None, n: int) -> int:
+    return 0 if t is None else _matrix(t, n)
 
 
 def _address(t: Tensor | None, like: Tensor | None = None) -> int:

@@ -23,10 +23,8 @@ from dfformer_kernels.ops import differentiate, register
 # Hidden activations of an MLP's chunk: less than the caches of two cores, and enough rows for the products to run at
 # full rate (docs/model_speed.md).
 CHUNK_BYTES = 4 * 2**20
-# Rows that oneDNN lays a weight out for: any number runs.
-PACKED_FOR_ROWS = 784
 
-_X86 = platform.machine().lower() in ("x86_64", "amd64")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., N). Saves ``x`` and ``weight`` for backward.
     """
-    if _X86 and x.is_cpu and x.dtype == torch.float32 and not _autocast_dtype(x):
+    if for_core(x):
         return torch.ops.dfformer.linear(x, weight, bias, requested_backend(None))
     return F.linear(x, weight, bias)
 
@@ -60,14 +58,20 @@ def mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: T
     """
     scale, bias = star_relu
     checks.check_tensors("mlp", x=x, weight1=weight1, scale=scale, bias=bias, weight2=weight2)
-    if dtype := _autocast_dtype(x):
+    if dtype := autocast_dtype(x):
         x, weight1, weight2 = x.to(dtype), weight1.to(dtype), weight2.to(dtype)
     rows = x.reshape(-1, x.shape[-1]) if x.dim() else x  # which the operator refuses
     y = torch.ops.dfformer.mlp(rows, weight1, scale, bias, weight2, requested_backend(None))
     return y.view(*x.shape[:-1], weight2.shape[0])
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def for_core(x: Tensor) -> bool:
+    """Whether products with x are the compiled core's where there is one. Elsewhere than on x86 the makers' libraries
+    use units of the processor that it does not have."""
+    return X86 and x.is_cpu and x.dtype == torch.float32 and not autocast_dtype(x)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts the arguments of ``F.linear`` to; None where it leaves them."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
@@ -78,81 +82,31 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 # Products
 
 
-def _by_core(x: Tensor, backend: str | None) -> bool:
-    """Whether the compiled core multiplies x. Elsewhere than on x86 the makers' libraries use units of the processor
-    that it does not have."""
-    if not (_X86 and x.is_cpu and x.dtype == torch.float32):
-        return False
-    return kernel_for("star_relu", backend, (x, x, x)) is cpu.star_relu
+def by_core(x: Tensor, backend: str | None) -> bool:
+    """Whether the compiled core multiplies x, here and on this backend."""
+    return for_core(x) and kernel_for("star_relu", backend, (x, x, x)) is cpu.star_relu
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
     """``x @ weight.T + bias``; x (M, K), weight (N, K) contiguous or transposed."""
-    return cpu.product(x, weight, bias) if _by_core(x, backend) else F.linear(x, weight, bias)
+    return cpu.product(x, weight, bias) if by_core(x, backend) else F.linear(x, weight, bias)
 
 
 def _weight_gradient(grad_y: Tensor, x: Tensor, backend: str | None) -> Tensor:
     """``grad_y.T @ x`` (N, K) of grad_y (M, N) and x (M, K)."""
-    return cpu.weight_gradient(grad_y, x) if _by_core(x, backend) else grad_y.t() @ x
-
-
-# Weights laid out for products once, for those that do not change
-
-
-def can_pack(x: Tensor) -> bool:
-    """Whether products with x are faster when the weight is packed: float32 by the core, bfloat16 by oneDNN."""
-    if not x.is_cpu or x.numel() == 0 or _autocast_dtype(x):
-        return False
-    if x.dtype != torch.bfloat16:
-        return _by_core(x, requested_backend(None))
-    return _X86 and torch._C._get_mkldnn_enabled() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def packing(dtype: torch.dtype) -> tuple[torch.dtype, int]:
-    """What the layout of packed weights depends on."""
-    return dtype, cpu.core().panel_width() if dtype == torch.float32 else 0
-
-
-def pack(weight: Tensor) -> Tensor | cpu.Panels:
-    """A weight (N, K) in the layout that `packed_product` takes; opaque to everything else."""
-    if weight.dtype == torch.float32:
-        return cpu.pack(weight)
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
-
-
-def packed_product(x: Tensor, packed: Tensor | cpu.Panels, bias: Tensor | None) -> Tensor:
-    """``F.linear`` with a weight that `pack` made, for an x that `can_pack`."""
-    if isinstance(packed, cpu.Panels):
-        return cpu.product(_rows(x), packed, bias).view(*x.shape[:-1], packed.N)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
-def packed_mlp(
-    x: Tensor,
-    packed1: Tensor | cpu.Panels,
-    star_relu: tuple[Tensor, Tensor],
-    packed2: Tensor | cpu.Panels,
-    bias2: Tensor | None,
-) -> Tensor:
-    """`mlp` of rows x (M, K) with weights that `pack` made, for an x that `can_pack`, plus ``bias2`` (N,)."""
-    if isinstance(packed1, cpu.Panels) or isinstance(packed2, cpu.Panels):
-        return cpu.mlp(x, packed1, *star_relu, packed2, bias2)[0]
-    y = memory.empty((len(x), packed2.shape[0]), x)
-    for rows in chunks(x, packed1.shape[0]):
-        y[rows] = packed_product(star_relu_(packed_product(x[rows], packed1, None), *star_relu), packed2, bias2)
-    return y
+    return cpu.weight_gradient(grad_y, x) if by_core(x, backend) else grad_y.t() @ x
 
 
 # linear
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
     checks.check_linear(x, weight, bias)
-    y = _product(_rows(x), weight, bias, backend)
+    y = _product(rows_of(x), weight, bias, backend)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -164,7 +118,7 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | 
 def _linear_backward(grad_y: Tensor, x: Tensor, weight: Tensor, needs: list[bool], backend: str | None) -> list[Tensor]:
     checks.check_linear_backward(grad_y, x, weight, needs)
     need_x, need_weight, need_bias = needs
-    grad_y, rows = _rows(grad_y), _rows(x)
+    grad_y, rows = rows_of(grad_y), rows_of(x)
     gradients = [_product(grad_y, weight.t(), None, backend).view(x.shape)] if need_x else []
     if need_weight:
         gradients.append(_weight_gradient(grad_y, rows, backend))
@@ -193,8 +147,8 @@ class LinearFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:-1])
         if torch.is_grad_enabled():  # somebody will differentiate these gradients
-            rows = _rows(grad_y)
-            all_of_them = (grad_y @ weight, rows.t() @ _rows(x), rows.sum(0))
+            rows = rows_of(grad_y)
+            all_of_them = (grad_y @ weight, rows.t() @ rows_of(x), rows.sum(0))
             gradients = compress(all_of_them, needs)
         else:
             gradients = iter(torch.ops.dfformer.linear_backward(grad_y, x, weight, needs, ctx.backend))
@@ -209,7 +163,7 @@ def _mlp(
 ) -> tuple[Tensor, Tensor]:
     """The MLP of x (M, K), and, if they are to be kept, the hidden activations before StarReLU."""
     checks.check_mlp(x, weight1, scale, bias, weight2)
-    if _by_core(x, backend):
+    if by_core(x, backend):
         return cpu.mlp(x, weight1, scale, bias, weight2, keep=keep)
     if not x.is_cpu:  # all rows at once, and nothing in place
         h = F.linear(x, weight1)

@@ -78,6 +78,14 @@ def _mlp_backward(
     return 2 * x[0] * products
 
 
+def _norm_linear(x: Shape, norm_weight: Shape, eps: float, weight: Shape, *_: Any) -> int:
+    return _linear(x, weight)
+
+
+def _norm_mlp(x: Shape, norm_weight: Shape, eps: float, weight1: Shape, *_: Any) -> int:
+    return 2 * _linear(x, weight1)
+
+
 def _nothing(*_: Any) -> int:
     return 0
 
@@ -95,6 +103,9 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "mlp": _mlp,
     "mlp_keeping_hidden": _mlp,
     "mlp_backward": _mlp_backward,
+    "norm_linear": _norm_linear,
+    "norm_mlp": _norm_mlp,
+    "norm_mean": _nothing,
 }
 
 

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS
-from conftest import require_backend, require_compiler
+from conftest import require_compiler
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfformer_kernels import cpu, dense, linear, memory, mlp, reference
+from dfformer_kernels import dense, linear, memory, mlp, reference
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -252,32 +252,6 @@ def test_compiled_for_any_batch(op: Op) -> None:
         wanted_y, wanted = differentiate(op.run, tensors, grad_y)
         for error in (relative_error(y, wanted_y), *gradient_errors(gradients, wanted)):
             assert error <= BOUND[torch.float32]
-
-
-# Weights in oneDNN's layout
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [1, 49, 1000])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_packed_product(dtype: torch.dtype, rows: int, with_bias: bool) -> None:
-    x, weight, bias = torch.randn(rows, 24, dtype=dtype), torch.randn(40, 24, dtype=dtype), torch.randn(40, dtype=dtype)
-    if not dense.can_pack(x):
-        pytest.skip("oneDNN packs weights of this dtype on other processors")
-    given_bias = bias if with_bias else None
-    y = dense.packed_product(x, dense.pack(weight), given_bias)
-    wanted = F.linear(x.double(), weight.double(), bias.double() if with_bias else None)
-    assert relative_error(y, wanted) <= BOUND[dtype]
-
-
-def test_panels_of_another_instruction_set_are_refused() -> None:
-    require_backend("cpu")
-    panels = cpu.pack(torch.randn(40, 24))
-    other = panels._replace(data=panels.data.view(-1, 24, panels.data.shape[2] // 2))
-    with pytest.raises(RuntimeError, match="the compiled core takes contiguous float32 CPU tensors, here of"):
-        cpu.product(torch.randn(3, 24), other)
-    with pytest.raises(RuntimeError, match="weights of one layout that meet"):
-        cpu.mlp(torch.randn(3, 24), panels, SCALAR, SCALAR, torch.randn(24, 40))
 
 
 # Memory

@@ -254,10 +254,12 @@ def test_null_pointers_raise(core: ModuleType, function: str, name: str) -> None
 # Sizes are 0, so that no call gets as far as the address 1 either.
 PRODUCTS: dict[str, dict[str, Any]] = {
     "pack": {"N": 0, "K": 0, "weight": 1, "panels": 1, "threads": 1},
-    "product": {"sizes": (0, 0, 0), "layout": 0, "x": 1, "weight": 1, "bias": 0, "y": 1, "threads": 1},
+    "product": {"sizes": (0, 0, 0), "layout": 0, "x": 1, "weight": 1, "bias": 0, "y": 1, "threads": 1}
+    | {"norm": None, "residual": None},
     "weight_gradient": {"sizes": (0, 0, 0), "grad_y": 1, "x": 1, "grad": 1, "add": False, "threads": 1},
     "mlp": {"sizes": (0, 0, 0), "hidden": 0, "layout": 0, "x": 1, "weight1": 1, "scale": 1.0, "bias": 0.0}
-    | {"weight2": 1, "bias2": 0, "before": 0, "y": 1, "threads": 1},
+    | {"weight2": 1, "bias2": 0, "before": 0, "y": 1, "norm": None, "residual": None, "threads": 1},
+    "norm_mean": {"sizes": (0, 0, 0), "x": 1, "norm": (0, 1e-6), "y": 1, "threads": 1},
 }
 
 
@@ -275,6 +277,10 @@ PRODUCTS: dict[str, dict[str, Any]] = {
         ("product", {"sizes": (2**63 - 1, 1, 1)}, "more bytes than 64 bits count"),
         ("product", {"sizes": (1, 1, 1), "y": 0}, "y: got a null pointer"),
         ("weight_gradient", {"sizes": (1, 1, 1), "grad": 0}, "grad: got a null pointer"),
+        ("product", {"sizes": (1, 1, 1), "residual": (0, 0)}, "residual: got a null pointer"),
+        ("norm_mean", {"sizes": (1, -1, 1)}, "sizes: got -1"),
+        ("norm_mean", {"sizes": (2**40, 2**40, 1)}, "more bytes than 64 bits count"),
+        ("norm_mean", {"sizes": (1, 1, 1), "y": 0}, "y: got a null pointer"),
         ("mlp", {"layout": 1}, "layout: got code 1, accepted for an MLP are 0 and 2"),
         ("mlp", {"hidden": -1}, "sizes: got -1"),
         ("mlp", {"sizes": (1, 1, 1), "hidden": 1, "weight2": 0}, "weight2: got a null pointer"),

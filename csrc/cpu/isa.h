@@ -66,15 +66,18 @@ struct FilterKernel {
     void (*sum_slots)(const FilterCall&, int first, int last);
 };
 
-// y (M,N) = x (M,K) W^T + plus (N), W (N,K) being packed; and, if asked for, activated = star_relu(y), which may be y.
+// y (M,N) = norm(x) (M,K) W^T + bias (N) + residual, W (N,K) being packed; then, if asked for, before = y and
+// y = star_relu(y).
 struct ProductCall {
     std::int64_t M, N, K;
     const float* x;
+    Norm norm;
     const float* panels;
-    const float* plus;  // null for zero
+    const float* bias;  // null for zero
+    Residual residual;
     float* y;
-    float* activated;  // null for none
-    float scale, bias;
+    const float* star_relu;  // its scale and bias; null for none
+    float* before;           // null for nowhere
 };
 
 // grad (N,K) = grad_y (M,N)^T x (M,K), or added to what is there.
@@ -94,12 +97,15 @@ struct ProductPart {
 struct ProductKernel {
     int tile_rows;               // at most, of a tile: rows are dealt out evenly
     int panel_width;             // columns of a panel, the last one padded with zeros
+    int block_rows;              // that are normalised together, into a thread's scratch
     std::int64_t scratch_bytes;  // of a thread, for weight_gradient
     // Panels [first, last) of a weight (N,K), stored as rows or columns.
     void (*pack)(const float* weight, Layout layout, std::int64_t N, std::int64_t K, float* panels, std::int64_t first,
                  std::int64_t last);
-    void (*multiply)(const ProductCall&, const ProductPart&);
+    void (*multiply)(const ProductCall&, void* scratch, const ProductPart&);
     void (*weight_gradient)(const GradientCall&, void* scratch, const ProductPart&);
+    // sum (K) of rows (rows,K), each normalised
+    void (*norm_sum)(float eps, const float* x, std::int64_t rows, std::int64_t K, float* sum);
 };
 
 struct Kernels {

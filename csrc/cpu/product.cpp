@@ -1,5 +1,6 @@
 // Drives matrix products: workspace, threads, and which part of a result each computes. Compiled for the baseline only.
 #include <algorithm>
+#include <utility>
 
 #include "isa.h"
 #include "workspace.h"
@@ -13,11 +14,15 @@ using namespace cpu;
 constexpr std::int64_t min_work_per_thread = 1 << 19;
 // Hidden activations of an MLP on one thread stay in its L2 cache, with panels of the weights.
 constexpr std::int64_t hidden_bytes_per_thread = 384 * 1024, min_rows_per_thread = 48;
+// Rows that are added up in float32.
+constexpr std::int64_t rows_in_slice = 256;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 int threads_for(std::int64_t M, std::int64_t N, std::int64_t K, int threads) {
-    const double work = static_cast<double>(M) * static_cast<double>(N) * static_cast<double>(K);
+    // Packing a weight takes as long as a few rows do.
+    const double work =
+        static_cast<double>(std::max<std::int64_t>(M, 8)) * static_cast<double>(N) * static_cast<double>(K);
     return static_cast<int>(std::clamp(work / min_work_per_thread, 1.0, static_cast<double>(threads)));
 }
 
@@ -47,6 +52,23 @@ class Parts {
     int rows_, columns_ = 1;
 };
 
+// As many bytes for each thread.
+class Scratch {
+  public:
+    Scratch(std::int64_t bytes, int threads) : bytes_(padded(bytes)), memory_(allocate(bytes_ * threads)) {}
+    char* operator[](int thread) const { return memory_.get() + thread * bytes_; }
+
+  private:
+    std::int64_t bytes_;
+    Memory memory_;
+};
+
+// For the rows that a product normalises.
+Scratch row_scratch(const Norm& norm, std::int64_t K, int threads) {
+    const std::int64_t row_bytes = K * std::int64_t{sizeof(float)};
+    return {norm.applied ? active_kernels().product.block_rows * row_bytes : 0, threads};
+}
+
 // A weight as panels: packed here unless it came so. Its steps are called by all threads of a parallel region.
 class Weight {
   public:
@@ -62,11 +84,16 @@ class Weight {
             kernel_.pack(weight_, layout_, N_, K_, packed(), panel, panel + 1);
     }
     // The call's y, by so many threads.
-    void multiply(ProductCall call, int threads) const {
+    void multiply(ProductCall call, const Scratch& scratch, int threads) const {
         call.panels = layout_ == Layout::panels ? weight_ : packed();
         const Parts parts(ceil_div(call.M, kernel_.tile_rows), panels_, threads);
 #pragma omp for schedule(static)
-        for (int i = 0; i < threads; i++) kernel_.multiply(call, parts[i]);
+        for (int i = 0; i < threads; i++) kernel_.multiply(call, scratch[i], parts[i]);
+    }
+    // The same by one thread alone.
+    void multiply_alone(ProductCall call, const Scratch& scratch, int thread) const {
+        call.panels = layout_ == Layout::panels ? weight_ : packed();
+        kernel_.multiply(call, scratch[thread], {0, ceil_div(call.M, kernel_.tile_rows), 0, panels_});
     }
 
   private:
@@ -92,14 +119,15 @@ void pack(const float* weight, std::int64_t N, std::int64_t K, float* panels, in
 }
 
 void product(const Product& problem, int threads) {
-    const auto [M, N, K, x, stored, layout, bias, y] = problem;
+    const auto [M, N, K, x, norm, stored, layout, bias, residual, y] = problem;
     const int used = threads_for(M, N, K, threads);
     const Weight weight(stored, layout, N, K);
-    const ProductCall call{M, N, K, x, nullptr, bias, y, nullptr, 0, 0};
+    const Scratch rows = row_scratch(norm, K, used);
+    const ProductCall call{M, N, K, x, norm, nullptr, bias, residual, y, nullptr, nullptr};
 #pragma omp parallel num_threads(used) if (used > 1)
     {
         weight.pack();
-        weight.multiply(call, used);
+        weight.multiply(call, rows, used);
     }
 }
 
@@ -108,33 +136,78 @@ void weight_gradient(const WeightGradient& problem, int threads) {
     const ProductKernel& kernel = active_kernels().product;
     const int used = threads_for(M, N, K, threads);
     const Parts parts(ceil_div(N, kernel.tile_rows), ceil_div(K, kernel.panel_width), used);
-    const std::int64_t scratch_bytes = padded(kernel.scratch_bytes);
-    const Memory scratch = allocate(used * scratch_bytes);
+    const Scratch scratch(kernel.scratch_bytes, used);
     const GradientCall call{M, N, K, grad_y, x, grad, add};
 #pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
-    for (int i = 0; i < used; i++) kernel.weight_gradient(call, scratch.get() + i * scratch_bytes, parts[i]);
+    for (int i = 0; i < used; i++) kernel.weight_gradient(call, scratch[i], parts[i]);
 }
 
 void mlp(const Mlp& problem, int threads) {
-    const auto [M, N, K, hidden, x, stored1, scale, bias, stored2, layout, bias2, before, y] = problem;
+    const auto [M, N, K, hidden, x, norm, stored1, scale, bias, stored2, layout, bias2, residual, before, y] = problem;
     const int used = threads_for(M, hidden, K + N, threads);
     const Weight weight1(stored1, layout, hidden, K), weight2(stored2, layout, N, hidden);
+    const float star_relu[] = {scale, bias};
     const std::int64_t row_bytes = std::max<std::int64_t>(hidden, 1) * std::int64_t{sizeof(float)};
-    const std::int64_t rows_per_thread =
-        std::max<std::int64_t>(hidden_bytes_per_thread / row_bytes, min_rows_per_thread);
-    const std::int64_t chunks = std::max<std::int64_t>(ceil_div(M, rows_per_thread * used), 1);
-    const Memory memory = allocate(padded(ceil_div(M, chunks) * row_bytes));
-    auto* const activated = reinterpret_cast<float*>(memory.get());
+    const std::int64_t rows_in_chunk = std::max<std::int64_t>(hidden_bytes_per_thread / row_bytes, min_rows_per_thread);
+    // Few rows are one chunk, shared by all threads. Of many, each thread has chunks of its own.
+    const bool shared = M < used * min_rows_per_thread;
+    const std::int64_t chunks = shared ? 1 : ceil_div(ceil_div(M, rows_in_chunk), used) * used;
+    const Scratch activated(ceil_div(M, chunks) * row_bytes, shared ? 1 : used);
+    const Scratch rows = row_scratch(norm, K, used);
+    const auto calls = [&](std::int64_t chunk, int thread) {
+        const std::int64_t m = chunk * M / chunks, count = (chunk + 1) * M / chunks - m;
+        auto* const h = reinterpret_cast<float*>(activated[thread]);
+        const Residual added{residual.x ? residual.x + m * N : nullptr, residual.scale};
+        return std::pair{ProductCall{count,
+                                     hidden,
+                                     K,
+                                     x + m * K,
+                                     norm,
+                                     nullptr,
+                                     nullptr,
+                                     {},
+                                     h,
+                                     star_relu,
+                                     before ? before + m * hidden : nullptr},
+                         ProductCall{count, N, hidden, h, {}, nullptr, bias2, added, y + m * N, nullptr, nullptr}};
+    };
 #pragma omp parallel num_threads(used) if (used > 1)
     {
         weight1.pack();
         weight2.pack();
-        for (std::int64_t chunk = 0; chunk < chunks; chunk++) {
-            const std::int64_t m = chunk * M / chunks, rows = (chunk + 1) * M / chunks - m;
-            float* const h = before ? before + m * hidden : activated;
-            weight1.multiply({rows, hidden, K, x + m * K, nullptr, nullptr, h, activated, scale, bias}, used);
-            weight2.multiply({rows, N, hidden, activated, nullptr, bias2, y + m * N, nullptr, 0, 0}, used);
+        if (shared) {
+            const auto [first, second] = calls(0, 0);
+            weight1.multiply(first, rows, used);
+            weight2.multiply(second, rows, used);
+        } else {
+#pragma omp for schedule(static)
+            for (int thread = 0; thread < used; thread++)
+                for (std::int64_t chunk = thread * chunks / used; chunk < (thread + 1) * chunks / used; chunk++) {
+                    const auto [first, second] = calls(chunk, thread);
+                    weight1.multiply_alone(first, rows, thread);
+                    weight2.multiply_alone(second, rows, thread);
+                }
         }
+    }
+}
+
+void norm_mean(const NormMean& problem, int threads) {
+    const auto [B, P, K, x, norm, y] = problem;
+    const ProductKernel& kernel = active_kernels().product;
+    const std::int64_t slices = std::max<std::int64_t>(ceil_div(P, rows_in_slice), 1);
+    const Scratch sums(B * slices * K * std::int64_t{sizeof(float)}, 1);
+    auto* const sum = reinterpret_cast<float*>(sums[0]);
+    const int used = threads_for(B, P, K, threads);
+#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
+    for (int thread = 0; thread < used; thread++)
+        for (std::int64_t i = thread * (B * slices) / used; i < (thread + 1) * (B * slices) / used; i++) {
+            const std::int64_t slice = i % slices, first = slice * P / slices, last = (slice + 1) * P / slices;
+            kernel.norm_sum(norm.eps, x + (i / slices * P + first) * K, last - first, K, sum + i * K);
+        }
+    for (std::int64_t i = 0; i < B * K; i++) {
+        double total = 0;
+        for (std::int64_t slice = 0; slice < slices; slice++) total += sum[(i / K * slices + slice) * K + i % K];
+        y[i] = static_cast<float>(total / static_cast<double>(P)) * (norm.weight ? norm.weight[i % K] : 1);
     }
 }
 

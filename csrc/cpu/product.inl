@@ -15,18 +15,21 @@ constexpr std::int64_t max_depth = 512, gradient_depth = 256;
 // Tiles of rows that meet a panel while both are near.
 constexpr std::int64_t tiles_in_block = 16;
 
-// y (rows, panel_width) = a (rows, depth) * b (depth, panel_width) + plus; a's element (r, k) is a[r * a_row + k] or,
-// of a transposed matrix, a[r + k * a_row].
+// y (rows, panel_width) = a (rows, depth) * b (depth, panel_width) + plus + residual; a's element (r, k) is
+// a[r * a_row + k] or, of a transposed matrix, a[r + k * a_row]. Then, if asked for, before = y and y = star_relu(y).
 struct Tile {
     const float* a;
     std::int64_t a_row;
     const float* b;
     std::int64_t depth;
-    const float* plus;  // null for zero
-    std::int64_t plus_row;
-    float* y;
-    std::int64_t y_row;
-    int width;  // of y and plus, where they end within the panel
+    const float* plus = nullptr;  // null for zero
+    std::int64_t plus_row = 0;
+    float* y = nullptr;
+    std::int64_t y_row = 0;   // also of the residual and of before
+    int width = panel_width;  // of all of them, where they end within the panel
+    Residual residual = {};
+    const float* star_relu = nullptr;
+    float* before = nullptr;
 };
 
 // Loops over a tile are unrolled, or the sums would not be registers.
@@ -34,33 +37,35 @@ struct Tile {
 
 template <int rows, bool transposed>
 void multiply_tile(const Tile& t) {
+    constexpr int count = Float32::count;
     F32 sums[rows][tile_vectors];
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < tile_vectors; v++) sums[r][v] = F32{};
     for (std::int64_t k = 0; k < t.depth; k++) {
         F32 b[tile_vectors];
-        UNROLL for (int v = 0; v < tile_vectors; v++) b[v] = Float32::load(t.b + k * panel_width + v * Float32::count);
+        UNROLL for (int v = 0; v < tile_vectors; v++) b[v] = Float32::load(t.b + k * panel_width + v * count);
         UNROLL for (int r = 0; r < rows; r++) {
             const F32 a = (transposed ? t.a[r + k * t.a_row] : t.a[r * t.a_row + k]) - F32{};
             UNROLL for (int v = 0; v < tile_vectors; v++) sums[r][v] += a * b[v];
         }
     }
-    float edge[rows][panel_width];
-    const bool whole = t.width == panel_width;
-    float* y = whole ? t.y : edge[0];
-    const std::int64_t y_row = whole ? t.y_row : panel_width;
-    const auto add = [&](int r, int v) {
-        return sums[r][v] + Float32::load(t.plus + r * t.plus_row + v * Float32::count);
-    };
-    if (whole && t.plus) {
+    if (t.plus)
+        UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < tile_vectors; v++) sums[r][v] +=
+            Float32::load(t.plus + r * t.plus_row + v * count);
+    if (t.residual.x) UNROLL for (int v = 0; v < tile_vectors; v++) {
+            const F32 scale = t.residual.scale ? Float32::load(t.residual.scale + v * count) : F32{} + 1;
+            UNROLL for (int r = 0; r < rows; r++) sums[r][v] +=
+                scale * Float32::load(t.residual.x + r * t.y_row + v * count);
+        }
+    if (t.before)
         UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < tile_vectors; v++)
-            Float32::store(y + r * y_row + v * Float32::count, add(r, v));
-        return;
+            Float32::store(t.before + r * t.y_row + v * count, sums[r][v]);
+    if (t.star_relu) {
+        const F32 scale = F32{} + t.star_relu[0], bias = F32{} + t.star_relu[1];
+        UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < tile_vectors; v++) sums[r][v] =
+            StarReLU<Float32>::forward_lane(sums[r][v], scale, bias);
     }
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < tile_vectors; v++)
-        Float32::store(y + r * y_row + v * Float32::count, sums[r][v]);
-    if (whole) return;
-    for (int r = 0; r < rows; r++)
-        for (int n = 0; n < t.width; n++) t.y[r * t.y_row + n] = edge[r][n] + (t.plus ? t.plus[r * t.plus_row + n] : 0);
+        Float32::store(t.y + r * t.y_row + v * count, sums[r][v]);
 }
 
 template <bool transposed>
@@ -80,6 +85,46 @@ void multiply_rows(const Tile& tile, int rows) {
         default:
             return multiply_tile<6, transposed>(tile);
     }
+}
+
+// The same of a tile that ends within its panel: what it reads and writes of y's row is copied, so that the sums never
+// have to leave their registers on the way.
+template <bool transposed>
+void multiply_edge(const Tile& t, int rows) {
+    float plus[tile_rows][panel_width] = {}, y[tile_rows][panel_width], before[tile_rows][panel_width];
+    const float* scale = t.residual.scale;
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < t.width; n++) {
+            if (t.plus) plus[r][n] = t.plus[r * t.plus_row + n];
+            if (t.residual.x) plus[r][n] += (scale ? scale[n] : 1) * t.residual.x[r * t.y_row + n];
+        }
+    Tile padded = t;
+    padded.plus = plus[0], padded.plus_row = padded.y_row = panel_width, padded.y = y[0];
+    padded.residual = {};
+    if (t.before) padded.before = before[0];
+    multiply_rows<transposed>(padded, rows);
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < t.width; n++) {
+            t.y[r * t.y_row + n] = y[r][n];
+            if (t.before) t.before[r * t.y_row + n] = before[r][n];
+        }
+}
+
+template <bool transposed>
+void multiply_part(const Tile& tile, int rows) {
+    tile.width == panel_width ? multiply_rows<transposed>(tile, rows) : multiply_edge<transposed>(tile, rows);
+}
+
+template <int by, int... I>
+inline F32 rotate(F32 v, Indices<I...>) {
+    return __builtin_shufflevector(v, v, ((I + by) % sizeof...(I))...);
+}
+template <int lanes = Float32::count>
+inline float lane_sum(F32 v) {
+    if constexpr (lanes == 1)
+        return v[0];
+    else
+        return lane_sum<lanes / 2>(v + rotate<lanes / 2>(v, typename CountTo<Float32::count>::Type{}));
 }
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -122,6 +167,7 @@ inline void pack_columns(const float* b, std::int64_t row, std::int64_t depth, s
             F32 v[count];
             for (int i = 0; i < count; i++) {
                 const float* from = b + (column + i) * row + k;
+                __builtin_prefetch(from + count * row);
                 v[i] = column + i >= width ? F32{}
                        : deep == count     ? Float32::load(from)
                                            : load_first<Float32>(from, deep);
@@ -143,43 +189,84 @@ void pack_panels(const float* weight, Layout layout, std::int64_t N, std::int64_
     }
 }
 
-// activated = star_relu(y), of a panel's columns.
-void activate(const ProductCall& call, std::int64_t first_row, std::int64_t last_row, std::int64_t column) {
-    const F32 scale = F32{} + call.scale, bias = F32{} + call.bias;
-    for (std::int64_t m = first_row; m < last_row; m++) {
-        const float* y = call.y + m * call.N;
-        float* activated = call.activated + m * call.N;
-        for (std::int64_t n = column; n < least(column + panel_width, call.N); n += Float32::count) {
-            const int left = int(least(call.N - n, Float32::count));
-            const bool whole = left == Float32::count;
-            const F32 in = whole ? Float32::load(y + n) : load_first<Float32>(y + n, left);
-            const F32 out = StarReLU<Float32>::forward_lane(in, scale, bias);
-            whole ? Float32::store(activated + n, out) : store_first<Float32>(activated + n, out, left);
+// of a row
+struct Moments {
+    float mean, scale;  // 1 / sqrt(variance + eps)
+};
+
+inline Moments moments(const float* x, std::int64_t K, float eps) {
+    constexpr int count = Float32::count;
+    const std::int64_t whole = K - K % count;
+    F32 sums{}, squares{};
+    float sum = 0, square = 0;
+    for (std::int64_t k = 0; k < whole; k += count) sums += Float32::load(x + k);
+    for (std::int64_t k = whole; k < K; k++) sum += x[k];
+    const float mean = (sum + lane_sum(sums)) / float(K);
+    for (std::int64_t k = 0; k < whole; k += count) {
+        const F32 centred = Float32::load(x + k) - mean;
+        squares += centred * centred;
+    }
+    for (std::int64_t k = whole; k < K; k++) square += (x[k] - mean) * (x[k] - mean);
+    return {mean, 1 / __builtin_sqrtf((square + lane_sum(squares)) / float(K) + eps)};
+}
+
+void normalise(const Norm& norm, const float* x, std::int64_t rows, std::int64_t K, float* to) {
+    constexpr int count = Float32::count;
+    const std::int64_t whole = K - K % count;
+    const float* weight = norm.weight;
+    for (std::int64_t r = 0; r < rows; r++, x += K, to += K) {
+        const auto [mean, scale] = moments(x, K, norm.eps);
+        for (std::int64_t k = 0; k < whole; k += count) {
+            const F32 y = (Float32::load(x + k) - mean) * scale;
+            Float32::store(to + k, weight ? y * Float32::load(weight + k) : y);
         }
+        for (std::int64_t k = whole; k < K; k++) to[k] = (x[k] - mean) * scale * (weight ? weight[k] : 1);
+    }
+}
+
+void norm_sum(float eps, const float* x, std::int64_t rows, std::int64_t K, float* sum) {
+    for (std::int64_t k = 0; k < K; k++) sum[k] = 0;
+    for (std::int64_t r = 0; r < rows; r++, x += K) {
+        const auto [mean, scale] = moments(x, K, eps);
+        for (std::int64_t k = 0; k < K; k++) sum[k] += (x[k] - mean) * scale;
     }
 }
 
 // Tiles and panels [first, last) of y.
-void multiply(const ProductCall& call, const ProductPart& part) {
+void multiply(const ProductCall& call, void* scratch, const ProductPart& part) {
     const std::int64_t tiles = ceil_div(call.M, tile_rows), steps = at_least_one(ceil_div(call.K, max_depth));
     const auto first_row = [&](std::int64_t tile) { return tile * call.M / tiles; };
-    for (std::int64_t block = part.first_tile; block < part.last_tile; block += tiles_in_block)
+    for (std::int64_t block = part.first_tile; block < part.last_tile; block += tiles_in_block) {
+        const std::int64_t end = least(block + tiles_in_block, part.last_tile), first = first_row(block);
+        const float* x = call.x + first * call.K;
+        if (call.norm.applied) {
+            normalise(call.norm, x, first_row(end) - first, call.K, static_cast<float*>(scratch));
+            x = static_cast<float*>(scratch);
+        }
         for (std::int64_t step = 0; step < steps; step++)
             for (std::int64_t panel = part.first_panel; panel < part.last_panel; panel++) {
-                const std::int64_t end = least(block + tiles_in_block, part.last_tile), column = panel * panel_width;
+                const std::int64_t column = panel * panel_width;
                 const std::int64_t k = step * call.K / steps, depth = (step + 1) * call.K / steps - k;
-                const float* b = call.panels + column * call.K + k * panel_width;
-                const int width = int(least(panel_width, call.N - column));
                 for (std::int64_t tile = block; tile < end; tile++) {
-                    const std::int64_t m = first_row(tile);
-                    float* y = call.y + m * call.N + column;
-                    const float* plus = step ? y : call.plus ? call.plus + column : nullptr;
-                    const std::int64_t plus_row = step ? call.N : 0;
-                    multiply_rows<false>({call.x + m * call.K + k, call.K, b, depth, plus, plus_row, y, call.N, width},
-                                         int(first_row(tile + 1) - m));
+                    const std::int64_t m = first_row(tile), at = m * call.N + column;
+                    Tile t = {x + (m - first) * call.K + k, call.K, call.panels + column * call.K + k * panel_width,
+                              depth};
+                    t.y = call.y + at, t.y_row = call.N, t.width = int(least(panel_width, call.N - column));
+                    if (step) {
+                        t.plus = t.y, t.plus_row = call.N;
+                    } else {
+                        t.plus = call.bias ? call.bias + column : nullptr;
+                        if (call.residual.x) t.residual.x = call.residual.x + at;
+                        if (call.residual.scale) t.residual.scale = call.residual.scale + column;
+                    }
+                    if (step == steps - 1) {
+                        t.star_relu = call.star_relu;
+                        if (call.before) t.before = call.before + at;
+                    }
+                    multiply_part<false>(t, int(first_row(tile + 1) - m));
                 }
-                if (call.activated && step == steps - 1) activate(call, first_row(block), first_row(end), column);
             }
+    }
 }
 
 // Tiles and panels [first, last) of grad (N,K) = grad_y (M,N)^T x (M,K).
@@ -196,14 +283,19 @@ void weight_gradient(const GradientCall& call, void* scratch, const ProductPart&
                 const std::int64_t n = tile * call.N / tiles;
                 float* grad = call.grad + n * call.K + column;
                 const float* plus = step || call.add ? grad : nullptr;
-                multiply_rows<true>({call.grad_y + m * call.N + n, call.N, b, depth, plus, call.K, grad, call.K, width},
+                multiply_part<true>({call.grad_y + m * call.N + n, call.N, b, depth, plus, call.K, grad, call.K, width},
                                     int((tile + 1) * call.N / tiles - n));
             }
         }
 }
 
-constexpr ProductKernel product_kernel = {
-    tile_rows,   panel_width, gradient_depth * panel_width * std::int64_t{sizeof(float)},
-    pack_panels, multiply,    weight_gradient};
+constexpr ProductKernel product_kernel = {tile_rows,
+                                          panel_width,
+                                          tiles_in_block * tile_rows,
+                                          gradient_depth * panel_width * std::int64_t{sizeof(float)},
+                                          pack_panels,
+                                          multiply,
+                                          weight_gradient,
+                                          norm_sum};
 
 }  // namespace

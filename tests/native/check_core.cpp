@@ -672,15 +672,24 @@ void check_products(const MatrixSizes& sizes, Tally& tally) {
         pack(floats(given_second), K, N, floats(packed2), 1);
         for (Layout layout : {Layout::rows, Layout::panels})
             check_product("y", y, tally, [&, M = M, N = N, K = K](float* result, int threads) {
-                product({M, N, K, floats(given_x), floats(layout == Layout::rows ? given_weight : packed), layout,
-                         floats(given_bias), result},
+                product({M,
+                         N,
+                         K,
+                         floats(given_x),
+                         {},
+                         floats(layout == Layout::rows ? given_weight : packed),
+                         layout,
+                         floats(given_bias),
+                         {},
+                         result},
                         threads);
             });
-        check_product("grad_x", multiplied(M, K, N, element(grad_y, N), element(weight, K)), tally,
-                      [&, M = M, N = N, K = K](float* result, int threads) {
-                          product({M, K, N, floats(given_grad), floats(given_weight), Layout::columns, nullptr, result},
-                                  threads);
-                      });
+        check_product(
+            "grad_x", multiplied(M, K, N, element(grad_y, N), element(weight, K)), tally,
+            [&, M = M, N = N, K = K](float* result, int threads) {
+                product({M, K, N, floats(given_grad), {}, floats(given_weight), Layout::columns, nullptr, {}, result},
+                        threads);
+            });
         Values gradient = multiplied(N, K, M, transposed(grad_y, N), element(x, K));
         for (bool add : {false, true}) {
             if (add)
@@ -701,8 +710,20 @@ void check_products(const MatrixSizes& sizes, Tally& tally) {
                 check_product(
                     "MLP", through, tally,
                     [&, M = M, N = N, K = K](float* result, int threads) {
-                        mlp({M, K, K, N, floats(given_x), floats(rows ? given_weight : packed), scale, shift,
-                             floats(rows ? given_second : packed2), layout, nullptr, keep ? floats(before) : nullptr,
+                        mlp({M,
+                             K,
+                             K,
+                             N,
+                             floats(given_x),
+                             {},
+                             floats(rows ? given_weight : packed),
+                             scale,
+                             shift,
+                             floats(rows ? given_second : packed2),
+                             layout,
+                             nullptr,
+                             {},
+                             keep ? floats(before) : nullptr,
                              result},
                             threads);
                     },
@@ -710,6 +731,72 @@ void check_products(const MatrixSizes& sizes, Tally& tally) {
             }
         tally.within_bound("kept before StarReLU", single, decoded(single, before.bytes()), product_alone);
     }
+}
+
+// Rows of x normalised, times weight (K).
+Values normalised(const Values& x, const Values& weight, double eps) {
+    const std::size_t K = weight.size();
+    Values result;
+    for (std::size_t row = 0; row < x.size(); row += K) {
+        double mean = 0, square = 0;
+        for (std::size_t k = 0; k < K; k++) mean += x[row + k] / K;
+        for (std::size_t k = 0; k < K; k++) square += (x[row + k] - mean) * (x[row + k] - mean) / K;
+        for (std::size_t k = 0; k < K; k++) result.push_back((x[row + k] - mean) / std::sqrt(square + eps) * weight[k]);
+    }
+    return result;
+}
+
+// What a block computes around its branches, done by their products.
+void check_norms_and_residuals(const MatrixSizes& sizes, Tally& tally) {
+    const auto [M, N, K] = sizes;
+    constexpr float eps = 0.01f;
+    Values uneven = normal(M * K, 1);  // or the means of what is normalised would be almost nothing
+    for (std::int64_t i = 0; i < M * K; i++) uneven[i] += i % K % 3;
+    const Values x = rounded(single, uneven), gamma = rounded(single, normal(K, 2)),
+                 weight = rounded(single, normal(N * K, 3)), added = rounded(single, normal(M * N, 4)),
+                 scale = rounded(single, normal(N, 5)), bias = rounded(single, normal(N, 6)),
+                 second = rounded(single, normal(N * N, 7));
+    const auto times = [](std::int64_t rows, std::int64_t columns, const Values& a, const Values& w) {
+        const auto depth = static_cast<std::int64_t>(w.size()) / columns;
+        return multiplied(
+            rows, columns, depth, [&](std::int64_t m, std::int64_t k) { return a[m * depth + k]; },
+            [&](std::int64_t k, std::int64_t n) { return w[n * depth + k]; });
+    };
+    for (Edge edge : {Edge::upper, Edge::lower})
+        for (bool plain : {false, true}) {
+            const Values ones(K, 1.0), rows = normalised(x, plain ? ones : gamma, eps);
+            const Tensor given_x(x, single, edge), given_gamma(gamma, single, edge), given_weight(weight, single, edge),
+                given_added(added, single, edge), given_scale(scale, single, edge), given_bias(bias, single, edge),
+                given_second(second, single, edge);
+            const Norm norm{true, plain ? nullptr : floats(given_gamma), eps};
+            const Residual residual{floats(given_added), plain ? nullptr : floats(given_scale)};
+            const auto with_residual = [&, N = N](Values y) {
+                for (std::size_t i = 0; i < y.size(); i++) y[i] += bias[i % N] + (plain ? 1 : scale[i % N]) * added[i];
+                return y;
+            };
+            Values hidden = times(M, N, rows, weight);
+            check_product("with norm and residual", with_residual(hidden), tally,
+                          [&, M = M, N = N, K = K](float* result, int threads) {
+                              product({M, N, K, floats(given_x), norm, floats(given_weight), Layout::rows,
+                                       floats(given_bias), residual, result},
+                                      threads);
+                          });
+            for (double& value : hidden) value = relu(value) * relu(value);
+            check_product(
+                "MLP with norm and residual", with_residual(times(M, N, hidden, second)), tally,
+                [&, M = M, N = N, K = K](float* result, int threads) {
+                    mlp({M, N, K, N, floats(given_x), norm, floats(given_weight), 1, 0, floats(given_second),
+                         Layout::rows, floats(given_bias), residual, nullptr, result},
+                        threads);
+                },
+                3);
+            const std::int64_t B = M % 2 ? 1 : 2, P = M / B;
+            Values means(B * K, 0.0);
+            for (std::int64_t i = 0; i < M * K; i++) means[i / (P * K) * K + i % K] += rows[i] / P;
+            check_product("mean of what is normalised", means, tally, [&, K = K](float* result, int threads) {
+                norm_mean({B, P, K, floats(given_x), norm, result}, threads);
+            });
+        }
 }
 
 // ---- what is checked
@@ -840,7 +927,10 @@ void check_everything(bool quick) {
     for (const MatrixSizes& sizes : matrix_sizes(quick))
         with_each_isa(
             "products of " + std::to_string(sizes.M) + ", " + std::to_string(sizes.N) + ", " + std::to_string(sizes.K),
-            single, tallies, [&](Tally& tally) { check_products(sizes, tally); });
+            single, tallies, [&](Tally& tally) {
+                check_products(sizes, tally);
+                check_norms_and_residuals(sizes, tally);
+            });
     for (const Shape& shape : quick ? quick_shapes : shapes) check_shape(shape, tallies);
     for (const std::string& isa : supported_isas())
         for (int code = 0; code < num_dtypes; code++) {

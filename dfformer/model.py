@@ -27,7 +27,8 @@ TokenMixer = Callable[..., nn.Module]
 # (kernel size, padding) of the stem and of the three downsampling convolutions.
 STEM, DOWNSAMPLE = (7, 2), (3, 1)
 NORM_EPS = 1e-6
-# Feature map, at a stage's entrance, of as many samples as are run through the stage together for inference on a CPU.
+# Feature map, at a stage's entrance, of as many samples as are run through the stage together for inference on a CPU:
+# activations, up to four times that, are then memory that is kept for the next layer (dfformer_kernels/memory.py).
 PART_BYTES = 8 * 2**20
 
 
@@ -279,7 +280,7 @@ class MetaFormer(nn.Module):
         return torch.cat([self._run_stage(i, part) for part in parts]) if len(parts) > 1 else self._run_stage(i, x)
 
     def _parts(self, i: int, x: Tensor) -> Sequence[Tensor]:
-        """The batch in parts whose feature maps stay in a CPU's cache, where nobody can tell the difference."""
+        """The batch in parts whose activations find memory that is there, where nobody can tell the difference."""
         observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not x.is_cpu or observed or len(x) < 2:
             return [x]

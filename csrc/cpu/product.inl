@@ -30,6 +30,7 @@ struct Tile {
     Residual residual = {};
     const float* star_relu = nullptr;
     float* before = nullptr;
+    std::int64_t ahead = 0;  // of a transposed matrix, rows from one to the one that is needed after this tile's
 };
 
 // Loops over a tile are unrolled, or the sums would not be registers.
@@ -43,6 +44,7 @@ void multiply_tile(const Tile& t) {
     for (std::int64_t k = 0; k < t.depth; k++) {
         F32 b[tile_vectors];
         UNROLL for (int v = 0; v < tile_vectors; v++) b[v] = Float32::load(t.b + k * panel_width + v * count);
+        if (transposed) __builtin_prefetch(t.a + (k + t.ahead) * t.a_row, 0, 2);
         UNROLL for (int r = 0; r < rows; r++) {
             const F32 a = (transposed ? t.a[r + k * t.a_row] : t.a[r * t.a_row + k]) - F32{};
             UNROLL for (int v = 0; v < tile_vectors; v++) sums[r][v] += a * b[v];
@@ -152,6 +154,7 @@ inline void pack_rows(const float* b, std::int64_t row, std::int64_t depth, std:
         for (int v = 0; v < tile_vectors; v++) {
             const std::int64_t column = v * Float32::count, left = width - column;
             const float* from = b + k * row + column;
+            __builtin_prefetch(from + panel_width);
             Float32::store(panel + k * panel_width + column, left >= Float32::count ? Float32::load(from)
                                                              : left > 0 ? load_first<Float32>(from, int(left))
                                                                         : F32{});
@@ -282,9 +285,11 @@ void weight_gradient(const GradientCall& call, void* scratch, const ProductPart&
             for (std::int64_t tile = part.first_tile; tile < part.last_tile; tile++) {
                 const std::int64_t n = tile * call.N / tiles;
                 float* grad = call.grad + n * call.K + column;
-                const float* plus = step || call.add ? grad : nullptr;
-                multiply_part<true>({call.grad_y + m * call.N + n, call.N, b, depth, plus, call.K, grad, call.K, width},
-                                    int((tile + 1) * call.N / tiles - n));
+                Tile t = {call.grad_y + m * call.N + n, call.N, b, depth};
+                if (step || call.add) t.plus = grad, t.plus_row = call.K;
+                t.y = grad, t.y_row = call.K, t.width = width;
+                if (panel + 1 == part.last_panel && step + 1 < steps) t.ahead = depth;
+                multiply_part<true>(t, int((tile + 1) * call.N / tiles - n));
             }
         }
 }

@@ -145,7 +145,7 @@ PLANS: dict[str, dict[tuple[str, str, str], dict[int, list[tuple[int, int]]]]] =
         for task, dtype, mode in itertools.product((INFERENCE, TRAINING), ("float32", "bfloat16"), (EAGER, COMPILED))
     },
 }
-# What no contestant takes beside its model for a pixel of a batch, with room to spare.
+# What no contestant takes beside its model for a pixel of a batch, and keeps while the others have their turns.
 BYTES_A_PIXEL = {INFERENCE: 1000, TRAINING: 6000}
 # From this many pixels on, a training problem's outputs are checked, but not its gradients.
 GRADIENT_PIXELS = 2**19
@@ -269,11 +269,12 @@ def _takes_part(contestant: Contestant, problem: Problem) -> bool:
     return for_task and (problem.mode == EAGER or contestant.compiled)
 
 
-def _lacking_memory(problem: Problem, device: str) -> str:
-    """Why ``problem`` does not fit into the memory that is there, or ""."""
-    needed = BYTES_A_PIXEL[problem.task] * problem.batch * problem.pixels
+def _lacking_memory(problem: Problem, contestants: int, device: str) -> str:
+    """Why so many contestants at once do not fit into the memory that is there, or ""."""
+    needed = BYTES_A_PIXEL[problem.task] * problem.batch * problem.pixels * contestants
     if device == "cpu" and (available := _kib("/proc/meminfo").get("MemAvailable")) and needed > 1024 * available:
-        return f"needs about {needed / 2**30:.0f} GiB, {available / 2**20:.0f} GiB are free"
+        together = f"{contestants} at once need about {needed / 2**30:.0f} GiB"
+        return f"{together}, {available / 2**20:.0f} GiB are free; --only takes fewer"
     return ""
 
 
@@ -282,7 +283,7 @@ def _lacking_memory(problem: Problem, device: str) -> str:
 
 def measure(problem: Problem, contestants: Sequence[str], setting: Setting) -> tuple[list[Row], list[LeftOut]]:
     """Checks every contestant on ``problem``, then times them in turns; ValueError for a wrong result."""
-    if reason := _lacking_memory(problem, setting.device):
+    if reason := _lacking_memory(problem, len(contestants), setting.device):
         return [], [LeftOut(problem, name, reason) for name in contestants]
     left_out: list[LeftOut] = []
     running: dict[str, tuple[Connection, Costs, float | None]] = {}

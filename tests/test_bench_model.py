@@ -168,7 +168,7 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, left_out = bench_model.measure(problem, [AUTHORS], bench_model.Setting("cpu", 1, 0))
     assert not rows
     assert [(e.problem, e.contestant) for e in left_out] == [(problem, AUTHORS)]
-    assert left_out[0].reason.startswith("needs about ")
+    assert left_out[0].reason.startswith("1 at once need about ")
 
 
 def test_a_process_tells_why_it_failed() -> None:

@@ -39,7 +39,8 @@ def provenance(threads: int, device: str, libraries: Sequence[str] = ()) -> dict
         "caches": _caches(),
         "libraries": {name: _version(name) for name in libraries},
         "commit": _git(root, "rev-parse", "HEAD"),
-        "dirty": _git(root, "status", "--porcelain") != "",
+        # but for the results themselves
+        "dirty": _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results") != "",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "threads": threads,
         "device": device,

@@ -25,10 +25,11 @@ except ModuleNotFoundError as error:
     raise RuntimeError(f"{error}: pip install 'dfformer[demo]'") from error
 
 from dfformer import analysis
-from dfformer.checkpoint import load_model, read_checkpoint
+from dfformer.checkpoint import load_model, read_checkpoint, read_task
 from dfformer.layers import DynamicFilter, SpectralFilter
 from dfformer.model import MetaFormer
 from dfformer.predict import image_files
+from dfformer.tasks import task_part
 
 BATCH_SIZE = 16
 SIMILARITY_BATCH = 64  # images a minibatch of CKA: its terms are n x n and its noise falls with n
@@ -149,7 +150,7 @@ def load_models(arguments: argparse.Namespace) -> list[Loaded]:
             raise ValueError(f"--model: got {len(names)} for {len(checkpoints)} checkpoints; one each, or one for all")
         names = [None] * len(checkpoints) if not names else names * (len(checkpoints) // len(names))
         for path, name in zip(checkpoints, names, strict=True):
-            loaded.append(Loaded(path.name, load_model(path, name, **overrides)[0]))
+            loaded.append(Loaded(path.name, _trained(path, name, **overrides)))
             if untrained:
                 loaded.append(Loaded(f"{path.name}, untrained", _untrained(path, name, **overrides)))
     elif names:
@@ -164,6 +165,21 @@ def load_models(arguments: argparse.Namespace) -> list[Loaded]:
         if not isinstance(model, MetaFormer):
             raise ValueError(f"--model: {name}: is a {type(model).__name__} and not one of dfformer's models")
     return [Loaded(name, model.eval().to(arguments.device), arguments.img_size) for name, model, _ in loaded]
+
+
+def _trained(path: Path, name: str | None, **overrides: Any) -> nn.Module:
+    """The model of a checkpoint; of one for dense prediction its encoder, which wants images as the whole does."""
+    task = read_task(path)
+    if task == "classify":
+        return load_model(path, name, **overrides)[0]
+    if name:
+        raise ValueError(f"--model: got {name}, but {path} says its model")
+    model, about = task_part(task, "loading")(path)
+    for encoder in model.modules():
+        if isinstance(encoder, MetaFormer):
+            encoder.pretrained_cfg = {**encoder.pretrained_cfg, **about["data"]}  # type: ignore[assignment]
+            return encoder
+    raise ValueError(f"{path}: its encoder {about['architecture']} is not one of dfformer's models")
 
 
 def _untrained(path: Path, name: str | None, **overrides: Any) -> nn.Module:

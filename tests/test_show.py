@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dfformer import DynamicFilter, GlobalFilter, analysis
-from dfformer.checkpoint import save_checkpoint
+from dfformer import DynamicFilter, GlobalFilter, MetaFormer, analysis, show
+from dfformer.checkpoint import read_checkpoint, save_checkpoint
 from dfformer.cli import main
+from dfformer.detect import Detector
 from dfformer.layers import SpectralFilter
+from dfformer.segment import Segmenter
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16), "img_size": 32, "num_classes": 3}
 GREY = {"in_chans": 1, "strides": (2, 1, 1, 2)}
@@ -437,6 +439,55 @@ def test_show_similarity_of_two(checkpoint: Path, folder: Path, tmp_path: Path) 
     cka = column(rows, "cka").view(5, 5)
     torch.testing.assert_close(cka.diag(), torch.ones(5, dtype=torch.float64))
     assert {(row["model"], row["other_model"]) for row in rows} == {("grey.safetensors", "other.safetensors")}
+
+
+DENSE: dict[str, dict[str, Any]] = {
+    "segment": {"decoder": {"decoder_pyramid_channels": 8}, "reduce_zero_label": False},
+    "detect": {
+        "detector": {"channels": 8, "anchor_scale": 2.0, "norm_groups": 0},
+        "category_ids": [0, 1],
+        "repair_boxes": False,
+    },
+}
+
+
+def dense_checkpoint(task: str, path: Path, architecture: str, arguments: dict[str, Any]) -> Path:
+    pixels: dict[str, Any] = {"mean": [0.3] * 3, "std": [0.4] * 3}
+    model: torch.nn.Module
+    if task == "segment":
+        model = Segmenter(architecture, arguments, 2, DENSE[task]["decoder"])
+    else:
+        model = Detector(architecture, arguments, 2, (32, 48), **pixels, **DENSE[task]["detector"])
+    data = {"input_size": [3, 32, 48], **pixels}
+    save_checkpoint(model, path, architecture, arguments, ["one", "two"], data, task=task, **DENSE[task])
+    return path
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_show_the_encoder_of_a_model_for_dense_prediction(task: str, folder: Path, tmp_path: Path) -> None:
+    """By itself, and beside one with fresh weights: prepared images and trained weights are what is shown."""
+    arguments = {**SMALL, "img_size": [32, 48], "fork_feat": True}
+    path = dense_checkpoint(task, tmp_path / "dense.safetensors", "cdfformer_s18", arguments)
+    output = tmp_path / "out"
+    run("filters", "--checkpoint", path, "--output", output, folder)
+    encoder = show._trained(path, None)
+    assert isinstance(encoder, MetaFormer)
+    weights, _ = read_checkpoint(path)
+    name = "stages.2.0.token_mixer.complex_weights"
+    [stored] = [t for key, t in weights.items() if key.endswith(name)]
+    assert torch.equal(encoder.state_dict()[name], stored)
+    assert show.Loaded("", encoder).config["input_size"] == [3, 32, 48]
+    assert show.Loaded("", encoder).config["mean"] == [0.3] * 3
+    run("receptive-field", "--checkpoint", path, "--untrained", "--output", output, folder)
+    assert column(read(output / "receptive_field.csv"), "contribution").numel() == 2 * 32 * 48
+
+
+def test_show_another_encoder_for_dense_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = dense_checkpoint("segment", tmp_path / "dense.safetensors", "convnext_atto", {})
+    assert main(["show", "spectrum", "--checkpoint", str(path)]) == 2
+    assert "its encoder convnext_atto is not one of dfformer's models" in capsys.readouterr().err
+    assert main(["show", "spectrum", "--checkpoint", str(path), "--model", "dfformer_s18"]) == 2
+    assert "--model: got dfformer_s18, but" in capsys.readouterr().err
 
 
 MISUSES = {

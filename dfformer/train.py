@@ -12,10 +12,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from dfformer.data import seed_everything
 from dfformer.evaluate import autocast
+from dfformer.model import MetaFormer
 from dfformer.tasks import task_part
 from dfformer.train_config import FREE_TO_CHANGE, TrainConfig, flatten, parse
 from dfformer.train_state import checkpoints, load_latest_state, save_state, write_atomically
@@ -139,8 +140,9 @@ class Engine:
             return self.model
         if self.config.distributed == "fsdp":
             for model in [self.model, self.ema.module] if self.ema else [self.model]:
-                for block in (block for stage in getattr(model, "stages", []) for block in stage):
-                    fully_shard(block)
+                for metaformer in (module for module in model.modules() if isinstance(module, MetaFormer)):
+                    for block in chain.from_iterable(metaformer.stages):
+                        fully_shard(block)
                 fully_shard(model)
             return self.model
         devices = [self.place.device] if self.place.device.type == "cuda" else None
@@ -152,22 +154,22 @@ class Engine:
         log = Log(self.folder, self.step, self.history, self.config, self.task.metric) if self.first else None
         loader = self.task.training_loader()
         started = len(self.history)
-        while len(self.history) < self.epochs:
-            epoch = len(self.history)
-            start = time.perf_counter()
-            self._train_epoch(epoch, loader, log)
-            seconds = time.perf_counter() - start
-            row = {"epoch": epoch + 1, "step": self.step, "train_loss": self.loss_sum / self.steps}
-            row |= {"lr": self.optimizer.param_groups[0]["lr"], **self._validate()}
-            self.history.append(row)
-            self.loss_sum = 0.0
-            self._export()
-            self._save()
-            if log:
-                log.epoch(self.history, seconds)
+        with closing(log) if log else nullcontext():
+            while len(self.history) < self.epochs:
+                epoch = len(self.history)
+                start = time.perf_counter()
+                self._train_epoch(epoch, loader, log)
+                seconds = time.perf_counter() - start
+                row = {"epoch": epoch + 1, "step": self.step, "train_loss": self.loss_sum / self.steps}
+                row |= {"lr": self.optimizer.param_groups[0]["lr"], **self._validate()}
+                self.history.append(row)
+                self.loss_sum = 0.0
+                self._export()
+                self._save()
+                if log:
+                    log.epoch(self.history, seconds)
         self._draw()
         if log:
-            log.close()
             best = max(self.history, key=self._score)
             done = "was already complete" if started == self.epochs else "done"
             score = f"best {self.task.metric} {self._score(best):.2%} after epoch {best['epoch']}"

@@ -199,12 +199,13 @@ def test_resuming_amid_an_epoch_is_exact(command: list[str], tmp_path: Path) -> 
     assert_same_result(run, expected)
 
 
-def test_two_processes_train_as_one(command: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(kind: str, command: list[str], tmp_path: Path) -> None:
     """Also the 5 validation images, which they cannot share evenly."""
     one, two = tmp_path / "one", tmp_path / "two"
     command = [*command, "--segment.decoder.decoder_dropout=0"]
     assert main([*command, "--output", str(one)]) == 0
-    torchrun(2, [*command, "--output", str(two)])
+    torchrun(2, [*command, "--output", str(two), "--distributed", kind])
     for name in ("loss", "grad_norm"):
         assert [s[name] for s in steps(two)] == pytest.approx([s[name] for s in steps(one)], rel=1e-4), name
     for mine, theirs in zip(history(one), history(two), strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -79,8 +80,8 @@ class CocoImages:
         ]
         if training:
             self.images = [image for image in self.images if not image[2].crowd.all()]
-        if not any(len(objects.labels) for _, _, objects in self.images):
-            raise ValueError(f"{self.file}: no boxes" if self.images else f"{self.file}: no images with objects")
+        if all(objects.crowd.all() for _, _, objects in self.images):
+            raise ValueError(f"{self.file}: no images with objects, crowds not counted")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -133,10 +134,9 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
             for field, wanted in fields.items():
                 if not isinstance(entry, dict) or type(entry.get(field)) is not wanted:
                     raise ValueError(f"{path}: {kind}[{n}] has no {field!r} of type {wanted.__name__}")
-        ids = [entry["id"] for entry in entries]
-        if len(set(ids)) < len(ids):
-            twice = next(name for n, name in enumerate(ids) if name in ids[:n])
-            raise ValueError(f"{path}: two {kind} have the id {twice}")
+        [(most_common, times)] = Counter(entry["id"] for entry in entries).most_common(1)
+        if times > 1:
+            raise ValueError(f"{path}: {times} {kind} have the id {most_common}")
     return content
 
 

@@ -49,6 +49,7 @@ class MaskFolder:
 
     def __init__(self, root: Path, split: str, reduce_zero_label: bool) -> None:
         images, masks = root / "images" / split, root / "annotations" / split
+        self.folder = masks
         for folder in (images, masks):
             if not folder.is_dir():
                 raise ValueError(f"{folder}: is not a folder")
@@ -78,6 +79,8 @@ class MaskFolder:
             problems = [p for p in pool.map(self._problem, self.images, self.masks) if p]
         if problems:
             raise ValueError(f"{len(problems)} of {len(self)} images cannot be used: {some(problems)}")
+        if not any((self[index][1] != IGNORED).any() for index in range(len(self))):  # the first mask nearly always
+            raise ValueError(f"{self.folder}: its masks have no pixel with a class, all are to be ignored")
 
     def _problem(self, image_path: Path, mask_path: Path) -> str:
         if not mask_path.is_file():

@@ -108,6 +108,8 @@ def intersection_over_union(confusion: Tensor) -> Tensor:
 
 def _measures(confusion: Tensor) -> dict[str, float]:
     """The mean IoU over the classes that have one, and the share of pixels that are right."""
+    if not confusion.any():
+        raise ValueError("validation: the masks have no pixel with a class, all are to be ignored")
     miou = intersection_over_union(confusion).nanmean()
     return {"miou": float(miou), "pixel_accuracy": float(confusion.diagonal().sum() / confusion.sum())}
 

@@ -334,7 +334,7 @@ ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "no-list": (_without("categories"), "has no list 'categories'"),
     "no-key": (_without("images", 2, "width"), "images[2] has no 'width' of type int"),
     "type": (_entry("images", height="60"), "images[2] has no 'height' of type int"),
-    "twice": (_entry("images", id=101), "two images have the id 101"),
+    "twice": (_entry("images", id=101), "2 images have the id 101"),
     "empty": (lambda content: content["images"].clear(), "its list 'images' is empty"),
     "crowds-only": (_no_objects, "no images with objects"),
     "size": (_entry("images", width=72), "000000000102.png: is 70x45, "),
@@ -374,6 +374,10 @@ def _no_file(root: Path) -> str:
     return f"{path}: does not exist"
 
 
+def _crowds_to_validate(root: Path) -> str:
+    return f"{annotate(root, 'val2017', _no_objects)}: no images with objects, crowds not counted"
+
+
 def _broken_image(root: Path) -> str:
     path = root / "val2017" / f"{102:012}.png"
     path.write_bytes(b"GIF")
@@ -389,6 +393,7 @@ FILES: dict[str, Callable[[Path], str]] = {
     "no-file": _no_file,
     "no-json": _text("{"),
     "a-list": _text("[]"),
+    "crowds-to-validate": _crowds_to_validate,
     "broken-image": _broken_image,
     "other-categories": _other_categories,
 }

@@ -274,6 +274,12 @@ def _empty(root: Path) -> str:
     return f"{root / 'images' / 'validation'}: no images"
 
 
+def _all_ignored(root: Path) -> str:
+    for path in (root / "annotations" / "validation").rglob("*.png"):
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
+    return f"{root / 'annotations' / 'validation'}: its masks have no pixel with a class"
+
+
 def _no_classes(root: Path) -> str:
     (root / "classes.txt").unlink()
     return f"{root}: has neither classes.txt"
@@ -292,6 +298,7 @@ MALFORMED = {
     "broken-image": _broken("images", "4.jpg"),
     "broken-mask": _broken("annotations", "4.png"),
     "empty-split": _empty,
+    "all-ignored": _all_ignored,
     "no-classes": _no_classes,
     "empty-class": _no_name,
 }
@@ -312,6 +319,14 @@ def test_what_was_not_checked_is_found_when_read(root: Path) -> None:
     dataset = masks.MaskFolder(root, "training", reduce_zero_label=True)
     with pytest.raises(ValueError, match=r"3\.png: has label 4"):
         [dataset[n] for n in range(len(dataset))]
+
+
+def test_masks_without_a_class_are_found_when_measured(
+    command: list[str], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _all_ignored(root)
+    assert main([*command, "--data.check_images=false", "--output", str(tmp_path / "run")]) == 2
+    assert "validation: the masks have no pixel with a class" in capsys.readouterr().err
 
 
 def test_the_list_of_ade20k(root: Path) -> None:

@@ -479,6 +479,14 @@ def test_compiled(backend: str, command: list[str], tmp_path: Path, monkeypatch:
     assert_same_result(again, compiled)
 
 
+@pytest.mark.skipif(not FULL, reason="trains for three minutes: DFFORMER_TEST_FULL=1")
+def test_the_recipe_of_the_digits(tmp_path: Path) -> None:
+    """98.9 % as the documentation says, less one image of 360 that rounding may decide."""
+    run = tmp_path / "run"
+    assert main(["train", "--recipe", str(ROOT / "recipes" / "digits.yaml"), "--output", str(run)]) == 0
+    assert float(history(run)[-1]["ema_top1"]) >= 0.985
+
+
 def test_fine_tuning_starts_from_weights(command: list[str], tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert main([*command, *NOTHING_RANDOM, "--output", str(first)]) == 0

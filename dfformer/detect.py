@@ -33,7 +33,7 @@ from dfformer.checkpoint import CheckpointError, load_state, read_checkpoint, sa
 from dfformer.evaluate import Timed, progress, write_csv
 from dfformer.predict import Files, OnError, Prediction, check_names, predict_files
 from dfformer.train_config import TrainConfig
-from dfformer.train_task import Place, encoder_args, encoder_weights
+from dfformer.train_task import Place, encoder_args, encoder_weights, written_args
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,8 +188,6 @@ class Detection:
     def __init__(self, config: TrainConfig, place: Place) -> None:
         self.config, self.place = config, place
         given, optim = config.data, config.optim
-        if config.model.args.get("in_chans", 3) != 3:
-            raise ValueError(f"model.args.in_chans: got {config.model.args['in_chans']}, the images are RGB: 3")
         self.train_set, self.val_set = (
             open_boxed(given.dataset, given.root, split, given.size, count, config.detect.repair_boxes, training)
             for split, count, training in zip(
@@ -260,7 +258,7 @@ class Detection:
             weights,
             path,
             self.config.model.name,
-            {name: value for name, value in self.model_args.items() if name != "pretrained"},
+            written_args(self.model_args),
             list(self.categories.values()),
             {"input_size": [3, *self.config.data.size], "mean": self.mean, "std": self.std},
             task="detect",

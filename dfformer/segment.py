@@ -26,7 +26,7 @@ from dfformer.evaluate import Pixels, Timed, progress, write_csv
 from dfformer.masks import IGNORED, Masked, Pair, Prepared, TrainingView, WholeView, all_ignored, open_masked
 from dfformer.predict import Files, OnError, Prediction, check_names, predict_files
 from dfformer.train_config import TrainConfig
-from dfformer.train_task import Place, encoder_args, encoder_weights
+from dfformer.train_task import Place, encoder_args, encoder_weights, written_args
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,8 +131,6 @@ class Segmentation:
     def __init__(self, config: TrainConfig, place: Place) -> None:
         self.config, self.place = config, place
         given, optim = config.data, config.optim
-        if config.model.args.get("in_chans", 3) != 3:
-            raise ValueError(f"model.args.in_chans: got {config.model.args['in_chans']}, the images are RGB: 3")
         zero = config.segment.reduce_zero_label
         splits = zip((given.train_split, given.val_split), given.scenes, strict=True)
         self.train_set, self.val_set = (
@@ -182,7 +180,7 @@ class Segmentation:
             weights,
             path,
             self.config.model.name,
-            {name: value for name, value in self.model_args.items() if name != "pretrained"},
+            written_args(self.model_args),
             self.classes,
             {"input_size": [3, *self.config.data.size], "mean": self.mean, "std": self.std},
             task="segment",

@@ -175,11 +175,11 @@ def _trained(path: Path, name: str | None, **overrides: Any) -> nn.Module:
     if name:
         raise ValueError(f"--model: got {name}, but {path} says its model")
     model, about = task_part(task, "loading")(path)
-    for encoder in model.modules():
-        if isinstance(encoder, MetaFormer):
-            encoder.pretrained_cfg = {**encoder.pretrained_cfg, **about["data"]}  # type: ignore[assignment]
-            return encoder
-    raise ValueError(f"{path}: its encoder {about['architecture']} is not one of dfformer's models")
+    encoder: Any = next((module for module in model.modules() if isinstance(module, MetaFormer)), None)
+    if encoder is None:
+        raise ValueError(f"{path}: its encoder {about['architecture']} is not one of dfformer's models")
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, **about["data"]}
+    return encoder
 
 
 def _untrained(path: Path, name: str | None, **overrides: Any) -> nn.Module:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from dfformer.analysis import blocks
 from dfformer.data import seed_everything
 from dfformer.evaluate import autocast
 from dfformer.model import MetaFormer
@@ -141,7 +142,7 @@ class Engine:
         if self.config.distributed == "fsdp":
             for model in [self.model, self.ema.module] if self.ema else [self.model]:
                 for metaformer in (module for module in model.modules() if isinstance(module, MetaFormer)):
-                    for block in chain.from_iterable(metaformer.stages):
+                    for block in blocks(metaformer).values():
                         fully_shard(block)
                 fully_shard(model)
             return self.model

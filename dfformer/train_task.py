@@ -70,6 +70,8 @@ def encoder_args(config: TrainConfig, img_size: tuple[int, int]) -> dict[str, An
 
     This package's models get a norm for each feature map, as the authors' have for it.
     """
+    if (channels := config.model.args.get("in_chans", 3)) != 3:
+        raise ValueError(f"model.args.in_chans: got {channels}, the images are RGB: 3")
     ours = {"img_size": list(img_size), "fork_feat": True} if is_ours(config.model.name) else {}
     return {**config.model.args, **ours}
 
@@ -82,6 +84,11 @@ def encoder_weights(config: TrainConfig, args: dict[str, Any]) -> dict[str, Any]
     classifier = timm.create_model(config.model.name, **{k: v for k, v in args.items() if k != "fork_feat"})
     load_checkpoint(classifier, path)  # strict, where timm would pass over what is missing
     return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": classifier.state_dict()}}
+
+
+def written_args(args: dict[str, Any]) -> dict[str, Any]:
+    """Of a model's arguments those that a checkpoint of it says: the weights it started from are of no use then."""
+    return {name: value for name, value in args.items() if name != "pretrained"}
 
 
 def is_ours(name: str) -> bool:
@@ -211,7 +218,7 @@ class Classification:
             weights,
             path,
             self.config.model.name,
-            {name: value for name, value in self.model_args.items() if name != "pretrained"},
+            written_args(self.model_args),
             self.classes,
             {name: self.data_config[name] for name in kept},
         )

@@ -3,7 +3,6 @@
 import json
 import math
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dfformer import scenes
-from dfformer.data import some
+from dfformer.data import check_each, check_image, opened, some
 
 # What each entry of an annotation file must have, and of which type.
 _FIELDS: dict[str, dict[str, type]] = {
@@ -25,7 +24,6 @@ _FIELDS: dict[str, dict[str, type]] = {
     "annotations": {"id": int, "image_id": int, "category_id": int, "bbox": list},
 }
 _ROUNDING = 1.0  # pixel by which a box may go beyond its image before that is taken for a mistake
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class Objects(NamedTuple):
@@ -87,33 +85,21 @@ class CocoImages:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Objects]:
-        name, size, objects = self.images[index]
-        try:
-            with Image.open(self.folder / name) as image:
-                if image.size == size:
-                    return image.convert("RGB"), objects
-                problem = self._other_size(index, image.size)
-        except _UNREADABLE as error:
-            raise ValueError(f"{self.folder / name}: {error}") from error
-        raise ValueError(problem)
+        with opened(self._path(index)) as image:
+            self._check_size(index, image.size)
+            return image.convert("RGB"), self.images[index][2]
 
     def check(self) -> None:
-        with ThreadPoolExecutor(16) as pool:
-            problems = [p for p in pool.map(self._problem, range(len(self))) if p]
-        if problems:
-            raise ValueError(f"{len(problems)} of {len(self)} images cannot be used: {some(problems)}")
+        check_each(lambda index: self._check_size(index, check_image(self._path(index))), range(len(self)))
 
-    def _problem(self, index: int) -> str:
-        path = self.folder / self.images[index][0]
-        try:
-            with Image.open(path) as image:
-                return "" if image.size == self.images[index][1] else self._other_size(index, image.size)
-        except _UNREADABLE as error:
-            return str(error) if str(path) in str(error) else f"{path}: {error}"
+    def _path(self, index: int) -> Path:
+        return self.folder / self.images[index][0]
 
-    def _other_size(self, index: int, found: tuple[int, int]) -> str:
-        name, said, _ = self.images[index]
-        return f"{self.folder / name}: is {found[0]}x{found[1]}, {self.file} says {said[0]}x{said[1]}"
+    def _check_size(self, index: int, found: tuple[int, int]) -> None:
+        said = self.images[index][1]
+        if found != said:
+            sizes = "is {}x{}, {} says {}x{}".format(*found, self.file, *said)
+            raise ValueError(f"{self._path(index)}: {sizes}")
 
 
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:

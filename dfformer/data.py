@@ -4,13 +4,15 @@ All randomness of a training image comes from (seed, epoch, index), and the orde
 same images come whatever the number of processes and workers, and wherever an interrupted run goes on.
 """
 
+import os
 import random
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +25,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 DIGITS = "digits"
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of the digits, scaled to 0..1
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what opening an image file may raise
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # the last marker of a file that is not cut off
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -88,19 +95,46 @@ def open_dataset(name: str, root: str | None, split: str, channels: int = 3, dow
     if root is None:
         raise ValueError("root: give the folder of the data")
     path = root if name else str(_split_path(Path(root), split))
-    mode = "L" if channels == 1 else "RGB"
     where = f"{root}, split {split}"
-    # torchvision's datasets do not take the mode
-    arguments = {} if name.startswith("torch/") else {"input_img_mode": mode}
     try:
-        dataset = create_dataset(name, root=path, split=split, search_split=False, download=download, **arguments)
+        dataset = create_dataset(name, root=path, split=split, search_split=False, download=download)
     except (AssertionError, RuntimeError, ImportError, OSError, tarfile.TarError) as error:
         raise ValueError(f"{where}: {error or 'no such dataset'}") from error
     if isinstance(dataset, IterableDataset):
         raise ValueError(f"{name}: streamed datasets have no order to resume in; accepted are map-style ones")
     if len(dataset) == 0:
         raise ValueError(f"{where}: no images")
-    return dataset
+    return Images(dataset, "L" if channels == 1 else "RGB")
+
+
+class Images(Dataset):
+    """``dataset`` of timm or torchvision as pairs of image and label, with a settable ``transform`` of the image.
+
+    An image that cannot be read is an error that names it: timm's own dataset would give the next one in its place.
+
+    Args:
+        mode: PIL's, to which images are converted.
+    """
+
+    def __init__(self, dataset: Any, mode: str) -> None:
+        self.dataset, self.mode = dataset, mode
+        self.reader: Any = getattr(dataset, "reader", None)  # timm's
+        self.classes = class_names(self.reader or dataset)
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self._read(index) if self.reader else self.dataset[index]
+        image = image.convert(self.mode)
+        return (self.transform(image) if self.transform else image), label
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        file, label = self.reader[index]
+        with file, opened(file, self.reader.filename(index, absolute=True) or f"image {index}") as image:
+            image.load()
+            return image, label
 
 
 def _split_path(root: Path, split: str) -> Path:
@@ -122,9 +156,8 @@ def _split_path(root: Path, split: str) -> Path:
 
 
 def class_names(dataset: Any) -> list[str] | None:
-    """Names of a dataset's classes in the order of their labels, or None where it does not tell."""
-    reader = getattr(dataset, "reader", None)
-    mapping = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+    """Names of the classes of a dataset, or of one of timm's readers, in the order of their labels; or None."""
+    mapping = getattr(dataset, "class_to_idx", None) or getattr(dataset, "class_name_to_idx", None)
     if mapping:
         return sorted(mapping, key=mapping.__getitem__)
     names = getattr(dataset, "classes", None)
@@ -145,22 +178,57 @@ def check_same_classes(train: Any, val: Any, where: str) -> None:
 
 
 def check_images(dataset: Any) -> None:
-    """Reads the header of every file of a folder dataset; raises ValueError naming those that are no images."""
+    """`check_image` of every file of a folder dataset."""
     samples = getattr(getattr(dataset, "reader", None), "samples", None)
-    if not isinstance(samples, list):  # an archive, or no files at all
-        return
+    if isinstance(samples, list):  # otherwise an archive, or no files at all
+        check_each(check_image, [Path(path) for path, _ in samples])
+
+
+def check_each(check: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
+    """What ``check`` returns for each of a dataset's images; one ValueError with those it raises, if it does."""
+    problems: list[str] = []
+
+    def attempt(item: Item) -> Found | None:
+        try:
+            return check(item)
+        except ValueError as error:
+            problems.append(str(error))
+            return None
+
     with ThreadPoolExecutor(16) as pool:
-        broken = [problem for problem in pool.map(_header_problem, (path for path, _ in samples)) if problem]
-    if broken:
-        raise ValueError(f"{len(broken)} of {len(samples)} images cannot be read: {some(broken)}")
+        found: list[Any] = list(pool.map(attempt, items))
+    if problems:
+        raise ValueError(f"{len(problems)} of {len(items)} images cannot be used: {some(sorted(problems))}")
+    return found
 
 
-def _header_problem(path: str) -> str:
+def check_image(path: Path) -> tuple[int, int]:
+    """The size (W,H) of an image file; ValueError for one that is no image or is cut off.
+
+    Read are its header and its end, and all of it where the end does not show that it is whole.
+    """
+    with opened(path) as image:
+        marker = _ENDS.get(image.format or "")
+        if marker is None or marker not in _tail(path):
+            image.load()
+        return image.size
+
+
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
+        return file.read()
+
+
+@contextmanager
+def opened(file: Path | IO[bytes], name: Path | str = "") -> Iterator[Image.Image]:
+    """An image, not decoded yet. What cannot be read of it, then too, is a ValueError that names it."""
+    name = str(name or file)
     try:
-        with Image.open(path):
-            return ""
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return str(error) if path in str(error) else f"{path}: {error}"
+        with Image.open(file) as image:
+            yield image
+    except UNREADABLE as error:
+        raise ValueError(str(error) if name in str(error) else f"{name}: {error}") from error
 
 
 def some(names: list[str], most: int = 5) -> str:

@@ -1,7 +1,6 @@
 """Images with a class for every pixel: folders in ADE20K's manner and the built-in scenes, checked and prepared."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,14 +13,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dfformer import scenes
-from dfformer.data import some
+from dfformer.data import check_each, check_image, opened
 from dfformer.predict import image_files
 from dfformer.train_config import SegmentConfig
 
 IGNORED = 255  # in masks: a pixel that counts neither in the loss nor in a measure
 BACKGROUND = "background"
 _CROPS_TRIED = 10
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class Masked(Protocol):
@@ -66,44 +64,35 @@ class MaskFolder:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        try:
-            with Image.open(self.images[index]) as image, Image.open(self.masks[index]) as mask:
-                if problem := self._mask_problem(mask, image.size):
-                    raise ValueError(problem)
-                return image.convert("RGB"), self.to_class[np.asarray(mask)]
-        except _UNREADABLE as error:
-            raise ValueError(f"{self.images[index]} and its mask {self.masks[index]}: {error}") from error
+        with opened(self.images[index]) as image:
+            pixels = image.convert("RGB")
+        with opened(self.masks[index]) as mask:
+            self._check_mask(mask, pixels.size)
+            return pixels, self.to_class[np.asarray(mask)]
 
     def check(self) -> None:
-        with ThreadPoolExecutor(16) as pool:
-            problems = [p for p in pool.map(self._problem, self.images, self.masks) if p]
-        if problems:
-            raise ValueError(f"{len(problems)} of {len(self)} images cannot be used: {some(problems)}")
-        if not any((self[index][1] != IGNORED).any() for index in range(len(self))):  # the first mask nearly always
+        if not any(check_each(self._check, range(len(self)))):
             raise ValueError(f"{self.folder}: its masks have no pixel with a class, all are to be ignored")
 
-    def _problem(self, image_path: Path, mask_path: Path) -> str:
-        if not mask_path.is_file():
-            return f"{image_path} has no mask {mask_path}"
-        path = image_path
-        try:
-            with Image.open(image_path) as image:
-                size = image.size
-            path = mask_path
-            with Image.open(mask_path) as mask:
-                problem = self._mask_problem(mask, size)
-        except _UNREADABLE as error:
-            problem = str(error)
-        return problem if not problem or str(path) in problem else f"{path}: {problem}"
+    def _check(self, index: int) -> bool:
+        """Whether any pixel has a class."""
+        size, path = check_image(self.images[index]), self.masks[index]
+        if not path.is_file():
+            raise ValueError(f"{self.images[index]} has no mask {path}")
+        with opened(path) as mask:
+            return self._check_mask(mask, size)
 
-    def _mask_problem(self, mask: Image.Image, size: tuple[int, int]) -> str:
+    def _check_mask(self, mask: Image.Image, size: tuple[int, int]) -> bool:
         if mask.mode not in ("L", "P"):
-            return f"has mode {mask.mode}, accepted are L and P: one channel of 8 bits"
+            raise ValueError(f"has mode {mask.mode}, accepted are L and P: one channel of 8 bits")
         if mask.size != size:
-            return "is {}x{}, its image {}x{}".format(*mask.size, *size)
+            raise ValueError("is {}x{}, its image {}x{}".format(*mask.size, *size))
+        labels = np.flatnonzero(mask.histogram())
         last = self.first_label + len(self.classes) - 1
-        unknown = [label for label, count in enumerate(mask.histogram()) if count and last < label != IGNORED]
-        return f"has label {unknown[0]}, known are 0 to {last} and {IGNORED}" if unknown else ""
+        unknown = labels[(labels > last) & (labels != IGNORED)]
+        if unknown.size:
+            raise ValueError(f"has label {unknown[0]}, known are 0 to {last} and {IGNORED}")
+        return bool((self.to_class[labels] != IGNORED).any())
 
 
 class SceneMasks:

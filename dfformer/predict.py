@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dfformer.checkpoint import load_model
+from dfformer.data import UNREADABLE
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -81,7 +82,7 @@ class Files(Dataset):
         try:
             with Image.open(path) as image:
                 return path, self.transform(image.convert(self.mode))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             return path, error
 
 

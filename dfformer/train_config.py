@@ -60,7 +60,8 @@ class DataConfig:
         interpolation: when resizing for validation; the model's if not given.
         crop_pct: share of the image's side kept in validation; the model's if not given.
         workers: processes that decode images, for each training process.
-        check_images: read the header of every file of a folder, and all of every mask, before training starts.
+        check_images: before training starts, read the header and the end of every file of a folder, and all of every
+            mask.
         scenes: of digit_scenes: how many to train on and to validate.
     """
 

@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_si
 CLASSES = ["ant", "bee", "cat"]
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),  # timm's readers leave files to the collector
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),  # timm leaves .tar files to the collector
 ]
 
 
@@ -121,7 +121,7 @@ def test_an_unreadable_image(root: Path, tmp_path: Path, capsys: pytest.CaptureF
     broken.write_bytes(b"")
     checkpoint = write_checkpoint(tmp_path / "m.safetensors", CLASSES)
     assert main(["eval", str(checkpoint), "--root", str(root), "--workers", "0"]) == 2
-    assert f"1 of 12 images cannot be read: cannot identify image file '{broken}'" in capsys.readouterr().err
+    assert f"1 of 12 images cannot be used: cannot identify image file '{broken}'" in capsys.readouterr().err
 
 
 def test_a_tar_file(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

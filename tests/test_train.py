@@ -8,15 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from functools import partialmethod
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import require_compiler
+from conftest import require, require_compiler
 from PIL import Image
 from torch import nn
 
@@ -31,7 +33,7 @@ CLASSES = ("ant", "bee", "cat")
 FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),  # timm's readers leave files to the collector
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),  # timm leaves .tar files to the collector
 ]
 
 # A run of a second: 2 epochs of 3 steps, with everything random switched on.
@@ -232,7 +234,13 @@ def _rename_class(root: Path) -> str:
 
 def _break_image(root: Path) -> str:
     (root / "train" / "cat" / "3.png").write_bytes(b"\x89PNG not really")
-    return f"1 of 25 images cannot be read: cannot identify image file '{root / 'train' / 'cat' / '3.png'}'"
+    return f"1 of 25 images cannot be used: cannot identify image file '{root / 'train' / 'cat' / '3.png'}'"
+
+
+def _cut_off(root: Path) -> str:
+    path = root / "val" / "cat" / "1.png"
+    path.write_bytes(path.read_bytes()[:-200])
+    return f"1 of 7 images cannot be used: {path}: image file is truncated"
 
 
 def _empty_split(root: Path) -> str:
@@ -247,7 +255,10 @@ def _only_text(root: Path) -> str:
     return "Found 0 images"
 
 
-@pytest.mark.parametrize("spoil", [_remove_class, _empty_class, _rename_class, _break_image, _empty_split, _only_text])
+SPOILERS = [_remove_class, _empty_class, _rename_class, _break_image, _cut_off, _empty_split, _only_text]
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
 def test_malformed_data(
     spoil: Any, command: list[str], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,6 +266,46 @@ def test_malformed_data(
     assert main([*command, "--output", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists(), "before training starts"
+
+
+def test_whole_images_pass(tmp_path: Path) -> None:
+    """Of any format, with something behind the image too."""
+    for suffix in ("jpg", "png", "bmp", "gif", "webp"):
+        Image.new("RGB", (30, 20)).save(tmp_path / f"whole.{suffix}")
+    (tmp_path / "more.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes() + bytes(300))
+    assert {data.check_image(path) for path in tmp_path.iterdir()} == {(30, 20)}
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_an_image_that_cannot_be_decoded_is_named_when_it_is_read(archive: bool, root: Path) -> None:
+    """Instead of the next one in its place."""
+    path = root / "val" / "cat" / "1.png"
+    content = bytearray(path.read_bytes())
+    content[60] ^= 0x55  # its checksum is wrong now
+    path.write_bytes(content)
+    if archive:
+        with tarfile.open(root / "test.tar", "w") as tar:
+            tar.add(root / "val", arcname=".")
+    dataset = data.open_dataset("", str(root), "test" if archive else "val")
+    data.check_images(dataset)
+    with pytest.raises(ValueError, match=r"cat/1\.png: "):
+        [dataset[n] for n in range(len(dataset))]
+
+
+def test_a_dataset_of_torchvision(command: list[str], root: Path, tmp_path: Path) -> None:
+    """With grey images where the model wants them."""
+    dataset = ["--data.dataset", "torch/folder", "--data.root", str(root / "train"), "--model.args.in_chans", "1"]
+    pixels = ["--data.mean", "[0.5]", "--data.std", "[0.25]"]
+    assert main([*command, *dataset, *pixels, "--optim.epochs", "1", "--optim.warmup_epochs", "0",
+                 "--output", str(tmp_path / "run")]) == 0  # fmt: skip
+    assert load_model(tmp_path / "run" / "last.safetensors")[1] == list(CLASSES)
+
+
+def test_a_dataset_of_hugging_face(root: Path, tmp_path: Path) -> None:
+    require("datasets", find_spec("datasets") is not None, "no datasets: pip install datasets")
+    dataset = data.open_dataset(f"hfds/{root}", str(tmp_path / "cache"), "train")
+    assert (len(dataset), data.class_names(dataset)) == (25, list(CLASSES))
+    assert dataset[0][0].size == (24, 20)
 
 
 def test_a_nan_stops_with_a_diagnosis(

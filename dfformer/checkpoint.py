@@ -242,7 +242,10 @@ def _write_safetensors(state_dict: dict[str, Tensor], path: str | Path, metadata
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in state_dict.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         safetensors.torch.save_file(tensors, temporary, {"format": "pt", **metadata})
+        temporary.chmod(mode)  # that of other new files: safetensors makes them their owner's alone
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -126,7 +126,8 @@ def predict_files(arguments: argparse.Namespace, run: Run, value: str = "probabi
 
     workers = min(arguments.workers, len(paths) // arguments.batch_size)  # for a few images none pays
     predictions = run(paths, workers, report)
-    print(_table(predictions))
+    if predictions:
+        print(_table(predictions))
     if arguments.json:
         _write_json(arguments.json, predictions, failed, value)
     if failed:
@@ -196,4 +197,5 @@ def _write_json(path: Path, predictions: list[Prediction], failed: dict[str, str
         for p in predictions
     ]
     errors = [{"path": name, "error": error} for name, error in failed.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"predictions": images, "errors": errors}, indent=2) + "\n", encoding="utf-8")

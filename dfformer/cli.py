@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--topk", type=int, default=5)
     predict.add_argument("--batch-size", type=int, default=16)
     predict.add_argument("--workers", type=int, default=4, help="processes that read images (default: 4)")
-    predict.add_argument("--device", default="cpu")
+    predict.add_argument("--device", type=_device, default="cpu")
     predict.add_argument("--json", type=Path, help="also write the result there")
     predict.add_argument(
         "--output",
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--layer", metavar="PATTERN", help="of names, e.g. 'stages.2.*'")
         sub.add_argument("--img-size", type=_plane, metavar="N or HxW", help="default: the model's")
         sub.add_argument("--output", type=Path, default=Path("show"), help="folder to write to (default: show)")
-        sub.add_argument("--device", default="cpu")
+        sub.add_argument("--device", type=_device, default="cpu")
 
     export = command("export", _export, "Writes a model as a file that other programs run, and checks that file.")
     export.add_argument("output", type=Path, help="a name ending in .pt2, .onnx or .safetensors")
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--fused", action="store_true", help="pt2, aoti: keep this package's operators; loading needs dfformer_kernels"
     )
-    export.add_argument("--device", default="cpu")
+    export.add_argument("--device", type=_device, default="cpu")
 
     command("train", _train, "Trains a model from a recipe.", add_help=False)
 
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--crop-pct", type=float, help="share of the image's side that is kept; default: the model's")
     evaluate.add_argument("--batch-size", type=int, default=64)
     evaluate.add_argument("--workers", type=int, default=4, help="processes that decode images (default: 4)")
-    evaluate.add_argument("--device", default="cpu")
+    evaluate.add_argument("--device", type=_device, default="cpu")
     evaluate.add_argument("--amp", choices=["none", "bfloat16", "float16"], default="none")
     evaluate.add_argument("--csv", type=Path, help="also write the table there")
 
@@ -146,6 +146,15 @@ def _plane(text: str) -> tuple[int, int]:
     if min(H, W) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, sizes are at least 1")
     return H, W
+
+
+def _device(text: str) -> str:
+    from dfformer.device import usable_device
+
+    try:
+        return str(usable_device(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("device: ")) from None
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from dfformer.analysis import blocks
 from dfformer.data import seed_everything
+from dfformer.device import usable_device
 from dfformer.evaluate import autocast
 from dfformer.model import MetaFormer
 from dfformer.tasks import task_part
@@ -70,12 +71,13 @@ def _processes(config: TrainConfig) -> Iterator[Place]:
     kind = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if config.amp == "float16" and not kind.startswith("cuda"):
         raise ValueError("amp: float16 needs a CUDA device; accepted on others are none and bfloat16")
-    if "LOCAL_RANK" not in os.environ:
-        if config.distributed == "fsdp":
-            raise ValueError("distributed: fsdp needs processes to share the work: start with torchrun")
-        yield Place(torch.device(kind))
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None and config.distributed == "fsdp":
+        raise ValueError("distributed: fsdp needs processes to share the work: start with torchrun")
+    device = usable_device(f"cuda:{rank}" if rank and kind == "cuda" else kind)
+    if rank is None:
+        yield Place(device)
         return
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if kind == "cuda" else kind)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -105,7 +107,7 @@ class Engine:
     def __init__(self, config: TrainConfig, task: Task, place: Place) -> None:
         self.config, self.task, self.place = config, task, place
         self.folder = Path(config.output)
-        self.model = task.build_model().to(place.device)
+        self.model = _built(task).to(place.device)
         optim = config.optim
         self.ema = ModelEmaV3(self.model, decay=optim.ema_decay, use_warmup=True) if optim.ema_decay else None
         self.runner = self._distribute()
@@ -357,6 +359,13 @@ class Engine:
         )
         if self.resumed_from:
             print(f"goes on from {self.resumed_from}: step {self.step}, epoch {len(self.history) + 1}")
+
+
+def _built(task: Task) -> nn.Module:
+    try:
+        return task.build_model()
+    except TypeError as error:  # from models of any library, which do not say it better
+        raise ValueError(f"model.args, segment.decoder: {error}") from error
 
 
 _WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)

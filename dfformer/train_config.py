@@ -20,6 +20,9 @@ except ImportError as error:
     raise RuntimeError(f"training needs {error.name}: pip install 'dfformer[train]'") from error
 
 
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+
+
 @dataclass
 class ModelConfig:
     """The model.
@@ -73,7 +76,7 @@ class DataConfig:
     img_size: int | tuple[int, int] = 224
     mean: list[float] | None = None
     std: list[float] | None = None
-    interpolation: str | None = None
+    interpolation: Interpolation | None = None
     crop_pct: float | None = None
     workers: int = 8
     check_images: bool = True
@@ -108,7 +111,7 @@ class AugmentConfig:
     hflip: float = 0.5
     color_jitter: float = 0.4
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    interpolation: str = "random"
+    interpolation: Interpolation | Literal["random"] = "random"
     re_prob: float = 0.25
     re_mode: Literal["pixel", "rand", "const"] = "pixel"
     mixup: float = 0.8
@@ -246,6 +249,8 @@ FREE_TO_CHANGE |= {"data.root", "data.download", "data.workers", "data.check_ima
 
 _RANGES: dict[str, tuple[float, float]] = {
     "data.workers": (0, math.inf),
+    "data.crop_pct": (0.01, 1),
+    "augment.color_jitter": (0, math.inf),
     "augment.hflip": (0, 1),
     "augment.re_prob": (0, 1),
     "augment.mixup": (0, math.inf),
@@ -261,6 +266,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "optim.global_batch": (1, math.inf),
     "optim.accumulation": (1, math.inf),
     "optim.weight_decay": (0, math.inf),
+    "optim.clip_grad": (0, math.inf),
     "optim.epochs": (1, math.inf),
     "optim.cooldown_epochs": (0, math.inf),
     "optim.warmup_epochs": (0, math.inf),
@@ -284,7 +290,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     try:
         parsed: Namespace = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(" ".join(str(error).split())) from error
     parsed.pop("recipe", None)
     config = TrainConfig(**vars(parser.instantiate(parsed)))
     check(config)
@@ -296,14 +302,12 @@ def check(config: TrainConfig) -> None:
     check_task(config.task)
     values = flatten(asdict(config))
     for name, (low, high) in _RANGES.items():
-        if not low <= values[name] <= high:
+        if values[name] is not None and not low <= values[name] <= high:
             raise ValueError(f"{name}: got {values[name]}, accepted are numbers from {low} to {high}")
-    if not timm.is_model(config.model.name):
-        close = difflib.get_close_matches(config.model.name, timm.list_models(), n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else "; `dfformer info` lists this package's models"
-        raise ValueError(f"model.name: timm knows no model {config.model.name!r}{hint}")
-    if not 0 < config.segment.scale[0] <= config.segment.scale[1]:
-        raise ValueError(f"segment.scale: got {config.segment.scale}, accepted are two numbers above 0, least and most")
+    for name in ("augment.scale", "augment.ratio", "segment.scale"):
+        least, most = values[name]
+        if not 0 < least <= most:
+            raise ValueError(f"{name}: got {values[name]}, accepted are two numbers above 0, least and most")
     if config.optim.warmup_epochs >= config.optim.epochs:
         raise ValueError(
             f"optim.warmup_epochs: got {config.optim.warmup_epochs}, which leaves nothing of "
@@ -311,6 +315,35 @@ def check(config: TrainConfig) -> None:
         )
     if config.model.checkpoint and not Path(config.model.checkpoint).is_file():
         raise FileNotFoundError(f"model.checkpoint: {config.model.checkpoint} does not exist")
+    _check_names(config)
+    _check_images(config)
+
+
+def _check_names(config: TrainConfig) -> None:
+    model, optimizer = config.model.name, config.optim.opt.lower().split("_")[-1]  # behind timm's "lookahead_"
+    if not timm.is_model(model):
+        hint = _similar(model, timm.list_models()) or "; `dfformer info` lists this package's models"
+        raise ValueError(f"model.name: timm knows no model {model!r}{hint}")
+    known = timm.optim.list_optimizers()
+    if optimizer not in known:
+        raise ValueError(f"optim.opt: timm knows no optimiser {config.optim.opt!r}{_similar(optimizer, known)}")
+
+
+def _similar(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def _check_images(config: TrainConfig) -> None:
+    data, channels = config.data, config.model.args.get("in_chans", 3)
+    for name, numbers in (("img_size", data.size), ("scenes", data.scenes)):
+        if min(numbers) < 1:
+            raise ValueError(f"data.{name}: got {getattr(data, name)}, accepted are numbers from 1 up")
+    for name in ("mean", "std"):
+        if (values := getattr(data, name)) and len(values) != channels:
+            raise ValueError(f"data.{name}: got {values}, accepted is a number for each of {channels} channels")
+    if data.std and min(data.std) <= 0:
+        raise ValueError(f"data.std: got {data.std}, accepted are numbers above 0")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

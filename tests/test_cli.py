@@ -264,12 +264,13 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"wrote {len(read_checkpoint(target)[0])} tensors" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "absent.pth"), str(target)]) == 2
     assert "absent.pth does not exist" in capsys.readouterr().err
+    assert target.stat().st_mode == source.stat().st_mode, "readable for whom other new files are"
 
 
 def test_predict_goes_on_after_broken_files(
     checkpoint: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    absent, report = tmp_path / "absent.jpg", tmp_path / "out.json"
+    absent, report = tmp_path / "absent.jpg", tmp_path / "new" / "out.json"
     arguments = ["predict", "--checkpoint", str(checkpoint), "--topk", "2", "--batch-size", "2", "--json", str(report)]
     assert main([*arguments, str(images), str(absent)]) == 1
     printed = capsys.readouterr()
@@ -327,6 +328,16 @@ MISUSES = {
 def test_predict_misused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", *arguments, "image.png"]) == 2
     assert message in capsys.readouterr().err
+
+
+COMMANDS = [["predict", "image.png"], ["eval", "m.pth"], ["export", "m.onnx"], ["show", "filters"]]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: arguments[0])
+def test_a_device_that_is_not_there(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*arguments, "--device", "cuda:99"])
+    assert "argument --device: got 'cuda:99', which cannot be used here: " in capsys.readouterr().err
 
 
 def test_predict_on_an_empty_folder(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import timm.optim
 
 from dfformer.tasks import check_task
 

@@ -55,10 +55,8 @@ def optimize_for_inference(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype}, accepted are {', '.join(map(str, DTYPES))}")
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # tensors made in inference mode would not tell that they changed
+    # Tensors made in inference mode would not tell that they changed.
+    with torch.inference_mode(False), torch.no_grad():
         served = deepcopy(model).eval().requires_grad_(False)
         if img_size is not None:
             _fix_filters(served, to_2tuple(img_size))

@@ -128,27 +128,31 @@ def learning_curve(
     train_accuracy: Sequence[float] | None,
     test_accuracy: Sequence[float],
     measure: str = "accuracy",
+    images: str = "test",
 ) -> Figure:
-    """Loss and accuracies (fractions; or another ``measure``) by epoch."""
+    """Loss and accuracies (fractions; or another ``measure``) by epoch; ``images`` says of which the latter are."""
     epochs = np.arange(1, len(loss) + 1)
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(epochs, loss, color=RIGHT)
+    left.plot(epochs, loss, ".-", color=RIGHT)  # dots: of one epoch there is no line
     left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
     if train_accuracy is not None:
-        right.plot(epochs, 100 * np.array(train_accuracy), color="#7f8c8d", label="training (augmented)")
-    right.plot(epochs, 100 * np.array(test_accuracy), color=WRONG, label="test")
+        right.plot(epochs, 100 * np.array(train_accuracy), ".-", color="#7f8c8d", label="training (augmented)")
+    right.plot(epochs, 100 * np.array(test_accuracy), ".-", color=WRONG, label=images)
     right.set(xlabel="epoch", ylabel=f"{measure} (%)")
     right.annotate(
         f"{100 * test_accuracy[-1]:.1f} %",
         (epochs[-1], 100 * test_accuracy[-1]),
-        xytext=(0, -14),
+        xytext=(3, 0),
         textcoords="offset points",
-        ha="right",
+        va="center",
         color=WRONG,
+        annotation_clip=False,
     )
     right.legend(loc="lower right", frameon=False)
     for ax in (left, right):
+        ax.set_xlim(0.5, len(loss) + 0.5)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     return figure

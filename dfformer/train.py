@@ -414,7 +414,8 @@ class Log:
         from dfformer.figures import learning_curve
 
         measure = [row.get(f"ema_{self.metric}", row[self.metric]) for row in history]
-        figure = learning_curve([row["train_loss"] for row in history], None, measure, self.metric)
+        loss = [row["train_loss"] for row in history]
+        figure = learning_curve(loss, None, measure, self.metric, "validation")
         write_atomically(self.folder / "learning_curve.png", lambda file: figure.savefig(file, dpi=130))
 
     def _add_events(self, values: dict[str, float]) -> None:

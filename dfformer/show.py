@@ -149,10 +149,12 @@ def load_models(arguments: argparse.Namespace) -> list[Loaded]:
         if len(names) not in (0, 1, len(checkpoints)):
             raise ValueError(f"--model: got {len(names)} for {len(checkpoints)} checkpoints; one each, or one for all")
         names = [None] * len(checkpoints) if not names else names * (len(checkpoints) // len(names))
+        same_names = len({path.name for path in checkpoints}) < len(checkpoints)  # a/last and b/last
         for path, name in zip(checkpoints, names, strict=True):
-            loaded.append(Loaded(path.name, _trained(path, name, **overrides)))
+            title = str(path) if same_names else path.name
+            loaded.append(Loaded(title, _trained(path, name, **overrides)))
             if untrained:
-                loaded.append(Loaded(f"{path.name}, untrained", _untrained(path, name, **overrides)))
+                loaded.append(Loaded(f"{title}, untrained", _untrained(path, name, **overrides)))
     elif names:
         for name in names:
             if arguments.pretrained:
@@ -468,7 +470,7 @@ def show_receptive_field(models: list[Loaded], samples: Samples, output: Output,
     """Effective receptive fields, side by side."""
     fields = {loaded.name: analysis.receptive_field(loaded.model, samples.batches(loaded)) for loaded in models}
     if len(fields) < len(models):
-        raise ValueError(f"--checkpoint: got files of the same name, {', '.join(loaded.name for loaded in models)}")
+        raise ValueError(f"--checkpoint, --model: got one twice: {', '.join(loaded.name for loaded in models)}")
     planes = [(field.shape[0], field.shape[1]) for field in fields.values()]
     centres = [analysis.receptive_centre(loaded.model, plane) for loaded, plane in zip(models, planes, strict=True)]
     areas = [analysis.contribution_areas(f, centre) for f, centre in zip(fields.values(), centres, strict=True)]

@@ -441,6 +441,16 @@ def test_show_similarity_of_two(checkpoint: Path, folder: Path, tmp_path: Path) 
     assert {(row["model"], row["other_model"]) for row in rows} == {("grey.safetensors", "other.safetensors")}
 
 
+def test_show_checkpoints_of_the_same_name(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    """Runs call theirs all last.safetensors."""
+    other = tmp_path / "other" / checkpoint.name
+    other.parent.mkdir()
+    other.write_bytes(checkpoint.read_bytes())
+    output = tmp_path / "out"
+    run("receptive-field", "--checkpoint", checkpoint, "--checkpoint", other, "--output", output, folder)
+    assert {row["model"] for row in read(output / "receptive_field.csv")} == {str(checkpoint), str(other)}
+
+
 DENSE: dict[str, dict[str, Any]] = {
     "segment": {"decoder": {"decoder_pyramid_channels": 8}, "reduce_zero_label": False},
     "detect": {

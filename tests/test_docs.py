@@ -26,7 +26,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # A fenced block, and the comment in front of it that says why it is run with the long lists only.
 BLOCK = re.compile(r"^(<!-- not run.*?-->\n)?```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-COMMAND = re.compile(r"^    (dfformer .*?)(?: +#.*)?$", re.MULTILINE)
+# A line, by itself or the rest of torchrun's.
+COMMAND = re.compile(r"^    (?:torchrun .* -m )?(dfformer .*?)(?: +#.*)?$", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
@@ -73,8 +74,10 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @EVERY_PAGE
-def test_commands_exist(page: Path) -> None:
-    for command in COMMAND.findall(page.read_text("utf-8")):
+def test_commands_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dfformer_s18.pth").touch()
+    monkeypatch.chdir(tmp_path)
+    for command in COMMAND.findall(page.read_text("utf-8").replace("\\\n", "")):
         arguments, rest = _parser().parse_known_args(shlex.split(command)[1:])
         if arguments.command == "train":  # which reads its own
             train_config.parse([str(ROOT / a) if a.startswith("recipes/") else a for a in rest])

@@ -1,12 +1,16 @@
 """The ``dfformer`` command. Each subcommand's work is in a module of its own, imported when it runs."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from dfformer_kernels import __version__
+
+# Processes that read images: more than processors would be slower.
+_WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 _SHOWN = {
     "filters": "Stored filters, which of them the routing picks, and the filters mixed for images and classes.",
@@ -68,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--img-size", type=_plane, metavar="N or HxW", help="default: the model's")
     predict.add_argument("--topk", type=int, default=5)
     predict.add_argument("--batch-size", type=int, default=16)
-    predict.add_argument("--workers", type=int, default=4, help="processes that read images (default: 4)")
+    predict.add_argument("--workers", type=int, default=_WORKERS, help=f"processes that read images (here: {_WORKERS})")
     predict.add_argument("--device", type=_device, default="cpu")
     predict.add_argument("--json", type=Path, help="also write the result there")
     predict.add_argument(
@@ -122,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--crop-pct", type=float, help="share of the image's side that is kept; default: the model's")
     evaluate.add_argument("--batch-size", type=int, default=64)
-    evaluate.add_argument("--workers", type=int, default=4, help="processes that decode images (default: 4)")
+    evaluate.add_argument(
+        "--workers", type=int, default=_WORKERS, help=f"processes that read images (here: {_WORKERS})"
+    )
     evaluate.add_argument("--device", type=_device, default="cpu")
     evaluate.add_argument("--amp", choices=["none", "bfloat16", "float16"], default="none")
     evaluate.add_argument("--csv", type=Path, help="also write the table there")

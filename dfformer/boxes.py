@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dfformer import scenes
-from dfformer.data import check_each, check_image, opened, some
+from dfformer.data import check_each, check_image, given_root, opened, some
 
 # What each entry of an annotation file must have, and of which type.
 _FIELDS: dict[str, dict[str, type]] = {
@@ -208,9 +208,7 @@ def open_boxed(
         raise ValueError(
             f"dataset: got {name!r}, accepted to detect are '' (COCO's format) and {scenes.DIGIT_SCENES!r}"
         )
-    if root is None:
-        raise ValueError("root: give the folder of the data")
-    return CocoImages(Path(root), split, repair_boxes, training)
+    return CocoImages(given_root(root), split, repair_boxes, training)
 
 
 def check_same_categories(found: dict[int, str], expected: dict[int, str], where: str, of: str) -> None:

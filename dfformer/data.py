@@ -92,9 +92,7 @@ def open_dataset(name: str, root: str | None, split: str, channels: int = 3, dow
     """
     if name == DIGITS:
         return DigitImages(split)
-    if root is None:
-        raise ValueError("root: give the folder of the data")
-    path = root if name else str(_split_path(Path(root), split))
+    path = str(given_root(root) if name else _split_path(given_root(root), split))
     where = f"{root}, split {split}"
     try:
         dataset = create_dataset(name, root=path, split=split, search_split=False, download=download)
@@ -105,6 +103,13 @@ def open_dataset(name: str, root: str | None, split: str, channels: int = 3, dow
     if len(dataset) == 0:
         raise ValueError(f"{where}: no images")
     return Images(dataset, "L" if channels == 1 else "RGB")
+
+
+def given_root(root: str | None) -> Path:
+    """Where data are; ValueError if nothing says that."""
+    if root is None:
+        raise ValueError("root: give the folder of the data: --data.root in training, else --root")
+    return Path(root)
 
 
 class Images(Dataset):

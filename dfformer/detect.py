@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import timm
 import torch
-from PIL import Image
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 
@@ -355,7 +354,9 @@ def predict_command(arguments: argparse.Namespace) -> int:
         check_names(paths)
         predictions, results = [], []
         arguments.output.mkdir(parents=True, exist_ok=True)
-        for [(path, content)] in DataLoader(Files(paths, _pixels, 3), num_workers=workers, collate_fn=list):
+        for [(path, content)] in DataLoader(
+            Files(paths, v2.functional.pil_to_tensor, 3), num_workers=workers, collate_fn=list
+        ):
             if isinstance(content, Exception):
                 on_error(path, content)
                 continue
@@ -369,10 +370,6 @@ def predict_command(arguments: argparse.Namespace) -> int:
         return predictions
 
     return predict_files(arguments, run, "score")
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    return v2.functional.pil_to_tensor(image)
 
 
 def _coco_results(path: Path, objects: Target, category_ids: list[int]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dfformer import scenes
-from dfformer.data import check_each, check_image, opened
+from dfformer.data import check_each, check_image, given_root, opened
 from dfformer.predict import image_files
 from dfformer.train_config import SegmentConfig
 
@@ -122,9 +122,7 @@ def open_masked(
         return SceneMasks(split, img_size, count)
     if name:
         raise ValueError(f"dataset: got {name!r}, accepted to segment are '' (a folder) and {scenes.DIGIT_SCENES!r}")
-    if root is None:
-        raise ValueError("root: give the folder of the data")
-    return MaskFolder(Path(root), split, reduce_zero_label)
+    return MaskFolder(given_root(root), split, reduce_zero_label)
 
 
 def _class_names(root: Path) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
-import timm.optim
+from timm.optim import list_optimizers
 
 from dfformer.tasks import check_task
 
@@ -325,9 +325,9 @@ def _check_names(config: TrainConfig) -> None:
     if not timm.is_model(model):
         hint = _similar(model, timm.list_models()) or "; `dfformer info` lists this package's models"
         raise ValueError(f"model.name: timm knows no model {model!r}{hint}")
-    known = timm.optim.list_optimizers()
-    if optimizer not in known:
-        raise ValueError(f"optim.opt: timm knows no optimiser {config.optim.opt!r}{_similar(optimizer, known)}")
+    if optimizer not in list_optimizers():
+        hint = _similar(optimizer, list_optimizers())
+        raise ValueError(f"optim.opt: timm knows no optimiser {config.optim.opt!r}{hint}")
 
 
 def _similar(name: str, known: list[str]) -> str:

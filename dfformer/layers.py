@@ -487,7 +487,7 @@ def _around(scale: nn.Module, norm: nn.Module, branch: Any, drop_path: nn.Module
         return None
     if not is_plain(drop_path, nn.Identity) and not (is_plain(drop_path, DropPath) and not drop_path.training):
         return None
-    if not is_plain(norm, nn.LayerNorm) or getattr(norm, "bias", None) is not None:
+    if not is_plain(norm, nn.LayerNorm) or getattr(norm, "bias", None) is not None or len(norm.normalized_shape) > 1:
         return None
     if not is_plain(scale, Scale):
         return Around(Norm(norm.weight, norm.eps), None) if is_plain(scale, nn.Identity) else None

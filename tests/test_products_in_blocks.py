@@ -286,6 +286,13 @@ def replace_norms(block: Any) -> None:
     block.norm1, block.norm2 = nn.Identity(), nn.LayerNorm(block.norm2.normalized_shape)
 
 
+def replace_norms_by_wider_ones(block: Any) -> None:
+    W = block.token_mixer.size[1]
+    for name in ("norm1", "norm2"):
+        channels = getattr(block, name).normalized_shape
+        setattr(block, name, nn.LayerNorm((W, *channels), elementwise_affine=False))
+
+
 def replace_projections(block: Any) -> None:
     class Another(type(block.mlp.fc1)):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
@@ -310,7 +317,15 @@ def replace_scales(block: Any) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [hook, replace_norms, replace_projections, replace_branches, drop, replace_scales],
+    [
+        hook,
+        replace_norms,
+        replace_norms_by_wider_ones,
+        replace_projections,
+        replace_branches,
+        drop,
+        replace_scales,
+    ],
     ids=lambda change: change.__name__,
 )
 def test_what_was_changed_runs_by_itself(change: Callable[[Any], None]) -> None:

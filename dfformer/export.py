@@ -215,8 +215,11 @@ def _load_onnx(path: Path) -> Callable[[Tensor], Any]:
 
 
 def _write_aoti(source: _Source, path: Path) -> None:
-    metadata = {"aot_inductor.metadata": {DESCRIPTION: json.dumps(source.description)}}
-    torch._inductor.aoti_compile_and_package(_traced(source), package_path=str(path), inductor_configs=metadata)
+    configs = {
+        "aot_inductor.metadata": {DESCRIPTION: json.dumps(source.description)},
+        "layout_optimization": False,  # it takes (B,H,W,C) for (B,C,H,W) (dfformer_kernels/convolution.py)
+    }
+    torch._inductor.aoti_compile_and_package(_traced(source), package_path=str(path), inductor_configs=configs)
 
 
 def _load_aoti(path: Path) -> Callable[[Tensor], Any]:

@@ -3,7 +3,6 @@
 A token mixer is built as ``mixer(dim=..., size=plane)`` and maps (B,H,W,dim) to (B,H,W,dim).
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfformer.resize import check_rule, resize_filter
-from dfformer_kernels import dynamic_filter, global_filter, inference, linear, mlp, star_relu
+from dfformer_kernels import convolution, dynamic_filter, global_filter, inference, linear, mlp, star_relu
 from dfformer_kernels.cpu import Norm, Residual
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.inference import fuses
@@ -54,6 +53,15 @@ class Linear(nn.Linear):
     def fused(self, x: Tensor, norm: Norm | None = None, residual: Residual | None = None) -> Tensor:
         """``forward(norm(x))`` plus a residual, in one step without gradients."""
         return inference.product(x, self.weight, self.bias, norm, residual)
+
+
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d``, padded with zeros and without dilation, among channels-last layers that torch.compile leaves so;
+    see `dfformer_kernels.convolution`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not isinstance(self.padding, str)
+        return convolution(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
 
 
 class PackedLinear(nn.Module):
@@ -190,9 +198,7 @@ class SepConv(nn.Module):
         med_channels = int(expansion_ratio * dim)
         self.pwconv1 = Linear(dim, med_channels, bias=bias)
         self.act1 = act1_layer()
-        self.dwconv = nn.Conv2d(
-            med_channels, med_channels, kernel_size, padding=padding, groups=med_channels, bias=bias
-        )
+        self.dwconv = Conv2d(med_channels, med_channels, kernel_size, padding=padding, groups=med_channels, bias=bias)
         self.act2 = act2_layer()
         self.pwconv2 = Linear(med_channels, dim, bias=bias)
 
@@ -504,12 +510,6 @@ def _project_in(projection: Any, x: Tensor, around: Around | None) -> Tensor:
 
 def _project_out(projection: Any, y: Tensor, x: Tensor, around: Around | None) -> Tensor:
     return projection(y) if around is None else projection.fused(y, residual=Residual(x, around.scale))
-
-
-def conv_output_size(plane: tuple[int, int], kernel_size: int, stride: int, padding: int) -> tuple[int, int]:
-    """The plane a convolution makes of ``plane`` (H, W)."""
-    H, W = (math.floor((n + 2 * padding - kernel_size) / stride) + 1 for n in plane)
-    return H, W
 
 
 def _activation_on_load(act: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dfformer.layers import (
     Activation,
+    Conv2d,
     DynamicFilter,
     Mlp,
     MlpHead,
@@ -17,10 +18,10 @@ from dfformer.layers import (
     SpectralFilter,
     StarReLU,
     add_branch,
-    conv_output_size,
     has_hooks,
 )
 from dfformer.resize import check_rule
+from dfformer_kernels.convolution import output_plane
 
 TokenMixer = Callable[..., nn.Module]
 
@@ -43,7 +44,7 @@ class Downsampling(nn.Module):
         super().__init__()
         self.is_stem = stem
         self.pre_norm = nn.Identity() if stem else _norm(in_channels)
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding)
+        self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding)
         self.post_norm = _norm(out_channels) if stem else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ class MetaFormer(nn.Module):
         self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
         for i in range(stages):
             kernel_size, padding = STEM if i == 0 else DOWNSAMPLE
-            plane = conv_output_size(plane, kernel_size, strides[i], padding)
+            plane = output_plane(plane, *map(to_2tuple, (kernel_size, strides[i], padding)))
             if min(plane) < 1:
                 raise ValueError(f"img_size: got {img_size}, which leaves nothing at stage {i}")
             self.downsample_layers.append(

@@ -37,6 +37,7 @@ def _add_branch(x: Tensor, scale: nn.Module, norm: nn.Module, branch: nn.Module,
 
 
 _PLAIN = {
+    "dfformer.layers.convolution": F.conv2d,
     "dfformer.layers.dynamic_filter": _dynamic_filter,
     "dfformer.layers.global_filter": _global_filter,
     "dfformer.layers.star_relu": reference.star_relu,

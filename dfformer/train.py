@@ -138,7 +138,8 @@ class Engine:
 
     def _distribute(self) -> nn.Module:
         if self.config.model.compile:
-            self.model.compile()
+            # Images are channels-last already, and it takes (B,H,W,C) for (B,C,H,W) (dfformer_kernels/convolution.py).
+            self.model.compile(options={"layout_optimization": False})
         if self.place.world == 1:
             return self.model
         if self.config.distributed == "fsdp":

@@ -7,6 +7,7 @@
 __version__ = "0.1.0"
 
 import dfformer_kernels.inference  # noqa: F401 (registers its operators)
+from dfformer_kernels.convolution import convolution
 from dfformer_kernels.dense import linear, mlp
 from dfformer_kernels.dispatch import backends, use_backend
 from dfformer_kernels.ops import DynamicFilterFunction, dynamic_filter, global_filter, star_relu
@@ -14,6 +15,7 @@ from dfformer_kernels.ops import DynamicFilterFunction, dynamic_filter, global_f
 __all__ = [
     "DynamicFilterFunction",
     "backends",
+    "convolution",
     "dynamic_filter",
     "global_filter",
     "linear",

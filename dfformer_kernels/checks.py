@@ -127,6 +127,25 @@ def check_norm_mean(x: Tensor, norm_weight: Tensor | None) -> None:
     _check_shapes("norm_mean", x, {"norm_weight": (norm_weight, (K,))})
 
 
+def check_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
+) -> None:
+    op = "convolution"
+    _, H, W, C = _check_plane(op, x)
+    _check_same_kind(op, "weight", x, weight)
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0)):
+        if len(pair) != 2 or min(pair) < least:
+            _fail(op, name, f"two numbers >= {least}", list(pair))
+    if groups < 1 or C % groups:
+        _fail(op, "groups", f"a divisor of the {C} channels of x", groups)
+    largest = (H + 2 * padding[0], W + 2 * padding[1])
+    if weight.dim() != 4 or weight.shape[0] % groups or weight.shape[1] != C // groups:
+        _fail(op, "weight", f"shape (N, {C // groups}, h, w), N a multiple of groups = {groups}", _shape(weight))
+    if not all(1 <= size <= most for size, most in zip(weight.shape[2:], largest, strict=True)):
+        _fail(op, "weight", f"a kernel of at most {largest}, the padded plane", _shape(weight))
+    _check_shapes(op, x, {"bias": (bias, (weight.shape[0],))})
+
+
 def check_tensors(op: str, **arguments: object) -> None:
     for name, argument in arguments.items():
         if not isinstance(argument, Tensor):

@@ -163,6 +163,8 @@ def _mlp(
 ) -> tuple[Tensor, Tensor]:
     """The MLP of x (M, K), and, if they are to be kept, the hidden activations before StarReLU."""
     checks.check_mlp(x, weight1, scale, bias, weight2)
+    if keep and x.is_cpu:
+        memory.keep_freed()
     if by_core(x, backend):
         return cpu.mlp(x, weight1, scale, bias, weight2, keep=keep)
     if not x.is_cpu:  # all rows at once, and nothing in place

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from dfformer_kernels.convolution import output_plane
+
 Shape = Sequence[int]
 
 # For each kept frequency and channel
@@ -78,6 +80,11 @@ def _mlp_backward(
     return 2 * x[0] * products
 
 
+def _convolution(x: Shape, weight: Shape, bias: Shape | None, stride: Shape, padding: Shape, *_: Any) -> int:
+    plane = output_plane(x[1:3], weight[2:], stride, padding)
+    return 2 * x[0] * math.prod(plane) * math.prod(weight)
+
+
 def _norm_linear(x: Shape, norm_weight: Shape, eps: float, weight: Shape, *_: Any) -> int:
     return _linear(x, weight)
 
@@ -106,6 +113,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "norm_linear": _norm_linear,
     "norm_mlp": _norm_mlp,
     "norm_mean": _nothing,
+    "convolution": _convolution,
 }
 
 

@@ -1,9 +1,10 @@
-"""Keeping large CPU tensors from being faulted in, page by page, at every call."""
+"""Keeping CPU tensors' memory from being faulted in, page by page, at every call."""
 
 import ctypes
 import mmap
 import sys
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,6 +25,17 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     if t.is_cpu and t.nbytes >= MAPPED_AFRESH and sys.platform == "linux":
         _advise_huge_pages(t)
     return t
+
+
+@cache
+def keep_freed() -> None:
+    """From the first call on, glibc keeps what is freed below `MAPPED_AFRESH`: what a training step's backward frees
+    is more than any number that suits a process that does not train, and the next step's forward wants it again.
+    ``malloc_trim(0)`` gives it back."""
+    trim_threshold, never = -1, -1  # glibc's M_TRIM_THRESHOLD
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # not every libc has it
+        mallopt(trim_threshold, never)
 
 
 def _advise_huge_pages(t: Tensor) -> None:

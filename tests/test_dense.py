@@ -1,5 +1,9 @@
 """Pointwise projections and the MLP: values, gradients, layouts, chunks, errors, and torch's transformations."""
 
+import mmap
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -263,6 +267,33 @@ def test_large_tensors_are_ordinary_ones(elements: int) -> None:
     assert (t.shape, t.dtype, t.is_contiguous()) == ((elements,), torch.float32, True)
     t.fill_(1.0)
     assert t.sum().item() == elements
+
+
+FAULTS_OF_A_SECOND_STEP = """
+import resource, sys, torch
+from dfformer_kernels import mlp
+
+def step():
+    activations = [torch.ones(2**18) for _ in range(200)]  # 200 MiB, of which glibc by itself would keep none
+
+x = torch.ones(4, 8, requires_grad=True)
+parameters = torch.ones(32, 8), (torch.ones(1), torch.zeros(1)), torch.ones(8, 32)
+with torch.set_grad_enabled(sys.argv[1] == "training"):
+    mlp(x, *parameters)
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told to keep what is freed")
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_processes_that_train_keep_their_memory(mode: str) -> None:
+    command = [sys.executable, "-c", FAULTS_OF_A_SECOND_STEP, mode]
+    faults = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    pages = 200 * 2**20 // mmap.PAGESIZE
+    assert faults < pages // 10 if mode == "training" else faults > pages // 2
 
 
 # Errors

@@ -39,20 +39,26 @@ struct Filter : FilterOf<typename L::Vec> {
         int first;
     };
     // Rows a and b are a line a + i b. A row without a partner is its own: the column pass takes no notice of b then,
-    // and b is stored before a.
+    // and b is stored before a. Memory is asked for the pixels of the pair after it in time: pixels are a stride apart
+    // that no hardware foresees.
     struct RowPair {
         const int* sample;
         std::int64_t inner, C;
-        Storage *a, *b;
+        Storage *a, *b, *next_a, *next_b;
 
         FFT_INLINE RowPair(const RowPairs& pairs, std::int64_t i)
             : sample(pairs.plane.row_plan.sample),
               inner(pairs.plane.row_plan.passes[0].inner),
               C(pairs.plane.problem.C) {
-            const int* rows = pairs.plane.column_plan.pairs + 2 * (pairs.first + i);
+            const std::int64_t pair = pairs.first + i;
+            rows(pairs, pair, a, b);
+            rows(pairs, pair + 1 < pairs.plane.pairs ? pair + 1 : pair, next_a, next_b);
+        }
+        FFT_INLINE static void rows(const RowPairs& pairs, std::int64_t pair, Storage*& a, Storage*& b) {
+            const int* row = pairs.plane.column_plan.pairs + 2 * pair;
             auto* pixels = static_cast<Storage*>(const_cast<void*>(pairs.tensor));
-            a = pixels + pairs.plane.row_offset(rows[0]);
-            b = rows[1] < 0 ? a : pixels + pairs.plane.row_offset(rows[1]);
+            a = pixels + pairs.plane.row_offset(row[0]);
+            b = row[1] < 0 ? a : pixels + pairs.plane.row_offset(row[1]);
         }
         FFT_INLINE std::int64_t offset(std::int64_t r, std::int64_t m) const { return sample[r * inner + m] * C; }
     };
@@ -65,6 +71,8 @@ struct Filter : FilterOf<typename L::Vec> {
             FFT_INLINE void operator()(Line* line, Radix radix, std::int64_t, std::int64_t m) const {
                 for_each(radix, [&](auto r) UNROLLED_BODY {
                     const std::int64_t offset = this->offset(r, m);
+                    __builtin_prefetch(this->next_a + offset, 0, 2);
+                    __builtin_prefetch(this->next_b + offset, 0, 2);
                     line[r] = {act(L::load(this->a + offset)), act(L::load(this->b + offset))};
                 });
             }
@@ -167,6 +175,8 @@ struct Filter : FilterOf<typename L::Vec> {
         Storage *a = rows.a, *b = rows.b;
         for (const Line* end = line + W; line < end; line++) {
             const std::int64_t offset = *sample++ * rows.C;
+            for (int g = 0; g < count; g++) __builtin_prefetch(rows.next_b + offset + g * lanes, 1);
+            for (int g = 0; g < count; g++) __builtin_prefetch(rows.next_a + offset + g * lanes, 1);
             for (int g = 0; g < count; g++) L::store(b + offset + g * lanes, line[g * stride].im);
             for (int g = 0; g < count; g++) L::store(a + offset + g * lanes, line[g * stride].re);
         }
@@ -178,16 +188,21 @@ struct Filter : FilterOf<typename L::Vec> {
         const std::int64_t C = plane.problem.C, W = plane.W;
         const V two_scale = V{} + T(2 * plane.problem.scale);
         typename StarReLU<L>::Sums sums;
+        const int* rows = plane.column_plan.pairs + 2 * pair;
         for (int i = 0; i < 2; i++) {
-            const int row = plane.column_plan.pairs[2 * pair + i];
-            if (row < 0) continue;
-            const Storage* x = pixels(plane, plane.tensors.x, row);
-            Storage* __restrict grad_x = plane.tensors.grad_x ? pixels(plane, plane.tensors.grad_x, row) : nullptr;
+            if (rows[i] < 0) continue;
+            const int next = pair + 1 < plane.pairs || i == 0 ? rows[i + 1] : -1;
+            const std::int64_t ahead = next < 0 ? 0 : (next - rows[i]) * W * C;
+            const Storage* x = pixels(plane, plane.tensors.x, rows[i]);
+            Storage* __restrict grad_x = plane.tensors.grad_x ? pixels(plane, plane.tensors.grad_x, rows[i]) : nullptr;
             for (std::int64_t w = 0; w < W; w++) {
                 const Line& grad_u = line[position[w]];
+                __builtin_prefetch(x + w * C + ahead, 0, 2);
                 const V g =
                     StarReLU<L>::backward_lane(i ? grad_u.im : grad_u.re, load(x + w * C, plane.used), two_scale, sums);
-                if (grad_x) store(grad_x + w * C, g, plane.used);
+                if (!grad_x) continue;
+                __builtin_prefetch(grad_x + w * C + ahead, 1);
+                store(grad_x + w * C, g, plane.used);
             }
         }
         sums.flush();

@@ -89,26 +89,34 @@ void multiply_rows(const Tile& tile, int rows) {
     }
 }
 
-// The same of a tile that ends within its panel: what it reads and writes of y's row is copied, so that the sums never
-// have to leave their registers on the way.
+// Rows of a tile that ends within its panel, filled up with zeros; null for null.
+inline const float* filled_up(const float* from, std::int64_t row, int rows, int width, float* to) {
+    if (!from) return nullptr;
+    for (int r = 0; r < rows; r++) {
+        for (int v = 0; v < tile_vectors; v++) Float32::store(to + r * panel_width + v * Float32::count, F32{});
+        for (int n = 0; n < width; n++) to[r * panel_width + n] = from[r * row + n];
+    }
+    return to;
+}
+
+// The same of such a tile: what it reads and writes of y's rows is copied, so that the sums never have to leave their
+// registers on the way. It is no more than copied here, element by element: where the copies are added up, registers
+// are loaded, and nothing can read beyond a row's end. (For a single float of a multiply-add, qemu reads a register.)
 template <bool transposed>
 void multiply_edge(const Tile& t, int rows) {
-    float plus[tile_rows][panel_width] = {}, y[tile_rows][panel_width], before[tile_rows][panel_width];
-    const float* scale = t.residual.scale;
-    for (int r = 0; r < rows; r++)
-        for (int n = 0; n < t.width; n++) {
-            if (t.plus) plus[r][n] = t.plus[r * t.plus_row + n];
-            if (t.residual.x) plus[r][n] += (scale ? scale[n] : 1) * t.residual.x[r * t.y_row + n];
-        }
+    constexpr int size = tile_rows * panel_width;
+    float plus[size], residual[size], scale[panel_width], y[size], before[size];
     Tile padded = t;
-    padded.plus = plus[0], padded.plus_row = padded.y_row = panel_width, padded.y = y[0];
-    padded.residual = {};
-    if (t.before) padded.before = before[0];
+    padded.plus = filled_up(t.plus, t.plus_row, rows, t.width, plus);
+    padded.residual = {filled_up(t.residual.x, t.y_row, rows, t.width, residual),
+                       filled_up(t.residual.scale, 0, 1, t.width, scale)};
+    padded.y = y, padded.plus_row = padded.y_row = panel_width;
+    if (t.before) padded.before = before;
     multiply_rows<transposed>(padded, rows);
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < t.width; n++) {
-            t.y[r * t.y_row + n] = y[r][n];
-            if (t.before) t.before[r * t.y_row + n] = before[r][n];
+            t.y[r * t.y_row + n] = y[r * panel_width + n];
+            if (t.before) t.before[r * t.y_row + n] = before[r * panel_width + n];
         }
 }
 

@@ -258,6 +258,7 @@ def _filter_backward(
     bias: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
+    memory.keep_freed()
     need_x, need_logits, need_filters, need_scale, need_bias = needs
     problem = _FilterProblem(x, logits, filters, scale, bias)
     grad_y = grad_y.to(x.dtype).contiguous()

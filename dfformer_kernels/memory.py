@@ -12,6 +12,9 @@ from torch import Tensor
 # From this size on glibc's malloc maps every block afresh and gives it back when it is freed.
 MAPPED_AFRESH = 32 * 2**20
 
+# Parameters of glibc's mallopt; -1 is never.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
 # Below it, glibc gives back what exceeds twice the largest block that was ever mapped and freed, so that a model whose
 # activations come and go would fault them in again at every layer. One block just under the limit, never touched,
 # raises that to 64 MiB.
@@ -29,13 +32,12 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
 
 @cache
 def keep_freed() -> None:
-    """From the first call on, glibc keeps what is freed below `MAPPED_AFRESH`: what a training step's backward frees
-    is more than any number that suits a process that does not train, and the next step's forward wants it again.
-    ``malloc_trim(0)`` gives it back."""
-    trim_threshold, never = -1, -1  # glibc's M_TRIM_THRESHOLD
+    """From the first call on, glibc keeps what is freed, blocks above `MAPPED_AFRESH` too: what a training step's
+    backward frees the next step's forward wants again. ``malloc_trim(0)`` gives it back."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:  # not every libc has it
-        mallopt(trim_threshold, never)
+        mallopt(_TRIM_THRESHOLD, -1)
+        mallopt(_MMAP_THRESHOLD, 2**31 - 1)
 
 
 def _advise_huge_pages(t: Tensor) -> None:

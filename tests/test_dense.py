@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS
-from conftest import require_compiler
+from conftest import require_backend, require_compiler
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -269,18 +269,20 @@ def test_large_tensors_are_ordinary_ones(elements: int) -> None:
     assert t.sum().item() == elements
 
 
-FAULTS_OF_A_SECOND_STEP = """
+FAULTS_OF_A_STEP = """
 import resource, sys, torch
-from dfformer_kernels import mlp
+from dfformer_kernels import dynamic_filter, mlp
 
-def step():
-    activations = [torch.ones(2**18) for _ in range(200)]  # 200 MiB, of which glibc by itself would keep none
+def step():  # 200 MiB, of which glibc by itself would keep none
+    activations = [torch.ones(int(sys.argv[2]) * 2**18) for _ in range(200 // int(sys.argv[2]))]
 
-x = torch.ones(4, 8, requires_grad=True)
-parameters = torch.ones(32, 8), (torch.ones(1), torch.zeros(1)), torch.ones(8, 32)
-with torch.set_grad_enabled(sys.argv[1] == "training"):
-    mlp(x, *parameters)
-step()
+x = torch.ones(1, 4, 4, 8, requires_grad=True)
+if sys.argv[1] == "mlp":
+    mlp(x, torch.ones(32, 8), (torch.ones(1), torch.zeros(1)), torch.ones(8, 32))
+elif sys.argv[1] == "filter":
+    dynamic_filter(x, torch.ones(1, 2, 8), torch.ones(4, 3, 2, 2), backend="cpu").sum().backward()
+for _ in range(4):
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -288,12 +290,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told to keep what is freed")
-@pytest.mark.parametrize("mode", ["training", "inference"])
-def test_processes_that_train_keep_their_memory(mode: str) -> None:
-    command = [sys.executable, "-c", FAULTS_OF_A_SECOND_STEP, mode]
+@pytest.mark.parametrize(
+    ("trained", "mebibytes"), [("mlp", 1), ("mlp", 50), ("filter", 1), ("filter", 50), ("nothing", 50)]
+)
+def test_processes_that_train_keep_their_memory(trained: str, mebibytes: int) -> None:
+    if trained == "filter":
+        require_backend("cpu")
+    command = [sys.executable, "-c", FAULTS_OF_A_STEP, trained, str(mebibytes)]
     faults = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     pages = 200 * 2**20 // mmap.PAGESIZE
-    assert faults < pages // 10 if mode == "training" else faults > pages // 2
+    assert faults > pages // 4 if trained == "nothing" else faults < pages // 10
 
 
 # Errors

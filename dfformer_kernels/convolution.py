@@ -18,7 +18,7 @@ from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.ops import differentiate, register
 
 Pair = Sequence[int]
-DILATION, NOT_TRANSPOSED, NO_OUTPUT_PADDING = (1, 1), False, (0, 0)
+_DILATION, _NOT_TRANSPOSED, _NO_OUTPUT_PADDING = (1, 1), False, (0, 0)
 
 
 def convolution(
@@ -27,12 +27,16 @@ def convolution(
     """``F.conv2d(x, weight, bias, stride, padding, groups=groups)``, in torch.compile's graphs an operator of its own.
 
     Args:
-        x: (B,C,H,W), any floating dtype; best in channels-last memory, as which the operator returns its result.
+        x: (B,C,H,W), float32, float64, bfloat16 or float16; best in channels-last memory, which is what the operator
+            returns.
         weight: (N, C / groups, h, w), bias: (N,), of x's dtype; under autocast, of any.
         stride, padding: along H and W.
 
     Returns:
         (B,N,H',W'). Saves ``x`` and ``weight`` for backward.
+
+    Raises:
+        ValueError, TypeError: a bad argument, by name, where it is an operator of its own; else what torch raises.
     """
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return F.conv2d(x, weight, bias, stride, padding, groups=groups)
@@ -82,9 +86,9 @@ class ConvolutionFunction(torch.autograd.Function):
             weight.shape[:1],
             stride,
             padding,
-            DILATION,
-            NOT_TRANSPOSED,
-            NO_OUTPUT_PADDING,
+            _DILATION,
+            _NOT_TRANSPOSED,
+            _NO_OUTPUT_PADDING,
             groups,
             needs,
         )

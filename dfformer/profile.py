@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfformer.layers import AFNO2D, DynamicFilter, GlobalFilter, Linear
+from dfformer.layers import AFNO2D, Conv2d, DynamicFilter, GlobalFilter, Linear
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ _MACS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {
     nn.Linear: _linear_macs,
     Linear: _linear_macs,
     nn.Conv2d: _conv_macs,
+    Conv2d: _conv_macs,
     DynamicFilter: _spectral_macs,
     GlobalFilter: _spectral_macs,
     AFNO2D: _spectral_macs,

@@ -100,23 +100,23 @@ inline const float* filled_up(const float* from, std::int64_t row, int rows, int
 }
 
 // The same of such a tile: what it reads and writes of y's rows is copied, so that the sums never have to leave their
-// registers on the way. It is no more than copied here, element by element: where the copies are added up, registers
-// are loaded, and nothing can read beyond a row's end. (For a single float of a multiply-add, qemu reads a register.)
+// registers on the way. They are copied and no more, for qemu's sake: of a scalar multiply-add's operand it reads a
+// whole register, beyond the end of the last row.
 template <bool transposed>
 void multiply_edge(const Tile& t, int rows) {
-    constexpr int size = tile_rows * panel_width;
-    float plus[size], residual[size], scale[panel_width], y[size], before[size];
+    float plus[tile_rows][panel_width], residual[tile_rows][panel_width], scale[panel_width];
+    float y[tile_rows][panel_width], before[tile_rows][panel_width];
     Tile padded = t;
-    padded.plus = filled_up(t.plus, t.plus_row, rows, t.width, plus);
-    padded.residual = {filled_up(t.residual.x, t.y_row, rows, t.width, residual),
+    padded.plus = filled_up(t.plus, t.plus_row, rows, t.width, plus[0]);
+    padded.residual = {filled_up(t.residual.x, t.y_row, rows, t.width, residual[0]),
                        filled_up(t.residual.scale, 0, 1, t.width, scale)};
-    padded.y = y, padded.plus_row = padded.y_row = panel_width;
-    if (t.before) padded.before = before;
+    padded.y = y[0], padded.plus_row = padded.y_row = panel_width;
+    if (t.before) padded.before = before[0];
     multiply_rows<transposed>(padded, rows);
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < t.width; n++) {
-            t.y[r * t.y_row + n] = y[r * panel_width + n];
-            if (t.before) t.before[r * t.y_row + n] = before[r * panel_width + n];
+            t.y[r * t.y_row + n] = y[r][n];
+            if (t.before) t.before[r * t.y_row + n] = before[r][n];
         }
 }
 

@@ -12,13 +12,14 @@ from torch import Tensor
 # From this size on glibc's malloc maps every block afresh and gives it back when it is freed.
 MAPPED_AFRESH = 32 * 2**20
 
-# Parameters of glibc's mallopt; -1 is never.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-
 # Below it, glibc gives back what exceeds twice the largest block that was ever mapped and freed, so that a model whose
 # activations come and go would fault them in again at every layer. One block just under the limit, never touched,
 # raises that to 64 MiB.
 torch.empty(MAPPED_AFRESH - 2**16, dtype=torch.uint8)
+
+# Parameters of glibc's mallopt.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_NEVER = -1
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def keep_freed() -> None:
     backward frees the next step's forward wants again. ``malloc_trim(0)`` gives it back."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:  # not every libc has it
-        mallopt(_TRIM_THRESHOLD, -1)
+        mallopt(_TRIM_THRESHOLD, _NEVER)
         mallopt(_MMAP_THRESHOLD, 2**31 - 1)
 
 

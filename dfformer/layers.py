@@ -16,6 +16,7 @@ from dfformer_kernels import convolution, dynamic_filter, global_filter, inferen
 from dfformer_kernels.cpu import Norm, Residual
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.inference import fuses
+from dfformer_kernels.packing import keep_packed
 from dfformer_kernels.reference import compute_dtype
 
 Activation = Callable[[], nn.Module]
@@ -74,32 +75,24 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight.detach().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self._packed: tuple[tuple[object, ...], inference.Packed] | None = None
+        self.keep_packed()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.packs(x):
-            return linear(x, self.weight, self.bias)
-        return inference.product(x, self.packed_weight(), self.bias)
+        self.keep_packed()
+        return inference.linear(x, self.weight, self.bias)
 
     def fused(self, x: Tensor, norm: Norm | None = None, residual: Residual | None = None) -> Tensor:
         """``forward(norm(x))`` plus a residual, in one step."""
-        weight = self.packed_weight() if self.packs(x) else self.weight
-        return inference.product(x, weight, self.bias, norm, residual)
+        self.keep_packed()
+        return inference.product(x, self.weight, self.bias, norm, residual)
 
-    def packs(self, x: Tensor) -> bool:
-        """Whether ``x`` is multiplied by the packed weight; traced graphs hold the plain one."""
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
-        return not traced and x.dtype == self.weight.dtype and inference.can_pack(x)
+    def keep_packed(self) -> None:
+        if not torch.compiler.is_compiling():
+            keep_packed(self.weight)
 
-    def packed_weight(self) -> inference.Packed:
-        """Packed at first use, and again when it changed."""
-        state = (self.weight.data_ptr(), self.weight._version, inference.packing(self.weight.dtype))
-        if self._packed is None or self._packed[0] != state:
-            self._packed = state, inference.pack(self.weight)
-        return self._packed[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.keep_packed()
 
     def extra_repr(self) -> str:
         return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}, bias={self.bias is not None}"
@@ -146,16 +139,12 @@ class PackedMlp(nn.Module):
         self.register_buffer("bias", fc1.weight.new_zeros(1), persistent=False)
 
     def forward(self, x: Tensor, around: Around | None = None) -> Tensor:
-        star_relu = (self.scale, self.bias)
-        packs = self.fc1.packs(x)
-        weight1, weight2 = (fc.packed_weight() if packs else fc.weight for fc in (self.fc1, self.fc2))
+        star_relu, weight1, weight2, bias2 = (self.scale, self.bias), self.fc1.weight, self.fc2.weight, self.fc2.bias
+        self.fc1.keep_packed()
+        self.fc2.keep_packed()
         if around is not None:
-            return inference.mlp(x, weight1, star_relu, weight2, self.fc2.bias, around.norm, around.scale)
-        if not packs:
-            y = mlp(x, self.fc1.weight, star_relu, self.fc2.weight)
-            return y if self.fc2.bias is None else y + self.fc2.bias
-        y = inference.packed_mlp(x.flatten(0, -2), weight1, star_relu, weight2, self.fc2.bias)
-        return y.unflatten(0, x.shape[:-1])
+            return inference.mlp(x, weight1, star_relu, weight2, bias2, around.norm, around.scale)
+        return inference.mlp_alone(x, weight1, star_relu, weight2, bias2)
 
     def takes_around(self) -> bool:
         return True

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dfformer_kernels import memory
 from dfformer_kernels.kernels import filter_kernels
+from dfformer_kernels.packing import is_kept, packed
 
 # The order of DType in csrc/dynamic_filter.h.
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -106,33 +107,25 @@ def star_relu_backward(
     return gradients
 
 
-class Panels(NamedTuple):
-    """A float32 weight (N,K) as the core's products want it; of no use under another instruction set."""
-
-    data: Tensor  # (panels,K,width)
-    N: int
-
-
-def pack(weight: Tensor) -> Panels:
-    """A float32 weight (N,K) packed once, for all products to come."""
+def _pack(weight: Tensor) -> Tensor:
+    """A float32 weight (N,K) as panels (panels,K,width); of no use under another instruction set."""
     weight = weight.contiguous()
     N, K = weight.shape
     width = core().panel_width()
-    data = weight.new_empty(-(-N // width), K, width)
-    core().pack(N, K, _matrix(weight, N, K), _matrix(data, *data.shape), _threads())
-    return Panels(data, N)
+    panels = weight.new_empty(-(-N // width), K, width)
+    core().pack(N, K, _matrix(weight, N, K), _matrix(panels, *panels.shape), _threads())
+    return panels
 
 
 class _Weight:
     """A weight's sizes, and how and where it lies for the core."""
 
-    def __init__(self, weight: Tensor | Panels) -> None:
-        if isinstance(weight, Panels):
-            width = core().panel_width()
-            self.N, self.K, self.layout, self.stored = weight.N, weight.data.shape[1], 2, weight.data
-            self.address = _matrix(self.stored, -(-self.N // width), self.K, width)
-            return
+    def __init__(self, weight: Tensor, panels: bool) -> None:
         self.N, self.K = weight.shape
+        if panels:
+            self.layout, self.stored = 2, packed(weight, _pack, core().panel_width())
+            self.address = _matrix(self.stored, *self.stored.shape)
+            return
         self.layout = int(not weight.is_contiguous() and weight.t().is_contiguous())
         self.stored = weight.t() if self.layout else weight.contiguous()
         self.address = _matrix(self.stored, *((self.K, self.N) if self.layout else (self.N, self.K)))
@@ -160,13 +153,13 @@ class Residual(NamedTuple):
 
 def product(
     x: Tensor,
-    weight: Tensor | Panels,
+    weight: Tensor,
     bias: Tensor | None = None,
     norm: Norm | None = None,
     residual: Residual | None = None,
 ) -> Tensor:
     """``norm(x) @ weight.T + bias + residual`` (M,N) of float32 matrices: x (M,K), weight (N,K), bias (N,)."""
-    x, w, bias = x.contiguous(), _Weight(weight), None if bias is None else bias.contiguous()
+    x, w, bias = x.contiguous(), _Weight(weight, is_kept(weight)), None if bias is None else bias.contiguous()
     M = len(x)
     y = memory.empty((M, w.N), x)
     core().product(
@@ -205,21 +198,22 @@ def weight_gradient(grad_y: Tensor, x: Tensor, out: Tensor | None = None) -> Ten
 
 def mlp(
     x: Tensor,
-    weight1: Tensor | Panels,
+    weight1: Tensor,
     scale: Tensor,
     bias: Tensor,
-    weight2: Tensor | Panels,
+    weight2: Tensor,
     bias2: Tensor | None = None,
     keep: bool = False,
     norm: Norm | None = None,
     residual: Residual | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``star_relu(norm(x) @ weight1.T) @ weight2.T + bias2 + residual`` (M,N) of float32 matrices, and, if it is to be
-    kept, what StarReLU is applied to (M,hidden), else (0,hidden). Both weights are packed, or none."""
+    kept, what StarReLU is applied to (M,hidden), else (0,hidden)."""
     x, bias2 = x.contiguous(), None if bias2 is None else bias2.contiguous()
-    w1, w2 = (_Weight(w if isinstance(w, Panels) else w.contiguous()) for w in (weight1, weight2))
-    if w1.layout != w2.layout or w1.N != w2.K:
-        raise RuntimeError(f"the compiled core takes weights of one layout that meet, got {weight1} and {weight2}")
+    panels = is_kept(weight1) and is_kept(weight2)  # the core takes both in one layout
+    w1, w2 = (_Weight(w if panels else w.contiguous(), panels) for w in (weight1, weight2))
+    if w1.N != w2.K:
+        raise RuntimeError(f"the compiled core takes weights that meet, got {weight1.shape} and {weight2.shape}")
     M, N, K, hidden = len(x), w2.N, w1.K, w1.N
     before = memory.empty((M if keep else 0, hidden), x)
     y = memory.empty((M, N), x)

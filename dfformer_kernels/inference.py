@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfformer_kernels import checks, cpu, memory
-from dfformer_kernels.cpu import Norm, Panels, Residual
+from dfformer_kernels import checks, cpu, dense, memory
+from dfformer_kernels.cpu import Norm, Residual
 from dfformer_kernels.dense import X86, autocast_dtype, by_core, chunks, for_core, rows_of, star_relu_
 from dfformer_kernels.dispatch import requested_backend, without_autocast
 from dfformer_kernels.ops import register
+from dfformer_kernels.packing import is_kept, packed
 
 # Rows that oneDNN lays a weight out for: any number runs.
 PACKED_FOR_ROWS = 784
-
-Packed = Tensor | Panels
 
 
 def fuses(x: Tensor) -> bool:
@@ -30,7 +29,7 @@ def fuses(x: Tensor) -> bool:
 
 def product(
     x: Tensor,
-    weight: Packed,
+    weight: Tensor,
     bias: Tensor | None = None,
     norm: Norm | None = None,
     residual: Residual | None = None,
@@ -38,15 +37,9 @@ def product(
     """``F.linear(norm(x), weight, bias) + residual.x * residual.scale`` without gradients.
 
     Args:
-        x: (..., K), any floating dtype. weight: (N, K) of x's dtype, or what `pack` made of it for an x that `can_pack`
-            (packed bfloat16 takes neither norm nor residual). bias: (N,).
+        x: (..., K), any floating dtype. weight: (N, K), bias: (N,), of x's dtype.
         norm: over K. residual: (..., N), its scale (N,).
     """
-    if isinstance(weight, Panels):
-        rows = None if residual is None else Residual(rows_of(residual.x).contiguous(), residual.scale)
-        return cpu.product(rows_of(x), weight, bias, norm, rows).view(*x.shape[:-1], weight.N)
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     norm_weight, eps = norm or (None, None)
     y, scale = residual or (None, None)
     return torch.ops.dfformer.norm_linear(x, norm_weight, eps, weight, bias, y, scale, requested_backend(None))
@@ -54,19 +47,14 @@ def product(
 
 def mlp(
     x: Tensor,
-    weight1: Packed,
+    weight1: Tensor,
     star_relu: tuple[Tensor, Tensor],
-    weight2: Packed,
+    weight2: Tensor,
     bias2: Tensor | None,
     norm: Norm,
     residual_scale: Tensor | None,
 ) -> Tensor:
-    """``mlp(norm(x)) + bias2 + x * residual_scale`` without gradients, see `dfformer_kernels.mlp`; x (..., K), K = N,
-    float32 where the weights are packed."""
-    if isinstance(weight1, Panels) or isinstance(weight2, Panels):
-        rows = rows_of(x).contiguous()
-        y = cpu.mlp(rows, weight1, *star_relu, weight2, bias2, False, norm, Residual(rows, residual_scale))[0]
-        return y.view(x.shape)
+    """``mlp(norm(x)) + bias2 + x * residual_scale`` without gradients; see `dfformer_kernels.mlp`; K = N."""
     args = (*norm, weight1, *star_relu, weight2, bias2, residual_scale)
     return torch.ops.dfformer.norm_mlp(x, *args, requested_backend(None))
 
@@ -76,41 +64,41 @@ def norm_mean(x: Tensor, norm: Norm) -> Tensor:
     return torch.ops.dfformer.norm_mean(x, *norm, requested_backend(None))
 
 
-# Weights laid out for products once, for those that do not change
+# bfloat16 and weights that do not change: oneDNN's products, by a weight in its layout
 
 
-def can_pack(x: Tensor) -> bool:
-    """Whether products with x are faster when the weight is packed: float32 by the core, bfloat16 by oneDNN."""
-    if not x.is_cpu or x.numel() == 0 or autocast_dtype(x):
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`dfformer_kernels.linear` without gradients."""
+    if not _by_onednn(x, weight):
+        return dense.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, packed(weight, _reorder), bias, "none", [], "")
+
+
+def mlp_alone(
+    x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: Tensor, bias2: Tensor | None
+) -> Tensor:
+    """`dfformer_kernels.mlp` without gradients, plus ``bias2`` (N,)."""
+    if not _by_onednn(x, weight1):
+        y = dense.mlp(x, weight1, star_relu, weight2)
+        return y if bias2 is None else y + bias2
+    rows = rows_of(x)
+    y = memory.empty((len(rows), len(weight2)), x)
+    for part in chunks(rows, len(weight1)):
+        y[part] = linear(star_relu_(linear(rows[part], weight1), *star_relu), weight2, bias2)
+    return y.view(*x.shape[:-1], len(weight2))
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether that is faster, and x is not only traced: graphs leave such products to their compiler."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or not is_kept(weight):
         return False
-    if x.dtype != torch.bfloat16:
-        return by_core(x, requested_backend(None))
+    if not x.is_cpu or not x.dtype == weight.dtype == torch.bfloat16 or x.numel() == 0 or autocast_dtype(x):
+        return False
     return X86 and torch._C._get_mkldnn_enabled() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def packing(dtype: torch.dtype) -> tuple[torch.dtype, int]:
-    """What the layout of packed weights depends on."""
-    return dtype, cpu.core().panel_width() if dtype == torch.float32 else 0
-
-
-def pack(weight: Tensor) -> Packed:
-    """A weight (N, K) in the layout that `product` takes; opaque to everything else."""
-    if weight.dtype == torch.float32:
-        return cpu.pack(weight)
+def _reorder(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
-
-
-def packed_mlp(
-    x: Tensor, packed1: Packed, star_relu: tuple[Tensor, Tensor], packed2: Packed, bias2: Tensor | None
-) -> Tensor:
-    """`dfformer_kernels.mlp` of rows x (M, K) with weights that `pack` made, for an x that `can_pack`, plus ``bias2``
-    (N,)."""
-    if isinstance(packed1, Panels) or isinstance(packed2, Panels):
-        return cpu.mlp(x, packed1, *star_relu, packed2, bias2)[0]
-    y = memory.empty((len(x), packed2.shape[0]), x)
-    for rows in chunks(x, packed1.shape[0]):
-        y[rows] = product(star_relu_(product(x[rows], packed1), *star_relu), packed2, bias2)
-    return y
 
 
 # The operators

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfformer
-from dfformer.layers import Scale
-from dfformer_kernels import cpu, dense, inference, reference, use_backend
+from dfformer.layers import PackedLinear, Scale
+from dfformer_kernels import cpu, dense, inference, packing, reference, use_backend
 from dfformer_kernels.cpu import Norm, Residual
+from dfformer_kernels.packing import keep_packed
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -131,7 +132,8 @@ def test_packed_weights(name: str, rows: tuple[int, int], scaled: bool) -> None:
     require_backend("cpu")
 
     def packed(p: Problem) -> Tensor:
-        p.weight, p.weight2 = inference.pack(p.weight), inference.pack(p.weight2)
+        keep_packed(p.weight)
+        keep_packed(p.weight2)
         return OPERATORS[name][0](p)
 
     p = Problem((2, *rows, 24), torch.float32, scaled)
@@ -144,11 +146,52 @@ def test_packed_weights(name: str, rows: tuple[int, int], scaled: bool) -> None:
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_packed_product(dtype: torch.dtype, rows: int, with_bias: bool) -> None:
     x, weight, bias = (normal(*shape, seed=0, dtype=dtype) for shape in ((rows, 24), (40, 24), (40,)))
-    if not inference.can_pack(x):
-        pytest.skip("oneDNN packs weights of this dtype on other processors")
-    y = inference.product(x, inference.pack(weight), bias if with_bias else None)
-    wanted = F.linear(x.double(), weight.double(), bias.double() if with_bias else None)
-    assert relative_error(y, wanted) <= BOUND[dtype]
+    keep_packed(weight)
+    for _ in range(3):
+        y = inference.linear(x, weight, bias if with_bias else None)
+        wanted = F.linear(x.double(), weight.double(), bias.double() if with_bias else None)
+        assert relative_error(y, wanted) <= BOUND[dtype]
+        weight.mul_(2)  # and the layout that was kept is another weight's
+
+
+@pytest.mark.parametrize("kept", [(True, False), (False, True)], ids=str)
+def test_one_packed_weight_of_two(kept: tuple[bool, bool]) -> None:
+    p = Problem((2, 7, 7, 16), torch.float32, True)
+    for weight, keep in zip((p.weight, p.weight2), kept, strict=True):
+        if keep:
+            keep_packed(weight)
+    with torch.no_grad():
+        assert error_of("mlp", p) <= BOUND[torch.float32]
+
+
+def test_packed_weights_have_gradients_of_their_products() -> None:
+    x, weight = normal(7, 24, seed=0, dtype=torch.float32).requires_grad_(), normal(40, 24, seed=1, dtype=torch.float32)
+    keep_packed(weight)
+    inference.linear(x, weight).sum().backward()
+    assert x.grad is not None
+    assert relative_error(x.grad, weight.double().sum(0).expand(7, 24)) <= BOUND[torch.float32]
+
+
+def test_packed_for_the_instruction_set_in_use() -> None:
+    require_backend("cpu")
+    core = cpu.core()
+    p, active = Problem((2, 7, 7, 16), torch.float32, True), core.active_isa()
+    keep_packed(p.weight)
+    try:
+        for isa in core.supported_isas():
+            core.set_active_isa(isa)
+            assert error_of("product", p) <= BOUND[torch.float32]
+    finally:
+        core.set_active_isa(active)
+
+
+def test_layouts_die_with_their_weights() -> None:
+    weight = normal(40, 24, seed=0, dtype=torch.float32)
+    keep_packed(weight)
+    inference.linear(normal(3, 24, seed=1, dtype=torch.float32), weight)
+    before = len(packing._kept)
+    del weight
+    assert len(packing._kept) == before - 1
 
 
 @ALL
@@ -362,11 +405,31 @@ def test_optimised_in_inference_mode() -> None:
         assert relative_error(first, model(images())) <= 10 * BOUND[torch.float32]
 
 
-def test_panels_of_another_instruction_set_are_refused() -> None:
+def test_weights_that_do_not_meet() -> None:
     require_backend("cpu")
-    panels, one = cpu.pack(torch.randn(40, 24)), torch.ones(1)
-    other = panels._replace(data=panels.data.view(-1, 24, panels.data.shape[2] // 2))
-    with pytest.raises(RuntimeError, match="the compiled core takes contiguous float32 CPU tensors, here of"):
-        cpu.product(torch.randn(3, 24), other)
-    with pytest.raises(RuntimeError, match="weights of one layout that meet"):
-        cpu.mlp(torch.randn(3, 24), panels, one, one, torch.randn(24, 40))
+    one = torch.ones(1)
+    with pytest.raises(RuntimeError, match="the compiled core takes weights that meet"):
+        cpu.mlp(torch.randn(3, 24), torch.randn(40, 24), one, one, torch.randn(24, 41))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_compiled_and_eager_models_pack_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_compiler()
+    require_backend("cpu")
+    packs: list[Tensor] = []
+
+    def counted(weight: Tensor) -> Tensor:
+        packs.append(weight)
+        return pack(weight)
+
+    pack = cpu._pack
+    monkeypatch.setattr(cpu, "_pack", counted)
+    served = dfformer.optimize_for_inference(small())
+    compiled = torch.compile(served, fullgraph=True)
+    first = compiled(images())
+    assert len(packs) >= len([m for m in served.modules() if isinstance(m, PackedLinear)]) > 0
+    packs.clear()
+    assert torch.equal(compiled(images()), first)
+    assert relative_error(served(images()), first) <= 10 * BOUND[torch.float32]
+    assert not packs

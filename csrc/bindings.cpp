@@ -5,9 +5,12 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <stdexcept>
+#include <vector>
 
+#include "cpu/blocks.h"
 #include "cuda/cufft.h"
 #include "dynamic_filter.h"
 
@@ -234,6 +237,56 @@ std::int64_t bind_filter_workspace(const std::array<std::int64_t, 5>& shape, int
     return filter_workspace(checked_problem(shape, dtype, std::pair{1.0, 0.0}), backward, threads);
 }
 
+// A tensor as Python libraries hand it to each other: version 0 of DLPack (https://dmlc.github.io/dlpack).
+struct DLManagedTensor {
+    void* data;
+    std::int32_t device_type, device_index, ndim;
+    std::uint8_t type_code, type_bits;
+    std::uint16_t type_lanes;
+    std::int64_t *shape, *strides;
+    std::uint64_t byte_offset;
+    void* owner;
+    void (*deleter)(DLManagedTensor*);
+};
+constexpr std::int32_t dl_cpu = 1;
+constexpr std::uint8_t dl_float = 2, dl_bfloat = 4;
+
+struct LargeTensor : DLManagedTensor {
+    std::vector<std::int64_t> sizes;
+    std::int64_t bytes;
+
+    LargeTensor(const std::vector<std::int64_t>& sizes_, DType dtype) : DLManagedTensor{}, sizes(sizes_), bytes(1) {
+        const std::int64_t item = item_size[static_cast<int>(dtype)];
+        for (const std::int64_t size : sizes)
+            if (size < 0 || __builtin_mul_overflow(bytes, size, &bytes) || bytes > max_bytes)
+                throw std::invalid_argument("shape: no tensor has such sizes");
+        bytes *= item;
+        data = cpu::take_block(bytes);
+        device_type = dl_cpu;
+        ndim = static_cast<std::int32_t>(sizes.size());
+        type_code = dtype == DType::bfloat16 ? dl_bfloat : dl_float;
+        type_bits = static_cast<std::uint8_t>(8 * item);
+        type_lanes = 1;
+        shape = sizes.data();
+        deleter = [](DLManagedTensor* tensor) { delete static_cast<LargeTensor*>(tensor); };
+    }
+    ~LargeTensor() { cpu::give_block(data, bytes); }
+    static constexpr std::int64_t max_bytes = std::int64_t{1} << 56;
+};
+
+// An uninitialised contiguous tensor as a capsule, for torch.from_dlpack.
+py::capsule bind_large_tensor(const std::vector<std::int64_t>& shape, int dtype) {
+    constexpr const char* untaken = "dltensor";
+    auto tensor = std::make_unique<LargeTensor>(shape, checked_dtype(dtype));
+    const py::capsule capsule(static_cast<DLManagedTensor*>(tensor.get()), untaken, [](PyObject* capsule) {
+        if (!PyCapsule_IsValid(capsule, untaken)) return;
+        auto* tensor = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, untaken));
+        tensor->deleter(tensor);
+    });
+    tensor.release();
+    return capsule;
+}
+
 // (H, W, N) of arrays that can exist.
 cufft::Transform checked_transform(int device, const std::array<std::int64_t, 3>& shape, int dtype_code, bool inverse) {
     const auto [H, W, N] = shape;
@@ -285,6 +338,8 @@ PYBIND11_MODULE(_C, m) {
           py::arg("grad_logits"), py::arg("grad_filters"), py::arg("need_scalars"), py::arg("threads"));
     m.def("filter_workspace", &bind_filter_workspace, py::arg("shape"), py::arg("dtype"), py::arg("backward"),
           py::arg("threads"), "Bytes that a call allocates beside its tensors.");
+    m.def("large_tensor", &bind_large_tensor, py::arg("shape"), py::arg("dtype"));
+    m.def("free_kept_blocks", &cpu::free_kept_blocks);
     m.def("panel_width", &panel_width);
     m.def("pack", &bind_pack, no_gil, py::arg("N"), py::arg("K"), py::arg("weight"), py::arg("panels"),
           py::arg("threads"));

@@ -1,5 +1,6 @@
 """The ``cpu`` backend: tensors in, calls of the compiled core out. Every check the core relies on is made here."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -68,10 +69,26 @@ def core() -> ModuleType:
     return module
 
 
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of ``shape`` with the dtype and device of ``like``. On a CPU one of 32 MiB or more
+    is a block of the core's, which keeps the last four that were freed for others of their size."""
+    shape = tuple(shape)
+    large = like.is_cpu and math.prod(shape) * like.itemsize >= memory.MAPPED_AFRESH and not memory.keeps_freed()
+    if large and not unavailable_reasons():
+        return torch.from_dlpack(core().large_tensor(shape, _DTYPE_CODES[like.dtype]))
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+def free_kept_blocks() -> None:
+    """Gives the system back what is kept for large tensors to come (`empty`); it may also take it by itself."""
+    if not unavailable_reasons():
+        core().free_kept_blocks()
+
+
 def star_relu(x: Tensor, scale: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
     """``out``, contiguous, may be x itself."""
     x = x.contiguous()
-    y = memory.empty(x.shape, x) if out is None else out
+    y = empty(x.shape, x) if out is None else out
     core().star_relu(
         _address(x), _address(y, x), x.numel(), _DTYPE_CODES[x.dtype], scale.item(), bias.item(), _threads()
     )
@@ -89,7 +106,7 @@ def star_relu_backward(
     """``out``, for grad_x, may be grad_y itself if that is contiguous and has x's dtype."""
     need_x, need_scale, need_bias = needs
     x, grad_y = x.contiguous(), grad_y.to(x.dtype).contiguous()
-    grad_x = (memory.empty(x.shape, x) if out is None else out) if need_x else None
+    grad_x = (empty(x.shape, x) if out is None else out) if need_x else None
     grad_scale, grad_bias = core().star_relu_backward(
         _address(grad_y, x),
         _address(x),
@@ -161,7 +178,7 @@ def product(
     """``norm(x) @ weight.T + bias + residual`` (M,N) of float32 matrices: x (M,K), weight (N,K), bias (N,)."""
     x, w, bias = x.contiguous(), _Weight(weight, is_kept(weight)), None if bias is None else bias.contiguous()
     M = len(x)
-    y = memory.empty((M, w.N), x)
+    y = empty((M, w.N), x)
     core().product(
         (M, w.N, w.K),
         w.layout,
@@ -215,8 +232,8 @@ def mlp(
     if w1.N != w2.K:
         raise RuntimeError(f"the compiled core takes weights that meet, got {weight1.shape} and {weight2.shape}")
     M, N, K, hidden = len(x), w2.N, w1.K, w1.N
-    before = memory.empty((M if keep else 0, hidden), x)
-    y = memory.empty((M, N), x)
+    before = empty((M if keep else 0, hidden), x)
+    y = empty((M, N), x)
     core().mlp(
         (M, N, K),
         hidden,
@@ -238,7 +255,7 @@ def mlp(
 
 def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     problem = _FilterProblem(x, logits, filters, scale, bias)
-    y = memory.empty(x.shape, x)
+    y = empty(x.shape, x)
     core().filter(*problem.arguments, *problem.addresses, _address(y, problem.x), _threads())
     return y
 
@@ -256,7 +273,7 @@ def _filter_backward(
     need_x, need_logits, need_filters, need_scale, need_bias = needs
     problem = _FilterProblem(x, logits, filters, scale, bias)
     grad_y = grad_y.to(x.dtype).contiguous()
-    grad_x = memory.empty(x.shape, x) if need_x else None
+    grad_x = empty(x.shape, x) if need_x else None
     grad_logits = torch.empty_like(problem.logits) if problem.logits is not None and need_logits else None
     grad_filters = torch.empty_like(problem.filters) if need_filters else None
     grad_scale, grad_bias = core().filter_backward(

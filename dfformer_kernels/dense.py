@@ -171,8 +171,8 @@ def _mlp(
         h = F.linear(x, weight1)
         return F.linear(star_relu_(h, scale, bias, backend), weight2), h if keep else h.new_empty(0, h.shape[1])
     x = x.contiguous()
-    y = memory.empty((x.shape[0], weight2.shape[0]), x)
-    hidden = memory.empty((x.shape[0] if keep else 0, weight1.shape[0]), x)
+    y = cpu.empty((x.shape[0], weight2.shape[0]), x)
+    hidden = cpu.empty((x.shape[0] if keep else 0, weight1.shape[0]), x)
     for rows in chunks(x, weight1.shape[0]):
         h = F.linear(x[rows], weight1)
         if keep:
@@ -205,7 +205,7 @@ def _mlp_backward(
     need_x, need_weight1, need_scale, need_bias, need_weight2 = needs
     need_h = need_x or need_weight1
     in_parts = x.is_cpu
-    grad_x = memory.empty(x.shape if need_x and in_parts else (0,), x)
+    grad_x = cpu.empty(x.shape if need_x and in_parts else (0,), x)
     sums = [_Sum(t) for t in (weight1, scale, bias, weight2)]
     sum_weight1, *sum_scalars, sum_weight2 = sums
     for rows in chunks(x, weight1.shape[0]):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfformer_kernels import checks, cpu, dense, memory
+from dfformer_kernels import checks, cpu, dense
 from dfformer_kernels.cpu import Norm, Residual
 from dfformer_kernels.dense import X86, autocast_dtype, by_core, chunks, for_core, rows_of, star_relu_
 from dfformer_kernels.dispatch import requested_backend, without_autocast
@@ -82,7 +82,7 @@ def mlp_alone(
         y = dense.mlp(x, weight1, star_relu, weight2)
         return y if bias2 is None else y + bias2
     rows = rows_of(x)
-    y = memory.empty((len(rows), len(weight2)), x)
+    y = cpu.empty((len(rows), len(weight2)), x)
     for part in chunks(rows, len(weight1)):
         y[part] = linear(star_relu_(linear(rows[part], weight1), *star_relu), weight2, bias2)
     return y.view(*x.shape[:-1], len(weight2))

@@ -1,20 +1,16 @@
 """Pointwise projections and the MLP: values, gradients, layouts, chunks, errors, and torch's transformations."""
 
-import mmap
-import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS
-from conftest import require_backend, require_compiler
+from conftest import require_compiler
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfformer_kernels import dense, linear, memory, mlp, reference
+from dfformer_kernels import dense, linear, mlp, reference
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -256,50 +252,6 @@ def test_compiled_for_any_batch(op: Op) -> None:
         wanted_y, wanted = differentiate(op.run, tensors, grad_y)
         for error in (relative_error(y, wanted_y), *gradient_errors(gradients, wanted)):
             assert error <= BOUND[torch.float32]
-
-
-# Memory
-
-
-@pytest.mark.parametrize("elements", [0, 5, memory.MAPPED_AFRESH // 4 + 1001])
-def test_large_tensors_are_ordinary_ones(elements: int) -> None:
-    t = memory.empty((elements,), torch.empty(0))
-    assert (t.shape, t.dtype, t.is_contiguous()) == ((elements,), torch.float32, True)
-    t.fill_(1.0)
-    assert t.sum().item() == elements
-
-
-FAULTS_OF_A_STEP = """
-import resource, sys, torch
-from dfformer_kernels import dynamic_filter, mlp
-
-def step():  # 200 MiB, of which glibc by itself would keep none
-    activations = [torch.ones(int(sys.argv[2]) * 2**18) for _ in range(200 // int(sys.argv[2]))]
-
-x = torch.ones(1, 4, 4, 8, requires_grad=True)
-if sys.argv[1] == "mlp":
-    mlp(x, torch.ones(32, 8), (torch.ones(1), torch.zeros(1)), torch.ones(8, 32))
-elif sys.argv[1] == "filter":
-    dynamic_filter(x, torch.ones(1, 2, 8), torch.ones(4, 3, 2, 2), backend="cpu").sum().backward()
-for _ in range(4):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told to keep what is freed")
-@pytest.mark.parametrize(
-    ("trained", "mebibytes"), [("mlp", 1), ("mlp", 50), ("filter", 1), ("filter", 50), ("nothing", 50)]
-)
-def test_processes_that_train_keep_their_memory(trained: str, mebibytes: int) -> None:
-    if trained == "filter":
-        require_backend("cpu")
-    command = [sys.executable, "-c", FAULTS_OF_A_STEP, trained, str(mebibytes)]
-    faults = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    pages = 200 * 2**20 // mmap.PAGESIZE
-    assert faults > pages // 4 if trained == "nothing" else faults < pages // 10
 
 
 # Errors

@@ -23,6 +23,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/blocks.h"
 #include "cpu/plan.h"
 #include "dynamic_filter.h"
 
@@ -967,6 +968,19 @@ std::vector<Job> make_jobs() {
     return jobs;
 }
 
+// Threads take blocks of common sizes, and each must have its own to itself.
+void use_blocks(int thread) {
+    for (int i = 0; i < 200; i++) {
+        const std::int64_t bytes = 4096 * (1 + (thread + i) % 6);
+        void* const block = cpu::take_block(bytes);
+        std::memset(block, thread, static_cast<std::size_t>(bytes));
+        if (i % 50 == 0) cpu::free_kept_blocks();
+        for (std::int64_t b = 0; b < bytes; b += 64)
+            if (static_cast<char*>(block)[b] != thread) fail("a block that two threads have");
+        cpu::give_block(block, bytes);
+    }
+}
+
 void check_threads() {
     begin_case("eight threads");
     const std::vector<Job> jobs = make_jobs();
@@ -982,6 +996,10 @@ void check_threads() {
             }
         });
     for (std::thread& thread : threads) thread.join();
+    threads.clear();
+    for (int t = 0; t < 8; t++) threads.emplace_back(use_blocks, t);
+    for (std::thread& thread : threads) thread.join();
+    cpu::free_kept_blocks();
     std::printf("%s: 8 threads, %d problems, %d plans kept\n", active_isa().c_str(), count, cpu::cached_plans());
 }
 

@@ -70,8 +70,8 @@ def core() -> ModuleType:
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor of ``shape`` with the dtype and device of ``like``. On a CPU one of 32 MiB or more
-    is a block of the core's, which keeps the last four that were freed for others of their size."""
+    """An uninitialised contiguous tensor of ``shape`` with the dtype and device of ``like``. On a CPU one of 32 MiB or
+    more is a block of the core's, which keeps the last four that were freed for others of their size."""
     shape = tuple(shape)
     large = like.is_cpu and math.prod(shape) * like.itemsize >= memory.MAPPED_AFRESH and not memory.keeps_freed()
     if large and not unavailable_reasons():

@@ -96,6 +96,14 @@ class Check(NamedTuple):
     failure: str = ""  # what is wrong, empty if nothing is
 
 
+class Copy(NamedTuple):
+    """What a copy that no cache holds reads and writes in a second."""
+
+    device: str
+    gbps: float = math.nan
+    failure: str = ""
+
+
 class Timing(NamedTuple):
     """One contestant on one problem; the shares are of the device's copy bandwidth."""
 
@@ -123,7 +131,7 @@ class Choice(NamedTuple):
     failure: str = ""
 
 
-Record = TypeVar("Record", Check, Timing, Choice)
+Record = TypeVar("Record", Check, Copy, Timing, Choice)
 
 
 @dataclass
@@ -132,19 +140,20 @@ class Findings:
 
     environment: Mapping[str, str]
     unavailable: dict[str, list[str]] = field(default_factory=dict)  # backend to reasons
-    copy_gbps: dict[str, float] = field(default_factory=dict)  # by device
     checks: list[Check] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
     times: list[Timing] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
 
     def failures(self) -> list[str]:
         """Of the backends: torch.compile is not one."""
         of_backends = [t for t in self.times if t.contestant in backends()]
-        records: list[Check | Timing | Choice] = [*self.checks, *of_backends, *self.choices]
+        records: list[Check | Copy | Timing | Choice] = [*self.checks, *self.copies, *of_backends, *self.choices]
         return [record.failure for record in records if record.failure]
 
     def write(self, path: Path) -> None:
-        records = {name: [r._asdict() for r in getattr(self, name)] for name in ("checks", "times", "choices")}
+        parts = ("checks", "copies", "times", "choices")
+        records = {name: [r._asdict() for r in getattr(self, name)] for name in parts}
         path.write_text(json.dumps(vars(self) | records | {"passed": not self.failures()}, indent=1), encoding="utf-8")
 
 
@@ -236,20 +245,31 @@ def _print_check(c: Check) -> None:
 
 
 def _time_backends(findings: Findings, device: Device, quick: bool) -> None:
-    copy_gbps = findings.copy_gbps[device.type] = _copy_gbps(device)
-    print(f"\ntimes on {device.type}; shares of the copy bandwidth, {copy_gbps:.0f} GB/s, if {FORWARD_TENSORS} tensors "
-          f"like x move forward (x, y) and {BOTH_TENSORS} in both (x, y, then x, grad_y, grad_x)\n"
-          f"{'contestant':<15}{'operator':<16}{'dtype':<10}{'shape':<20}{'forward ms':>12}{'share':>7}"
-          f"{'both ms':>10}{'share':>7}")  # fmt: skip
-    passed = {check[:5] for check in findings.checks if not check.failure}
     with _Apart() as apart:
+        copy = apart.run(Copy(device.type), time_copy, device.type, device.median_ms)
+        findings.copies.append(copy)
+        print(f"\ntimes on {device.type}; shares of the copy bandwidth, {copy.gbps:.0f} GB/s, if {FORWARD_TENSORS} "
+              f"tensors like x move forward (x, y) and {BOTH_TENSORS} in both (x, y, then x, grad_y, grad_x)"
+              f"{_failed(copy.failure)}\n"
+              f"{'contestant':<15}{'operator':<16}{'dtype':<10}{'shape':<20}{'forward ms':>12}{'share':>7}"
+              f"{'both ms':>10}{'share':>7}")  # fmt: skip
+        passed = {check[:5] for check in findings.checks if not check.failure}
         for problem in device.timed_problems(quick):
             names = [name for name in backends() if (name, *_words(problem)) in passed]
             for name in [*names, "torch.fft", *(["torch.compile"] if not quick else [])]:
                 timing = Timing(name, *_words(problem))
-                timing = apart.run(timing, time_contestant, name, problem, device.median_ms, copy_gbps)
+                timing = apart.run(timing, time_contestant, name, problem, device.median_ms, copy.gbps)
                 findings.times.append(timing)
                 _print_timing(timing)
+
+
+def time_copy(device: str, median_ms: Median) -> Copy:
+    try:
+        source = torch.zeros(2**28, dtype=torch.uint8, device=device)
+        target = torch.zeros_like(source)
+        return Copy(device, 2 * source.nbytes / median_ms(lambda: target.copy_(source)) / 1e6)
+    except Exception as error:
+        return Copy(device, failure=_named(error))
 
 
 def time_contestant(contestant: str, problem: Problem, median_ms: Median, copy_gbps: float) -> Timing:
@@ -276,13 +296,6 @@ def _contestant(name: str, problem: Problem) -> Callable[..., Tensor]:
         torch._dynamo.reset()  # each problem is compiled for itself
         return torch.compile(judge, fullgraph=True, dynamic=False)
     return partial(OPERATORS[problem.op], backend=name)
-
-
-def _copy_gbps(device: Device) -> float:
-    """Read and written bytes of a copy that no cache holds."""
-    source = torch.zeros(2**28, dtype=torch.uint8, device=device.type)
-    target = torch.zeros_like(source)
-    return 2 * source.nbytes / device.median_ms(lambda: target.copy_(source)) / 1e6
 
 
 def _print_timing(t: Timing) -> None:

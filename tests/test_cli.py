@@ -154,7 +154,8 @@ def test_doctor_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert {c["forward_ms"] for c in content["checks"]} == {None}
     assert {t["contestant"] for t in content["times"]} == {*here, "torch.fft"}
     assert len(content["times"]) == (len(here) + 1) * 2 * 3
-    copied = 2 * 2**28 / content["copy_gbps"]["cpu"]
+    (copy,) = content["copies"]
+    copied = 2 * 2**28 / copy["gbps"]
     assert copied == pytest.approx(2e6)  # bytes at GB/s are nanoseconds
     for t in content["times"]:
         nbytes = 2 * 6 * 5 * 3 * (4 if t["dtype"] == "float32" else 2)
@@ -245,16 +246,18 @@ def test_doctor_survives_a_process_that_crashes_and_one_that_hangs(monkeypatch: 
 def test_doctor_names_what_hangs_and_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Hanging(HereInsteadOfApart):
         def run(self, nothing: Any, function: Callable[..., Any], *arguments: object) -> Any:
-            hangs = isinstance(nothing, doctor.Timing) and nothing.contestant == "torch" and nothing.op == "star_relu"
+            timing = isinstance(nothing, doctor.Timing) and nothing.contestant == "torch" and nothing.op == "star_relu"
+            hangs = timing or isinstance(nothing, doctor.Copy)
             return nothing._replace(failure="it hangs") if hangs else function(*arguments)
 
     monkeypatch.setattr(doctor, "_Apart", Hanging)
     assert main(["doctor", "--quick"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines if line.endswith("FAILED: it hangs")] == [
-        ["torch", "star_relu", dtype] for dtype in ("float32", "bfloat16")
+        ["times", "on", "cpu;"],
+        *(["torch", "star_relu", dtype] for dtype in ("float32", "bfloat16")),
     ]
-    assert lines[-1].endswith("checks passed, 2 FAILED")
+    assert lines[-1].endswith("checks passed, 3 FAILED")
 
 
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.keep_packed()
-        return inference.linear(x, self.weight, self.bias)
+        product = inference.onednn_linear if inference.by_onednn(x, self.weight) else linear
+        return product(x, self.weight, self.bias)
 
     def fused(self, x: Tensor, norm: Norm | None = None, residual: Residual | None = None) -> Tensor:
         """``forward(norm(x))`` plus a residual, in one step."""
@@ -144,7 +145,10 @@ class PackedMlp(nn.Module):
         self.fc2.keep_packed()
         if around is not None:
             return inference.mlp(x, weight1, star_relu, weight2, bias2, around.norm, around.scale)
-        return inference.mlp_alone(x, weight1, star_relu, weight2, bias2)
+        if inference.by_onednn(x, weight1):
+            return inference.onednn_mlp(x, weight1, star_relu, weight2, bias2)
+        y = mlp(x, weight1, star_relu, weight2)
+        return y if bias2 is None else y + bias2
 
     def takes_around(self) -> bool:
         return True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfformer_kernels import checks, cpu, dense
+from dfformer_kernels import checks, cpu
 from dfformer_kernels.cpu import Norm, Residual
 from dfformer_kernels.dense import X86, autocast_dtype, by_core, chunks, for_core, rows_of, star_relu_
 from dfformer_kernels.dispatch import requested_backend, without_autocast
@@ -67,34 +67,29 @@ def norm_mean(x: Tensor, norm: Norm) -> Tensor:
 # bfloat16 and weights that do not change: oneDNN's products, by a weight in its layout
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`dfformer_kernels.linear` without gradients."""
-    if not _by_onednn(x, weight):
-        return dense.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed(weight, _reorder), bias, "none", [], "")
-
-
-def mlp_alone(
-    x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: Tensor, bias2: Tensor | None
-) -> Tensor:
-    """`dfformer_kernels.mlp` without gradients, plus ``bias2`` (N,)."""
-    if not _by_onednn(x, weight1):
-        y = dense.mlp(x, weight1, star_relu, weight2)
-        return y if bias2 is None else y + bias2
-    rows = rows_of(x)
-    y = cpu.empty((len(rows), len(weight2)), x)
-    for part in chunks(rows, len(weight1)):
-        y[part] = linear(star_relu_(linear(rows[part], weight1), *star_relu), weight2, bias2)
-    return y.view(*x.shape[:-1], len(weight2))
-
-
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether that is faster, and x is not only traced: graphs leave such products to their compiler."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or not is_kept(weight):
         return False
     if not x.is_cpu or not x.dtype == weight.dtype == torch.bfloat16 or x.numel() == 0 or autocast_dtype(x):
         return False
     return X86 and torch._C._get_mkldnn_enabled() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`dfformer_kernels.linear` without gradients."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed(weight, _reorder), bias, "none", [], "")
+
+
+def onednn_mlp(
+    x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: Tensor, bias2: Tensor | None
+) -> Tensor:
+    """`dfformer_kernels.mlp` without gradients, plus ``bias2`` (N,)."""
+    rows = rows_of(x)
+    y = cpu.empty((len(rows), len(weight2)), x)
+    for part in chunks(rows, len(weight1)):
+        y[part] = onednn_linear(star_relu_(onednn_linear(rows[part], weight1), *star_relu), weight2, bias2)
+    return y.view(*x.shape[:-1], len(weight2))
 
 
 def _reorder(weight: Tensor) -> Tensor:

@@ -144,14 +144,13 @@ def test_packed_weights(name: str, rows: tuple[int, int], scaled: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 49, 1000])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_packed_product(dtype: torch.dtype, rows: int, with_bias: bool) -> None:
+def test_packed_layer(dtype: torch.dtype, rows: int, with_bias: bool) -> None:
     x, weight, bias = (normal(*shape, seed=0, dtype=dtype) for shape in ((rows, 24), (40, 24), (40,)))
-    keep_packed(weight)
+    layer = PackedLinear(weight, bias if with_bias else None)
     for _ in range(3):
-        y = inference.linear(x, weight, bias if with_bias else None)
-        wanted = F.linear(x.double(), weight.double(), bias.double() if with_bias else None)
-        assert relative_error(y, wanted) <= BOUND[dtype]
-        weight.mul_(2)  # and the layout that was kept is another weight's
+        wanted = F.linear(x.double(), layer.weight.double(), bias.double() if with_bias else None)
+        assert relative_error(layer(x), wanted) <= BOUND[dtype]
+        layer.weight.mul_(2)  # and the layout that was kept is another weight's
 
 
 @pytest.mark.parametrize("kept", [(True, False), (False, True)], ids=str)
@@ -167,7 +166,7 @@ def test_one_packed_weight_of_two(kept: tuple[bool, bool]) -> None:
 def test_packed_weights_have_gradients_of_their_products() -> None:
     x, weight = normal(7, 24, seed=0, dtype=torch.float32).requires_grad_(), normal(40, 24, seed=1, dtype=torch.float32)
     keep_packed(weight)
-    inference.linear(x, weight).sum().backward()
+    dense.linear(x, weight).sum().backward()
     assert x.grad is not None
     assert relative_error(x.grad, weight.double().sum(0).expand(7, 24)) <= BOUND[torch.float32]
 
@@ -188,7 +187,7 @@ def test_packed_for_the_instruction_set_in_use() -> None:
 def test_layouts_die_with_their_weights() -> None:
     weight = normal(40, 24, seed=0, dtype=torch.float32)
     keep_packed(weight)
-    inference.linear(normal(3, 24, seed=1, dtype=torch.float32), weight)
+    dense.linear(normal(3, 24, seed=1, dtype=torch.float32), weight)
     before = len(packing._kept)
     del weight
     assert len(packing._kept) == before - 1

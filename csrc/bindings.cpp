@@ -340,6 +340,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("threads"), "Bytes that a call allocates beside its tensors.");
     m.def("large_tensor", &bind_large_tensor, py::arg("shape"), py::arg("dtype"));
     m.def("free_kept_blocks", &cpu::free_kept_blocks);
+    m.def("free_old_blocks", &cpu::free_old_blocks);
     m.def("panel_width", &panel_width);
     m.def("pack", &bind_pack, no_gil, py::arg("N"), py::arg("K"), py::arg("weight"), py::arg("panels"),
           py::arg("threads"));

@@ -1,5 +1,6 @@
 """The ``cpu`` backend: tensors in, calls of the compiled core out. Every check the core relies on is made here."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -69,13 +70,21 @@ def core() -> ModuleType:
     return module
 
 
+# A block of the model needs four tensors; what its first ones lay in is wanted again by the next block's.
+_TENSORS_UNTIL_OLD = 4
+_count = itertools.count(1)
+
+
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of ``shape`` with the dtype and device of ``like``. On a CPU one of 32 MiB or
-    more is a block of the core's, which keeps the last four that were freed for others of their size."""
+    more is a block of the core's, which keeps the last four that were freed for others of their size, until four to
+    eight other tensors have come."""
     shape = tuple(shape)
-    large = like.is_cpu and math.prod(shape) * like.itemsize >= memory.MAPPED_AFRESH and not memory.keeps_freed()
-    if large and not unavailable_reasons():
-        return torch.from_dlpack(core().large_tensor(shape, _DTYPE_CODES[like.dtype]))
+    if like.is_cpu and not unavailable_reasons():
+        if next(_count) % _TENSORS_UNTIL_OLD == 0:
+            core().free_old_blocks()
+        if math.prod(shape) * like.itemsize >= memory.MAPPED_AFRESH and not memory.keeps_freed():
+            return torch.from_dlpack(core().large_tensor(shape, _DTYPE_CODES[like.dtype]))
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include <pthread.h>
@@ -14,6 +15,7 @@ namespace {
 struct Block {
     Memory memory;
     std::int64_t bytes;
+    bool old = false;
 };
 struct Kept {
     std::mutex mutex;
@@ -65,6 +67,11 @@ void give_block(void* memory, std::int64_t bytes) {
 void free_kept_blocks() {
     const std::lock_guard lock(kept().mutex);
     kept().blocks.clear();
+}
+
+void free_old_blocks() {
+    const std::lock_guard lock(kept().mutex);
+    std::erase_if(kept().blocks, [](Block& block) { return std::exchange(block.old, true); });
 }
 
 }  // namespace dfformer::cpu

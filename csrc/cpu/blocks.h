@@ -13,5 +13,7 @@ void* take_block(std::int64_t bytes);
 // The system may take the memory of a kept block where it runs short, without asking. From any thread.
 void give_block(void* block, std::int64_t bytes);
 void free_kept_blocks();
+// Only those that were kept at the last call already.
+void free_old_blocks();
 
 }  // namespace dfformer::cpu

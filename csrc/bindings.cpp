@@ -258,7 +258,7 @@ struct LargeTensor : DLManagedTensor {
     LargeTensor(const std::vector<std::int64_t>& sizes_, DType dtype) : DLManagedTensor{}, sizes(sizes_), bytes(1) {
         const std::int64_t item = item_size[static_cast<int>(dtype)];
         for (const std::int64_t size : sizes)
-            if (size < 0 || __builtin_mul_overflow(bytes, size, &bytes) || bytes > max_bytes)
+            if (size < 0 || __builtin_mul_overflow(bytes, size, &bytes) || bytes > max_elements)
                 throw std::invalid_argument("shape: no tensor has such sizes");
         bytes *= item;
         data = cpu::take_block(bytes);
@@ -271,7 +271,7 @@ struct LargeTensor : DLManagedTensor {
         deleter = [](DLManagedTensor* tensor) { delete static_cast<LargeTensor*>(tensor); };
     }
     ~LargeTensor() { cpu::give_block(data, bytes); }
-    static constexpr std::int64_t max_bytes = std::int64_t{1} << 56;
+    static constexpr std::int64_t max_elements = std::int64_t{1} << 56;
 };
 
 // An uninitialised contiguous tensor as a capsule, for torch.from_dlpack.

@@ -149,8 +149,9 @@ class _Weight:
     def __init__(self, weight: Tensor, panels: bool) -> None:
         self.N, self.K = weight.shape
         if panels:
-            self.layout, self.stored = 2, packed(weight, _pack, core().panel_width())
-            self.address = _matrix(self.stored, *self.stored.shape)
+            width = core().panel_width()
+            self.layout, self.stored = 2, packed(weight, _pack, width)
+            self.address = _matrix(self.stored, -(-self.N // width), self.K, width)
             return
         self.layout = int(not weight.is_contiguous() and weight.t().is_contiguous())
         self.stored = weight.t() if self.layout else weight.contiguous()

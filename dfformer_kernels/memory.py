@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from functools import cache
 
 import torch
 
@@ -20,13 +21,13 @@ _NEVER = -1
 _keeps_freed = False
 
 
+@cache
 def keep_freed() -> None:
     """From the first call on, glibc keeps what is freed, blocks above `MAPPED_AFRESH` too: what a training step's
     backward frees the next step's forward wants again. ``malloc_trim(0)`` gives it back."""
     global _keeps_freed
-    if _keeps_freed or sys.platform != "linux":
-        return
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # not every libc has it
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # not every libc has it
         mallopt(_TRIM_THRESHOLD, _NEVER)
         mallopt(_MMAP_THRESHOLD, 2**31 - 1)
         _keeps_freed = True

@@ -29,7 +29,8 @@ def is_kept(weight: Tensor) -> bool:
 
 def packed(weight: Tensor, pack: Callable[[Tensor], Tensor], *kind: object) -> Tensor:
     """``pack(weight)`` of a weight that is kept; made again if the weight has changed, or for another ``kind``."""
-    made_from = (weight.data_ptr(), weight._version, *kind)
+    # Setting `weight.data` changes no version, and a view of the same memory has the same address.
+    made_from = (weight.data_ptr(), weight._version, weight.dtype, weight.shape, weight.stride(), *kind)
     kept = _kept[id(weight)]
     if kept is None or kept[0] != made_from:
         _kept[id(weight)] = kept = made_from, pack(weight)

@@ -163,6 +163,15 @@ def test_one_packed_weight_of_two(kept: tuple[bool, bool]) -> None:
         assert error_of("mlp", p) <= BOUND[torch.float32]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_weights_whose_data_is_set(dtype: torch.dtype) -> None:
+    x, layer = normal(7, 24, seed=0, dtype=dtype), PackedLinear(normal(24, 24, seed=1, dtype=dtype))
+    for _ in range(2):
+        wanted = F.linear(x.double(), layer.weight.double())
+        assert relative_error(layer(x), wanted) <= BOUND[dtype]
+        layer.weight.data = layer.weight.data.t()  # the same memory, another weight
+
+
 def test_packed_weights_have_gradients_of_their_products() -> None:
     x, weight = normal(7, 24, seed=0, dtype=torch.float32).requires_grad_(), normal(40, 24, seed=1, dtype=torch.float32)
     keep_packed(weight)

@@ -21,9 +21,10 @@ def check_dynamic_filter(
     op = "dynamic_filter"
     B, H, W, C = _check_plane(op, x)
     K = W // 2 + 1
-    if logits.dim() != 3 or logits.shape[0] != B or logits.shape[1] < 1 or logits.shape[2] != C:
+    routing = logits.shape
+    if len(routing) != 3 or routing[0] != B or routing[1] < 1 or routing[2] != C:
         _fail(op, "logits", f"shape (B,F,C) = ({B}, F >= 1, {C}) for x of shape {_shape(x)}", _shape(logits))
-    F = logits.shape[1]
+    F = routing[1]
     _check_companion(op, "logits", x, logits)
     _check_spectral(op, "basis", x, basis, (H, K, F, 2), "(H,K,F,2), K = W//2 + 1,")
     _check_scalars(op, x, scale, bias)
@@ -170,14 +171,17 @@ def _check_x(op: str, x: Tensor) -> None:
 
 def _check_plane(op: str, x: Tensor) -> torch.Size:
     _check_x(op, x)
-    if x.dim() != 4 or x.shape[1] < 1 or x.shape[2] < 1:
+    shape = x.shape
+    if len(shape) != 4 or shape[1] < 1 or shape[2] < 1:
         _fail(op, "x", "shape (B,H,W,C) with H, W >= 1", _shape(x))
-    return x.shape
+    return shape
 
 
 def _check_companion(op: str, name: str, x: Tensor, t: Tensor) -> None:
     """A tensor that may be stored in another dtype than x, but float64 only goes with float64."""
     _check_device(op, name, x, t)
+    if t.dtype == x.dtype:
+        return
     if t.dtype not in DTYPES or compute_dtype(t.dtype) not in (torch.float32, compute_dtype(x.dtype)):
         accepted = DTYPES if x.dtype == torch.float64 else tuple(d for d in DTYPES if d != torch.float64)
         _fail(op, name, f"dtype {_names(accepted)} beside {_names([x.dtype])} x", _names([t.dtype]), TypeError)
@@ -207,7 +211,7 @@ def _check_shapes(op: str, x: Tensor, given: dict[str, tuple[Tensor | None, tupl
 
 
 def _check_spectral(op: str, name: str, x: Tensor, t: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    if tuple(t.shape) != shape:
+    if t.shape != shape:
         _fail(op, name, f"shape {meaning} = {shape} for x of shape {_shape(x)}", _shape(t))
     _check_device(op, name, x, t)
     if t.dtype != compute_dtype(x.dtype):

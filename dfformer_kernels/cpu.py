@@ -80,11 +80,13 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     more is a block of the core's, which keeps the last four that were freed for others of their size, until four to
     eight other tensors have come."""
     shape = tuple(shape)
-    if like.is_cpu and not unavailable_reasons():
+    if like.is_cpu and _load()[0]:
         if next(_count) % _TENSORS_UNTIL_OLD == 0:
             core().free_old_blocks()
         if math.prod(shape) * like.itemsize >= memory.MAPPED_AFRESH and not memory.keeps_freed():
             return torch.from_dlpack(core().large_tensor(shape, _DTYPE_CODES[like.dtype]))
+    if shape == like.shape:  # in half the time
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
@@ -282,7 +284,7 @@ def _filter_backward(
     memory.keep_freed()
     need_x, need_logits, need_filters, need_scale, need_bias = needs
     problem = _FilterProblem(x, logits, filters, scale, bias)
-    grad_y = grad_y.to(x.dtype).contiguous()
+    grad_y = (grad_y if grad_y.dtype == x.dtype else grad_y.to(x.dtype)).contiguous()
     grad_x = empty(x.shape, x) if need_x else None
     grad_logits = torch.empty_like(problem.logits) if problem.logits is not None and need_logits else None
     grad_filters = torch.empty_like(problem.filters) if need_filters else None
@@ -316,7 +318,9 @@ class _FilterProblem:
     ) -> None:
         self.x = x.contiguous()
         self.filters = filters.contiguous()
-        self.logits = None if logits is None else logits.to(filters.dtype).contiguous()
+        if logits is not None and logits.dtype != filters.dtype:
+            logits = logits.to(filters.dtype)
+        self.logits = None if logits is None else logits.contiguous()
         F = 0 if logits is None else logits.shape[1]
         star_relu = None if scale is None or bias is None else (scale.item(), bias.item())
         self.arguments = ((*x.shape, F), _DTYPE_CODES[x.dtype], star_relu)

@@ -22,7 +22,7 @@ from dfformer_kernels.autotune import Autotuner
 Kernel = Callable[..., Any]  # (tensors) -> Tensor forward, (grad_y, tensors, needs) -> list[Tensor] backward
 
 
-class Problem(NamedTuple):  # made at every call, in half a dataclass's time
+class Problem(NamedTuple):
     """What a backend needs to know to accept or refuse: operator name, device type, dtype and shape of ``x``, F of a
     dynamic filter, whether StarReLU is part of it, device index.
     """
@@ -41,9 +41,14 @@ class Problem(NamedTuple):  # made at every call, in half a dataclass's time
         x, logits, *_ = tensors
         assert x is not None
         filters = logits.shape[1] if logits is not None and op.startswith("dynamic_filter") else 0
-        return Problem(
-            op, x.device.type, x.dtype, tuple(x.shape), filters, tensors[-1] is not None, x.device.index or 0
-        )
+        return _problem(op, x.device, x.dtype, x.shape, filters, tensors[-1] is not None)
+
+
+@lru_cache(maxsize=1024)
+def _problem(
+    op: str, device: torch.device, dtype: torch.dtype, shape: torch.Size, filters: int, star_relu: bool
+) -> Problem:
+    return Problem(op, device.type, dtype, tuple(shape), filters, star_relu, device.index or 0)
 
 
 @dataclass(frozen=True)
@@ -145,11 +150,16 @@ def _from_environment() -> str | None:
     return checked_name("DFFORMER_BACKEND", name) if name else None
 
 
+_NOTHING: AbstractContextManager[object] = nullcontext()
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off inside, where it is on; entering ``torch.autocast`` when it is not would cost microseconds."""
+    if not torch._C._is_any_autocast_enabled():
+        return _NOTHING
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _NOTHING
 
 
 @lru_cache(maxsize=1024)

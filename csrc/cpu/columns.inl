@@ -153,15 +153,16 @@ struct FilterOf {
     template <class Mix, class Sink>
     struct Mixing {
         const Pass<T>& pass;
+        int position;  // in the column, of the first point
         Mix mix;
         Sink sink;
 
         FFT_INLINE auto of(std::int64_t j) const {
-            return Mixing<decltype(mix.of(j)), decltype(sink.of(j))>{pass, mix.of(j), sink.of(j)};
+            return Mixing<decltype(mix.of(j)), decltype(sink.of(j))>{pass, position, mix.of(j), sink.of(j)};
         }
         template <class Radix>
         FFT_INLINE void operator()(Line* a, Radix radix, std::int64_t outer, std::int64_t m) const {
-            mix(a, radix, int(outer) * radix);
+            mix(a, radix, position + int(outer) * radix);
             exchange<V>(radix, a);
             pass_butterfly<V>(pass, radix, a);
             exchange<V>(radix, a);
@@ -205,19 +206,31 @@ struct FilterOf {
     template <class Mix>
     static void filter_columns(const Plane& plane, const ColumnBlock& block, Line* lines, Line* scratch, Mix mix) {
         const Plan<T>& plan = plane.column_plan;
-        const Pass<T>&first = plan.passes[0], &last = plan.passes[plan.num_passes - 1];
+        const Pass<T>& first = plan.passes[0];
         const Columns columns{plane.y_spectrum, block, plane.call.row_stride, first.inner};
         if (plan.num_passes == 1) {
             run_last_pass<V>(first, block.count, scratch, ColumnSource{columns},
-                             Mixing<Mix, ColumnSink>{first, mix, {columns}});
+                             Mixing<Mix, ColumnSink>{first, 0, mix, {columns}});
             return;
         }
-        const InLine<V> in_first{lines, first.inner, plane.H}, in_last{lines, 1, plane.H};
+        const InLine<V> in_first{lines, first.inner, plane.H};
+        const Parts<V> parts(plan);
+        const int split = parts.split > 1 ? parts.split : 1;
         run_pass<false, V>(first, block.count, scratch, ColumnSource{columns}, LineSink<V>{in_first});
-        run_passes<false, V>(plan, 1, plan.num_passes - 1, block.count, lines, plane.H, scratch);
-        run_last_pass<V>(last, block.count, scratch, LineSource<V>{in_last},
-                         Mixing<Mix, LineSink<V>>{last, mix, {in_last}});
-        run_passes<true, V>(plan, 1, plan.num_passes - 1, block.count, lines, plane.H, scratch);
+        run_passes_of_part<false, V>(plan, 1, split, 1, block.count, lines, plane.H, scratch);
+        for (std::int64_t part = 0; part < parts.count; part++) {
+            Line* const line = lines + part * parts.length;
+            const InLine<V> in_last{line, 1, plane.H};
+            Pass<T> last = plan.passes[plan.num_passes - 1];
+            last.outer /= int(parts.count);
+            run_passes_of_part<false, V>(plan, split, plan.num_passes - 1, parts.count, block.count, line, plane.H,
+                                         scratch);
+            run_last_pass<V>(last, block.count, scratch, LineSource<V>{in_last},
+                             Mixing<Mix, LineSink<V>>{last, int(part * parts.length), mix, {in_last}});
+            run_passes_of_part<true, V>(plan, split, plan.num_passes - 1, parts.count, block.count, line, plane.H,
+                                        scratch);
+        }
+        run_passes_of_part<true, V>(plan, 1, split, 1, block.count, lines, plane.H, scratch);
         run_pass<true, V>(first, block.count, scratch, LineSource<V>{in_first}, ColumnSink{columns});
     }
 
@@ -226,8 +239,8 @@ struct FilterOf {
     struct FilterColumn {
         const Plane& plane;
         const int* frequency;
-        const T* filters;   // [H] rows of basis or weight at this column
-        std::int64_t row;   // elements from one to the next
+        const T* filters;   // this column of the basis, (H,F,2) in order of position, or of the weight's first row
+        std::int64_t row;   // elements from one position to the next, or from one row of the weight
         Line* x;            // backward: the column of x's spectrum X; Q takes its place
         Sum* grad_routing;  // [F], this column's part
         T* grad_weight;     // like `filters`: where to add this plane's part; null where that is not needed
@@ -236,18 +249,21 @@ struct FilterOf {
         FilterColumn(const Plane& plane_, int k, Line* x_)
             : plane(plane_),
               frequency(plane.column_plan.frequency),
-              row(2 * std::int64_t{plane.K} * (plane.F > 0 ? plane.F : plane.problem.C)),
+              row(2 * (plane.F > 0 ? plane.F : plane.K * plane.problem.C)),
               x(x_),
               grad_routing(plane.grad_routing + std::int64_t{k} * plane.F),
               grad_weight(nullptr),
               grad_scale(T(plane.half_spectrum_weight(k) * plane.normalisation() / 2)) {
-            const std::int64_t column =
-                2 * (plane.F > 0 ? std::int64_t{k} * plane.F : k * plane.problem.C + plane.channel);
+            if (plane.F > 0) {
+                filters = static_cast<const T*>(plane.call.basis) + k * plane.H * row;
+                return;
+            }
+            const std::int64_t column = 2 * (k * plane.problem.C + plane.channel);
             filters = static_cast<const T*>(plane.tensors.filters) + column;
-            if (plane.F == 0 && plane.tensors.grad_filters)
-                grad_weight = static_cast<T*>(plane.tensors.grad_filters) + column;
+            if (plane.tensors.grad_filters) grad_weight = static_cast<T*>(plane.tensors.grad_filters) + column;
         }
-        FFT_INLINE const T* at(int position) const { return filters + frequency[position] * row; }
+        FFT_INLINE const T* bin(int position) const { return filters + position * row; }  // of the basis
+        std::int64_t weight(int position) const { return frequency[position] * row; }
     };
 
     // The case that matters most has its filter inlined into the pass; the others share one pass, which calls theirs.
@@ -261,7 +277,7 @@ struct FilterOf {
             }
             template <class Radix>
             FFT_INLINE void operator()(Line* a, Radix radix, int first) const {
-                for_each(radix, [&](auto r) UNROLLED_BODY { a[r] = a[r] * mixed<4>(routing, this->at(first + r)); });
+                for_each(radix, [&](auto r) UNROLLED_BODY { a[r] = a[r] * mixed<4>(routing, this->bin(first + r)); });
             }
         };
         FFT_INLINE Filtered of(std::int64_t j) const { return Filtered(plane, block.k[j]); }
@@ -304,7 +320,7 @@ struct FilterOf {
 
     static void mix_basis(const FilterColumn& column, Line* a, int radix, int first) {
         for (int r = 0; r < radix; r++)
-            a[r] = a[r] * mixed<0>(column.plane.routing, column.at(first + r), column.plane.F);
+            a[r] = a[r] * mixed<0>(column.plane.routing, column.bin(first + r), column.plane.F);
     }
 
     // Sums over a few points in the arithmetic type, then in float64.
@@ -331,7 +347,7 @@ struct FilterOf {
                                                const V* routing, V* grads, int F) {
         const bool need_grads = column.plane.needs_x_spectrum();
         for (int i = 0; i < points; i++) {
-            const T* bin = column.at(first + i);
+            const T* bin = column.bin(first + i);
             const Line G = a[i];
             a[i] = conj_times(mixed<fixed_F>(routing, bin, F), G);
             if (!need_grads) continue;
@@ -347,7 +363,7 @@ struct FilterOf {
         V grad{};
         for (int i = 0; i < points; i++) {
             const Line Q = conj_times(column.x[first + i], a[i]);
-            const T* bin = column.at(first + i) + 2 * f;
+            const T* bin = column.bin(first + i) + 2 * f;
             grad += Q.re * bin[0] + Q.im * bin[1];
         }
         column.grad_routing[f] += __builtin_convertvector(grad, Sum);
@@ -396,7 +412,7 @@ struct FilterOf {
 
     // A weight for every channel, its real and imaginary parts in turn.
     static Line weight_at(const FilterColumn& column, int position) {
-        const T* bin = column.at(position);
+        const T* bin = column.filters + column.weight(position);
         const int used = 2 * column.plane.used;
         const V low = used >= lanes ? Arithmetic::load(bin) : load_first<Arithmetic>(bin, used);
         const V high = used == 2 * lanes ? Arithmetic::load(bin + lanes)
@@ -423,12 +439,37 @@ struct FilterOf {
         T elements[2 * lanes];
         Arithmetic::store(elements, interleave<false>(Q.re, Q.im) * column.grad_scale);
         Arithmetic::store(elements + lanes, interleave<true>(Q.re, Q.im) * column.grad_scale);
-        T* sums = column.grad_weight + column.frequency[position] * column.row;
+        T* sums = column.grad_weight + column.weight(position);
         for (int i = 0; i < 2 * plane.used; i++)
             sums[i] = plane.task.first_of_slot ? elements[i] : sums[i] + elements[i];
     }
 
     // ---- before and after
+
+    // Columns whose bins are copied together: a few cache lines of each row.
+    static constexpr int columns_together = 8;
+
+    static void arrange_basis(const FilterCall& call, int first, int last) {
+        for (int k = first; k < last; k += columns_together) {
+            const int end = k + columns_together < last ? k + columns_together : last;
+            call.problem->F == 4 ? arrange_columns<4>(call, k, end) : arrange_columns<0>(call, k, end);
+        }
+    }
+    template <int fixed_F>
+    static void arrange_columns(const FilterCall& call, int first, int last) {
+        const FilterProblem& problem = *call.problem;
+        const int* frequency = static_cast<const Plan<T>*>(call.column_plan)->frequency;
+        const std::int64_t H = problem.H, K = problem.W / 2 + 1, bin = 2 * (fixed_F ? fixed_F : problem.F);
+        for (std::int64_t p = 0; p < H; p++) {
+            const T* from = static_cast<const T*>(call.tensors->filters) + (frequency[p] * K + first) * bin;
+            T* to = static_cast<T*>(call.basis) + (first * H + p) * bin;
+            for (int k = first; k < last; k++, from += bin, to += H * bin)
+                if constexpr (fixed_F > 0)
+                    __builtin_memcpy(to, from, 2 * fixed_F * sizeof(T));
+                else
+                    for (int i = 0; i < bin; i++) to[i] = from[i];
+        }
+    }
 
     static const T* logits(const Plane& plane, int f) {
         const std::int64_t row = plane.task.sample * plane.F + f;
@@ -520,7 +561,8 @@ struct FilterOf {
         const bool slots = backward && problem.F > 0 && call.tensors->grad_filters;
         return {(both_spectra ? 2 : 1) * spectrum + routing + (backward ? grad_routing + star_relu_sums : 0),
                 (columns + scratch) * bytes_of_line,
-                slots ? slot_registers(problem.H, problem.W / 2 + 1, problem.F) * std::int64_t{sizeof(V)} : 0};
+                slots ? slot_registers(problem.H, problem.W / 2 + 1, problem.F) * std::int64_t{sizeof(V)} : 0,
+                std::int64_t{problem.H} * (problem.W / 2 + 1) * problem.F * 2 * std::int64_t{sizeof(T)}};
     }
 };
 

@@ -36,7 +36,8 @@ constexpr std::int64_t min_shared_plane_bytes = 256 * 1024;
 constexpr std::int64_t max_own_plane_bytes = 2 << 20;
 // Partial sums of grad_basis: as many as fit, for threads to work on; the number must not depend on theirs.
 constexpr std::int64_t max_slots = 16, max_slots_bytes = 16 << 20;
-// Planes in progress on one thread stay in its L2 cache.
+// Planes in progress on one thread stay in its L2 cache. Where even one does not, two are no worse off, and use both of
+// the cache lines that memory sends together.
 constexpr std::int64_t max_group_bytes = 640 * 1024;
 
 // Everything about one call that follows from its sizes.
@@ -61,10 +62,11 @@ class Driver {
         planes_ = problem.B * channel_blocks;
         // An odd stride spreads a column over all of a cache's sets.
         const std::int64_t row_stride = problem.W < 16 ? problem.W : problem.W | 1;
-        call_ = {&problem_, &tensors, row_plan_.get(), column_plan_.get(), channel_blocks, row_stride, nullptr, 0};
+        call_ = {&problem_, &tensors, row_plan_.get(), column_plan_.get(), channel_blocks, row_stride, nullptr, nullptr, 0};
         const FilterWorkspace workspace = kernel_.workspace(call_);
         plane_bytes_ = padded(workspace.plane_bytes);
         scratch_bytes_ = padded(workspace.scratch_bytes);
+        basis_bytes_ = padded(workspace.basis_bytes);
         const std::int64_t elements = problem.B * problem.H * problem.W * problem.C;
         threads_ = static_cast<int>(std::clamp<std::int64_t>(elements / min_elements_per_thread, 1, threads));
         slot_bytes_ = workspace.slot_bytes;
@@ -80,7 +82,8 @@ class Driver {
         const Memory memory = allocate(planes_bytes());
         const Memory slots = allocate(slots_bytes());
         const Memory sums = allocate(sums_bytes());
-        memory_ = memory.get();
+        call_.basis = memory.get();
+        memory_ = memory.get() + basis_bytes_;
         call_.slots = slots.get();
         sums_ = reinterpret_cast<double*>(sums.get());
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
@@ -105,25 +108,25 @@ class Driver {
     }
 
     void choose_units() {
-        group_ = std::clamp<std::int64_t>(max_group_bytes / plane_bytes_, 1, PlaneGroup::max_count);
-        units_ = planes_;
+        const std::int64_t least = plane_bytes_ <= max_own_plane_bytes ? 2 : 1;
+        group_ = std::clamp<std::int64_t>(max_group_bytes / plane_bytes_, least, PlaneGroup::max_count);
         if (slot_bytes_)
             units_ = std::clamp<std::int64_t>(max_slots_bytes / slot_bytes_, 1, std::min(max_slots, planes_));
         else if (by_channel())
             units_ = call_.channel_blocks;
-        else
-            while (units_ > 1 && group_ > 1 && units_ == planes_) {
-                if (planes_ / group_ >= 4 * threads_ || threads_ == 1)
-                    units_ = (planes_ + group_ - 1) / group_;
-                else
-                    group_ /= 2;
-            }
+        else if (can_be_shared() && planes_ % threads_ && planes_ < 8 * threads_)
+            units_ = planes_;
+        else  // as many for each thread, of a group or less
+            units_ = std::min(planes_, threads_ * ((planes_ - 1) / (threads_ * group_) + 1));
+        group_ = std::min(group_, (planes_ - 1) / units_ + 1);
         call_.num_slots = units_;
     }
 
+    bool can_be_shared() const { return threads_ > 1 && plane_bytes_ >= min_shared_plane_bytes; }
+
     void share_units() {
         own_units_ = units_;
-        if (threads_ > 1 && plane_bytes_ >= min_shared_plane_bytes) {
+        if (can_be_shared()) {
             own_units_ -= units_ % threads_;
             const bool crowded = threads_ * plane_bytes_ > last_level_cache_bytes() / 4;
             if (crowded && plane_bytes_ > max_own_plane_bytes) own_units_ = 0;
@@ -136,7 +139,9 @@ class Driver {
 
     std::int64_t shared_bytes() const { return own_units_ < units_ ? plane_bytes_ : 0; }
     std::int64_t own_bytes() const { return own_units_ > 0 ? group_ * plane_bytes_ : 0; }
-    std::int64_t planes_bytes() const { return shared_bytes() + threads_ * (own_bytes() + scratch_bytes_); }
+    std::int64_t planes_bytes() const {
+        return basis_bytes_ + shared_bytes() + threads_ * (own_bytes() + scratch_bytes_);
+    }
     std::int64_t sums_bytes() const { return backward_ ? planes_ * 2 * std::int64_t{sizeof(double)} : 0; }
     std::int64_t slots_bytes() const { return slot_bytes_ ? units_ * slot_bytes_ : 0; }
     std::int64_t first_plane(std::int64_t unit) const { return unit * planes_ / units_; }
@@ -173,6 +178,10 @@ class Driver {
         char* const own = memory_ + shared_bytes() + thread * (own_bytes() + scratch_bytes_);
         void* const scratch = own + own_bytes();
         const int columns = static_cast<int>(problem_.W / 2 + 1);
+        if (basis_bytes_) {
+#pragma omp for schedule(static)
+            for (int k = 0; k < columns; k += 8) kernel_.arrange_basis(call_, k, std::min(columns, k + 8));
+        }
 #pragma omp for schedule(static)
         for (std::int64_t unit = 0; unit < own_units_; unit++)
             for (std::int64_t plane = first_plane(unit); plane < first_plane(unit + 1);) {
@@ -216,7 +225,7 @@ class Driver {
     const bool backward_;
     std::shared_ptr<const void> row_plan_, column_plan_;
     FilterCall call_;
-    std::int64_t item_, planes_, units_, own_units_, group_, slot_bytes_, plane_bytes_, scratch_bytes_;
+    std::int64_t item_, planes_, units_, own_units_, group_, slot_bytes_, plane_bytes_, scratch_bytes_, basis_bytes_;
     int threads_, num_pairs_;
     char* memory_ = nullptr;
     double* sums_ = nullptr;

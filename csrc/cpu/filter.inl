@@ -212,8 +212,8 @@ struct Filter : FilterOf<typename L::Vec> {
 };
 
 template <class L>
-constexpr FilterKernel filter_kernel = {Filter<L>::workspace, Filter<L>::begin,        Filter<L>::rows,
-                                        Filter<L>::columns,   Filter<L>::inverse_rows, Filter<L>::end,
-                                        Filter<L>::sum_slots};
+constexpr FilterKernel filter_kernel = {Filter<L>::workspace, Filter<L>::arrange_basis, Filter<L>::begin,
+                                        Filter<L>::rows,      Filter<L>::columns,       Filter<L>::inverse_rows,
+                                        Filter<L>::end,       Filter<L>::sum_slots};
 
 }  // namespace

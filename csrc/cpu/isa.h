@@ -27,6 +27,7 @@ struct FilterCall {
     const void* column_plan;  // Plan<T> of length H
     std::int64_t channel_blocks;
     std::int64_t row_stride;  // complex lanes from one pair of rows to the next in a plane's workspace
+    void* basis;              // a dynamic filter's, as `arrange_basis` lays it out
     void* slots;              // backward: partial sums of a basis' gradient, as the kernel lays them out
     std::int64_t num_slots;
 };
@@ -50,12 +51,15 @@ struct FilterWorkspace {
     std::int64_t plane_bytes;    // of a plane in progress
     std::int64_t scratch_bytes;  // of a thread
     std::int64_t slot_bytes;     // of a partial sum of a basis' gradient; 0 where that is not needed
+    std::int64_t basis_bytes;    // of a dynamic filter's basis
 };
 
 // A group's steps in order. Those with a range [first, last) of row pairs or of columns may run on several threads,
 // each with its own scratch, as long as all of one step are done before the next begins.
 struct FilterKernel {
     FilterWorkspace (*workspace)(const FilterCall&);
+    // Columns [first, last) of the basis, from (H,K,F,2) to the order in which columns use it. Before everything else.
+    void (*arrange_basis)(const FilterCall&, int first, int last);
     void (*begin)(const FilterCall&, const PlaneTask&);
     void (*rows)(const FilterCall&, const PlaneGroup&, void* scratch, int first, int last);
     void (*columns)(const FilterCall&, const PlaneGroup&, void* scratch, int first, int last);

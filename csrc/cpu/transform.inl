@@ -222,15 +222,48 @@ void run_last_pass(const PassOf<V>& pass, std::int64_t lines, Complex<V>* scratc
     run_pass_of_any_radix<false, false, V>(pass, lines, scratch, source, sink);
 }
 
-// Passes [first, last) of a plan over lines in place; the inverse runs them backwards.
+// Passes [first, last) of a plan over lines in place, or over one of so many parts of each, where those passes make
+// transforms of their own of the parts; the inverse runs them backwards.
 template <bool inverse, class V>
-void run_passes(const PlanOf<V>& plan, int first, int last, std::int64_t lines, Complex<V>* line, std::int64_t stride,
-                Complex<V>* scratch) {
+void run_passes_of_part(const PlanOf<V>& plan, int first, int last, std::int64_t parts, std::int64_t lines,
+                        Complex<V>* line, std::int64_t stride, Complex<V>* scratch) {
     for (int i = first; i < last; i++) {
-        const PassOf<V>& pass = plan.passes[inverse ? first + last - 1 - i : i];
+        PassOf<V> pass = plan.passes[inverse ? first + last - 1 - i : i];
+        pass.outer /= int(parts);
         const InLine<V> in_line{line, pass.inner, stride};
         run_pass<inverse, V>(pass, lines, scratch, LineSource<V>{in_line}, LineSink<V>{in_line});
     }
+}
+
+// Lines longer than this leave L1 between two passes.
+constexpr std::int64_t longest_whole_line = 32768;
+
+// A long line's later passes, from pass `split` on, go over it part by part. A shorter line is one part.
+template <class V>
+struct Parts {
+    int split = 0;
+    std::int64_t count, length;
+
+    explicit Parts(const PlanOf<V>& plan) {
+        const std::int64_t most = longest_whole_line / sizeof(Complex<V>);
+        while (split + 1 < plan.num_passes && plan.size / plan.passes[split].outer > most) split++;
+        count = plan.passes[split].outer;
+        length = plan.size / count;
+    }
+};
+
+template <bool inverse, class V>
+void run_passes(const PlanOf<V>& plan, int first, int last, std::int64_t lines, Complex<V>* line, std::int64_t stride,
+                Complex<V>* scratch) {
+    const Parts<V> parts(plan);
+    if (parts.count == 1) return run_passes_of_part<inverse, V>(plan, first, last, 1, lines, line, stride, scratch);
+    const int split = first > parts.split ? first : parts.split;
+    if (!inverse) run_passes_of_part<false, V>(plan, first, split, 1, lines, line, stride, scratch);
+    for (std::int64_t i = 0; i < lines; i++)
+        for (std::int64_t part = 0; part < parts.count; part++)
+            run_passes_of_part<inverse, V>(plan, split, last, parts.count, 1, line + i * stride + part * parts.length,
+                                           0, scratch);
+    if (inverse) run_passes_of_part<true, V>(plan, first, split, 1, lines, line, stride, scratch);
 }
 
 template <class V>

@@ -134,10 +134,10 @@ def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
     def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Tensor:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args)
-        if keys in _PLAIN:  # the dispatcher would find the same, in microseconds
-            return implementation(*args)
+        # Of plain tensors the dispatcher would find the same, in microseconds.
+        run = implementation if keys in _PLAIN else operator
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
+            return run(*args)
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 

@@ -293,3 +293,12 @@ def apply(*args: Any) -> Tensor:
 
 def backward(*args: Any) -> list[Tensor]:
     return torch.ops.dfformer.linear_backward(*args, None)
+
+
+def test_results_made_without_gradients_can_be_changed_in_place_with_them() -> None:
+    """They are no views of the product's matrix."""
+    with torch.no_grad():
+        y = dense.linear(torch.ones(2, 3, 4), torch.ones(5, 4))
+    factor = torch.ones((), requires_grad=True)
+    y.mul_(factor).sum().backward()
+    assert factor.grad == 2 * 3 * 5 * 4

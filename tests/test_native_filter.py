@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import combinations, product
 from types import ModuleType
 from typing import Any
@@ -144,6 +145,8 @@ PLANES = [
     *[(48, 72), (81, 108), (96, 162), (49, 35), (105, 84), (42, 245), (210, 70)],
     # squares of dense prediction
     *[(n, n) for n in (96, 112, 128, 192, 256)],
+    # lines that are transformed part by part, from their second pass on or from a later one
+    *[(512, 6), (4, 1024), (4608, 2), (2, 4608)],
 ]
 
 
@@ -504,9 +507,38 @@ def test_workspace_of_a_large_plane_is_that_of_its_spectra(isa: str, dtype: torc
     planes = threads + 1 if threads > 1 else 1
     for F in (0, 4):
         forward, backward = (cpu.filter_workspace_bytes((2, side, side, 64), F, dtype, b) for b in (False, True))
-        grad_basis = max(16 * MEBI, side * (side // 2 + 1) * F * 2 * reference.compute_dtype(dtype).itemsize)
-        assert plane <= forward <= 1.05 * plane * planes + ROUNDING
-        assert 2 * plane <= backward <= 2.1 * plane * planes + grad_basis + ROUNDING
+        basis = side * (side // 2 + 1) * F * 2 * reference.compute_dtype(dtype).itemsize
+        assert plane + basis <= forward <= 1.05 * plane * planes + basis + ROUNDING
+        assert 2 * plane + basis <= backward <= 2.1 * plane * planes + basis + max(16 * MEBI, basis) + ROUNDING
+
+
+# Results written past the caches
+
+LARGE = 16 * MEBI
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", [Case(5, 129, 128, 64), Case(3, 257, 354, 16), Case(5, 128, 128, 70)], ids=str)
+@WIDE_DTYPES
+def test_large_results_are_those_of_their_samples(
+    core: ModuleType, dtype: torch.dtype, case: Case, threads: int, offset: int
+) -> None:
+    inputs = make_inputs(DYNAMIC, replace(case, C=case.C * 4 // dtype.itemsize), dtype, requires_grad=False)
+    x, logits, basis = inputs.values()
+    grad_y = make_grad(DYNAMIC, inputs).contiguous()
+    y, grad_x = (torch.full((x.numel() + offset,), math.nan, dtype=dtype) for _ in range(2))
+    assert x.numel() * x.itemsize >= LARGE > x[0].numel() * x.itemsize
+    problem = (*x.shape, case.F), CODES[dtype], None
+    addresses = [t.data_ptr() for t in inputs.values()]
+    core.filter(*problem, *addresses, y[offset:].data_ptr(), threads)
+    core.filter_backward(*problem, grad_y.data_ptr(), *addresses, grad_x[offset:].data_ptr(), 0, 0, False, threads)
+    for i in range(case.B):
+        alone = x[i : i + 1].clone().requires_grad_()
+        wanted = DYNAMIC.public({"x": alone, "logits": logits[i : i + 1], "basis": basis}, "cpu")
+        (wanted_grad,) = torch.autograd.grad(wanted, alone, grad_y[i : i + 1])
+        assert torch.equal(y[offset:].view(x.shape)[i], wanted[0])
+        assert torch.equal(grad_x[offset:].view(x.shape)[i], wanted_grad[0])
 
 
 PEAK = """

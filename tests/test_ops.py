@@ -31,6 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfformer_kernels import dynamic_filter, global_filter, star_relu
 
@@ -339,6 +340,37 @@ def test_tensors_without_data_get_the_shapes_and_strides_of_real_ones(op: Op, la
         hollow = [op.public(without), *op.backward(without["x"], without)]
     assert signature(hollow) == signature(real)
     assert {t.device.type for t in hollow} == {"meta" if kind == "meta" else "cpu"}
+
+
+class Operators(TorchDispatchMode):
+    """The names of those that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@ALL_OPS
+def test_modes_see_the_operator(op: Op, requires_grad: bool) -> None:
+    inputs = make_inputs(op, SMALL, torch.float32, requires_grad=requires_grad)
+    with Operators() as seen:
+        y = op.public(inputs)
+    assert seen.names.count(f"dfformer::{op.name}") == 1
+    assert torch.equal(y, op.public(inputs))
+
+
+@ALL_OPS
+def test_lazily_negated_input_is_negated(op: Op) -> None:
+    inputs = make_inputs(op, SMALL, torch.float32, requires_grad=False)
+    x = inputs["x"]
+    lazy = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert lazy.is_neg()
+    assert torch.equal(op.public(inputs | {"x": lazy}), op.public(inputs))
 
 
 def surrounded(op: Op) -> Callable[[Inputs], Tensor]:

@@ -182,6 +182,8 @@ struct FilterOf {
         for (int start = first; start < last; start += size) {
             const ColumnBlock block(plane, start, start + size < last ? size : last - start);
             if (plane.backward() && plane.needs_x_spectrum()) transform_columns(plane, block, x_lines, scratch);
+            for (int j = 0; j < block.count && plane.backward(); j++)
+                for (int f = 0; f < plane.F; f++) plane.grad_routing[std::int64_t{block.k[j]} * plane.F + f] = Sum{};
             if (plane.F == 4 && !plane.backward())
                 filter_columns(plane, block, lines, scratch, InlineMix{plane, block});
             else
@@ -291,9 +293,7 @@ struct FilterOf {
         MixFunction mix;
         struct Filtered : FilterColumn {
             MixFunction mix;
-            Filtered(const Plane& plane, int k, Line* x, MixFunction mix_) : FilterColumn(plane, k, x), mix(mix_) {
-                for (int f = 0; plane.backward() && f < plane.F; f++) this->grad_routing[f] = Sum{};
-            }
+            Filtered(const Plane& plane, int k, Line* x, MixFunction mix_) : FilterColumn(plane, k, x), mix(mix_) {}
             FFT_INLINE void operator()(Line* a, int radix, int first) const { mix(*this, a, radix, first); }
         };
         FFT_INLINE Filtered of(std::int64_t j) const { return Filtered(plane, block.k[j], x_lines + j * plane.H, mix); }

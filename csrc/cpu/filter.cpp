@@ -62,7 +62,8 @@ class Driver {
         planes_ = problem.B * channel_blocks;
         // An odd stride spreads a column over all of a cache's sets.
         const std::int64_t row_stride = problem.W < 16 ? problem.W : problem.W | 1;
-        call_ = {&problem_, &tensors, row_plan_.get(), column_plan_.get(), channel_blocks, row_stride, nullptr, nullptr, 0};
+        call_ = {&problem_, &tensors, row_plan_.get(), column_plan_.get(), channel_blocks, row_stride, nullptr,
+                 nullptr,   0};
         const FilterWorkspace workspace = kernel_.workspace(call_);
         plane_bytes_ = padded(workspace.plane_bytes);
         scratch_bytes_ = padded(workspace.scratch_bytes);

@@ -133,6 +133,7 @@ struct Filter : FilterOf<typename L::Vec> {
             }
             for (int pair = start; pair < start + count; pair++) store_pair(call, group, pair);
         }
+        stream_fence();
     }
 
     static void store_pair(const FilterCall& call, const PlaneGroup& group, int pair) {
@@ -158,28 +159,50 @@ struct Filter : FilterOf<typename L::Vec> {
                 store_first<L>(rows.a + offset, line[p + count * stride].re, used_of_last);
             }
         }
+        const bool past_caches = streams(plane, rows.a, count);
         switch (count) {
             case 1:
-                return store_blocks<1>(rows, plane.W, line, stride);
+                return store_blocks<1>(rows, plane.W, line, stride, past_caches);
             case 2:
-                return store_blocks<2>(rows, plane.W, line, stride);
+                return store_blocks<2>(rows, plane.W, line, stride, past_caches);
             case 3:
-                return store_blocks<3>(rows, plane.W, line, stride);
+                return store_blocks<3>(rows, plane.W, line, stride, past_caches);
             case 4:
-                return store_blocks<4>(rows, plane.W, line, stride);
+                return store_blocks<4>(rows, plane.W, line, stride, past_caches);
         }
     }
     template <int count>
+    static void store_blocks(const RowPair& rows, int W, const Line* line, std::int64_t stride, bool past_caches) {
+        if (past_caches) return store_blocks<count, can_stream>(rows, W, line, stride);
+        store_blocks<count, false>(rows, W, line, stride);
+    }
+    template <int count, bool past_caches>
     static void store_blocks(const RowPair& rows, int W, const Line* line, std::int64_t stride) {
         const int* sample = rows.sample;
         Storage *a = rows.a, *b = rows.b;
         for (const Line* end = line + W; line < end; line++) {
             const std::int64_t offset = *sample++ * rows.C;
-            for (int g = 0; g < count; g++) __builtin_prefetch(rows.next_b + offset + g * lanes, 1);
-            for (int g = 0; g < count; g++) __builtin_prefetch(rows.next_a + offset + g * lanes, 1);
-            for (int g = 0; g < count; g++) L::store(b + offset + g * lanes, line[g * stride].im);
-            for (int g = 0; g < count; g++) L::store(a + offset + g * lanes, line[g * stride].re);
+            if constexpr (past_caches) {
+                for (int g = 0; g < count; g++) stream(b + offset + g * lanes, line[g * stride].im);
+                for (int g = 0; g < count; g++) stream(a + offset + g * lanes, line[g * stride].re);
+            } else {
+                for (int g = 0; g < count; g++) __builtin_prefetch(rows.next_b + offset + g * lanes, 1);
+                for (int g = 0; g < count; g++) __builtin_prefetch(rows.next_a + offset + g * lanes, 1);
+                for (int g = 0; g < count; g++) L::store(b + offset + g * lanes, line[g * stride].im);
+                for (int g = 0; g < count; g++) L::store(a + offset + g * lanes, line[g * stride].re);
+            }
         }
+    }
+
+    // A result too large to be in any cache when somebody reads it is written past them, which spares reading what is
+    // overwritten. One cache line at a time would be slower, though.
+    static constexpr std::int64_t least_streamed_bytes = 16 << 20;
+    static bool streams(const Plane& plane, const Storage* pixel, int blocks) {
+        const FilterProblem& problem = plane.problem;
+        const std::int64_t bytes_of_pixel = problem.C * std::int64_t{sizeof(Storage)};
+        return can_stream && sizeof(Storage) == sizeof(T) && (blocks > 1 || problem.C == lanes) &&
+               problem.B * problem.H * problem.W * bytes_of_pixel >= least_streamed_bytes &&
+               (reinterpret_cast<std::uintptr_t>(pixel) | std::uintptr_t(bytes_of_pixel)) % VECTOR_BYTES == 0;
     }
 
     // grad_x from grad_u, and this pair's part of StarReLU's own gradients.

@@ -37,6 +37,22 @@ struct Plain {
     static Vec load(const Scalar* from) { return load_unaligned<Vec>(from); }
     static void store(Scalar* to, Vec v) { __builtin_memcpy(to, &v, sizeof(v)); }
 };
+// Where a register is a cache line, it can go to memory past the caches, to an address that is a multiple of its size.
+// Other threads see it after a `stream_fence`.
+#if VECTOR_BYTES == 64
+constexpr bool can_stream = true;
+template <class Vec>
+inline void stream(void* to, Vec v) {
+    _mm512_stream_ps(static_cast<float*>(to), bits<__m512>(v));
+}
+inline void stream_fence() { _mm_sfence(); }
+#else
+constexpr bool can_stream = false;
+template <class Vec>
+inline void stream(void*, Vec) {}
+inline void stream_fence() {}
+#endif
+
 using Float32 = Plain<float, F32>;
 using Float64 = Plain<double, F64>;
 

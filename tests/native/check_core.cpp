@@ -855,6 +855,10 @@ const std::vector<Shape> shapes = {
     {1, 10201, 1, 1, 4},
     {1, 2048, 1, 17, 4},
     {1, 1, 10201, 1, 4},
+    // lines transformed part by part, from their second pass on or from a later one
+    {1, 512, 3, 17, 4},
+    {1, 3, 1024, 17, 4},
+    {1, 4608, 1, 3, 4},
     // rectangles
     {2, 6, 10, 7, 4},
     {2, 12, 5, 17, 4},

@@ -71,7 +71,7 @@ class ConvolutionFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sizes = sizes
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return torch.ops.dfformer.convolution(x, weight, bias, *sizes)
 
     @staticmethod

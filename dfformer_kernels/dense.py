@@ -62,7 +62,8 @@ def mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: T
         x, weight1, weight2 = x.to(dtype), weight1.to(dtype), weight2.to(dtype)
     rows = x.reshape(-1, x.shape[-1]) if x.dim() else x  # which the operator refuses
     y = torch.ops.dfformer.mlp(rows, weight1, scale, bias, weight2, requested_backend(None))
-    return y.view(*x.shape[:-1], weight2.shape[0])
+    # No view, which made without gradients could not be changed in place with them.
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight2.shape[0]))
 
 
 def for_core(x: Tensor) -> bool:
@@ -139,7 +140,7 @@ class LinearFunction(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         ctx.save_for_backward(*args[:2])
         ctx.backend = args[-1]
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return torch.ops.dfformer.linear(*args)
 
     @staticmethod
@@ -283,7 +284,7 @@ class MlpFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *tensors, ctx.backend = args
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             y, hidden = torch.ops.dfformer.mlp_keeping_hidden(*args)
         ctx.save_for_backward(*tensors, hidden)
         return y

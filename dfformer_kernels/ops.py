@@ -136,7 +136,7 @@ def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
             return function.apply(*args)
         # Of plain tensors the dispatcher would find the same, in microseconds.
         run = implementation if keys in _PLAIN else operator
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return run(*args)
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
@@ -196,7 +196,7 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
         def forward(ctx: Any, *args: Any) -> Tensor:
             *tensors, ctx.backend = args
             ctx.save_for_backward(*tensors)
-            with torch._C._AutoDispatchBelowAutograd():
+            with torch._C._AutoDispatchBelowADInplaceOrView():
                 return forward_op(*args)
 
         @staticmethod

@@ -30,8 +30,9 @@ std::int64_t last_level_cache_bytes() {
 
 // Below this many elements for each, threads cost more than they bring.
 constexpr std::int64_t min_elements_per_thread = 16384;
-// Planes of fewer bytes are never shared between threads: they would wait for each other longer than they compute.
-constexpr std::int64_t min_shared_plane_bytes = 256 * 1024;
+// A plane or a basis of fewer bytes is never shared between threads: they would wait for each other longer than they
+// compute.
+constexpr std::int64_t min_shared_bytes = 256 * 1024;
 // Larger ones always are where every thread's own would crowd each other out of the last cache.
 constexpr std::int64_t max_own_plane_bytes = 2 << 20;
 // Partial sums of grad_basis: as many as fit, for threads to work on; the number must not depend on theirs.
@@ -83,8 +84,7 @@ class Driver {
         const Memory memory = allocate(planes_bytes());
         const Memory slots = allocate(slots_bytes());
         const Memory sums = allocate(sums_bytes());
-        call_.basis = memory.get();
-        memory_ = memory.get() + basis_bytes_;
+        memory_ = memory.get();
         call_.slots = slots.get();
         sums_ = reinterpret_cast<double*>(sums.get());
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
@@ -123,7 +123,8 @@ class Driver {
         call_.num_slots = units_;
     }
 
-    bool can_be_shared() const { return threads_ > 1 && plane_bytes_ >= min_shared_plane_bytes; }
+    bool shares_basis() const { return basis_bytes_ >= min_shared_bytes; }
+    bool can_be_shared() const { return threads_ > 1 && plane_bytes_ >= min_shared_bytes; }
 
     void share_units() {
         own_units_ = units_;
@@ -138,11 +139,13 @@ class Driver {
     // A weight's gradient adds up over samples, so those are neighbours; else channel blocks are.
     bool by_channel() const { return problem_.F == 0 && backward_; }
 
-    std::int64_t shared_bytes() const { return own_units_ < units_ ? plane_bytes_ : 0; }
-    std::int64_t own_bytes() const { return own_units_ > 0 ? group_ * plane_bytes_ : 0; }
-    std::int64_t planes_bytes() const {
-        return basis_bytes_ + shared_bytes() + threads_ * (own_bytes() + scratch_bytes_);
+    // Memory: what threads share, the basis first, then each thread's own: a group, scratch and a small basis.
+    std::int64_t shared_bytes() const {
+        return (shares_basis() ? basis_bytes_ : 0) + (own_units_ < units_ ? plane_bytes_ : 0);
     }
+    std::int64_t own_bytes() const { return own_units_ > 0 ? group_ * plane_bytes_ : 0; }
+    std::int64_t bytes_of_thread() const { return own_bytes() + scratch_bytes_ + (shares_basis() ? 0 : basis_bytes_); }
+    std::int64_t planes_bytes() const { return shared_bytes() + threads_ * bytes_of_thread(); }
     std::int64_t sums_bytes() const { return backward_ ? planes_ * 2 * std::int64_t{sizeof(double)} : 0; }
     std::int64_t slots_bytes() const { return slot_bytes_ ? units_ * slot_bytes_ : 0; }
     std::int64_t first_plane(std::int64_t unit) const { return unit * planes_ / units_; }
@@ -176,48 +179,55 @@ class Driver {
 #else
         const int thread = 0;
 #endif
-        char* const own = memory_ + shared_bytes() + thread * (own_bytes() + scratch_bytes_);
+        char* const own = memory_ + shared_bytes() + thread * bytes_of_thread();
+        char* const shared_plane = memory_ + (shares_basis() ? basis_bytes_ : 0);
         void* const scratch = own + own_bytes();
         const int columns = static_cast<int>(problem_.W / 2 + 1);
-        if (basis_bytes_) {
+        FilterCall call = call_;
+        if (shares_basis()) {
+            call.basis = memory_;
 #pragma omp for schedule(static)
-            for (int k = 0; k < columns; k += 8) kernel_.arrange_basis(call_, k, std::min(columns, k + 8));
+            for (int k = 0; k < columns; k += 8) kernel_.arrange_basis(call, k, std::min(columns, k + 8));
+        } else {  // less work than to wait for another thread's to come from its cache
+            call.basis = own + own_bytes() + scratch_bytes_;
+            kernel_.arrange_basis(call, 0, columns);
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (std::int64_t unit = 0; unit < own_units_; unit++)
             for (std::int64_t plane = first_plane(unit); plane < first_plane(unit + 1);) {
                 const PlaneGroup own_group = group(plane, unit, group_, own);
                 begin(own_group);
-                kernel_.rows(call_, own_group, scratch, 0, num_pairs_);
-                kernel_.columns(call_, own_group, scratch, 0, columns);
-                kernel_.inverse_rows(call_, own_group, scratch, 0, num_pairs_);
+                kernel_.rows(call, own_group, scratch, 0, num_pairs_);
+                kernel_.columns(call, own_group, scratch, 0, columns);
+                kernel_.inverse_rows(call, own_group, scratch, 0, num_pairs_);
                 end(own_group, plane);
                 plane += own_group.count;
             }
         for (std::int64_t unit = own_units_; unit < units_; unit++)
             for (std::int64_t plane = first_plane(unit); plane < first_plane(unit + 1); plane++) {
-                const PlaneGroup shared = group(plane, unit, 1, memory_);
+                const PlaneGroup shared = group(plane, unit, 1, shared_plane);
 #pragma omp single
                 begin(shared);
-                in_parts(kernel_.rows, shared, scratch, num_pairs_);
-                in_parts(kernel_.columns, shared, scratch, columns);
-                in_parts(kernel_.inverse_rows, shared, scratch, num_pairs_);
+                in_parts(kernel_.rows, call, shared, scratch, num_pairs_);
+                in_parts(kernel_.columns, call, shared, scratch, columns);
+                in_parts(kernel_.inverse_rows, call, shared, scratch, num_pairs_);
 #pragma omp single
                 end(shared, plane);
             }
         if (!slot_bytes_) return;
+#pragma omp barrier
 #pragma omp for schedule(static)
         for (std::int64_t h = 0; h < problem_.H; h++)
             kernel_.sum_slots(call_, static_cast<int>(h), static_cast<int>(h) + 1);
     }
 
     // All threads reach this together; it returns when the last is done.
-    void in_parts(void (*step)(const FilterCall&, const PlaneGroup&, void*, int, int), const PlaneGroup& group,
-                  void* scratch, int count) const {
+    void in_parts(void (*step)(const FilterCall&, const PlaneGroup&, void*, int, int), const FilterCall& call,
+                  const PlaneGroup& group, void* scratch, int count) const {
         const int part = std::max(1, std::min(8, count / (2 * threads_)));
 #pragma omp for schedule(static)
         for (int first = 0; first < count; first += part)
-            step(call_, group, scratch, first, std::min(count, first + part));
+            step(call, group, scratch, first, std::min(count, first + part));
     }
 
     const Kernels& kernels_;

@@ -62,8 +62,7 @@ def mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: T
         x, weight1, weight2 = x.to(dtype), weight1.to(dtype), weight2.to(dtype)
     rows = x.reshape(-1, x.shape[-1]) if x.dim() else x  # which the operator refuses
     y = torch.ops.dfformer.mlp(rows, weight1, scale, bias, weight2, requested_backend(None))
-    # No view, which made without gradients could not be changed in place with them.
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight2.shape[0]))
+    return y.view(*x.shape[:-1], weight2.shape[0])
 
 
 def for_core(x: Tensor) -> bool:

@@ -4,7 +4,8 @@ A stored filter is (H, K, ...), ``K = W//2 + 1``: rows in FFT order (frequencies
 the non-negative half of the columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -73,9 +74,20 @@ def _matrix(build: Callable[[int, int], Tensor], old: int, new: int, like: Tenso
     if key not in _cached:
         if len(_cached) >= _MAX_CACHED:
             _cached.clear()
-        with torch.inference_mode(False):  # what is kept must serve training too
+        with torch.inference_mode(False), _untraced():  # what is kept must serve training too
             _cached[key] = build(old, new).to(device, dtype)
     return _cached[key]
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """What happens inside is no part of a graph that torch.jit.trace may be recording: the next call finds it done."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 def _bicubic(old: int, new: int) -> Tensor:

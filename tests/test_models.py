@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfformer import VARIANTS, DynamicFilter, MetaFormer, SepConv
+from dfformer import VARIANTS, DynamicFilter, MetaFormer, SepConv, resize
 from dfformer.layers import SpectralFilter
 from dfformer.plain import plain_torch
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
@@ -739,8 +739,9 @@ def test_export_with_any_batch(name: str) -> None:
 @EVERY_KIND
 @pytest.mark.parametrize("size", [(64, 64), (96, 70)], ids=str)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a trace is for one image size
-def test_trace_with_any_batch(name: str, size: tuple[int, int]) -> None:
+def test_trace_with_any_batch(name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(name)
+    monkeypatch.setattr(resize, "_cached", {})  # the trace is the first to ask for its filters' size
     with torch.no_grad():
         traced = torch.jit.trace(model, images(*size))
         for batch in (1, 5):

@@ -83,11 +83,11 @@ def _matrix(build: Callable[[int, int], Tensor], old: int, new: int, like: Tenso
 def _untraced() -> Iterator[None]:
     """What happens inside is no part of a graph that torch.jit.trace may be recording: the next call finds it done."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined] # absent from torch's stubs
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def _bicubic(old: int, new: int) -> Tensor:

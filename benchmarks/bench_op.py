@@ -238,11 +238,12 @@ def problems(op: str, quick: bool = False) -> list[Problem]:
     else:
         stages = {size: [(B, size // s, size // s, C) for B in BATCHES for s, C in STAGES] for size in INPUTS}
         others = OTHER_SHAPES
+    # A shape's dtypes one after the other: they are compared with each other, and machines do not stay the same.
     found = [
         Problem(op, dtype, shape, True)
-        for dtype in DTYPES.values()
         for size, shapes in stages.items()
         for shape in shapes
+        for dtype in DTYPES.values()
         if (dtype == torch.float32 or quick or (size, shape[0]) == (224, 8)) and is_measured(size, shape)
     ]
     return found + [Problem(op, torch.float32, shape, False) for shape in others]

@@ -40,6 +40,8 @@ constexpr std::int64_t max_slots = 16, max_slots_bytes = 16 << 20;
 // Planes in progress on one thread stay in its L2 cache. Where even one does not, two are no worse off, and use both of
 // the cache lines that memory sends together.
 constexpr std::int64_t max_group_bytes = 640 * 1024;
+// More of a pixel's neighbouring channels than this bring nothing.
+constexpr int max_bytes_of_pixel = 256;
 
 // Everything about one call that follows from its sizes.
 //
@@ -110,7 +112,8 @@ class Driver {
 
     void choose_units() {
         const std::int64_t least = plane_bytes_ <= max_own_plane_bytes ? 2 : 1;
-        group_ = std::clamp<std::int64_t>(max_group_bytes / plane_bytes_, least, PlaneGroup::max_count);
+        const std::int64_t most = std::min(PlaneGroup::max_count, max_bytes_of_pixel / kernels_.vector_bytes);
+        group_ = std::clamp(max_group_bytes / plane_bytes_, least, most);
         if (slot_bytes_)
             units_ = std::clamp<std::int64_t>(max_slots_bytes / slot_bytes_, 1, std::min(max_slots, planes_));
         else if (by_channel())

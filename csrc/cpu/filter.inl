@@ -169,6 +169,14 @@ struct Filter : FilterOf<typename L::Vec> {
                 return store_blocks<3>(rows, plane.W, line, stride, past_caches);
             case 4:
                 return store_blocks<4>(rows, plane.W, line, stride, past_caches);
+            case 5:
+                return store_blocks<5>(rows, plane.W, line, stride, past_caches);
+            case 6:
+                return store_blocks<6>(rows, plane.W, line, stride, past_caches);
+            case 7:
+                return store_blocks<7>(rows, plane.W, line, stride, past_caches);
+            case 8:
+                return store_blocks<8>(rows, plane.W, line, stride, past_caches);
         }
     }
     template <int count>

@@ -42,7 +42,7 @@ struct PlaneTask {
 // Planes of neighbouring channel blocks that go through the steps together, so that those that touch tensors take a
 // pixel's neighbouring cache lines one after the other.
 struct PlaneGroup {
-    static constexpr int max_count = 4;
+    static constexpr int max_count = 8;
     int count;
     PlaneTask tasks[max_count];
 };

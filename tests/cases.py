@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfformer_kernels
 from dfformer_kernels import ops, reference
@@ -248,3 +249,15 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     # memory holds the negative and a flag says so, as in the imaginary part of a conjugate
     "negated": lambda t: torch._neg_view(-t.detach()),
 }
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that run inside, with their namespaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **kwargs or {})

@@ -18,6 +18,7 @@ from cases import (
     Case,
     Inputs,
     Op,
+    Operators,
     Target,
     assert_all_within_bound,
     assert_within_bound,
@@ -31,7 +32,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfformer_kernels import dynamic_filter, global_filter, star_relu
 
@@ -340,18 +340,6 @@ def test_tensors_without_data_get_the_shapes_and_strides_of_real_ones(op: Op, la
         hollow = [op.public(without), *op.backward(without["x"], without)]
     assert signature(hollow) == signature(real)
     assert {t.device.type for t in hollow} == {"meta" if kind == "meta" else "cpu"}
-
-
-class Operators(TorchDispatchMode):
-    """The names of those that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func._schema.name)
-        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from cases import DTYPES
+from cases import DTYPES, Operators
 from conftest import require_backend, require_compiler
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfformer
 from dfformer.layers import PackedLinear, Scale
@@ -284,16 +283,6 @@ def test_bad_arguments(name: str, position: int, bad: Any, message: str) -> None
 # Blocks
 
 
-class Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 def small(**given: Any) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(
@@ -312,7 +301,7 @@ def images() -> Tensor:
 def fused(model: nn.Module) -> bool:
     with torch.no_grad(), Operators() as used:
         model(images())
-    return {"dfformer::norm_linear", "dfformer::norm_mlp"} <= used.names
+    return {"dfformer::norm_linear", "dfformer::norm_mlp"} <= set(used.names)
 
 
 def unfused(model: nn.Module) -> Tensor:

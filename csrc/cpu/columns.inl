@@ -217,14 +217,14 @@ struct FilterOf {
         }
         const InLine<V> in_first{lines, first.inner, plane.H};
         const Parts<V> parts(plan);
+        Pass<T> last = plan.passes[plan.num_passes - 1];
+        last.outer /= int(parts.count);
         const int split = parts.split > 1 ? parts.split : 1;
         run_pass<false, V>(first, block.count, scratch, ColumnSource{columns}, LineSink<V>{in_first});
         run_passes_of_part<false, V>(plan, 1, split, 1, block.count, lines, plane.H, scratch);
         for (std::int64_t part = 0; part < parts.count; part++) {
             Line* const line = lines + part * parts.length;
             const InLine<V> in_last{line, 1, plane.H};
-            Pass<T> last = plan.passes[plan.num_passes - 1];
-            last.outer /= int(parts.count);
             run_passes_of_part<false, V>(plan, split, plan.num_passes - 1, parts.count, block.count, line, plane.H,
                                          scratch);
             run_last_pass<V>(last, block.count, scratch, LineSource<V>{in_last},

@@ -189,8 +189,7 @@ class Driver {
         FilterCall call = call_;
         if (shares_basis()) {
             call.basis = memory_;
-#pragma omp for schedule(static)
-            for (int k = 0; k < columns; k += 8) kernel_.arrange_basis(call, k, std::min(columns, k + 8));
+            in_parts(columns, [&](int first, int last) { kernel_.arrange_basis(call, first, last); });
         } else {  // less work than to wait for another thread's to come from its cache
             call.basis = own + own_bytes() + scratch_bytes_;
             kernel_.arrange_basis(call, 0, columns);
@@ -211,9 +210,10 @@ class Driver {
                 const PlaneGroup shared = group(plane, unit, 1, shared_plane);
 #pragma omp single
                 begin(shared);
-                in_parts(kernel_.rows, call, shared, scratch, num_pairs_);
-                in_parts(kernel_.columns, call, shared, scratch, columns);
-                in_parts(kernel_.inverse_rows, call, shared, scratch, num_pairs_);
+                in_parts(num_pairs_, [&](int first, int last) { kernel_.rows(call, shared, scratch, first, last); });
+                in_parts(columns, [&](int first, int last) { kernel_.columns(call, shared, scratch, first, last); });
+                in_parts(num_pairs_,
+                         [&](int first, int last) { kernel_.inverse_rows(call, shared, scratch, first, last); });
 #pragma omp single
                 end(shared, plane);
             }
@@ -225,12 +225,11 @@ class Driver {
     }
 
     // All threads reach this together; it returns when the last is done.
-    void in_parts(void (*step)(const FilterCall&, const PlaneGroup&, void*, int, int), const FilterCall& call,
-                  const PlaneGroup& group, void* scratch, int count) const {
+    template <class Step>
+    void in_parts(int count, const Step& step) const {
         const int part = std::max(1, std::min(8, count / (2 * threads_)));
 #pragma omp for schedule(static)
-        for (int first = 0; first < count; first += part)
-            step(call, group, scratch, first, std::min(count, first + part));
+        for (int first = 0; first < count; first += part) step(first, std::min(count, first + part));
     }
 
     const Kernels& kernels_;

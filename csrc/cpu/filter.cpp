@@ -1,8 +1,10 @@
 // Drives the filter step: plans, workspace, threads, and the order of reductions. Compiled for the baseline only.
 #include <algorithm>
+#include <bit>
+#include <fstream>
 #include <memory>
-
-#include <unistd.h>
+#include <string>
+#include <thread>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -17,13 +19,25 @@ namespace {
 
 using namespace cpu;
 
-std::int64_t last_level_cache_bytes() {
+// The last caches of all processors this process may use, as Linux tells them of the first; sysconf counts a package's
+// as one on many systems.
+std::int64_t last_caches_bytes() {
     static const std::int64_t bytes = [] {
-        std::int64_t found = 0;
-#ifdef _SC_LEVEL3_CACHE_SIZE
-        found = std::max(sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE));
-#endif
-        return found > 0 ? found : std::int64_t{16} << 20;
+        std::int64_t kib = 0, sharing = 1;
+        for (int index = 0;; index++) {
+            const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index);
+            std::int64_t size;
+            std::string processors;  // a bit for each, in hexadecimal
+            if (!(std::ifstream(folder + "/size") >> size && std::ifstream(folder + "/shared_cpu_map") >> processors))
+                break;
+            if (size < kib) continue;
+            kib = size;
+            sharing = 0;
+            for (const char digit : processors)
+                if (digit != ',') sharing += std::popcount(std::stoul(std::string(1, digit), nullptr, 16));
+        }
+        if (kib == 0 || sharing == 0) return std::int64_t{16} << 20;
+        return kib * 1024 * ((std::thread::hardware_concurrency() + sharing - 1) / sharing);
     }();
     return bytes;
 }
@@ -33,7 +47,7 @@ constexpr std::int64_t min_elements_per_thread = 16384;
 // A plane or a basis of fewer bytes is never shared between threads: they would wait for each other longer than they
 // compute.
 constexpr std::int64_t min_shared_bytes = 256 * 1024;
-// Larger ones always are where every thread's own would crowd each other out of the last cache.
+// Larger ones always are where every thread's own would crowd each other out of the last caches.
 constexpr std::int64_t max_own_plane_bytes = 2 << 20;
 // Partial sums of grad_basis: as many as fit, for threads to work on; the number must not depend on theirs.
 constexpr std::int64_t max_slots = 16, max_slots_bytes = 16 << 20;
@@ -133,7 +147,7 @@ class Driver {
         own_units_ = units_;
         if (can_be_shared()) {
             own_units_ -= units_ % threads_;
-            const bool crowded = threads_ * plane_bytes_ > last_level_cache_bytes() / 4;
+            const bool crowded = threads_ * plane_bytes_ > last_caches_bytes();
             if (crowded && plane_bytes_ > max_own_plane_bytes) own_units_ = 0;
         }
         if (own_units_ == units_) threads_ = static_cast<int>(std::min<std::int64_t>(threads_, units_));

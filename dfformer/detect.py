@@ -28,11 +28,11 @@ from torchvision.transforms import v2
 
 from dfformer import data
 from dfformer.boxes import Prepared, Target, check_same_categories, collate, open_boxed
-from dfformer.checkpoint import CheckpointError, load_state, read_checkpoint, save_checkpoint
+from dfformer.checkpoint import CheckpointError, load_state, read_checkpoint
 from dfformer.evaluate import Timed, progress, write_csv
 from dfformer.predict import Files, OnError, Prediction, check_names, predict_files
 from dfformer.train_config import TrainConfig
-from dfformer.train_task import Place, encoder_args, encoder_weights, written_args
+from dfformer.train_task import DenseTask, Place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -179,15 +179,14 @@ def average_precision(
     return {name: value.tolist() for name, value in measures.items()}
 
 
-class Detection:
+class Detection(DenseTask):
     """Images with boxes around objects; focal loss and L1; COCO's mean average precision."""
 
     metric = "map"
 
     def __init__(self, config: TrainConfig, place: Place) -> None:
-        self.config, self.place = config, place
-        given, optim = config.data, config.optim
-        self.train_set, self.val_set = (
+        given = config.data
+        train_set, val_set = (
             open_boxed(given.dataset, given.root, split, given.size, count, config.detect.repair_boxes, training)
             for split, count, training in zip(
                 (given.train_split, given.val_split), given.scenes, (True, False), strict=True
@@ -203,37 +202,15 @@ class Detection:
                 f"data.img_size: got {given.img_size}, accepted to detect are the limits of the shorter and of the "
                 "longer side, in this order"
             )
-        self.categories = self.train_set.categories
+        self.categories = train_set.categories
         where = f"{given.root}, split {given.val_split}"
-        check_same_categories(self.val_set.categories, self.categories, where, f"split {given.train_split}")
-        self.batches = data.GlobalBatches(
-            len(self.train_set), optim.global_batch, optim.accumulation, place.rank, place.world, config.seed
-        )
-        model_cfg = timm.get_pretrained_cfg(config.model.name)
-        self.mean, self.std = given.mean or list(model_cfg.mean), given.std or list(model_cfg.std)
-        self.model_args = encoder_args(config, given.size)
+        check_same_categories(val_set.categories, self.categories, where, f"split {given.train_split}")
+        super().__init__(config, place, train_set, val_set)
         self.detector = {name: getattr(config.detect, name) for name in ("channels", "anchor_scale", "norm_groups")}
 
-    def check(self) -> None:
-        if self.config.data.check_images:
-            self.train_set.check()
-            self.val_set.check()
-
-    def build_model(self) -> nn.Module:
-        config = self.config
-        arguments = {**self.model_args, **encoder_weights(config, self.model_args)}
-        model = Detector(
-            config.model.name,
-            arguments,
-            len(self.categories),
-            config.data.size,
-            self.mean,
-            self.std,
-            **self.detector,
-        )
-        if config.model.grad_checkpointing:
-            model.set_grad_checkpointing()
-        return model
+    def on_encoder(self, arguments: dict[str, Any]) -> Detector:
+        name, size = self.config.model.name, self.config.data.size
+        return Detector(name, arguments, len(self.categories), size, self.mean, self.std, **self.detector)
 
     def training_loader(self) -> DataLoader:
         prepared = Prepared(self.train_set, self.config.detect.hflip)
@@ -253,13 +230,10 @@ class Detection:
         return {name: measures[name] for name in _MEASURES[:3]}  # the others are NaN where there is no such object
 
     def export(self, weights: dict[str, Tensor], path: Path) -> None:
-        save_checkpoint(
+        self.save(
             weights,
             path,
-            self.config.model.name,
-            written_args(self.model_args),
             list(self.categories.values()),
-            {"input_size": [3, *self.config.data.size], "mean": self.mean, "std": self.std},
             task="detect",
             category_ids=list(self.categories),
             detector=self.detector,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -21,12 +20,12 @@ except ImportError as error:
 from torchvision.transforms import v2
 
 from dfformer import data
-from dfformer.checkpoint import CheckpointError, load_state, read_checkpoint, save_checkpoint
+from dfformer.checkpoint import CheckpointError, load_state, read_checkpoint
 from dfformer.evaluate import Pixels, Timed, progress, write_csv
 from dfformer.masks import IGNORED, Masked, Pair, Prepared, TrainingView, WholeView, all_ignored, open_masked
 from dfformer.predict import Files, OnError, Prediction, check_names, predict_files
 from dfformer.train_config import TrainConfig
-from dfformer.train_task import Place, encoder_args, encoder_weights, written_args
+from dfformer.train_task import DenseTask, Place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,40 +122,23 @@ def _loader(dataset: Masked, shorter: int, workers: int, device: torch.device, r
     )
 
 
-class Segmentation:
+class Segmentation(DenseTask):
     """Images with a class for every pixel; cross entropy; mean IoU of whole images at their own size."""
 
     metric = "miou"
 
     def __init__(self, config: TrainConfig, place: Place) -> None:
-        self.config, self.place = config, place
-        given, optim = config.data, config.optim
-        zero = config.segment.reduce_zero_label
+        given, zero = config.data, config.segment.reduce_zero_label
         splits = zip((given.train_split, given.val_split), given.scenes, strict=True)
-        self.train_set, self.val_set = (
+        train_set, val_set = (
             open_masked(given.dataset, given.root, split, given.size, count, zero) for split, count in splits
         )
-        self.classes = self.train_set.classes
-        self.batches = data.GlobalBatches(
-            len(self.train_set), optim.global_batch, optim.accumulation, place.rank, place.world, config.seed
-        )
-        model_cfg = timm.get_pretrained_cfg(config.model.name)
-        self.mean, self.std = given.mean or list(model_cfg.mean), given.std or list(model_cfg.std)
+        super().__init__(config, place, train_set, val_set)
+        self.classes = train_set.classes
         self.pixels = Pixels(self.mean, self.std, place.device)
-        self.model_args = encoder_args(config, given.size)
 
-    def check(self) -> None:
-        if self.config.data.check_images:
-            self.train_set.check()
-            self.val_set.check()
-
-    def build_model(self) -> nn.Module:
-        config = self.config
-        arguments = {**self.model_args, **encoder_weights(config, self.model_args)}
-        model = Segmenter(config.model.name, arguments, len(self.classes), config.segment.decoder)
-        if config.model.grad_checkpointing:
-            model.set_grad_checkpointing()
-        return model
+    def on_encoder(self, arguments: dict[str, Any]) -> Segmenter:
+        return Segmenter(self.config.model.name, arguments, len(self.classes), self.config.segment.decoder)
 
     def training_loader(self) -> DataLoader:
         given = self.config.data
@@ -176,13 +158,10 @@ class Segmentation:
         return _measures(count_pixels(model, loader, self.pixels, len(self.classes)))
 
     def export(self, weights: dict[str, Tensor], path: Path) -> None:
-        save_checkpoint(
+        self.save(
             weights,
             path,
-            self.config.model.name,
-            written_args(self.model_args),
             self.classes,
-            {"input_size": [3, *self.config.data.size], "mean": self.mean, "std": self.std},
             task="segment",
             decoder=self.config.segment.decoder,
             reduce_zero_label=self.config.segment.reduce_zero_label,

@@ -1,8 +1,9 @@
 """What is trained: a task knows its data, its model, its loss and its measure of success; the engine the rest."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import timm
 import torch
@@ -65,27 +66,6 @@ class Task(Protocol):
         """By file name, what the trained model makes of some validation images. Called in all processes."""
 
 
-def encoder_args(config: TrainConfig, img_size: tuple[int, int]) -> dict[str, Any]:
-    """Arguments of ``timm.create_model(config.model.name, features_only=True, ...)`` for dense prediction.
-
-    This package's models get a norm for each feature map, as the authors' have for it.
-    """
-    if (channels := config.model.args.get("in_chans", 3)) != 3:
-        raise ValueError(f"model.args.in_chans: got {channels}, the images are RGB: 3")
-    ours = {"img_size": list(img_size), "fork_feat": True} if is_ours(config.model.name) else {}
-    return {**config.model.args, **ours}
-
-
-def encoder_weights(config: TrainConfig, args: dict[str, Any]) -> dict[str, Any]:
-    """What to add to `encoder_args` to load ``model.checkpoint``, the weights of a classifier, into the encoder."""
-    path = config.model.checkpoint
-    if not path:
-        return {}
-    classifier = timm.create_model(config.model.name, **{k: v for k, v in args.items() if k != "fork_feat"})
-    load_checkpoint(classifier, path)  # strict, where timm would pass over what is missing
-    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": classifier.state_dict()}}
-
-
 def written_args(args: dict[str, Any]) -> dict[str, Any]:
     """Of a model's arguments those that a checkpoint of it says: the weights it started from are of no use then."""
     return {name: value for name, value in args.items() if name != "pretrained"}
@@ -94,6 +74,11 @@ def written_args(args: dict[str, Any]) -> dict[str, Any]:
 def is_ours(name: str) -> bool:
     """Whether a model's name for timm is one of this package's."""
     return name.split(".")[0] in VARIANTS
+
+
+def _batches(config: TrainConfig, place: Place, images: int) -> data.GlobalBatches:
+    optim = config.optim
+    return data.GlobalBatches(images, optim.global_batch, optim.accumulation, place.rank, place.world, config.seed)
 
 
 class Classification:
@@ -112,10 +97,7 @@ class Classification:
         data.check_same_classes(self.train_set, self.val_set, f"{given.root}, split {given.val_split}")
         self.classes = data.class_names(self.train_set)
         self.model_args = {**config.model.args, **self._num_classes()}
-        optim = config.optim
-        self.batches = data.GlobalBatches(
-            len(self.train_set), optim.global_batch, optim.accumulation, place.rank, place.world, config.seed
-        )
+        self.batches = _batches(config, place, len(self.train_set))
         self.mix = self._mixup()
 
     def _num_classes(self) -> dict[str, int]:
@@ -225,3 +207,56 @@ class Classification:
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         return {}
+
+
+class DenseTask(ABC):
+    """What segmentation and detection share: sets that check themselves, and a model on an encoder of timm."""
+
+    def __init__(self, config: TrainConfig, place: Place, train_set: Any, val_set: Any) -> None:
+        self.config, self.place = config, place
+        self.train_set, self.val_set = train_set, val_set
+        self.batches = _batches(config, place, len(train_set))
+        model_cfg = timm.get_pretrained_cfg(config.model.name)
+        self.mean, self.std = config.data.mean or list(model_cfg.mean), config.data.std or list(model_cfg.std)
+        self.model_args = self._encoder_args()
+
+    def _encoder_args(self) -> dict[str, Any]:
+        """Arguments of ``timm.create_model(config.model.name, features_only=True, ...)``.
+
+        This package's models get a norm for each feature map, as the authors' have for dense prediction.
+        """
+        model = self.config.model
+        if (channels := model.args.get("in_chans", 3)) != 3:
+            raise ValueError(f"model.args.in_chans: got {channels}, the images are RGB: 3")
+        ours = {"img_size": list(self.config.data.size), "fork_feat": True} if is_ours(model.name) else {}
+        return {**model.args, **ours}
+
+    def _encoder_weights(self) -> dict[str, Any]:
+        """What to add to them to load ``model.checkpoint``, the weights of a classifier, into the encoder."""
+        model = self.config.model
+        if not model.checkpoint:
+            return {}
+        arguments = {name: value for name, value in self.model_args.items() if name != "fork_feat"}
+        classifier = timm.create_model(model.name, **arguments)
+        load_checkpoint(classifier, model.checkpoint)  # strict, where timm would pass over what is missing
+        return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": classifier.state_dict()}}
+
+    @abstractmethod
+    def on_encoder(self, arguments: dict[str, Any]) -> Any:
+        """The model, whose encoder is created with ``arguments``."""
+
+    def check(self) -> None:
+        if self.config.data.check_images:
+            self.train_set.check()
+            self.val_set.check()
+
+    def build_model(self) -> nn.Module:
+        model: Any = self.on_encoder({**self.model_args, **self._encoder_weights()})
+        if self.config.model.grad_checkpointing:
+            model.set_grad_checkpointing()
+        return cast(nn.Module, model)
+
+    def save(self, weights: dict[str, Tensor], path: Path, classes: list[str], **about: Any) -> None:
+        """Writes a checkpoint; ``about`` is what else it says of the model."""
+        images = {"input_size": [3, *self.config.data.size], "mean": self.mean, "std": self.std}
+        save_checkpoint(weights, path, self.config.model.name, written_args(self.model_args), classes, images, **about)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from cases import TARGETS, Target
 from torch import Tensor
 
+from dfformer.cli import main
 from dfformer_kernels import backends, dispatch
 
 # torch remembers, at the first use of a device context, which functions allocate: the real ones, not the poisoned ones.
@@ -123,3 +125,16 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[Sequence[str]], str]:
+    """What a training command says that is refused before it starts; ``--output`` is added to it."""
+
+    def message(command: Sequence[str]) -> str:
+        output = tmp_path / "run"
+        assert main([*command, "--output", str(output)]) == 2
+        assert not output.exists()
+        return capsys.readouterr().err
+
+    return message

@@ -1,5 +1,6 @@
 """Argument checks of the operators: every kind of bad input raises at once, naming argument, given and accepted."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,8 +57,6 @@ def check_linear_backward(grad_y: Tensor, x: Tensor, weight: Tensor, needs: Sequ
 def check_mlp(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor) -> None:
     op = "mlp"
     _check_x(op, x)
-    if x.dim() != 2:
-        _fail(op, "x", "shape (M,K)", _shape(x))
     _check_matrix(op, "x", x, "weight1", weight1, x)
     _check_matrix(op, "weight1.T", weight1.t(), "weight2", weight2, x)
     _check_scalars(op, x, scale, bias)
@@ -76,10 +75,9 @@ def check_mlp_backward(
     op = "mlp_backward"
     check_mlp(x, weight1, scale, bias, weight2)
     check_needs(op, needs, 5)
-    for name, t, columns in (("grad_y", grad_y, weight2.shape[0]), ("hidden", hidden, weight1.shape[0])):
-        _check_same_kind(op, name, x, t)
-        if t.shape != (x.shape[0], columns):
-            _fail(op, name, f"shape {(x.shape[0], columns)}", _shape(t))
+    *batch, _ = x.shape
+    result, rows = (*batch, weight2.shape[0]), (math.prod(batch), weight1.shape[0])
+    _check_shapes(op, x, {"grad_y": (grad_y, result), "hidden": (hidden, rows)})
 
 
 def check_norm_linear(
@@ -189,8 +187,10 @@ def _check_companion(op: str, name: str, x: Tensor, t: Tensor) -> None:
 
 def _check_matrix(op: str, name: str, factor: Tensor, weight_name: str, weight: Tensor, x: Tensor) -> None:
     """A weight (N,K) for a factor (...,K), of x's dtype and device."""
+    if factor.dim() < 1:
+        _fail(op, name, "shape (...,K)", _shape(factor))
     _check_same_kind(op, weight_name, x, weight)
-    if factor.dim() < 1 or weight.dim() != 2 or weight.shape[1] != factor.shape[-1]:
+    if weight.dim() != 2 or weight.shape[1] != factor.shape[-1]:
         _fail(op, weight_name, f"shape (N, {factor.shape[-1]}) for {name} of shape {_shape(factor)}", _shape(weight))
 
 

@@ -60,9 +60,7 @@ def mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: T
     checks.check_tensors("mlp", x=x, weight1=weight1, scale=scale, bias=bias, weight2=weight2)
     if dtype := autocast_dtype(x):
         x, weight1, weight2 = x.to(dtype), weight1.to(dtype), weight2.to(dtype)
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() else x  # which the operator refuses
-    y = torch.ops.dfformer.mlp(rows, weight1, scale, bias, weight2, requested_backend(None))
-    return y.view(*x.shape[:-1], weight2.shape[0])
+    return torch.ops.dfformer.mlp(x, weight1, scale, bias, weight2, requested_backend(None))
 
 
 def for_core(x: Tensor) -> bool:
@@ -155,16 +153,23 @@ class LinearFunction(torch.autograd.Function):
         return (*(next(gradients) if need else None for need in needs), None)
 
 
-# mlp, of rows
+# mlp
 
 
 def _mlp(
     x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor, backend: str | None, keep: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The MLP of x (M, K), and, if they are to be kept, the hidden activations before StarReLU."""
+    """The MLP of x (..., K), and, if they are to be kept, the hidden activations before StarReLU, as rows."""
     checks.check_mlp(x, weight1, scale, bias, weight2)
     if keep and x.is_cpu:
         memory.keep_freed()
+    y, hidden = _mlp_of_rows(rows_of(x), weight1, scale, bias, weight2, backend, keep)
+    return y.view(*x.shape[:-1], weight2.shape[0]), hidden
+
+
+def _mlp_of_rows(
+    x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor, backend: str | None, keep: bool
+) -> tuple[Tensor, Tensor]:
     if by_core(x, backend):
         return cpu.mlp(x, weight1, scale, bias, weight2, keep=keep)
     if not x.is_cpu:  # all rows at once, and nothing in place
@@ -185,8 +190,8 @@ def _mlp_fake(
     x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor, backend: str | None, keep: bool = False
 ) -> tuple[Tensor, Tensor]:
     checks.check_mlp(x, weight1, scale, bias, weight2)
-    M = x.shape[0]
-    return x.new_empty((M, weight2.shape[0])), x.new_empty((M if keep else 0, weight1.shape[0]))
+    *batch, _ = x.shape
+    return x.new_empty((*batch, weight2.shape[0])), x.new_empty((math.prod(batch) if keep else 0, weight1.shape[0]))
 
 
 def _mlp_backward(
@@ -201,7 +206,7 @@ def _mlp_backward(
     backend: str | None,
 ) -> list[Tensor]:
     checks.check_mlp_backward(grad_y, hidden, x, weight1, scale, bias, weight2, needs)
-    grad_y, x, hidden = grad_y.contiguous(), x.contiguous(), hidden.contiguous()
+    shape, grad_y, x, hidden = x.shape, rows_of(grad_y).contiguous(), rows_of(x).contiguous(), hidden.contiguous()
     need_x, need_weight1, need_scale, need_bias, need_weight2 = needs
     need_h = need_x or need_weight1
     in_parts = x.is_cpu
@@ -226,7 +231,7 @@ def _mlp_backward(
         elif need_x:
             grad_x = _product(grads[0], weight1.t(), None, backend)
     gradients = [total.value() for total in compress(sums, needs[1:])]
-    return [grad_x, *gradients] if need_x else gradients
+    return [grad_x.view(shape), *gradients] if need_x else gradients
 
 
 def _mlp_backward_fake(grad_y: Tensor, hidden: Tensor, *args: Any) -> list[Tensor]:
@@ -302,11 +307,12 @@ class MlpFunction(torch.autograd.Function):
 def _mlp_differentiable_backward(grad_y: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
     x, weight1, scale, bias, weight2 = tensors
     need_x, need_weight1, need_scale, need_bias, need_weight2 = needs
+    shape, grad_y, x = x.shape, rows_of(grad_y), rows_of(x)
     h = x @ weight1.t()
     wanted = (need_x or need_weight1, need_scale, need_bias)
     grads = iter(reference.star_relu_backward(grad_y @ weight2, h, scale, bias, wanted))
     grad_h = next(grads) if wanted[0] else h
-    gradients = [grad_h @ weight1] if need_x else []
+    gradients = [(grad_h @ weight1).view(shape)] if need_x else []
     if need_weight1:
         gradients.append(grad_h.t() @ x)
     gradients += grads

@@ -68,7 +68,7 @@ def _linear_backward(grad_y: Shape, x: Shape, weight: Shape, needs: Sequence[boo
 
 
 def _mlp(x: Shape, weight1: Shape, scale: Shape, bias: Shape, weight2: Shape, *_: Any) -> int:
-    return 2 * x[0] * (math.prod(weight1) + math.prod(weight2))
+    return 2 * math.prod(x[:-1]) * (math.prod(weight1) + math.prod(weight2))
 
 
 def _mlp_backward(
@@ -77,7 +77,7 @@ def _mlp_backward(
     need_x, need_weight1, need_scale, need_bias, need_weight2 = others[-2]
     need_h = need_x or need_weight1 or need_scale or need_bias
     products = (need_x + need_weight1) * math.prod(weight1) + (need_h + need_weight2) * math.prod(weight2)
-    return 2 * x[0] * products
+    return 2 * math.prod(x[:-1]) * products
 
 
 def _convolution(x: Shape, weight: Shape, bias: Shape | None, stride: Shape, padding: Shape, *_: Any) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations, product
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -510,6 +511,26 @@ def test_workspace_of_a_large_plane_is_that_of_its_spectra(isa: str, dtype: torc
         basis = side * (side // 2 + 1) * F * 2 * reference.compute_dtype(dtype).itemsize
         assert plane + basis <= forward <= 1.05 * plane * planes + basis + ROUNDING
         assert 2 * plane + basis <= backward <= 2.1 * plane * planes + basis + max(16 * MEBI, basis) + ROUNDING
+
+
+def last_caches_bytes() -> int:
+    """Of the last caches that this machine's processors have, where Linux tells."""
+    folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/"))
+    if not folders:
+        pytest.skip("the system does not tell its caches")
+    size = (folders[-1] / "size").read_text().strip()
+    sharing = int((folders[-1] / "shared_cpu_map").read_text().replace(",", ""), 16).bit_count()
+    return int(size.removesuffix("K")) * 1024 * -(-(os.cpu_count() or 1) // sharing)
+
+
+def test_threads_share_a_plane_where_those_of_all_would_not_fit_the_last_caches(isa: str) -> None:
+    side = 512
+    plane = side * (side + 1) * VECTOR_BYTES[isa]
+    fitting = max(1, last_caches_bytes() // plane)
+    for threads, planes in ((fitting, fitting), (fitting + 1, 1)):
+        torch.set_num_threads(threads)
+        workspace = cpu.filter_workspace_bytes((threads, side, side, 1), 0, torch.float32)
+        assert plane * planes <= workspace <= plane * planes + threads * MEBI / 4 + ROUNDING
 
 
 # Results written past the caches

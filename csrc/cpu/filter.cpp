@@ -57,6 +57,28 @@ constexpr std::int64_t max_group_bytes = 640 * 1024;
 // More of a pixel's neighbouring channels than this bring nothing.
 constexpr int max_bytes_of_pixel = 256;
 
+// The threads that run together, as one of them sees them.
+struct Team {
+    int thread = 0, threads = 1;
+
+    static Team here() {
+#ifdef _OPENMP
+        return {omp_get_thread_num(), omp_get_num_threads()};
+#else
+        return {};
+#endif
+    }
+
+    // Each does step(first, last) for its part of [0, count). All reach this together; it returns when all are done.
+    template <class Step>
+    void share(std::int64_t count, const Step& step) const {
+        const int first = static_cast<int>(count * thread / threads);
+        const int last = static_cast<int>(count * (thread + 1) / threads);
+        if (first < last) step(first, last);
+#pragma omp barrier
+    }
+};
+
 // Everything about one call that follows from its sizes.
 //
 // Planes are numbered so that neighbours can be a group, and cut into units: runs that one thread takes in order. A
@@ -191,19 +213,15 @@ class Driver {
     }
 
     void run_on_each_thread() const {
-#ifdef _OPENMP
-        const int thread = omp_get_thread_num();
-#else
-        const int thread = 0;
-#endif
-        char* const own = memory_ + shared_bytes() + thread * bytes_of_thread();
+        const Team team = Team::here();
+        char* const own = memory_ + shared_bytes() + team.thread * bytes_of_thread();
         char* const shared_plane = memory_ + (shares_basis() ? basis_bytes_ : 0);
         void* const scratch = own + own_bytes();
         const int columns = static_cast<int>(problem_.W / 2 + 1);
         FilterCall call = call_;
         if (shares_basis()) {
             call.basis = memory_;
-            in_parts(columns, [&](int first, int last) { kernel_.arrange_basis(call, first, last); });
+            team.share(columns, [&](int first, int last) { kernel_.arrange_basis(call, first, last); });
         } else {  // less work than to wait for another thread's to come from its cache
             call.basis = own + own_bytes() + scratch_bytes_;
             kernel_.arrange_basis(call, 0, columns);
@@ -224,26 +242,16 @@ class Driver {
                 const PlaneGroup shared = group(plane, unit, 1, shared_plane);
 #pragma omp single
                 begin(shared);
-                in_parts(num_pairs_, [&](int first, int last) { kernel_.rows(call, shared, scratch, first, last); });
-                in_parts(columns, [&](int first, int last) { kernel_.columns(call, shared, scratch, first, last); });
-                in_parts(num_pairs_,
-                         [&](int first, int last) { kernel_.inverse_rows(call, shared, scratch, first, last); });
+                team.share(num_pairs_, [&](int first, int last) { kernel_.rows(call, shared, scratch, first, last); });
+                team.share(columns, [&](int first, int last) { kernel_.columns(call, shared, scratch, first, last); });
+                team.share(num_pairs_,
+                           [&](int first, int last) { kernel_.inverse_rows(call, shared, scratch, first, last); });
 #pragma omp single
                 end(shared, plane);
             }
         if (!slot_bytes_) return;
 #pragma omp barrier
-#pragma omp for schedule(static)
-        for (std::int64_t h = 0; h < problem_.H; h++)
-            kernel_.sum_slots(call_, static_cast<int>(h), static_cast<int>(h) + 1);
-    }
-
-    // All threads reach this together; it returns when the last is done.
-    template <class Step>
-    void in_parts(int count, const Step& step) const {
-        const int part = std::max(1, std::min(8, count / (2 * threads_)));
-#pragma omp for schedule(static)
-        for (int first = 0; first < count; first += part) step(first, std::min(count, first + part));
+        team.share(problem_.H, [&](int first, int last) { kernel_.sum_slots(call_, first, last); });
     }
 
     const Kernels& kernels_;

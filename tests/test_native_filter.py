@@ -138,10 +138,11 @@ def test_nothing_outside_the_tensors_is_used_or_changed(
 # Transform lengths
 
 PLANES = [
-    # a prime beyond the direct transforms, alone and with other factors, in either direction; the largest direct ones
-    *[(n, 6) for n in (101, 127, 202, 251, 254, 303, 509)],
-    *[(5, n) for n in (101, 127, 202, 251, 254, 303, 509)],
-    *[(97, 89), (101, 103), (11, 94), (187, 26)],
+    # primes summed by definition (103), convolved as powers of a generator (61, 97, 101, 127, 251) and with a chirp
+    # (131, 509), alone and with other factors, in either direction
+    *[(n, 6) for n in (61, 101, 103, 127, 131, 202, 251, 262, 303, 509)],
+    *[(5, n) for n in (61, 101, 103, 127, 131, 202, 251, 262, 303, 509)],
+    *[(97, 89), (101, 103), (61, 131), (11, 94), (187, 26)],
     # no prime factor above 3, none above 7
     *[(48, 72), (81, 108), (96, 162), (49, 35), (105, 84), (42, 245), (210, 70)],
     # squares of dense prediction

@@ -39,35 +39,50 @@ int smallest_factor(int n) {
 }
 
 bool is_smooth(int n) {
-    while (n > 1) {
-        const int p = smallest_factor(n);
-        if (p > 7) return false;
-        n /= p;
-    }
-    return true;
+    for (int p : {2, 3, 5, 7})
+        while (n % p == 0) n /= p;
+    return n == 1;
 }
-
-// From here up a prime is cheaper as a convolution of a smooth length than by its definition.
-constexpr int smallest_chirp_prime = 101;
-
-int convolution_size(int prime);
-
-// Measured nanoseconds of one butterfly (AVX-512, data in L1); only their ratios matter.
-double butterfly_cost(int radix) {
-    static const std::map<int, double> unrolled = {{2, 1.1}, {3, 1.9}, {4, 2.2}, {5, 3.5}, {7, 5.4}, {8, 6.0}};
-    if (const auto found = unrolled.find(radix); found != unrolled.end()) return found->second;
-    if (radix >= smallest_chirp_prime) return 4.0 * convolution_size(radix);
-    return 0.3 * radix * radix;
-}
-constexpr double twiddle_cost = 0.17;
 
 struct Factors {
     double cost = 0;
     std::vector<int> radices;
 };
 
+using KnownFactors = std::map<int, Factors>;
+Factors cheapest_factors(int n, KnownFactors& known);
+
+// How a prime without code of its own is transformed: by definition, as a convolution of its powers of a generator
+// (Rader) or of its chirp (Bluestein).
+struct PrimeMethod {
+    enum { definition, powers, chirp } kind = definition;
+    int convolution = 0;  // points
+    double cost = 0;
+};
+
+// Costs are measured nanoseconds (AVX-512, data in L1); only their ratios matter.
+PrimeMethod cheapest_method(int prime, KnownFactors& known) {
+    PrimeMethod best{PrimeMethod::definition, 0, 0.13 * prime * prime + 3.8 * prime};
+    const auto consider = [&](PrimeMethod candidate) {
+        const int n = candidate.convolution;
+        if (!is_smooth(n)) return;
+        candidate.cost = 2 * cheapest_factors(n, known).cost + 5.0 * n + 60;
+        if (candidate.cost < best.cost) best = candidate;
+    };
+    consider({PrimeMethod::powers, prime - 1});
+    for (int n = 2 * prime - 1; n < 3 * prime; n++) consider({PrimeMethod::chirp, n});
+    return best;
+}
+
+double butterfly_cost(int radix, KnownFactors& known) {
+    static const std::map<int, double> unrolled = {{2, 1.1}, {3, 1.9}, {4, 2.2}, {5, 3.5}, {7, 5.4}, {8, 6.0}};
+    const auto found = unrolled.find(radix);
+    return found != unrolled.end() ? found->second : cheapest_method(radix, known).cost;
+}
+constexpr double twiddle_cost = 0.17;
+
 // The cheapest order of radices for a line of n points.
-Factors cheapest_factors(int n, std::map<int, Factors>& known) {
+Factors cheapest_factors(int n, KnownFactors& known) {
     if (n == 1) return {};
     if (const auto found = known.find(n); found != known.end()) return found->second;
     Factors best;
@@ -75,7 +90,7 @@ Factors cheapest_factors(int n, std::map<int, Factors>& known) {
         const int rest = n / radix;
         Factors candidate = cheapest_factors(rest, known);
         const double twiddles = std::gcd(radix, rest) == 1 ? 0 : twiddle_cost * (radix - 1);
-        candidate.cost = rest * (butterfly_cost(radix) + twiddles) + radix * candidate.cost;
+        candidate.cost = rest * (butterfly_cost(radix, known) + twiddles) + radix * candidate.cost;
         candidate.radices.insert(candidate.radices.begin(), radix);
         if (best.radices.empty() || candidate.cost < best.cost) best = candidate;
     };
@@ -92,29 +107,11 @@ Factors cheapest_factors(int n, std::map<int, Factors>& known) {
 // Outermost first. An even one, where there is one, comes first: its butterflies take an even number of rows.
 std::vector<int> radices_of(int n) {
     if (n == 1) return {1};
-    std::map<int, Factors> known;
+    KnownFactors known;
     std::vector<int> radices = cheapest_factors(n, known).radices;
     const auto even = std::find_if(radices.begin(), radices.end(), [](int radix) { return radix % 2 == 0; });
     if (even != radices.end()) std::rotate(radices.begin(), even, even + 1);
     return radices;
-}
-
-// The cheapest smooth length in which a circular convolution holds the linear one of a prime's chirp.
-int convolution_size(int prime) {
-    static std::map<int, int> found;  // guarded by the cache's mutex: plans are only built under it
-    int& best = found[prime];
-    if (best) return best;
-    double best_cost = 0;
-    std::map<int, Factors> known;
-    for (int n = 2 * prime - 1; n < 3 * prime; n++) {
-        if (!is_smooth(n)) continue;
-        const double cost = cheapest_factors(n, known).cost;
-        if (!best || cost < best_cost) {
-            best = n;
-            best_cost = cost;
-        }
-    }
-    return best;
 }
 
 // Transform of smooth lengths in float64, for tables only.
@@ -136,7 +133,8 @@ struct OwnedPlan {
     Plan<T> plan{};
     std::vector<Pass<T>> passes;
     std::vector<int> sample, position, frequency, frequency_at, columns, pairs;
-    std::deque<std::vector<T>> tables;  // a deque: its elements stay where they are
+    std::deque<std::vector<T>> tables;  // deques: their elements stay where they are
+    std::deque<std::vector<int>> indices;
     std::vector<std::shared_ptr<const Plan<T>>> convolutions;
 
     const T* table(const std::vector<Complex64>& values) {
@@ -152,28 +150,71 @@ struct OwnedPlan {
 template <class T>
 std::shared_ptr<const Plan<T>> build(int size);
 
+// What pass.convolution convolves with, as the transforms of both need it.
 template <class T>
-void add_roots(OwnedPlan<T>& owned, Pass<T>& pass) {
-    const int radix = pass.radix;
-    std::vector<Complex64> values(radix);
-    if (radix < smallest_chirp_prime) {
-        for (int j = 0; j < radix; j++) values[j] = root(j, radix);
-        pass.roots = owned.table(values);
-        owned.plan.scratch = std::max<std::int64_t>(owned.plan.scratch, 2 * std::int64_t{radix});
-        return;
+void add_convolution(OwnedPlan<T>& owned, Pass<T>& pass, std::vector<Complex64> with) {
+    const int n = static_cast<int>(with.size());
+    for (Complex64& value : with) value /= n;
+    const std::vector<Complex64> spectrum = transformed(with);
+    std::vector<Complex64> ordered(n);
+    for (int p = 0; p < n; p++) ordered[p] = spectrum[pass.convolution->frequency[p]];
+    pass.spectrum = owned.table(ordered);
+}
+
+// The smallest number whose powers are all of 1, ..., prime - 1.
+int generator(int prime) {
+    for (int g = 2;; g++) {
+        int order = 1;
+        for (std::int64_t power = g; power != 1; power = power * g % prime) order++;
+        if (order == prime - 1) return g;
     }
-    for (std::int64_t j = 0; j < radix; j++) values[j] = root(j * j % (2 * radix), 2 * radix);
-    pass.chirp = owned.table(values);
-    pass.convolution = owned.convolutions.emplace_back(build<T>(convolution_size(radix))).get();
-    const Plan<T>& convolution = *pass.convolution;
-    std::vector<Complex64> kernel(convolution.size);
-    for (int j = 0; j < radix; j++)
-        kernel[j] = kernel[(convolution.size - j) % convolution.size] = std::conj(values[j]) / double(convolution.size);
-    const std::vector<Complex64> spectrum = transformed(kernel);
-    std::vector<Complex64> ordered(convolution.size);
-    for (int p = 0; p < convolution.size; p++) ordered[p] = spectrum[convolution.frequency[p]];
-    pass.chirp_spectrum = owned.table(ordered);
-    owned.plan.scratch = std::max<std::int64_t>(owned.plan.scratch, radix + std::int64_t{convolution.size});
+}
+
+template <class T>
+void add_powers(OwnedPlan<T>& owned, Pass<T>& pass) {
+    const int prime = pass.radix, n = prime - 1, g = generator(prime);
+    std::vector<int> powers{1};
+    for (int q = 1; q < n; q++) powers.push_back(static_cast<int>(std::int64_t{powers.back()} * g % prime));
+    auto& inputs = owned.indices.emplace_back(n);
+    auto& outputs = owned.indices.emplace_back(n);
+    std::vector<Complex64> with(n);
+    for (int q = 0; q < n; q++) {
+        const int inverse = powers[(n - q) % n], position = pass.convolution->position[q];
+        inputs[position] = powers[q];
+        outputs[position] = inverse;
+        with[q] = root(inverse, prime);
+    }
+    pass.inputs = inputs.data();
+    pass.outputs = outputs.data();
+    add_convolution(owned, pass, with);
+}
+
+template <class T>
+void add_chirp(OwnedPlan<T>& owned, Pass<T>& pass) {
+    const int prime = pass.radix, n = pass.convolution->size;
+    std::vector<Complex64> chirp(prime), with(n);
+    for (std::int64_t j = 0; j < prime; j++) {
+        chirp[j] = root(j * j % (2 * prime), 2 * prime);
+        with[j] = with[(n - j) % n] = std::conj(chirp[j]);
+    }
+    pass.chirp = owned.table(chirp);
+    add_convolution(owned, pass, with);
+}
+
+template <class T>
+void add_prime(OwnedPlan<T>& owned, Pass<T>& pass) {
+    const int prime = pass.radix;
+    KnownFactors known;
+    const PrimeMethod method = cheapest_method(prime, known);
+    if (method.kind == PrimeMethod::definition) {
+        std::vector<Complex64> roots(prime);
+        for (int j = 0; j < prime; j++) roots[j] = root(j, prime);
+        pass.roots = owned.table(roots);
+    } else {
+        pass.convolution = owned.convolutions.emplace_back(build<T>(method.convolution)).get();
+        method.kind == PrimeMethod::powers ? add_powers(owned, pass) : add_chirp(owned, pass);
+    }
+    owned.plan.scratch = std::max<std::int64_t>(owned.plan.scratch, prime + std::max(prime, method.convolution));
 }
 
 // A line of N = R M points after its first pass is R lines of M. Sample n = M r + m (coprime factors: M r + R m) meets
@@ -187,14 +228,14 @@ std::shared_ptr<const Plan<T>> build(int size) {
     for (auto radix = radices.rbegin(); radix != radices.rend(); ++radix) {
         const int R = *radix, M = static_cast<int>(sample.size()), N = R * M;
         const bool coprime = std::gcd(R, M) == 1;
-        Pass<T> pass{R, size / N, M, nullptr, nullptr, nullptr, nullptr, nullptr};
+        Pass<T> pass{R, size / N, M};
         if (!coprime) {
             std::vector<Complex64> twiddles;
             for (int m = 0; m < M; m++)
                 for (int r = 1; r < R; r++) twiddles.push_back(root(static_cast<std::int64_t>(sample[m]) * r, N));
             pass.twiddles = owned->table(twiddles);
         }
-        if (R > 1 && !is_unrolled(R)) add_roots(*owned, pass);
+        if (R > 1 && !is_unrolled(R)) add_prime(*owned, pass);
         owned->passes.insert(owned->passes.begin(), pass);
 
         std::vector<int> longer_sample(N), longer_frequency(N);

@@ -14,11 +14,14 @@ struct Plan;
 template <class T>
 struct Pass {
     int radix, outer, inner;
-    const T* twiddles;           // [inner][radix - 1] pairs (cos, -sin); null where the factors are coprime
-    const T* roots;              // a radix without code of its own: exp(-2 pi i j / radix) as pairs, [radix]
-    const T* chirp;              // a large prime (Bluestein): exp(-pi i j^2 / radix) as pairs, [radix]
-    const T* chirp_spectrum;     // and the transform of its conjugate, scaled, in the order of `convolution`, as pairs
-    const Plan<T>* convolution;  // the plan of that transform's length
+    const T* twiddles;  // [inner][radix - 1] pairs (cos, -sin); null where the factors are coprime
+    // A radix without code of its own, which is a prime, goes one of three ways.
+    const T* roots;      // by definition: exp(-2 pi i j / radix) as pairs, [radix]
+    const int* inputs;   // as a convolution of radix - 1 points (Rader): [radix - 1] the sample at each position
+    const int* outputs;  // before it, and the frequency after it; both are powers of a generator
+    const T* chirp;      // as a longer one (Bluestein): exp(-pi i j^2 / radix) as pairs, [radix]
+    const Plan<T>* convolution;  // the plan of either convolution's length
+    const T* spectrum;           // and the transform of what is convolved with, scaled, in its order, as pairs
 };
 
 // A transform leaves frequencies in the order its passes produce; nothing is ever sorted. The inverse takes them there.

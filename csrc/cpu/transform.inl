@@ -122,7 +122,25 @@ void transform_line(const PlanOf<V>& plan, Complex<V>* line);
 template <class V>
 void inverse_transform_line(const PlanOf<V>& plan, Complex<V>* line);
 
-// A large prime: a chirp turns the transform into a convolution, done by transforms of a smooth length (Bluestein).
+// A prime p as a circular convolution of p - 1 points: numbered by powers of a generator, samples and frequencies are
+// multiplied by adding their numbers (Rader). `a` has room for p - 1 more.
+template <class V>
+void powers_butterfly(const PassOf<V>& pass, Complex<V>* a) {
+    const PlanOf<V>& convolution = *pass.convolution;
+    const Complex<V> first = a[0];
+    Complex<V>* line = a + pass.radix;
+    for (int p = 0; p < convolution.size; p++) line[p] = a[pass.inputs[p]];
+    transform_line<V>(convolution, line);
+    Complex<V>& sum = line[convolution.frequency_at[0]];
+    a[0] = first + sum;
+    for (int p = 0; p < convolution.size; p++) line[p] = line[p] * pair_at(pass.spectrum, p);
+    sum = sum + first;  // the sample that is no power adds to every frequency
+    inverse_transform_line<V>(convolution, line);
+    for (int p = 0; p < convolution.size; p++) a[pass.outputs[p]] = line[p];
+}
+
+// A prime whose predecessor has large factors as a convolution of a smooth length, with a chirp (Bluestein). `a` has
+// room for that many more.
 template <class V>
 void chirp_butterfly(const PassOf<V>& pass, Complex<V>* a) {
     const PlanOf<V>& convolution = *pass.convolution;
@@ -130,7 +148,7 @@ void chirp_butterfly(const PassOf<V>& pass, Complex<V>* a) {
     for (int p = 0; p < convolution.size; p++) line[p] = Complex<V>{};
     for (int n = 0; n < pass.radix; n++) line[convolution.position[n]] = a[n] * pair_at(pass.chirp, n);
     transform_line<V>(convolution, line);
-    for (int p = 0; p < convolution.size; p++) line[p] = line[p] * pair_at(pass.chirp_spectrum, p);
+    for (int p = 0; p < convolution.size; p++) line[p] = line[p] * pair_at(pass.spectrum, p);
     inverse_transform_line<V>(convolution, line);
     for (int k = 0; k < pass.radix; k++) a[k] = line[convolution.position[k]] * pair_at(pass.chirp, k);
 }
@@ -141,6 +159,7 @@ FFT_INLINE void pass_butterfly(const PassOf<V>&, Index<R>, Complex<V>* a) {
 }
 template <class V>
 FFT_INLINE void pass_butterfly(const PassOf<V>& pass, int, Complex<V>* a) {
+    if (pass.inputs) return powers_butterfly(pass, a);
     pass.chirp ? chirp_butterfly(pass, a) : direct_butterfly(pass, a);
 }
 

@@ -822,10 +822,10 @@ struct Shape {
     std::int64_t B, H, W, C, F;
 };
 
-// For emulators: every radix and both kinds of butterfly without code of their own, every kind of channel block.
+// For emulators: every radix and every kind of butterfly without code of its own, every kind of channel block.
 const std::vector<Shape> quick_shapes = {
     {2, 7, 7, 33, 4}, {1, 14, 8, 17, 4}, {2, 9, 15, 3, 5}, {1, 22, 26, 3, 2}, {1, 16, 3, 65, 1}, {3, 1, 1, 5, 4},
-    {2, 2, 2, 3, 4},  {2, 1, 12, 3, 4},  {2, 13, 1, 1, 4}, {1, 2, 101, 3, 4}, {1, 101, 2, 3, 4},
+    {2, 2, 2, 3, 4},  {2, 1, 12, 3, 4},  {2, 13, 1, 1, 4}, {1, 2, 131, 3, 4}, {1, 101, 2, 3, 4},
 };
 const std::vector<Shape> shapes = {
     // the planes of the models' four stages; the last is large enough for threads to share one
@@ -846,12 +846,13 @@ const std::vector<Shape> shapes = {
     {2, 22, 26, 17, 4},
     {1, 121, 3, 17, 4},
     {1, 3, 143, 3, 4},
-    // large primes, alone, beside another factor, and twice; long sums along either side
+    // large primes, with a generator's powers (101) and a chirp (131), alone, beside another factor, and twice; long
+    // sums along either side
     {1, 101, 5, 17, 4},
-    {1, 4, 103, 17, 4},
-    {1, 101, 103, 7, 4},
+    {1, 4, 131, 17, 4},
+    {1, 101, 131, 7, 4},
     {1, 202, 3, 17, 4},
-    {1, 3, 206, 3, 4},
+    {1, 3, 262, 3, 4},
     {1, 10201, 1, 1, 4},
     {1, 2048, 1, 17, 4},
     {1, 1, 10201, 1, 4},

@@ -54,9 +54,8 @@ constexpr std::int64_t max_slots = 16, max_slots_bytes = 16 << 20;
 // Planes in progress on one thread stay in its L2 cache. Where even one does not, two are no worse off, and use both of
 // the cache lines that memory sends together.
 constexpr std::int64_t max_group_bytes = 640 * 1024;
-// More of a pixel's neighbouring channels than this bring nothing, or, where all pixels lie in the same sets of L1,
-// twice as many.
-constexpr std::int64_t max_bytes_of_pixel = 256, bytes_of_l1_way = 4096;
+// More of a pixel's neighbouring channels than this bring nothing.
+constexpr int max_bytes_of_pixel = 256;
 
 // The threads that run together, as one of them sees them.
 struct Team {
@@ -149,9 +148,7 @@ class Driver {
 
     void choose_units() {
         const std::int64_t least = plane_bytes_ <= max_own_plane_bytes ? 2 : 1;
-        const std::int64_t bytes_of_pixel = problem_.C * item_size[static_cast<int>(problem_.dtype)];
-        const std::int64_t wanted = (bytes_of_pixel % bytes_of_l1_way ? 1 : 2) * max_bytes_of_pixel;
-        const auto most = std::min<std::int64_t>(PlaneGroup::max_count, wanted / kernels_.vector_bytes);
+        const std::int64_t most = std::min(PlaneGroup::max_count, max_bytes_of_pixel / kernels_.vector_bytes);
         group_ = std::clamp(max_group_bytes / plane_bytes_, least, most);
         if (slot_bytes_)
             units_ = std::clamp<std::int64_t>(max_slots_bytes / slot_bytes_, 1, std::min(max_slots, planes_));

@@ -3,10 +3,11 @@
     python benchmarks/bench_op.py [--quick] [--op dynamic_filter,global_filter] [--dtype float32] [--threads N]
                                   [--device cpu|cuda]
 
-All contestants run interleaved, round by round, in one process; medians of single calls are reported, on a GPU those of
-triton.testing.do_bench, which empties its second-level cache before every call. A result outside
-``dfformer_kernels.tolerance`` of the float64 reference is an error, found before anything is timed. Without StarReLU.
-The allocator is as torch leaves it: what our backward does to it (`dfformer_kernels.memory.keep_freed`) is left out.
+All contestants run interleaved, round by round, in one process, each for a while after one call that is not counted;
+medians of single calls are reported, on a GPU those of triton.testing.do_bench, which empties its second-level cache
+before every call. A result outside ``dfformer_kernels.tolerance`` of the float64 reference is an error, found before
+anything is timed. Without StarReLU. The allocator is as torch leaves it: what our backward does to it
+(`dfformer_kernels.memory.keep_freed`) is left out.
 
 Contestants: every backend that can run here; ``cpu`` also on each instruction set and on one thread; ``torch``, the
 reference called directly, is torch.fft as one would write it; the same under torch.compile; the same with the
@@ -476,12 +477,9 @@ def _checked_error(
 
 
 def _median_seconds(runs: Sequence[Run], budget: Budget) -> tuple[int, list[float]]:
-    """The number of rounds, and the median time of each run.
-
-    In a round each runs for a while, every call timed by itself: the first few find the caches as another left them.
-    """
-    once = [min(_seconds(*run, 0)) for run in runs]  # each has run before: this is warm
-    a_round = sum(max(t, budget.sample) for t in once)
+    """The number of rounds, and the median time of each run, which runs for a while in every round."""
+    once = [min(_seconds(*run, 0)) for run in runs]
+    a_round = sum(t + max(t, budget.sample) for t in once)
     rounds = max(budget.rounds, int(budget.seconds / a_round))
     samples: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
@@ -491,8 +489,13 @@ def _median_seconds(runs: Sequence[Run], budget: Budget) -> tuple[int, list[floa
 
 
 def _seconds(setting: Setting, run: Callable[[], object], sample: float) -> list[float]:
-    """Times of consecutive calls that take ``sample`` seconds together, of one call at least."""
+    """Times of consecutive calls that take ``sample`` seconds together, of one call at least.
+
+    The call before them is not counted: it finds the caches as another contestant left them, and where a call is longer
+    than a sample there would be no others.
+    """
     with _under(setting):
+        run()
         return TIMERS[setting.device](run, sample)
 
 
@@ -568,7 +571,6 @@ def gemm_rate(setting: Setting, dtype: torch.dtype, n: int = 1536) -> float:
 
 
 def _median_time(setting: Setting, run: Callable[[], object]) -> float:
-    run()
     return statistics.median(_seconds(setting, run, 0.25))
 
 

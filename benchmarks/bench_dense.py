@@ -2,9 +2,9 @@
 
     python benchmarks/bench_dense.py [--quick] [--threads N] [--output FOLDER]
 
-`ours` is the compiled core by way of `dfformer_kernels.cpu`; `torch` the same by ``F.linear`` and ``@``, which is MKL
-in PyTorch's x86 builds; `onednn` its product, which torch has for compiled graphs (not for the sum over rows that a
-weight's gradient is). They take turns, and what they compute is checked before.
+`ours` is the compiled core by way of `dfformer_kernels.backends.cpu`; `torch` the same by ``F.linear`` and ``@``,
+which is MKL in PyTorch's x86 builds; `onednn` its product, which torch has for compiled graphs (not for the sum over
+rows that a weight's gradient is). They take turns, and what they compute is checked before.
 
 Writes dense.csv and dense.json.
 """
@@ -22,7 +22,8 @@ from common import in_turns, provenance, write_csv
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfformer_kernels import cpu, reference
+from dfformer_kernels import reference
+from dfformer_kernels.backends import cpu
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 # Side of the plane and channels of each stage at 224x224.

@@ -27,8 +27,8 @@ from common import in_turns, names, provenance, write_csv
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dfformer.export import BOUND, FORMATS, export
-from dfformer.matmul_dft import _matrices
+from dfformer.export.dft_matmul import _matrices
+from dfformer.export.export import BOUND, FORMATS, export
 from dfformer_kernels.tolerance import relative_error
 
 IMG_SIZE, BATCHES = 224, (1, 8)

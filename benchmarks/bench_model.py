@@ -42,9 +42,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dfformer
-from dfformer.plain import plain_torch
-from dfformer.profile import saved_for_backward
-from dfformer_kernels import cpu
+from dfformer.utils.eager_baseline import plain_torch
+from dfformer.utils.profile import saved_for_backward
+from dfformer_kernels.backends import cpu
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 INFERENCE, TRAINING = "inference", "training"

@@ -7,7 +7,7 @@ All contestants run interleaved, round by round, in one process, each for a whil
 medians of single calls are reported, on a GPU those of triton.testing.do_bench, which empties its second-level cache
 before every call. A result outside ``dfformer_kernels.tolerance`` of the float64 reference is an error, found before
 anything is timed. Without StarReLU. The allocator is as torch leaves it: what our backward does to it
-(`dfformer_kernels.memory.keep_freed`) is left out.
+(`dfformer_kernels.ops.memory.keep_freed`) is left out.
 
 Contestants: every backend that can run here; ``cpu`` also on each instruction set and on one thread; ``torch``, the
 reference called directly, is torch.fft as one would write it; the same under torch.compile; the same with the
@@ -52,7 +52,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import dfformer_kernels
-from dfformer_kernels import cpu, dispatch, memory, reference
+from dfformer_kernels import dispatch, reference
+from dfformer_kernels.backends import cpu
+from dfformer_kernels.ops import memory
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 F = 4

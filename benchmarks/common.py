@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dfformer.info import environment
+from dfformer.cli.info import environment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from dfformer_kernels import cuda, nvrtc
-from dfformer_kernels.cuda import CHIPS, Chip, Step
-from dfformer_kernels.sources import cuda_sources
+from dfformer_kernels.backends.cuda import launch as cuda
+from dfformer_kernels.backends.cuda import nvrtc
+from dfformer_kernels.backends.cuda.launch import CHIPS, Chip, Step
+from dfformer_kernels.backends.cuda.sources import cuda_sources
 
 RESULTS = Path(__file__).parent / "results" / "gpu_resources.csv"
 SIZES = (224, 384, 512, 1024)  # of square images

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_traffic.py  # prints the tables of docs/gpu.md and draws docs/images/gpu_traffic.png
 
-All for dynamic filters with StarReLU. ``cuda`` moves what the emulator counts in tests/test_cuda_kernels.py, ``cufft``
-what `dfformer_kernels.cufft.traffic` says, ``torch`` what its operators read and write, counted by running them on
-tensors without memory.
+All for dynamic filters with StarReLU. ``cuda`` moves what the emulator counts in
+tests/kernels/cuda/test_cuda_kernels.py, ``cufft`` what `dfformer_kernels.backends.cufft.passes.traffic` says,
+``torch`` what its operators read and write, counted by running them on tensors without memory.
 """
 
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dfformer_kernels import cufft, reference
+from dfformer_kernels import reference
+from dfformer_kernels.backends.cufft import passes as cufft
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "gpu_traffic.png"
 Shape = tuple[int, int, int, int]  # (B, H, W, C)

@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from dfformer_kernels import cufft
-from dfformer_kernels.cuda import CHIPS
+from dfformer_kernels.backends.cuda.launch import CHIPS
+from dfformer_kernels.backends.cufft import passes as cufft
 
 # Triton's target; threads, blocks and bytes of shared memory of a multiprocessor; the most of those for a block.
 TARGETS = {

@@ -320,7 +320,7 @@ void bind_cufft_run(int device, const std::array<std::int64_t, 3>& shape, int dt
 
 PYBIND11_MODULE(_C, m) {
     m.doc() =
-        "dfformer_kernels' compiled core. Takes raw addresses: call it through dfformer_kernels.cpu and libcufft only.";
+        "dfformer_kernels' compiled core. Takes raw addresses: call it through dfformer_kernels.backends.cpu and libcufft only.";
     m.def("supported_isas", &supported_isas);
     m.def("active_isa", &active_isa);
     m.def("set_active_isa", &set_active_isa, py::arg("name"));

@@ -1,6 +1,6 @@
 // The compiled core's contract: what bindings.cpp may call, and nothing else but cuda/cufft.h.
 //
-// Tensors arrive as raw pointers to dense memory in the layouts given below; the caller (dfformer_kernels/cpu.py) owns
+// Tensors arrive as raw pointers to dense memory in the layouts given below; the caller (dfformer_kernels/backends/cpu.py) owns
 // device, dtype and contiguity checks, bindings.cpp owns range checks. No torch and no CUDA headers anywhere in csrc/.
 #pragma once
 

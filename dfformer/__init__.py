@@ -4,13 +4,13 @@
 >>> model = timm.create_model("dfformer_s18", num_classes=10)
 """
 
-import dfformer_kernels.flops  # noqa: F401 (registers what torch's flop counter counts)
-from dfformer.checkpoint import load_checkpoint, load_model
-from dfformer.inference import optimize_for_inference
-from dfformer.layers import AFNO2D, DynamicFilter, GlobalFilter, SepConv, StarReLU
-from dfformer.model import MetaFormer
-from dfformer.registry import VARIANTS
-from dfformer.replace import replace_dynamic_filters
+import dfformer_kernels.ops.flops  # noqa: F401 (registers what torch's flop counter counts)
+from dfformer.inference.optimize import optimize_for_inference
+from dfformer.models.checkpoint import load_checkpoint, load_model
+from dfformer.models.drop_in import replace_dynamic_filters
+from dfformer.models.layers import AFNO2D, DynamicFilter, GlobalFilter, SepConv, StarReLU
+from dfformer.models.metaformer import MetaFormer
+from dfformer.models.registry import VARIANTS
 from dfformer_kernels import __version__
 
 __all__ = [

@@ -1,5 +1,5 @@
 import sys
 
-from dfformer.cli import main
+from dfformer.cli.main import main
 
 sys.exit(main())

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dfformer_kernels import cache as disk
+from dfformer_kernels import disk_cache as disk
 
 if TYPE_CHECKING:
     from dfformer_kernels.dispatch import Backend, Kernel, Problem

@@ -16,8 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dfformer_kernels import cpu, cuda, cufft, reference
+from dfformer_kernels import reference
 from dfformer_kernels.autotune import Autotuner
+from dfformer_kernels.backends import cpu
+from dfformer_kernels.backends.cuda import launch as cuda
+from dfformer_kernels.backends.cufft import passes as cufft
 
 Kernel = Callable[..., Any]  # (tensors) -> Tensor forward, (grad_y, tensors, needs) -> list[Tensor] backward
 

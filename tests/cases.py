@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfformer_kernels
-from dfformer_kernels import ops, reference
+from dfformer_kernels import reference
 from dfformer_kernels.dispatch import TABLE
+from dfformer_kernels.ops import filter as ops
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 Inputs = dict[str, Tensor]  # by argument name, in schema order; an absent optional argument is not in it

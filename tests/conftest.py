@@ -12,7 +12,7 @@ import torch
 from cases import TARGETS, Target
 from torch import Tensor
 
-from dfformer.cli import main
+from dfformer.cli.main import main
 from dfformer_kernels import backends, dispatch
 
 # torch remembers, at the first use of a device context, which functions allocate: the real ones, not the poisoned ones.

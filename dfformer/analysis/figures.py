@@ -1,0 +1,405 @@
+"""Pictures of training and of models. Every figure can stand alone: axes, units, colour bars, a title, a caption."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, Normalize, hsv_to_rgb
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from dfformer.analysis.metrics import Area, Spectrum
+
+WRONG, RIGHT = "#c0392b", "#2c3e50"
+MOST_WRITTEN = 150  # cells of a matrix whose numbers can be read
+MOST_NAMED = 24  # classes in a legend, those with most pixels
+
+
+def predictions_grid(
+    images: Tensor, labels: Sequence[str], predicted: Sequence[str], confidence: Sequence[float], title: str
+) -> Figure:
+    """Images (N,H,W) in a grid with what was predicted; mistakes are framed in red with the true label beside."""
+    columns = 10
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(columns * 0.95, rows * 1.2 + 0.6), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax, image, label, guess, p in zip(axes, images, labels, predicted, confidence, strict=False):
+        right = label == guess
+        ax.imshow(image.numpy(), cmap="gray_r")
+        ax.set_title(
+            f"{guess}  {100 * p:.0f}%" if right else f"{guess}, is {label}",
+            fontsize=8,
+            color=RIGHT if right else WRONG,
+            fontweight="normal" if right else "bold",
+        )
+        for spine in ax.spines.values():
+            spine.set(color="#d0d0d0" if right else WRONG, linewidth=1 if right else 3)
+    for ax in axes:
+        ax.set(xticks=[], yticks=[])
+    for ax in axes[len(images) :]:
+        ax.set_axis_off()
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def class_colours(classes: Sequence[str]) -> np.ndarray:
+    """(256,3) uint8: a colour a class, black for the background and what is no class."""
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    step = 1 / len(classes) if len(classes) <= MOST_NAMED else 0.618034  # the golden ratio: never close to those before
+    for n, name in enumerate(classes):
+        rgb = hsv_to_rgb((n * step % 1, (0.95, 0.6)[n % 2], (0.95, 0.75)[n % 2]))
+        colours[n] = 0 if name == "background" else 255 * rgb
+    return colours
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """``image`` (H,W,3) uint8, pale and grey, under the colours of its mask (H,W); black ones leave it like that."""
+    painted = colours[mask]
+    grey = 128 + image.mean(-1, keepdims=True) / 2
+    share = np.where(painted.any(-1, keepdims=True), 0.75, 0.0)
+    return (share * painted + (1 - share) * grey).round().astype(np.uint8)
+
+
+def segmentations(
+    images: Sequence[np.ndarray], masks: dict[str, Sequence[np.ndarray]], classes: Sequence[str], title: str
+) -> Figure:
+    """Photographs (H,W,3) uint8, a column each, and below them rows of masks (H,W) over them, with a legend."""
+    colours = class_colours(classes)
+    rows = {"photograph": images}
+    rows |= {name: [overlay(*pair, colours) for pair in zip(images, row, strict=True)] for name, row in masks.items()}
+    tallest = max(image.shape[0] / image.shape[1] for image in images)
+    width = 2.0 if len(images) > 1 else 5.0
+    figure = Figure(figsize=(width * len(images) + 0.4, width * tallest * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
+    for row, (name, pictures) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(name, fontsize=9)
+        for ax, picture in zip(row, pictures, strict=True):
+            ax.imshow(picture, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+    counts = np.bincount(np.concatenate([mask.ravel() for row in masks.values() for mask in row]), minlength=256)
+    shown = [n for n in np.argsort(-counts, kind="stable") if counts[n] and colours[n].any()][:MOST_NAMED]
+    patches = [Patch(color=colours[n] / 255, label=classes[n]) for n in sorted(shown)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=max(1, int(figure.get_figwidth())), fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def detections(
+    images: Sequence[np.ndarray],
+    objects: Mapping[str, Sequence[dict[str, np.ndarray]]],
+    classes: Sequence[str],
+    title: str,
+) -> Figure:
+    """Photographs (H,W,3) uint8, a column each, in rows of what is there: boxes, labels, scores if they have any."""
+    colours = class_colours(classes) / 255
+    tallest = max(image.shape[0] / image.shape[1] for image in images)
+    width = 2.0 if len(images) > 1 else 6.0
+    figure = Figure(figsize=(width * len(images) + 0.4, width * tallest * len(objects) + 0.7), layout="constrained")
+    axes = figure.subplots(len(objects), len(images), squeeze=False)
+    for row, (name, found) in zip(axes, objects.items(), strict=True):
+        row[0].set_ylabel(name, fontsize=9)
+        for ax, image, there in zip(row, images, found, strict=True):
+            ax.imshow(image)
+            ax.set(xticks=[], yticks=[])
+            for n, label in enumerate(there["labels"]):
+                score = f" {100 * there['scores'][n]:.0f}%" if "scores" in there else ""
+                _draw_box(ax, there["boxes"][n], f"{classes[label]}{score}", colours[label])
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _draw_box(ax: Axes, box: np.ndarray, text: str, colour: np.ndarray) -> None:
+    left, top, right, bottom = box - 0.5  # imshow's first pixel is centred at 0
+    ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.4))
+    ink = "white" if colour @ (0.299, 0.587, 0.114) < 0.55 else "black"
+    around = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
+    above = top > 0.08 * ax.get_ylim()[0]  # room for the text
+    ax.text(left, top, text, color=ink, fontsize=6, va="bottom" if above else "top", bbox=around, clip_on=True)
+
+
+def learning_curve(
+    loss: Sequence[float],
+    train_accuracy: Sequence[float] | None,
+    test_accuracy: Sequence[float],
+    measure: str = "accuracy",
+    images: str = "test",
+) -> Figure:
+    """Loss and accuracies (fractions; or another ``measure``) by epoch; ``images`` says of which the latter are."""
+    epochs = np.arange(1, len(loss) + 1)
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(epochs, loss, ".-", color=RIGHT)  # dots: of one epoch there is no line
+    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    if train_accuracy is not None:
+        right.plot(epochs, 100 * np.array(train_accuracy), ".-", color="#7f8c8d", label="training (augmented)")
+    right.plot(epochs, 100 * np.array(test_accuracy), ".-", color=WRONG, label=images)
+    right.set(xlabel="epoch", ylabel=f"{measure} (%)")
+    right.annotate(
+        f"{100 * test_accuracy[-1]:.1f} %",
+        (epochs[-1], 100 * test_accuracy[-1]),
+        xytext=(3, 0),
+        textcoords="offset points",
+        va="center",
+        color=WRONG,
+        annotation_clip=False,
+    )
+    right.legend(loc="lower right", frameon=False)
+    for ax in (left, right):
+        ax.set_xlim(0.5, len(loss) + 0.5)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def filter_basis(filters: Tensor, width: int, names: Sequence[str], title: str, caption: str = "") -> Figure:
+    """Filters (H,K,n), complex, for planes of ``width``: log magnitude and phase of each, frequency 0 in the middle."""
+    spectra = full_spectrum(filters, width)
+    magnitude, phase = np.log10(np.abs(spectra) + 1e-12), np.angle(spectra)
+    count = spectra.shape[-1]
+    figure = Figure(figsize=(2.3 * count + 1, 5.2), layout="constrained")
+    axes = figure.subplots(2, count, squeeze=False)
+    low, high = np.percentile(magnitude, [1, 100])
+    for f in range(count):
+        top = _spectrum(axes[0, f], magnitude[..., f], "magma", low, high)
+        bottom = _spectrum(axes[1, f], phase[..., f], "twilight", -np.pi, np.pi)
+        axes[0, f].set_title(names[f], fontsize=10)
+        axes[1, f].set_xlabel("horizontal frequency\n(cycles/plane)", fontsize=9)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("vertical frequency\n(cycles/plane)", fontsize=9)
+    figure.colorbar(top, ax=axes[0], shrink=0.85, label="log10 |filter|")
+    bar = figure.colorbar(bottom, ax=axes[1], shrink=0.85, label="phase (rad)")
+    bar.set_ticks([-np.pi, 0, np.pi], labels=["-π", "0", "π"])
+    _title(figure, title, caption)
+    return figure
+
+
+def mixed_filters(
+    images: Sequence[np.ndarray],
+    labels: Sequence[str],
+    filters: Tensor,
+    channels: Sequence[int],
+    width: int,
+    title: str,
+    caption: str = "",
+) -> Figure:
+    """Images (H,W) or (H,W,3) and, below each, how its mixed filter differs from the average one, in a few channels.
+
+    ``filters`` is complex (N,H,K,n) for planes of ``width``; ``channels`` says which n channels they are. The first
+    column is the average filter.
+    """
+    count = len(images)
+    spectra = np.stack([np.abs(full_spectrum(f, width)) + 1e-12 for f in filters])
+    average = spectra.mean(0)
+    gain = 20 * np.log10(spectra / average)
+    limit = max(float(np.percentile(np.abs(gain), 99)), 1e-3)
+    figure = Figure(figsize=(1.2 * (count + 1) + 1.6, 1.25 * (len(channels) + 1) + 0.7), layout="constrained")
+    axes = figure.subplots(len(channels) + 1, count + 1, squeeze=False)
+    axes[0, 0].set_axis_off()
+    for n in range(count):
+        axes[0, n + 1].imshow(images[n], cmap="gray")
+        axes[0, n + 1].set_title(labels[n], fontsize=9)
+    low, high = np.percentile(np.log10(average), [1, 100])
+    for row, channel in enumerate(channels):
+        mean = _spectrum(axes[row + 1, 0], np.log10(average[..., row]), "magma", low, high)
+        axes[row + 1, 0].set_ylabel(f"channel {channel}", fontsize=9)
+        for n in range(count):
+            change = _spectrum(axes[row + 1, n + 1], gain[n, ..., row], "RdBu_r", -limit, limit)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    axes[1, 0].set_title("average", fontsize=9)
+    figure.colorbar(mean, ax=axes[1:, 0], shrink=0.7, location="left", label="log10 |average filter|")
+    figure.colorbar(change, ax=axes[1:, -1], shrink=0.7, label="gain against the average (dB)")
+    _title(figure, title, caption)
+    return figure
+
+
+def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], title: str, caption: str = "") -> Figure:
+    """The share of each filter in each channel, (N,F,C), a panel a filter, and its entropy ``bits`` (N,C).
+
+    A row is an image or a class. Channels are sorted by their strongest filter.
+    """
+    count, filters, _ = shares.shape
+    mean = shares.mean(0)
+    order = torch.tensor(
+        sorted(range(shares.shape[2]), key=lambda c: (int(mean[:, c].argmax()), -float(mean[:, c].max())))
+    )
+    even = 1 / filters
+    limit = max(float((shares - even).abs().max()), 1e-6)
+    figure = Figure(figsize=(2.4 * filters + 3.2, 0.22 * count + 2.2), layout="constrained")
+    axes = figure.subplots(1, filters + 1, squeeze=False, sharey=True)[0]
+    for f in range(filters):
+        image = axes[f].imshow(shares[:, f, order].numpy(), cmap="RdBu_r", aspect="auto", interpolation="nearest")
+        image.set_clim(even - limit, even + limit)
+        axes[f].set_title(f"filter {f}", fontsize=10)
+        axes[f].set_xlabel("channel (sorted)", fontsize=9)
+    axes[0].set_yticks(range(count), labels, fontsize=8)
+    figure.colorbar(image, ax=axes[:filters], shrink=0.9, label=f"share of the filter (white: 1/{filters})")
+    axes[filters].boxplot(list(bits.numpy()), positions=range(count), orientation="horizontal", showfliers=False)
+    axes[filters].axvline(np.log2(filters), color=WRONG, linestyle=":", label="all filters alike")
+    axes[filters].set_yticks(range(count), labels, fontsize=8)
+    axes[filters].set_xlabel("entropy of the shares (bits)", fontsize=9)
+    axes[filters].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    _title(figure, title, caption)
+    return figure
+
+
+def responses(
+    maps: Sequence[Sequence[Tensor]], rows: Sequence[str], columns: Sequence[str], title: str, caption: str = ""
+) -> Figure:
+    """Planes (H,W), a row an input: the input itself and what filters make of it, each with its gain.
+
+    Every plane is drawn in units of its own standard deviation around its mean; the gain is the ratio of standard
+    deviations, response to input.
+    """
+    H, W = maps[0][0].shape
+    figure = Figure(
+        figsize=(1.65 * len(columns) + 1.5, 1.65 * len(rows) * H / W + 0.3 * len(rows) + 0.9), layout="constrained"
+    )
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    for r, planes in enumerate(maps):
+        spread = float(planes[0].std(correction=0)) + 1e-30
+        axes[r, 0].set_ylabel(rows[r], fontsize=9)
+        for c, plane in enumerate(planes):
+            values = (plane - plane.mean()) / (plane.std(correction=0) + 1e-30)
+            image = axes[r, c].imshow(values.numpy(), cmap="gray", vmin=-3, vmax=3, interpolation="nearest")
+            gain = 20 * np.log10(float(plane.std(correction=0)) / spread + 1e-12)
+            above = columns[c] if r == 0 else ""
+            below = "" if c == 0 else f"{gain:+.0f} dB"
+            axes[r, c].set_title("\n".join(filter(None, (above, below))), fontsize=8)
+    figure.colorbar(image, ax=axes, shrink=0.6, label="value (standard deviations from the mean)")
+    _title(figure, title, caption)
+    return figure
+
+
+def spectra_by_depth(spectra: dict[str, Spectrum], title: str, caption: str = "") -> Figure:
+    """Relative log amplitude against frequency, a curve a layer, and that of its highest frequency against depth."""
+    names, count = list(spectra), len(spectra)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    colours = [colormaps["viridis"](depth / max(count - 1, 1)) for depth in range(count)]
+    for colour, spectrum in zip(colours, spectra.values(), strict=True):
+        left.plot(spectrum.frequency, spectrum.amplitude, color=colour, marker=".", markersize=4, linewidth=1.2)
+    left.set(xlabel="frequency (rad/pixel of the feature map)", ylabel="Δ log amplitude", xlim=(0, 1.02))
+    left.set_xticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "π/4", "π/2", "3π/4", "π"])
+    norm = BoundaryNorm(np.arange(count + 1) + 0.5, 256) if count > 1 else Normalize(0.5, 1.5)
+    bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=left, label="depth (layer)")
+    bar.set_ticks(np.unique(np.linspace(1, count, min(count, 9)).round()).tolist())
+    highest = [float(s.amplitude[-1]) for s in spectra.values()]
+    right.plot(range(1, count + 1), highest, color="#b0b0b0", linewidth=1)
+    right.scatter(range(1, count + 1), highest, color=colours, zorder=3)
+    right.set(ylabel="Δ log amplitude, highest frequency")
+    right.set_xticks(range(1, count + 1), names, rotation=90, fontsize=7)
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    _title(figure, title, caption)
+    return figure
+
+
+def receptive_fields(
+    fields: dict[str, Tensor],
+    centres: Sequence[tuple[float, float]],
+    areas: Sequence[Sequence[Area]],
+    title: str,
+    caption: str = "",
+) -> Figure:
+    """Receptive fields (H,W) by model, each with the squares of two ``areas``, and the area that holds any share."""
+    count = len(fields)
+    figure = Figure(figsize=(3.3 * count + 4, 3.8), layout="constrained")
+    axes = figure.subplots(1, count + 1, squeeze=False)[0]
+    for ax, (name, field), centre, squares in zip(axes, fields.items(), centres, areas, strict=False):
+        relative = (field / field.max() + 1e-12).log10().numpy()
+        image = ax.imshow(relative, cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
+        for area, side in zip(squares, ("right", "left"), strict=True):  # at other corners, not to overlap
+            left, top = centre[1] - area.side / 2, centre[0] - area.side / 2
+            ax.add_patch(Rectangle((left, top), area.side, area.side, fill=False, edgecolor="white", linewidth=0.8))
+            x = min(left + area.side, field.shape[1]) if side == "right" else max(left, 0)
+            ax.annotate(f"{area.share:.0%}", (x, max(top, 1)), color="white", fontsize=7, va="bottom", ha=side)
+        H, W = field.shape
+        ax.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5), xlabel="column (pixel)", ylabel="row (pixel)")
+        ax.set_title(name, fontsize=9)
+        share = field.flatten().sort(descending=True).values.cumsum(0)
+        axes[-1].plot(100 * np.arange(1, H * W + 1) / (H * W), 100 * share, label=name)
+    figure.colorbar(image, ax=axes[:count], shrink=0.8, label="log10 (contribution / largest)")
+    axes[-1].set(xlabel="pixels that contribute most\n(% of the image)", ylabel="their share of all contributions (%)")
+    axes[-1].set(xlim=(0, 100), ylim=(0, 101))
+    axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[-1].grid(alpha=0.3)
+    axes[-1].spines[["top", "right"]].set_visible(False)
+    _title(figure, title, caption)
+    return figure
+
+
+def similarity_matrix(
+    cka: Tensor, layers: Sequence[Sequence[str]], models: Sequence[str], title: str, caption: str = ""
+) -> Figure:
+    """CKA (a,b) of the ``layers`` of two ``models`` (rows, columns)."""
+    rows, columns = layers
+    figure = Figure(figsize=(0.34 * len(columns) + 3, 0.34 * len(rows) + 2.2), layout="constrained")
+    ax = figure.subplots()
+    lowest = min(np.floor(10 * np.nan_to_num(cka.numpy()).min()) / 10, 0.9)
+    image = ax.imshow(cka.numpy(), cmap="magma", vmin=lowest, vmax=1, interpolation="nearest")
+    ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
+    ax.set_yticks(range(len(rows)), rows, fontsize=7)
+    ax.set_ylabel(f"{models[0]}\nlayer", fontsize=9)
+    ax.set_xlabel(f"layer\n{models[1]}", fontsize=9)
+    if cka.numel() <= MOST_WRITTEN:
+        for (a, b), value in np.ndenumerate(cka.numpy()):
+            color = "black" if value > (lowest + 1) / 2 else "white"
+            ax.text(b, a, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+    figure.colorbar(image, ax=ax, shrink=0.9, label="CKA (linear)")
+    _title(figure, title, caption)
+    return figure
+
+
+def comparison_bars(
+    rows: Sequence[tuple[str, float, float]], names: tuple[str, str], ylabel: str, title: str
+) -> Figure:
+    """Pairs of bars: rows of (label, first value, second value)."""
+    figure = Figure(figsize=(1.6 * len(rows) + 2.5, 3.4), layout="constrained")
+    ax = figure.subplots()
+    position = np.arange(len(rows))
+    for offset, index, color in ((-0.2, 1, "#95a5a6"), (0.2, 2, RIGHT)):
+        bars = ax.bar(position + offset, [float(row[index]) for row in rows], 0.38, color=color, label=names[index - 1])
+        ax.bar_label(bars, fmt="%.3g", fontsize=8)
+    ax.set_xticks(position, [row[0] for row in rows])
+    ax.set(ylabel=ylabel, title=title)
+    ax.margins(y=0.15)
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def full_spectrum(half: Tensor, width: int) -> np.ndarray:
+    """Complex (H,K,...) half spectrum of a real kernel to all of it (H,width,...), zero frequency in the middle."""
+    H, K = half.shape[:2]
+    columns = torch.arange(width)
+    mirrored = columns >= K
+    rows = (-torch.arange(H)) % H
+    other_half = half[rows][:, torch.where(mirrored, width - columns, 0)].conj()
+    own_half = half[:, torch.where(mirrored, 0, columns)]
+    selector = mirrored.view(1, -1, *[1] * (half.dim() - 2))
+    return np.fft.fftshift(torch.where(selector, other_half, own_half).resolve_conj().numpy(), axes=(0, 1))
+
+
+def _title(figure: Figure, title: str, caption: str) -> None:
+    """The title above, and below in small print what is shown on what."""
+    figure.suptitle(title, fontsize=11)
+    letters_an_inch = 17  # of 8 points
+    text = textwrap.fill(caption, int(letters_an_inch * figure.get_figwidth()))
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color="#404040")
+
+
+def _spectrum(ax: Axes, values: np.ndarray, colours: str, low: float, high: float) -> AxesImage:
+    H, W = values.shape
+    extent = (-(W // 2) - 0.5, W - W // 2 - 0.5, H - H // 2 - 0.5, -(H // 2) - 0.5)
+    return ax.imshow(values, cmap=colours, vmin=low, vmax=high, extent=extent, interpolation="nearest")

@@ -1,0 +1,290 @@
+"""Models taken apart: filters, what they do to their input, spectra, receptive fields, similarity of layers.
+
+Functions of models (in eval mode) and images (B,in_chans,H,W), prepared as the model wants them; results are on the
+CPU. ``dfformer show`` (`dfformer.analysis.show`) draws what they return. What happens inside a token mixer is computed
+from its input with its parameters, so that it is the same however its forward is fused.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dfformer.models.layers import DynamicFilter, SpectralFilter
+
+SHARES = (0.2, 0.5, 0.9, 0.99)  # of everything that contributes to a feature
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def spectral_layers(model: nn.Module, pattern: str = "*") -> dict[str, SpectralFilter]:
+    """Dynamic and global filters by name, in the model's order.
+
+    Args:
+        pattern: of names, in the shell's way: ``"stages.2.*"``.
+
+    Raises:
+        ValueError: there are none, or none of such a name; says what there is.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SpectralFilter)}
+    if not layers:
+        mixers = [f"{n} ({type(m).__name__})" for n, m in model.named_modules() if n.endswith("token_mixer")]
+        raise ValueError(f"model: has no DynamicFilter or GlobalFilter among its token mixers {', '.join(mixers)}")
+    return _matching(layers, pattern)
+
+
+def blocks(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Module]:
+    """All blocks by name (``stages.2.0``), or the modules whose names match ``pattern``, see `spectral_layers`."""
+    if pattern is not None:
+        return _matching({name: m for name, m in model.named_modules() if name}, pattern)
+    stages: Iterable[nn.Sequential] = model.stages  # type: ignore[assignment]
+    return {f"stages.{i}.{j}": block for i, stage in enumerate(stages) for j, block in enumerate(stage)}
+
+
+def _matching(layers: Mapping[str, Layer], pattern: str) -> dict[str, Layer]:
+    chosen = {name: layer for name, layer in layers.items() if fnmatchcase(name, pattern)}
+    if not chosen:
+        raise ValueError(f"layer: got {pattern!r}, which matches none of {', '.join(layers)}")
+    return chosen
+
+
+def capture(
+    model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor, inputs: bool = False
+) -> dict[str, Tensor]:
+    """What each of ``layers`` puts out, or is given (``inputs``), in a forward of ``model``, without gradients.
+
+    Raises:
+        ValueError: a layer did not run, or puts out something else than a tensor.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, value: object) -> None:
+        if isinstance(value, Tensor):
+            seen[name] = value
+
+    handles = [
+        layer.register_forward_hook(lambda m, given, out, name=name: keep(name, given[0] if inputs else out))
+        for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if lost := [name for name in layers if name not in seen]:
+        raise ValueError(f"layer: {', '.join(lost)} did not run or put out something else than a tensor")
+    return {name: seen[name] for name in layers}
+
+
+# Filters. A half spectrum is complex (H,K,...), K = W//2 + 1, with rows in FFT order, as in `dfformer_kernels`.
+
+
+def stored_filters(layer: SpectralFilter, plane: tuple[int, int]) -> Tensor:
+    """The basis (H,K,F) of a dynamic filter, or the filters (H,K,C) of a global one, for planes of ``plane`` (H,W)."""
+    return torch.view_as_complex(layer.filters_for(plane).detach().contiguous()).cpu()
+
+
+@torch.no_grad()
+def routing(layer: DynamicFilter, x: Tensor) -> Tensor:
+    """Shares (B,F,C) of the basis in each channel's filter, for the layer's input ``x`` (B,H,W,dim); they sum to 1."""
+    logits = layer.reweight(x.mean(dim=(1, 2))).unflatten(1, (layer.num_filters, -1))
+    return logits.float().softmax(dim=1).cpu()
+
+
+def mix(shares: Tensor, basis: Tensor) -> Tensor:
+    """The filters (B,H,K,C) that shares (B,F,C) make of a basis (H,K,F)."""
+    return torch.einsum("bfc,hkf->bhkc", shares.to(basis.dtype), basis)
+
+
+def applied_filters(layer: SpectralFilter, x: Tensor) -> Tensor:
+    """The filters (B,H,K,C) that ``layer`` applies to its expanded input, for its input ``x`` (B,H,W,dim)."""
+    filters = stored_filters(layer, (x.shape[1], x.shape[2]))
+    return mix(routing(layer, x), filters) if isinstance(layer, DynamicFilter) else filters.expand(len(x), -1, -1, -1)
+
+
+def most_different(filters: Tensor, count: int) -> list[int]:
+    """The ``count`` channels whose filters (B,H,K,C) differ most between images, relative to what they are."""
+    dims = (0, 1, 2)
+    spread = (filters - filters.mean(0)).abs().square().mean(dims) / filters.abs().square().mean(dims)
+    return spread.topk(min(count, len(spread))).indices.tolist()
+
+
+@torch.no_grad()
+def expanded(layer: SpectralFilter, x: Tensor) -> Tensor:
+    """What is filtered: ``act1(pwconv1(x))``, (B,H,W,C) for the layer's input ``x`` (B,H,W,dim)."""
+    return layer.act1(layer.pwconv1(x)).float().cpu()  # type: ignore[operator]
+
+
+def filtered(u: Tensor, filters: Tensor) -> Tensor:
+    """``irfft2(rfft2(u) * filters)``: planes ``u`` (...,H,W,C) and half spectra (...,H,K,C), which may broadcast."""
+    spectrum = torch.fft.rfft2(u, dim=(-3, -2), norm="ortho") * filters
+    return torch.fft.irfft2(spectrum, s=u.shape[-3:-1], dim=(-3, -2), norm="ortho")
+
+
+def entropy(shares: Tensor) -> Tensor:
+    """Of shares (B,F,C) over F, in bits, (B,C): 0 where one filter is picked, log2(F) where all count the same."""
+    return -torch.xlogy(shares, shares).sum(1) / torch.log(torch.tensor(2.0))
+
+
+# Spectra of feature maps
+
+
+class Spectrum(NamedTuple):
+    """``frequency`` (n,) from 0 to at most 1, in units of pi per pixel, and ``amplitude`` (n,), log of it (natural)."""
+
+    frequency: Tensor
+    amplitude: Tensor
+
+
+def log_amplitude(features: Tensor) -> Spectrum:
+    """Log amplitude on the diagonal of the spectra of ``features`` (B,H,W,C), averaged over B and C.
+
+    As in "How Do Vision Transformers Work?" (arXiv:2202.06709). The diagonal of a rectangle is that of equal
+    frequencies: as many points as along the shorter side, the longer side's nearest.
+    """
+    _, H, W, _ = features.shape
+    shorter = min(H, W)
+    step = torch.arange(shorter // 2 + 1) * (2 / shorter)
+    rows, columns = ((step * side / 2).round().long().clamp(max=side // 2) for side in (H, W))
+    spectrum = torch.fft.rfft2(features.float().cpu(), dim=(1, 2), norm="ortho")[:, rows, columns]
+    floor = torch.finfo(torch.float32).tiny  # an amplitude of exactly 0 has no logarithm
+    return Spectrum(step, spectrum.abs().clamp(min=floor).log().mean(dim=(0, 2)))
+
+
+def spectra(model: nn.Module, batches: Iterable[Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Spectrum]:
+    """Relative log amplitudes of what each layer (B,H,W,C) puts out: 0 at frequency 0, averaged over all images."""
+    sums: dict[str, Spectrum] = {}
+    count = 0
+    for images in batches:
+        count += len(images)
+        for name, features in capture(model, layers, images).items():
+            if features.dim() != 4:
+                raise ValueError(f"layer: {name} puts out {tuple(features.shape)}, not (B,H,W,C), and has no spectrum")
+            frequency, amplitude = log_amplitude(features)
+            before = sums[name].amplitude if name in sums else 0
+            sums[name] = Spectrum(frequency, before + len(images) * amplitude)
+    return {name: Spectrum(s.frequency, (s.amplitude - s.amplitude[0]) / count) for name, s in sums.items()}
+
+
+# Receptive fields
+
+
+def receptive_field(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """How much each pixel contributes to the middle of the last feature map, (H,W), float64, summing to 1.
+
+    The effective receptive field (Luo et al., arXiv:1701.04128): ``|d features[:, H'//2, W'//2].sum() / d image|``,
+    summed over image channels and averaged over images, all of one size.
+
+    Args:
+        model: with ``forward_features`` that returns (B,H',W',C).
+    """
+    field = torch.zeros((), dtype=torch.float64)
+    for images in batches:
+        images = images.detach().requires_grad_()
+        features = model.forward_features(images)  # type: ignore[operator]
+        middle = features[:, features.shape[1] // 2, features.shape[2] // 2].sum()
+        [gradient] = torch.autograd.grad(middle, images)
+        field = field + gradient.abs().sum(dim=(0, 1)).double().cpu()
+    return field / field.sum()
+
+
+def receptive_centre(model: nn.Module, img_size: tuple[int, int]) -> tuple[float, float]:
+    """The pixel (row, column) that the middle of the last feature map of a MetaFormer lies on."""
+    convolutions = [m.conv for m in model.downsample_layers]  # type: ignore[union-attr]
+    centre = []
+    for axis, size in enumerate(img_size):
+        for conv in convolutions:
+            size = (size + 2 * conv.padding[axis] - conv.kernel_size[axis]) // conv.stride[axis] + 1
+        position = float(size // 2)
+        for conv in reversed(convolutions):
+            position = position * conv.stride[axis] - conv.padding[axis] + (conv.kernel_size[axis] - 1) / 2
+        centre.append(position)
+    return centre[0], centre[1]
+
+
+class Area(NamedTuple):
+    """What holds ``share`` of a receptive field: the fewest ``pixels``, and a square of ``side`` around its centre."""
+
+    share: float
+    pixels: int
+    side: int
+
+
+def contribution_areas(field: Tensor, centre: tuple[float, float], shares: Sequence[float] = SHARES) -> list[Area]:
+    """The areas of a receptive field (H,W) that hold ``shares`` of it; a square may reach over the image's edge."""
+    H, W = field.shape
+    total = field.sum()
+    fewest = field.flatten().sort(descending=True).values.cumsum(0) / total
+    row, column = (round(position) for position in centre)
+    distance = torch.maximum((torch.arange(H) - row).abs()[:, None], (torch.arange(W) - column).abs())
+    squares = torch.bincount(distance.flatten(), field.flatten()).cumsum(0) / total
+    return [
+        Area(share, _first_reaching(fewest, share) + 1, 2 * _first_reaching(squares, share) + 1) for share in shares
+    ]
+
+
+def _first_reaching(rising: Tensor, share: float) -> int:
+    """The first index where ``rising`` (to 1, up to rounding) is at least ``share``."""
+    return min(int((rising < share - 1e-9).sum()), len(rising) - 1)
+
+
+# Similarity of layers
+
+
+def hsic(K: Tensor, L: Tensor) -> Tensor:
+    """The unbiased estimate of HSIC (Song et al. 2012) of each pair of Gram matrices (a,n,n), (b,n,n): (a,b).
+
+    Raises:
+        ValueError: n is below 4, where there is none.
+    """
+    n = K.shape[-1]
+    if n < 4:
+        raise ValueError(f"images: got {n} in a batch, similarity is estimated from 4 or more")
+    K, L = (gram * (1 - torch.eye(n, dtype=gram.dtype)) for gram in (K, L))
+    trace = K.flatten(1) @ L.flatten(1).T
+    sums = K.sum((1, 2))[:, None] * L.sum((1, 2)) / ((n - 1) * (n - 2))
+    rows = K.sum(1) @ L.sum(1).T * (2 / (n - 2))
+    return (trace + sums - rows) / (n * (n - 3))
+
+
+def similarity(
+    models: Sequence[nn.Module],
+    batches: Iterable[Sequence[Tensor]],
+    layers: Sequence[Mapping[str, nn.Module]],
+) -> Tensor:
+    """Linear CKA (a,b), float64, of what the layers of one model or two put out, from minibatches.
+
+    Each HSIC is averaged over the batches before they are divided (Nguyen et al., arXiv:2010.15327), so the result
+    does not depend on the size of the batches but for noise. Features are compared over images: (B,...) is B vectors.
+    NaN where a layer puts out the same for every image.
+
+    Args:
+        models: one, to compare its layers with each other, or two.
+        batches: for each batch one tensor a model: the same images in the same order, at least 4.
+        layers: one mapping a model.
+    """
+    first, last = 0, len(models) - 1
+    sums: list[Tensor | float] = [0.0, 0.0, 0.0]
+    for batch in batches:
+        grams = [
+            torch.stack([_gram(features) for features in capture(model, chosen, images).values()])
+            for model, chosen, images in zip(models, layers, batch, strict=True)
+        ]
+        terms = (
+            hsic(grams[first], grams[last]),
+            hsic(grams[first], grams[first]).diag(),
+            hsic(grams[last], grams[last]).diag(),
+        )
+        sums = [old + new for old, new in zip(sums, terms, strict=True)]
+    cross, own_first, own_last = (torch.as_tensor(s) for s in sums)
+    return cross / (own_first[:, None] * own_last).sqrt()
+
+
+def _gram(features: Tensor) -> Tensor:
+    """(n,n), float64, of (n,...). The mean is taken away, which the unbiased HSIC ignores and rounding does not."""
+    x = features.flatten(1).double()
+    x = x - x.mean(0)
+    return (x @ x.T).cpu()

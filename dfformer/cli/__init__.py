@@ -1,0 +1,4 @@
+"""The command line: one module a command that has no folder of its own.
+
+May import everything.
+"""

@@ -1,0 +1,110 @@
+"""``dfformer info``: versions, device, backends, and the model table."""
+
+import platform
+import subprocess
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import timm
+import torch
+
+from dfformer.models.registry import VARIANTS
+from dfformer.utils.profile import profile
+from dfformer_kernels import __version__, backends
+from dfformer_kernels.backends import cpu
+
+
+def print_info(img_size: tuple[int, int]) -> None:
+    print_environment()
+    print("\nbackends, in order of preference")
+    for name, reasons in backends().items():
+        print(f"  {name:<8}{'no: ' + '; '.join(reasons) if reasons else 'available'}")
+    print(f"\nmodels at {img_size[0]}x{img_size[1]}, one image (transforms and filter mixing are counted)")
+    print(model_table(img_size))
+
+
+def print_environment() -> None:
+    for name, value in environment().items():
+        print(f"{name + ':':<14}{value}")
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware a measurement depends on."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    if cpu.unavailable_reasons():
+        isa = "compiled core absent"
+    else:
+        isa = f"{cpu.core().active_isa()} (this machine runs {', '.join(cpu.core().supported_isas())})"
+    return {
+        "dfformer": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "machine": f"{processor()}, {torch.get_num_threads()} threads",
+        "cpu kernels": isa,
+        "gpu": "; ".join(_gpu(device) for device in gpus) or "none",
+        "gpu software": ", ".join(f"{name} {version}" for name, version in _gpu_software().items()),
+    }
+
+
+def _gpu(device: int) -> str:
+    p = torch.cuda.get_device_properties(device)
+    return (
+        f"{p.name} ({p.major}.{p.minor}, {p.multi_processor_count} multiprocessors, {p.total_memory / 2**30:.0f} GiB)"
+    )
+
+
+def _gpu_software() -> dict[str, str]:
+    """What kernels are compiled and run with."""
+    built_for = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    versions = {f"torch for {name}": version for name, version in built_for.items() if version}
+    return versions | {name: _version(name) for name in ("triton", "cuda-bindings")} | {"driver": _driver()}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _driver() -> str:
+    """NVIDIA's driver as its own tool names it; it is the same for all devices."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "absent"
+
+
+def processor() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def model_table(img_size: tuple[int, int]) -> str:
+    """One line a variant: parameters, GMACs, activations."""
+    titles = ("model", "params M", "GMACs", "of it spectral", "activations M", "saved MiB", "stage planes")
+    rows = [titles]
+    for name in VARIANTS:
+        p = profile(partial(timm.create_model, name), img_size)
+        rows.append(
+            (
+                name,
+                f"{p.parameters / 1e6:.1f}",
+                f"{p.macs / 1e9:.2f}",
+                f"{p.spectral_macs / 1e9:.2f}",
+                f"{p.activations / 1e6:.1f}",
+                f"{p.saved_bytes / 2**20:.0f}",
+                " ".join(f"{H}x{W}x{C}" for H, W, C in p.planes),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
+    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join(f"  {line[0].strip():<{widths[0]}}  {'  '.join(line[1:-1])}  {line[-1].strip()}" for line in lines)

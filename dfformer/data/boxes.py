@@ -1,0 +1,252 @@
+"""Images with boxes around objects: COCO's format and the built-in scenes, checked and prepared."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from dfformer.data import synthetic_digits
+from dfformer.data.images import check_each, check_image, given_root, opened, some
+
+# What each entry of an annotation file must have, and of which type.
+_FIELDS: dict[str, dict[str, type]] = {
+    "categories": {"id": int, "name": str},
+    "images": {"id": int, "file_name": str, "width": int, "height": int},
+    "annotations": {"id": int, "image_id": int, "category_id": int, "bbox": list},
+}
+_ROUNDING = 1.0  # pixel by which a box may go beyond its image before that is taken for a mistake
+
+
+class Objects(NamedTuple):
+    """The ``n`` objects of an image.
+
+    ``boxes`` (n,4) float32 are (left, top, right, bottom) in pixels, ``labels`` (n,) int64 numbers of classes,
+    ``crowd`` (n,) int64 is 1 for a box around many objects, ``area`` (n,) float32 that of the object itself, by which
+    COCO's measures tell small from large.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    area: np.ndarray
+
+
+class Boxed(Protocol):
+    """A dataset of RGB images and their objects."""
+
+    categories: dict[int, str]  # COCO's id and name of each class, in the order of their labels
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Objects]: ...
+
+    def check(self) -> None:
+        """Raises ValueError naming the files that cannot be used, and why."""
+
+
+class CocoImages:
+    """``root/annotations/instances_SPLIT.json`` in COCO's format, with the images it lists in ``root/SPLIT``.
+
+    Args:
+        repair_boxes: cut off what is beyond the image and leave out boxes without area, instead of refusing them.
+        training: leave out images without objects, crowds not counted.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the file, the entry and what is wrong with it.
+    """
+
+    def __init__(self, root: Path, split: str, repair_boxes: bool = False, training: bool = False) -> None:
+        self.file, self.folder = root / "annotations" / f"instances_{split}.json", root / split
+        content = _read(self.file)
+        names = {entry["id"]: entry["name"] for entry in content["categories"]}
+        self.categories: dict[int, str] = dict(sorted(names.items()))
+        sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in content["images"]}
+        boxes, problems = _boxes(content["annotations"], sizes, self.categories, repair_boxes)
+        if problems:
+            raise ValueError(f"{self.file}: {len(problems)} annotations cannot be used: {some(problems)}")
+        self.images = [
+            (entry["file_name"], sizes[entry["id"]], _stack(boxes[entry["id"]])) for entry in content["images"]
+        ]
+        if training:
+            self.images = [image for image in self.images if not image[2].crowd.all()]
+        if all(objects.crowd.all() for _, _, objects in self.images):
+            raise ValueError(f"{self.file}: no images with objects, crowds not counted")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Objects]:
+        with opened(self._path(index)) as image:
+            self._check_size(index, image.size)
+            return image.convert("RGB"), self.images[index][2]
+
+    def check(self) -> None:
+        check_each(lambda index: self._check_size(index, check_image(self._path(index))), range(len(self)))
+
+    def _path(self, index: int) -> Path:
+        return self.folder / self.images[index][0]
+
+    def _check_size(self, index: int, found: tuple[int, int]) -> None:
+        said = self.images[index][1]
+        if found != said:
+            sizes = "is {}x{}, {} says {}x{}".format(*found, self.file, *said)
+            raise ValueError(f"{self._path(index)}: {sizes}")
+
+
+def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lists of an annotation file, whose entries have what is needed of them and ids of their own."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: does not exist")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON: {error}") from error
+    for kind, fields in _FIELDS.items():
+        entries = content.get(kind) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise ValueError(f"{path}: has no list {kind!r}")
+        if not entries:
+            raise ValueError(f"{path}: its list {kind!r} is empty")
+        for n, entry in enumerate(entries):
+            for field, wanted in fields.items():
+                if not isinstance(entry, dict) or type(entry.get(field)) is not wanted:
+                    raise ValueError(f"{path}: {kind}[{n}] has no {field!r} of type {wanted.__name__}")
+        [(most_common, times)] = Counter(entry["id"] for entry in entries).most_common(1)
+        if times > 1:
+            raise ValueError(f"{path}: {times} {kind} have the id {most_common}")
+    return content
+
+
+def _boxes(
+    annotations: list[dict[str, Any]], sizes: dict[int, tuple[int, int]], categories: dict[int, str], repair: bool
+) -> tuple[dict[int, list[tuple[Any, ...]]], list[str]]:
+    """By image, its objects as (box, label, crowd, area); and what is wrong with annotations."""
+    label = {category: n for n, category in enumerate(categories)}
+    found: dict[int, list[tuple[Any, ...]]] = {image: [] for image in sizes}
+    problems = []
+    for entry in annotations:
+        name, image, category, bbox = entry["id"], entry["image_id"], entry["category_id"], entry["bbox"]
+        if image not in sizes:
+            problems.append(f"annotation {name} is of image {image}, which is not listed")
+        elif category not in categories:
+            problems.append(f"annotation {name} has the unknown category {category}")
+        elif len(bbox) != 4 or not all(type(v) in (int, float) and math.isfinite(v) for v in bbox):
+            problems.append(f"annotation {name}: the box {bbox} is not four numbers")
+        elif not all(type(entry.get(field, 0)) in (int, float) for field in ("iscrowd", "area")):
+            problems.append(f"annotation {name}: iscrowd and area must be numbers")
+        else:
+            box, beyond = _clip(bbox, sizes[image])
+            if box[2] > box[0] and box[3] > box[1] and (repair or beyond <= _ROUNDING):
+                area = entry.get("area", bbox[2] * bbox[3])
+                found[image].append((box, label[category], entry.get("iscrowd", 0), area))
+            elif not repair:
+                what = "has no area" if min(bbox[2:]) <= 0 else "is not inside its image of {}x{}".format(*sizes[image])
+                problems.append(f"annotation {name}: the box {bbox} (left, top, width, height) {what}")
+    return found, problems
+
+
+def _clip(bbox: list[float], size: tuple[int, int]) -> tuple[tuple[float, ...], float]:
+    """A box (left, top, width, height) as the corners of what of it is in the image, and how far it goes beyond."""
+    left, top, width, height = bbox
+    corners = (left, top, left + width, top + height)
+    clipped = tuple(min(max(value, 0), limit) for value, limit in zip(corners, size * 2, strict=True))
+    return clipped, max(abs(a - b) for a, b in zip(corners, clipped, strict=True))
+
+
+def _stack(objects: list[tuple[Any, ...]]) -> Objects:
+    boxes, labels, crowd, area = zip(*objects, strict=True) if objects else ((), (), (), ())
+    return Objects(
+        np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        np.array(labels, dtype=np.int64),
+        np.array(crowd, dtype=np.int64),
+        np.array(area, dtype=np.float32),
+    )
+
+
+class SceneBoxes:
+    """The built-in scenes of ten digits."""
+
+    categories: dict[int, str] = dict(enumerate(synthetic_digits.CLASSES))  # noqa: RUF012 (nobody changes it)
+
+    def __init__(self, split: str, img_size: tuple[int, int], count: int) -> None:
+        self.scenes = synthetic_digits.DigitScenes(split, img_size, count)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Objects]:
+        scene = self.scenes[index]
+        area = (scene.boxes[:, 2:] - scene.boxes[:, :2]).prod(1)
+        return scene.image, Objects(scene.boxes, scene.labels, np.zeros_like(scene.labels), area)
+
+    def check(self) -> None:
+        """Nothing can be wrong with them."""
+
+
+def open_boxed(
+    name: str,
+    root: str | None,
+    split: str,
+    img_size: tuple[int, int],
+    count: int,
+    repair_boxes: bool = False,
+    training: bool = False,
+) -> Boxed:
+    """The dataset ``name``: "" for COCO's format, "digit_scenes" for ``count`` scenes of ``img_size``."""
+    if name == synthetic_digits.DIGIT_SCENES:
+        return SceneBoxes(split, img_size, count)
+    if name:
+        raise ValueError(
+            f"dataset: got {name!r}, accepted to detect are '' (COCO's format) and {synthetic_digits.DIGIT_SCENES!r}"
+        )
+    return CocoImages(given_root(root), split, repair_boxes, training)
+
+
+def check_same_categories(found: dict[int, str], expected: dict[int, str], where: str, of: str) -> None:
+    """Raises ValueError unless ids and names are the same."""
+    if found == expected:
+        return
+    different = sorted(f"{name} ({number})" for number, name in found.items() ^ expected.items())
+    raise ValueError(f"{where}: its {len(found)} categories are not the {len(expected)} of {of}: {some(different)}")
+
+
+Target = dict[str, Tensor]  # boxes, labels, iscrowd, area: what torchvision and torchmetrics call the parts of Objects
+
+
+class Prepared(Dataset):
+    """``dataset`` as pairs of an image uint8 (3,H,W) and its target; in training without crowds, and flipped at times.
+
+    Args:
+        hflip: probability of a horizontal flip; None for evaluation.
+    """
+
+    def __init__(self, dataset: Boxed, hflip: float | None = None) -> None:
+        self.dataset, self.training = dataset, hflip is not None
+        self.flip = v2.RandomHorizontalFlip(hflip or 0.0)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        image, objects = self.dataset[index]
+        if self.training:
+            objects = Objects(*(values[objects.crowd == 0] for values in objects))
+        boxes = tv_tensors.BoundingBoxes(objects.boxes, format="XYXY", canvas_size=(image.height, image.width))
+        pixels, flipped = self.flip(v2.functional.to_image(image), boxes)
+        rest = zip(("labels", "iscrowd", "area"), map(torch.from_numpy, objects[1:]), strict=True)
+        return pixels.as_subclass(Tensor), {"boxes": flipped.as_subclass(Tensor), **dict(rest)}
+
+
+def collate(samples: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
+    """Images differ in size and targets in length: lists of them."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)

@@ -1,0 +1,124 @@
+"""Scenes made on the fly for segmentation and detection: real handwritten digits pasted on real photographs."""
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dfformer.data.images import DigitImages
+
+DIGIT_SCENES = "digit_scenes"
+CLASSES = [str(digit) for digit in range(10)]
+MOST_DIGITS = 4
+MOST_HIDDEN = 0.1  # of a digit's pixels, by digits pasted later
+_DIGIT_SIDES = (0.3, 0.6)  # least and most, as shares of the scene's shorter side
+_CROP_SIDES = (96, 192)  # of a photograph, in its pixels: least and most of the shorter side
+_TRAINING_COLUMNS = 0.7  # of a photograph, from the left; validation has the rest
+_DIMMED = 0.5  # photographs are, so that light ink of any colour can be told from them
+_INK = (140, 255)  # least and most of each channel
+_TRIES = 20  # to find a digit a place
+
+
+class Scene(NamedTuple):
+    """An image with exact truth about it.
+
+    ``image`` is RGB; ``mask`` (H,W) uint8 has 0 for the background and 1 + digit; ``boxes`` (n,4) float32 are
+    (left, top, right, bottom), tight around the visible pixels of each digit, right and bottom exclusive; ``labels``
+    (n,) int64 are the digits.
+    """
+
+    image: Image.Image
+    mask: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+
+
+class DigitScenes:
+    """``count`` scenes of 1 to 4 of scikit-learn's digits in light inks on crops of its two photographs, dimmed.
+
+    Size, place and ink of each digit are random; a scene follows from (seed, split, index). Training and validation
+    have other digits and other parts of the photographs.
+
+    Args:
+        split: train or val.
+        img_size: (H, W) of the scenes, or one number.
+    """
+
+    def __init__(self, split: str, img_size: int | tuple[int, int], count: int, seed: int = 0) -> None:
+        self.digits = DigitImages(split)
+        self.size: tuple[int, int] = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+        if min(self.size) < 16 or count < 1:
+            raise ValueError(f"img_size, count: got {img_size}, {count}; accepted are numbers from 16 and from 1 up")
+        self.split, self.count, self.seed = split, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Scene:
+        if not 0 <= index < self.count:
+            raise IndexError(f"index: got {index}, there are {self.count} scenes")
+        rng = np.random.default_rng([self.seed, self.split == "train", index])
+        pixels = _DIMMED * np.asarray(self._background(rng), dtype=np.float32)
+        owner = np.zeros(self.size, dtype=np.uint8)  # 1 + number of the digit seen at a pixel
+        areas: list[int] = []
+        labels: list[int] = []
+        for _ in range(rng.integers(1, MOST_DIGITS + 1)):
+            coverage, label = self._digit(rng)
+            place = _place(rng, coverage >= 0.5, owner, areas)
+            if place is None:
+                continue
+            ink = rng.uniform(*_INK, 3).astype(np.float32)
+            pixels[place] += coverage[..., None] * (ink - pixels[place])
+            areas.append(int((coverage >= 0.5).sum()))
+            labels.append(label)
+            owner[place][coverage >= 0.5] = len(areas)
+        classes = np.array([0, *(1 + label for label in labels)], dtype=np.uint8)
+        boxes = np.array([_box(owner == 1 + n) for n in range(len(areas))], dtype=np.float32)
+        image = Image.fromarray(pixels.round().astype(np.uint8))
+        return Scene(image, classes[owner], boxes, np.array(labels, dtype=np.int64))
+
+    def _background(self, rng: np.random.Generator) -> Image.Image:
+        photo = _photographs()[rng.integers(len(_photographs()))]
+        border = int(_TRAINING_COLUMNS * photo.width)
+        first, last = (0, border) if self.split == "train" else (border, photo.width)
+        scale = rng.integers(*_CROP_SIDES, endpoint=True) / min(self.size)
+        height, width = min(scale * self.size[0], photo.height), min(scale * self.size[1], last - first)
+        left, top = rng.uniform(first, last - width), rng.uniform(0, photo.height - height)
+        box = (left, top, left + width, top + height)
+        return photo.resize(self.size[::-1], Image.Resampling.BICUBIC, box)
+
+    def _digit(self, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        """What share of each pixel a digit covers, (side,side), and which one it is."""
+        index = rng.integers(len(self.digits))
+        side = round(rng.uniform(*_DIGIT_SIDES) * min(self.size))
+        grey = Image.fromarray(self.digits.images[index]).resize((side, side), Image.Resampling.BICUBIC)
+        # enlarged from 8x8 strokes are blurred: steeper, with half of the grey values at the edge of the ink
+        coverage = np.clip(2 * np.asarray(grey, dtype=np.float32) / 255 - 0.5, 0, 1)
+        return coverage, self.digits.labels[index]
+
+
+@cache
+def _photographs() -> list[Image.Image]:
+    from sklearn.datasets import load_sample_images  # scikit-learn is there: it gave the digits
+
+    return [Image.fromarray(pixels) for pixels in load_sample_images().images]
+
+
+def _place(
+    rng: np.random.Generator, ink: np.ndarray, owner: np.ndarray, areas: list[int]
+) -> tuple[slice, slice] | None:
+    """Where a digit hides none of those before it too much; None if that is not found."""
+    for _ in range(_TRIES):
+        top, left = (int(rng.integers(total - len(ink), endpoint=True)) for total in owner.shape)
+        place = slice(top, top + len(ink)), slice(left, left + len(ink))
+        seen = np.bincount(owner.ravel(), minlength=1 + len(areas))
+        seen -= np.bincount(owner[place][ink], minlength=1 + len(areas))
+        if all(seen[1:] >= (1 - MOST_HIDDEN) * np.array(areas)):
+            return place
+    return None
+
+
+def _box(seen: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1

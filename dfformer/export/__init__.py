@@ -1,0 +1,4 @@
+"""Models as files for other runtimes, and transforms as matrix products.
+
+Imports models, inference and utils.
+"""

@@ -1,0 +1,181 @@
+"""``dfformer eval``: top-1 and top-5 of checkpoints at any resolution, and how fast they run, as a table and CSV."""
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dfformer.data import images as image_data
+from dfformer.models.checkpoint import load_model
+
+AMP_TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Pixels:
+    """uint8 images (B,C,H,W) from a loader to normalised float32 ones on ``device``, channels-last in memory."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.mean, self.std = (torch.tensor(values, device=device).view(1, -1, 1, 1) * 255 for values in (mean, std))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = images.to(self.mean.device, non_blocking=True).float()
+        return images.sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
+
+
+def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
+    """Mixed precision by one of the names of AMP_TYPES."""
+    dtype = AMP_TYPES[amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pixels: Pixels) -> dict[str, Tensor]:
+    """How many images are right (top1, top5), their summed cross entropy (loss), and how many there are (images).
+
+    Images labelled -1 do not count. The model is left in eval mode.
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=pixels.mean.device)
+    with torch.inference_mode():
+        for images, labels in batches:
+            labels = labels.to(sums.device, non_blocking=True)
+            logits = model(pixels(images)).float()
+            right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+            sums += torch.stack([right[:, 0].sum(), right.sum(), loss, (labels >= 0).sum()]).double()
+    return dict(zip(("top1", "top5", "loss", "images"), sums, strict=True))
+
+
+class Result(NamedTuple):
+    """A line of the table. Accuracies are fractions; seconds are of forward passes, waiting for images not counted."""
+
+    checkpoint: str
+    model: str
+    height: int
+    width: int
+    crop_pct: float
+    amp: str
+    images: int
+    top1: float
+    top5: float
+    loss: float
+    images_per_second: float
+
+
+def evaluate_command(arguments: argparse.Namespace) -> int:
+    """The command line's ``eval``."""
+    if arguments.batch_size < 1 or arguments.workers < 0:
+        raise ValueError("--batch-size: accepted are numbers from 1 up; --workers: from 0 up")
+    if arguments.crop_pct is not None and not 0 < arguments.crop_pct <= 1:
+        raise ValueError(f"--crop-pct: got {arguments.crop_pct}, accepted are numbers above 0, up to 1")
+    results: list[Result] = []
+    for checkpoint in arguments.checkpoints:
+        for img_size in arguments.img_size or [None]:
+            results.append(evaluate(checkpoint, img_size, arguments))
+            print(_line(results[-1]), flush=True)
+            if arguments.csv:  # after each, so that what is done stays if the next one fails
+                write_csv(arguments.csv, Result._fields, results)
+    return 0
+
+
+def evaluate(checkpoint: Path, img_size: tuple[int, int] | None, arguments: argparse.Namespace) -> Result:
+    """One checkpoint at one image size (H, W), or at the model's own."""
+    device = torch.device(arguments.device)
+    model, classes = load_model(checkpoint, arguments.model, **({"img_size": img_size} if img_size else {}))
+    model.to(device)
+    config = resolve_model_data_config(model)
+    if img_size:
+        config["input_size"] = (config["input_size"][0], *img_size)
+    if arguments.crop_pct:
+        config["crop_pct"] = arguments.crop_pct
+    dataset = image_data.open_dataset(arguments.dataset, arguments.root, arguments.split, config["input_size"][0])
+    _check_classes(classes, model, dataset, checkpoint)
+    image_data.check_images(dataset)
+    dataset.transform = create_transform(**config, use_prefetcher=True)
+    loader = image_data.evaluation_loader(dataset, arguments.batch_size, arguments.workers, device.type == "cuda")
+    timed = Timed(model, device, arguments.amp)
+    sums = count_correct(
+        timed, progress(loader, f"{checkpoint.name} {_size(config)}"), Pixels(config["mean"], config["std"], device)
+    )
+    images = int(sums["images"])
+    return Result(
+        checkpoint=str(checkpoint),
+        model=model.pretrained_cfg.get("architecture", type(model).__name__),  # type: ignore[union-attr, operator]
+        height=config["input_size"][1],
+        width=config["input_size"][2],
+        crop_pct=config["crop_pct"],
+        amp=arguments.amp,
+        images=images,
+        top1=float(sums["top1"]) / images,
+        top5=float(sums["top5"]) / images,
+        loss=float(sums["loss"]) / images,
+        images_per_second=images / timed.seconds,
+    )
+
+
+class Timed(nn.Module):
+    """The model, with the time spent in it added up."""
+
+    def __init__(self, model: nn.Module, device: torch.device, amp: str) -> None:
+        super().__init__()
+        self.model, self.device, self.amp, self.seconds = model, device, amp, 0.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self._wait()
+        start = time.perf_counter()
+        with autocast(self.device, self.amp):
+            logits: Tensor = self.model(images)
+        self._wait()
+        self.seconds += time.perf_counter() - start
+        return logits
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _check_classes(classes: list[str] | None, model: Any, dataset: Any, checkpoint: Path) -> None:
+    found = image_data.class_names(dataset)
+    if found is None:
+        return
+    if classes is not None and classes != found:
+        different = sorted(set(classes) ^ set(found))
+        raise ValueError(
+            f"{checkpoint}: its {len(classes)} classes are not the data's {len(found)}; "
+            f"only in one of them: {', '.join(different[:5]) or 'none, their order differs'}"
+        )
+    if len(found) != model.num_classes:
+        raise ValueError(f"{checkpoint}: has {model.num_classes} classes, the data {len(found)}")
+
+
+def progress(loader: DataLoader, name: str) -> Iterable[Any]:
+    """The batches of ``loader``, with a bar where someone looks."""
+    return tqdm(loader, desc=name, unit="batch", leave=False, disable=not sys.stderr.isatty())
+
+
+def _size(config: dict[str, Any]) -> str:
+    return "{1}x{2}".format(*config["input_size"])
+
+
+def _line(result: Result) -> str:
+    return (
+        f"{result.checkpoint}  {result.height}x{result.width}  crop {result.crop_pct:g}  {result.images} images  "
+        f"top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  {result.images_per_second:.1f} images/s"
+    )
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)

@@ -1,0 +1,37 @@
+"""The tasks models are trained for and where the parts of each are: a module is imported when its part is wanted."""
+
+import pkgutil
+from typing import Any, Literal
+
+_TASKS: dict[str, dict[str, str]] = {
+    "classify": {
+        "loading": "dfformer.models.checkpoint:load_model",
+        "training": "dfformer.tasks.base:Classification",  # see `dfformer.tasks.base.Task`
+        "evaluation": "dfformer.tasks.evaluate:evaluate_command",
+        "prediction": "dfformer.tasks.predict:predict_command",
+    },
+    "segment": {
+        "loading": "dfformer.tasks.segmentation:load_segmenter",
+        "training": "dfformer.tasks.segmentation:Segmentation",
+        "evaluation": "dfformer.tasks.segmentation:evaluate_command",
+        "prediction": "dfformer.tasks.segmentation:predict_command",
+    },
+    "detect": {
+        "loading": "dfformer.tasks.detection:load_detector",
+        "training": "dfformer.tasks.detection:Detection",
+        "evaluation": "dfformer.tasks.detection:evaluate_command",
+        "prediction": "dfformer.tasks.detection:predict_command",
+    },
+}
+
+
+def check_task(task: str) -> None:
+    """Raises ValueError for a task that is not there."""
+    if task not in _TASKS:
+        raise ValueError(f"task: got {task!r}, accepted are {', '.join(_TASKS)}")
+
+
+def task_part(task: str, part: Literal["loading", "training", "evaluation", "prediction"]) -> Any:
+    """A class or function of a task."""
+    check_task(task)
+    return pkgutil.resolve_name(_TASKS[task][part])

@@ -1,0 +1,356 @@
+"""What a training run is made of: typed, from a YAML recipe and the command line, unknown keys refused.
+
+The defaults are the authors' recipe for ImageNet-1k (the command in their README, and for what it leaves out the
+defaults of their ``train.py``). A recipe file names the model and says what differs.
+"""
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+from timm.optim import list_optimizers
+
+from dfformer.tasks.table import check_task
+
+try:
+    from jsonargparse import ArgumentError, ArgumentParser, Namespace
+except ImportError as error:
+    raise RuntimeError(f"training needs {error.name}: pip install 'dfformer[train]'") from error
+
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+
+
+@dataclass
+class ModelConfig:
+    """The model.
+
+    Args:
+        name: of a model for ``timm.create_model``.
+        args: its other arguments, e.g. drop_path_rate. The number of classes comes from the data, where they tell it.
+        checkpoint: weights to start from; a classifier for other classes is left out.
+        grad_checkpointing: forward again during backward instead of keeping what it needs: slower, less memory.
+        compile: run under torch.compile.
+    """
+
+    name: str = "dfformer_s18"
+    args: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    grad_checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass
+class DataConfig:
+    """The images.
+
+    Args:
+        dataset: to classify, "" for root/train and root/val with a folder a class, or .tar files of that; "digits",
+            built in; or any map-style dataset timm knows: "torch/cifar10", "hfds/...". To segment, "" for
+            root/images/SPLIT and root/annotations/SPLIT, or "digit_scenes", built in. To detect, "" for
+            root/annotations/instances_SPLIT.json and root/SPLIT, or "digit_scenes".
+        root: where it is.
+        train_split: name of the training split; for folders, of the folder.
+        val_split: the same for validation.
+        download: let timm download a "torch/..." dataset.
+        img_size: one number or [H, W], in training and validation. To segment, of the crops in training; whole images
+            are validated, their shorter side as long as its. To detect, the most for the shorter and for the longer
+            side.
+        mean: of the pixels, 0 to 1, a value a channel; the model's if not given.
+        std: the same.
+        interpolation: when resizing for validation; the model's if not given.
+        crop_pct: share of the image's side kept in validation; the model's if not given.
+        workers: processes that decode images, for each training process.
+        check_images: before training starts, read the header and the end of every file of a folder, and all of every
+            mask.
+        scenes: of digit_scenes: how many to train on and to validate.
+    """
+
+    dataset: str = ""
+    root: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    download: bool = False
+    img_size: int | tuple[int, int] = 224
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    interpolation: Interpolation | None = None
+    crop_pct: float | None = None
+    workers: int = 8
+    check_images: bool = True
+    scenes: tuple[int, int] = (1000, 200)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """img_size as (H, W)."""
+        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+
+
+@dataclass
+class AugmentConfig:
+    """What is done to training images, by timm.
+
+    Args:
+        scale: share of the area a random crop has, least and most.
+        ratio: its aspect ratio, least and most.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength; not used together with auto_augment.
+        auto_augment: a policy in timm's notation, or none.
+        interpolation: when resizing; "random" is bilinear or bicubic.
+        re_prob: probability of erasing a random rectangle.
+        re_mode: "pixel" fills it with noise, "rand" with one colour, "const" with the mean.
+        mixup: alpha; 0 for none.
+        cutmix: alpha; 0 for none.
+        smoothing: of labels.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    color_jitter: float = 0.4
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    interpolation: Interpolation | Literal["random"] = "random"
+    re_prob: float = 0.25
+    re_mode: Literal["pixel", "rand", "const"] = "pixel"
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+
+
+@dataclass
+class SegmentConfig:
+    """Semantic segmentation: its decoder, its masks, and what is done to training images instead of ``augment``.
+
+    Args:
+        decoder: arguments of segmentation_models_pytorch's FPN, e.g. decoder_dropout.
+        reduce_zero_label: 0 in a mask is no class but to be ignored, and labels count from 1.
+        scale: least and most of a random size, relative to data.img_size, for the image's shorter side.
+        most_of_one_class: a crop is drawn again, up to ten times, while one class has a larger share of its pixels.
+        hflip: probability of a horizontal flip.
+        photometric: random brightness, contrast, saturation, hue, and order of the channels.
+    """
+
+    decoder: dict[str, Any] = field(default_factory=dict)
+    reduce_zero_label: bool = False
+    scale: tuple[float, float] = (0.5, 2.0)
+    most_of_one_class: float = 0.75
+    hflip: float = 0.5
+    photometric: bool = True
+
+
+@dataclass
+class DetectConfig:
+    """Object detection: its head, its boxes, and what is done to training images instead of ``augment``.
+
+    Args:
+        channels: of the feature pyramid and the head.
+        anchor_scale: side of the smallest anchors, in strides of their feature map.
+        norm_groups: of a group norm after each convolution of the pyramid and the head; 0 for none.
+        hflip: probability of a horizontal flip.
+        repair_boxes: cut off what of a box is beyond its image and leave out boxes without area, instead of refusing
+            them.
+    """
+
+    channels: int = 256
+    anchor_scale: float = 4.0
+    norm_groups: int = 0
+    hflip: float = 0.5
+    repair_boxes: bool = False
+
+
+@dataclass
+class OptimConfig:
+    """How the weights are moved.
+
+    Args:
+        opt: an optimiser timm knows.
+        lr: the highest learning rate, for steps of global_batch images. It is never scaled behind your back.
+        global_batch: images an optimiser step, over all processes and accumulated passes.
+        accumulation: forward and backward passes a step; each process passes global_batch / (processes x accumulation)
+            images at a time.
+        weight_decay: not applied to biases and norms.
+        clip_grad: largest norm of the gradient, or none.
+        epochs: of the schedule, warm-up included.
+        cooldown_epochs: added after it, at min_lr.
+        schedule: of the learning rate, a value a step.
+        decay_rate: the power of poly; what step and multistep multiply by.
+        milestones: epochs at which multistep does.
+        warmup_epochs: from warmup_lr up to lr, in a straight line.
+        warmup_lr: where it starts.
+        min_lr: where it ends.
+        ema_decay: of an averaged copy of the weights, which is then what is saved for use; 0 for none.
+    """
+
+    opt: str = "adamw"
+    lr: float = 1e-3
+    global_batch: int = 1024
+    accumulation: int = 1
+    weight_decay: float = 0.05
+    clip_grad: float | None = None
+    epochs: int = 300
+    cooldown_epochs: int = 10
+    schedule: Literal["cosine", "poly", "step", "multistep", "constant"] = "cosine"
+    decay_rate: float = 0.1
+    milestones: list[int] = field(default_factory=list)
+    warmup_epochs: float = 20
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    ema_decay: float = 0.0
+
+
+@dataclass
+class TrainConfig:
+    """A training run.
+
+    Args:
+        task: what is learned: classify, segment or detect.
+        model: the model.
+        data: the images.
+        augment: what is done to training images, to classify them.
+        segment: what only segmentation has.
+        detect: what only detection has.
+        optim: how the weights are moved.
+        output: folder for checkpoints, logs and pictures.
+        resume: go on with what is in output, if anything is.
+        seed: of everything random.
+        device: "auto" is CUDA where there is one, else the CPU.
+        amp: type of mixed precision; float16 needs CUDA, its gradients are scaled.
+        distributed: under torchrun, how processes share the work: replicas (ddp) or shards of the weights (fsdp).
+        save_steps: also write a checkpoint every so many steps inside an epoch; 0 for only after each epoch.
+        keep: how many of the latest checkpoints stay.
+        log_steps: steps between two lines of steps.jsonl.
+        tensorboard: also write events for TensorBoard.
+    """
+
+    task: str = "classify"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
+    detect: DetectConfig = field(default_factory=DetectConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    output: str = "runs/train"
+    resume: bool = False
+    seed: int = 0
+    device: str = "auto"
+    amp: Literal["none", "bfloat16", "float16"] = "none"
+    distributed: Literal["ddp", "fsdp"] = "ddp"
+    save_steps: int = 0
+    keep: int = 2
+    log_steps: int = 50
+    tensorboard: bool = False
+
+
+# What may change between the parts of a run that is interrupted and resumed: it has no influence on the result.
+FREE_TO_CHANGE = {"output", "resume", "save_steps", "keep", "log_steps", "tensorboard"}
+FREE_TO_CHANGE |= {"data.root", "data.download", "data.workers", "data.check_images", "model.checkpoint"}
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "data.workers": (0, math.inf),
+    "data.crop_pct": (0.01, 1),
+    "augment.color_jitter": (0, math.inf),
+    "augment.hflip": (0, 1),
+    "augment.re_prob": (0, 1),
+    "augment.mixup": (0, math.inf),
+    "augment.cutmix": (0, math.inf),
+    "augment.smoothing": (0, 1),
+    "segment.hflip": (0, 1),
+    "segment.most_of_one_class": (0, 1),
+    "detect.hflip": (0, 1),
+    "detect.channels": (1, math.inf),
+    "detect.anchor_scale": (0.1, math.inf),
+    "detect.norm_groups": (0, math.inf),
+    "optim.lr": (0, math.inf),
+    "optim.global_batch": (1, math.inf),
+    "optim.accumulation": (1, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "optim.clip_grad": (0, math.inf),
+    "optim.epochs": (1, math.inf),
+    "optim.cooldown_epochs": (0, math.inf),
+    "optim.warmup_epochs": (0, math.inf),
+    "optim.decay_rate": (0, math.inf),
+    "optim.ema_decay": (0, 1),
+    "save_steps": (0, math.inf),
+    "keep": (1, math.inf),
+    "log_steps": (1, math.inf),
+}
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """The configuration of a command line: ``--recipe FILE`` (or ``--config``), then ``--optim.lr 1e-4`` and the like.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type or out of range, an unknown model.
+    """
+    parser = ArgumentParser(prog="dfformer train", description="Trains a model.", exit_on_error=False)
+    parser.add_argument("--recipe", "--config", action="config", help="a YAML file; see recipes/")
+    parser.add_class_arguments(TrainConfig)
+    try:
+        parsed: Namespace = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    parsed.pop("recipe", None)
+    config = TrainConfig(**vars(parser.instantiate(parsed)))
+    check(config)
+    return config
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError for values that no run can have."""
+    check_task(config.task)
+    values = flatten(asdict(config))
+    for name, (low, high) in _RANGES.items():
+        if values[name] is not None and not low <= values[name] <= high:
+            raise ValueError(f"{name}: got {values[name]}, accepted are numbers from {low} to {high}")
+    for name in ("augment.scale", "augment.ratio", "segment.scale"):
+        least, most = values[name]
+        if not 0 < least <= most:
+            raise ValueError(f"{name}: got {values[name]}, accepted are two numbers above 0, least and most")
+    if config.optim.warmup_epochs >= config.optim.epochs:
+        raise ValueError(
+            f"optim.warmup_epochs: got {config.optim.warmup_epochs}, which leaves nothing of "
+            f"optim.epochs={config.optim.epochs}"
+        )
+    if config.model.checkpoint and not Path(config.model.checkpoint).is_file():
+        raise FileNotFoundError(f"model.checkpoint: {config.model.checkpoint} does not exist")
+    _check_names(config)
+    _check_images(config)
+
+
+def _check_names(config: TrainConfig) -> None:
+    model, optimizer = config.model.name, config.optim.opt.lower().split("_")[-1]  # behind timm's "lookahead_"
+    if not timm.is_model(model):
+        hint = _similar(model, timm.list_models()) or "; `dfformer info` lists this package's models"
+        raise ValueError(f"model.name: timm knows no model {model!r}{hint}")
+    if optimizer not in list_optimizers():
+        hint = _similar(optimizer, list_optimizers())
+        raise ValueError(f"optim.opt: timm knows no optimiser {config.optim.opt!r}{hint}")
+
+
+def _similar(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def _check_images(config: TrainConfig) -> None:
+    data, channels = config.data, config.model.args.get("in_chans", 3)
+    for name, numbers in (("img_size", data.size), ("scenes", data.scenes)):
+        if min(numbers) < 1:
+            raise ValueError(f"data.{name}: got {getattr(data, name)}, accepted are numbers from 1 up")
+    for name in ("mean", "std"):
+        if (values := getattr(data, name)) and len(values) != channels:
+            raise ValueError(f"data.{name}: got {values}, accepted is a number for each of {channels} channels")
+    if data.std and min(data.std) <= 0:
+        raise ValueError(f"data.std: got {data.std}, accepted are numbers above 0")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"optim": {"lr": 1}}`` as ``{"optim.lr": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and key != "args"
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat

@@ -1,0 +1,444 @@
+"""``dfformer train``: the engine. It owns the loop, processes, precision, checkpoints and logs; a task owns the rest.
+
+Nothing random carries over from one step to the next: what a step draws follows from (seed, step, rank), and its images
+from `dfformer.data.images`. So a run that goes on from a checkpoint, even amid an epoch, does what it would have done.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint import state_dict as sharded
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from dfformer.analysis.metrics import blocks
+from dfformer.data.images import seed_everything
+from dfformer.models.metaformer import MetaFormer
+from dfformer.tasks.base import Place, Task
+from dfformer.tasks.evaluate import autocast
+from dfformer.tasks.table import task_part
+from dfformer.train.config import FREE_TO_CHANGE, TrainConfig, flatten, parse
+from dfformer.train.state import checkpoints, load_latest_state, save_state, write_atomically
+from dfformer.utils.device import usable_device
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss is no longer a number."""
+
+
+def train_command(arguments: list[str]) -> int:
+    """The command line's ``train``."""
+    config = parse(arguments)
+    with _processes(config) as place:
+        train(config, place)
+    return 0
+
+
+def train(config: TrainConfig, place: Place) -> list[dict[str, float]]:
+    """Trains from the start, or from the latest checkpoint in ``config.output``; returns the measures by epoch."""
+    folder = Path(config.output)
+    if checkpoints(folder) and not config.resume:
+        raise ValueError(
+            f"output: {folder} holds a run already; pass --resume=true to go on with it, or another folder"
+        )
+    seed_everything(config.seed)
+    task: Task = task_part(config.task, "training")(config, place)
+    _on_first(place, task.check)
+    return Engine(config, task, place).run()
+
+
+@contextmanager
+def _processes(config: TrainConfig) -> Iterator[Place]:
+    """Joins the processes torchrun started, if it did."""
+    kind = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if config.amp == "float16" and not kind.startswith("cuda"):
+        raise ValueError("amp: float16 needs a CUDA device; accepted on others are none and bfloat16")
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None and config.distributed == "fsdp":
+        raise ValueError("distributed: fsdp needs processes to share the work: start with torchrun")
+    device = usable_device(f"cuda:{rank}" if rank and kind == "cuda" else kind)
+    if rank is None:
+        yield Place(device)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Place(device, distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()
+
+
+def _on_first(place: Place, check: Any) -> None:
+    """Runs a check in the first process only; what it raises is raised in all."""
+    failure: list[Exception | None] = [None]
+    if place.rank == 0:
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            failure = [error]
+    if place.world > 1:
+        distributed.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0]
+
+
+class Engine:
+    """Trains what a task defines."""
+
+    def __init__(self, config: TrainConfig, task: Task, place: Place) -> None:
+        self.config, self.task, self.place = config, task, place
+        self.folder = Path(config.output)
+        self.model = _built(task).to(place.device)
+        optim = config.optim
+        self.ema = ModelEmaV3(self.model, decay=optim.ema_decay, use_warmup=True) if optim.ema_decay else None
+        self.runner = self._distribute()
+        self.optimizer = create_optimizer_v2(self.model, optim.opt, lr=optim.lr, weight_decay=optim.weight_decay)
+        self.steps = task.batches.steps  # of an epoch
+        self.scheduler, self.epochs = create_scheduler_v2(
+            self.optimizer,
+            sched=optim.schedule,
+            num_epochs=optim.epochs,
+            cooldown_epochs=optim.cooldown_epochs,
+            warmup_epochs=optim.warmup_epochs,
+            warmup_lr=optim.warmup_lr,
+            min_lr=optim.min_lr,
+            decay_rate=optim.decay_rate,
+            decay_milestones=optim.milestones,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps,
+        )
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.amp == "float16")
+        self.step = 0  # done, over all epochs
+        self.loss_sum = 0.0  # of the steps done in this epoch
+        self.history: list[dict[str, float]] = []
+        self.resumed_from = self._resume() if config.resume else None
+
+    @property
+    def first(self) -> bool:
+        return self.place.rank == 0
+
+    def _distribute(self) -> nn.Module:
+        if self.config.model.compile:
+            # Images are channels-last already, and it takes (B,H,W,C) for (B,C,H,W) (dfformer_kernels/ops/conv2d.py).
+            self.model.compile(options={"layout_optimization": False})
+        if self.place.world == 1:
+            return self.model
+        if self.config.distributed == "fsdp":
+            for model in [self.model, self.ema.module] if self.ema else [self.model]:
+                for metaformer in (module for module in model.modules() if isinstance(module, MetaFormer)):
+                    for block in blocks(metaformer).values():
+                        fully_shard(block)
+                fully_shard(model)
+            return self.model
+        devices = [self.place.device] if self.place.device.type == "cuda" else None
+        return DistributedDataParallel(self.model, device_ids=devices)
+
+    def run(self) -> list[dict[str, float]]:
+        """Trains to the end; returns the measures by epoch."""
+        self._announce()
+        log = Log(self.folder, self.step, self.history, self.config, self.task.metric) if self.first else None
+        loader = self.task.training_loader()
+        started = len(self.history)
+        with closing(log) if log else nullcontext():
+            while len(self.history) < self.epochs:
+                epoch = len(self.history)
+                start = time.perf_counter()
+                self._train_epoch(epoch, loader, log)
+                seconds = time.perf_counter() - start
+                row = {"epoch": epoch + 1, "step": self.step, "train_loss": self.loss_sum / self.steps}
+                row |= {"lr": self.optimizer.param_groups[0]["lr"], **self._validate()}
+                self.history.append(row)
+                self.loss_sum = 0.0
+                self._export()
+                self._save()
+                if log:
+                    log.epoch(self.history, seconds)
+        self._draw()
+        if log:
+            best = max(self.history, key=self._score)
+            done = "was already complete" if started == self.epochs else "done"
+            score = f"best {self.task.metric} {self._score(best):.2%} after epoch {best['epoch']}"
+            print(f"{done}: {score}; see {self.folder}")
+        return self.history
+
+    def _train_epoch(self, epoch: int, loader: Any, log: "Log | None") -> None:
+        batches = self.task.batches
+        batches.epoch, batches.first_step = epoch, self.step - epoch * self.steps
+        self.runner.train()
+        source = iter(loader)
+        title = f"epoch {epoch + 1}/{self.epochs}"
+        hidden = log is None or not sys.stderr.isatty()
+        bar = tqdm(total=self.steps, initial=batches.first_step, desc=title, unit="step", leave=False, disable=hidden)
+        with bar:
+            for _ in range(batches.first_step, self.steps):
+                loss, norm = self._train_step(list(islice(source, batches.accumulation)))
+                bar.update()
+                if log and (self.step % self.config.log_steps == 0 or self.step == 1):
+                    lr = self.optimizer.param_groups[0]["lr"]
+                    log.step({"step": self.step, "epoch": epoch + 1, "loss": loss, "lr": lr, "grad_norm": norm})
+                    bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+                if self.config.save_steps and self.step % self.config.save_steps == 0 and self.step % self.steps:
+                    self._save()
+
+    def _train_step(self, batches: list[Any]) -> tuple[float, float]:
+        """One optimiser step; returns its loss over all processes and the norm of its gradient."""
+        seed_everything(self.config.seed, self.step, self.place.rank)
+        self.scheduler.step_update(self.step)
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.place.device)
+        for part, batch in enumerate(batches):
+            with self._gradients_stay_here(part < len(batches) - 1), autocast(self.place.device, self.config.amp):
+                loss = self.task.loss(self.runner, batch) / len(batches)
+            with self._gradients_stay_here(part < len(batches) - 1):
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        if self.place.world > 1:
+            distributed.all_reduce(total)
+            total /= self.place.world
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clip()
+        self._must_be_finite(float(total), norm, batches)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.model, self.step)
+        self.loss_sum += float(total)
+        return float(total), norm
+
+    def _gradients_stay_here(self, stay: bool) -> Any:
+        """For all but the last pass of a step: gradients are added up before processes exchange them."""
+        if isinstance(self.runner, DistributedDataParallel):
+            return self.runner.no_sync() if stay else nullcontext()
+        if self.place.world > 1:
+            self.model.set_requires_gradient_sync(not stay)  # type: ignore[operator]
+        return nullcontext()
+
+    def _clip(self) -> float:
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        limit = self.config.optim.clip_grad or math.inf
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _must_be_finite(self, loss: float, norm: float, batches: list[Any]) -> None:
+        """Stops before bad weights exist. Scaled gradients may overflow: the scaler then skips the step."""
+        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+            return
+        bad = [name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        latest = checkpoints(self.folder)
+        raise TrainingError(
+            f"step {self.step + 1}: the loss is {loss}, the gradient's norm {norm} at learning rate "
+            f"{self.optimizer.param_groups[0]['lr']:.3g}; first module whose output is not finite: "
+            f"{self._first_bad_module(batches) or 'none'}; parameters with bad gradients: "
+            f"{len(bad)}{' (' + ', '.join(bad[:3]) + ', ...)' if bad else ''}; last good checkpoint: "
+            f"{latest[-1] if latest else 'none'}. A lower optim.lr, optim.clip_grad=1 or a longer optim.warmup_epochs "
+            "usually helps; with amp=float16, try bfloat16"
+        )
+
+    def _first_bad_module(self, batches: list[Any]) -> str:
+        """The name of the first module that puts out something not finite for the images of this step."""
+        found: list[str] = []
+        names = {module: name for name, module in self.model.named_modules()}
+
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(names[module] or "the model itself")
+
+        hooks = [module.register_forward_hook(look) for module in names]
+        seed_everything(self.config.seed, self.step, self.place.rank)
+        try:
+            with torch.no_grad(), autocast(self.place.device, self.config.amp):
+                for batch in batches:
+                    self.task.loss(self.model, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found[0] if found else ""
+
+    def _validate(self) -> dict[str, float]:
+        """Measures of the model, and with ``ema_`` before their names of the averaged weights."""
+        row: dict[str, float] = {}
+        for prefix, model in (("", self.model), ("ema_", self.ema.module if self.ema else None)):
+            if model is None:
+                continue
+            with autocast(self.place.device, self.config.amp):
+                measures = self.task.validate(model)
+            row |= {f"{prefix}{name}": value for name, value in measures.items()}
+        return row
+
+    def _score(self, row: dict[str, float]) -> float:
+        return row.get(f"ema_{self.task.metric}", row[self.task.metric])
+
+    @property
+    def _result(self) -> nn.Module:
+        """The model for use."""
+        return self.ema.module if self.ema else self.model
+
+    def _export(self) -> None:
+        """The weights for use: the latest, and the best so far."""
+        weights = _whole_weights(self._result)
+        if self.first:
+            self.task.export(weights, self.folder / "last.safetensors")
+            if self._score(self.history[-1]) > max(map(self._score, self.history[:-1]), default=-math.inf):
+                self.task.export(weights, self.folder / "best.safetensors")
+
+    def _draw(self) -> None:
+        with autocast(self.place.device, self.config.amp):
+            pictures = self.task.pictures(self._result)
+        for name, figure in pictures.items() if self.first else ():
+            write_atomically(self.folder / name, partial(figure.savefig, dpi=110))
+
+    def _save(self) -> None:
+        """Everything `_resume` needs. The schedule and all randomness are functions of the step."""
+        state = {
+            "state_dict": _whole_weights(self.model),
+            **({"state_dict_ema": _whole_weights(self.ema.module)} if self.ema else {}),
+            "optimizer": sharded.get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "history": self.history,
+            "config": json.dumps(asdict(self.config)),
+        }
+        if self.first:
+            save_state(self.folder, self.step, state, self.config.keep)
+
+    def _resume(self) -> Path | None:
+        """Goes back to the latest readable checkpoint, if there is any; returns it."""
+        found = load_latest_state(self.folder)
+        if found is None:
+            return None
+        path, state = found
+        self._must_be_the_same_run(path, json.loads(state["config"]))
+        sharded.set_model_state_dict(self.model, state["state_dict"], options=_WHOLE)
+        if self.ema:
+            sharded.set_model_state_dict(self.ema.module, state["state_dict_ema"], options=_WHOLE)
+        sharded.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_WHOLE)
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.loss_sum, self.history = state["step"], state["loss_sum"], state["history"]
+        return path
+
+    def _must_be_the_same_run(self, path: Path, saved: dict[str, Any]) -> None:
+        before, now = flatten(saved), flatten(json.loads(json.dumps(asdict(self.config))))
+        names = before.keys() | now.keys()
+        changed = sorted(name for name in names - FREE_TO_CHANGE if before.get(name) != now.get(name))
+        if changed:
+            raise ValueError(
+                f"{path}: is of a run with other settings: "
+                + ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed)
+            )
+
+    def _announce(self) -> None:
+        if not self.first:
+            return
+        optim, batches = self.config.optim, self.task.batches
+        parameters = sum(p.numel() for p in self.model.parameters())
+        print(
+            f"{self.config.model.name}: {parameters / 1e6:.2f} M parameters on {self.place.device}\n"
+            f"global batch {optim.global_batch} = {batches.batch} images x {self.place.world} processes x "
+            f"{optim.accumulation} passes; {self.steps} steps an epoch, {self.epochs} epochs; "
+            f"learning rate {optim.lr:g} for that batch"
+        )
+        if self.resumed_from:
+            print(f"goes on from {self.resumed_from}: step {self.step}, epoch {len(self.history) + 1}")
+
+
+def _built(task: Task) -> nn.Module:
+    try:
+        return task.build_model()
+    except TypeError as error:  # from models of any library, which do not say it better
+        raise ValueError(f"model.args, segment.decoder: {error}") from error
+
+
+_WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def _whole_weights(model: nn.Module) -> dict[str, Any]:
+    """The state dict on the CPU, put together from all processes' shards: in the first process, empty in others."""
+    return sharded.get_model_state_dict(model, options=_WHOLE)
+
+
+class Log:
+    """``steps.jsonl``, ``epochs.csv``, ``learning_curve.png``, events for TensorBoard on request, lines on the screen.
+
+    What an interrupted run wrote after the step it goes on from is taken back.
+    """
+
+    def __init__(
+        self, folder: Path, step: int, history: list[dict[str, float]], config: TrainConfig, metric: str
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.metric = folder, metric
+        steps = folder / "steps.jsonl"
+        kept = [line for line in _lines(steps) if json.loads(line)["step"] <= step]
+        write_atomically(steps, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+        self.steps = steps.open("a", encoding="utf-8", buffering=1)
+        write_atomically(folder / "config.json", lambda file: file.write(json.dumps(asdict(config), indent=2).encode()))
+        self.events = _tensorboard(folder, step) if config.tensorboard else None
+
+    def step(self, values: dict[str, float]) -> None:
+        self.steps.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
+        self._add_events(values)
+
+    def epoch(self, history: list[dict[str, float]], seconds: float) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, history[-1])
+        writer.writeheader()
+        writer.writerows(history)
+        write_atomically(self.folder / "epochs.csv", lambda file: file.write(text.getvalue().encode()))
+        self._draw(history)
+        self._add_events(history[-1])
+        row = history[-1]
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in ("epoch", "step"))
+        tqdm.write(f"epoch {row['epoch']}  {shown}  ({seconds:.1f} s)", file=sys.stdout)
+
+    def _draw(self, history: list[dict[str, float]]) -> None:
+        from dfformer.analysis.figures import learning_curve
+
+        measure = [row.get(f"ema_{self.metric}", row[self.metric]) for row in history]
+        loss = [row["train_loss"] for row in history]
+        figure = learning_curve(loss, None, measure, self.metric, "validation")
+        write_atomically(self.folder / "learning_curve.png", lambda file: figure.savefig(file, dpi=130))
+
+    def _add_events(self, values: dict[str, float]) -> None:
+        if self.events:
+            for name, value in values.items():
+                if name not in ("step", "epoch"):
+                    self.events.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        self.steps.close()
+        if self.events:
+            self.events.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file, if there is one: the last may have been cut off."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError(f"tensorboard: needs {error.name}: pip install tensorboard") from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)

@@ -1,0 +1,156 @@
+"""cuFFT's 2-D real transforms through the compiled core: unscaled both ways, in any size.
+
+Planes lie side by side with N fastest: real ones (H,W,N), their spectra (H,K,N,2) with K = W//2 + 1 and real and
+imaginary parts last. One sample of a channels-last tensor is such an array (N = C). Of several arrays each is a
+transform of its own.
+"""
+
+import math
+from contextlib import AbstractContextManager
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dfformer_kernels.backends import cpu
+
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1}  # as in csrc/dynamic_filter.h
+_SONAMES = {"12": "libcufft.so.11", "13": "libcufft.so.12"}  # by torch's major version of CUDA
+
+
+class Cuda:
+    """Where transforms run, as far as they need to know; tests put host memory in its place."""
+
+    device_type = "cuda"
+
+    def index(self, device: torch.device) -> int:
+        return device.index
+
+    def guard(self, device: torch.device) -> AbstractContextManager[object]:
+        return torch.cuda.device(device)
+
+    def stream(self, device: torch.device) -> int:
+        return torch.cuda.current_stream(device).cuda_stream
+
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+
+_cuda = Cuda()
+
+
+def unavailable_reasons() -> list[str]:
+    """Why there are no transforms here; empty if libcufft could be opened. Whether there is a device is not asked."""
+    return list(_open())
+
+
+def rfft2(u: Tensor) -> Tensor:
+    """``Z[h,k,n] = sum_pq u[p,q,n] exp(-2 pi i (h p / H + k q / W))`` on the device's current stream.
+
+    Args:
+        u: (...,H,W,N) float32 or float64, contiguous, on a CUDA device. One that is not aligned to two elements is
+            copied. H*W*N is even if there are several.
+
+    Returns:
+        (...,H,K,N,2), K = W//2 + 1, of u's dtype.
+
+    Raises:
+        ValueError: for any other u.
+        RuntimeError: if libcufft is not there, or with the name of the error it returned.
+    """
+    _check("u", u, "(...,H,W,N)", u.dim() >= 3)
+    *several, H, W, N = u.shape
+    return _transform(u, u.new_empty((*several, H, W // 2 + 1, N, 2)), (H, W, N), inverse=False)
+
+
+def irfft2(Z: Tensor, W: int) -> Tensor:
+    """``u[p,q,n] = sum_hk Z[h,k,n] exp(2 pi i (h p / H + k q / W))`` over all W frequencies k, on the current stream.
+
+    Those beyond K are the conjugates of ``Z[-h,-k,n]``. What the result is where columns k = 0 and k = W/2 are not
+    conjugate to themselves is up to the library.
+
+    Args:
+        Z: (...,H,K,N,2), K = W//2 + 1, as `rfft2` returns it. **Overwritten.**
+        W: width of the planes.
+
+    Returns:
+        (...,H,W,N) of Z's dtype: H*W times the planes that `rfft2` made Z of.
+
+    Raises:
+        ValueError: for any other Z or W.
+        RuntimeError: if libcufft is not there, or with the name of the error it returned.
+    """
+    fits = W > 0 and Z.dim() >= 4 and Z.shape[-3] == W // 2 + 1 and Z.shape[-1] == 2
+    _check("Z", Z, f"(...,H,K,N,2), K = {W}//2 + 1,", fits)
+    *several, H, _, N, _ = Z.shape
+    return _transform(Z, Z.new_empty((*several, H, W, N)), (H, W, N), inverse=True)
+
+
+def clear_plans(device: torch.device) -> None:
+    """Frees what cuFFT keeps on the device for transforms to come; what a captured CUDA graph refers to stays."""
+    with _cuda.guard(device):
+        cpu.core().cufft_clear(_cuda.index(device))
+
+
+def _check(name: str, t: Tensor, shape: str, fits: bool) -> None:
+    """The last check before the core trusts a pointer."""
+    dense = t.numel() > 0 and t.is_contiguous() and not t.is_neg()
+    if not (fits and dense and t.dtype in _DTYPE_CODES and t.device.type == _cuda.device_type):
+        raise ValueError(
+            f"libcufft: {name} must be contiguous {shape} float32 or float64 on a {_cuda.device_type} device, got "
+            f"{t.dtype} {tuple(t.shape)} with strides {t.stride()} on {t.device}"
+        )
+
+
+def _transform(source: Tensor, result: Tensor, shape: tuple[int, int, int], inverse: bool) -> Tensor:
+    if reasons := unavailable_reasons():
+        raise RuntimeError("; ".join(reasons))
+    core, device = cpu.core(), source.device
+    count = (result if inverse else source).numel() // math.prod(shape)
+    if count > 1 and math.prod(shape) % 2:
+        raise ValueError(f"libcufft: of {count} real arrays {shape} every second one begins at an odd element")
+    if source.data_ptr() % (2 * source.itemsize):  # cuFFT wants real arrays aligned like complex ones, too
+        source = source.clone()
+    with _cuda.guard(device):
+        transform = (_cuda.index(device), shape, _DTYPE_CODES[source.dtype], inverse, _cuda.capturing())
+        workspace = source.new_empty(core.cufft_plan(*transform), dtype=torch.uint8)
+        for i in range(count):
+            core.cufft_run(
+                *transform,
+                source.data_ptr() + i * source.nbytes // count,
+                result.data_ptr() + i * result.nbytes // count,
+                workspace.data_ptr(),
+                workspace.numel(),
+                _cuda.stream(device),
+            )
+    return result
+
+
+@cache
+def _open() -> tuple[str, ...]:
+    """Opens libcufft; the reasons if it cannot be."""
+    if reasons := cpu.unavailable_reasons():
+        return tuple(reasons)
+    if torch.version.cuda is None:
+        return ("this torch is not built for CUDA, which libcufft comes with",)
+    major = torch.version.cuda.split(".")[0]
+    if major not in _SONAMES:
+        return (f"which libcufft belongs to CUDA {major} is not known, only to CUDA {' and '.join(_SONAMES)}",)
+    errors = []
+    for path in _candidates(_SONAMES[major]):
+        try:
+            cpu.core().cufft_open(path)
+        except RuntimeError as error:
+            errors.append(str(error))
+        else:
+            return ()
+    return (f"libcufft cannot be opened: {', '.join(errors)}",)
+
+
+def _candidates(soname: str) -> list[str]:
+    """What to open, in this order: by its name the copy that torch has loaded or the system's, then that of a wheel."""
+    spec = find_spec("nvidia")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return [soname, *(str(path) for folder in folders for path in sorted(Path(folder).glob(f"*/lib/{soname}")))]

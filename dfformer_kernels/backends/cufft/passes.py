@@ -1,0 +1,209 @@
+"""The ``cufft`` backend: Triton kernels around cuFFT's transforms (torch.fft's where there is no libcufft), any plane.
+
+Samples lie side by side: planes are (1,H,W,B*C), spectra (1,H,K,B*C,2), so that one transform takes all channels of
+all samples. A pass over memory brings ``x`` there, applying StarReLU and converting to float32 on the way, and one
+takes the result back. Or each sample is a transform of its own, where `by_sample` says so: planes are (B,H,W,C), as x
+and y are, and those of the arithmetic dtype need passes for StarReLU only.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfformer_kernels.backends.filter_kernels import filter_kernels
+from dfformer_kernels.reference import compute_dtype
+
+# What may move while one more transform is launched, in bytes: 3 us at the 3.35 TB/s of an H100. An assumption.
+_LAUNCH_BYTES = 10_000_000
+_MAX_EXTENT = 2**30  # of H*W, and of B*C: 32-bit indices in the Triton kernels, whose offsets are 64-bit
+
+
+def unavailable_reasons() -> list[str]:
+    """Why nothing can run on this backend here; empty if there are a GPU and Triton."""
+    reasons = [] if torch.cuda.is_available() else ["there is no CUDA or ROCm device"]
+    if find_spec("triton") is None:
+        reasons.append("the package triton is not installed")
+    return reasons
+
+
+def refusals(op: str, shape: tuple[int, ...]) -> list[str]:
+    """Why it cannot do ``op`` on x of this shape; empty if it can."""
+    if op.startswith("star_relu"):
+        extents = {"elements a channel": _product(shape[:-1]), "channels": _product(shape[-1:])}
+    else:
+        extents = {"H*W": shape[1] * shape[2], "B*C": shape[0] * shape[3]}
+    return [f"{name} is {n}, above {_MAX_EXTENT}" for name, n in extents.items() if n > _MAX_EXTENT]
+
+
+def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    with torch.cuda.device_of(x):
+        _triton().activate(_rows(x), _rows(y), scale, bias)
+    return y
+
+
+def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    with torch.cuda.device_of(x):
+        gradients = _triton().activate_backward(_rows(grad_y), _rows(x), scale, bias, needs)
+    return [gradients[0].view(x.shape), *gradients[1:]] if needs[0] else gradients
+
+
+def by_sample(shape: Sequence[int], dtype: torch.dtype, star_relu: bool, backward: bool) -> bool:
+    """Whether each sample of x (B,H,W,C) is a transform of its own: where that moves fewer bytes, launches included.
+
+    It saves the passes that only bring samples side by side or back: of x and y, or of grad_y, x and grad_x, with
+    StarReLU those of y and grad_y alone, since StarReLU's own passes remain. Beyond the first sample it takes two
+    launches each forward, three backward. One sample is the same either way; passes that convert 16 bits remain.
+    """
+    B, H, W, C = shape
+    if B == 1:
+        return True
+    if dtype != compute_dtype(dtype) or H * W * C % 2:  # cuFFT wants real arrays to begin at even elements
+        return False
+    transforms = 3 if backward else 2
+    passes = 1 if star_relu else transforms
+    return passes * 2 * H * W * C * dtype.itemsize > transforms * _LAUNCH_BYTES
+
+
+def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    with torch.cuda.device_of(x):
+        X = _spectrum(x, x.dtype, scale, bias, by_sample(x.shape, x.dtype, scale is not None, backward=False))
+        _triton().mix(X, x.shape[2], logits, filters.contiguous())
+        return _samples(_transforms(x.device.type)[1](X, x.shape[2]), x)
+
+
+def _filter_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    logits: Tensor | None,
+    filters: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    need_x, need_logits, need_filters, need_scale, need_bias = needs
+    need_u, W, filters = need_x or need_scale or need_bias, x.shape[2], filters.contiguous()
+    if not any(needs):
+        return []
+    with torch.cuda.device_of(x):
+        apart = by_sample(x.shape, x.dtype, scale is not None, backward=True)
+        G = _spectrum(grad_y, x.dtype, None, None, apart)
+        X = _spectrum(x, x.dtype, scale, bias, apart) if need_logits or need_filters else None
+        if logits is None:
+            gradients = _triton().global_mix_backward(G, X, W, filters, (need_u, need_filters))
+        else:
+            gradients = _triton().mix_backward(G, X, W, logits, filters, (need_u, need_logits, need_filters))
+        if not need_u:
+            return gradients
+        del X
+        grad_u = _transforms(x.device.type)[1](G, W)
+        if scale is None or bias is None:
+            return [_samples(grad_u, x), *gradients]
+        planes = _by_channel(grad_u, x.shape[0])
+        of_inputs = _triton().activate_backward(planes, x.flatten(1, 2), scale, bias, (need_x, need_scale, need_bias))
+        if need_x:
+            gradients.insert(0, of_inputs.pop(0).view(x.shape))
+        return gradients + of_inputs
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "star_relu": star_relu,
+    "star_relu_backward": star_relu_backward,
+    **filter_kernels(_filter, _filter_backward),
+}
+
+
+def _spectrum(x: Tensor, dtype: torch.dtype, scale: Tensor | None, bias: Tensor | None, apart: bool) -> Tensor:
+    """``rfft2(u)`` in the dtype that arithmetic on ``dtype`` is done in, samples apart (B,H,K,C,2) or side by side
+    (1,H,K,B*C,2); u is x or StarReLU of it.
+    """
+    B, H, W, C = x.shape
+    planes = x.flatten(1, 2)  # a view, but for memory in which no row follows the one above
+    if apart and scale is None and x.dtype == compute_dtype(dtype) and planes.is_contiguous():
+        u = planes.view(x.shape)
+    else:
+        shape = (B, H, W, C) if apart else (1, H, W, B * C)
+        u = torch.empty(shape, dtype=compute_dtype(dtype), device=x.device)
+        _triton().activate(planes, _by_channel(u, B), scale, bias)
+    return _transforms(x.device.type)[0](u)
+
+
+def _samples(u: Tensor, x: Tensor) -> Tensor:
+    """(B,H,W,C) or (1,H,W,B*C) as (B,H,W,C) of x's dtype."""
+    if u.shape == x.shape and u.dtype == x.dtype:
+        return u
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _triton().activate(_by_channel(u, x.shape[0]), y.flatten(1, 2))
+    return y
+
+
+def _by_channel(u: Tensor, B: int) -> Tensor:
+    """(B,H,W,C) or (1,H,W,B*C) seen as (B,H*W,C)."""
+    rows = u.flatten(1, 2)
+    return rows if len(u) == B else rows[0].unflatten(1, (B, -1)).transpose(0, 1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x of any shape as (1,R,C)."""
+    return x.reshape(1, -1, x.shape[-1] if x.dim() else 1)
+
+
+def _product(sizes: Sequence[int]) -> int:
+    return int(torch.Size(sizes).numel())
+
+
+def traffic(
+    op: str, shape: Sequence[int], dtype: torch.dtype, star_relu: bool = False, backward: bool = False
+) -> list[tuple[str, int]]:
+    """The passes of a filter step on x (B,H,W,C), or of its whole backward, and the bytes each moves, as a model.
+
+    Of a transform it counts its input and its output once, whatever the library does in between. A global filter's
+    weight is as large as a sample's spectrum and counts, as does its gradient (once, though small planes have slots of
+    it); a dynamic filter's parameters and slots are small and do not. Each pass is one launch, but a transform of
+    several samples one for each where `by_sample` says so.
+    """
+    B, H, W, C = shape
+    stored, wide = dtype.itemsize, compute_dtype(dtype).itemsize
+    elements = B * H * W * C
+    plane, spectrum = elements * wide, 2 * B * H * (W // 2 + 1) * C * wide
+    weight = spectrum // B if op == "global_filter" else 0
+    moves = stored != wide or not by_sample(shape, dtype, star_relu, backward)
+    inside = ("inside", elements * stored + plane)
+    outside = ("outside", plane + elements * stored)
+    transform = ("rfft2", plane + spectrum)
+    inverse = ("irfft2", spectrum + plane)
+    x_in = [inside] * (moves or star_relu) + [transform]
+    if not backward:
+        return [*x_in, ("mix", 2 * spectrum + weight), inverse, *[outside] * moves]
+    last = [("star_relu_backward", plane + 2 * elements * stored)] if star_relu else [outside] * moves
+    return [*[inside] * moves, transform, *x_in, ("mix_backward", 3 * spectrum + 2 * weight), inverse, *last]
+
+
+@cache
+def _triton() -> ModuleType:
+    return import_module("dfformer_kernels.backends.cufft.triton_kernels")
+
+
+@cache
+def _transforms(device_type: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int], Tensor]]:
+    """``rfft2`` and ``irfft2``, unscaled: cuFFT's where libcufft can be opened, torch.fft's where not (ROCm)."""
+    if device_type == "cuda":
+        libcufft = import_module("dfformer_kernels.backends.cufft.libcufft")
+        if not libcufft.unavailable_reasons():
+            return libcufft.rfft2, libcufft.irfft2
+    return _torch_rfft2, _torch_irfft2
+
+
+def _torch_rfft2(u: Tensor) -> Tensor:
+    return torch.view_as_real(torch.fft.rfft2(u, dim=(1, 2), norm="backward").contiguous())
+
+
+def _torch_irfft2(Z: Tensor, W: int) -> Tensor:
+    # "forward" leaves the scaling to the forward transform: none here.
+    return torch.fft.irfft2(torch.view_as_complex(Z), s=(Z.shape[1], W), dim=(1, 2), norm="forward").contiguous()

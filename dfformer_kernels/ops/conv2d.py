@@ -1,0 +1,103 @@
+"""Convolutions inside channels-last networks that torch.compile leaves in peace.
+
+Inductor takes every 4-D tensor that a convolution depends on for (B,C,H,W), and on a CPU gives each of them that
+layout's channels-last strides. Of a (B,H,W,C) tensor that makes H the last dimension in memory: copies there and back
+around every layer (docs/model_speed.md). Into an operator that it does not know it does not look.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dfformer_kernels.dispatch import without_autocast
+from dfformer_kernels.ops import checks
+from dfformer_kernels.ops.filter import differentiate, register
+from dfformer_kernels.ops.mlp import autocast_dtype
+
+Pair = Sequence[int]
+_DILATION, _NOT_TRANSPOSED, _NO_OUTPUT_PADDING = (1, 1), False, (0, 0)
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, *, groups: int = 1
+) -> Tensor:
+    """``F.conv2d(x, weight, bias, stride, padding, groups=groups)``, in torch.compile's graphs an operator of its own.
+
+    Args:
+        x: (B,C,H,W), float32, float64, bfloat16 or float16; best in channels-last memory, which is what the operator
+            returns.
+        weight: (N, C / groups, h, w), bias: (N,), of x's dtype; under autocast, of any.
+        stride, padding: along H and W.
+
+    Returns:
+        (B,N,H',W'). Saves ``x`` and ``weight`` for backward.
+
+    Raises:
+        ValueError, TypeError: a bad argument, by name, where it is an operator of its own; else what torch raises.
+    """
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
+    if dtype := autocast_dtype(x):
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    y = torch.ops.dfformer.convolution(x.permute(0, 2, 3, 1), weight, bias, stride, padding, groups)
+    return y.permute(0, 3, 1, 2)
+
+
+def output_plane(plane: Pair, kernel: Pair, stride: Pair, padding: Pair) -> tuple[int, int]:
+    """The plane (H', W') that a convolution makes of ``plane`` (H, W)."""
+    sizes = zip(plane, kernel, stride, padding, strict=True)
+    H, W = ((size + 2 * pad - width) // step + 1 for size, width, step, pad in sizes)
+    return H, W
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, groups: int) -> Tensor:
+    checks.check_convolution(x, weight, bias, stride, padding, groups)
+    with without_autocast(x.device):
+        y = F.conv2d(x.contiguous().permute(0, 3, 1, 2), weight, bias, stride, padding, groups=groups)
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, groups: int) -> Tensor:
+    checks.check_convolution(x, weight, bias, stride, padding, groups)
+    plane = output_plane(x.shape[1:3], weight.shape[2:], stride, padding)
+    return x.new_empty((x.shape[0], *plane, weight.shape[0]))
+
+
+class ConvolutionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = sizes
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return torch.ops.dfformer.convolution(x, weight, bias, *sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, groups = ctx.sizes
+        needs = list(ctx.needs_input_grad[:3])
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad_y.permute(0, 3, 1, 2),
+            x.permute(0, 3, 1, 2),
+            weight,
+            weight.shape[:1],
+            stride,
+            padding,
+            _DILATION,
+            _NOT_TRANSPOSED,
+            _NO_OUTPUT_PADDING,
+            groups,
+            needs,
+        )
+        return grad_x.permute(0, 2, 3, 1) if needs[0] else None, grad_weight, grad_bias, None, None, None
+
+
+register(
+    "convolution(Tensor x, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt groups) -> Tensor",
+    _convolution,
+    _fake,
+)
+differentiate("convolution", ConvolutionFunction)

@@ -1,0 +1,128 @@
+"""How many floating point operations each operator does, for ``torch.utils.flop_counter.FlopCounterMode``.
+
+Importing this registers them (``import dfformer`` does). A multiply-add counts 2. A real 2-D transform of N points
+counts 2.5 N log2 N a channel, the usual figure. Pointwise arithmetic outside of spectra counts nothing, as in torch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from dfformer_kernels.ops.conv2d import output_plane
+
+Shape = Sequence[int]
+
+# For each kept frequency and channel
+MIX = 4  # a complex number times a real one, added to a sum; for each filter of the basis
+PRODUCT = 6  # of two complex numbers
+WEIGHTED_PRODUCT = PRODUCT + 2  # times how many columns of the whole spectrum it stands for
+BATCH_SUM = 2
+
+
+def _filter(x: Shape, transforms: int, spectral: int) -> int:
+    """Of transforms of x (B,H,W,C), and of arithmetic on each kept frequency and channel."""
+    B, H, W, C = x
+    N = max(H * W, 1)
+    return round(B * C * (transforms * 2.5 * N * math.log2(N) + H * (W // 2 + 1) * spectral))
+
+
+def _filter_backward(x: Shape, need_u: bool, mix: int, need_filters: bool, sums: int) -> int:
+    """``grad_u = irfft2(conj(M) G)``, and the sums of ``P = D G conj(X)`` that the filters' gradients are."""
+    return _filter(
+        x,
+        transforms=1 + need_u + need_filters,
+        spectral=need_u * (mix + PRODUCT) + need_filters * (WEIGHTED_PRODUCT + sums),
+    )
+
+
+def _dynamic_filter(x: Shape, logits: Shape, *_: Any) -> int:
+    return _filter(x, 2, MIX * logits[1] + PRODUCT)
+
+
+def _dynamic_filter_backward(grad_y: Shape, x: Shape, logits: Shape, *others: Any) -> int:
+    need_x, need_logits, need_basis, need_scale, need_bias = others[-2]
+    mix = MIX * logits[1]
+    need_u, need_filters = need_x or need_scale or need_bias, need_logits or need_basis
+    return _filter_backward(x, need_u, mix, need_filters, mix * (need_logits + need_basis))
+
+
+def _global_filter(x: Shape, *_: Any) -> int:
+    return _filter(x, 2, PRODUCT)
+
+
+def _global_filter_backward(grad_y: Shape, x: Shape, *others: Any) -> int:
+    need_x, need_weight, need_scale, need_bias = others[-2]
+    return _filter_backward(x, need_x or need_scale or need_bias, 0, need_weight, BATCH_SUM)
+
+
+def _linear(x: Shape, weight: Shape, *_: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+def _linear_backward(grad_y: Shape, x: Shape, weight: Shape, needs: Sequence[bool], *others: Any) -> int:
+    need_x, need_weight, _ = needs
+    return (need_x + need_weight) * _linear(x, weight)
+
+
+def _mlp(x: Shape, weight1: Shape, scale: Shape, bias: Shape, weight2: Shape, *_: Any) -> int:
+    return 2 * math.prod(x[:-1]) * (math.prod(weight1) + math.prod(weight2))
+
+
+def _mlp_backward(
+    grad_y: Shape, hidden: Shape, x: Shape, weight1: Shape, scale: Shape, bias: Shape, weight2: Shape, *others: Any
+) -> int:
+    need_x, need_weight1, need_scale, need_bias, need_weight2 = others[-2]
+    need_h = need_x or need_weight1 or need_scale or need_bias
+    products = (need_x + need_weight1) * math.prod(weight1) + (need_h + need_weight2) * math.prod(weight2)
+    return 2 * math.prod(x[:-1]) * products
+
+
+def _convolution(x: Shape, weight: Shape, bias: Shape | None, stride: Shape, padding: Shape, *_: Any) -> int:
+    plane = output_plane(x[1:3], weight[2:], stride, padding)
+    return 2 * x[0] * math.prod(plane) * math.prod(weight)
+
+
+def _norm_linear(x: Shape, norm_weight: Shape, eps: float, weight: Shape, *_: Any) -> int:
+    return _linear(x, weight)
+
+
+def _norm_mlp(x: Shape, norm_weight: Shape, eps: float, weight1: Shape, *_: Any) -> int:
+    return 2 * _linear(x, weight1)
+
+
+def _nothing(*_: Any) -> int:
+    return 0
+
+
+# By operator: of its arguments, tensors being their shapes. Backwards end with needs and the backend's name.
+FORMULAS: dict[str, Callable[..., int]] = {
+    "star_relu": _nothing,
+    "star_relu_backward": _nothing,
+    "dynamic_filter": _dynamic_filter,
+    "dynamic_filter_backward": _dynamic_filter_backward,
+    "global_filter": _global_filter,
+    "global_filter_backward": _global_filter_backward,
+    "linear": _linear,
+    "linear_backward": _linear_backward,
+    "mlp": _mlp,
+    "mlp_keeping_hidden": _mlp,
+    "mlp_backward": _mlp_backward,
+    "norm_linear": _norm_linear,
+    "norm_mlp": _norm_mlp,
+    "norm_mean": _nothing,
+    "convolution": _convolution,
+}
+
+
+def _register(name: str, formula: Callable[..., int]) -> None:
+    def counted(*arguments: Any, out_shape: Any) -> int:
+        return formula(*arguments)
+
+    register_flop_formula(getattr(torch.ops.dfformer, name))(counted)
+
+
+for _name, _formula in FORMULAS.items():
+    _register(_name, _formula)

@@ -1,0 +1,101 @@
+"""The tables of docs/gpu.md say what the code says."""
+
+from pathlib import Path
+
+import gpu_resources
+import gpu_traffic
+import pytest
+import torch
+from paths import ROOT
+
+from dfformer_kernels.backends.cuda import launch as cuda
+from dfformer_kernels.backends.cufft import passes as cufft
+
+PAGE = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
+
+
+def cells(first: str, number: int = 0) -> list[str]:
+    """Of the ``number``-th row of a table after the one that begins with ``first``."""
+    lines = PAGE.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith(f"| {first}"))
+    return [cell.strip() for cell in lines[begin + number].strip("|").split("|")]
+
+
+def test_operators_are_counted_by_what_they_read_and_write() -> None:
+    x = torch.empty(10, 6, device="meta")
+    with gpu_traffic.MovedBytes() as moved:
+        torch.add(x.view(60)[:60], x.t().reshape(60))  # two views, a copy (2 x), a sum (3 x)
+    assert moved.total == 5 * x.nbytes
+
+
+@pytest.mark.parametrize("side", [56, 28, 14, 7, 64, 96, 128])
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_table_of_resources(side: int, backward: bool) -> None:
+    _, _, *given = cells(f"{side}x{side}, ", backward)
+    C = int(cells(f"{side}x{side}, ")[0].partition(", ")[2])
+    direction = gpu_resources.DIRECTIONS[backward]
+    for arch, cell in zip(("sm_80", "sm_89", "sm_90"), given, strict=True):
+        problem = ("cuda", f"filter_{direction}, C={C}", arch, str(side), "float32")
+        row = next(
+            row
+            for row in gpu_resources.read()
+            if tuple(row[name] for name in ("backend", "kernel", "target", "H", "dtype")) == problem
+        )
+        step = cuda.Step(side, side, C, gpu_resources.F, torch.float32, True, backward)
+        variant = cuda.choose_variant(step, cuda.CHIPS[arch])
+        if variant is None:
+            assert cell == "refused"
+            continue
+        size = f"{variant.shared_bytes / 1024:.0f} KiB"
+        assert cell == f"{variant.lanes} x {variant.threads}, {row['regs']}, {size}, {row['blocks_per_sm']}"
+
+
+def test_what_the_page_says_of_the_committed_table() -> None:
+    rows = [row for row in gpu_resources.read() if row["backend"] == "cuda"]
+    assert f"{sum(row['dispatched'] == 'True' for row in rows)} of {len(rows)} combinations dispatched" in PAGE
+    of_plane: dict[tuple[str, ...], list[tuple[int, str]]] = {}
+    for row in rows:
+        if row["dispatched"] == "True":
+            problem = tuple(row[name] for name in ("target", "H", "W", "dtype", "direction"))
+            of_plane.setdefault(problem, []).append((int(row["regs"]), f"{row['smem_bytes']}, {row['blocks_per_sm']}"))
+    assert all(len({layout for _, layout in kernels}) == 1 for kernels in of_plane.values())
+    apart = max(max(kernels)[0] - min(kernels)[0] for kernels in of_plane.values())
+    assert f"differ by up to {apart} registers" in PAGE
+
+
+@pytest.mark.parametrize("column", range(4))
+def test_the_table_of_passes(column: int) -> None:
+    shape, dtype, backward = gpu_traffic.SHAPES[0], gpu_traffic.DTYPES[column % 2], column >= 2
+    passes = cufft.traffic("dynamic_filter", shape, dtype, star_relu=True, backward=backward)
+    elements = torch.Size(shape).numel()
+    moved = [f"{size / elements:.1f}" for _, size in passes]
+    if backward:
+        inside, transform, *rest = moved[:2] + moved[4:]
+        assert moved[2:4] == [inside, transform]
+        moved = [f"2 x {inside}", f"2 x {transform}", *rest]
+    assert [cells("in: ", i)[2 + column] for i in range(5)] == moved
+    total = gpu_traffic.bytes_per_element("cufft", shape, dtype, backward)
+    assert cells("**together**")[2 + column].startswith(f"**{total:.1f}**, {len(passes)}")
+
+
+def test_what_the_page_says_of_large_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(backward: bool) -> float:
+        return gpu_traffic.bytes_per_element("cufft", gpu_traffic.LARGE, torch.float32, backward)
+
+    a, c = (f"{moved(backward):.1f}" for backward in (False, True))
+    monkeypatch.setattr(cufft, "_LAUNCH_BYTES", 2**60)
+    b, d = (f"{moved(backward):.1f}" for backward in (False, True))
+    words = f"{a} bytes an element forward instead of {b}, and {c} instead of {d} backward"
+    assert words in " ".join(PAGE.split())
+
+
+def test_what_the_page_says_of_torch() -> None:
+    for backward, words in ((False, "73 to 80 bytes forward"), (True, "198 to 225 backward")):
+        moved = [gpu_traffic.bytes_per_element("torch", shape, torch.float32, backward) for shape in gpu_traffic.SHAPES]
+        assert words.startswith(f"{min(moved):.0f} to {max(moved):.0f}")
+        assert words in " ".join(PAGE.split())
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    gpu_traffic.draw(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000

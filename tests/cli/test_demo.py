@@ -1,0 +1,66 @@
+"""The demo, shortened: one epoch, small photographs. The full one is run by `make demo`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dfformer.analysis.figures import full_spectrum
+from dfformer.cli import demo
+from dfformer.cli.main import main
+
+
+@pytest.fixture
+def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    load_photos = demo.load_sample_images
+
+    def one_photo() -> object:
+        photos = load_photos()
+        photos.images, photos.filenames = [photos.images[0][:96, :128]], photos.filenames[:1]
+        return photos
+
+    monkeypatch.setattr(demo, "load_sample_images", one_photo)
+    monkeypatch.setattr(demo, "QUICK", demo.Effort(epochs=1, target=0.0, repetitions=1))
+    return tmp_path / "demo"
+
+
+def test_demo_writes_everything(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--output", str(output), "--seed", "3", "--quick"]) == 0
+    report = (output / "report.md").read_text()
+    pictures = {path.name for path in output.glob("*.png")}
+    assert pictures == {name for name in pictures if f"({name})" in report}, "every picture is in the report"
+    assert len(pictures) == 6
+    for picture in output.glob("*.png"):
+        assert np.asarray(Image.open(picture).convert("L")).std() > 5, f"{picture.name} shows nothing"
+    content = json.loads((output / "report.json").read_text())
+    assert content["seed"] == 3
+    assert content["digits"]["reload_difference"] == 0
+    assert all(photo["error"] < 1e-5 and photo["fused_mib"] < photo["plain_mib"] for photo in content["photos"])
+    assert main(["predict", "--checkpoint", str(output / "digits.safetensors"), str(output / "digits")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 10
+
+
+def test_demo_fails_below_its_target(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "QUICK", demo.Effort(epochs=1, target=1.01, repetitions=1))
+    assert main(["demo", "--output", str(output), "--quick"]) == 2
+    assert not (output / "report.md").exists()
+
+
+def test_split_is_stratified_and_disjoint() -> None:
+    digits = demo.load_digit_images(0)
+    assert (len(digits.train_x), len(digits.test_x)) == (1437, 360)
+    shares = torch.bincount(digits.test_y) / torch.bincount(torch.cat([digits.train_y, digits.test_y]))
+    assert ((shares - 0.2).abs() < 0.01).all()
+    again = demo.load_digit_images(0)
+    assert torch.equal(digits.test_x, again.test_x)
+
+
+@pytest.mark.parametrize(("H", "W"), [(4, 6), (5, 7), (1, 4), (6, 1)])
+def test_full_spectrum_is_the_whole_one(H: int, W: int) -> None:
+    image = torch.randn(H, W, 3)
+    expected = torch.fft.fftshift(torch.fft.fft2(image, dim=(0, 1)), dim=(0, 1))
+    actual = torch.tensor(full_spectrum(torch.fft.rfft2(image, dim=(0, 1)), W))
+    assert torch.allclose(actual, expected, atol=1e-5)

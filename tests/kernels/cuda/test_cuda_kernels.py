@@ -1,0 +1,409 @@
+"""The CUDA kernels without a GPU: their phases emulated with every access watched, and the source itself in threads."""
+
+import functools
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import OPS, Case, Inputs, assert_within_bound, expected, make_grad, make_inputs
+from conftest import require, require_compiler
+from paths import ROOT
+from torch import Tensor
+
+from dfformer_kernels.tolerance import BOUND, gradient_errors
+
+COMPILE = [
+    os.environ.get("CXX", "g++"),
+    "-std=c++20",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    *(f"-I{ROOT / folder}" for folder in ("csrc/fft", "csrc/cuda", "tests/native")),
+]
+STORAGE = {torch.float32: ("float", 0), torch.bfloat16: ("BFloat16", 2), torch.float16: ("Float16", 3)}
+PAIRS, HALVES = 0, 1  # how rows are transformed
+REGISTERS, UNROLLED, ROLLED = 0, 1, 2  # and columns
+
+
+GRADIENTS = ("x", "logits", "filters", "star_relu")  # what the backward kernel can be asked for
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A specialisation of both directions and the problem it runs on; F = 0 is the global filter."""
+
+    H: int
+    W: int
+    C: int
+    F: int
+    lanes: int
+    threads: int
+    rows: int
+    columns: int
+    dtype: torch.dtype = torch.float32
+    star_relu: bool = True
+    B: int = 2
+    planes: int = 2  # in shared memory, backward
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        variant = f"lanes{self.lanes}x{self.threads}_rows{self.rows}_columns{self.columns}"
+        flags = "_star_relu" * self.star_relu + "_in_turn" * (self.planes == 1)
+        return f"plane{self.H}x{self.W}_C{self.C}_F{self.F}_{variant}_{dtype}{flags}"
+
+    def layout(self, backward: bool) -> str:
+        numbers = (self.H, self.W, self.C, self.F, self.lanes, self.threads, self.rows, self.columns)
+        flags = (self.star_relu, backward, self.planes if backward else 1)
+        return ", ".join(str(int(number)) for number in (*numbers, *flags))
+
+    @property
+    def channel_blocks(self) -> int:
+        return -(-self.C // self.lanes)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Of the forward kernel, and of the backward one: fewer than there are work items, so that blocks add up."""
+        items = self.B * self.channel_blocks
+        return items, max(items - 1, 1) if self.F else self.channel_blocks
+
+    @property
+    def row_stride(self) -> int:
+        K = self.W // 2 + 1
+        if self.lanes >= 16:
+            return K * self.lanes
+        return (K | 1) * self.lanes if self.rows == HALVES else K * self.lanes + self.lanes // 2
+
+    def shared_bytes(self, backward: bool) -> int:
+        forward = 8 * self.H * self.row_stride
+        sums = max(self.F, 2 if self.star_relu else 0)
+        return self.planes * forward + 4 * (self.F * self.lanes + sums * self.threads) if backward else forward
+
+    def macros(self, backward: bool) -> list[str]:
+        values = {
+            "DIRECTION": int(backward),
+            "PLANE_H": self.H,
+            "PLANE_W": self.W,
+            "CHANNELS": self.C,
+            "FILTERS": self.F,
+            "LANES": self.lanes,
+            "THREADS": self.threads,
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "STORAGE": STORAGE[self.dtype][1],
+            "STAR_RELU": int(self.star_relu),
+            "PLANES": self.planes if backward else 1,
+            "MIN_BLOCKS": 1,
+            "SHARED_BYTES": self.shared_bytes(backward),
+        }
+        return [f"-D{name}={value}" for name, value in values.items()]
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+PRIMES = (17, 19, 23, 29)
+KERNELS = [
+    # the stages of the models, as a GPU runs them
+    Kernel(7, 7, 40, 4, 32, 128, PAIRS, REGISTERS),
+    Kernel(14, 14, 12, 4, 8, 64, PAIRS, REGISTERS),
+    Kernel(14, 14, 16, 4, 16, 128, HALVES, ROLLED, BF16),
+    Kernel(28, 28, 8, 4, 8, 128, HALVES, ROLLED),
+    Kernel(56, 56, 6, 4, 4, 128, HALVES, ROLLED, B=1),
+    # other images; where the factors of a column have twiddles between them, unrolled and rolled
+    Kernel(12, 12, 8, 4, 8, 64, HALVES, REGISTERS, FP16),
+    Kernel(16, 16, 8, 4, 8, 64, HALVES, UNROLLED, BF16),
+    Kernel(24, 24, 8, 4, 8, 128, HALVES, ROLLED, star_relu=False),
+    Kernel(32, 32, 6, 4, 4, 128, PAIRS, UNROLLED, B=1),
+    Kernel(48, 48, 2, 4, 2, 64, HALVES, UNROLLED, B=1),
+    Kernel(64, 64, 4, 4, 4, 160, HALVES, ROLLED, B=1),
+    # odd sides and large primes, rectangles
+    Kernel(9, 15, 5, 4, 4, 32, PAIRS, ROLLED),
+    Kernel(13, 11, 7, 4, 4, 32, PAIRS, REGISTERS),
+    Kernel(11, 3, 7, 4, 4, 32, PAIRS, ROLLED),
+    Kernel(6, 10, 17, 4, 16, 64, HALVES, UNROLLED),
+    Kernel(10, 6, 3, 4, 2, 16, PAIRS, UNROLLED),
+    # one row, one column, one pixel
+    Kernel(1, 12, 3, 4, 2, 16, HALVES, REGISTERS),
+    Kernel(12, 1, 3, 4, 2, 16, PAIRS, ROLLED),
+    Kernel(1, 1, 5, 4, 4, 32, PAIRS, REGISTERS),
+    Kernel(2, 2, 3, 4, 2, 32, HALVES, REGISTERS),
+    # filters: 16-byte loads and 8-byte ones; fewer than there are StarReLU's scalars; the most
+    Kernel(8, 8, 3, 1, 2, 32, PAIRS, REGISTERS),
+    Kernel(8, 8, 3, 2, 2, 32, HALVES, REGISTERS, FP16),
+    Kernel(7, 8, 3, 5, 2, 32, HALVES, REGISTERS, star_relu=False),
+    Kernel(8, 5, 3, 16, 2, 32, PAIRS, ROLLED),
+    # a weight for every channel
+    Kernel(14, 14, 12, 0, 8, 64, PAIRS, REGISTERS, B=3),
+    Kernel(6, 10, 5, 0, 2, 32, HALVES, ROLLED, BF16, star_relu=False),
+    # spectra taken in turn: long and short columns, twiddles, F from 0 to 16
+    Kernel(24, 24, 6, 4, 4, 128, HALVES, ROLLED, planes=1),
+    Kernel(9, 7, 5, 3, 2, 32, PAIRS, ROLLED, BF16, planes=1),
+    Kernel(7, 8, 3, 16, 2, 32, HALVES, REGISTERS, star_relu=False, planes=1),
+    Kernel(16, 6, 5, 0, 2, 32, HALVES, ROLLED, planes=1, B=3),
+]
+if os.environ.get("DFFORMER_TEST_FULL"):
+    SIDES = (3, 4, 5, 11, 13, 18, 20, 21, 22, 25, 26, 27, 35, 36, 39, 40, 44, 49, 50, 52, 60, 63, 72, 80, 96, 112, 128)
+    KERNELS += [Kernel(side, side, 2, 4, 2, 128, PAIRS, ROLLED, B=1) for side in SIDES]
+    KERNELS += [
+        Kernel(side, 2 * (29 - side), 3, 3, 2, 64, HALVES, UNROLLED, B=1) for side in range(2, 28) if side not in PRIMES
+    ]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A kernel's inputs as bytes, and in float64 what is to come out."""
+
+    inputs: Inputs
+    grad_y: Tensor
+    y: Tensor
+    gradients: Inputs
+
+    @staticmethod
+    def of(kernel: Kernel) -> "Problem":
+        name = "dynamic_filter" if kernel.F else "global_filter"
+        op = OPS[name + "+star_relu" * kernel.star_relu]
+        case = Case(kernel.B, kernel.H, kernel.W, kernel.C, kernel.F)
+        inputs = make_inputs(op, case, kernel.dtype, parameter_dtype=torch.float32)
+        grad_y = make_grad(op, inputs)
+        return Problem(inputs, grad_y, *expected(op, inputs, grad_y))
+
+    def file(self, backward: bool) -> bytes:
+        order = ("x", "grad_y", "logits", "basis", "weight", "scale", "bias")
+        tensors = {**self.inputs, **({"grad_y": self.grad_y} if backward else {})}
+        return b"".join(_bytes(tensors[name]) for name in order if name in tensors)
+
+
+def _bytes(t: Tensor) -> bytes:
+    return t.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _compile(source: str, program: Path, *options: str) -> None:
+    command = [*COMPILE, *options, str(ROOT / "tests/native" / source), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def _execute(
+    program: Sequence[object],
+    kernel: Kernel,
+    backward: bool,
+    folder: Path,
+    wanted: Sequence[str] = GRADIENTS,
+    missing_barrier: int = -1,
+    problem: Problem | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a kernel on a problem, its own if none is given; the outputs are in the folder."""
+    (folder / "inputs").write_bytes((problem or Problem.of(kernel)).file(backward))
+    mask = sum(1 << GRADIENTS.index(name) for name in wanted)
+    arguments = [kernel.B, kernel.blocks[backward], mask, missing_barrier, folder / "inputs", folder / "outputs"]
+    return subprocess.run(list(map(str, [*program, *arguments])), capture_output=True, text=True, check=False)
+
+
+def _check_outputs(kernel: Kernel, backward: bool, folder: Path, wanted: Sequence[str] = GRADIENTS) -> None:
+    problem = Problem.of(kernel)
+    outputs = torch.from_numpy(np.fromfile(folder / "outputs", dtype=np.uint8))
+    if backward:
+        _check_gradients(kernel, problem.gradients, outputs, wanted)
+    else:
+        assert_within_bound("y", outputs.view(kernel.dtype).view(problem.y.shape), problem.y)
+
+
+def _check_gradients(kernel: Kernel, exact: Inputs, outputs: Tensor, wanted: Sequence[str]) -> None:
+    blocks = kernel.blocks[1]
+    filters = "basis" if kernel.F else "weight"
+    slots = blocks if kernel.F else blocks // kernel.channel_blocks
+    layout = {  # as the kernel writes them
+        "x": (kernel.dtype, tuple(exact["x"].shape)),
+        "logits": (torch.float32, (kernel.B, kernel.F, kernel.C)),
+        "filters": (torch.float32, (slots, *exact[filters].shape)),
+        "star_relu": (torch.float32, (blocks, 2 * kernel.star_relu)),
+    }
+    actual = {}
+    for name in wanted:
+        dtype, shape = layout[name]
+        size = torch.Size(shape).numel() * dtype.itemsize
+        actual[name], outputs = outputs[:size].view(dtype).view(shape), outputs[size:]
+    assert not outputs.numel()
+
+    if "x" in wanted:
+        assert_within_bound("grad_x", actual["x"], exact["x"])
+    pairs = []
+    if "logits" in wanted and kernel.F:
+        pairs.append((actual["logits"], exact["logits"]))
+    if "filters" in wanted:
+        pairs.append((actual["filters"].sum(0), exact[filters]))
+    if "star_relu" in wanted and kernel.star_relu:
+        pairs += zip(actual["star_relu"].sum(0), (exact["scale"], exact["bias"]), strict=True)
+    errors = gradient_errors(*zip(*pairs, strict=True)) if pairs else []
+    assert all(error <= BOUND[torch.float32] for error in errors), errors
+
+
+DIRECTIONS = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phases of all specialisations in one program, compiled as fast as possible."""
+    require_compiler()
+    program = tmp_path_factory.mktemp("emulator") / "emulate_cuda"
+    runs = " ".join(
+        f"RUN({kernel.name}_{direction}, {STORAGE[kernel.dtype][0]}, {direction}, {kernel.layout(bool(backward))})"
+        for kernel in KERNELS
+        for backward, direction in enumerate(("forward", "backward"))
+    )
+    _compile("emulate_cuda.cpp", program, "-O0", "-DFFT_INLINE=inline", "-DUNROLLED_BODY=", f"-DSPECIALISATIONS={runs}")
+    return program
+
+
+def _emulate(emulator: Path, kernel: Kernel, backward: bool, folder: Path, **options: Any) -> dict[str, int]:
+    """What the emulator reports of one kernel."""
+    name = f"{kernel.name}_{'backward' if backward else 'forward'}"
+    done = _execute([emulator, name], kernel, backward, folder, **options)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_emulated(kernel: Kernel, backward: bool, emulator: Path, tmp_path: Path) -> None:
+    """Right, without races or stray accesses; every pixel is moved once, in full sectors, without bank conflicts."""
+    report = _emulate(emulator, kernel, backward, tmp_path)
+    _check_outputs(kernel, backward, tmp_path)
+    assert {name: report[name] for name in ("races", "outside", "unwritten") if report[name]} == {}
+
+    # forward reads and writes once; backward reads both tensors, and x again where StarReLU's derivative needs it
+    size = kernel.B * kernel.H * kernel.W * kernel.C * kernel.dtype.itemsize
+    assert report["loaded"] == size * (1 + backward * (1 + kernel.star_relu))
+    assert report["stored"] == size
+
+    # in turn, X is written and read, and so is P where a basis' gradient adds up over lanes
+    spectra = 8 * kernel.H * (kernel.W // 2 + 1) * kernel.lanes * kernel.B * kernel.channel_blocks
+    in_turn = backward and kernel.planes == 1
+    assert report["kept"] == in_turn * (4 if kernel.F else 2) * spectra
+
+    # a warp's request: a run of channels for each of 32 / lanes pixels, in one more sector where it begins anywhere
+    run = -(-kernel.lanes * kernel.dtype.itemsize // 32) + (kernel.C * kernel.dtype.itemsize % 32 != 0)
+    assert report["sectors"] <= report["requests"] * 32 // kernel.lanes * run
+
+    # no bank conflicts, but a few where rows are padded (a gradient's sum over lanes goes from one to the next) or
+    # threads of a warp diverge (channels beyond C)
+    padded = kernel.row_stride > (kernel.W // 2 + 1) * kernel.lanes
+    bound = 1.2 if padded or kernel.C % kernel.lanes else 1.01
+    assert report["wavefronts"] <= bound * report["least_wavefronts"]
+
+
+DYNAMIC = next(kernel for kernel in KERNELS if kernel.F == 4 and kernel.H == 6)
+GLOBAL = next(kernel for kernel in KERNELS if kernel.F == 0)
+WANTED = [("x",), ("filters",), ("star_relu",), ("x", "filters"), ("logits", "star_relu")]
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+@pytest.mark.parametrize("kernel", [DYNAMIC, GLOBAL], ids=["dynamic", "global"])
+def test_only_wanted_gradients(kernel: Kernel, wanted: tuple[str, ...], emulator: Path, tmp_path: Path) -> None:
+    report = _emulate(emulator, kernel, True, tmp_path, wanted=wanted)
+    assert not report["outside"], report
+    _check_outputs(kernel, True, tmp_path, wanted)
+
+
+@DIRECTIONS
+def test_channels_keep_to_themselves(backward: bool, emulator: Path, tmp_path: Path) -> None:
+    """A channel that holds an infinity is lost; the others of its block do not notice."""
+    plain = _pixels_out(emulator, DYNAMIC, backward, tmp_path, lambda x: None)
+    spoilt = _pixels_out(emulator, DYNAMIC, backward, tmp_path, lambda x: x[0, 2, 3, 1].fill_(float("inf")))
+    others = torch.arange(DYNAMIC.C) != 1
+    assert not spoilt[0, ..., 1].isfinite().all()
+    assert torch.equal(spoilt[..., others], plain[..., others])
+    assert torch.equal(spoilt[1:], plain[1:])
+
+
+def _pixels_out(
+    emulator: Path, kernel: Kernel, backward: bool, folder: Path, change: Callable[[Tensor], Any]
+) -> Tensor:
+    """y or grad_x after ``change`` was made to x or grad_y."""
+    problem = Problem.of(kernel)
+    with torch.no_grad():
+        change(problem.grad_y if backward else problem.inputs["x"])
+    _emulate(emulator, kernel, backward, folder, problem=problem)
+    outputs = torch.from_numpy(np.fromfile(folder / "outputs", dtype=np.uint8))
+    return outputs[: problem.y.numel() * kernel.dtype.itemsize].view(kernel.dtype).view(problem.y.shape)
+
+
+BARRIERS = [(False, 0), (False, 1), (True, 0), (True, 1)]
+IN_TURN = next(kernel for kernel in KERNELS if kernel.planes == 1)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "backward", "barrier"),
+    [(DYNAMIC, *which) for which in BARRIERS] + [(IN_TURN, True, barrier) for barrier in range(4)],
+    ids=lambda value: value.name if isinstance(value, Kernel) else None,
+)
+def test_the_emulator_sees_a_missing_barrier(
+    kernel: Kernel, backward: bool, barrier: int, emulator: Path, tmp_path: Path
+) -> None:
+    assert _emulate(emulator, kernel, backward, tmp_path, missing_barrier=barrier)["races"]
+
+
+# dynamic_filter.cu itself, in host threads. Small: a sanitizer makes a barrier of some threads slow.
+THREADED = [
+    Kernel(8, 6, 5, 4, 2, 8, HALVES, UNROLLED),
+    Kernel(5, 7, 3, 3, 2, 8, PAIRS, REGISTERS, BF16),
+    Kernel(6, 5, 3, 0, 2, 8, PAIRS, ROLLED, FP16),
+    Kernel(8, 6, 5, 4, 2, 8, HALVES, UNROLLED, planes=1),
+]
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kernel, bool, str], Path]:
+    """Compiles the source for one kernel, direction and sanitizer, once."""
+    require_compiler()
+    folder = tmp_path_factory.mktemp("shim")
+
+    @functools.cache
+    def works(sanitizer: str) -> bool:
+        """Not with every kernel's address space, nor where its library is not installed."""
+        source, path = folder / "empty.cpp", folder / f"empty_{sanitizer}"
+        source.write_text("int main() {}")
+        compiled = subprocess.run([COMPILE[0], f"-fsanitize={sanitizer}", source, "-o", path], capture_output=True)
+        return compiled.returncode == 0 and subprocess.run([path], capture_output=True).returncode == 0
+
+    @functools.cache
+    def program(kernel: Kernel, backward: bool, sanitizer: str) -> Path:
+        require("cpu", works(sanitizer), f"g++ -fsanitize={sanitizer} makes programs that do not run here")
+        path = folder / f"{kernel.name}_{backward}_{sanitizer}"
+        options = ["-O1", "-g1", "-pthread", f"-fsanitize={sanitizer}", *kernel.macros(backward)]
+        _compile("run_cuda_shim.cpp", path, *options)
+        return path
+
+    return program
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("kernel", THREADED, ids=lambda kernel: kernel.name)
+def test_source_in_threads(
+    kernel: Kernel, sanitizer: str, backward: bool, shim: Callable[[Kernel, bool, str], Path], tmp_path: Path
+) -> None:
+    done = _execute([shim(kernel, backward, sanitizer)], kernel, backward, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    _check_outputs(kernel, backward, tmp_path)
+
+
+def test_source_without_unwanted_gradients(shim: Callable[[Kernel, bool, str], Path], tmp_path: Path) -> None:
+    done = _execute([shim(THREADED[0], True, "address")], THREADED[0], True, tmp_path, wanted=("x",))
+    assert (done.returncode, done.stderr) == (0, "")
+    _check_outputs(THREADED[0], True, tmp_path, ("x",))
+
+
+@pytest.mark.parametrize(("backward", "barrier"), [*BARRIERS, (True, 2)])
+def test_a_sanitizer_sees_a_missing_barrier(
+    backward: bool, barrier: int, shim: Callable[[Kernel, bool, str], Path], tmp_path: Path
+) -> None:
+    """In the source too, whose last barrier keeps one item's planes from the next."""
+    done = _execute([shim(THREADED[0], backward, "thread")], THREADED[0], backward, tmp_path, missing_barrier=barrier)
+    assert "data race" in done.stderr

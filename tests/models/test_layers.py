@@ -1,0 +1,360 @@
+"""The layers: arguments, dtypes, planes other than the stored one, and what eval mode remembers of resized filters."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfformer import AFNO2D, DynamicFilter, GlobalFilter, SepConv, StarReLU
+from dfformer.models.filter_resize import RULES, resize_filter
+from dfformer_kernels.reference import compute_dtype
+from dfformer_kernels.tolerance import BOUND, relative_error
+
+PLANE, OTHER = (6, 5), (7, 8)
+DIM = 8
+
+FILTERS = pytest.mark.parametrize("layer_class", [DynamicFilter, GlobalFilter])
+MIXERS: dict[str, Callable[[], nn.Module]] = {
+    "dynamic": lambda: DynamicFilter(DIM, size=PLANE),
+    "dynamic_resized": lambda: DynamicFilter(DIM, size=OTHER, weight_resize=True),
+    "global": lambda: GlobalFilter(DIM, size=PLANE),
+    "global_resized": lambda: GlobalFilter(DIM, size=OTHER, weight_resize=True),
+    "afno": lambda: AFNO2D(DIM),
+    "sepconv": lambda: SepConv(DIM),
+}
+# Largest relative error with parameters and activations in 16 bits, in units of their roundoff. About five operations
+# in a row (both projections, the filter, under autocast also input and weights) round once each, independently.
+UNITS = 3
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def image(*plane: int, dim: int = DIM, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, *plane, dim, dtype=dtype)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [partial(DynamicFilter, 8), partial(GlobalFilter, 8), partial(AFNO2D, 8), partial(SepConv, 8), StarReLU],
+    ids=["dynamic", "global", "afno", "sepconv", "star_relu"],
+)
+def test_unknown_argument(layer: Callable[..., nn.Module]) -> None:
+    with pytest.raises(TypeError, match="sise"):
+        layer(sise=14)
+
+
+@FILTERS
+def test_another_plane_is_an_error_without_weight_resize(layer_class: Callable[..., nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"\(7, 8\).*size=\(6, 5\).*weight_resize=True"):
+        layer_class(DIM, size=PLANE)(image(*OTHER))
+
+
+@FILTERS
+def test_unknown_resize_rule(layer_class: Callable[..., nn.Module]) -> None:
+    with pytest.raises(ValueError, match="resize: got 'nearest', accepted are 'bicubic', 'fourier'"):
+        layer_class(DIM, resize="nearest")
+
+
+def test_num_blocks_must_divide_the_channels() -> None:
+    with pytest.raises(ValueError, match="num_blocks: got 3, which does not divide the 16"):
+        AFNO2D(DIM, num_blocks=3)
+
+
+@FILTERS
+def test_one_number_is_a_square(layer_class: Callable[..., DynamicFilter | GlobalFilter]) -> None:
+    layer = layer_class(DIM, size=6)
+    assert layer.size == (6, 6)
+    assert layer.complex_weights.shape[:2] == (6, 4)
+
+
+# Values
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(1.0, 0.0), (0.9, -0.4)])
+def test_star_relu_is_its_formula(scale: float, bias: float) -> None:
+    x = torch.randn(3, 5, dtype=torch.float64)
+    y = StarReLU(scale, bias).double()(x)
+    expected = torch.tensor(scale, dtype=torch.float32).double() * x.relu() ** 2 + torch.tensor(bias).double()
+    assert relative_error(y, expected) < BOUND[torch.float64]
+
+
+class UnfusedStarReLU(StarReLU):
+    """The same function, but not the class that the filter step applies itself."""
+
+
+@FILTERS
+def test_activation_inside_the_step_changes_nothing(layer_class: Callable[..., nn.Module]) -> None:
+    fused, unfused = layer_class(DIM, size=PLANE), layer_class(DIM, size=PLANE, act1_layer=UnfusedStarReLU)
+    unfused.load_state_dict(fused.state_dict())
+    x = image(*PLANE)
+    assert relative_error(fused(x), unfused(x)) < BOUND[torch.float32]
+
+
+@FILTERS
+@pytest.mark.parametrize("resize", RULES)
+@pytest.mark.parametrize("plane", [(4, 3), (3, 4), (5, 6)], ids=["stored_plane", "other_plane", "larger_plane"])
+def test_gradients(layer_class: Callable[..., nn.Module], resize: str, plane: tuple[int, int]) -> None:
+    arguments = {"reweight_expansion_ratio": 1.0, "num_filters": 2} if layer_class is DynamicFilter else {}
+    layer = layer_class(2, size=(4, 3), weight_resize=True, resize=resize, **arguments).double()
+    names = [name for name, _ in layer.named_parameters()]
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    x = image(*plane, dim=2, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(run, (x, *layer.parameters()))
+
+
+def naive_afno(layer: AFNO2D, x: Tensor) -> Tensor:
+    """AFNO2D in complex numbers, one frequency at a time: a block-diagonal MLP on each kept one, 0 for the others."""
+    u = layer.act1(layer.pwconv1(x))
+    X = torch.fft.rfft2(u, dim=(1, 2), norm="ortho")
+    w1, b1, w2, b2 = (torch.complex(p[0], p[1]) for p in (layer.w1, layer.b1, layer.w2, layer.b2))
+    first, second = torch.block_diag(*w1), torch.block_diag(*w2)
+    Z = torch.zeros_like(X)
+    for h in range(X.shape[1]):
+        for k in range(int(X.shape[2] * layer.hard_thresholding_fraction)):
+            hidden = torch.view_as_real(X[:, h, k] @ first + b1.flatten()).relu()
+            mixed = torch.view_as_real(torch.view_as_complex(hidden) @ second + b2.flatten())
+            shrunk = mixed.sign() * (mixed.abs() - layer.sparsity_threshold).relu()
+            Z[:, h, k] = torch.view_as_complex(shrunk)
+    filtered = torch.fft.irfft2(Z, s=u.shape[1:3], dim=(1, 2), norm="ortho")
+    return layer.pwconv2(layer.act2(u + filtered))
+
+
+@pytest.mark.parametrize("plane", [(6, 5), (7, 8), (1, 4), (5, 1)], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"hard_thresholding_fraction": 0.6}, {"hidden_size_factor": 2, "num_blocks": 4, "sparsity_threshold": 0.1}],
+    ids=["default", "kept_60_percent", "wide_hidden"],
+)
+def test_afno_equals_naive(plane: tuple[int, int], arguments: dict[str, Any]) -> None:
+    layer = AFNO2D(DIM, **arguments).double()
+    with torch.no_grad():  # so large that both thresholds cut some values and keep others
+        for parameter in (layer.w1, layer.b1, layer.w2, layer.b2):
+            parameter.mul_(20)
+    x = image(*plane, dtype=torch.float64)
+    assert relative_error(layer(x), naive_afno(layer, x)) < BOUND[torch.float64]
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_strides_of_the_input_do_not_matter(name: str) -> None:
+    layer, x = MIXERS[name](), image(*PLANE)
+    nchw = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert not nchw.is_contiguous()
+    assert relative_error(layer(nchw), layer(x)) < BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_empty_batch(name: str) -> None:
+    assert MIXERS[name]()(image(*PLANE)[:0]).shape == (0, *PLANE, DIM)
+
+
+# Dtypes
+
+
+def assert_near_and_trains(
+    layer: nn.Module, y: Tensor, expected: Tensor, dtype: torch.dtype, grad_dtype: torch.dtype
+) -> None:
+    """``y`` is of ``dtype`` and near ``expected``, and every parameter gets a finite gradient of ``grad_dtype``."""
+    y.float().square().sum().backward()
+    assert y.dtype == dtype
+    assert relative_error(y, expected) < UNITS * BOUND[dtype]
+    for parameter in layer.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == grad_dtype
+        assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", [*MIXERS, "star_relu"])
+def test_16_bit_parameters(name: str, dtype: torch.dtype) -> None:
+    layer = {**MIXERS, "star_relu": StarReLU}[name]().to(dtype)
+    x = image(*PLANE, dtype=dtype)
+    expected = copy.deepcopy(layer).float()(x.float())
+    y = layer(x)
+    assert_near_and_trains(layer, y, expected, dtype, grad_dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_autocast(name: str, dtype: torch.dtype) -> None:
+    layer, x = MIXERS[name](), image(*PLANE)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+    assert_near_and_trains(layer, y, expected, dtype, grad_dtype=torch.float32)
+
+
+def test_autocast_leaves_star_relu_alone() -> None:
+    layer, x = StarReLU(0.9, -0.4), torch.randn(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert torch.equal(y, layer(x))
+
+
+# Resized filters in eval mode
+
+
+def filter_layer(layer_class: Callable[..., Any] = DynamicFilter) -> Any:
+    return layer_class(DIM, size=PLANE, weight_resize=True).eval()
+
+
+def resized(layer: Any, plane: tuple[int, int] = OTHER) -> Tensor:
+    filters = resize_filter(layer.complex_weights.detach(), PLANE, plane, layer.resize)
+    return filters.to(compute_dtype(filters.dtype))
+
+
+def optimizer_step(layer: Any) -> None:
+    layer.complex_weights.grad = torch.ones_like(layer.complex_weights)
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+
+
+def write_under_no_grad(layer: Any) -> None:
+    with torch.no_grad():
+        layer.complex_weights.add_(1)
+
+
+def load_others(layer: Any) -> None:
+    layer.load_state_dict({name: value + 1 for name, value in layer.state_dict().items()})
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "optimizer_step": optimizer_step,
+    "in_place_under_no_grad": write_under_no_grad,
+    "in_place_through_data": lambda layer: layer.complex_weights.data.mul_(2),
+    "data_replaced": lambda layer: setattr(layer.complex_weights, "data", layer.complex_weights.data * 2),
+    "parameter_replaced": lambda layer: setattr(layer, "complex_weights", nn.Parameter(layer.complex_weights * 2)),
+    "load_state_dict": load_others,
+    "through_bfloat16_and_back": lambda layer: layer.bfloat16().float(),
+    "to_double": lambda layer: layer.double(),
+    "another_rule": lambda layer: setattr(layer, "resize", "fourier"),
+}
+
+
+@FILTERS
+def test_resized_filters_are_remembered(layer_class: Callable[..., Any]) -> None:
+    layer = filter_layer(layer_class)
+    with torch.no_grad():
+        first = layer.filters_for(OTHER)
+        assert layer.filters_for(OTHER) is first
+    assert torch.equal(first, resized(layer))
+
+
+@torch.no_grad()
+def test_resized_filters_follow_the_plane() -> None:
+    layer = filter_layer()
+    for plane in (OTHER, (9, 9), OTHER):
+        assert torch.equal(layer.filters_for(plane), resized(layer, plane))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resized_filters_follow_the_parameter(change: str) -> None:
+    layer = filter_layer()
+    with torch.no_grad():
+        before = layer.filters_for(OTHER)
+    CHANGES[change](layer)
+    with torch.no_grad():
+        after = layer.filters_for(OTHER)
+    assert torch.equal(after, resized(layer))
+    assert after.dtype == resized(layer).dtype
+    assert not torch.equal(after, before)
+
+
+def test_frozen_filters_are_remembered_with_gradients_enabled() -> None:
+    layer = filter_layer().requires_grad_(False)
+    assert layer.filters_for(OTHER) is layer.filters_for(OTHER)
+    x = image(*OTHER).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_remembered_filters_do_not_cut_gradients(training: bool) -> None:
+    layer = filter_layer()
+    with torch.no_grad():
+        remembered = layer.filters_for(OTHER)
+    filters = layer.train(training).filters_for(OTHER)
+    assert filters is not remembered
+    filters.sum().backward()
+    assert layer.complex_weights.grad.abs().sum() > 0
+
+
+def test_training_remembers_nothing() -> None:
+    layer = filter_layer().train()
+    with torch.no_grad():
+        assert layer.filters_for(OTHER) is not layer.filters_for(OTHER)
+
+
+def test_remembered_in_inference_mode_usable_outside() -> None:
+    layer, x = filter_layer().requires_grad_(False), image(*OTHER)
+    with torch.inference_mode():
+        expected = layer(x)
+    x.requires_grad_()
+    y = layer(x)
+    y.sum().backward()  # saves the filters, which is an error for tensors made in inference mode
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
+)
+@torch.no_grad()
+def test_copies_do_not_carry_remembered_filters(copied: Callable[[Any], Any]) -> None:
+    layer, x = filter_layer(), image(*OTHER)
+    size = len(pickle.dumps(layer))
+    expected = layer(x)
+    assert len(pickle.dumps(layer)) == size
+    twin = copied(layer)
+    assert torch.equal(twin(x), expected)
+    assert twin.filters_for(OTHER) is not layer.filters_for(OTHER)
+
+
+# State dicts of another plane
+
+
+@FILTERS
+@pytest.mark.parametrize("resize", RULES)
+@pytest.mark.parametrize("stored_plane", [(8, 8), (5, 4), (1, 1)], ids=str)
+def test_loading_filters_of_another_plane(
+    layer_class: Callable[..., Any], resize: str, stored_plane: tuple[int, int]
+) -> None:
+    stored = layer_class(DIM, size=stored_plane).state_dict()
+    layer = layer_class(DIM, size=PLANE, resize=resize)
+    assert layer.load_state_dict(stored) == ([], [])
+    expected = resize_filter(stored["complex_weights"], stored_plane, PLANE, resize)
+    assert torch.equal(layer.complex_weights, expected)
+    assert torch.equal(layer.pwconv1.weight, stored["pwconv1.weight"])
+    assert stored["complex_weights"].shape[:2] == (stored_plane[0], stored_plane[1] // 2 + 1)  # the caller's stays
+
+
+@pytest.mark.parametrize(
+    ("stored", "layer"),
+    [
+        (DynamicFilter(DIM, size=8, num_filters=2), DynamicFilter(DIM, size=PLANE, num_filters=4)),
+        (GlobalFilter(DIM, size=8), GlobalFilter(DIM, size=PLANE, expansion_ratio=3)),
+    ],
+    ids=["filters", "channels"],
+)
+def test_loading_filters_that_no_resizing_fits(stored: nn.Module, layer: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match=r"size mismatch for complex_weights: .*\[8, 5, \d+, 2\]"):
+        layer.load_state_dict(stored.state_dict())
+
+
+@FILTERS
+def test_loading_without_filters_is_reported(layer_class: Callable[..., Any]) -> None:
+    layer = layer_class(DIM, size=PLANE)
+    stored = {name: value for name, value in layer.state_dict().items() if name != "complex_weights"}
+    assert layer.load_state_dict(stored, strict=False).missing_keys == ["complex_weights"]

@@ -1,0 +1,101 @@
+"""What the documentation says works as written."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import require
+from dense_models import dense_checkpoint
+from paths import ROOT
+from torch import nn
+
+from dfformer import DynamicFilter
+from dfformer.cli.main import _parser
+from dfformer.train import config as train_config
+
+FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# A fenced block, and the comment in front of it that says why it is run with the long lists only.
+BLOCK = re.compile(r"^(<!-- not run.*?-->\n)?```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# A line, by itself or the rest of torchrun's.
+COMMAND = re.compile(r"^    (?:torchrun .* -m )?(dfformer .*?)(?: +#.*)?$", re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+
+
+def readers_own() -> dict[str, Any]:
+    """What pages suppose that the reader has."""
+    return {
+        "their_model": nn.Sequential(DynamicFilter(8, size=6)),
+        "images": torch.randn(1, 3, 40, 56),
+        "image": torch.rand(3, 40, 56),
+        "x": torch.randn(2, 6, 6, 8),
+        "logits": torch.randn(2, 4, 8),
+        "basis": torch.randn(6, 4, 4, 2),
+    }
+
+
+def _weights(path: Path) -> None:
+    torch.save(timm.create_model("dfformer_s18").state_dict(), path)
+
+
+ENCODER: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_size": 32}
+FILES: dict[str, Callable[[Path], object]] = {
+    "dfformer_s18.pth": _weights,
+    "runs/segment_digits/last.safetensors": lambda path: dense_checkpoint("segment", path, "cdfformer_s18", ENCODER),
+    "runs/detect_digits/last.safetensors": lambda path: dense_checkpoint("detect", path, "cdfformer_s18", ENCODER),
+}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text("utf-8"))], ids=lambda page: page.name)
+def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a page in one namespace, in the order of reading."""
+    monkeypatch.chdir(tmp_path)
+    namespace, threads = readers_own(), torch.get_num_threads()
+    blocks = list(BLOCK.finditer(page.read_text("utf-8")))
+    for name, write in FILES.items():
+        if any(name in block[2] for block in blocks):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            write(Path(name))
+    try:
+        for number, block in enumerate(blocks, 1):
+            if not block[1] or FULL:
+                exec(compile(block[2], f"{page.name}, block {number}", "exec"), namespace)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@EVERY_PAGE
+def test_commands_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dfformer_s18.pth").touch()
+    monkeypatch.chdir(tmp_path)
+    for command in COMMAND.findall(page.read_text("utf-8").replace("\\\n", "")):
+        arguments, rest = _parser().parse_known_args(shlex.split(command)[1:])
+        if arguments.command == "train":  # which reads its own
+            train_config.parse([str(ROOT / a) if a.startswith("recipes/") else a for a in rest])
+        else:
+            assert rest == []
+
+
+@EVERY_PAGE
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = LINK.findall(page.read_text("utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_site(tmp_path: Path) -> None:
+    require("docs", find_spec("material") is not None, "no mkdocs-material: pip install 'dfformer[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    api = (tmp_path / "api" / "index.html").read_text("utf-8")
+    assert "replace_dynamic_filters" in api

@@ -1,0 +1,125 @@
+"""What users install: a source distribution, a wheel built from it, and what runs from that wheel."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from conftest import require, require_compiler
+from paths import ROOT
+
+from dfformer_kernels.backends.cuda import sources
+from dfformer_kernels.backends.cuda.sources import cuda_sources
+
+BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+
+# With warnings recorded: without the core there is exactly one, with it none.
+RUN = """
+import sys, warnings
+import torch
+import dfformer_kernels
+from dfformer_kernels import backends, dynamic_filter, star_relu
+from dfformer_kernels.backends.cuda.sources import cuda_sources
+assert dfformer_kernels.__file__.startswith(sys.argv[1]), dfformer_kernels.__file__
+scale, bias = torch.tensor([0.5]), torch.tensor([1.0])
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    assert star_relu(torch.tensor([-2.0, 2.0]), scale, bias).tolist() == [1, 3]
+    y = dynamic_filter(torch.ones(1, 4, 4, 2), torch.zeros(1, 3, 2), torch.ones(4, 3, 3, 2), (scale, bias))
+torch.testing.assert_close(y, torch.full_like(y, 1.5))
+print(not backends()["cpu"], len(seen), *sorted(cuda_sources()))
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Standard output; nothing is looked for on the network."""
+    environment = dict(os.environ) | {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"} | environment
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from what git has or would add: no build output of this checkout helps it along."""
+    require("git", (ROOT / ".git").exists() and bool(shutil.which("git")), "not a git checkout")
+    tree, folder = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("sdist")
+    listing = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    for name in filter(None, listing.split("\0")):
+        if (ROOT / name).is_file():  # and not deleted since, nor a link to a folder
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    run(sys.executable, "-c", BUILD_SDIST, folder, cwd=tree)
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+@pytest.fixture
+def build_wheel(sdist: Path, tmp_path: Path) -> Callable[..., Path]:
+    def build(**environment: str) -> Path:
+        pip_wheel = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir")
+        run(*pip_wheel, sdist, "--wheel-dir", tmp_path, cwd=tmp_path, **environment)
+        (wheel,) = tmp_path.glob("*.whl")
+        return wheel
+
+    return build
+
+
+def contents(wheel: Path) -> list[str]:
+    with ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def installed(wheel: Path) -> str:
+    """What the wheel prints when it runs outside the checkout."""
+    target = wheel.parent / "installed"
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel, cwd=wheel.parent)
+    # -S leaves out .pth files: through an editable install's, Python would find the checkout's compiled core.
+    path = os.pathsep.join([str(target), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    return run(sys.executable, "-S", "-c", RUN, target, cwd=wheel.parent, PYTHONPATH=path).strip()
+
+
+def run_time_sources() -> set[str]:
+    """What is compiled where there is a GPU, as the wheel names it."""
+    csrc = ROOT / "csrc"
+    paths = [*csrc.glob("cuda/*.cu"), *csrc.glob("cuda/*.inl"), *csrc.glob("fft/*.inl")]
+    return {f"dfformer_kernels/csrc/{path.relative_to(csrc).as_posix()}" for path in paths}
+
+
+def has_core(names: list[str]) -> bool:
+    return any(name.startswith("dfformer_kernels/_C.") for name in names)
+
+
+def test_a_wheel_built_from_the_sdist_has_the_compiled_core(build_wheel: Callable[..., Path]) -> None:
+    require_compiler()
+    wheel = build_wheel()
+    names = contents(wheel)
+    assert has_core(names)
+    assert {"dfformer/py.typed", "dfformer_kernels/py.typed"} <= set(names)
+    assert [name for name in names if name.endswith("LICENSE")] != []
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"dfformer", "dfformer_kernels"}
+    assert {name for name in names if name.endswith((".cpp", ".h", ".inl", ".cu"))} == run_time_sources()
+    assert installed(wheel) == " ".join(["True 0", *sorted(cuda_sources())])
+
+
+def test_without_a_compiler_the_wheel_works_through_torch(build_wheel: Callable[..., Path]) -> None:
+    wheel = build_wheel(CC="false", CXX="false")
+    assert not has_core(contents(wheel))
+    assert installed(wheel) == " ".join(["False 1", *sorted(cuda_sources())])
+
+
+def test_sources_compiled_at_run_time_are_found_in_a_checkout() -> None:
+    assert {Path(name).name for name in run_time_sources()} == set(cuda_sources())
+    assert cuda_sources()["butterflies.inl"] == (ROOT / "csrc" / "fft" / "butterflies.inl").read_text(encoding="utf-8")
+
+
+def test_missing_sources_are_an_error_that_names_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "__file__", str(tmp_path / "dfformer_kernels" / "sources.py"))
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "csrc"))):
+        cuda_sources.__wrapped__()

@@ -1,0 +1,491 @@
+"""Detection on tiny models: any encoder and size, its data, its command line from training to boxes."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from paths import ROOT
+from PIL import Image
+from train_runs import assert_same_result, history, steps, torchrun
+
+from dfformer.cli.main import main
+from dfformer.data import boxes
+from dfformer.models.checkpoint import CheckpointError, save_checkpoint
+from dfformer.tasks import detection as detect
+from dfformer.tasks.base import Place
+from dfformer.tasks.table import task_part
+from dfformer.train.config import parse
+
+CATEGORIES = {7: "dark", 3: "bright"}  # in no order, with gaps
+SMALL: dict[str, Any] = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
+HEAD: dict[str, Any] = {"channels": 8, "anchor_scale": 2.0, "norm_groups": 2}
+CPU = Place(torch.device("cpu"))
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# A run of seconds: 2 epochs of 3 steps.
+TINY: dict[str, Any] = {
+    "task": "detect",
+    "model": {"name": "dfformer_s18", "args": SMALL},
+    "data": {"img_size": [48, 64], "workers": 0, "train_split": "train2017", "val_split": "val2017"},
+    "detect": HEAD,
+    "optim": {"lr": 1e-2, "global_batch": 4, "epochs": 2, "cooldown_epochs": 0, "warmup_epochs": 1, "clip_grad": 1.0},
+    "log_steps": 1,
+    "save_steps": 1,
+}
+
+
+def annotate(root: Path, split: str, change: Callable[[dict[str, Any]], None]) -> Path:
+    path = root / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder in COCO's manner: 14 images to train on, one of them empty and one with crowds only, 5 to validate."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "squares"
+    (folder / "annotations").mkdir(parents=True)
+    for split, count in (("train2017", 14), ("val2017", 5)):
+        (folder / split).mkdir()
+        images, annotations = [], []
+        for n in range(count):
+            H, W = (60, 50) if n % 2 else (45, 70)
+            pixels = generator.integers(100, 140, (H, W, 3))
+            for k, category in enumerate(CATEGORIES) if n else ():
+                left, top = 5 + 20 * k + n % 3, 4 + n % 5
+                pixels[top : top + 18, left : left + 14] = 30 if category == 7 else 220
+                entry = {"id": 10 * n + k, "image_id": 100 + n, "category_id": category, "bbox": [left, top, 14, 18]}
+                annotations.append({**entry, "area": 14 * 18, "iscrowd": int(n == 1)})
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / split / f"{100 + n:012}.png")
+            images.append({"id": 100 + n, "file_name": f"{100 + n:012}.png", "width": W, "height": H})
+        categories = [{"id": n, "name": name} for n, name in CATEGORIES.items()]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def command(root: Path, tmp_path: Path) -> list[str]:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(TINY))  # which is YAML too
+    return ["train", "--recipe", str(path), "--data.root", str(root)]
+
+
+def small_detector(encoder: str = "dfformer_s18", arguments: dict[str, Any] = SMALL) -> detect.Detector:
+    torch.manual_seed(0)
+    return detect.Detector(encoder, arguments, 2, (64, 96), [0.5] * 3, [0.25] * 3, **HEAD)
+
+
+ENCODERS = {"dfformer_s18": SMALL, "cdfformer_s18": SMALL, "convnext_atto": {}, "resnet10t": {}}
+
+
+@pytest.mark.parametrize(("encoder", "arguments"), ENCODERS.items(), ids=ENCODERS.keys())
+def test_any_encoder_and_any_size(encoder: str, arguments: dict[str, Any]) -> None:
+    """Boxes are of the images as they were given, whatever they were resized to."""
+    model = small_detector(encoder, arguments).eval()
+    model.score_thresh = 0.0
+    for H, W in ((64, 96), (37, 50), (20, 333)):
+        [found] = detect.detect(model, [torch.randint(0, 255, (3, H, W), dtype=torch.uint8)], CPU.device)
+        assert 0 < len(found["boxes"]) <= 100
+        assert found["boxes"].min() >= 0
+        assert (found["boxes"].amax(0) <= torch.tensor([W, H, W, H]) + 1e-3).all()
+        assert found["boxes"][:, 2].max() > W / 2, "not those of a smaller image"
+
+
+def test_maps_of_an_encoder_that_puts_channels_last() -> None:
+    pyramid = detect.Pyramid("swin_s3_tiny_224", {"img_size": 64, "depths": [1, 1, 1, 1], "embed_dim": 24}, 8, None)
+    maps = pyramid(torch.randn(1, 3, 64, 64))
+    assert [tuple(m.shape) for m in maps.values()] == [(1, 8, n, n) for n in (8, 4, 2, 1, 1)]
+
+
+def test_an_encoder_with_other_strides() -> None:
+    with pytest.raises(
+        ValueError, match=r"model.name: the last maps of vit_tiny_patch16_224 have strides \[16, 16, 16\]"
+    ):
+        small_detector("vit_tiny_patch16_224", {})
+
+
+def test_every_parameter_learns_and_coordinates_stay_float32() -> None:
+    """Processes that exchange gradients wait for all of them; under autocast, losses are of float32 outputs."""
+    model = small_detector(arguments={**SMALL, "fork_feat": True})
+    targets = [{"boxes": torch.tensor([[10.0, 10.0, 40.0, 40.0]]), "labels": torch.tensor([1])}]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model([torch.rand(3, 64, 64)], targets)
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    sum(losses.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        [found] = model.eval()([torch.rand(3, 64, 64)])
+    assert found["boxes"].dtype == torch.float32
+
+
+def test_a_batch_of_several_images_is_the_mean_of_each(root: Path) -> None:
+    """However images are shared out between processes, as long as they are of one size."""
+    task = detect.Detection(parse(["--task=detect", "--data.dataset=digit_scenes", "--data.img_size=64",
+                                   "--data.scenes=[4,1]", "--optim.global_batch=4", "--detect.channels=8",
+                                   f"--model.args={json.dumps(SMALL)}"]), CPU)  # fmt: skip
+    model = task.build_model().train()
+    prepared = boxes.Prepared(task.train_set, 0.0)
+    samples = [prepared[n] for n in range(4)]
+    each = [task.loss(model, boxes.collate([sample])).item() for sample in samples]
+    assert task.loss(model, boxes.collate(samples)).item() == pytest.approx(np.mean(each), rel=1e-5)
+
+
+# Data
+
+
+def test_coco_images(root: Path) -> None:
+    everything = boxes.CocoImages(root, "train2017")
+    training = boxes.CocoImages(root, "train2017", training=True)
+    assert training.categories == {3: "bright", 7: "dark"}
+    assert (len(everything), len(training)) == (14, 12), "without the empty one and the one with a crowd only"
+    image, objects = everything[2]
+    assert image.size == (70, 45)
+    assert objects.boxes.tolist() == [[7, 6, 21, 24], [27, 6, 41, 24]]
+    assert objects.labels.tolist() == [1, 0], "numbers of the sorted ids"
+    pixels = np.asarray(image)
+    assert pixels[6:24, 7:21].max() == 30
+    assert pixels[6:24, 27:41].min() == 220
+    assert everything[1][1].crowd.tolist() == [1, 1]
+    assert len(everything[0][1].labels) == 0
+
+
+def test_training_images_are_flipped_with_their_boxes_and_have_no_crowds(root: Path) -> None:
+    dataset = boxes.CocoImages(root, "train2017")
+    image, target = boxes.Prepared(dataset, hflip=1.0)[2]
+    straight, _ = boxes.Prepared(dataset)[2]
+    assert torch.equal(image, straight.flip(-1))
+    left, top, right, bottom = target["boxes"][0].int().tolist()
+    assert image[:, top:bottom, left:right].max() == 30
+    assert len(boxes.Prepared(dataset, hflip=0.0)[1][1]["labels"]) == 0
+    assert boxes.Prepared(dataset)[1][1]["iscrowd"].tolist() == [1, 1]
+
+
+def test_repaired_boxes(root: Path) -> None:
+    def spoil(content: dict[str, Any]) -> None:
+        content["annotations"][0]["bbox"] = [-8, 4, 20, 99]
+        content["annotations"][1]["bbox"] = [5, 5, 6, 0]
+        content["annotations"][2]["bbox"] = [500, 5, 6, 5]
+
+    annotate(root, "train2017", spoil)
+    dataset = boxes.CocoImages(root, "train2017", repair_boxes=True)
+    assert dataset[1][1].boxes.tolist() == [[0, 4, 12, 60]]
+    assert len(dataset[2][1].labels) == 1
+
+
+def test_rounding_is_cut_off_silently(root: Path) -> None:
+    annotate(root, "val2017", lambda content: content["annotations"][0].update(bbox=[-0.4, 4, 20, 56.5]))
+    assert boxes.CocoImages(root, "val2017")[1][1].boxes[0].tolist() == pytest.approx([0, 4, 19.6, 60])
+
+
+def test_scenes_have_the_digits_as_objects() -> None:
+    dataset = boxes.open_boxed("digit_scenes", None, "val", (64, 96), 3)
+    image, objects = dataset[0]
+    assert image.size == (96, 64)
+    assert objects.boxes.shape == (len(objects.labels), 4)
+    assert list(dataset.categories.values()) == [str(digit) for digit in range(10)]
+
+
+# Measures
+
+
+class Oracle(torch.nn.Module):
+    """Finds what it is told to, image by image."""
+
+    def __init__(self, found: list[dict[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self.found = iter(found)
+
+    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        return [next(self.found) for _ in images]
+
+
+def test_measures(root: Path) -> None:
+    """All of one class right, none of the other; crowds and images without truth change nothing."""
+    dataset = boxes.Prepared(boxes.CocoImages(root, "val2017"))
+    samples = [dataset[n] for n in range(5)]
+    found = []
+    for _, target in samples:
+        right = target["labels"] == 0
+        found.append({"boxes": target["boxes"], "labels": target["labels"], "scores": torch.where(right, 0.9, 0.0)})
+        found[-1] = {name: values[right] for name, values in found[-1].items()}
+    noise = {"boxes": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([0]), "scores": torch.tensor([1.0])}
+    batches = [boxes.collate([sample]) for sample in samples] + [([samples[0][0]], [None])]
+    measures = detect.average_precision(Oracle([*found, noise]), batches, CPU, by_class=True)
+    assert measures["map"] == pytest.approx(0.5)
+    assert measures["map_per_class"] == pytest.approx([1, 0])
+    assert np.isnan(measures["map_large"])
+
+
+# Commands
+
+
+def test_train_evaluate_and_predict(
+    command: list[str], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `eval` measures is what training did; what `predict` writes is what the model finds."""
+    run, out = tmp_path / "run", tmp_path / "found"
+    assert main([*command, "--optim.epochs", "12", "--detect.channels", "16", "--output", str(run)]) == 0
+    assert {p.name for p in run.iterdir()} >= {"epochs.csv", "predictions.png", "learning_curve.png"}
+    assert np.asarray(Image.open(run / "predictions.png").convert("L")).std() > 5
+    checkpoint, table, report = run / "last.safetensors", tmp_path / "table.csv", tmp_path / "report.json"
+    data = ["--root", str(root), "--split", "val2017", "--workers", "0", "--csv", str(table)]
+    assert main(["eval", str(checkpoint), *data, "--img-size", "48x64", "96"]) == 0
+    with table.open() as file:
+        row, larger = csv.DictReader(file)
+    for name in ("map", "map_50", "map_75"):
+        assert float(row[name]) == pytest.approx(float(history(run)[-1][name]))
+    assert float(row["map"]) == pytest.approx(np.mean([float(row[f"map {name}"]) for name in CATEGORIES.values()]))
+    assert float(row["map"]) > 0, "something to compare"
+    assert (row["images"], row["shorter_side"], row["longer_side"], larger["shorter_side"]) == ("5", "48", "64", "96")
+
+    images = root / "val2017"
+    (images / "broken.png").write_bytes(b"")
+    arguments = ["--checkpoint", str(checkpoint), "--output", str(out), "--json", str(report), "--topk", "1"]
+    capsys.readouterr()
+    assert main(["predict", *arguments, str(images)]) == 1
+    assert {path.name for path in out.iterdir()} == {"detections.json", *(f"{100 + n:012}.png" for n in range(5))}
+    model, about = detect.load_detector(checkpoint)
+    assert (about["classes"], about["category_ids"]) == (["bright", "dark"], [3, 7])
+    with Image.open(images / f"{103:012}.png") as image:
+        [expected] = detect.detect(model, [torch.from_numpy(np.array(image)).permute(2, 0, 1)], CPU.device)
+    written = [entry for entry in json.loads((out / "detections.json").read_text()) if entry["image_id"] == 103]
+    assert [entry["score"] for entry in written] == pytest.approx(expected["scores"].tolist())
+    assert {entry["category_id"] for entry in written} <= set(CATEGORIES)
+    for entry, box in zip(written, expected["boxes"].tolist(), strict=True):
+        left, top, width, height = entry["bbox"]
+        assert (left, top, left + width, top + height) == pytest.approx(box, abs=1e-3)
+    said = json.loads(report.read_text())
+    assert [Path(e["path"]).name for e in said["errors"]] == ["broken.png"]
+    assert len(said["predictions"]) == 5
+    assert all(len(p["top"]) <= 1 for p in said["predictions"])
+
+
+def test_resuming_amid_an_epoch_is_exact(command: list[str], tmp_path: Path) -> None:
+    expected, run = tmp_path / "expected", tmp_path / "run"
+    command = [*command, "--optim.ema_decay", "0.9", "--keep", "9"]
+    assert main([*command, "--output", str(expected)]) == 0
+    run.mkdir()
+    for name in ("checkpoint-00000004.pt", "steps.jsonl", "best.safetensors"):
+        (run / name).write_bytes((expected / name).read_bytes())
+    assert main([*command, "--output", str(run), "--resume", "true"]) == 0
+    assert_same_result(run, expected)
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Also the 5 validation images, which they cannot share evenly."""
+    scenes = {"workers": 0, "dataset": "digit_scenes", "img_size": 64, "scenes": [12, 5]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**TINY, "data": scenes}))
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = ["train", "--recipe", str(tmp_path / "recipe.yaml")]
+    assert main([*command, "--output", str(one)]) == 0
+    torchrun(2, [*command, "--output", str(two)])
+    for name in ("loss", "grad_norm"):
+        assert [s[name] for s in steps(two)] == pytest.approx([s[name] for s in steps(one)], rel=1e-4), name
+    for mine, theirs in zip(history(one), history(two), strict=True):
+        numbers = [{name: float(value) for name, value in row.items()} for row in (mine, theirs)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=2e-3)
+
+
+# Errors
+
+
+def _entry(kind: str, **values: Any) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        content[kind][2].update(values)
+
+    return change
+
+
+def _without(*keys: Any) -> Callable[[dict[str, Any]], None]:
+    def change(content: Any) -> None:
+        *path, last = keys
+        for key in path:
+            content = content[key]
+        del content[last]
+
+    return change
+
+
+def _no_objects(content: dict[str, Any]) -> None:
+    for entry in content["annotations"]:
+        entry["iscrowd"] = 1
+
+
+ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "outside": (
+        _entry("annotations", bbox=[60, 3, 14, 18]),
+        "the box [60, 3, 14, 18] (left, top, width, height) is not ",
+    ),
+    "no-area": (_entry("annotations", bbox=[5, 3, 14, 0]), "annotation 20: the box [5, 3, 14, 0] (left, top, width, h"),
+    "three-numbers": (_entry("annotations", bbox=[5, 3, 14]), "annotation 20: the box [5, 3, 14] is not four numbers"),
+    "not-a-number": (_entry("annotations", bbox=[5, 3, 14, float("nan")]), "nan] is not four numbers"),
+    "category": (_entry("annotations", category_id=4), "annotation 20 has the unknown category 4"),
+    "crowd": (_entry("annotations", iscrowd="no"), "annotation 20: iscrowd and area must be numbers"),
+    "image": (_entry("annotations", image_id=9), "annotation 20 is of image 9, which is not listed"),
+    "no-list": (_without("categories"), "has no list 'categories'"),
+    "no-key": (_without("images", 2, "width"), "images[2] has no 'width' of type int"),
+    "type": (_entry("images", height="60"), "images[2] has no 'height' of type int"),
+    "twice": (_entry("images", id=101), "2 images have the id 101"),
+    "empty": (lambda content: content["images"].clear(), "its list 'images' is empty"),
+    "crowds-only": (_no_objects, "no images with objects"),
+    "size": (_entry("images", width=72), "000000000102.png: is 70x45, "),
+    "missing-image": (_entry("images", file_name="gone.jpg"), "gone.jpg"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), ANNOTATIONS.values(), ids=ANNOTATIONS.keys())
+def test_malformed_annotations(
+    change: Callable[[dict[str, Any]], None],
+    message: str,
+    command: list[str],
+    root: Path,
+    refusal: Callable[[Sequence[str]], str],
+) -> None:
+    path = annotate(root, "train2017", change)
+    said = refusal(command)
+    assert message in said
+    assert str(path) in said or str(root / "train2017") in said
+
+
+def _text(text: str) -> Callable[[Path], str]:
+    def change(root: Path) -> str:
+        path = root / "annotations" / "instances_val2017.json"
+        path.write_text(text)
+        return str(path)
+
+    return change
+
+
+def _no_file(root: Path) -> str:
+    path = root / "annotations" / "instances_val2017.json"
+    path.unlink()
+    return f"{path}: does not exist"
+
+
+def _crowds_to_validate(root: Path) -> str:
+    return f"{annotate(root, 'val2017', _no_objects)}: no images with objects, crowds not counted"
+
+
+def _broken_image(root: Path) -> str:
+    path = root / "val2017" / f"{102:012}.png"
+    path.write_bytes(b"GIF")
+    return f"1 of 5 images cannot be used: cannot identify image file '{path}'"
+
+
+def _other_categories(root: Path) -> str:
+    annotate(root, "val2017", lambda content: content["categories"].append({"id": 9, "name": "grey"}))
+    return "its 3 categories are not the 2 of split train2017: grey (9)"
+
+
+FILES: dict[str, Callable[[Path], str]] = {
+    "no-file": _no_file,
+    "no-json": _text("{"),
+    "a-list": _text("[]"),
+    "crowds-to-validate": _crowds_to_validate,
+    "broken-image": _broken_image,
+    "other-categories": _other_categories,
+}
+
+
+@pytest.mark.parametrize("change", FILES.values(), ids=FILES.keys())
+def test_malformed_files(
+    change: Callable[[Path], str], command: list[str], root: Path, refusal: Callable[[Sequence[str]], str]
+) -> None:
+    assert change(root) in refusal(command)
+
+
+MISUSES = {
+    "dataset": (["--data.dataset", "digits"], "dataset: got 'digits', accepted to detect are ''"),
+    "no-root": (["--data.root", "null"], "root: give the folder of the data"),
+    "channels": (["--model.args.in_chans", "1"], "model.args.in_chans: got 1"),
+    "img-size": (["--data.img_size", "[64, 48]"], "data.img_size: got (64, 48), accepted to detect are the limits"),
+    "head": (["--detect.channels", "0"], "detect.channels: got 0"),
+    "groups": (["--detect.norm_groups", "3"], "detect.norm_groups: got 3"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISUSES.values(), ids=MISUSES.keys())
+def test_misuses(
+    arguments: list[str], message: str, command: list[str], refusal: Callable[[Sequence[str]], str]
+) -> None:
+    assert message in refusal([*command, *arguments])
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda path: Image.new("RGB", (9, 9)).save(path), lambda path: path.write_bytes(b"")]
+)
+def test_what_was_not_checked_is_found_when_read(spoil: Callable[[Path], Any], root: Path) -> None:
+    path = root / "train2017" / f"{105:012}.png"
+    spoil(path)
+    dataset = boxes.CocoImages(root, "train2017")
+    with pytest.raises(ValueError, match=path.name):
+        [dataset[n] for n in range(len(dataset))]
+
+
+def test_images_whose_results_would_have_one_name(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = detect.Detection(parse(["--task=detect", f"--data.root={root}", "--data.train_split=train2017",
+                                   "--data.val_split=val2017", "--optim.global_batch=1", "--detect.channels=8",
+                                   f"--model.args={json.dumps(SMALL)}"]), CPU)  # fmt: skip
+    task.export(task.build_model().state_dict(), tmp_path / "m.safetensors")
+    folders = [str(root / split) for split in ("train2017", "val2017")]
+    arguments = ["--checkpoint", str(tmp_path / "m.safetensors"), "--output", str(tmp_path / "out")]
+    assert main(["predict", *arguments, *folders]) == 2
+    assert "their results would have the same name" in capsys.readouterr().err
+
+
+def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
+    save_checkpoint({"a": torch.zeros(1)}, tmp_path / "m.safetensors", "dfformer_s18")
+    with pytest.raises(CheckpointError, match="is not of detection"):
+        detect.load_detector(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("package", ["torchmetrics.detection", "pycocotools"])
+def test_without_the_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before training starts, not when it measures."""
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "dfformer.tasks.detection")
+    with pytest.raises(RuntimeError, match=rf"needs {package}: pip install 'dfformer\[dense\]'"):
+        task_part("detect", "training")
+
+
+def test_what_is_drawn() -> None:
+    """The best of what overlaps, and nothing unsure."""
+    found = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [40, 40, 50, 50]])
+    objects = {"boxes": found, "labels": torch.arange(4), "scores": torch.tensor([0.9, 0.8, 0.5, 0.1])}
+    assert detect._drawn(objects)["labels"].tolist() == [0, 2]
+
+
+def test_recipes_for_coco_are_the_authors() -> None:
+    """Their 1x schedule. 117,266 images of train2017 have objects."""
+    paths = sorted((ROOT / "recipes").glob("detect_coco_*.yaml"))
+    assert len(paths) == 6
+    for path in paths:
+        config = parse(["--recipe", str(path)])
+        optim = config.optim
+        assert path.stem == f"detect_coco_{config.model.name}" == Path(config.output).name
+        assert config.data.size == (800, 1333)
+        assert (config.detect.channels, config.detect.anchor_scale, config.detect.norm_groups) == (256, 4, 0)
+        assert (optim.opt, optim.lr, optim.weight_decay, optim.global_batch) == ("adamw", 1e-4, 0.05, 16)
+        assert (optim.schedule, optim.milestones, optim.decay_rate, optim.epochs) == ("multistep", [8, 11], 0.1, 12)
+        assert optim.warmup_epochs * (117_266 // optim.global_batch) == pytest.approx(500, abs=1)
+
+
+def test_the_recipe_of_the_digits(tmp_path: Path) -> None:
+    """As the documentation says, less twice the 6 % between its two seeds: rounding differs between processors."""
+    run = tmp_path / "run"
+    assert main(["train", "--recipe", str(ROOT / "recipes" / "detect_digits.yaml"), "--output", str(run)]) == 0
+    last = history(run)[-1]
+    assert float(last["map"]) > 0.39
+    assert float(last["map_50"]) > 0.6

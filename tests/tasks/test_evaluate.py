@@ -1,0 +1,153 @@
+"""Evaluation: of several checkpoints and sizes, on folders and on the digits; and prediction with workers."""
+
+import csv
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+from dfformer.cli.main import main
+from dfformer.data import images
+from dfformer.models.checkpoint import load_model, save_checkpoint
+
+SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_size": 32}
+CLASSES = ["ant", "bee", "cat"]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),  # timm leaves .tar files to the collector
+]
+
+
+def write_checkpoint(path: Path, classes: list[str], seed: int = 0, channels: int = 3) -> Path:
+    torch.manual_seed(seed)
+    arguments = {**SMALL, "num_classes": len(classes), "in_chans": channels}
+    model = timm.create_model("dfformer_s18", **arguments)
+    torch.nn.init.normal_(model.head.fc2.weight)  # decided, and not all for one class
+    pixels = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
+    settings = {"input_size": (channels, 32, 32), "crop_pct": 0.9, **pixels}
+    save_checkpoint(model, path, "dfformer_s18", arguments, classes, settings)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    for name in CLASSES:
+        (tmp_path / "images" / "val" / name).mkdir(parents=True)
+        for n in range(4):
+            pixels = generator.integers(0, 255, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / "val" / name / f"{n}.png")
+    return tmp_path / "images"
+
+
+def test_several_checkpoints_and_sizes(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line of the table is what the model says of each image, one by one."""
+    checkpoints = [str(write_checkpoint(tmp_path / f"{n}.safetensors", CLASSES, n)) for n in range(2)]
+    table = tmp_path / "tables" / "eval.csv"
+    arguments = ["--root", str(root), "--workers", "0", "--batch-size", "5", "--csv", str(table)]
+    assert main(["eval", *checkpoints, *arguments, "--img-size", "32", "48x64", "--crop-pct", "0.8"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["checkpoint"], row["height"], row["width"]) for row in rows] == [
+        (checkpoint, *size) for checkpoint in checkpoints for size in (("32", "32"), ("48", "64"))
+    ]
+    for row in rows:
+        model, _ = load_model(row["checkpoint"], img_size=(int(row["height"]), int(row["width"])))
+        config = resolve_model_data_config(model) | {"crop_pct": 0.8}
+        config["input_size"] = (3, int(row["height"]), int(row["width"]))
+        transform = create_transform(**config)
+        right, losses = 0, []
+        for label, name in enumerate(CLASSES):
+            for path in (root / "val" / name).iterdir():
+                with Image.open(path) as image, torch.no_grad():
+                    logits = model(transform(image)[None])
+                right += int(logits.argmax()) == label
+                losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([label])).item())
+        assert float(row["top1"]) == pytest.approx(right / 12)
+        assert float(row["loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
+        assert float(row["top5"]) == 1
+        assert (row["images"], row["crop_pct"], row["model"]) == ("12", "0.8", "dfformer_s18")
+        assert float(row["images_per_second"]) > 0
+    assert len({row["loss"] for row in rows}) == 4
+
+
+def test_the_digits(tmp_path: Path) -> None:
+    digits = [str(digit) for digit in range(10)]
+    checkpoint, table = write_checkpoint(tmp_path / "d.safetensors", digits, channels=1), tmp_path / "d.csv"
+    arguments = [str(checkpoint), "--dataset", "digits", "--workers", "0", "--csv", str(table)]
+    assert main(["eval", *arguments]) == 0
+    with table.open() as file:
+        [row] = csv.DictReader(file)
+    assert row["images"] == "360"
+    assert row["crop_pct"] == "0.9", "the model's own"
+    assert float(row["top1"]) < float(row["top5"]) < 1
+
+
+def test_bfloat16(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m.safetensors", CLASSES)
+    assert main(["eval", str(checkpoint), "--root", str(root), "--workers", "0", "--amp", "bfloat16"]) == 0
+    assert "12 images" in capsys.readouterr().out
+
+
+MISUSES = {
+    "no-root": ([], "root: give the folder of the data"),
+    "no-split": (["--root", "{root}", "--split", "test"], "has neither a folder 'test' nor test.tar"),
+    "crop": (["--root", "{root}", "--crop-pct", "0"], "--crop-pct: got 0.0"),
+    "batch": (["--root", "{root}", "--batch-size", "0"], "--batch-size"),
+    "classes": (["--dataset", "digits"], "its 3 classes are not the data's 10; only in one of them: 0, 1, 2, 3, 4"),
+    "unknown": (["--root", "{root}", "--dataset", "torch/nothing"], "Unknown torchvision dataset nothing"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISUSES.values(), ids=MISUSES.keys())
+def test_misuses(
+    arguments: list[str], message: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m.safetensors", CLASSES)
+    assert main(["eval", str(checkpoint), *(a.format(root=root) for a in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unreadable_image(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = root / "val" / "bee" / "2.png"
+    broken.write_bytes(b"")
+    checkpoint = write_checkpoint(tmp_path / "m.safetensors", CLASSES)
+    assert main(["eval", str(checkpoint), "--root", str(root), "--workers", "0"]) == 2
+    assert f"1 of 12 images cannot be used: cannot identify image file '{broken}'" in capsys.readouterr().err
+
+
+def test_a_tar_file(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(root / "val", arcname=".")
+    checkpoint = write_checkpoint(tmp_path / "m.safetensors", CLASSES)
+    assert main(["eval", str(checkpoint), "--root", str(tmp_path), "--workers", "0"]) == 0
+    from_tar = capsys.readouterr().out
+    assert main(["eval", str(checkpoint), "--root", str(root), "--workers", "0"]) == 0
+    assert from_tar.split("images/s")[0].split()[:-1] == capsys.readouterr().out.split("images/s")[0].split()[:-1]
+
+
+def test_predicting_with_workers_is_the_same(root: Path, tmp_path: Path) -> None:
+    """In the same order too, with a file in between that cannot be read."""
+    (root / "val" / "bee" / "1.png").write_bytes(b"")
+    checkpoint = write_checkpoint(tmp_path / "m.safetensors", CLASSES)
+    reports = []
+    for workers in ("0", "2"):
+        report = tmp_path / f"{workers}.json"
+        arguments = ["--checkpoint", str(checkpoint), "--batch-size", "3", "--json", str(report)]
+        assert main(["predict", *arguments, "--workers", workers, str(root)]) == 1
+        reports.append(json.loads(report.read_text()))
+    assert reports[0] == reports[1]
+    assert len(reports[0]["predictions"]) == 11
+    assert [Path(e["path"]).name for e in reports[0]["errors"]] == ["1.png"]
+
+
+def test_header_checks_read_only_what_is_a_folder() -> None:
+    images.check_images(images.DigitImages("val"))

@@ -8,13 +8,13 @@ import timm
 import torch
 from cases import DTYPES, Operators
 from conftest import require_backend, require_compiler
-from layers import PackedLinear, Scale
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dfformer
 from dfformer.models import layers
+from dfformer.models.layers import PackedLinear, Scale
 from dfformer_kernels import reference, use_backend
 from dfformer_kernels.backends import cpu
 from dfformer_kernels.backends.cpu import Norm, Residual

@@ -1,7 +1,7 @@
 """The executable specification of every operator, in torch.fft: any device, any floating dtype, any plane.
 
-It is the ``torch`` backend, the judge of every other backend, and (because each gradient is itself written as a
-differentiable expression) what second derivatives are computed from. Clarity comes before speed here.
+It is the ``torch`` backend, what every other backend is compared with, and (because each gradient is itself written as
+a differentiable expression) what second derivatives are computed from. Clarity comes before speed here.
 
 Notation: ``B,H,W,C`` batch, height, width, channels; ``F`` filters in the basis; ``K = W//2 + 1``. The arithmetic is
 float64 for float64 ``x`` and float32 otherwise; results have the dtype of the tensor they belong to.
@@ -54,7 +54,7 @@ def dynamic_filter(
     ``x`` (B,H,W,C), ``logits`` (B,F,C), ``basis`` (H,K,F,2).
     """
     u = _activate(x, scale, bias)
-    M = _mixed_filter(_softmax(logits, u.dtype), torch.view_as_complex(basis.contiguous()))
+    M = _mixed_filter(_softmax(logits, u.dtype), _complex(basis))
     return _irfft2(_rfft2(u) * M, x.shape[2]).to(x.dtype)
 
 
@@ -77,7 +77,7 @@ def dynamic_filter_backward(
     """
     need_x, need_logits, need_basis, need_scale, need_bias = needs
     u = _activate(x, scale, bias)
-    r, filters = _softmax(logits, u.dtype), torch.view_as_complex(basis.contiguous())
+    r, filters = _softmax(logits, u.dtype), _complex(basis)
     G = _rfft2(grad_y.to(u.dtype))
     gradients: list[Tensor] = []
     input_gradients: list[Tensor] = []
@@ -105,7 +105,7 @@ def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: 
     ``x`` (B,H,W,C), ``weight`` (H,K,C,2). GFNet's global filter (Rao et al., NeurIPS 2021), as GFFormer uses it.
     """
     u = _activate(x, scale, bias)
-    return _irfft2(_rfft2(u) * torch.view_as_complex(weight.contiguous()), x.shape[2]).to(x.dtype)
+    return _irfft2(_rfft2(u) * _complex(weight), x.shape[2]).to(x.dtype)
 
 
 def global_filter_backward(
@@ -121,7 +121,7 @@ def global_filter_backward(
     gradients: list[Tensor] = []
     input_gradients: list[Tensor] = []
     if need_x or need_scale or need_bias:
-        grad_u = _irfft2(_conj(torch.view_as_complex(weight.contiguous())) * G, x.shape[2])
+        grad_u = _irfft2(_conj(_complex(weight)) * G, x.shape[2])
         input_gradients = _activate_backward(grad_u, x, scale, bias, (need_x, need_scale, need_bias))
     if need_x:
         gradients.append(input_gradients.pop(0))
@@ -161,6 +161,15 @@ def _activate_backward(
     if scale is None or bias is None:
         return [grad_u.to(x.dtype)]
     return star_relu_backward(grad_u, x, scale, bias, needs)
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    """Real and imaginary parts (...,2) as complex numbers (...): a view where torch allows one, else of a copy."""
+    *outer, inner = pairs.stride()
+    # Parameters that are slices of one flat buffer may begin at an odd element.
+    if inner != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in outer):
+        pairs = pairs.clone(memory_format=torch.contiguous_format)
+    return torch.view_as_complex(pairs)
 
 
 def _softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,14 +1,15 @@
 """The reference against calculus and against sums written out, and every backend against the pinned convention."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from cases import CASES, OPS, Case, Op, Target, assert_within_bound, expected, gradients, make_grad, make_inputs
+from cases import CASES, OPS, Case, Inputs, Op, Target, assert_within_bound, expected, gradients, make_grad, make_inputs
 from conftest import targets
 from torch import Tensor
 
-from dfformer_kernels import dynamic_filter
+from dfformer_kernels import dynamic_filter, reference
 from dfformer_kernels.tolerance import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,6 +50,68 @@ def test_explicit_backward_of_an_infinite_gradient_where_relu_is_flat() -> None:
     grad_y = torch.full_like(x, math.inf)
     (explicit,) = op.backward(grad_y, inputs, needs=(True, False, False), backend="torch")
     assert explicit.tolist() == gradients(op.reference(inputs), inputs, grad_y)["x"].tolist() == [0, 0, 0, math.inf]
+
+
+def at_odd_offset(t: Tensor) -> Tensor:
+    """Dense, but beginning at the second element of a larger tensor, as parameters in one flat buffer do."""
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+def with_odd_strides(t: Tensor) -> Tensor:
+    """Every dimension, those of one element too, has an odd stride."""
+    strides, step = [], 1
+    for size in reversed(t.shape):
+        strides.insert(0, step)
+        step = (step * size + 1) | 1
+    larger = t.new_zeros(2 * step).as_strided(t.shape, strides)
+    return larger.copy_(t)
+
+
+def reversed_in_memory(t: Tensor) -> Tensor:
+    """The last dimension is the outermost in memory."""
+    backwards = tuple(reversed(range(t.dim())))
+    return t.permute(backwards).contiguous().permute(backwards)
+
+
+def odd_where_it_does_not_count(t: Tensor) -> Tensor:
+    """An odd stride of a dimension of one element, which counts as contiguous all the same."""
+    strides = [7 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+    return t.as_strided(t.shape, strides)
+
+
+MEMORY = (at_odd_offset, with_odd_strides, reversed_in_memory, odd_where_it_does_not_count)
+
+
+@pytest.mark.parametrize("arrange", MEMORY)
+@pytest.mark.parametrize("case", [Case(2, 4, 6, 3), Case(1, 3, 5, 1, F=1)], ids=str)
+@ALL_OPS
+def test_no_derivative_depends_on_how_tensors_lie_in_memory(op: Op, case: Case, arrange: Callable[..., Tensor]) -> None:
+    dense = make_inputs(op, case, torch.float64)
+    grad_y = make_grad(op, dense)
+    arranged = {name: arrange(t.detach()).requires_grad_() for name, t in dense.items()}
+
+    def derivatives(inputs: Inputs, grad_y: Tensor) -> list[Tensor]:
+        leaves = list(inputs.values())
+        y = op.public(inputs, backend="torch")
+        first = torch.autograd.grad(y, leaves, grad_y, create_graph=True)
+        squares = torch.stack([g.square().sum() for g in first]).sum()
+        second = torch.autograd.grad(squares, leaves, materialize_grads=True)
+        explicit = op.backward(grad_y, inputs, backend="torch")
+        return [y.detach(), *(g.detach() for g in first), *second, *explicit]
+
+    for actual, wanted in zip(derivatives(arranged, arrange(grad_y)), derivatives(dense, grad_y), strict=True):
+        assert relative_error(actual, wanted) <= 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pairs_become_complex_numbers_without_a_copy_where_they_can(dtype: torch.dtype) -> None:
+    pairs = torch.arange(48, dtype=dtype).view(4, 2, 3, 2)
+    assert reference._complex(pairs).data_ptr() == pairs.data_ptr()
+    assert reference._complex(pairs[:, :, 1:]).data_ptr() == pairs[:, :, 1:].data_ptr()
+    for arrange in MEMORY:
+        arranged = arrange(pairs)
+        assert torch.equal(reference._complex(arranged).real, pairs[..., 0])
+        assert torch.equal(reference._complex(arranged).imag, pairs[..., 1])
 
 
 # Both parities of W (a column k = W/2 or none), and sides of one and two where columns coincide.

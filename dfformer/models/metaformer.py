@@ -11,15 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from dfformer.models.filter_resize import check_rule
 from dfformer.models.layers import (
     Activation,
-    Conv2d,
     DynamicFilter,
     Mlp,
     MlpHead,
     Scale,
     SpectralFilter,
     StarReLU,
-    add_branch,
-    has_hooks,
 )
 from dfformer_kernels.ops.conv2d import output_plane
 
@@ -28,9 +25,6 @@ TokenMixer = Callable[..., nn.Module]
 # (kernel size, padding) of the stem and of the three downsampling convolutions.
 STEM, DOWNSAMPLE = (7, 2), (3, 1)
 NORM_EPS = 1e-6
-# Feature map, at a stage's entrance, of as many samples as are run through the stage together for inference on a CPU:
-# activations, up to four times that, are then memory that is kept for the next layer (dfformer_kernels/ops/memory.py).
-PART_BYTES = 8 * 2**20
 
 
 def _norm(dim: int, bias: bool = False) -> nn.LayerNorm:
@@ -44,7 +38,7 @@ class Downsampling(nn.Module):
         super().__init__()
         self.is_stem = stem
         self.pre_norm = nn.Identity() if stem else _norm(in_channels)
-        self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding)
         self.post_norm = _norm(out_channels) if stem else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,8 +74,8 @@ class MetaFormerBlock(nn.Module):
         self.res_scale2 = scale()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = add_branch(x, self.res_scale1, self.norm1, self.token_mixer, self.drop_path1)
-        return add_branch(x, self.res_scale2, self.norm2, self.mlp, self.drop_path2)
+        x = self.res_scale1(x) + self.drop_path1(self.token_mixer(self.norm1(x)))
+        return self.res_scale2(x) + self.drop_path2(self.mlp(self.norm2(x)))
 
 
 class MetaFormer(nn.Module):
@@ -277,21 +271,6 @@ class MetaFormer(nn.Module):
         return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
 
     def _stage(self, i: int, x: Tensor) -> Tensor:
-        parts = self._parts(i, x)
-        return torch.cat([self._run_stage(i, part) for part in parts]) if len(parts) > 1 else self._run_stage(i, x)
-
-    def _parts(self, i: int, x: Tensor) -> Sequence[Tensor]:
-        """The batch in parts whose activations find memory that is there, where nobody can tell the difference."""
-        observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not x.is_cpu or observed or len(x) < 2:
-            return [x]
-        pixels = x.shape[2] * x.shape[3] // 16 if i == 0 else x.shape[1] * x.shape[2] // 4
-        samples = max(PART_BYTES // (max(pixels, 1) * self.feature_info[i]["num_chs"] * x.itemsize), 1)
-        if samples >= len(x) or has_hooks(self.stages[i]) or has_hooks(self.downsample_layers[i]):
-            return [x]
-        return x.split(samples)
-
-    def _run_stage(self, i: int, x: Tensor) -> Tensor:
         x = self.downsample_layers[i](x)
         if self.grad_checkpointing and torch.is_grad_enabled():
             for block in self.stages[i].children():

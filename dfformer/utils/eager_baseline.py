@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dfformer_kernels import reference
@@ -13,7 +13,7 @@ from dfformer_kernels import reference
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """Models run inside compute what the authors' code does, the way it does: torch.fft for the filter step, StarReLU
-    and residual scales as separate operations, ``F.linear``, nothing recomputed in backward. Process-wide."""
+    as separate operations, ``F.linear``, nothing recomputed in backward. Process-wide."""
     with ExitStack() as replaced:
         for target, plain in _PLAIN.items():
             replaced.enter_context(patch(target, plain))
@@ -32,10 +32,6 @@ def _mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: 
     return F.linear(reference.star_relu(F.linear(x, weight1), *star_relu), weight2)
 
 
-def _add_branch(x: Tensor, scale: nn.Module, norm: nn.Module, branch: nn.Module, drop_path: nn.Module) -> Tensor:
-    return scale(x) + drop_path(branch(norm(x)))
-
-
 _PLAIN = {
     "dfformer.models.layers.convolution": F.conv2d,
     "dfformer.models.layers.dynamic_filter": _dynamic_filter,
@@ -43,5 +39,4 @@ _PLAIN = {
     "dfformer.models.layers.star_relu": reference.star_relu,
     "dfformer.models.layers.linear": F.linear,
     "dfformer.models.layers.mlp": _mlp,
-    "dfformer.models.metaformer.add_branch": _add_branch,
 }

@@ -592,30 +592,6 @@ def test_blocks_copy_no_activation(name: str) -> None:
         assert copies.seen == []
 
 
-def test_stages_run_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = small("dfformer_s18"), images(96, 64, batch=5)
-    whole, run_stage = model(x), model._run_stage
-    calls: list[tuple[int, int]] = []
-
-    def noted(i: int, part: Tensor) -> Tensor:
-        calls.append((i, len(part)))
-        return run_stage(i, part)
-
-    monkeypatch.setattr("dfformer.models.metaformer.PART_BYTES", 2 * 24 * 16 * 16 * 4)  # two samples of the first stage
-    monkeypatch.setattr(model, "_run_stage", noted)
-    with torch.no_grad():
-        assert relative_error(model(x), whole) < ERROR
-        assert [samples for i, samples in calls if i == 0] == [2, 2, 1]
-        calls.clear()
-        handle = model.stages[0][0].register_forward_hook(lambda *args: None)  # who looks sees whole batches
-        model(x)
-        assert [samples for i, samples in calls if i == 0] == [5]
-        handle.remove()
-    calls.clear()
-    model(x)
-    assert [samples for i, samples in calls if i == 0] == [5]
-
-
 def test_hooks_inside_an_mlp_run() -> None:
     model, seen = small("dfformer_s18"), []
     block = model.stages[0][0]

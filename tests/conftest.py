@@ -5,15 +5,18 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from cases import TARGETS, Target
+from native_core import ISAS
 from torch import Tensor
 
 from dfformer.cli.main import main
 from dfformer_kernels import backends, dispatch
+from dfformer_kernels.backends import cpu
 
 # torch remembers, at the first use of a device context, which functions allocate: the real ones, not the poisoned ones.
 with torch.device("meta"):
@@ -104,6 +107,24 @@ def targets(where: Callable[[Target], object] = lambda target: True) -> list[Any
 def target(request: pytest.FixtureRequest) -> Target:
     """Every operator on every backend that implements it, on every device it runs on."""
     require_backend(request.param.backend)
+    return request.param
+
+
+@pytest.fixture
+def core() -> Iterator[ModuleType]:
+    """The compiled core; its instruction set from before comes back in any case."""
+    require_backend("cpu")
+    active = cpu.core().active_isa()
+    yield cpu.core()
+    cpu.core().set_active_isa(active)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, core: ModuleType) -> str:
+    """Each instruction set in turn, active."""
+    supported = core.supported_isas()
+    require(request.param, request.param in supported, f"this machine runs {supported}, not {request.param}")
+    core.set_active_isa(request.param)
     return request.param
 
 

@@ -59,7 +59,8 @@ def at_odd_offset(t: Tensor) -> Tensor:
 
 def with_odd_strides(t: Tensor) -> Tensor:
     """Every dimension, those of one element too, has an odd stride."""
-    strides, step = [], 1
+    strides: list[int] = []
+    step = 1
     for size in reversed(t.shape):
         strides.insert(0, step)
         step = (step * size + 1) | 1

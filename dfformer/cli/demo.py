@@ -4,6 +4,7 @@
 2. Runs DFFormer-S18 on scikit-learn's two photographs and compares the fused step with plain torch.fft.
 """
 
+import argparse
 import json
 import statistics
 import time
@@ -71,6 +72,12 @@ class Comparison:
     fused_ms: float
     plain_mib: float
     fused_mib: float
+
+
+def demo_command(arguments: argparse.Namespace) -> int:
+    """The command line's ``demo``."""
+    run_demo(arguments.output, seed=arguments.seed, quick=arguments.quick)
+    return 0
 
 
 def run_demo(output: Path, seed: int = 0, quick: bool = False) -> None:

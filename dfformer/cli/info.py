@@ -1,5 +1,6 @@
 """``dfformer info``: versions, device, backends, and the model table."""
 
+import argparse
 import platform
 import subprocess
 from functools import partial
@@ -15,13 +16,16 @@ from dfformer_kernels import __version__, backends
 from dfformer_kernels.backends import cpu
 
 
-def print_info(img_size: tuple[int, int]) -> None:
+def info_command(arguments: argparse.Namespace) -> int:
+    """The command line's ``info``."""
+    H, W = arguments.img_size
     print_environment()
     print("\nbackends, in order of preference")
     for name, reasons in backends().items():
         print(f"  {name:<8}{'no: ' + '; '.join(reasons) if reasons else 'available'}")
-    print(f"\nmodels at {img_size[0]}x{img_size[1]}, one image (transforms and filter mixing are counted)")
-    print(model_table(img_size))
+    print(f"\nmodels at {H}x{W}, one image (transforms and filter mixing are counted)")
+    print(model_table((H, W)))
+    return 0
 
 
 def print_environment() -> None:

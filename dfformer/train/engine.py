@@ -4,8 +4,6 @@ Nothing random carries over from one step to the next: what a step draws follows
 from `dfformer.data.images`. So a run that goes on from a checkpoint, even amid an epoch, does what it would have done.
 """
 
-import csv
-import io
 import json
 import math
 import os
@@ -36,6 +34,7 @@ from dfformer.tasks.base import Place, Task
 from dfformer.tasks.evaluate import autocast
 from dfformer.tasks.table import task_part
 from dfformer.train.config import FREE_TO_CHANGE, TrainConfig, flatten, parse
+from dfformer.train.log import Log, interruption
 from dfformer.train.state import checkpoints, load_latest_state, save_state, write_atomically
 from dfformer.utils.device import usable_device
 
@@ -48,7 +47,12 @@ def train_command(arguments: list[str]) -> int:
     """The command line's ``train``."""
     config = parse(arguments)
     with _processes(config) as place:
-        train(config, place)
+        try:
+            train(config, place)
+        except KeyboardInterrupt:
+            if place.rank == 0:
+                print(f"\n{interruption(Path(config.output), arguments, place.world > 1)}", file=sys.stderr)
+            raise
     return 0
 
 
@@ -154,10 +158,11 @@ class Engine:
 
     def run(self) -> list[dict[str, float]]:
         """Trains to the end; returns the measures by epoch."""
-        self._announce()
+        started = len(self.history)
+        if started < self.epochs:
+            self._announce()
         log = Log(self.folder, self.step, self.history, self.config, self.task.metric) if self.first else None
         loader = self.task.training_loader()
-        started = len(self.history)
         with closing(log) if log else nullcontext():
             while len(self.history) < self.epochs:
                 epoch = len(self.history)
@@ -175,12 +180,12 @@ class Engine:
         self._draw()
         if log:
             best = max(self.history, key=self._score)
-            done = "was already complete" if started == self.epochs else "done"
+            done = "this run was already complete" if started == self.epochs else "done"
             score = f"best {self.task.metric} {self._score(best):.2%} after epoch {best['epoch']}"
             print(f"{done}: {score}; see {self.folder}")
         return self.history
 
-    def _train_epoch(self, epoch: int, loader: Any, log: "Log | None") -> None:
+    def _train_epoch(self, epoch: int, loader: Any, log: Log | None) -> None:
         batches = self.task.batches
         batches.epoch, batches.first_step = epoch, self.step - epoch * self.steps
         self.runner.train()
@@ -375,70 +380,3 @@ _WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 def _whole_weights(model: nn.Module) -> dict[str, Any]:
     """The state dict on the CPU, put together from all processes' shards: in the first process, empty in others."""
     return sharded.get_model_state_dict(model, options=_WHOLE)
-
-
-class Log:
-    """``steps.jsonl``, ``epochs.csv``, ``learning_curve.png``, events for TensorBoard on request, lines on the screen.
-
-    What an interrupted run wrote after the step it goes on from is taken back.
-    """
-
-    def __init__(
-        self, folder: Path, step: int, history: list[dict[str, float]], config: TrainConfig, metric: str
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.metric = folder, metric
-        steps = folder / "steps.jsonl"
-        kept = [line for line in _lines(steps) if json.loads(line)["step"] <= step]
-        write_atomically(steps, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
-        self.steps = steps.open("a", encoding="utf-8", buffering=1)
-        write_atomically(folder / "config.json", lambda file: file.write(json.dumps(asdict(config), indent=2).encode()))
-        self.events = _tensorboard(folder, step) if config.tensorboard else None
-
-    def step(self, values: dict[str, float]) -> None:
-        self.steps.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
-        self._add_events(values)
-
-    def epoch(self, history: list[dict[str, float]], seconds: float) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, history[-1])
-        writer.writeheader()
-        writer.writerows(history)
-        write_atomically(self.folder / "epochs.csv", lambda file: file.write(text.getvalue().encode()))
-        self._draw(history)
-        self._add_events(history[-1])
-        row = history[-1]
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in ("epoch", "step"))
-        tqdm.write(f"epoch {row['epoch']}  {shown}  ({seconds:.1f} s)", file=sys.stdout)
-
-    def _draw(self, history: list[dict[str, float]]) -> None:
-        from dfformer.analysis.figures import learning_curve
-
-        measure = [row.get(f"ema_{self.metric}", row[self.metric]) for row in history]
-        loss = [row["train_loss"] for row in history]
-        figure = learning_curve(loss, None, measure, self.metric, "validation")
-        write_atomically(self.folder / "learning_curve.png", lambda file: figure.savefig(file, dpi=130))
-
-    def _add_events(self, values: dict[str, float]) -> None:
-        if self.events:
-            for name, value in values.items():
-                if name not in ("step", "epoch"):
-                    self.events.add_scalar(name, value, values["step"])
-
-    def close(self) -> None:
-        self.steps.close()
-        if self.events:
-            self.events.close()
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file, if there is one: the last may have been cut off."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RuntimeError(f"tensorboard: needs {error.name}: pip install tensorboard") from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)

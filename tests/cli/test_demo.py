@@ -1,4 +1,4 @@
-"""The demo, shortened: one epoch, small photographs. The full one is run by `make demo`."""
+"""The demo, shortened: one epoch of few digits, a small photograph. The full one is run by `make demo`."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from PIL import Image
 from dfformer.analysis.figures import full_spectrum
 from dfformer.cli import demo
 from dfformer.cli.main import main
+from dfformer.data.images import Digits
 
 
 @pytest.fixture
@@ -22,7 +23,14 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         photos.images, photos.filenames = [photos.images[0][:96, :128]], photos.filenames[:1]
         return photos
 
+    load_digits = demo.load_digit_images
+
+    def some_digits(seed: int) -> Digits:
+        digits = load_digits(seed)
+        return Digits(digits.train_x[:192], digits.train_y[:192], digits.test_x[:40], digits.test_y[:40])
+
     monkeypatch.setattr(demo, "load_sample_images", one_photo)
+    monkeypatch.setattr(demo, "load_digit_images", some_digits)
     monkeypatch.setattr(demo, "QUICK", demo.Effort(epochs=1, target=0.0, repetitions=1))
     return tmp_path / "demo"
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from dfformer.data import images
 from dfformer.models.checkpoint import CheckpointError, load_model, read_checkpoint
 from dfformer.train import state as train_state
 from dfformer.train.config import parse
+from dfformer.train.log import interruption
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 CLASSES = ("ant", "bee", "cat")
@@ -306,7 +308,9 @@ def test_another_run_is_neither_overwritten_nor_mixed_up(
     assert main([*command, *run, "--resume", "true", "--optim.lr", "0.5"]) == 2
     assert "optim.lr was 0.001, is 0.5" in capsys.readouterr().err
     assert main([*command, *run, "--resume", "true"]) == 0
-    assert "was already complete" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("this run was already complete: best top1 ")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
@@ -398,6 +402,45 @@ def test_killed_at_random_moments(command: list[str], tmp_path: Path) -> None:
         assert list(run.glob(".checkpoint-*.partial")) or landed > 1
     assert main(arguments) == 0
     assert_same_result(run, expected)
+
+
+def test_interrupted_from_the_keyboard(command: list[str], tmp_path: Path) -> None:
+    """It says what there is and how to resume, and the command it prints ends as a run that nobody disturbed."""
+    run, expected = tmp_path / "run", tmp_path / "expected"
+    arguments = [*command, "--optim.epochs", "6", "--save_steps", "0"]
+    launcher = [sys.executable, "-m", "dfformer", *arguments, "--output", str(run)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(launcher, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any(line.startswith("epoch ") for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    told = dict(line.split(": ", 1) for line in errors.splitlines() if ": " in line)
+    last = history(run)[-1]
+    assert told["last finished epoch"].startswith(f"epoch {last['epoch']}  train_loss {float(last['train_loss']):.4g}")
+    latest = train_state.checkpoints(run)[-1]
+    assert told["saved"] == f"{latest}, after step {int(latest.stem[-8:])}"
+    assert told["weights for use"] == f"{run / 'last.safetensors'}, {run / 'best.safetensors'}"
+    resumed = shlex.split(told["resume with"])
+    assert resumed == ["dfformer", *launcher[3:], "--resume=true"]
+    assert main(resumed[1:]) == 0
+    assert main([*arguments, "--output", str(expected)]) == 0
+    assert_same_result(run, expected)
+
+
+def test_what_an_interruption_says_of_little(tmp_path: Path) -> None:
+    (tmp_path / "epochs.csv").write_text("epoch,step,train_loss\n1,3,0.5\n2,6,0.2")  # the last line was cut off
+    said = interruption(tmp_path, [], distributed=False).splitlines()
+    assert said[1] == "last finished epoch: epoch 1  train_loss 0.5"
+    assert said[2].startswith("no checkpoint was saved yet")
+    (tmp_path / "checkpoint-00000004.pt").touch()
+    assert interruption(tmp_path, [], distributed=True).splitlines()[2:] == [
+        f"saved: {tmp_path / 'checkpoint-00000004.pt'}, after step 4",
+        "resume with: the same torchrun command and --resume=true",
+    ]
+    assert interruption(tmp_path / "absent", [], distributed=False).count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -1,0 +1,227 @@
+"""The table of commands: what each is for, its arguments, and the function that runs it."""
+
+import argparse
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class Argument:
+    """What `argparse.ArgumentParser.add_argument` takes."""
+
+    def __init__(self, *flags: str, **options: Any) -> None:
+        self.flags, self.options = flags, options
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, or a group of ``commands``."""
+
+    summary: str  # at most 54 characters: a line of the list
+    run: str = ""  # module:function of the parsed arguments; the module is imported when the command runs
+    arguments: tuple[Argument, ...] = ()
+    commands: dict[str, "Command"] = field(default_factory=dict)
+    details: str = ""  # what its help says beside the summary
+    extra: str = ""  # the extra whose packages it needs
+    own_parser: bool = False  # it is given the rest of the command line as it is
+
+
+def plane(text: str) -> tuple[int, int]:
+    """``224`` or ``427x640`` as (H, W)."""
+    try:
+        sizes = [int(part) for part in text.lower().split("x")]
+        H, W = sizes * 2 if len(sizes) == 1 else sizes
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, accepted are N or HxW") from None
+    if not 1 <= min(H, W) <= max(H, W) < 2**31:
+        raise argparse.ArgumentTypeError(f"got {text!r}, accepted are sizes from 1 up")
+    return H, W
+
+
+def device(text: str) -> str:
+    from dfformer.utils.device import usable_device
+
+    try:
+        return str(usable_device(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("device: ")) from None
+
+
+# Processes that read images: more than processors would be slower.
+_WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+_CHECKPOINT = Argument("--checkpoint", type=Path, help=".safetensors or .pth")
+_MODEL = Argument("--model", help="e.g. dfformer_s18; checkpoints written by dfformer name it themselves")
+_PRETRAINED = Argument("--pretrained", action="store_true", help="download the authors' weights of --model")
+_IMG_SIZE = Argument("--img-size", type=plane, metavar="N or HxW", help="default: the model's")
+_DEVICE = Argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1; default: cpu")
+_WORKERS_ARGUMENT = Argument(
+    "--workers", type=int, default=_WORKERS, help=f"processes that read images (here: {_WORKERS})"
+)
+
+
+def _batch_size(default: int) -> Argument:
+    return Argument("--batch-size", type=int, default=default, help=f"default: {default}")
+
+
+_SHOW_BEFORE = (
+    Argument("inputs", nargs="*", type=Path, metavar="IMAGE", help="default: scikit-learn's"),
+    Argument("--checkpoint", action="append", type=Path, help=".safetensors or .pth"),
+    Argument("--model", action="append", help="e.g. dfformer_s18, of a checkpoint or by itself"),
+    _PRETRAINED,
+)
+_SHOW_AFTER = (
+    _IMG_SIZE,
+    Argument("--output", type=Path, default=Path("show"), help="folder to write to (default: show)"),
+    _DEVICE,
+)
+_LAYER = Argument("--layer", metavar="PATTERN", help="of names, e.g. 'stages.2.*'")
+_UNTRAINED = Argument("--untrained", action="store_true", help="the same model with fresh weights too")
+
+
+def _shows(summary: str, *own: Argument, details: str = "") -> Command:
+    return Command(
+        summary,
+        "dfformer.analysis.show:show_command",
+        (*_SHOW_BEFORE, *own, *_SHOW_AFTER),
+        details=details,
+        extra="demo",
+    )
+
+
+SHOW = {
+    "filters": _shows(
+        "stored filters, their routing, the filters mixed",
+        _LAYER,
+        details="Stored filters, which of them the routing picks, and the filters mixed for images and classes.",
+    ),
+    "response": _shows("what the filters do to an image and to their input", _LAYER),
+    "spectrum": _shows("relative log amplitude of feature maps, by depth", _LAYER),
+    "receptive-field": _shows(
+        "effective receptive fields, of several models too",
+        _UNTRAINED,
+        details="Effective receptive fields, of several models side by side (repeat --checkpoint or --model).",
+    ),
+    "similarity": _shows(
+        "CKA between the layers of a model, or of two",
+        _UNTRAINED,
+        _LAYER,
+        details="CKA between the layers of a model, or of two (repeat --checkpoint or --model).",
+    ),
+}
+
+COMMANDS = {
+    "info": Command(
+        "versions, which backends run here and why, the models",
+        "dfformer.cli.info:info_command",
+        (Argument("--img-size", type=plane, default=(224, 224), metavar="N or HxW", help="default: 224"),),
+    ),
+    "doctor": Command(
+        "verify every backend against float64",
+        "dfformer.cli.doctor:doctor_command",
+        (
+            Argument("--quick", action="store_true", help="small shapes only"),
+            Argument("--json", type=Path, help="also write everything there, to send to somebody"),
+        ),
+        details="Verifies every available backend against float64, forward and backward.",
+    ),
+    "train": Command(
+        "train a model from a recipe",
+        "dfformer.train.engine:train_command",
+        extra="train",
+        own_parser=True,
+    ),
+    "eval": Command(
+        "measure the accuracy and speed of checkpoints",
+        "dfformer.cli.by_task:evaluate_command",
+        (
+            Argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help=".safetensors, .pth or .pt"),
+            Argument("--root", help="folder of the data"),
+            Argument(
+                "--dataset",
+                default="",
+                help="digits, digit_scenes, or timm's name; default: the task's folders in root",
+            ),
+            Argument("--scenes", type=int, default=200, help="how many digit_scenes to make (default: 200)"),
+            Argument("--split", default="val", help="default: val"),
+            _MODEL,
+            Argument(
+                "--img-size",
+                nargs="+",
+                type=plane,
+                metavar="N or HxW",
+                help="one or several; default: the model's",
+            ),
+            Argument("--crop-pct", type=float, help="share of the image's side that is kept; default: the model's"),
+            _batch_size(64),
+            _WORKERS_ARGUMENT,
+            _DEVICE,
+            Argument("--amp", choices=["none", "bfloat16", "float16"], default="none"),
+            Argument("--csv", type=Path, help="also write the table there"),
+        ),
+        extra="train",
+    ),
+    "predict": Command(
+        "classify images, segment them or detect objects",
+        "dfformer.cli.by_task:predict_command",
+        (
+            Argument("inputs", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them"),
+            _CHECKPOINT,
+            _MODEL,
+            _PRETRAINED,
+            Argument("--classes", type=Path, help="a text file with a class name a line"),
+            _IMG_SIZE,
+            Argument("--topk", type=int, default=5, help="default: 5"),
+            _batch_size(16),
+            _WORKERS_ARGUMENT,
+            _DEVICE,
+            Argument("--json", type=Path, help="also write the result there"),
+            Argument(
+                "--output",
+                type=Path,
+                default=Path("predictions"),
+                help="folder for masks, boxes and pictures (default: predictions)",
+            ),
+        ),
+        details="Classifies images, or does what else the checkpoint is for.",
+        extra="train",
+    ),
+    "export": Command(
+        "write a model as ONNX, .pt2 or .safetensors",
+        "dfformer.export.export:export_command",
+        (
+            Argument("output", type=Path, help="a name ending in .pt2, .onnx or .safetensors"),
+            _CHECKPOINT,
+            _MODEL,
+            _PRETRAINED,
+            Argument("--img-size", type=plane, metavar="N or HxW", help="of the images; default: the model's"),
+            Argument("--format", help="pt2, onnx, safetensors or aoti (a .pt2 too); default: by output's name"),
+            Argument(
+                "--fused",
+                action="store_true",
+                help="pt2, aoti: keep this package's operators; loading needs dfformer_kernels",
+            ),
+            _DEVICE,
+        ),
+        details="Writes a model as a file that other programs run, and checks that file.",
+        extra="export",
+    ),
+    "show": Command("pictures and numbers of what is inside a model", commands=SHOW),
+    "convert": Command(
+        "convert a checkpoint (.pth) to .safetensors",
+        "dfformer.cli.convert:convert_command",
+        (Argument("source", type=Path), Argument("target", type=Path)),
+    ),
+    "demo": Command(
+        "train on handwritten digits, compare on photographs",
+        "dfformer.cli.demo:demo_command",
+        (
+            Argument("--output", type=Path, default=Path("demo"), help="folder to write to (default: demo)"),
+            Argument("--seed", type=int, default=0, help="default: 0"),
+            Argument("--quick", action="store_true", help="less training, fewer repetitions"),
+        ),
+        details="Trains a small CDFFormer on handwritten digits and compares the filter step on photographs.",
+        extra="demo",
+    ),
+}

@@ -1,0 +1,112 @@
+"""What a training run writes down: steps, epochs, a learning curve, lines on the screen, what an interruption left."""
+
+import csv
+import io
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dfformer.analysis.figures import learning_curve
+from dfformer.train.config import TrainConfig
+from dfformer.train.state import checkpoints, write_atomically
+
+STEPS, EPOCHS = "steps.jsonl", "epochs.csv"
+
+
+class Log:
+    """``steps.jsonl``, ``epochs.csv``, ``learning_curve.png``, events for TensorBoard on request, lines on the screen.
+
+    Lines that an interrupted run wrote after the step it is resumed from are removed.
+    """
+
+    def __init__(
+        self, folder: Path, step: int, history: list[dict[str, float]], config: TrainConfig, metric: str
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.metric = folder, metric
+        steps = folder / STEPS
+        kept = [line for line in _whole_lines(steps) if json.loads(line)["step"] <= step]
+        _write(steps, "".join(f"{line}\n" for line in kept))
+        self.steps = steps.open("a", encoding="utf-8", buffering=1)
+        _write(folder / "config.json", json.dumps(asdict(config), indent=2))
+        if history:  # a run may end between an epoch's checkpoint and its line
+            self._write_epochs(history)
+        self.events = _tensorboard(folder, step) if config.tensorboard else None
+
+    def step(self, values: dict[str, float]) -> None:
+        self.steps.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
+        self._add_events(values)
+
+    def epoch(self, history: list[dict[str, float]], seconds: float) -> None:
+        self._write_epochs(history)
+        self._add_events(history[-1])
+        tqdm.write(f"{epoch_line(history[-1])}  ({seconds:.1f} s)", file=sys.stdout)
+        sys.stdout.flush()  # also where it is a file or a pipe
+
+    def _write_epochs(self, history: list[dict[str, float]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, history[-1])
+        writer.writeheader()
+        writer.writerows(history)
+        _write(self.folder / EPOCHS, text.getvalue())
+        measure = [row.get(f"ema_{self.metric}", row[self.metric]) for row in history]
+        figure = learning_curve([row["train_loss"] for row in history], None, measure, self.metric, "validation")
+        write_atomically(self.folder / "learning_curve.png", lambda file: figure.savefig(file, dpi=130))
+
+    def _add_events(self, values: dict[str, float]) -> None:
+        if self.events:
+            for name, value in values.items():
+                if name not in ("step", "epoch"):
+                    self.events.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        self.steps.close()
+        if self.events:
+            self.events.close()
+
+
+def epoch_line(row: Mapping[str, float | str]) -> str:
+    """An epoch's measures as they are shown, of a row of ``epochs.csv`` too."""
+    shown = "  ".join(f"{name} {float(value):.4g}" for name, value in row.items() if name not in ("epoch", "step"))
+    return f"epoch {row['epoch']}  {shown}"
+
+
+def interruption(folder: Path, arguments: Sequence[str], distributed: bool) -> str:
+    """What to say when a run in ``folder`` was interrupted: the last epoch, what is saved, and how to go on."""
+    lines = ["training was interrupted"]
+    if rows := list(csv.DictReader(_whole_lines(folder / EPOCHS))):
+        lines.append(f"last finished epoch: {epoch_line(rows[-1])}")
+    if not (saved := checkpoints(folder)):
+        lines.append("no checkpoint was saved yet: one is written after each epoch, or every --save_steps steps")
+        return "\n".join(lines)
+    lines.append(f"saved: {saved[-1]}, after step {int(saved[-1].stem.split('-')[1])}")
+    weights = [str(path) for path in (folder / "last.safetensors", folder / "best.safetensors") if path.exists()]
+    if weights:
+        lines.append(f"weights for use: {', '.join(weights)}")
+    command = shlex.join(["dfformer", "train", *arguments, "--resume=true"])
+    lines.append("resume with: " + ("the same torchrun command and --resume=true" if distributed else command))
+    return "\n".join(lines)
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The whole lines of a file, if there is one: the last may have been cut off."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError(f"tensorboard: needs {error.name}: pip install tensorboard") from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)

@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 from dfformer.analysis import metrics as analysis
 from dfformer.models.checkpoint import load_model, read_checkpoint, read_task
 from dfformer.models.layers import DynamicFilter, SpectralFilter
-from dfformer.models.metaformer import MetaFormer
+from dfformer.models.metaformer import DFFormer
 from dfformer.tasks.predict import image_files
 from dfformer.tasks.table import task_part
 
@@ -164,7 +164,7 @@ def load_models(arguments: argparse.Namespace) -> list[Loaded]:
     else:
         raise ValueError("pass --checkpoint FILE, or --model NAME (with --pretrained, or its fresh weights are shown)")
     for name, model, _ in loaded:
-        if not isinstance(model, MetaFormer):
+        if not isinstance(model, DFFormer):
             raise ValueError(f"--model: {name}: is a {type(model).__name__} and not one of dfformer's models")
     return [Loaded(name, model.eval().to(arguments.device), arguments.img_size) for name, model, _ in loaded]
 
@@ -177,7 +177,7 @@ def _trained(path: Path, name: str | None, **overrides: Any) -> nn.Module:
     if name:
         raise ValueError(f"--model: got {name}, but {path} says its model")
     model, about = task_part(task, "loading")(path)
-    encoder: Any = next((module for module in model.modules() if isinstance(module, MetaFormer)), None)
+    encoder: Any = next((module for module in model.modules() if isinstance(module, DFFormer)), None)
     if encoder is None:
         raise ValueError(f"{path}: its encoder {about['architecture']} is not one of dfformer's models")
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, **about["data"]}

@@ -1,85 +1,38 @@
-"""MetaFormer with spectral token mixers and timm's complete model API: channels-last inside, official names outside."""
+"""`DFFormer`, the MetaFormer with spectral token mixers: channels-last inside, official parameter names, timm's API."""
 
+import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Final
 
 import torch
-from timm.layers import DropPath, SelectAdaptivePool2d, to_2tuple, trunc_normal_
+from timm.layers import SelectAdaptivePool2d, to_2tuple, trunc_normal_
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dfformer.models.filter_resize import check_rule
-from dfformer.models.layers import (
-    Activation,
-    DynamicFilter,
-    Mlp,
-    MlpHead,
-    Scale,
-    SpectralFilter,
-    StarReLU,
+from dfformer.models.blocks import (
+    Downsampling,
+    MetaFormerBlock,
+    MetaFormerStage,
+    NormLayer,
+    TokenMixer,
+    biased_norm,
+    norm,
 )
+from dfformer.models.filter_resize import check_rule
+from dfformer.models.layers import Activation, DynamicFilter, MlpHead, SpectralFilter, StarReLU
 from dfformer_kernels.ops.conv2d import output_plane
 
-TokenMixer = Callable[..., nn.Module]
-
-# (kernel size, padding) of the stem and of the three downsampling convolutions.
+# (kernel size, padding) of the stem and of the downsampling convolutions.
 STEM, DOWNSAMPLE = (7, 2), (3, 1)
-NORM_EPS = 1e-6
+POOLS = ("avg", "max", "avgmax", "")
+# Arguments of a token mixer that the model decides itself.
+_SET_BY_MODEL = {"dim", "size", "weight_resize", "resize", "device", "dtype"}
 
 
-def _norm(dim: int, bias: bool = False) -> nn.LayerNorm:
-    return nn.LayerNorm(dim, eps=NORM_EPS, bias=bias)
-
-
-class Downsampling(nn.Module):
-    """A strided convolution with a norm: after it in the stem (image in), before it between stages (B,H,W,C in)."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int, stem: bool):
-        super().__init__()
-        self.is_stem = stem
-        self.pre_norm = nn.Identity() if stem else _norm(in_channels)
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding)
-        self.post_norm = _norm(out_channels) if stem else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        # A channels-last image makes the convolution return what the rest of the network wants without a copy.
-        x = x.contiguous(memory_format=torch.channels_last) if self.is_stem else self.pre_norm(x).permute(0, 3, 1, 2)
-        return self.post_norm(self.conv(x).permute(0, 2, 3, 1))
-
-
-class MetaFormerBlock(nn.Module):
-    """``x = s1 x + mixer(norm(x))``, ``x = s2 x + mlp(norm(x))`` on (B,H,W,dim), ``s`` a learned scale or 1."""
-
-    def __init__(
-        self,
-        dim: int,
-        size: tuple[int, int],
-        token_mixer: TokenMixer,
-        mlp_act: Activation,
-        drop_path: float,
-        res_scale_init_value: float | None,
-    ) -> None:
-        super().__init__()
-
-        def scale() -> nn.Module:
-            return nn.Identity() if res_scale_init_value is None else Scale(dim, res_scale_init_value)
-
-        self.norm1 = _norm(dim)
-        self.token_mixer = token_mixer(dim=dim, size=size)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.res_scale1 = scale()
-        self.norm2 = _norm(dim)
-        self.mlp = Mlp(dim, 4 * dim, act_layer=mlp_act)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.res_scale2 = scale()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.res_scale1(x) + self.drop_path1(self.token_mixer(self.norm1(x)))
-        return self.res_scale2(x) + self.drop_path2(self.mlp(self.norm2(x)))
-
-
-class MetaFormer(nn.Module):
-    """Four stages of MetaFormer blocks ("FFT-based Dynamic Token Mixer for Vision", section 3.3).
+class DFFormer(nn.Module):
+    """A MetaFormer of four stages ("FFT-based Dynamic Token Mixer for Vision", section 3.3), every model of the family.
 
     Args:
         img_size: (H, W) of the images, or one number; sets the planes the spectral filters are stored for. Images of
@@ -92,16 +45,33 @@ class MetaFormer(nn.Module):
         mlp_act: activation of the MLPs.
         drop_rate: dropout before the last linear layer of the head.
         drop_path_rate: stochastic depth of the last block; the others' grows linearly from 0.
-        res_scale_init_values: one a stage; None for no scale on the residual branch.
-        strides: of the stem and the three downsampling convolutions.
+        res_scale_init_values: of the scale on the residual connection, one for all stages or one a stage; None for
+            no scale.
+        strides: of the stem and of the downsampling convolutions.
         resize: the rule for resizing filters, see `dfformer.models.filter_resize.resize_filter`.
-        fork_feat: the authors' form for dense prediction: no head, ``forward`` returns the four stages' feature maps
-            (NCHW), each normalised by its own ``norm0`` .. ``norm3``; so do timm's ``features_only=True`` with it.
+        fork_feat: for dense prediction, as in the authors' checkpoints: no head, and a norm for each stage's feature
+            map (``norm0`` .. ``norm3``). ``timm.create_model(..., features_only=True, fork_feat=True)`` returns the
+            normalised maps.
+        mlp_bias: whether the MLPs' layers have one.
+        proj_drop_rate: dropout after both layers of the MLPs.
+        layer_scale_init_values: of the scale on both branches of a block; as ``res_scale_init_values``.
+        downsample_norm: norm of the stem and of the downsampling convolutions; None for none.
+        norm_layers: norms of the blocks, one for all stages or one a stage.
+        output_norm: norm before the classifier, and of the maps with ``fork_feat``.
+        use_mlp_head: classify by an MLP, as the official models do; False for a linear layer.
+        device, dtype: of the parameters; None for torch's defaults.
+        mixer_args: other arguments, of the token mixers that take them, such as ``num_filters`` of `DynamicFilter`.
 
-    ``forward`` maps (B,in_chans,H,W) images to (B,num_classes) logits. ``forward_features`` returns (B,H',W',C).
+    Norms are called with the channels and map (..., channels), as ``torch.nn.LayerNorm`` does.
+
+    ``forward`` maps (B,in_chans,H,W) images to (B,num_classes) logits, or to (B,C) without a classifier.
+
+    Raises:
+        ValueError: a value out of range, by name. TypeError: an argument that neither the model nor a mixer takes.
     """
 
     output_fmt = "NHWC"
+    fork_feat: Final[bool]
 
     def __init__(
         self,
@@ -110,100 +80,135 @@ class MetaFormer(nn.Module):
         num_classes: int = 1000,
         global_pool: str = "avg",
         depths: Sequence[int] = (3, 3, 9, 3),
-        dims: Sequence[int] = (64, 128, 320, 512),
+        dims: int | Sequence[int] = (64, 128, 320, 512),
         token_mixers: TokenMixer | Sequence[TokenMixer] = DynamicFilter,
         mlp_act: Activation = StarReLU,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        res_scale_init_values: Sequence[float | None] = (None, None, 1.0, 1.0),
+        res_scale_init_values: float | Sequence[float | None] | None = (None, None, 1.0, 1.0),
         strides: Sequence[int] = (4, 2, 2, 2),
         resize: str = "bicubic",
         fork_feat: bool = False,
+        *,
+        mlp_bias: bool = False,
+        proj_drop_rate: float = 0.0,
+        layer_scale_init_values: float | Sequence[float | None] | None = None,
+        downsample_norm: NormLayer | None = norm,
+        norm_layers: NormLayer | Sequence[NormLayer] = norm,
+        output_norm: NormLayer = biased_norm,
+        use_mlp_head: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **mixer_args: Any,
     ) -> None:
         super().__init__()
         check_rule(resize)
-        stages = len(depths)
-        mixers = [token_mixers] * stages if callable(token_mixers) else list(token_mixers)
-        per_stage = {
-            "dims": dims,
-            "token_mixers": mixers,
-            "res_scale_init_values": res_scale_init_values,
-            "strides": strides,
-        }
-        for name, values in per_stage.items():
-            if len(values) != stages:
-                raise ValueError(f"{name}: got {len(values)} values for the {stages} stages of depths={tuple(depths)}")
-        self.in_chans = in_chans
+        _check_at_least(1, in_chans=in_chans, depths=depths, dims=dims, strides=strides)
+        _check_at_least(0, num_classes=num_classes)
+        _check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate)
+        self.in_chans, self.drop_rate, self.use_mlp_head = in_chans, drop_rate, use_mlp_head
         self.num_classes = 0 if fork_feat else num_classes
-        self.drop_rate = drop_rate
-        self.fork_feat = fork_feat
-        self.grad_checkpointing = False
-        self.feature_info: list[dict[str, Any]] = []
-
-        last_block = max(sum(depths) - 1, 1)
-        drop_path_rates = (drop_path_rate * block / last_block for block in range(sum(depths)))
-        plane, channels, reduction = to_2tuple(img_size), in_chans, 1
-        self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
-        for i in range(stages):
-            kernel_size, padding = STEM if i == 0 else DOWNSAMPLE
-            plane = output_plane(plane, *map(to_2tuple, (kernel_size, strides[i], padding)))
-            if min(plane) < 1:
-                raise ValueError(f"img_size: got {img_size}, which leaves nothing at stage {i}")
-            self.downsample_layers.append(
-                Downsampling(channels, dims[i], kernel_size, strides[i], padding, stem=i == 0)
-            )
-            blocks = [
-                MetaFormerBlock(dims[i], plane, mixers[i], mlp_act, next(drop_path_rates), res_scale_init_values[i])
-                for _ in range(depths[i])
-            ]
-            self.stages.append(nn.Sequential(*blocks))
-            channels, reduction = dims[i], reduction * strides[i]
-            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{i}"})
-            if fork_feat:
-                self.add_module(f"norm{i}", _norm(channels, bias=True))
-
-        self.num_features = self.head_hidden_size = channels
-        self.global_pool = self._make_pool(global_pool)
-        self.norm = nn.Identity() if fork_feat else _norm(channels, bias=True)
-        self.head = self._make_head()
-        self.apply(_init_weights)
+        self.fork_feat, self.grad_checkpointing = fork_feat, False
+        per_stage = _per_stage(
+            depths,
+            dims=dims,
+            token_mixers=token_mixers,
+            res_scale_init_values=res_scale_init_values,
+            layer_scale_init_values=layer_scale_init_values,
+            norm_layers=norm_layers,
+            strides=strides,
+        )
+        per_stage["token_mixers"] = _with_arguments(per_stage["token_mixers"], mixer_args)
+        block = partial(MetaFormerBlock, mlp_act=mlp_act, mlp_bias=mlp_bias, proj_drop=proj_drop_rate)
+        with nullcontext() if device is None else torch.device(device):
+            self._add_stages(img_size, depths, drop_path_rate, downsample_norm, per_stage, block)
+            self._add_norms(output_norm)
+            self.global_pool, self.head = _pool(global_pool), self._make_head()
+            self.apply(_init_weights)
+        if dtype is not None:
+            self.to(dtype)
         for module in self.modules():
             if isinstance(module, SpectralFilter):
                 module.weight_resize, module.resize = True, resize
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if self.fork_feat:
-            return self.forward_intermediates(x, norm=True, intermediates_only=True)
+    def _add_stages(
+        self,
+        img_size: int | tuple[int, int],
+        depths: Sequence[int],
+        drop_path_rate: float,
+        downsample_norm: NormLayer | None,
+        per_stage: dict[str, list[Any]],
+        block: Callable[..., nn.Module],
+    ) -> None:
+        self.feature_info: list[dict[str, Any]] = []
+        self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
+        last_block = max(sum(depths) - 1, 1)
+        drop_path = (drop_path_rate * number / last_block for number in range(sum(depths)))
+        plane, channels, reduction = to_2tuple(img_size), self.in_chans, 1
+        for i, depth in enumerate(depths):
+            dim, mixer, res_scale, layer_scale, norm_layer, stride = (values[i] for values in per_stage.values())
+            kernel_size, padding = STEM if i == 0 else DOWNSAMPLE
+            plane = output_plane(plane, *map(to_2tuple, (kernel_size, stride, padding)))
+            if min(plane) < 1:
+                raise ValueError(f"img_size: got {img_size}, which leaves nothing at stage {i}")
+            self.downsample_layers.append(
+                Downsampling(channels, dim, kernel_size, stride, padding, stem=i == 0, norm_layer=downsample_norm)
+            )
+            blocks = [
+                block(
+                    dim,
+                    plane,
+                    mixer,
+                    drop_path=next(drop_path),
+                    res_scale_init_value=res_scale,
+                    layer_scale_init_value=layer_scale,
+                    norm_layer=norm_layer,
+                )
+                for _ in range(depth)
+            ]
+            self.stages.append(MetaFormerStage(*blocks))
+            channels, reduction = dim, reduction * stride
+            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{i}"})
+
+    def _add_norms(self, output_norm: NormLayer) -> None:
+        dims = [info["num_chs"] for info in self.feature_info]
+        for i, dim in enumerate(dims if self.fork_feat else []):
+            self.add_module(f"norm{i}", output_norm(dim))
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.norm = nn.Identity() if self.fork_feat else output_norm(dims[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B,in_chans,H,W) to the last stage's (B,H',W',C), neither pooled nor normalised."""
-        for i in range(len(self.stages)):
-            x = self._stage(i, x)
+        for downsample, stage in zip(self.downsample_layers, self.stages):  # noqa: B905 (jit.script takes no strict)
+            x = stage(downsample(x))
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B,H',W',C) to logits; with ``pre_logits`` to what the head is given, pooled and normalised (B,C)."""
-        x = self.norm(self.global_pool(x))
+        x = self.global_pool(x)
+        x = self._last_norm(x) if self.fork_feat else self.norm(x)
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | list[int] | None = None,
+        indices: int | Sequence[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
-        output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
+        output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The stages' feature maps, timm's way.
+        """The stages' feature maps, as timm's models return them.
 
         Args:
             x: (B,in_chans,H,W).
             indices: the last n stages if a number, those stages if a list, all if None.
             norm: normalise the maps that have a norm: the last one, or all with ``fork_feat``.
             stop_early: do not run stages after the last index.
-            output_fmt: layout of the intermediates.
+            output_fmt: layout of the intermediates, "NCHW" or "NHWC".
             intermediates_only: return just the list, not ``(last feature map (B,H',W',C), list)``.
         """
         if output_fmt not in ("NCHW", "NHWC"):
@@ -211,14 +216,14 @@ class MetaFormer(nn.Module):
         taken, last = self._taken(indices)
         intermediates = []
         for i in range(last + 1 if stop_early else len(self.stages)):
-            x = self._stage(i, x)
+            x = self.stages[i](self.downsample_layers[i](x))
             if i in taken:
                 feature = self._stage_norm(i)(x) if norm else x
                 intermediates.append(feature.permute(0, 3, 1, 2) if output_fmt == "NCHW" else feature)
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Removes the stages after the last index, and on request the norm and the head; returns the indices.
 
@@ -235,29 +240,50 @@ class MetaFormer(nn.Module):
                 self.get_submodule(f"norm{i}").requires_grad_(i in taken)
         if pruned:  # the norm and the head were for features that are gone
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_norm or pruned:
-            self.norm = nn.Identity()
         if prune_head or pruned:
             self.reset_classifier(0, "")
+        if prune_norm or pruned:
+            self.norm = nn.Identity()
         return taken
 
     def get_classifier(self) -> nn.Module:
+        """The head; ``Identity`` without one."""
         return self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head by a new one for ``num_classes``, or by nothing for 0."""
+    def reset_classifier(
+        self,
+        num_classes: int,
+        global_pool: str | None = None,
+        reset_other: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Replaces the head by a new one for ``num_classes``, or by nothing for 0.
+
+        Args:
+            num_classes: of the new head.
+            global_pool: the new pooling, see `DFFormer`; None to keep it.
+            reset_other: remove the norm before the head too.
+            device, dtype: of the new head; None for those of the model.
+        """
         if self.fork_feat and num_classes:
             raise ValueError(f"num_classes: got {num_classes}, a model with fork_feat=True has no head")
+        _check_at_least(0, num_classes=num_classes)
         if global_pool is not None:
-            self.global_pool = self._make_pool(global_pool)
+            self.global_pool = _pool(global_pool)
+        if reset_other:
+            self.norm = nn.Identity()
         self.num_classes = num_classes
         like = next(self.parameters())
-        self.head = self._make_head().to(device=like.device, dtype=like.dtype).train(self.training)
-        self.head.apply(_init_weights)
+        self.head = self._make_head().to(device=device or like.device, dtype=dtype or like.dtype)
+        self.head.apply(_init_weights).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block in backward instead of saving its activations."""
+        """Compute every block again in backward instead of saving its activations."""
         self.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, MetaFormerStage):
+                module.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups for layer-wise learning rates: a stage (coarse) or a block each, a stage's convolution with
@@ -270,15 +296,7 @@ class MetaFormer(nn.Module):
         """Parameters that weight decay should leave alone: norms, residual scales, StarReLU's scalars, biases."""
         return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
 
-    def _stage(self, i: int, x: Tensor) -> Tensor:
-        x = self.downsample_layers[i](x)
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            for block in self.stages[i].children():
-                x = checkpoint(block, x, use_reentrant=False)
-            return x
-        return self.stages[i](x)
-
-    def _taken(self, indices: int | list[int] | None) -> tuple[list[int], int]:
+    def _taken(self, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
         """Stage numbers that timm's ``indices`` stand for, and the last of them."""
         stages = len(self.stages)
         if isinstance(indices, int) and 0 < indices <= stages:
@@ -295,16 +313,23 @@ class MetaFormer(nn.Module):
             return self.get_submodule(f"norm{i}")
         return self.norm if i == len(self.feature_info) - 1 else nn.Identity()
 
-    def _make_pool(self, pool_type: str) -> nn.Module:
-        accepted = ("avg", "max", "avgmax", "")
-        if pool_type not in accepted:
-            raise ValueError(f"global_pool: got {pool_type!r}, accepted are {', '.join(map(repr, accepted))}")
-        return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type), input_fmt="NHWC")
+    @torch.jit.ignore
+    def _last_norm(self, x: Tensor) -> Tensor:
+        """The last stage's norm of ``fork_feat``; its name depends on the number of stages."""
+        y: Tensor = self._stage_norm(len(self.stages) - 1)(x)
+        return y
 
     def _make_head(self) -> nn.Module:
         if self.num_classes == 0:
             return nn.Identity()
-        return MlpHead(self.num_features, self.num_classes, drop_rate=self.drop_rate)
+        if self.use_mlp_head:
+            return MlpHead(self.num_features, self.num_classes, drop_rate=self.drop_rate)
+        # the last layer has the name that timm knows as the classifier
+        layers = [("drop", nn.Dropout(self.drop_rate)), ("fc2", nn.Linear(self.num_features, self.num_classes))]
+        return nn.Sequential(OrderedDict(layers))
+
+
+MetaFormer = DFFormer  # its name in pickles of older versions
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -312,3 +337,42 @@ def _init_weights(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _pool(pool_type: str) -> nn.Module:
+    if pool_type not in POOLS:
+        raise ValueError(f"global_pool: got {pool_type!r}, accepted are {', '.join(map(repr, POOLS))}")
+    return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type), input_fmt="NHWC")
+
+
+def _per_stage(depths: Sequence[int], **arguments: Any) -> dict[str, list[Any]]:
+    """A list of one value a stage for each argument; what is no list or tuple is for all stages."""
+    stages = len(depths)
+    lists = {name: list(v) if isinstance(v, list | tuple) else [v] * stages for name, v in arguments.items()}
+    for name, values in lists.items():
+        if len(values) != stages:
+            raise ValueError(f"{name}: got {len(values)} values for the {stages} stages of depths={tuple(depths)}")
+    return lists
+
+
+def _with_arguments(mixers: list[TokenMixer], arguments: dict[str, Any]) -> list[TokenMixer]:
+    """Each mixer with those of ``arguments`` that it takes; TypeError for one that none takes."""
+    if not arguments:
+        return mixers
+    taken = [arguments.keys() & (inspect.signature(mixer).parameters.keys() - _SET_BY_MODEL) for mixer in mixers]
+    if unknown := arguments.keys() - set().union(*taken):
+        raise TypeError(f"DFFormer.__init__() got an unexpected keyword argument {min(unknown)!r}")
+    return [partial(mixer, **{n: arguments[n] for n in names}) for mixer, names in zip(mixers, taken, strict=True)]
+
+
+def _check_at_least(least: int, **arguments: int | Sequence[int]) -> None:
+    for name, value in arguments.items():
+        values = value if isinstance(value, Sequence) else [value]
+        if not values or min(values) < least:
+            raise ValueError(f"{name}: got {value}, accepted are numbers from {least}")
+
+
+def _check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not 0 <= rate <= 1:
+            raise ValueError(f"{name}: got {rate}, accepted are probabilities from 0 to 1")

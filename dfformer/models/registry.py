@@ -1,17 +1,50 @@
-"""The model table, and its registration with timm: after ``import dfformer``, ``timm.create_model("dfformer_s18")``."""
+"""The models by name: a function each, registered with timm when ``dfformer`` is imported.
 
-import sys
+A name belongs to whoever registered it last. Where the authors' code registered these names before, importing
+``dfformer`` takes them over and says so in one warning; where it is imported afterwards, it takes them over, with
+timm's warnings, and `register_models` takes them back. The functions here always build this package's models.
+"""
+
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 from urllib.error import URLError
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import to_2tuple
+from timm.models import (
+    FeatureDictNet,
+    FeatureListNet,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    model_entrypoint,
+    register_model,
+)
 from torch import nn
 
 from dfformer.models.layers import AFNO2D, DynamicFilter, GlobalFilter, SepConv
-from dfformer.models.metaformer import MetaFormer
+from dfformer.models.metaformer import DFFormer
+
+__all__ = [
+    "VARIANTS",
+    "cdfformer_b36",
+    "cdfformer_m36",
+    "cdfformer_s18",
+    "cdfformer_s36",
+    "dfformer_b36",
+    "dfformer_m36",
+    "dfformer_s18",
+    "dfformer_s18_afno",
+    "dfformer_s18_d8",
+    "dfformer_s18_gelu",
+    "dfformer_s18_k2",
+    "dfformer_s18_relu",
+    "dfformer_s36",
+    "gfformer_s18",
+    "register_models",
+]
 
 # depths and dims of the four sizes (paper, table 1)
 _SIZES: dict[str, dict[str, Any]] = {
@@ -22,7 +55,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 _CONV_THEN_DYNAMIC = (SepConv, SepConv, DynamicFilter, DynamicFilter)
 
-# Arguments of MetaFormer by model name.
+# Arguments of DFFormer by model name.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{f"dfformer_{size}": {**args, "token_mixers": DynamicFilter} for size, args in _SIZES.items()},
     **{f"cdfformer_{size}": {**args, "token_mixers": _CONV_THEN_DYNAMIC} for size, args in _SIZES.items()},
@@ -67,39 +100,180 @@ def _cfg(name: str) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in VARIANTS})
+_entry_points: list[Callable[..., nn.Module]] = []
 
-__all__ = ["VARIANTS"]
+
+def _entry_point(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    _entry_points.append(function)
+    return function
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    arguments = {**VARIANTS[name], **kwargs}
+    feature_cfg = {"out_indices": tuple(range(len(arguments["depths"]))), **_feature_class(arguments)}
     try:
-        return build_model_with_cfg(
-            MetaFormer,
-            name,
-            pretrained,
-            feature_cfg={
-                "out_indices": (0, 1, 2, 3),
-                "feature_cls": "getter",
-                "norm": kwargs.get("fork_feat", False),
-            },
-            **{**VARIANTS[name], **kwargs},
-        )
+        model = build_model_with_cfg(DFFormer, name, pretrained, feature_cfg=feature_cfg, **arguments)
     except (URLError, TimeoutError, ConnectionError) as error:
         url = _WEIGHTS.format(name)
         raise RuntimeError(
             f"the pretrained weights of {name} could not be downloaded ({error}): fetch {url} where there is a network "
             f"and pass the file with pretrained_cfg_overlay=dict(file='{name}.pth') next to pretrained=True"
         ) from error
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **_images(model.pretrained_cfg, arguments)}
+    return model
 
 
-def _entry_point(name: str) -> Callable[..., nn.Module]:
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create(name, pretrained, **kwargs)
+def _images(cfg: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The images a model was created for, as entries of its pretrained_cfg, where timm.data looks for them.
 
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"{name}; keyword arguments are MetaFormer's and timm's."
-    return create
+    Height and width follow ``img_size``, unless ``pretrained_cfg_overlay`` or the saved model's configuration says
+    otherwise. Statistics follow ``in_chans`` as timm's adapted first convolution does: one channel stands for the mean
+    of the three colours, others repeat them.
+    """
+    channels, *size = cfg["input_size"]
+    in_chans, img_size = arguments.get("in_chans", channels), arguments.get("img_size")
+    saved = (arguments.get("pretrained_model_args") or {}).get("img_size")
+    if img_size not in (None, saved) and "input_size" not in (arguments.get("pretrained_cfg_overlay") or {}):
+        size = to_2tuple(img_size)
+    statistics = {key: cfg[key] for key in ("mean", "std") if cfg.get(key) and len(cfg[key]) != in_chans}
+    if in_chans == 1:
+        statistics = {key: (sum(values) / len(values),) for key, values in statistics.items()}
+    else:
+        statistics = {key: tuple(v[i % len(v)] for i in range(in_chans)) for key, v in statistics.items()}
+    return {"input_size": (in_chans, *size), **statistics}
 
 
-for _name in VARIANTS:
-    setattr(sys.modules[__name__], _name, register_model(_entry_point(_name)))
+def _feature_class(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The extractor of ``features_only``, and its arguments; takes ``feature_cls`` out of ``arguments``."""
+    if not arguments.get("features_only"):
+        return {}
+    fork_feat = arguments.get("fork_feat", False)
+    feature_cls = arguments.pop("feature_cls", "getter")
+    if isinstance(feature_cls, str):
+        feature_cls = feature_cls.lower()
+    if feature_cls == "getter":
+        return {"feature_cls": feature_cls, "norm": fork_feat}
+    if fork_feat:
+        raise ValueError(f"feature_cls: got {feature_cls!r} with fork_feat=True, accepted is 'getter'")
+    rewriting = {"list": FeatureListNet, "dict": FeatureDictNet}.get(feature_cls, feature_cls)
+    if rewriting in (FeatureListNet, FeatureDictNet):
+        return {"feature_cls": lambda model, **cfg: rewriting(_in_order_of_execution(model), **cfg)}
+    return {"feature_cls": feature_cls}
+
+
+def _in_order_of_execution(model: DFFormer) -> nn.Module:
+    """The stages' modules as children in the order they run in, which is what these two extractors of timm rely on."""
+    flat = nn.Module()
+    for i, (downsample, stage) in enumerate(zip(model.downsample_layers, model.stages, strict=True)):
+        flat.add_module(f"downsample_layers_{i}", downsample)
+        flat.add_module(f"stages_{i}", stage)
+    flat.feature_info = [{**info, "module": f"stages_{i}"} for i, info in enumerate(model.feature_info)]  # type: ignore[assignment]
+    return flat
+
+
+@_entry_point
+def dfformer_s18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-S18: dynamic filters in all four stages."""
+    return _create("dfformer_s18", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_s36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-S36: dynamic filters in all four stages."""
+    return _create("dfformer_s36", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_m36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-M36: dynamic filters in all four stages."""
+    return _create("dfformer_m36", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_b36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-B36: dynamic filters in all four stages."""
+    return _create("dfformer_b36", pretrained, **kwargs)
+
+
+@_entry_point
+def cdfformer_s18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CDFFormer-S18: separable convolutions in the first two stages, dynamic filters in the last two."""
+    return _create("cdfformer_s18", pretrained, **kwargs)
+
+
+@_entry_point
+def cdfformer_s36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CDFFormer-S36: separable convolutions in the first two stages, dynamic filters in the last two."""
+    return _create("cdfformer_s36", pretrained, **kwargs)
+
+
+@_entry_point
+def cdfformer_m36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CDFFormer-M36: separable convolutions in the first two stages, dynamic filters in the last two."""
+    return _create("cdfformer_m36", pretrained, **kwargs)
+
+
+@_entry_point
+def cdfformer_b36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CDFFormer-B36: separable convolutions in the first two stages, dynamic filters in the last two."""
+    return _create("cdfformer_b36", pretrained, **kwargs)
+
+
+@_entry_point
+def gfformer_s18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GFFormer-S18: global filters, one learned filter a channel."""
+    return _create("gfformer_s18", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_s18_gelu(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-S18 with GELU instead of StarReLU."""
+    return _create("dfformer_s18_gelu", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_s18_relu(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-S18 with ReLU instead of StarReLU."""
+    return _create("dfformer_s18_relu", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_s18_k2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-S18 with a basis of two filters."""
+    return _create("dfformer_s18_k2", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_s18_d8(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-S18 with a routing MLP of half the width."""
+    return _create("dfformer_s18_d8", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_s18_afno(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-S18 with adaptive Fourier neural operators instead of dynamic filters."""
+    return _create("dfformer_s18_afno", pretrained, **kwargs)
+
+
+def register_models() -> None:
+    """Registers every model of `VARIANTS` with timm; importing ``dfformer`` calls it.
+
+    Call it again to take the names back from code that registered models of its own under them. One warning names
+    that code.
+    """
+    registered = {f.__name__: model_entrypoint(f.__name__) for f in _entry_points if is_model(f.__name__)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm's, one a name
+        for function in _entry_points:
+            if registered.get(function.__name__) is not function:
+                register_model(function)
+    others = {name: f.__module__ for name, f in registered.items() if f.__module__ != __name__}
+    if others:
+        warnings.warn(
+            f"timm.create_model now builds dfformer's {', '.join(others)}, not those registered by "
+            f"{', '.join(sorted(set(others.values())))}",
+            stacklevel=2,
+        )
+
+
+register_models()

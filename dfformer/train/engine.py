@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from dfformer.analysis.metrics import blocks
 from dfformer.data.images import seed_everything
-from dfformer.models.metaformer import MetaFormer
+from dfformer.models.metaformer import DFFormer
 from dfformer.tasks.base import Place, Task
 from dfformer.tasks.evaluate import autocast
 from dfformer.tasks.table import task_part
@@ -148,7 +148,7 @@ class Engine:
             return self.model
         if self.config.distributed == "fsdp":
             for model in [self.model, self.ema.module] if self.ema else [self.model]:
-                for metaformer in (module for module in model.modules() if isinstance(module, MetaFormer)):
+                for metaformer in (module for module in model.modules() if isinstance(module, DFFormer)):
                     for block in blocks(metaformer).values():
                         fully_shard(block)
                 fully_shard(model)

@@ -16,7 +16,7 @@ from paths import ROOT
 from PIL import Image
 from torch import Tensor, nn
 
-from dfformer import DynamicFilter, GlobalFilter, MetaFormer
+from dfformer import DFFormer, DynamicFilter, GlobalFilter
 from dfformer.analysis import metrics as analysis
 from dfformer.analysis import show
 from dfformer.cli.main import main
@@ -461,7 +461,7 @@ def test_show_the_encoder_of_a_model_for_dense_prediction(task: str, folder: Pat
     output = tmp_path / "out"
     run("filters", "--checkpoint", path, "--output", output, folder)
     encoder = show._trained(path, None)
-    assert isinstance(encoder, MetaFormer)
+    assert isinstance(encoder, DFFormer)
     weights, _ = read_checkpoint(path)
     name = "stages.2.0.token_mixer.complex_weights"
     [stored] = [t for key, t in weights.items() if key.endswith(name)]

@@ -244,5 +244,5 @@ def test_an_inference_form_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> No
     served = replace(bench_model.CONTESTANTS["dfformer_s18"], prepare=prepare)
     assert not bench_model._takes_part(served, SMALL._replace(task=TRAINING))
     entry = Entry(served, SMALL, "cpu")
-    assert given == [("MetaFormer", torch.float32)]
+    assert given == [("DFFormer", torch.float32)]
     assert entry.error() <= bench_model.DEPTH * BOUND[torch.float32]

@@ -22,9 +22,9 @@ import dfformer.export.export
 from dfformer import (
     AFNO2D,
     VARIANTS,
+    DFFormer,
     DynamicFilter,
     GlobalFilter,
-    MetaFormer,
     SepConv,
     load_model,
     optimize_for_inference,
@@ -63,7 +63,7 @@ def _seed() -> None:
 def tiny(mixer: str = "dynamic", img_size: tuple[int, int] = (24, 20)) -> Any:
     """Two stages, with filters large enough to matter."""
     shape: dict[str, Any] = {"depths": (1, 1), "dims": (8, 16), "strides": (2, 2), "in_chans": 1}
-    model = MetaFormer(
+    model = DFFormer(
         **shape, img_size=img_size, num_classes=5, token_mixers=MIXERS[mixer], res_scale_init_values=(None, 1.0)
     )
     return spread(model)

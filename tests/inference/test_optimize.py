@@ -170,7 +170,7 @@ def test_export_with_any_batch(name: str) -> None:
 @torch.no_grad()
 def test_compiled() -> None:
     require_compiler()
-    model = dfformer.MetaFormer(32, depths=(1, 1), dims=(16, 24), strides=(4, 2), res_scale_init_values=(None, 1.0))
+    model = dfformer.DFFormer(32, depths=(1, 1), dims=(16, 24), strides=(4, 2), res_scale_init_values=(None, 1.0))
     served = optimize_for_inference(model)
     compiled = torch.compile(served, fullgraph=True)
     assert relative_error(compiled(images()), served(images())) < 1e-5

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfformer import VARIANTS, DynamicFilter, MetaFormer, SepConv
+from dfformer import VARIANTS, DFFormer, DynamicFilter, SepConv
 from dfformer.models import filter_resize as resize
 from dfformer.models.layers import SpectralFilter
 from dfformer.utils.eager_baseline import plain_torch
@@ -423,7 +423,7 @@ def test_unknown_argument() -> None:
     with pytest.raises(TypeError, match="mlp_ratios"):
         small(mlp_ratios=4)
     with pytest.raises(TypeError, match="mlp_ratios"):
-        MetaFormer(mlp_ratios=4)  # type: ignore[call-arg]
+        DFFormer(mlp_ratios=4)
 
 
 @pytest.mark.parametrize(
@@ -642,10 +642,10 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-def two_stages(**kwargs: Any) -> MetaFormer:
+def two_stages(**kwargs: Any) -> DFFormer:
     """As little as there can be to compile, with all there is: stem, downsampling, blocks, residual scale, head."""
     shape: dict[str, Any] = {"depths": (1, 1), "dims": (16, 24), "strides": (4, 2), "img_size": 32}
-    return MetaFormer(**shape, res_scale_init_values=(None, 1.0), num_classes=CLASSES, **kwargs)
+    return DFFormer(**shape, res_scale_init_values=(None, 1.0), num_classes=CLASSES, **kwargs)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -786,19 +786,34 @@ def test_unknown_resize_rule_raises_when_the_model_is_built() -> None:
         small(resize="cubic")
 
 
-def test_fork_feat() -> None:
+def stage_maps(model: Any, x: Tensor) -> list[Tensor]:
+    return model.forward_intermediates(x, norm=True, intermediates_only=True)
+
+
+def test_fork_feat_normalises_every_map() -> None:
     model, x = small(fork_feat=True), images(64, 96)
     plain = small(num_classes=0)
     plain.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
         for i in range(4):
             model.get_submodule(f"norm{i}").weight.fill_(i + 1)
-    maps = model(x)
+    maps = stage_maps(model, x)
     stages = plain.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
     assert [tuple(m.shape) for m in maps] == [(2, C, 16 >> i, 24 >> i) for i, C in enumerate(DIMS)]
     for i, (actual, stage) in enumerate(zip(maps, stages, strict=True)):
         expected = nn.functional.layer_norm(stage, stage.shape[-1:], eps=1e-6) * (i + 1)
         assert relative_error(actual.permute(0, 2, 3, 1), expected) < ERROR
+
+
+def test_fork_feat_calls_like_any_model_without_a_head() -> None:
+    """Only features_only changes what a call returns."""
+    model, plain, x = small(fork_feat=True), small(num_classes=0), images()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    plain.norm.load_state_dict(model.get_submodule("norm3").state_dict())
+    assert torch.equal(model(x), plain(x))
+    features = small(features_only=True, fork_feat=True)
+    features.model.load_state_dict(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(features(x), stage_maps(model, x), strict=True))
 
 
 def test_fork_feat_parameters() -> None:
@@ -813,15 +828,16 @@ def test_fork_feat_parameters() -> None:
 
 def test_fork_feat_pruned_has_the_norms_of_the_stages_left() -> None:
     model, x = small(fork_feat=True), images(64, 64)
-    expected = model(x)[:2]
+    expected = stage_maps(model, x)[:2]
     model.prune_intermediate_layers([0, 2])
     model.prune_intermediate_layers([0, 1])
     assert {name.split(".")[0] for name, _ in model.named_parameters() if name.startswith("norm")} == {"norm0", "norm1"}
-    assert all(torch.equal(a, b) for a, b in zip(model(x), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(stage_maps(model, x), expected, strict=True))
+    assert model(x).shape == (2, 8, 8, DIMS[1])
 
 
 def test_fork_feat_every_parameter_learns() -> None:
     model = small(fork_feat=True).train()
-    torch.stack([m.square().mul(torch.randn_like(m)).sum() for m in model(images())]).sum().backward()
+    torch.stack([m.square().mul(torch.randn_like(m)).sum() for m in stage_maps(model, images())]).sum().backward()
     assert gradients(model).keys() == dict(model.named_parameters()).keys()
     assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in gradients(model).values())

@@ -230,7 +230,7 @@ def test_an_encoder_starts_from_a_classifier(command: list[str], tmp_path: Path)
     assert encoder.keys() - common == {f"norm{n}.{kind}" for n in range(4) for kind in ("weight", "bias")}
     assert all(torch.equal(encoder[name], expected[name]) for name in common)
     config.model.args = {**SMALL, "dims": [8, 8, 16, 24]}
-    with pytest.raises(CheckpointError, match="does not fit this MetaFormer"):
+    with pytest.raises(CheckpointError, match="does not fit this DFFormer"):
         task(config, place).build_model()
 
 

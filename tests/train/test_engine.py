@@ -147,7 +147,7 @@ MISUSES = {
         "timm knows no model 'dfformer_s81'; did you mean dfformer_s18",
     ),
     "unknown-optimiser": (["--optim.opt", "adamww"], "optim.opt: timm knows no optimiser 'adamww'; did you mean adamw"),
-    "unknown-argument": (["--model.args.foo", "3"], "model.args, segment.decoder: MetaFormer.__init__() got an unexp"),
+    "unknown-argument": (["--model.args.foo", "3"], "model.args, segment.decoder: DFFormer.__init__() got an unexp"),
     "interpolation": (["--data.interpolation", "nearestt"], "data.interpolation"),
     "no-size": (["--data.img_size", "0"], "data.img_size: got 0, accepted are numbers from 1 up"),
     "crop": (["--data.crop_pct", "0"], "data.crop_pct: got 0.0, accepted are numbers from 0.01 to 1"),

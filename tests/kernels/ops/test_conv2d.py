@@ -161,7 +161,7 @@ def reordered(model: nn.Module) -> list[str]:
 def two_stages() -> nn.Module:
     mixers = [dfformer.SepConv, dfformer.DynamicFilter]
     options: dict[str, Any] = {"res_scale_init_values": (None, 1.0), "strides": (4, 2), "img_size": (96, 160)}
-    return dfformer.MetaFormer(depths=(1, 1), dims=(8, 16), token_mixers=mixers, **options)
+    return dfformer.DFFormer(depths=(1, 1), dims=(8, 16), token_mixers=mixers, **options)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -1,0 +1,129 @@
+"""What a MetaFormer is built from: strided convolutions, blocks and stages, channels-last between them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import timm.layers
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dfformer.models.layers import Activation, Mlp, Scale
+from dfformer_kernels import convolution
+
+TokenMixer = Callable[..., nn.Module]  # called as mixer(dim=, size=)
+NormLayer = Callable[[int], nn.Module]  # called with the channels; maps (..., channels) to the same
+
+
+def norm(dim: int, bias: bool = False) -> nn.LayerNorm:
+    """The family's norm, over the channels."""
+    return nn.LayerNorm(dim, eps=1e-6, bias=bias)
+
+
+biased_norm = partial(norm, bias=True)
+
+
+class Downsampling(nn.Module):
+    """A strided convolution with a norm: after it in the stem (image in), before it between stages (B,H,W,C in)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        padding: int,
+        stem: bool,
+        norm_layer: NormLayer | None = norm,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.Identity
+        self.is_stem = stem
+        self.pre_norm = nn.Identity() if stem else norm_layer(in_channels)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding)
+        self.post_norm = norm_layer(out_channels) if stem else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A channels-last image makes the convolution return what the rest of the network wants without a copy.
+        x = x.contiguous(memory_format=torch.channels_last) if self.is_stem else self.pre_norm(x).permute(0, 3, 1, 2)
+        return self.post_norm(self._convolve(x).permute(0, 2, 3, 1))
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        if torch.compiler.is_compiling() and type(conv) is nn.Conv2d and not isinstance(conv.padding, str):
+            # an operator that leaves the layout as it is
+            return convolution(x, conv.weight, conv.bias, conv.stride, conv.padding)
+        return conv(x)
+
+
+class MetaFormerBlock(nn.Module):
+    """``x = r1(x) + l1(mixer(norm1(x)))``, then ``x = r2(x) + l2(mlp(norm2(x)))``, on (B,H,W,dim).
+
+    Args:
+        dim: channels.
+        size: the plane (H, W), for the token mixer.
+        token_mixer: called as ``token_mixer(dim=dim, size=size)``.
+        mlp_act: activation of the MLP.
+        drop_path: probability, in training, that a sample skips a branch.
+        res_scale_init_value: of the learned scale of each channel ``r``; None for no scale.
+        layer_scale_init_value: of the learned scale of each channel ``l``; None for no scale.
+        norm_layer: called with ``dim``.
+        mlp_bias: whether the MLP's two layers have one.
+        proj_drop: dropout after each of the MLP's two layers.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        size: tuple[int, int],
+        token_mixer: TokenMixer,
+        mlp_act: Activation,
+        drop_path: float,
+        res_scale_init_value: float | None,
+        layer_scale_init_value: float | None = None,
+        norm_layer: NormLayer = norm,
+        mlp_bias: bool = False,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+
+        def scale(init_value: float | None) -> nn.Module:
+            return nn.Identity() if init_value is None else Scale(dim, init_value)
+
+        def stochastic_depth() -> nn.Module:
+            return DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+        self.norm1 = norm_layer(dim)
+        self.token_mixer = token_mixer(dim=dim, size=size)
+        self.drop_path1 = stochastic_depth()
+        self.layer_scale1 = scale(layer_scale_init_value)
+        self.res_scale1 = scale(res_scale_init_value)
+        self.norm2 = norm_layer(dim)
+        self.mlp: Any
+        if mlp_bias or proj_drop > 0:
+            self.mlp = timm.layers.Mlp(dim, 4 * dim, act_layer=mlp_act, bias=mlp_bias, drop=proj_drop)
+        else:
+            self.mlp = Mlp(dim, 4 * dim, act_layer=mlp_act)
+        self.drop_path2 = stochastic_depth()
+        self.layer_scale2 = scale(layer_scale_init_value)
+        self.res_scale2 = scale(res_scale_init_value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.res_scale1(x) + self.layer_scale1(self.drop_path1(self.token_mixer(self.norm1(x))))
+        return self.res_scale2(x) + self.layer_scale2(self.drop_path2(self.mlp(self.norm2(x))))
+
+
+class MetaFormerStage(nn.Sequential):
+    """The blocks of a stage; with ``grad_checkpointing`` each is computed again in backward."""
+
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, use_reentrant=False) if torch.is_grad_enabled() else block(x)
+            else:
+                x = block(x)
+        return x

@@ -2,21 +2,33 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, Normalize, hsv_to_rgb
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import BoundaryNorm, Normalize, TwoSlopeNorm, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import AbstractPathEffect, withStroke
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from torch import Tensor
 
 from dfformer.analysis.metrics import Area, Spectrum
 
 WRONG, RIGHT = "#c0392b", "#2c3e50"
+# Axes and colours cover at least this much, so that differences without meaning are not drawn like large ones.
+LEAST_POINTS = 10.0  # percentage points of an accuracy
+LEAST_DECADES = 1.0  # of a filter's magnitude
+LEAST_GAIN = 1.0  # dB, in both directions
+LEAST_SHARE = 0.5  # of an even share, in both directions
+LEAST_BITS = 0.5
+LEAST_LOG = 1.0  # of a natural logarithm
+LEAST_CKA = 0.5
 MOST_WRITTEN = 150  # cells of a matrix whose numbers can be read
 MOST_NAMED = 24  # classes in a legend, those with most pixels
 
@@ -135,11 +147,14 @@ def learning_curve(
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(epochs, loss, ".-", color=RIGHT)  # dots: of one epoch there is no line
-    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    left.set(xlabel="epoch", ylabel="training loss", ylim=(min(0, *loss), None))
     if train_accuracy is not None:
         right.plot(epochs, 100 * np.array(train_accuracy), ".-", color="#7f8c8d", label="training (augmented)")
     right.plot(epochs, 100 * np.array(test_accuracy), ".-", color=WRONG, label=images)
-    right.set(xlabel="epoch", ylabel=f"{measure} (%)")
+    shown = [*test_accuracy, *(train_accuracy if train_accuracy is not None else ())]
+    low, high = at_least(100 * np.array(shown), LEAST_POINTS, 0, 100)
+    margin = 0.05 * (high - low)
+    right.set(xlabel="epoch", ylabel=f"{measure} (%)", ylim=(low - margin, high + margin))
     right.annotate(
         f"{100 * test_accuracy[-1]:.1f} %",
         (epochs[-1], 100 * test_accuracy[-1]),
@@ -152,9 +167,8 @@ def learning_curve(
     right.legend(loc="lower right", frameon=False)
     for ax in (left, right):
         ax.set_xlim(0.5, len(loss) + 0.5)
-        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _clear(ax)
     return figure
 
 
@@ -165,7 +179,7 @@ def filter_basis(filters: Tensor, width: int, names: Sequence[str], title: str, 
     count = spectra.shape[-1]
     figure = Figure(figsize=(2.3 * count + 1, 5.2), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
-    low, high = np.percentile(magnitude, [1, 100])
+    low, high = at_least(np.percentile(magnitude, [1, 100]), LEAST_DECADES)
     for f in range(count):
         top = _spectrum(axes[0, f], magnitude[..., f], "magma", low, high)
         bottom = _spectrum(axes[1, f], phase[..., f], "twilight", -np.pi, np.pi)
@@ -173,8 +187,8 @@ def filter_basis(filters: Tensor, width: int, names: Sequence[str], title: str, 
         axes[1, f].set_xlabel("horizontal frequency\n(cycles/plane)", fontsize=9)
     for ax in axes[:, 0]:
         ax.set_ylabel("vertical frequency\n(cycles/plane)", fontsize=9)
-    figure.colorbar(top, ax=axes[0], shrink=0.85, label="log10 |filter|")
-    bar = figure.colorbar(bottom, ax=axes[1], shrink=0.85, label="phase (rad)")
+    _colour_bar(figure, top, axes[0], "log10 |filter|", shrink=0.85)
+    bar = _colour_bar(figure, bottom, axes[1], "phase (rad)", shrink=0.85)
     bar.set_ticks([-np.pi, 0, np.pi], labels=["-π", "0", "π"])
     _title(figure, title, caption)
     return figure
@@ -198,14 +212,14 @@ def mixed_filters(
     spectra = np.stack([np.abs(full_spectrum(f, width)) + 1e-12 for f in filters])
     average = spectra.mean(0)
     gain = 20 * np.log10(spectra / average)
-    limit = max(float(np.percentile(np.abs(gain), 99)), 1e-3)
+    limit = max(float(np.percentile(np.abs(gain), 99)), LEAST_GAIN)
     figure = Figure(figsize=(1.2 * (count + 1) + 1.6, 1.25 * (len(channels) + 1) + 0.7), layout="constrained")
     axes = figure.subplots(len(channels) + 1, count + 1, squeeze=False)
     axes[0, 0].set_axis_off()
     for n in range(count):
         axes[0, n + 1].imshow(images[n], cmap="gray")
         axes[0, n + 1].set_title(labels[n], fontsize=9)
-    low, high = np.percentile(np.log10(average), [1, 100])
+    low, high = at_least(np.percentile(np.log10(average), [1, 100]), LEAST_DECADES)
     for row, channel in enumerate(channels):
         mean = _spectrum(axes[row + 1, 0], np.log10(average[..., row]), "magma", low, high)
         axes[row + 1, 0].set_ylabel(f"channel {channel}", fontsize=9)
@@ -214,8 +228,8 @@ def mixed_filters(
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     axes[1, 0].set_title("average", fontsize=9)
-    figure.colorbar(mean, ax=axes[1:, 0], shrink=0.7, location="left", label="log10 |average filter|")
-    figure.colorbar(change, ax=axes[1:, -1], shrink=0.7, label="gain against the average (dB)")
+    _colour_bar(figure, mean, axes[1:, 0], "log10 |average filter|", shrink=0.7, location="left")
+    _colour_bar(figure, change, axes[1:, -1], "gain against the average (dB)", shrink=0.7)
     _title(figure, title, caption)
     return figure
 
@@ -231,19 +245,24 @@ def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], title: str, cap
         sorted(range(shares.shape[2]), key=lambda c: (int(mean[:, c].argmax()), -float(mean[:, c].max())))
     )
     even = 1 / filters
-    limit = max(float((shares - even).abs().max()), 1e-6)
+    limit = max(float((shares - even).abs().max()), LEAST_SHARE * even)
+    norm = TwoSlopeNorm(even, max(even - limit, 0), even + limit)
     figure = Figure(figsize=(2.4 * filters + 3.2, 0.22 * count + 2.2), layout="constrained")
     axes = figure.subplots(1, filters + 1, squeeze=False, sharey=True)[0]
     for f in range(filters):
-        image = axes[f].imshow(shares[:, f, order].numpy(), cmap="RdBu_r", aspect="auto", interpolation="nearest")
-        image.set_clim(even - limit, even + limit)
+        drawn = shares[:, f, order].numpy()
+        image = axes[f].imshow(drawn, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+        axes[f].xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         axes[f].set_title(f"filter {f}", fontsize=10)
         axes[f].set_xlabel("channel (sorted)", fontsize=9)
     axes[0].set_yticks(range(count), labels, fontsize=8)
-    figure.colorbar(image, ax=axes[:filters], shrink=0.9, label=f"share of the filter (white: 1/{filters})")
+    _colour_bar(figure, image, axes[:filters], f"share of the filter (white: 1/{filters})", shrink=0.9)
     axes[filters].boxplot(list(bits.numpy()), positions=range(count), orientation="horizontal", showfliers=False)
     axes[filters].axvline(np.log2(filters), color=WRONG, linestyle=":", label="all filters alike")
     axes[filters].set_yticks(range(count), labels, fontsize=8)
+    low, high = at_least(bits.numpy(), LEAST_BITS, 0, float(np.log2(filters)) or LEAST_BITS)
+    margin = 0.05 * (high - low)
+    axes[filters].set_xlim(low - margin, high + margin)
     axes[filters].set_xlabel("entropy of the shares (bits)", fontsize=9)
     axes[filters].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     _title(figure, title, caption)
@@ -256,7 +275,7 @@ def responses(
     """Planes (H,W), a row an input: the input itself and what filters make of it, each with its gain.
 
     Every plane is drawn in units of its own standard deviation around its mean; the gain is the ratio of standard
-    deviations, response to input.
+    deviations, response to input. A plane that is constant up to rounding is drawn grey and has no gain.
     """
     H, W = maps[0][0].shape
     figure = Figure(
@@ -266,16 +285,16 @@ def responses(
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     for r, planes in enumerate(maps):
-        spread = float(planes[0].std(correction=0)) + 1e-30
+        spreads = [_spread(plane, planes[0]) for plane in planes]
         axes[r, 0].set_ylabel(rows[r], fontsize=9)
-        for c, plane in enumerate(planes):
-            values = (plane - plane.mean()) / (plane.std(correction=0) + 1e-30)
+        for c, (plane, spread) in enumerate(zip(planes, spreads, strict=True)):
+            values = (plane - plane.mean()) / spread if spread else torch.zeros_like(plane)
             image = axes[r, c].imshow(values.numpy(), cmap="gray", vmin=-3, vmax=3, interpolation="nearest")
-            gain = 20 * np.log10(float(plane.std(correction=0)) / spread + 1e-12)
+            gain = f"{20 * np.log10(spread / spreads[0]):+.0f} dB" if spread and spreads[0] else "constant"
             above = columns[c] if r == 0 else ""
-            below = "" if c == 0 else f"{gain:+.0f} dB"
+            below = gain if c or not spread else ""
             axes[r, c].set_title("\n".join(filter(None, (above, below))), fontsize=8)
-    figure.colorbar(image, ax=axes, shrink=0.6, label="value (standard deviations from the mean)")
+    _colour_bar(figure, image, axes, "value (standard deviations from the mean)", shrink=0.6)
     _title(figure, title, caption)
     return figure
 
@@ -298,9 +317,11 @@ def spectra_by_depth(spectra: dict[str, Spectrum], title: str, caption: str = ""
     right.scatter(range(1, count + 1), highest, color=colours, zorder=3)
     right.set(ylabel="Δ log amplitude, highest frequency")
     right.set_xticks(range(1, count + 1), names, rotation=90, fontsize=7)
-    for ax in (left, right):
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+    for ax, values in ((left, torch.cat([s.amplitude for s in spectra.values()])), (right, highest)):
+        low, high = at_least(np.asarray(values), LEAST_LOG)
+        margin = 0.05 * (high - low)
+        ax.set_ylim(low - margin, high + margin)
+        _clear(ax)
     _title(figure, title, caption)
     return figure
 
@@ -316,25 +337,31 @@ def receptive_fields(
     count = len(fields)
     figure = Figure(figsize=(3.3 * count + 4, 3.8), layout="constrained")
     axes = figure.subplots(1, count + 1, squeeze=False)[0]
+    # White is seen on bright pixels too.
+    outlined: list[AbstractPathEffect] = [withStroke(linewidth=2, foreground="black")]
     for ax, (name, field), centre, squares in zip(axes, fields.items(), centres, areas, strict=False):
         relative = (field / field.max() + 1e-12).log10().numpy()
         image = ax.imshow(relative, cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
         for area, side in zip(squares, ("right", "left"), strict=True):  # at other corners, not to overlap
             left, top = centre[1] - area.side / 2, centre[0] - area.side / 2
-            ax.add_patch(Rectangle((left, top), area.side, area.side, fill=False, edgecolor="white", linewidth=0.8))
+            square = Rectangle((left, top), area.side, area.side, fill=False, edgecolor="white", linewidth=0.8)
+            square.set_path_effects(outlined)
+            ax.add_patch(square)
             x = min(left + area.side, field.shape[1]) if side == "right" else max(left, 0)
-            ax.annotate(f"{area.share:.0%}", (x, max(top, 1)), color="white", fontsize=7, va="bottom", ha=side)
+            label = ax.annotate(f"{area.share:.0%}", (x, max(top, 1)), color="white", fontsize=7, va="bottom", ha=side)
+            label.set_path_effects(outlined)
         H, W = field.shape
         ax.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5), xlabel="column (pixel)", ylabel="row (pixel)")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         ax.set_title(name, fontsize=9)
         share = field.flatten().sort(descending=True).values.cumsum(0)
         axes[-1].plot(100 * np.arange(1, H * W + 1) / (H * W), 100 * share, label=name)
-    figure.colorbar(image, ax=axes[:count], shrink=0.8, label="log10 (contribution / largest)")
+    _colour_bar(figure, image, axes[:count], "log10 (contribution / largest)", shrink=0.8)
     axes[-1].set(xlabel="pixels that contribute most\n(% of the image)", ylabel="their share of all contributions (%)")
     axes[-1].set(xlim=(0, 100), ylim=(0, 101))
     axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
-    axes[-1].grid(alpha=0.3)
-    axes[-1].spines[["top", "right"]].set_visible(False)
+    _clear(axes[-1])
     _title(figure, title, caption)
     return figure
 
@@ -346,7 +373,7 @@ def similarity_matrix(
     rows, columns = layers
     figure = Figure(figsize=(0.34 * len(columns) + 3, 0.34 * len(rows) + 2.2), layout="constrained")
     ax = figure.subplots()
-    lowest = min(np.floor(10 * np.nan_to_num(cka.numpy()).min()) / 10, 0.9)
+    lowest = min(np.floor(10 * np.nan_to_num(cka.numpy(), nan=1).min()) / 10, 1 - LEAST_CKA)
     image = ax.imshow(cka.numpy(), cmap="magma", vmin=lowest, vmax=1, interpolation="nearest")
     ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
     ax.set_yticks(range(len(rows)), rows, fontsize=7)
@@ -354,9 +381,9 @@ def similarity_matrix(
     ax.set_xlabel(f"layer\n{models[1]}", fontsize=9)
     if cka.numel() <= MOST_WRITTEN:
         for (a, b), value in np.ndenumerate(cka.numpy()):
-            color = "black" if value > (lowest + 1) / 2 else "white"
+            color = "white" if value <= (lowest + 1) / 2 else "black"  # black where there is no value
             ax.text(b, a, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
-    figure.colorbar(image, ax=ax, shrink=0.9, label="CKA (linear)")
+    _colour_bar(figure, image, ax, "CKA (linear)", shrink=0.9)
     _title(figure, title, caption)
     return figure
 
@@ -379,6 +406,16 @@ def comparison_bars(
     return figure
 
 
+def at_least(values: np.ndarray, span: float, low: float = -np.inf, high: float = np.inf) -> tuple[float, float]:
+    """The range of ``values``, widened around its middle to ``span`` and moved to lie between ``low`` and ``high``."""
+    finite = values[np.isfinite(values)]
+    least, most = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    missing = max(span - (most - least), 0) / 2
+    least, most = least - missing, most + missing
+    shift = max(low - least, 0) - max(most - high, 0)
+    return least + shift, most + shift
+
+
 def full_spectrum(half: Tensor, width: int) -> np.ndarray:
     """Complex (H,K,...) half spectrum of a real kernel to all of it (H,width,...), zero frequency in the middle."""
     H, K = half.shape[:2]
@@ -399,7 +436,29 @@ def _title(figure: Figure, title: str, caption: str) -> None:
     figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color="#404040")
 
 
+def _clear(ax: Axes) -> None:
+    """A light grid, no frame, and ticks that say their values instead of an offset's."""
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    for axis in (ax.xaxis, ax.yaxis):
+        if isinstance(formatter := axis.get_major_formatter(), ScalarFormatter):
+            formatter.set_useOffset(False)
+
+
+def _colour_bar(figure: Figure, image: AxesImage, axes: Any, label: str, **options: Any) -> Colorbar:
+    return figure.colorbar(image, ax=axes, label=label, format=ScalarFormatter(useOffset=False), **options)
+
+
+def _spread(plane: Tensor, given: Tensor) -> float:
+    """The standard deviation; 0 where it is only rounding of ``plane`` or of the input it was made of."""
+    spread = float(plane.std(correction=0))
+    return spread if spread > 1e-6 * float(torch.maximum(plane.abs().max(), given.abs().max())) else 0.0
+
+
 def _spectrum(ax: Axes, values: np.ndarray, colours: str, low: float, high: float) -> AxesImage:
     H, W = values.shape
     extent = (-(W // 2) - 0.5, W - W // 2 - 0.5, H - H // 2 - 0.5, -(H // 2) - 0.5)
-    return ax.imshow(values, cmap=colours, vmin=low, vmax=high, extent=extent, interpolation="nearest")
+    image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, extent=extent, interpolation="nearest")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))  # there are no frequencies in between
+    return image

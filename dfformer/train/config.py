@@ -14,6 +14,7 @@ import timm
 from timm.optim import list_optimizers
 
 from dfformer.tasks.table import check_task
+from dfformer.train.recipes import with_recipe_files
 
 try:
     from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -280,16 +281,19 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The configuration of a command line: ``--recipe FILE`` (or ``--config``), then ``--optim.lr 1e-4`` and the like.
+    """The configuration of a command line: ``--recipe`` (or ``--config``) and a file or a packaged recipe's name, then
+    ``--optim.lr 1e-4`` and the like.
 
     Raises:
         ValueError: an unknown key, a value of the wrong type or out of range, an unknown model.
     """
     parser = ArgumentParser(prog="dfformer train", description="Trains a model.", exit_on_error=False)
-    parser.add_argument("--recipe", "--config", action="config", help="a YAML file; see recipes/")
+    parser.add_argument(
+        "--recipe", "--config", action="config", help="a YAML file, or a packaged recipe's name: digits"
+    )
     parser.add_class_arguments(TrainConfig)
     try:
-        parsed: Namespace = parser.parse_args(arguments)
+        parsed: Namespace = parser.parse_args(with_recipe_files(arguments))
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
     parsed.pop("recipe", None)

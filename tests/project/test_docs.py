@@ -81,7 +81,7 @@ def test_commands_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for command in COMMAND.findall(page.read_text("utf-8").replace("\\\n", "")):
         _, arguments = parse(shlex.split(command)[1:])
         if isinstance(arguments, list):  # of `dfformer train`
-            train_config.parse([str(ROOT / a) if a.startswith("recipes/") else a for a in arguments])
+            train_config.parse(arguments)
 
 
 @EVERY_PAGE

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -17,11 +16,12 @@ from paths import ROOT
 from dfformer_kernels.backends.cuda import sources
 from dfformer_kernels.backends.cuda.sources import cuda_sources
 
+FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 
 # With warnings recorded: without the core there is exactly one, with it none.
 RUN = """
-import sys, warnings
+import os, sys, warnings
 import torch
 import dfformer_kernels
 from dfformer_kernels import backends, dynamic_filter, star_relu
@@ -33,6 +33,8 @@ with warnings.catch_warnings(record=True) as seen:
     assert star_relu(torch.tensor([-2.0, 2.0]), scale, bias).tolist() == [1, 3]
     y = dynamic_filter(torch.ones(1, 4, 4, 2), torch.zeros(1, 3, 2), torch.ones(4, 3, 3, 2), (scale, bias))
 torch.testing.assert_close(y, torch.full_like(y, 1.5))
+from dfformer.train.recipes import find_recipe
+assert str(find_recipe("digits")) == os.path.join(sys.argv[1], "dfformer", "recipes", "digits.yaml")
 print(not backends()["cpu"], len(seen), *sorted(cuda_sources()))
 """
 
@@ -60,15 +62,27 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def build_wheel(sdist: Path, tmp_path: Path) -> Callable[..., Path]:
-    def build(**environment: str) -> Path:
-        pip_wheel = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir")
-        run(*pip_wheel, sdist, "--wheel-dir", tmp_path, cwd=tmp_path, **environment)
-        (wheel,) = tmp_path.glob("*.whl")
-        return wheel
+def build_wheel(sdist: Path, folder: Path, **environment: str) -> Path:
+    pip_wheel = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir")
+    run(*pip_wheel, sdist, "--wheel-dir", folder, cwd=folder, **environment)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
 
-    return build
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the compiled core: built once."""
+    require_compiler()
+    folder = tmp_path_factory.mktemp("wheel")
+    return build_wheel(sdist, folder, **({} if FULL else without_optimisation(folder)))
+
+
+def without_optimisation(folder: Path) -> dict[str, str]:
+    """A compiler in place of the system's that does not optimise, which is most of the time it takes."""
+    compiler = folder / "unoptimised"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -O0 -w\n')
+    compiler.chmod(0o755)
+    return {"CXX": str(compiler), "CC": str(compiler)}
 
 
 def contents(wheel: Path) -> list[str]:
@@ -96,20 +110,20 @@ def has_core(names: list[str]) -> bool:
     return any(name.startswith("dfformer_kernels/_C.") for name in names)
 
 
-def test_a_wheel_built_from_the_sdist_has_the_compiled_core(build_wheel: Callable[..., Path]) -> None:
-    require_compiler()
-    wheel = build_wheel()
+def test_a_wheel_built_from_the_sdist_has_the_compiled_core(wheel: Path) -> None:
     names = contents(wheel)
     assert has_core(names)
     assert {"dfformer/py.typed", "dfformer_kernels/py.typed"} <= set(names)
     assert [name for name in names if name.endswith("LICENSE")] != []
     assert {name.split("/")[0].split("-")[0] for name in names} == {"dfformer", "dfformer_kernels"}
     assert {name for name in names if name.endswith((".cpp", ".h", ".inl", ".cu"))} == run_time_sources()
+    recipes = {f"dfformer/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    assert {name for name in names if name.endswith(".yaml")} == recipes != set()
     assert installed(wheel) == " ".join(["True 0", *sorted(cuda_sources())])
 
 
-def test_without_a_compiler_the_wheel_works_through_torch(build_wheel: Callable[..., Path]) -> None:
-    wheel = build_wheel(CC="false", CXX="false")
+def test_without_a_compiler_the_wheel_works_through_torch(sdist: Path, tmp_path: Path) -> None:
+    wheel = build_wheel(sdist, tmp_path, CC="false", CXX="false")
     assert not has_core(contents(wheel))
     assert installed(wheel) == " ".join(["False 1", *sorted(cuda_sources())])
 
@@ -120,6 +134,8 @@ def test_sources_compiled_at_run_time_are_found_in_a_checkout() -> None:
 
 
 def test_missing_sources_are_an_error_that_names_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "__file__", str(tmp_path / "dfformer_kernels" / "sources.py"))
+    monkeypatch.setattr(
+        sources, "__file__", str(tmp_path.joinpath(*["dfformer_kernels", "backends", "cuda", "sources.py"]))
+    )
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "csrc"))):
         cuda_sources.__wrapped__()

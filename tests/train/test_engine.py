@@ -34,6 +34,7 @@ from dfformer.train.config import parse
 from dfformer.train.log import interruption
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+OWN_RECIPES = ("digits", "transfer")  # classification with values of this project
 CLASSES = ("ant", "bee", "cat")
 FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 pytestmark = [
@@ -128,10 +129,10 @@ def test_train_evaluate_and_predict(
 def test_every_variant_has_a_recipe_and_it_is_the_authors() -> None:
     configs = {path.stem: parse(["--recipe", str(path)]) for path in RECIPES}
     configs = {name: config for name, config in configs.items() if config.task == "classify"}
-    assert configs.keys() == {*VARIANTS, "digits"}
+    assert configs.keys() == {*VARIANTS, *OWN_RECIPES}
     drop_path = {"s18": 0.2, "s36": 0.3, "m36": 0.4, "b36": 0.6}
     for name, config in configs.items():
-        if name != "digits":
+        if name not in OWN_RECIPES:
             assert config.model.name == name
             assert config.model.args == {"drop_path_rate": drop_path[name.split("_")[1]]}
             assert (config.optim.opt, config.optim.lr, config.optim.global_batch) == ("adamw", 1e-3, 1024)

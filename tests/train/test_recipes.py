@@ -1,0 +1,76 @@
+"""Recipes: found by name and by path, and the one for your own folder does what its page says."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from paths import ROOT
+from PIL import Image
+from train_runs import history, steps
+
+from dfformer.cli.main import main
+from dfformer.models.checkpoint import load_model, save_checkpoint
+from dfformer.train.config import parse
+from dfformer.train.recipes import find_recipe, packaged_recipes, with_recipe_files
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = Path("own.yaml")
+    own.write_text("seed: 7")
+    assert packaged_recipes() == {path.stem: path for path in (ROOT / "recipes").glob("*.yaml")}
+    assert parse(["--recipe", "digits"]) == parse(["--recipe", str(ROOT / "recipes" / "digits.yaml")])
+    assert parse(["--config=digits"]) == parse(["--recipe=digits"])
+    assert parse(["--recipe", "digits"]).data.dataset == "digits"
+    assert parse(["--recipe", "own.yaml"]).seed == 7
+    Path("digits").write_text("seed: 8")  # a file goes before a packaged name
+    assert parse(["--recipe", "digits"]).seed == 8
+
+
+def test_other_arguments_stay_as_they_are() -> None:
+    arguments = ["--output", "digits", "--model.name=digits", "--seed", "1", "--recipe"]
+    assert with_recipe_files(arguments) == arguments
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    {
+        "digitz": "recipe: got 'digitz', which is neither a file nor a packaged recipe; did you mean digits?",
+        "recipes/dfformer_s81.yaml": "did you mean dfformer_s18",
+        "xyzzy": "recipe: got 'xyzzy', which is neither a file nor a packaged recipe",
+        ".": "recipe: got ., which is a folder",
+    }.items(),
+)
+def test_unknown_recipes(name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--recipe", name], [f"--recipe={name}"]):
+        assert main(["train", *flags]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="recipe: got"):
+        find_recipe(name)
+
+
+def test_transfer_to_a_folder(tmp_path: Path) -> None:
+    """The recipe for your own folder, with a small model: weights come over, the classifier is new, it learns."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        for level, name in enumerate(("dark", "light")):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for n in range(count):
+                pixels = random.integers(120 * level, 120 * level + 60, (36, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{n}.png")
+    arguments = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "num_classes": 5}
+    start = timm.create_model("cdfformer_s18", **arguments)
+    save_checkpoint(start, tmp_path / "start.safetensors", "cdfformer_s18", arguments)
+    small = ["--model.args.depths=[1,1,1,1]", "--model.args.dims=[8,8,16,16]", "--data.img_size=32"]
+    run = ["--data.workers=0", "--optim.global_batch=8", "--optim.lr=3e-3", "--output", str(tmp_path / "run")]
+    weights = ["--model.checkpoint", str(tmp_path / "start.safetensors"), "--data.root", str(tmp_path / "data")]
+    assert main(["train", "--recipe", "transfer", *weights, *small, *run]) == 0
+    rows = history(tmp_path / "run")
+    assert len(rows) == 10
+    assert float(rows[-1]["top1"]) == 1
+    assert math.isclose(steps(tmp_path / "run")[0]["loss"], math.log(2), rel_tol=0.2)  # of a new classifier
+    assert load_model(tmp_path / "run" / "last.safetensors")[1] == ["dark", "light"]

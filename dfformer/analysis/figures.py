@@ -45,7 +45,7 @@ def predictions_grid(
         right = label == guess
         ax.imshow(image.numpy(), cmap="gray_r")
         ax.set_title(
-            f"{guess}  {100 * p:.0f}%" if right else f"{guess}, is {label}",
+            literal(f"{guess}  {100 * p:.0f}%" if right else f"{guess}, is {label}"),
             fontsize=8,
             color=RIGHT if right else WRONG,
             fontweight="normal" if right else "bold",
@@ -218,7 +218,7 @@ def mixed_filters(
     axes[0, 0].set_axis_off()
     for n in range(count):
         axes[0, n + 1].imshow(images[n], cmap="gray")
-        axes[0, n + 1].set_title(labels[n], fontsize=9)
+        axes[0, n + 1].set_title(literal(labels[n]), fontsize=9)
     low, high = at_least(np.percentile(np.log10(average), [1, 100]), LEAST_DECADES)
     for row, channel in enumerate(channels):
         mean = _spectrum(axes[row + 1, 0], np.log10(average[..., row]), "magma", low, high)
@@ -255,11 +255,12 @@ def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], title: str, cap
         axes[f].xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         axes[f].set_title(f"filter {f}", fontsize=10)
         axes[f].set_xlabel("channel (sorted)", fontsize=9)
-    axes[0].set_yticks(range(count), labels, fontsize=8)
+    names = [literal(label) for label in labels]
+    axes[0].set_yticks(range(count), names, fontsize=8)
     _colour_bar(figure, image, axes[:filters], f"share of the filter (white: 1/{filters})", shrink=0.9)
     axes[filters].boxplot(list(bits.numpy()), positions=range(count), orientation="horizontal", showfliers=False)
     axes[filters].axvline(np.log2(filters), color=WRONG, linestyle=":", label="all filters alike")
-    axes[filters].set_yticks(range(count), labels, fontsize=8)
+    axes[filters].set_yticks(range(count), names, fontsize=8)
     low, high = at_least(bits.numpy(), LEAST_BITS, 0, float(np.log2(filters)) or LEAST_BITS)
     margin = 0.05 * (high - low)
     axes[filters].set_xlim(low - margin, high + margin)
@@ -286,7 +287,7 @@ def responses(
         ax.set(xticks=[], yticks=[])
     for r, planes in enumerate(maps):
         spreads = [_spread(plane, planes[0]) for plane in planes]
-        axes[r, 0].set_ylabel(rows[r], fontsize=9)
+        axes[r, 0].set_ylabel(literal(rows[r]), fontsize=9)
         for c, (plane, spread) in enumerate(zip(planes, spreads, strict=True)):
             values = (plane - plane.mean()) / spread if spread else torch.zeros_like(plane)
             image = axes[r, c].imshow(values.numpy(), cmap="gray", vmin=-3, vmax=3, interpolation="nearest")
@@ -354,9 +355,9 @@ def receptive_fields(
         ax.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5), xlabel="column (pixel)", ylabel="row (pixel)")
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-        ax.set_title(name, fontsize=9)
+        ax.set_title(literal(name), fontsize=9)
         share = field.flatten().sort(descending=True).values.cumsum(0)
-        axes[-1].plot(100 * np.arange(1, H * W + 1) / (H * W), 100 * share, label=name)
+        axes[-1].plot(100 * np.arange(1, H * W + 1) / (H * W), 100 * share, label=literal(name))
     _colour_bar(figure, image, axes[:count], "log10 (contribution / largest)", shrink=0.8)
     axes[-1].set(xlabel="pixels that contribute most\n(% of the image)", ylabel="their share of all contributions (%)")
     axes[-1].set(xlim=(0, 100), ylim=(0, 101))
@@ -377,8 +378,8 @@ def similarity_matrix(
     image = ax.imshow(cka.numpy(), cmap="magma", vmin=lowest, vmax=1, interpolation="nearest")
     ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
     ax.set_yticks(range(len(rows)), rows, fontsize=7)
-    ax.set_ylabel(f"{models[0]}\nlayer", fontsize=9)
-    ax.set_xlabel(f"layer\n{models[1]}", fontsize=9)
+    ax.set_ylabel(f"{literal(models[0])}\nlayer", fontsize=9)
+    ax.set_xlabel(f"layer\n{literal(models[1])}", fontsize=9)
     if cka.numel() <= MOST_WRITTEN:
         for (a, b), value in np.ndenumerate(cka.numpy()):
             color = "white" if value <= (lowest + 1) / 2 else "black"  # black where there is no value
@@ -406,6 +407,11 @@ def comparison_bars(
     return figure
 
 
+def literal(text: str) -> str:
+    """``text`` as it is, where matplotlib would set what is between two dollars as a formula."""
+    return text.replace("$", r"\$")
+
+
 def at_least(values: np.ndarray, span: float, low: float = -np.inf, high: float = np.inf) -> tuple[float, float]:
     """The range of ``values``, widened around its middle to ``span`` and moved to lie between ``low`` and ``high``."""
     finite = values[np.isfinite(values)]
@@ -430,10 +436,10 @@ def full_spectrum(half: Tensor, width: int) -> np.ndarray:
 
 def _title(figure: Figure, title: str, caption: str) -> None:
     """The title above, and below in small print what is shown on what."""
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(literal(title), fontsize=11)
     letters_an_inch = 17  # of 8 points
     text = textwrap.fill(caption, int(letters_an_inch * figure.get_figwidth()))
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color="#404040")
+    figure.supxlabel(literal(text), x=0.01, ha="left", fontsize=8, color="#404040")
 
 
 def _clear(ax: Axes) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib import cbook
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 
 from dfformer.analysis import figures
@@ -170,3 +172,23 @@ def test_at_least() -> None:
     assert found([99.0, 99.5], 10.0, 0.0, 100.0) == (90.0, 100.0)
     assert found([0.0, 1.0], 10.0, 0.0, 100.0) == (0.0, 10.0)
     assert found([float("inf")], 1.0) == (-0.5, 0.5)
+
+
+@pytest.mark.parametrize("name", ["a$b$c", "$\\frac$", "cost: 5$", "$$"])
+def test_dollars_in_names(name: str) -> None:
+    """Are no formulas."""
+    shares = alike(2, 4, 8, around=0.25, by=0)
+    field = alike(4, 4).double()
+    drawn = [
+        figures.routing(shares, entropy(shares), [name, name], name, name),
+        figures.mixed_filters([np.ones((4, 4))] * 2, [name] * 2, alike(2, 2, 2, 1).to(torch.complex64), [0], 2, name),
+        figures.responses([[field, field]], [name], ["input", "filter"], name, name),
+        figures.receptive_fields({name: field}, [(2, 2)], [[Area(0.5, 1, 1), Area(0.9, 2, 3)]], name),
+        figures.similarity_matrix(alike(2, 2), [["a", "b"]] * 2, [name, name], name),
+        figures.predictions_grid(alike(2, 4, 4), [name, name], [name, "other"], [1.0, 0.5], "title"),
+    ]
+    for figure in drawn:
+        figure.draw_without_rendering()
+        texts = [text for text in figure.findobj(Text) if name.replace("$", r"\$") in text.get_text()]
+        assert texts
+        assert all(cbook.is_math_text(text.get_text()) is False for text in texts)

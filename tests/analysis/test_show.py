@@ -486,7 +486,7 @@ MISUSES = {
     "not-ours": (["spectrum", "--model", "resnet10t"], "is a ResNet and not"),
     "unknown": (["spectrum", "--model", "dfformer_s19"], "dfformer_s19"),
     "no-filters": (["filters", "--model", "dfformer_s18_afno"], "no DynamicFilter or GlobalFilter"),
-    "absent": (["spectrum", "--model", "dfformer_s18", "absent.png"], "absent: cannot be read"),
+    "absent": (["spectrum", "--model", "dfformer_s18", "absent.png"], "absent.png: cannot be read"),
     "both-weights": (["spectrum", "--checkpoint", "a", "--pretrained"], "--pretrained: is for --model by itself"),
     "pairs": (
         ["similarity", *["--checkpoint", "a"] * 3, *["--model", "dfformer_s18"] * 2],
@@ -502,7 +502,8 @@ def test_show_misused(arguments: list[str], message: str, tmp_path: Path, capsys
 
 
 def test_show_without_its_libraries(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delitem(sys.modules, "dfformer.analysis.show", raising=False)
+    for name in [name for name in sys.modules if name.startswith("dfformer.analysis.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["show", "spectrum", "--model", "dfformer_s18"]) == 2
     assert "pip install 'dfformer[demo]'" in capsys.readouterr().err
@@ -511,7 +512,7 @@ def test_show_without_its_libraries(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_show_a_broken_image(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     assert main(["show", "spectrum", "--checkpoint", str(checkpoint), str(tmp_path / "broken.png")]) == 2
-    assert "broken: cannot be read" in capsys.readouterr().err
+    assert "broken.png: cannot be read" in capsys.readouterr().err
 
 
 def test_the_python_of_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,156 @@
+"""Models and the images they are shown, as ``dfformer show`` takes them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from dfformer.tasks.predict import image_files
+
+BATCH_SIZE = 16
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode, what to call it, and the size (H,W) of images it is shown; None for its own."""
+
+    name: str
+    model: nn.Module
+    img_size: tuple[int, int] | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """How it wants images, in timm's terms."""
+        config = resolve_model_data_config(self.model)
+        if self.img_size is not None:
+            config["input_size"] = (config["input_size"][0], *self.img_size)
+        return config
+
+
+class Sample(NamedTuple):
+    """An image that is opened when it is needed, its name and its class, and where it comes from."""
+
+    name: str
+    group: str
+    source: str
+    open: Callable[[], Image.Image]
+
+
+class Samples(NamedTuple):
+    """Images, and in words what they are."""
+
+    description: str
+    samples: list[Sample]
+
+    @property
+    def groups(self) -> dict[str, list[int]]:
+        """The images of each class, classes sorted by name."""
+        groups: dict[str, list[int]] = {}
+        for i, sample in enumerate(self.samples):
+            groups.setdefault(sample.group, []).append(i)
+        return dict(sorted(groups.items()))
+
+    @property
+    def examples(self) -> list[int]:
+        """An image of each class, or the first ones where all are of one class."""
+        groups = list(self.groups.values())
+        return [group[0] for group in groups] if len(groups) > 1 else groups[0]
+
+    def batches(self, loaded: Loaded, size: int = BATCH_SIZE) -> Iterator[Tensor]:
+        """The images as ``loaded`` wants them, (B,in_chans,H,W), B nearly the same in all batches and at most size."""
+        count = len(self.samples)
+        for part in torch.arange(count).chunk(-(-count // size)):
+            yield torch.stack([self.prepared(i, loaded) for i in part.tolist()]).to(device_of(loaded.model))
+
+    def prepared(self, index: int, loaded: Loaded) -> Tensor:
+        """An image as ``loaded`` wants it, (in_chans,H,W)."""
+        transform = create_transform(**loaded.config, is_training=False)
+        sample = self.samples[index]
+        try:
+            with sample.open() as image:
+                return transform(image.convert("L" if loaded.config["input_size"][0] == 1 else "RGB"))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{sample.source}: cannot be read ({error})") from error
+
+    def pixels(self, index: int, loaded: Loaded) -> Tensor:
+        """What ``loaded`` sees of an image, (in_chans,H,W) from 0 to 1."""
+        mean, std = (torch.tensor(loaded.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+        return (self.prepared(index, loaded) * std + mean).clamp(0, 1)
+
+
+def load_samples(inputs: Sequence[Path], channels: set[int], crops: bool = False) -> Samples:
+    """Image files and folders; the class of an image in a folder is the name of the folder it lies in.
+
+    Without inputs, what comes with scikit-learn: for models of grey images 360 of its handwritten digits, for models of
+    colour images its two photographs, or 64 overlapping ``crops`` of them.
+    """
+    if inputs:
+        given = {path for path in inputs if not path.is_dir()}
+        files = list(dict.fromkeys(image_files(inputs)))
+        if not files:
+            raise ValueError(f"no images in {', '.join(map(str, inputs))}")
+        samples = [
+            Sample(name, name if path in given else path.parent.name, str(path), partial(Image.open, path))
+            for name, path in zip(_short_names(files), files, strict=True)
+        ]
+        return Samples(f"{len(samples)} image{'s'[: len(samples) > 1]}", samples)
+    if channels == {1}:
+        return _digits()
+    if not channels <= {1, 3}:
+        raise ValueError(f"in_chans: got {channels}, scikit-learn's images and image files have 1 channel or 3")
+    return _photograph_crops() if crops else _photographs()
+
+
+def _short_names(paths: list[Path]) -> list[str]:
+    """Different names of different files: as few trailing parts of their paths as tell them apart."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        for own in ([path.with_suffix("") for path in paths], paths):
+            names = ["_".join(path.parts[-depth:]) for path in own]
+            if len(set(names)) == len(names):
+                return names
+    return [str(path).replace("/", "_") for path in paths]
+
+
+def _digits() -> Samples:
+    data = load_digits()
+    samples = [
+        _in_memory(f"{data.target[i]}_{i}", str(data.target[i]), (data.images[i] * (255 / 16)).round())
+        for i in range(0, len(data.images), 5)
+    ]
+    return Samples(f"{len(samples)} handwritten digits of scikit-learn", samples)
+
+
+def _photographs() -> Samples:
+    data = load_sample_images()
+    names = [Path(name).stem for name in data.filenames]
+    samples = [_in_memory(name, name, pixels) for name, pixels in zip(names, data.images, strict=True)]
+    return Samples("scikit-learn's two photographs", samples)
+
+
+def _photograph_crops(rows: int = 4, columns: int = 8) -> Samples:
+    samples = []
+    for photograph in _photographs().samples:
+        pixels = np.asarray(photograph.open())
+        H, W, _ = pixels.shape
+        side = H // 2
+        tops, lefts = (np.linspace(0, n - side, k).astype(int) for n, k in ((H, rows), (W, columns)))
+        samples += [
+            _in_memory(f"{photograph.name} {top},{left}", photograph.name, pixels[top : top + side, left : left + side])
+            for top, left in product(tops, lefts)
+        ]
+    return Samples(f"{len(samples)} overlapping crops of scikit-learn's two photographs", samples)
+
+
+def _in_memory(name: str, group: str, pixels: np.ndarray) -> Sample:
+    return Sample(name, group, name, lambda: Image.fromarray(pixels.astype(np.uint8)))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo docs test test-full test-gpu test-isa test-sanitize lint clean
+.PHONY: demo docs test test-full test-timm test-gpu test-isa test-sanitize lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dfformer demo --output demo
@@ -19,6 +19,10 @@ test: $(VENV)/.installed
 # With the long lists of shapes, chips and compilations, which take far longer.
 test-full: $(VENV)/.installed
 	DFFORMER_TEST_FULL=1 $(BIN)/python -m pytest
+
+# What timm asks of its models, of all of these whole.
+test-timm: $(VENV)/.installed
+	DFFORMER_TEST_FULL=1 $(BIN)/python -m pytest tests/models/test_timm.py
 
 # On a machine with a GPU: what needs one, then small problems under NVIDIA's compute-sanitizer.
 test-gpu: $(VENV)/.installed

@@ -10,7 +10,7 @@ from typing import Any
 import dfformer_kernels.ops.flops  # noqa: F401 (registers what torch's flop counter counts)
 from dfformer.inference.optimize import optimize_for_inference
 from dfformer.models.checkpoint import load_checkpoint, load_model
-from dfformer.models.drop_in import replace_dynamic_filters
+from dfformer.models.drop_in import replace_dynamic_filters, restore_dynamic_filters
 from dfformer.models.layers import AFNO2D, DynamicFilter, GlobalFilter, SepConv, StarReLU
 from dfformer.models.metaformer import DFFormer
 from dfformer.models.registry import (
@@ -61,6 +61,7 @@ __all__ = [
     "optimize_for_inference",
     "register_models",
     "replace_dynamic_filters",
+    "restore_dynamic_filters",
 ]
 
 

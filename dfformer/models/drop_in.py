@@ -1,17 +1,27 @@
 """Drop-in replacement of the authors' DynamicFilter and GlobalFilter, and copies of them, in somebody else's model."""
 
 import copy
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from dfformer.models.copies_match import AGREEMENT, is_filter_shape
+from dfformer.models.copies_module import FusedCopy
+from dfformer.models.copies_trace import DifferentCopyError, UnsupportedCopyError
+from dfformer.models.copies_trial import Trial, device_of, difference, find, undisturbed
 from dfformer.models.layers import DynamicFilter, GlobalFilter, SpectralFilter, StarReLU
 from dfformer_kernels.tolerance import relative_error
 
-# A look-alike must agree with its replacement to this relative error before it is swapped: float32 rounding through two
-# projections and two transforms is 1e-6, any other formula is far away.
-_AGREEMENT = 1e-4
+_NAME = "complex_weight"  # what the authors and most copies call their filters
+_LOOKED_FOR = (
+    "modules with filters of their own, a parameter (H, W//2 + 1, F, 2) or complex (H, W//2 + 1, F), "
+    "whose forward multiplies them with torch.fft.rfft2's result and calls irfft2"
+)
+# What a module may define beside nn.Module without losing it when it is replaced.
+_METHODS = {"__init__", "forward", "extra_repr", "__repr__", "__doc__", "__module__", "__annotations__", "__dict__"}
 
 
 class Replacement(NamedTuple):
@@ -27,94 +37,225 @@ class Replacement(NamedTuple):
         return f"{self.name} ({self.original}): {outcome}"
 
 
-def replace_dynamic_filters(model: nn.Module) -> list[Replacement]:
+class ReplacementReport(list[Replacement]):
+    """What `replace_dynamic_filters` found, one `Replacement` a name; ``print`` shows it as a table."""
+
+    def __init__(self, model: nn.Module, found: list[Replacement], originals: dict[str, nn.Module]) -> None:
+        super().__init__(found)
+        self.model = model
+        self.originals = originals
+
+    def undo(self) -> None:
+        """Puts the original layers back, with the parameters, buffers and submodules the replacements have now.
+
+        Raises:
+            ValueError: a replacement is no longer where it was put; nothing is changed.
+        """
+        restore_dynamic_filters(self.model, self)
+
+    def __str__(self) -> str:
+        if not self:
+            count = sum(1 for _ in self.model.modules())
+            name = type(self.model).__name__
+            return f"nothing to replace among the {count} modules of {name}: looked for {_LOOKED_FOR}"
+        rows = [(r.name, r.original, f"left alone: {r.refusal}" if r.refusal else r.replacement) for r in self]
+        rows.insert(0, ("name", "class", f"replaced by ({len(self.originals)} of {len(self)})"))
+        widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+        return "\n".join(f"{name:{widths[0]}}  {kind:{widths[1]}}  {outcome}" for name, kind, outcome in rows)
+
+
+def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
     """Swaps every DynamicFilter or GlobalFilter look-alike in ``model`` for ours, in place, sharing its parameters.
 
-    A look-alike is recognised by its parameters (``complex_weights``, ``pwconv1``, ``pwconv2`` and, for a dynamic
-    filter, ``reweight.fc1``/``fc2``), whatever its class and module are called. It is swapped only if both give the
-    same output on a random float32 input and nothing is hooked to it; StarReLU look-alikes inside it are fused.
+    A look-alike is a module with filters of its own, ``(H, W//2 + 1, F, 2)`` or complex ``(H, W//2 + 1, F)``, whose
+    forward multiplies torch.fft.rfft2's result with them, mixed by a softmax or one a channel, and calls irfft2;
+    whatever its class is called, its maps' layout is and it does before and after. The authors' own layers become
+    `DynamicFilter` and `GlobalFilter`. Of the others, `FusedCopy` keeps the forward but for that chain.
+
+    Each is tried first on random inputs and weights, against a copy of it: outputs, gradients, buffers and use of
+    random numbers, in evaluation and training, on the plane of its filters and on others that it runs on. Where it
+    differs, or has hooks, parametrisations or methods that the replacement would lose, it is left alone. Filters
+    follow the plane of the input afterwards, also where the original had a fixed size.
 
     Returns:
-        What was found, in the order of ``model.named_modules()``; empty if nothing was.
+        What was found, by name; a layer with several names is in it by each. Empty if nothing was, in which case its
+        ``str`` says what was looked for. ``report.undo()`` puts the originals back.
 
     Raises:
         ValueError: ``model`` itself is a look-alike, so there is no parent to swap it in.
     """
-    found = [(name, module) for name, module in model.named_modules() if _kind(module) is not None]
-    if any(name == "" for name, _ in found):
-        raise ValueError(
-            "model: got a single filter layer; build dfformer.DynamicFilter and load its state dict instead"
-        )
-    replacements = []
-    for name, module in found:
-        ours, refusal = _rebuild(module)
-        if not refusal:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, ours)
-        replacements.append(Replacement(name, type(module).__qualname__, type(ours).__qualname__, refusal))
-    return replacements
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _may_be_copy(module):
+            names.setdefault(module, []).append(name)
+    found: list[tuple[nn.Module, nn.Module | None, str]] = []
+    for module in names:
+        ours, reason = _replacement(module)
+        if ours is not None or reason:
+            found.append((module, ours, reason))
+    if any("" in names[module] for module, *_ in found):
+        raise ValueError("model: got a single filter layer, accepted are models that contain one; wrap it in one")
+    report, originals = [], {}
+    for module, ours, reason in found:
+        kind = type(ours if ours is not None else module).__name__
+        for name in names[module]:
+            report.append(Replacement(name, type(module).__qualname__, kind, reason))
+            if ours is not None:
+                _set(model, name, ours)
+                originals[name] = module
+    return ReplacementReport(model, report, originals)
 
 
-def _kind(module: nn.Module) -> type[SpectralFilter] | None:
-    if isinstance(module, SpectralFilter):
-        return None
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    weights, expand = shapes.get("complex_weights", ()), shapes.get("pwconv1.weight", ())
-    if len(weights) != 4 or weights[3] != 2 or len(expand) != 2:
-        return None
-    if shapes.get("pwconv2.weight") != (expand[1], expand[0]):
-        return None
-    if {"reweight.fc1.weight", "reweight.fc2.weight"} <= shapes.keys():
-        routes = (weights[2] * expand[0], shapes["reweight.fc1.weight"][0])
-        return DynamicFilter if shapes["reweight.fc2.weight"] == routes else None
-    return GlobalFilter if weights[2] == expand[0] else None
+def restore_dynamic_filters(model: nn.Module, report: ReplacementReport) -> None:
+    """Undoes `replace_dynamic_filters` in ``model``, which is the report's or a copy of it (an EMA's, for example).
+
+    The original layers get the parameters, buffers and submodules that the replacements have now.
+
+    Raises:
+        ValueError: a replacement is no longer where it was put; nothing is changed.
+    """
+    ours: dict[str, nn.Module] = {}
+    for name in report.originals:
+        try:
+            ours[name] = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"model: got one without a module {name!r}, accepted is the report's or a copy") from None
+        if not isinstance(ours[name], DynamicFilter | GlobalFilter | FusedCopy):
+            kind = type(ours[name]).__name__
+            raise ValueError(f"model: got {kind} at {name!r}, accepted is the layer that was put there")
+    restored: dict[nn.Module, nn.Module] = {}
+    for name, replacement in ours.items():
+        if replacement not in restored:
+            original = report.originals[name]
+            if model is not report.model:
+                original = copy.deepcopy(original)
+            restored[replacement] = _give_back(replacement, original)
+        _set(model, name, restored[replacement])
 
 
-def _rebuild(module: nn.Module) -> tuple[DynamicFilter | GlobalFilter, str]:
-    """Our layer on the same parameters, and why it must not be used ("" if it may)."""
-    kind = _kind(module)
-    assert kind is not None
-    weights = module.get_parameter("complex_weights")
-    H, K = weights.shape[:2]
-    C, dim = module.get_parameter("pwconv1.weight").shape
-    arguments: dict[str, Any] = {
-        "dim": dim,
-        "expansion_ratio": C / dim,
-        "size": (H, 2 * (K - 1) or 1),  # the width is known up to its parity, which does not matter
-        "weight_resize": bool(getattr(module, "weight_resize", False)),
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _may_be_copy(module: nn.Module) -> bool:
+    if isinstance(module, SpectralFilter | FusedCopy):
+        return False
+    if type(module).forward.__module__.startswith("torch."):  # one of torch's own modules, or one without a forward
+        return False
+    return any(is_filter_shape(t) or _NAME in name for name, t in _own_tensors(module).items())
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    if parametrize.is_parametrized(module):
+        parametrised = module.get_submodule("parametrizations")
+        tensors |= {name: getattr(module, name) for name, _ in parametrised.named_children()}
+    return tensors
+
+
+def _replacement(module: nn.Module) -> tuple[nn.Module | None, str]:
+    """What replaces ``module``, or why nothing does; neither where it is no look-alike."""
+    try:
+        _check_replaceable(module)
+        with undisturbed(device_of(module)):
+            return _tried(module), ""
+    except DifferentCopyError as error:
+        return None, str(error)
+    except UnsupportedCopyError as error:
+        used = _transforms_of(type(module))
+        named = any(_NAME in name for name in _own_tensors(module))
+        if used and "irfft2" not in used:
+            return None, f"it uses {', '.join(sorted(used))}, where torch.fft.rfft2 and irfft2 were looked for"
+        return None, str(error) if used or named else ""
+
+
+def _transforms_of(kind: type) -> set[str]:
+    """The names of torch.fft's functions that a class's methods mention."""
+    methods = [m for base in kind.__mro__ for m in vars(base).values() if isinstance(m, FunctionType)]
+    return {name for m in methods for name in m.__code__.co_names if hasattr(torch.fft, name) and "fft" in name} - {
+        "fft"
     }
+
+
+def _tried(module: nn.Module) -> nn.Module:
+    """What replaces ``module``, tried against it."""
+    trial = Trial(module)
+    hypothesis, resize, fused = find(trial)
+    official = hypothesis.layout == "(B,H,W,C)" and _has_official_parts(module)
+    if official and not difference(trial, hypothesis, lambda m: _build_official(m, hypothesis.size, resize)):
+        return _build_official(module, hypothesis.size, resize)
+    if reason := difference(trial, hypothesis, lambda m: FusedCopy.of(m, fused.graph, fused.steps())):
+        raise DifferentCopyError(reason)
+    return FusedCopy.of(module, fused.graph, fused.steps())
+
+
+def _check_replaceable(module: nn.Module) -> None:
+    """Raises UnsupportedCopyError where a replacement would lose something that no trial shows."""
+    kind = type(module)
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    methods = {name for base in bases for name in vars(base)} & set(vars(nn.Module)) - _METHODS
+    tensors = [*module.parameters(), *module.buffers()]
+    foreign = {type(t).__name__ for t in tensors} - {"Parameter", "Tensor"}
+    lost = {
+        "it has hooks": _has_hooks(vars(module)),
+        "hooks on all modules are registered": _has_hooks(vars(nn.modules.module)),
+        "its forward was set on the instance": "forward" in vars(module),
+        "it has parametrisations": parametrize.is_parametrized(module),
+        f"it defines {', '.join(sorted(methods))}": bool(methods),
+    }
+    for what, is_so in lost.items():
+        if is_so:
+            raise UnsupportedCopyError(f"{what}, which the replacement would lose")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedCopyError("it is a script, whose forward cannot be read")
+    if foreign or any(t.is_meta for t in tensors):
+        raise UnsupportedCopyError(f"its parameters are {', '.join(sorted(foreign)) or 'on the meta device'}")
+
+
+def _has_hooks(attributes: dict[str, Any]) -> bool:
+    return any(name.endswith("_hooks") and isinstance(value, dict) and value for name, value in attributes.items())
+
+
+def _has_official_parts(module: nn.Module) -> bool:
+    """Whether it has the parameters of a DynamicFilter or GlobalFilter by name and shape, and nothing else."""
+    own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+    children = dict(module.named_children())
+    required = {"pwconv1", "act1", "pwconv2"}
+    if own != ["complex_weights"] or not required <= children.keys() <= required | {"act2", "reweight"}:
+        return False
+    weights = module.get_parameter("complex_weights")
+    projections = [children["pwconv1"], children["pwconv2"]]
+    if weights.dim() != 4 or weights.is_complex() or any(type(p) is not nn.Linear for p in projections):
+        return False
+    shapes = {name: p.shape for name, p in module.named_parameters()}
+    C, dim = shapes["pwconv1.weight"]
+    if shapes["pwconv2.weight"] != (dim, C):
+        return False
+    if "reweight" not in children:
+        return weights.shape[2] == C
+    return shapes.get("reweight.fc2.weight", (0,))[0] == weights.shape[2] * C
+
+
+def _build_official(module: nn.Module, size: tuple[int, int], resize: str) -> DynamicFilter | GlobalFilter:
+    weights = module.get_parameter("complex_weights")
+    C, dim = module.get_parameter("pwconv1.weight").shape
+    arguments: dict[str, Any] = {"expansion_ratio": C / dim, "size": size, "weight_resize": True, "resize": resize}
     ours: DynamicFilter | GlobalFilter
     with torch.device("meta"):
-        if kind is DynamicFilter:
-            ours = DynamicFilter(**arguments, num_filters=weights.shape[2])
+        if hasattr(module, "reweight"):
+            ours = DynamicFilter(dim, num_filters=weights.shape[2], **arguments)
         else:
-            ours = GlobalFilter(**arguments)
+            ours = GlobalFilter(dim, **arguments)
     ours.complex_weights = weights
-    for name in ("pwconv1", "pwconv2", *(["reweight"] if kind is DynamicFilter else [])):
-        setattr(ours, name, module.get_submodule(name))
-    for name in ("act1", "act2"):
-        setattr(ours, name, _shared_activation(getattr(module, name, nn.Identity())))
-    ours.train(module.training)
-    return ours, _refusal(module, ours)
-
-
-def _refusal(module: nn.Module, ours: DynamicFilter | GlobalFilter) -> str:
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it has hooks, which the replacement would lose"
-    H, W = ours.size
-    x = torch.randn(2, H, W, ours.pwconv1.in_features, device=ours.pwconv1.weight.device)
-    try:
-        theirs, mine = _evaluate(module, x), _evaluate(ours, x)
-    except (RuntimeError, TypeError, ValueError) as error:
-        return f"it cannot be tried on a {tuple(x.shape)} input ({str(error).splitlines()[0]})"
-    error_ = relative_error(mine, theirs)
-    return "" if error_ <= _AGREEMENT else f"its output differs from ours by {error_:.1e} relative"
-
-
-def _evaluate(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)`` in eval mode and float32, by a copy: its formula is judged, not its rounding."""
-    with torch.no_grad():
-        return copy.deepcopy(module).float().eval()(x)
+    for name, child in module.named_children():  # in the original's order, which is that of its state dict
+        if hasattr(ours, name):
+            delattr(ours, name)
+        setattr(ours, name, _shared_activation(child) if name in ("act1", "act2") else child)
+    if not hasattr(module, "act2"):
+        ours.act2 = nn.Identity()
+    ours.training = module.training
+    return ours
 
 
 def _shared_activation(act: nn.Module) -> nn.Module:
@@ -122,9 +263,30 @@ def _shared_activation(act: nn.Module) -> nn.Module:
     parameters = dict(act.named_parameters())
     if parameters.keys() != {"scale", "bias"} or any(p.numel() != 1 for p in parameters.values()):
         return act
-    scale, bias = parameters["scale"], parameters["bias"]
+    try:
+        _check_replaceable(act)
+        trial = Trial(act)
+    except UnsupportedCopyError:
+        return act
     with torch.device("meta"):
         ours = StarReLU()
-    ours.scale, ours.bias = scale, bias
-    x = torch.linspace(-2, 2, 9, device=scale.device)
-    return ours if relative_error(_evaluate(act, x), _evaluate(ours, x)) <= _AGREEMENT else act
+    ours.scale, ours.bias = parameters["scale"], parameters["bias"]
+    ours.training = act.training
+    x = torch.linspace(-2, 2, 9, device=trial.device)
+    scale, bias = (trial.module.get_parameter(name) for name in ("scale", "bias"))
+    expected = scale * x.relu().square() + bias
+    same = all(relative_error(trial.copy(training)(x), expected) <= AGREEMENT for training in (False, True))
+    return ours if same else act
+
+
+def _give_back(replacement: nn.Module, original: nn.Module) -> nn.Module:
+    """``original`` with what ``replacement`` has by the same names."""
+    for name, child in list(original.named_children()):
+        ours = getattr(replacement, name, child)
+        if type(ours) is StarReLU and type(child) is not StarReLU:
+            ours = _give_back(ours, child)
+        setattr(original, name, ours)
+    for name, _ in [*original.named_parameters(recurse=False), *original.named_buffers(recurse=False)]:
+        setattr(original, name, getattr(replacement, name))
+    original.training = replacement.training
+    return original

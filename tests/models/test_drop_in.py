@@ -1,26 +1,20 @@
-"""Swapping look-alikes of the authors' layers in somebody else's model."""
+"""Swapping look-alikes of the authors' layers in somebody else's model: what is swapped, and what is refused."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from filter_copies import Authors, ChannelsFirst, Routing, Star
+from timm.utils import ModelEmaV2
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
-from dfformer import DynamicFilter, GlobalFilter, StarReLU, replace_dynamic_filters
+from dfformer import DynamicFilter, GlobalFilter, StarReLU, replace_dynamic_filters, restore_dynamic_filters
 from dfformer_kernels.tolerance import relative_error
-
-
-class Star(nn.Module):
-    """A StarReLU under another name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale, self.bias = nn.Parameter(torch.full((1,), 0.9)), nn.Parameter(torch.full((1,), -0.3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * F.relu(x) ** 2 + self.bias
 
 
 class Affine(Star):
@@ -30,37 +24,22 @@ class Affine(Star):
         return self.scale * x + self.bias
 
 
-class Routing(nn.Module):
-    def __init__(self, dim: int, hidden: int, out: int) -> None:
-        super().__init__()
-        self.fc1, self.act = nn.Linear(dim, hidden, bias=False), Star()
-        self.drop, self.fc2 = nn.Dropout(0.5), nn.Linear(hidden, out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.drop(self.act(self.fc1(x))))
-
-
-class FrequencyMixer(nn.Module):
-    """Somebody's copy of the dynamic (routed) or global filter, in plain torch."""
+class FrequencyMixer(Authors):
+    """Somebody's copy of the dynamic (routed) or global filter."""
 
     def __init__(self, dim: int, plane: tuple[int, int], act: type[nn.Module], routed: bool, gain: float = 1.0) -> None:
-        super().__init__()
-        H, W = plane
-        self.F, self.gain = 4 if routed else 2 * dim, gain
-        self.pwconv1, self.act1 = nn.Linear(dim, 2 * dim, bias=False), act()
-        self.complex_weights = nn.Parameter(torch.randn(H, W // 2 + 1, self.F, 2) * 0.1)
-        self.act2, self.pwconv2 = nn.Identity(), nn.Linear(2 * dim, dim, bias=False)
-        if routed:
-            self.reweight = Routing(dim, dim // 4, self.F * 2 * dim)
+        super().__init__(dim, plane, 4 if routed else 2 * dim, weight_resize=False)
+        setattr(self, "act1", act())  # noqa: B010 (of another type than the authors')
+        self.gain = gain
+        if not routed:
+            del self.reweight
 
     def forward(self, x: Tensor) -> Tensor:
-        B, H, W, _ = x.shape
         weights = torch.view_as_complex(self.complex_weights)
         if hasattr(self, "reweight"):
-            routing = self.reweight(x.mean(dim=(1, 2))).view(B, self.F, -1).softmax(dim=1)
-            weights = torch.einsum("bfc,hkf->bhkc", routing.to(weights.dtype), weights)
+            weights = torch.einsum("bfc,hkf->bhkc", self.route(x).to(weights.dtype), weights)
         spectrum = torch.fft.rfft2(self.act1(self.pwconv1(x)), dim=(1, 2), norm="ortho")
-        x = torch.fft.irfft2(spectrum * weights * self.gain, s=(H, W), dim=(1, 2), norm="ortho")
+        x = torch.fft.irfft2(spectrum * weights * self.gain, s=x.shape[1:3], dim=(1, 2), norm="ortho")
         return self.pwconv2(self.act2(x))
 
 
@@ -99,19 +78,16 @@ def outputs_and_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
 def test_swapped_model_agrees_and_shares_parameters(make: Callable[[], FrequencyMixer]) -> None:
     torch.manual_seed(0)
     model = SomebodysModel(make(), make())
-    plane = (8, 2 * (model.layer(0).complex_weights.shape[1] - 1))
-    x = torch.randn(2, *plane, 16)
-    if make is MIXERS["dynamic-odd-rectangular"]:
-        x = x[:, :, :7]  # the same K, an odd width
+    x = torch.randn(2, 8, 7 if make is MIXERS["dynamic-odd-rectangular"] else 8, 16)
     before = outputs_and_gradients(model, x)
-    names = dict(model.named_parameters())
+    names, state = dict(model.named_parameters()), list(model.state_dict())
     replaced = replace_dynamic_filters(model)
     assert [(r.name, r.refusal) for r in replaced] == [("blocks.block0.1", ""), ("blocks.block1.1", "")]
     kind = GlobalFilter if make is MIXERS["global"] else DynamicFilter
     assert all(type(model.layer(i)) is kind for i in (0, 1))
     after = dict(model.named_parameters())
-    assert after.keys() == names.keys()
-    assert all(after[name] is names[name] for name in names)
+    assert all(after[name] is names[name] for name in after.keys() | names.keys())
+    assert list(model.state_dict()) == state, "in the same order, which EMA copies rely on"
     for actual, expected in zip(outputs_and_gradients(model, x), before, strict=True):
         assert relative_error(actual, expected) < 1e-5
     assert replace_dynamic_filters(model) == [], "nothing is left to swap"
@@ -126,33 +102,88 @@ def test_16_bit_models_are_swapped_too(dtype: torch.dtype) -> None:
 
 
 def test_star_relu_is_fused_only_if_it_is_one() -> None:
-    model = SomebodysModel(MIXERS["dynamic"](), FrequencyMixer(16, (8, 8), Affine, routed=True))
-    assert [r.refusal for r in replace_dynamic_filters(model)] == ["", ""]
-    assert [type(model.layer(i).act1) for i in (0, 1)] == [StarReLU, Affine]
+    hooked = MIXERS["dynamic"]()
+    hooked.act1.register_forward_hook(lambda module, inputs, output: None)
+    model = SomebodysModel(MIXERS["dynamic"](), FrequencyMixer(16, (8, 8), Affine, routed=True), hooked)
+    assert [r.refusal for r in replace_dynamic_filters(model)] == ["", "", ""]
+    assert [type(model.layer(i).act1) for i in (0, 1, 2)] == [StarReLU, Affine, Star]
 
 
 def test_training_mode_is_kept() -> None:
     model = SomebodysModel(MIXERS["dynamic"]()).train()
     model.layer(0, 0).eval()
+    model.layer(0).reweight.drop.eval()
     replace_dynamic_filters(model)
     assert model.layer(0).training
-    assert model.layer(0).reweight.drop.training
+    assert not model.layer(0).reweight.drop.training
     assert not model.layer(0, 0).training
 
 
-def test_another_formula_with_the_same_parameters_is_left_alone() -> None:
-    model = SomebodysModel(FrequencyMixer(16, (8, 8), Star, routed=True, gain=1.01))
-    [outcome] = replace_dynamic_filters(model)
-    assert "differs from ours" in outcome.refusal
-    assert "left alone" in str(outcome)
+def test_zero_weights_hide_no_difference() -> None:
+    model = SomebodysModel(FrequencyMixer(16, (8, 8), Star, routed=True, gain=1.01), MIXERS["dynamic"]())
+    for mixer in (model.layer(0), model.layer(1)):
+        nn.init.zeros_(mixer.pwconv2.weight)
+    scaled, equal = replace_dynamic_filters(model)
+    assert "its output differs from ours by a factor, 1.01 in the trial" in scaled.refusal
+    assert "left alone" in str(scaled)
     assert type(model.layer(0)) is FrequencyMixer
+    assert not equal.refusal
+    assert not model.layer(1).pwconv2.weight.any(), "the trial changed nothing"
 
 
-def test_hooked_layers_are_left_alone() -> None:
-    model = SomebodysModel(MIXERS["dynamic"]())
-    model.layer(0).register_forward_hook(lambda module, inputs, output: None)
-    [outcome] = replace_dynamic_filters(model)
-    assert "hooks" in outcome.refusal
+def hook(module: nn.Module, *_: Any) -> None:
+    """Sees and changes nothing."""
+
+
+class OwnLoading(ChannelsFirst):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+LOST: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "forward hook": (lambda m: m.register_forward_hook(hook), "hooks"),
+    "forward pre-hook": (lambda m: m.register_forward_pre_hook(hook), "hooks"),
+    "backward hook": (lambda m: m.register_full_backward_hook(hook), "hooks"),
+    "backward pre-hook": (lambda m: m.register_full_backward_pre_hook(hook), "hooks"),
+    "state dict hook": (lambda m: m.register_state_dict_post_hook(hook), "hooks"),
+    "loading hook": (lambda m: m.register_load_state_dict_post_hook(hook), "hooks"),
+    "global hook": (lambda m: nn.modules.module.register_module_forward_hook(hook), "hooks on all modules"),
+    "instance forward": (lambda m: setattr(m, "forward", lambda x: x), "forward was set on the instance"),
+    "parametrisation": (lambda m: parametrize.register_parametrization(m, "complex_weights", Doubled()), "parametris"),
+    "meta device": (lambda m: m.to("meta"), "meta"),
+    "own loading": (lambda m: setattr(m, "__class__", OwnLoading), "_load_from_state_dict"),
+}
+
+
+@pytest.mark.parametrize(("add", "reason"), LOST.values(), ids=LOST.keys())
+def test_what_a_replacement_would_lose_is_left_alone(add: Callable[[nn.Module], Any], reason: str) -> None:
+    mixer = ChannelsFirst(16)
+    model = nn.Sequential(mixer)
+    handle = add(mixer)
+    try:
+        [outcome] = replace_dynamic_filters(model)
+    finally:
+        if hasattr(handle, "remove"):
+            handle.remove()
+    assert reason in outcome.refusal
+    assert model[0] is mixer
+
+
+def test_all_names_of_a_shared_layer_are_replaced_together() -> None:
+    mixer, block = MIXERS["dynamic"](), nn.Sequential(ChannelsFirst(16))
+    model = nn.Module()
+    model.a, model.b, model.c, model.d = mixer, nn.ModuleList([mixer]), block, block
+    report = replace_dynamic_filters(model)
+    assert [r.name for r in report] == ["a", "b.0", "c.0", "d.0"]
+    assert model.a is model.b[0] is not mixer
+    assert model.c[0] is model.d[0]
+    report.undo()
+    assert model.a is model.b[0] is mixer
 
 
 class NotAFilter(nn.Module):
@@ -164,10 +195,111 @@ class NotAFilter(nn.Module):
         self.pwconv1, self.pwconv2 = nn.Linear(16, 32), nn.Linear(32, 16)
 
 
-def test_unrelated_modules_are_not_found() -> None:
-    assert replace_dynamic_filters(nn.Sequential(NotAFilter(), nn.Linear(2, 2), DynamicFilter(8, size=4))) == []
+class Positions(nn.Module):
+    """A parameter of four axes, the last of two, and no transform."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(4, 3, 5, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table.sum()
 
 
-def test_a_bare_layer_has_no_parent() -> None:
-    with pytest.raises(ValueError, match="load its state dict"):
-        replace_dynamic_filters(MIXERS["dynamic"]())
+def test_where_nothing_is_found_the_report_says_what_was_looked_for() -> None:
+    others = (NotAFilter(), nn.Conv2d(2, 2, (3, 2)), Positions(), DynamicFilter(8, size=4), Routing(8, 8))
+    report = replace_dynamic_filters(nn.Sequential(*others))
+    assert report == []
+    assert "nothing to replace among the" in str(report)
+    assert "(H, W//2 + 1, F, 2)" in str(report)
+    assert "irfft2" in str(report)
+
+
+def test_report_is_a_table() -> None:
+    report = replace_dynamic_filters(nn.Sequential(ChannelsFirst(8), MIXERS["dynamic"](), OwnLoading(8)))
+    header, *rows = str(report).splitlines()
+    assert "(2 of 3)" in header
+    assert [row.split()[:3] for row in rows] == [
+        ["0", "ChannelsFirst", "FusedCopy"],
+        ["1", "FrequencyMixer", "DynamicFilter"],
+        ["2", "OwnLoading", "left"],
+    ]
+
+
+@pytest.mark.parametrize("make", [lambda: Authors(16), lambda: ChannelsFirst(16)], ids=["official", "fused copy"])
+def test_a_bare_layer_has_no_parent(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(ValueError, match="wrap it"):
+        replace_dynamic_filters(make())
+
+
+def test_the_trial_leaves_random_numbers_and_modes_alone() -> None:
+    model = nn.Sequential(ChannelsFirst(8))
+    torch.manual_seed(3)
+    expected = torch.randn(4)
+    torch.manual_seed(3)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not replace_dynamic_filters(model)[0].refusal
+    assert torch.equal(torch.randn(4), expected)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def two_forms() -> nn.Sequential:
+    """Layers that become a DynamicFilter and a FusedCopy, in (B,C,H,W) and (B,H,W,C) of C = H = W."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(8, 8, 1), ChannelsFirst(8), Authors(8))
+
+
+def step(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(torch.randn(2, 8, 8, 8)).square().mean().backward()
+    optimizer.step()
+
+
+def test_undo_gives_back_the_trained_original() -> None:
+    model, x = two_forms(), torch.randn(2, 8, 8, 8)
+    originals = list(model)
+    report = replace_dynamic_filters(model)
+    step(model)
+    model[2].pwconv1 = nn.Sequential(model[2].get_submodule("pwconv1"))  # an adapter put in later stays
+    model.double().eval()
+    expected = model(x.double())
+    report.undo()
+    assert [a is b for a, b in zip(model, originals, strict=True)] == [True] * 3
+    assert type(model[2].act1) is Star
+    assert not any(m.training for m in model.modules())
+    assert relative_error(model.to(torch.float32)(x), expected) < 1e-5
+    with pytest.raises(ValueError, match="got ChannelsFirst at '1'"):
+        report.undo()
+
+
+def test_copies_of_a_swapped_model_keep_everything_and_are_restored_by_the_same_report() -> None:
+    model, x = two_forms(), torch.randn(2, 8, 8, 8)
+    report = replace_dynamic_filters(model)
+    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert list(duplicate.state_dict()) == list(model.state_dict())
+        assert duplicate[1].num_filters == 4
+        step(duplicate)
+        expected = duplicate(x)
+        restore_dynamic_filters(duplicate, report)
+        assert [type(m) for m in duplicate] == [nn.Conv2d, ChannelsFirst, Authors]
+        assert relative_error(duplicate(x), expected) < 1e-5
+    assert type(model[2]) is DynamicFilter, "the report's own model is untouched"
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["EMA copy made before", "made after"])
+def test_ema_copies_follow_a_swapped_model(before: bool) -> None:
+    model = two_forms()
+    report = None if before else replace_dynamic_filters(model)
+    ema, average = ModelEmaV2(model, decay=0.5), AveragedModel(model)
+    report = report or replace_dynamic_filters(model)
+    if before:
+        replace_dynamic_filters(ema.module)
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step(model)
+    ema.update(model)
+    average.update_parameters(model)
+    followed, averaged = dict(ema.module.named_parameters()), dict(average.module.named_parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(followed[name].detach(), (old[name] + p.detach()) / 2)
+        torch.testing.assert_close(averaged[name].detach(), p.detach())
+    assert not torch.equal(ema.module(torch.ones(1, 8, 8, 8)), model(torch.ones(1, 8, 8, 8)))

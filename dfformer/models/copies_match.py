@@ -1,0 +1,277 @@
+"""Finds the dynamic filter's chain, rfft2 -> mixed filters -> irfft2, in the graph of somebody's forward."""
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from dfformer.models.copies_module import STORAGE, FilterStep, Form
+from dfformer.models.copies_trace import DifferentCopyError, Trace, UnsupportedCopyError
+from dfformer_kernels.tolerance import relative_error
+
+# Two ways of computing the same float32 formula differ by 1e-6; another formula is far away.
+AGREEMENT = 1e-4
+
+FORWARD_TRANSFORMS = (torch.fft.rfft2, torch.fft.rfftn)
+INVERSE_TRANSFORMS = (torch.fft.irfft2, torch.fft.irfftn)
+_FFT = ("input", "s", "dim", "norm")
+_CASTS = ("to", "float", "type", "contiguous")
+_VIEWS = ("view", "reshape", torch.reshape)
+
+
+class CopyLimitError(Exception):
+    """The copy cannot run a plane that our step runs."""
+
+
+class Expected(NamedTuple):
+    """What the trial inputs say about the transforms: the batch, the plane, that of the stored filters and how they
+    are stored, and the rule that resizes them."""
+
+    batch: int
+    plane: tuple[int, int]
+    size: tuple[int, int]
+    storage: str
+    resize: str
+
+
+class Fused(NamedTuple):
+    """A graph with our step in it, and the step's modules by name."""
+
+    graph: fx.Graph
+    forms: dict[str, Form]
+
+    def steps(self) -> dict[str, FilterStep]:
+        return {name: FilterStep(form) for name, form in self.forms.items()}
+
+    def differs_in(self, other: "Fused") -> str:
+        """The first call that is not in both, "" for equal programs, whatever their nodes are called."""
+        for ours, theirs in itertools.zip_longest(self._calls(), other._calls(), fillvalue=("its end", "")):
+            if ours != theirs:
+                return ours[0]
+        return "" if self.forms == other.forms else "its layout"
+
+    def _calls(self) -> list[tuple[str, str]]:
+        number = {node: f"%{i}" for i, node in enumerate(self.graph.nodes)}
+        calls = []
+        for node in self.graph.nodes:
+            name = node.op if node.op in ("placeholder", "output") else getattr(node.target, "__name__", node.target)
+            calls.append((str(name), f"{node.op} {fx.map_arg((node.args, node.kwargs), number.__getitem__)}"))
+        return calls
+
+
+def fuse(traced: Trace, module: nn.Module, expected: Expected) -> Fused:
+    """Puts our step in place of every chain of ``traced``, the forward of ``module``.
+
+    Raises:
+        CopyLimitError: the copy does not take this plane.
+        UnsupportedCopyError: there is none, or the first one that computes something else, with the difference.
+    """
+    inverses = [node for node in traced.graph.nodes if node.target in INVERSE_TRANSFORMS]
+    if not inverses:
+        raise UnsupportedCopyError("its forward calls no torch.fft.irfft2")
+    forms: dict[str, Form] = {}
+    for inverse in inverses:
+        form, x, weight, logits = _chain(traced, module, expected, inverse)
+        name = _free_name(module, forms)
+        forms[name] = form
+        with traced.graph.inserting_before(inverse):
+            arguments = (x, weight) if logits is None else (x, weight, logits)
+            inverse.replace_all_uses_with(traced.graph.call_module(name, arguments))
+        _erase(traced, {inverse} | traced.ancestors(inverse))
+    if any(str(node.target).startswith("_tensor_constant") for node in traced.graph.nodes):
+        raise DifferentCopyError("its forward makes tensors that depend on no input")
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(traced.graph, {}))
+    return Fused(graph, forms)
+
+
+def with_optional_inputs(fused: Fused, optional: dict[str, Any]) -> Fused:
+    """Takes the copy's optional inputs too, at the defaults that its forward was traced with."""
+    graph = fused.graph
+    for name, default in optional.items():
+        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            given = graph.placeholder(name, default_value=default)
+        with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+            graph.call_function(check_default, (given, name, default))
+    return fused
+
+
+def check_default(value: Any, name: str, default: Any) -> None:
+    """Raises ValueError where an optional input of a replaced copy is used."""
+    if value is not default and value != default:
+        raise ValueError(
+            f"{name}: got {value!r}, accepted is its default {default!r}, for which this layer was replaced; "
+            "undo() of the replacement's report brings the original back"
+        )
+
+
+def _erase(traced: Trace, replaced: set[fx.Node]) -> None:
+    """Erases what nothing depends on: of ``replaced`` all, of the rest what has no effects of its own."""
+    for node in reversed(traced.graph.nodes):
+        in_place = str(getattr(node.target, "__name__", node.target)).endswith("_") or node.op == "call_module"
+        if not node.users and node.op not in ("placeholder", "output") and (node in replaced or not in_place):
+            traced.graph.erase_node(node)
+
+
+def _free_name(module: nn.Module, taken: dict[str, Form]) -> str:
+    names = ("filter_step" + (str(i) if i else "") for i in range(100))
+    return next(name for name in names if name not in taken and not hasattr(module, name))
+
+
+def _chain(
+    traced: Trace, module: nn.Module, expected: Expected, inverse: fx.Node
+) -> tuple[Form, fx.Node, fx.Node, fx.Node | None]:
+    """The step that gives ``inverse``'s value, and the nodes of its input, weight and logits."""
+    ancestors = traced.ancestors(inverse)
+    forwards = [node for node in traced.graph.nodes if node in ancestors and node.target in FORWARD_TRANSFORMS]
+    weights = [node for node in traced.graph.nodes if node in ancestors and _is_stored_filter(node, module)]
+    if not forwards or not weights:
+        missing = "torch.fft.rfft2" if weights else "filters of its own"
+        raise DifferentCopyError(f"what goes into its irfft2 comes from no {missing}")
+    reasons = []
+    for forward, weight in itertools.product(forwards, weights):
+        try:
+            layout, x = _layout(traced, expected, forward, inverse)
+        except DifferentCopyError as error:
+            reasons.append(str(error))
+            continue
+        for form, logits in _routings(traced, module, ancestors, layout, weight):
+            reason = _difference(traced, form, expected, inverse, (x, weight, logits))
+            if not reason:
+                return form, x, weight, logits
+            reasons.append(reason)
+    raise DifferentCopyError(reasons[0])
+
+
+def _is_stored_filter(node: fx.Node, module: nn.Module) -> bool:
+    if node.op != "get_attr" or "." in str(node.target):
+        return False
+    return is_filter_shape(getattr(module, str(node.target)))
+
+
+def is_filter_shape(weight: Any) -> bool:
+    """Whether a parameter is (H,K,F,2), or complex (H,K,F), in any order of its axes that we know."""
+    if not isinstance(weight, Tensor):
+        return False
+    return weight.dim() == 3 if weight.is_complex() else weight.dim() == 4 and weight.shape[3] == 2
+
+
+def _layout(traced: Trace, expected: Expected, forward: fx.Node, inverse: fx.Node) -> tuple[Form, fx.Node]:
+    """The form of a pair of transforms, without its routing, and the node they take."""
+    there, back = _arguments(forward, _FFT), _arguments(inverse, _FFT)
+    x = there["input"]
+    value = traced.values[x]
+    axes = [tuple(d % 4 for d in (pair["dim"] or (-2, -1))) for pair in (there, back)]
+    if value.dim() != 4 or axes[0] not in ((1, 2), (2, 3)) or axes[0] != axes[1]:
+        dims = " and ".join(str(a) for a in dict.fromkeys(axes))
+        raise DifferentCopyError(f"it transforms axes {dims} of a {value.dim()}-D tensor")
+    channels_first = axes[0] == (2, 3)
+    plane = tuple(value.shape[2:] if channels_first else value.shape[1:3])
+    if plane != expected.plane or len(value) != expected.batch:
+        raise DifferentCopyError(
+            f"it filters {_by(plane)} windows of a {_by(expected.plane)} plane, ours the whole plane"
+        )
+    if there["s"] is not None and tuple(traced.values.get(s, s) for s in there["s"]) != plane:
+        raise DifferentCopyError("it crops or pads the plane before it transforms")
+    for node in traced.ancestors(x):
+        if node.target in _VIEWS:
+            _check_view(traced.values[node.all_input_nodes[0]].shape, traced.values[node].shape, plane)
+    while x.op == "call_method" and x.target in _CASTS and traced.values[x].shape == value.shape:
+        x = x.args[0]
+    return Form(channels_first, expected.size, expected.storage, expected.resize), x
+
+
+def _check_view(before: torch.Size, after: torch.Size, plane: tuple[int, int]) -> None:
+    """Refuses ``view`` where ``permute`` was meant."""
+    if len(before) not in (3, 4) or len(after) != 4:
+        return
+    layouts = {"(B,C,H,W)": (1, after[2:]), "(B,H,W,C)": (3, after[1:3])}
+    for (theirs, (old, _)), (ours, (new, viewed)) in itertools.permutations(layouts.items(), 2):
+        old = min(old, len(before) - 1)
+        if before[old] == after[new] != before[len(before) - 1 if old == 1 else 1] and viewed == plane:
+            raise DifferentCopyError(f"it views {theirs} data as {ours}, which mixes channels with positions")
+
+
+def _routings(
+    traced: Trace, module: nn.Module, ancestors: set[fx.Node], form: Form, weight: fx.Node
+) -> Iterator[tuple[Form, fx.Node | None]]:
+    """The form and logits there may be: the inputs of softmaxes over F; the logarithm of anything else that sums to 1
+    over F; none, for one filter a channel."""
+    filters = traced.values[weight].shape[STORAGE[form.storage][2]]
+    candidates = []
+    for node in traced.graph.nodes:
+        value = traced.values.get(node)
+        if node not in ancestors or not isinstance(value, Tensor) or value.is_complex():
+            continue
+        for axis in range(1, value.dim()):
+            total = value.sum(axis)
+            if value.shape[axis] == filters and torch.allclose(total, torch.ones_like(total), atol=1e-4):
+                softmax = _is_softmax(node, module)
+                source = node.all_input_nodes[0] if softmax else node
+                candidates.append((form._replace(filter_axis=axis, normalised=not softmax), source))
+    yield from sorted(candidates, key=lambda candidate: candidate[0].normalised)
+    if not candidates:
+        yield form, None
+
+
+def _is_softmax(node: fx.Node, module: nn.Module) -> bool:
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))) is nn.Softmax
+    return node.target in ("softmax", torch.softmax, F.softmax)
+
+
+def _difference(
+    traced: Trace, form: Form, expected: Expected, inverse: fx.Node, nodes: tuple[fx.Node, fx.Node, fx.Node | None]
+) -> str:
+    """How the copy's filtered signal differs from our step's on the same tensors; "" if it does not."""
+    theirs = traced.values[inverse]
+    x, weight = traced.values[nodes[0]], traced.values[nodes[1]]
+    logits = None if nodes[2] is None else traced.values[nodes[2]]
+    filters, channels = weight.shape[STORAGE[form.storage][2]], x.shape[1 if form.channels_first else 3]
+    if logits is None and filters != channels:
+        return f"its {filters} filters are mixed by no softmax over them"
+    try:
+        ours = FilterStep(form)(x, weight, logits)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"its filters or routing do not fit ours ({str(error).splitlines()[0]})"
+    if ours.shape != theirs.shape:
+        if expected.plane[1] % 2 and _arguments(inverse, _FFT)["s"] is None:
+            raise CopyLimitError("irfft2 without s returns even widths only")
+        return f"it returns {tuple(theirs.shape)} where ours is {tuple(ours.shape)}"
+    if relative_error(ours, theirs) <= AGREEMENT:
+        return ""
+    gain = ((ours * theirs).sum() / ours.square().sum()).item()
+    if relative_error(gain * ours, theirs) <= AGREEMENT:
+        return f"its output differs from ours by a factor, {gain:.4g} in the trial"
+    H, W = expected.plane
+    if expected.size not in ((H, W), (H, W ^ 1)):  # an even width and the next have as many frequencies
+        return _other_resizing(traced, expected)
+    return "its output differs from ours: its spectrum is not multiplied with its filters, mixed by a softmax, alone"
+
+
+def _other_resizing(traced: Trace, expected: Expected) -> str:
+    for node in traced.graph.nodes:
+        if node.target is F.interpolate:
+            given = _arguments(node, tuple(inspect.signature(F.interpolate).parameters))
+            mode, corners = given["mode"] or "nearest", bool(given["align_corners"])
+            return (
+                f"it resizes its filters with mode={mode!r}, align_corners={corners}, "
+                "where ours are 'bicubic' with align_corners=True, or 'fourier'"
+            )
+    return f"on a {_by(expected.plane)} plane it resizes its filters by another rule than ours"
+
+
+def _arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
+    given: dict[str, Any] = dict.fromkeys(names)
+    given.update(zip(names, node.args, strict=False))
+    given.update(node.kwargs)
+    return given
+
+
+def _by(plane: tuple[int, ...]) -> str:
+    return "x".join(map(str, plane))

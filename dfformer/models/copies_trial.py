@@ -1,0 +1,328 @@
+"""Runs somebody's module and what would replace it on trial inputs: outputs, gradients, both modes, several planes."""
+
+import copy
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from dfformer.models.copies_match import (
+    AGREEMENT,
+    INVERSE_TRANSFORMS,
+    CopyLimitError,
+    Expected,
+    Fused,
+    fuse,
+    is_filter_shape,
+    with_optional_inputs,
+)
+from dfformer.models.copies_module import STORAGE, as_basis
+from dfformer.models.copies_trace import (
+    DifferentCopyError,
+    UnsupportedCopyError,
+    first_line,
+    inputs_of,
+    length,
+    trace,
+    with_function,
+    without_optional_inputs,
+)
+from dfformer.models.filter_resize import RULES, resize_filter
+from dfformer_kernels.tolerance import relative_error
+
+Plane = tuple[int, int]
+
+# Gradients are sums that partly cancel.
+_GRADIENT_AGREEMENT = 1e-3
+_RANDOM = "use of random numbers"
+_MOST_CHANNELS = 8  # tried for an input
+_LARGEST_DOUBLED = 40 * 40  # pixels of a plane that is also tried at twice its height and width
+_LAYOUTS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
+    "(B,H,W,C)": lambda B, H, W, C: (B, H, W, C),
+    "(B,C,H,W)": lambda B, H, W, C: (B, C, H, W),
+    "(B,N,C)": lambda B, H, W, C: (B, H * W, C),
+}
+
+
+class Hypothesis(NamedTuple):
+    """What a copy takes: filters stored like that, for that plane, and inputs of that layout and those channels."""
+
+    storage: str
+    size: Plane
+    layout: str
+    channels: tuple[int, ...]
+
+    def inputs(self, plane: Plane, batch: int) -> list[Tensor]:
+        return [torch.randn(_LAYOUTS[self.layout](batch, *plane, C)) for C in self.channels]
+
+    def indistinguishable(self) -> list["Hypothesis"]:
+        """This one and those of other layouts whose inputs look the same on the stored plane."""
+        shapes = {layout: [shape(2, *self.size, C) for C in self.channels] for layout, shape in _LAYOUTS.items()}
+        return [self._replace(layout=layout) for layout in _LAYOUTS if shapes[layout] == shapes[self.layout]]
+
+
+class Case(NamedTuple):
+    """One trial: inputs for a plane, in a mode."""
+
+    inputs: list[Tensor]
+    plane: Plane
+    training: bool
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Random numbers, autocast and gradient mode inside have nothing to do with those outside."""
+    devices = [device] if device.type == "cuda" else []
+    modes = torch.autocast(device.type, enabled=False), torch.inference_mode(False), torch.enable_grad()
+    with torch.random.fork_rng(devices), modes[0], modes[1], modes[2]:
+        torch.manual_seed(0)
+        yield
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module with parameters or buffers has the first of them."""
+    return next(itertools.chain(module.parameters(), module.buffers())).device
+
+
+class Trial:
+    """A float32 copy of a module with random weights in place of its own: its formula is judged, not its values, and
+    weights of zero would hide it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        try:
+            self.module = copy.deepcopy(module).float()
+        except Exception as error:  # whatever foreign code raises
+            raise UnsupportedCopyError(f"it cannot be copied for a trial ({first_line(error)})") from error
+        self.names, self.optional = inputs_of(module)
+        without_optional_inputs(self.module)
+        with_function(self.module, "len", length)
+        self.device = device_of(module)
+        self._probe: nn.Module | None = None
+        with torch.no_grad():
+            for parameter in self.module.parameters():
+                _randomise(parameter)
+
+    def copy(self, training: bool) -> nn.Module:
+        return copy.deepcopy(self.module).train(training)
+
+    def hypotheses(self) -> Iterator[Hypothesis]:
+        """What the module runs on, most likely first.
+
+        Raises UnsupportedCopyError if there is nothing.
+        """
+        failures: list[str] = []
+        found = False
+        for hypothesis in self._guesses():
+            problem = self._problem(hypothesis)
+            if problem is not None and self._define(problem):
+                problem = self._problem(hypothesis)
+            if problem is None:
+                found = True
+                yield hypothesis
+            else:
+                shapes = ", ".join(str(tuple(x.shape)) for x in hypothesis.inputs(hypothesis.size, 2))
+                failures.append(f"{shapes} first: {first_line(problem)}")
+        if not found:
+            tried = f"{len(failures)} were tried, {failures[0]}" if failures else "its filters have no known shape"
+            raise UnsupportedCopyError(f"it runs on no trial input ({tried})")
+
+    def _problem(self, hypothesis: Hypothesis) -> Exception | None:
+        """Why the module does not run on such inputs."""
+        self._probe = self._probe or self.copy(training=False)
+        try:
+            with torch.no_grad():
+                result = self._probe(*self.on_device(hypothesis.inputs(hypothesis.size, 2)))
+        except Exception as error:  # whatever foreign code raises
+            return error
+        return None if tensors(result) else TypeError("its result is no tensor")
+
+    def on_device(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [x.to(self.device) for x in inputs]
+
+    def _define(self, error: Exception) -> bool:
+        """Some copies call a function to resize their filters that they never define; it is the authors'."""
+        if isinstance(error, NameError) and error.name:
+            with_function(self.module, error.name, _authors_resize)
+        elif isinstance(error, AttributeError) and (missing := re.search(r"has no attribute '(\w+)'$", str(error))):
+            attributes = {missing[1]: staticmethod(_authors_resize)}
+            self.module.__class__ = type(type(self.module).__name__, (type(self.module),), attributes)
+        else:
+            return False
+        self._probe = None
+        return True
+
+    def _guesses(self) -> Iterator[Hypothesis]:
+        own = [*self.module.parameters(recurse=False), *self.module.buffers(recurse=False)]
+        weights = [w for w in own if is_filter_shape(w)]
+        for weight, storage, odd in itertools.product(weights, STORAGE, (0, 1)):
+            H, K = as_basis(weight, storage).shape[:2]
+            size = (H, 2 * (K - 1) + odd)
+            if min(size) < 1:
+                continue
+            channels = _channels(self.module, as_basis(weight, storage).shape[2])
+            same = [(C,) * len(self.names) for C in channels]
+            others = [cs for cs in itertools.product(channels, repeat=len(self.names)) if len(set(cs)) > 1]
+            for layout, cs in itertools.product(_LAYOUTS, same + others[: _MOST_CHANNELS**2]):
+                yield Hypothesis(storage, size, layout, cs)
+
+
+def _randomise(parameter: Tensor) -> None:
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return
+    if parameter.dim() < 2:
+        parameter.copy_(torch.rand_like(parameter) + 0.5)
+    elif is_filter_shape(parameter):
+        parameter.copy_(torch.randn_like(parameter))
+    else:
+        parameter.copy_(torch.randn_like(parameter) / (parameter.numel() / len(parameter)) ** 0.5)
+
+
+def _channels(module: nn.Module, filters: int) -> list[int]:
+    """Numbers of channels an input may have, most likely first."""
+    names = ("in_features", "in_channels", "num_features", "num_channels", "dim", "channels", "normalized_shape")
+    values: list[Any] = [getattr(m, name, None) for m in module.modules() for name in names]
+    values = [v[-1] if isinstance(v, tuple) and v else v for v in values]
+    values += [size for p in module.parameters() for size in p.shape[:2]] + [filters]
+    return list(dict.fromkeys(v for v in values if type(v) is int and v > 0))[:_MOST_CHANNELS]
+
+
+def _authors_resize(weight: Any, H: Any, K: Any) -> Any:
+    if isinstance(weight, fx.Proxy):  # while it is traced
+        return weight.tracer.create_proxy("call_function", _authors_resize, (weight, H, K), {})
+    old = (weight.shape[0], 2 * (weight.shape[1] - 1) or 1)
+    return resize_filter(weight, old, (H, 2 * (K - 1) or 1))
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors of a result that is one, or a tuple or list of them."""
+    found = [result] if isinstance(result, Tensor) else list(result) if isinstance(result, tuple | list) else []
+    return found if all(isinstance(t, Tensor) for t in found) else []
+
+
+def cases(trial: Trial, hypothesis: Hypothesis) -> Iterator[Case]:
+    """The stored plane in both modes and of two batches, then planes of twice and about half its size."""
+    H, W = hypothesis.size
+    for batch, training in ((2, False), (2, True), (3, False)):
+        yield Case(trial.on_device(hypothesis.inputs((H, W), batch)), (H, W), training)
+    planes = [(H // 2 + 1, W // 4 * 2 + 3)] + ([(2 * H, 2 * W)] if H * W <= _LARGEST_DOUBLED else [])
+    for plane, same in itertools.product(planes, hypothesis.indistinguishable()):
+        yield Case(trial.on_device(same.inputs(plane, 1)), plane, False)
+
+
+def match(trial: Trial, hypothesis: Hypothesis, resize: str) -> Fused:
+    """The trial module's forward with our step in it, the same graph in all `cases` that the module itself runs.
+
+    Raises UnsupportedCopyError with the difference.
+    """
+    fused: Fused | None = None
+    for case in cases(trial, hypothesis):
+        native = case.plane == hypothesis.size
+        if not native and not _runs(trial, case):
+            continue
+        module = trial.copy(case.training)
+        expected = Expected(len(case.inputs[0]), case.plane, hypothesis.size, hypothesis.storage, resize)
+        try:
+            found = fuse(trace(module, case.inputs), module, expected)
+        except CopyLimitError:
+            continue
+        if fused is not None and (call := found.differs_in(fused)):
+            where = f"on a {case.plane[0]}x{case.plane[1]} plane"
+            if native:
+                where = "in training" if case.training else "with another batch"
+            raise DifferentCopyError(f"{where} its forward does something else (at {call})")
+        fused = found
+    assert fused is not None
+    return with_optional_inputs(fused, trial.optional)
+
+
+def _runs(trial: Trial, case: Case) -> bool:
+    try:
+        with torch.no_grad():
+            return bool(tensors(trial.copy(case.training)(*case.inputs)))
+    except Exception:  # whatever foreign code raises
+        return False
+
+
+def difference(trial: Trial, hypothesis: Hypothesis, replace: Callable[[nn.Module], nn.Module]) -> str:
+    """How ``replace`` of a trial module differs from it, in outputs, gradients or buffers, in the `cases` that the
+    module itself runs; "" if in nothing."""
+    for case in cases(trial, hypothesis):
+        if case.plane != hypothesis.size and not _runs(trial, case):
+            continue
+        try:
+            theirs = _results(trial.copy(case.training), case)
+            ours = _results(replace(trial.copy(case.training)).train(case.training), case)
+        except Exception as error:  # whatever foreign code raises
+            return f"it cannot be tried ({first_line(error)})"
+        if case.plane[1] % 2 and theirs["output 0"].shape != ours["output 0"].shape:
+            continue  # irfft2 without s returns even widths only
+        where = f"on a {case.plane[0]}x{case.plane[1]} plane{' in training' * case.training}"
+        if theirs.keys() != ours.keys():
+            return f"its {', '.join(sorted(theirs.keys() ^ ours.keys()))} is not in both {where}"
+        scale = max((_rms(t) for name, t in theirs.items() if name.startswith("gradient")), default=0.0)
+        for name, expected in theirs.items():
+            is_gradient = name.startswith("gradient")
+            relative = _error(ours[name], expected, scale if is_gradient else 0.0)
+            bound = _GRADIENT_AGREEMENT if is_gradient else 0.0 if name == _RANDOM else AGREEMENT
+            if not relative <= bound:
+                return f"its {name} differs from ours by {relative:.1e} relative {where}"
+    return ""
+
+
+def _error(actual: Tensor, expected: Tensor, scale: float) -> float:
+    """The relative error, where ``expected`` is more than rounding next to values of ``scale``."""
+    if actual.shape != expected.shape or not scale:
+        return relative_error(actual, expected)
+    return _rms(actual.double() - expected) / max(_rms(expected), 1e-3 * scale)
+
+
+def _rms(t: Tensor) -> float:
+    return t.double().square().mean().sqrt().item()
+
+
+def _results(module: nn.Module, case: Case) -> dict[str, Tensor]:
+    """Outputs, gradients of a fixed random function of them, and what the buffers are afterwards."""
+    inputs = [x.clone().requires_grad_() for x in case.inputs]
+    torch.manual_seed(1)
+    with _ContiguousInverse():
+        outputs = tensors(module(*inputs))
+    after = torch.get_rng_state()
+    torch.manual_seed(2)
+    scalar = sum((y * torch.randn(y.shape, device=y.device)).sum() for y in outputs if y.requires_grad)
+    leaves = {f"input {i}": x for i, x in enumerate(inputs)}
+    leaves |= {name: p for name, p in module.named_parameters() if p.requires_grad}
+    gradients: Sequence[Tensor | None] = [None] * len(leaves)
+    if isinstance(scalar, Tensor):
+        gradients = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True)
+    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    results |= {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True) if g is not None}
+    results |= {f"buffer {n}": b.detach().clone() for n, b in module.named_buffers()}
+    results[_RANDOM] = after
+    return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in results.items()}
+
+
+class _ContiguousInverse(TorchFunctionMode):
+    """irfft2's result contiguous, as our step's is: dropout behind it draws by position in memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.contiguous() if func in INVERSE_TRANSFORMS else result
+
+
+def find(trial: Trial) -> tuple[Hypothesis, str, Fused]:
+    """How our step fits into the trial module: what that takes, and the rule that resizes its filters.
+
+    Raises UnsupportedCopyError with the first difference that stayed.
+    """
+    errors: list[UnsupportedCopyError] = []
+    for hypothesis, resize in itertools.product(itertools.islice(trial.hypotheses(), 4), RULES):
+        try:
+            return hypothesis, resize, match(trial, hypothesis, resize)
+        except UnsupportedCopyError as error:
+            errors.append(error)
+    raise errors[0]

@@ -1,0 +1,257 @@
+"""Public forms of the dynamic filter: swapped with the same results, gradients and training, or refused by name."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import filter_copies as forms
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+from dfformer import replace_dynamic_filters
+from dfformer_kernels.tolerance import gradient_errors, relative_error
+
+DIM = 12
+LAST, FIRST, TOKENS = (8, 8, DIM), (DIM, 8, 8), (64, DIM)
+Make = Callable[[], nn.Module]
+
+# Form, shapes of its inputs without the batch, and a larger plane that the original runs on, if any.
+SWAPPED: dict[str, tuple[Make, list[tuple[int, ...]], list[tuple[int, ...]]]] = {
+    "channels-first": (lambda: forms.ChannelsFirst(DIM), [FIRST], [(DIM, 14, 9)]),
+    "channels-first rectangular F=2": (
+        lambda: forms.ChannelsFirst(DIM, (6, 9), num_filters=2, bias=True),
+        [(DIM, 6, 9)],
+        [(DIM, 5, 4)],
+    ),
+    "F=8, as many channels as rows": (lambda: forms.ChannelsFirst(8, num_filters=8), [(8, 8, 8)], [(8, 10, 16)]),
+    "convolution in front": (lambda: forms.InnerConvolution(6, DIM), [(6, 8, 8)], [(6, 20, 12)]),
+    "second input": (lambda: forms.SecondInput(DIM), [LAST, LAST], [(12, 10, DIM), (12, 10, DIM)]),
+    "second input, channels-first": (lambda: forms.CrossModal(DIM), [FIRST, FIRST], [(DIM, 9, 9), (DIM, 9, 9)]),
+    "max-pool routing": (lambda: forms.MaxPoolFusion(DIM), [FIRST, FIRST], []),
+    "summed-spectrum routing, no projections": (lambda: forms.SummedSpectrum(DIM), [FIRST], [(DIM, 11, 13)]),
+    "spline routing": (lambda: forms.SplineRouting(DIM), [LAST], [(4, 6, DIM)]),
+    "attention routing": (lambda: forms.AttentionRouting(DIM), [FIRST], [(DIM, 9, 6)]),
+    "fixed square": (lambda: forms.FixedSquare(DIM), [FIRST], [(DIM, 9, 14)]),
+    "undefined resize": (lambda: forms.UndefinedResize(DIM), [FIRST], [(DIM, 16, 5)]),
+    "tokens": (lambda: forms.Tokens(DIM), [TOKENS], []),
+    "complex filters stored first": (lambda: forms.FiltersFirst(DIM), [FIRST], []),
+    "dropout": (lambda: forms.WithDropout(DIM), [LAST], [(16, 16, DIM)]),
+}
+
+REFUSED: dict[str, tuple[Make, str]] = {
+    "viewed": (lambda: forms.Viewed(DIM), "views (B,C,H,W) data as (B,H,W,C)"),
+    "viewed, as many channels as rows": (lambda: forms.Viewed(8), "views (B,C,H,W) data as (B,H,W,C)"),
+    "windows": (lambda: forms.Windows(DIM, 16), "16x16 windows of a 32x32 plane"),
+    "scaled": (lambda: forms.Scaled(DIM), "differs from ours by a factor"),
+    "mixed norms": (lambda: forms.MixedNorms(DIM), "by a factor, 8 in"),
+    "bilinear": (lambda: forms.Bilinear(DIM), "mode='bilinear'"),
+    "no softmax": (lambda: forms.Gated(DIM), "4 filters are mixed by no softmax"),
+    "noise in training": (lambda: forms.NoiseInTraining(DIM), "in training its forward does something else (at randn"),
+    "functional dropout": (lambda: forms.FunctionalDropout(DIM), "in training its forward does something else"),
+    "by value": (lambda: forms.ByValue(DIM), "branches on the values of tensors"),
+    "full spectrum": (lambda: forms.FullSpectrum(DIM), "uses fft2, ifft2"),
+    "side effect": (lambda: forms.SavesRouting(DIM), "sets self.last_routing"),
+}
+
+
+# What runs, with the same parameters, where the form itself does not: on another plane, or at all.
+RUNNING: dict[type[nn.Module], Make] = {
+    forms.FixedSquare: lambda: forms.ChannelsFirst(DIM),
+    forms.UndefinedResize: lambda: forms.ChannelsFirst(DIM),
+}
+
+
+class Parallel(nn.Module):
+    """A form in somebody's model, which gives it all of its inputs."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer: Any = mixer
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.mixer(*inputs)
+
+
+def results(model: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+    """Output and gradients of inputs and parameters."""
+    leaves = [*(x.requires_grad_() for x in inputs), *(p for _, p in sorted(model.named_parameters()))]
+    y = model(*inputs)
+    gradients = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
+    real = [torch.view_as_real(g) if g.is_complex() else g for g in gradients if g is not None]
+    return [y.detach(), *real]
+
+
+@pytest.mark.parametrize(("make", "shapes", "others"), SWAPPED.values(), ids=SWAPPED.keys())
+def test_forms_are_swapped(make: Make, shapes: list[tuple[int, ...]], others: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    model = Parallel(make()).eval()
+    reference = Parallel(RUNNING.get(type(model.mixer), make)()).eval()
+    reference.load_state_dict(model.state_dict())
+    parameters, state = dict(model.named_parameters()), list(model.state_dict())
+    [outcome] = replace_dynamic_filters(model)
+    assert (outcome.refusal, outcome.replacement) == ("", "FusedCopy")
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameters[name] for name in after.keys() | parameters.keys())
+    assert list(model.state_dict()) == state
+    for plane in (shapes, others or shapes):
+        inputs = [torch.randn(3, *shape) for shape in plane]
+        ours, theirs = (results(m, [x.clone() for x in inputs]) for m in (model, reference))
+        assert relative_error(ours[0], theirs[0]) < 1e-5
+        assert max(gradient_errors(ours[1:], theirs[1:])) < 1e-4
+
+
+@pytest.mark.parametrize(("make", "difference"), REFUSED.values(), ids=REFUSED.keys())
+def test_other_formulas_are_refused_with_the_difference(make: Make, difference: str) -> None:
+    model = Parallel(make())
+    original = model.mixer
+    [outcome] = replace_dynamic_filters(model)
+    assert difference in outcome.refusal
+    assert model.mixer is original
+
+
+def test_dropout_stays_where_it_is() -> None:
+    model = Parallel(forms.WithDropout(DIM))
+    reference = copy.deepcopy(model)
+    replace_dynamic_filters(model)
+    x = torch.ones(1, *LAST)
+    assert not torch.equal(model(x), model(x))
+    model.mixer.drop.p = reference.mixer.drop.p = 0.0
+    torch.manual_seed(0)
+    expected = reference(x)
+    torch.manual_seed(0)
+    assert relative_error(model(x), expected) < 1e-5
+
+
+def test_an_optional_input_keeps_its_default() -> None:
+    model = Parallel(forms.Tokens(DIM))
+    replace_dynamic_filters(model)
+    model(torch.randn(1, *TOKENS), None)
+    with pytest.raises(ValueError, match="spatial_size: got \\(4, 16\\), accepted is its default None"):
+        model(torch.randn(1, *TOKENS), (4, 16))
+
+
+class LowRank(nn.Module):
+    """A LoRA-like wrapper of a linear layer."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(base.in_features, rank), nn.Linear(rank, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["wrapped before", "wrapped after"])
+@pytest.mark.parametrize("form", [forms.Authors, forms.ChannelsFirst])
+def test_adapters_in_a_form_are_used(form: type[forms.Authors], before: bool) -> None:
+    model = Parallel(form(8)).eval()
+    reference, x = copy.deepcopy(model), torch.randn(2, 8, 8, 8)
+    if not before:
+        assert not replace_dynamic_filters(model)[0].refusal
+    torch.manual_seed(0)
+    adapter = LowRank(model.mixer.pwconv1)
+    model.mixer.pwconv1, reference.mixer.pwconv1 = adapter, copy.deepcopy(adapter)
+    if before:
+        assert not replace_dynamic_filters(model)[0].refusal
+    ours, theirs = (results_of_trained(m, x) for m in (model, reference))
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert relative_error(actual, expected) < 1e-4
+
+
+def results_of_trained(model: Any, x: Tensor) -> list[Tensor]:
+    """Output and gradients of the parameters that train."""
+    trained = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
+    y = model(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), trained)]
+
+
+class Detector(nn.Module):
+    """A small detector: a stem of stride 32, two forms on the same maps, a head for every position."""
+
+    def __init__(self, size: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 32, 32, bias=False), nn.BatchNorm2d(8))
+        self.encoder = nn.ModuleList([forms.FixedSquare(8, size), forms.InnerConvolution(8, 4, size)])
+        self.fusion, self.head = forms.CrossModal(4, size), nn.Conv2d(4, 5, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.stem(image)
+        x = x + self.encoder[0](x)
+        y = self.encoder[1](x)
+        return self.head(y + self.fusion(y, x[:, :4]))
+
+
+def swapped_detector() -> tuple[Detector, Any]:
+    torch.manual_seed(0)
+    detector = Detector()
+    report = replace_dynamic_filters(detector)
+    assert [(r.name, r.refusal) for r in report] == [("encoder.0", ""), ("encoder.1", ""), ("fusion", "")]
+    return detector, report
+
+
+PLANES = [(320, 320), (640, 384), (352, 608)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_swapped_detector_trains_under_autocast_on_any_plane(dtype: torch.dtype) -> None:
+    detector, report = swapped_detector()
+    optimizer, losses = torch.optim.Adam(detector.parameters(), 0.05), []
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    for step in range(12):
+        image = torch.randn(2, 3, *PLANES[step % 3], generator=torch.Generator().manual_seed(step % 3))
+        with torch.autocast("cpu", dtype=dtype):
+            loss = (detector(image).float() - image.mean() - 1).square().mean()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    detector.eval()
+    image = torch.randn(1, 3, 320, 320)
+    with torch.no_grad():
+        expected = detector(image)
+        with torch.autocast("cpu", dtype=dtype):
+            assert relative_error(detector(image), expected) < 0.05
+        report.undo()
+        assert relative_error(detector(image), expected) < 1e-5
+
+
+def test_a_swapped_detector_runs_in_half() -> None:
+    detector, _ = swapped_detector()
+    detector.eval()
+    image = torch.randn(1, 3, 352, 608)
+    with torch.no_grad():
+        expected = detector(image)
+        assert relative_error(detector.half()(image.half()), expected) < 0.02
+
+
+def test_a_swapped_detector_compiles_whole() -> None:
+    detector, _ = swapped_detector()
+    compiled = torch.compile(detector, backend="eager", fullgraph=True)
+    for size in PLANES[:2]:
+        image = torch.randn(1, 3, *size)
+        actual = results_of_trained(compiled, image)
+        for a, e in zip(actual, results_of_trained(detector, image), strict=True):
+            assert relative_error(a, e) < 1e-3
+
+
+def test_forms_inside_distributed_data_parallel_are_swapped(tmp_path: Path) -> None:
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        reference = Detector()
+        parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(reference))
+        assert not any(r.refusal for r in replace_dynamic_filters(parallel))
+        image = torch.randn(2, 3, 320, 320)
+        for model in (parallel, reference):
+            model(image).square().sum().backward()
+        for ours, theirs in zip(parallel.module.parameters(), reference.parameters(), strict=True):
+            assert ours.grad is not None
+            assert theirs.grad is not None
+            assert relative_error(ours.grad, theirs.grad) < 1e-3
+    finally:
+        distributed.destroy_process_group()

@@ -141,7 +141,7 @@ def _set(model: nn.Module, name: str, module: nn.Module) -> None:
 def _may_be_copy(module: nn.Module) -> bool:
     if isinstance(module, SpectralFilter | FusedCopy):
         return False
-    if type(module).forward.__module__.startswith("torch."):  # one of torch's own modules, or one without a forward
+    if str(type(module).forward.__module__).startswith("torch."):  # one of torch's own modules, or one without a forward
         return False
     return any(is_filter_shape(t) or _NAME in name for name, t in _own_tensors(module).items())
 

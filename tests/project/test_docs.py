@@ -28,8 +28,12 @@ EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # A fenced block, and the comment in front of it that says why it is run with the long lists only.
 BLOCK = re.compile(r"^(<!-- not run.*?-->\n)?```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # A line, by itself or the rest of torchrun's.
-COMMAND = re.compile(r"^    (?:torchrun .* -m )?(dfformer .*?)(?: +#.*)?$", re.MULTILINE)
+COMMAND = re.compile(r"^    (?:torchrun .* -m )?(dfformer .*)$", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+# A name and the shape that a comment says it has.
+SHAPE = re.compile(r"^(\w+) = .*# (?:complex )?\((\d+(?:,\d+)*)\)", re.MULTILINE)
+# A file or folder of the project.
+PATH = re.compile(r"`((?:benchmarks|csrc|dfformer|dfformer_kernels|docs|examples|recipes|tests)/[\w./*-]*)`")
 
 
 def readers_own() -> dict[str, Any]:
@@ -66,19 +70,25 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         if any(name in block[2] for block in blocks):
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             write(Path(name))
+    run = {number: block[2] for number, block in enumerate(blocks, 1) if not block[1] or FULL}
+    if not run:
+        pytest.skip("all of its code takes long: DFFORMER_TEST_FULL=1")
     try:
-        for number, block in enumerate(blocks, 1):
-            if not block[1] or FULL:
-                exec(compile(block[2], f"{page.name}, block {number}", "exec"), namespace)
+        for number, code in run.items():
+            exec(compile(code, f"{page.name}, block {number}", "exec"), namespace)
+            for name, sizes in SHAPE.findall(code):
+                assert f"{','.join(map(str, namespace[name].shape))}" == sizes, f"{page.name}: the shape of {name}"
     finally:
         torch.set_num_threads(threads)
 
 
 @EVERY_PAGE
 def test_commands_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "dfformer_s18.pth").touch()
+    for name in ("dfformer_s18.pth", "cdfformer_s18.pth"):
+        (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     for command in COMMAND.findall(page.read_text("utf-8").replace("\\\n", "")):
+        assert "#" not in command, "comments stand above commands"
         _, arguments = parse(shlex.split(command)[1:])
         if isinstance(arguments, list):  # of `dfformer train`
             train_config.parse(arguments)
@@ -88,6 +98,37 @@ def test_commands_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_links_lead_somewhere(page: Path) -> None:
     targets = LINK.findall(page.read_text("utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@EVERY_PAGE
+def test_paths_exist(page: Path) -> None:
+    """Those in backticks, with shell patterns."""
+    named = PATH.findall(page.read_text("utf-8"))
+    assert [name for name in named if not any(ROOT.glob(name.rstrip("/")))] == []
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_a_page_ends_with_where_to_go_next(page: Path) -> None:
+    *_, last = page.read_text("utf-8").strip().split("\n\n")
+    assert page.name == "api.md" or (last.startswith("Next: ") and LINK.search(last))
+
+
+def test_the_recipe_on_its_page_is_the_recipe() -> None:
+    block = (ROOT / "docs" / "own_folder.md").read_text("utf-8").split("```yaml\n")[1].split("```")[0]
+    recipe = (ROOT / "recipes" / "transfer.yaml").read_text("utf-8")
+    assert recipe.endswith(block)
+    assert all(line.startswith("#") for line in recipe.removesuffix(block).splitlines())
+
+
+def test_one_install_instruction() -> None:
+    """From the checkout: `pip install .`, or with extras that exist."""
+    section = (ROOT / "pyproject.toml").read_text("utf-8").split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = ", section, re.MULTILINE))
+    for page in PAGES:
+        for line in re.findall(r"pip install [^`\n|]*", re.sub(r"\n`", "", page.read_text("utf-8"))):
+            assert re.match(r"pip install (\.|'(\.|dfformer)\[[a-z,]+\]'|datasets)", line), f"{page.name}: {line}"
+            named = re.findall(r"\[([a-z,]+)\]", line)
+            assert {extra for names in named for extra in names.split(",")} <= extras
 
 
 def test_site(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,9 +42,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dfformer
-from dfformer.utils.eager_baseline import plain_torch
+from dfformer.utils.eager_baseline import eager_baseline
 from dfformer.utils.profile import saved_for_backward
-from dfformer_kernels.backends import cpu
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 INFERENCE, TRAINING = "inference", "training"
@@ -82,13 +81,13 @@ class Contestant:
     sized: bool = False  # built for an image size
     checked: bool = False  # against the authors' formulation, with the same weights
     compiled: bool = False  # also run under torch.compile
-    within: Callable[[], AbstractContextManager[None]] = nullcontext
+    eager: bool = False  # the authors' formulation
     prepare: Callable[[nn.Module, torch.dtype], nn.Module] | None = None  # for inference only; instead of autocast
 
 
 AUTHORS, CONVFORMER = "authors", "convformer_s18"
 CONTESTANTS = {
-    AUTHORS: Contestant("dfformer_s18", "#7f8c8d", "X", sized=True, compiled=True, within=plain_torch),
+    AUTHORS: Contestant("dfformer_s18", "#7f8c8d", "X", sized=True, compiled=True, eager=True),
     "dfformer_s18": Contestant("dfformer_s18", "#c0392b", "o", sized=True, checked=True, compiled=True),
     "cdfformer_s18": Contestant("cdfformer_s18", "#e67e22", "^", sized=True, checked=True),
     "gfformer_s18": Contestant("gfformer_s18", "#d4ac0d", "v", sized=True, checked=True),
@@ -368,11 +367,10 @@ def _ask(connection: Connection, method: str, *arguments: object) -> Any:
 def _serve(connection: Connection, name: str, problem: Problem, setting: Setting) -> None:
     torch.set_num_threads(setting.threads)
     try:
-        with CONTESTANTS[name].within():
-            entry = Entry(CONTESTANTS[name], problem, setting.device)
-            while True:
-                method, arguments = connection.recv()
-                connection.send(getattr(entry, method)(*arguments))
+        entry = Entry(CONTESTANTS[name], problem, setting.device)
+        while True:
+            method, arguments = connection.recv()
+            connection.send(getattr(entry, method)(*arguments))
     except EOFError:  # nobody asks any more
         pass
     except Exception as error:
@@ -395,6 +393,7 @@ class Entry:
         torch.manual_seed(0)
         options = {"img_size": problem.size} if contestant.sized else {}
         model = timm.create_model(contestant.architecture, num_classes=CLASSES, drop_path_rate=0.0, **options)
+        model = eager_baseline(model) if contestant.eager else model
         # All in the memory format that convolutions need not reorder.
         self.plain = model.to(device, memory_format=torch.channels_last).train(problem.task == TRAINING)
         self.dtype = DTYPES[problem.dtype]
@@ -452,12 +451,12 @@ class Entry:
     def error(self) -> float:
         """The largest relative error of logits and gradients against the authors' formulation in float32."""
         logits = self._logits()
-        with plain_torch(), torch.inference_mode(self.problem.task == INFERENCE):
-            errors = [relative_error(logits[:1], self.plain(self.x[:1]))]
+        baseline = eager_baseline(self.plain)
+        with torch.inference_mode(self.problem.task == INFERENCE):
+            errors = [relative_error(logits[:1], baseline(self.x[:1]))]
         if self.problem.task == TRAINING and self.problem.batch * self.problem.pixels < GRADIENT_PIXELS:
-            gradients = self._gradients(self.forward)
-            with plain_torch():
-                errors.append(relative_error(gradients, self._gradients(self.plain)))
+            gradients = self._gradients(self.forward, self.plain)
+            errors.append(relative_error(gradients, self._gradients(baseline, baseline)))
         return max(errors)
 
     def _logits(self) -> Tensor:
@@ -468,10 +467,10 @@ class Entry:
             raise ValueError(f"no logits but {tuple(y.shape)}, {y.isfinite().sum()} of them finite numbers")
         return y
 
-    def _gradients(self, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        """Of all parameters, one after the other."""
+    def _gradients(self, forward: Callable[[Tensor], Tensor], model: nn.Module) -> Tensor:
+        """Of all the model's parameters, one after the other."""
         loss = F.cross_entropy(forward(self.x).float(), self.target)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(self.plain.parameters()))])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
 def _resident_peak(run: Callable[[], object]) -> int | None:
@@ -484,7 +483,6 @@ def _resident_peak(run: Callable[[], object]) -> int | None:
         run()
         return None
     gc.collect()
-    cpu.free_kept_blocks()  # what is kept for later would hide growth
     ctypes.CDLL(None).malloc_trim(0)
     clear_refs.write_text("5")  # the peak so far is forgotten
     held = _kib("/proc/self/status")["RssAnon"]

@@ -43,7 +43,6 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from common import DTYPES, TIMERS, names, provenance, write_csv
@@ -54,7 +53,6 @@ from torch import Tensor
 import dfformer_kernels
 from dfformer_kernels import dispatch, reference
 from dfformer_kernels.backends import cpu
-from dfformer_kernels.ops import memory
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 F = 4
@@ -206,17 +204,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             if problem.dtype in [DTYPES[name] for name in args.dtype]:
                 rate = machine["gemm_gflops"][_name(reference.compute_dtype(problem.dtype))]
                 try:
-                    with patch.object(memory, "keep_freed", _nothing):
-                        rows += _reported(measure(problem, entrants, rate, budget))
+                    rows += _reported(measure(problem, entrants, rate, budget))
                 except torch.OutOfMemoryError as error:
                     print(f"\n{problem} is left out: {error}")
     summary = summarize(rows)
     print_summary(summary)
     write(args.output, machine, rows, summary)
-
-
-def _nothing() -> None:
-    """In place of what would change the allocator for all contestants, once one of ours has trained."""
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ import dfformer_kernels.ops.flops  # noqa: F401 (registers what torch's flop cou
 from dfformer.inference.optimize import optimize_for_inference
 from dfformer.models.checkpoint import load_checkpoint, load_model
 from dfformer.models.drop_in import replace_dynamic_filters, restore_dynamic_filters
-from dfformer.models.layers import AFNO2D, DynamicFilter, GlobalFilter, SepConv, StarReLU
+from dfformer.models.layers import SepConv, StarReLU
 from dfformer.models.metaformer import DFFormer
 from dfformer.models.registry import (
     VARIANTS,
@@ -31,6 +31,7 @@ from dfformer.models.registry import (
     gfformer_s18,
     register_models,
 )
+from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter
 from dfformer_kernels import __version__
 
 __all__ = [

@@ -6,11 +6,11 @@
 
 __version__ = "0.1.0"
 
-import dfformer_kernels.ops.inference  # noqa: F401 (registers its operators)
 from dfformer_kernels.dispatch import backends, use_backend
 from dfformer_kernels.ops.conv2d import convolution
 from dfformer_kernels.ops.filter import DynamicFilterFunction, dynamic_filter, global_filter, star_relu
-from dfformer_kernels.ops.mlp import linear, mlp
+from dfformer_kernels.ops.linear import linear
+from dfformer_kernels.ops.mlp import mlp
 
 __all__ = [
     "DynamicFilterFunction",

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dfformer.models.layers import DynamicFilter, SpectralFilter
+from dfformer.models.spectral import DynamicFilter, SpectralFilter
 
 SHARES = (0.2, 0.5, 0.9, 0.99)  # of everything that contributes to a feature
 
@@ -115,7 +115,7 @@ def most_different(filters: Tensor, count: int) -> list[int]:
 @torch.no_grad()
 def expanded(layer: SpectralFilter, x: Tensor) -> Tensor:
     """What is filtered: ``act1(pwconv1(x))``, (B,H,W,C) for the layer's input ``x`` (B,H,W,dim)."""
-    return layer.act1(layer.pwconv1(x)).float().cpu()  # type: ignore[operator]
+    return layer.act1(layer.pwconv1(x)).float().cpu()
 
 
 def filtered(u: Tensor, filters: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dfformer.analysis import figures
 from dfformer.analysis import metrics as analysis
 from dfformer.analysis.output import Output
 from dfformer.analysis.samples import Loaded, Samples, device_of
-from dfformer.models.layers import DynamicFilter, SpectralFilter
+from dfformer.models.spectral import DynamicFilter, SpectralFilter
 
 DRAWN_IMAGES, DRAWN_CLASSES, DRAWN_CHANNELS, DRAWN_FILTERS = 3, 10, 4, 6
 

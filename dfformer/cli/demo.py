@@ -9,8 +9,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +30,8 @@ from dfformer.analysis.metrics import applied_filters, capture, most_different, 
 from dfformer.cli.info import environment
 from dfformer.data.images import DIGITS_MEAN, DIGITS_STD, Digits, load_digit_images
 from dfformer.models.checkpoint import load_model, save_checkpoint
-from dfformer.models.layers import DynamicFilter
-from dfformer.utils.eager_baseline import plain_torch
+from dfformer.models.spectral import DynamicFilter
+from dfformer.utils.eager_baseline import eager_baseline
 from dfformer.utils.profile import saved_for_backward
 from dfformer_kernels.dispatch import Problem, select
 from dfformer_kernels.tolerance import relative_error
@@ -243,20 +243,18 @@ def compare_on_photos(repetitions: int) -> list[Comparison]:
 
 def compare(model: nn.Module, photo: str, x: Tensor, repetitions: int) -> Comparison:
     """Agreement, time of an inference (medians of interleaved runs) and memory a training forward keeps."""
+    models = (eager_baseline(model), model)
 
-    def inference() -> Tensor:
+    def inference(model: nn.Module) -> Tensor:
         with torch.inference_mode():
             return model(x)
 
     times: tuple[list[float], list[float]] = ([], [])
-    forms: tuple[Callable[[], AbstractContextManager[None]], ...] = (plain_torch, nullcontext)
     for _ in range(repetitions + 1):
-        for form, measured in zip(forms, times, strict=True):
-            with form():
-                measured.append(milliseconds(inference))
-    with plain_torch():
-        plain, plain_bytes = inference(), saved_for_backward(model, x)
-    fused, fused_bytes = inference(), saved_for_backward(model, x)
+        for contender, measured in zip(models, times, strict=True):
+            measured.append(milliseconds(partial(inference, contender)))
+    plain, fused = (inference(contender) for contender in models)
+    plain_bytes, fused_bytes = (saved_for_backward(contender, x) for contender in models)
     return Comparison(
         photo=photo,
         size=(x.shape[2], x.shape[3]),

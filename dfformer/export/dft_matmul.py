@@ -5,55 +5,85 @@ On planes of a vision model the products are cheap: 3 H W (H + W) multiply-adds 
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
-from unittest.mock import patch
+from functools import lru_cache
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfformer.models.layers import AFNO2D
-from dfformer.utils.eager_baseline import plain_torch
+from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter, Scalars, afno_mlp
+from dfformer.utils.eager_baseline import EAGER, with_classes
 from dfformer_kernels import reference
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-@contextmanager
-def dft_as_matmul() -> Iterator[None]:
-    """Models run inside compute what they do inside `plain_torch`, with matrix products for transforms. Process-wide.
 
-    The matrices of a plane are made when it is first seen and kept until the end: after one call of the model, a trace
-    of it has each of them once, as a constant.
+def with_dft_matmul(model: ModuleT) -> ModuleT:
+    """A copy of ``model`` that computes its spectral mixers with matrix products instead of transforms.
+
+    Works for any module with this package's mixers in it, by operations that every runtime has. A plane's matrices are
+    constants of a trace.
     """
-    transforms = _Transforms()
+    return with_classes(model, {**EAGER, **_MATMUL})
 
-    def dynamic_filter(x: Tensor, logits: Tensor, basis: Tensor, star_relu: tuple[Tensor, Tensor] | None) -> Tensor:
+
+def _activate(x: Tensor, star_relu: Scalars) -> Tensor:
+    return x if star_relu is None else reference.star_relu(x, *star_relu)
+
+
+class _DynamicFilter(DynamicFilter):
+    def filter(self, x: Tensor, logits: Tensor, basis: Tensor, star_relu: Scalars) -> Tensor:
         (H, K, filters, _), C = basis.shape, x.shape[3]
         parts = basis.permute(3, 0, 1, 2).reshape(2 * H * K, filters)  # (B,F,C) to real then imaginary parts
         M = (parts @ logits.softmax(dim=1)).reshape(-1, 2, H, K, C)
-        return transforms.filtered(_activate(x, star_relu), M)
+        return _filtered(_activate(x, star_relu), M)
 
-    def global_filter(x: Tensor, weight: Tensor, star_relu: tuple[Tensor, Tensor] | None) -> Tensor:
-        return transforms.filtered(_activate(x, star_relu), weight.permute(3, 0, 1, 2))
 
-    def afno_filter(layer: AFNO2D, x: Tensor) -> Tensor:
+class _GlobalFilter(GlobalFilter):
+    def filter(self, x: Tensor, weight: Tensor, star_relu: Scalars) -> Tensor:
+        return _filtered(_activate(x, star_relu), weight.permute(3, 0, 1, 2))
+
+
+class _AFNO2D(AFNO2D):
+    def filter(self, x: Tensor) -> Tensor:
         W = x.shape[2]
         K = W // 2 + 1
-        kept = int(K * layer.hard_thresholding_fraction)
-        X = transforms.forward(x)[:, :, :, :kept].unflatten(-1, (layer.num_blocks, -1))
-        real, imag = layer._complex_linear(X[:, 0], X[:, 1], layer.w1, layer.b1)
-        real, imag = layer._complex_linear(F.relu(real), F.relu(imag), layer.w2, layer.b2)
-        Z = F.softshrink(torch.stack([real, imag], dim=1), layer.sparsity_threshold).flatten(-2)
-        return transforms.inverse(F.pad(Z, (0, 0, 0, K - kept)), W)
-
-    spectral = patch.multiple("dfformer.models.layers", dynamic_filter=dynamic_filter, global_filter=global_filter)
-    with plain_torch(), spectral, patch.object(AFNO2D, "_filter", afno_filter):
-        yield
+        kept = int(K * self.hard_thresholding_fraction)
+        X = rfft2(x)[:, :, :, :kept]
+        Z = torch.stack(afno_mlp(X[:, 0], X[:, 1], self.w1, self.b1, self.w2, self.b2), dim=1)
+        return irfft2(F.pad(F.softshrink(Z, self.sparsity_threshold), (0, 0, 0, K - kept)), W)
 
 
-def _activate(x: Tensor, star_relu: tuple[Tensor, Tensor] | None) -> Tensor:
-    return x if star_relu is None else reference.star_relu(x, *star_relu)
+_MATMUL: dict[type[nn.Module], type[nn.Module]] = {
+    DynamicFilter: _DynamicFilter,
+    GlobalFilter: _GlobalFilter,
+    AFNO2D: _AFNO2D,
+}
+
+
+def rfft2(u: Tensor) -> Tensor:
+    """The orthonormal transform of real (B,H,W,C): (B,2,H,K,C)."""
+    _, H, W, C = u.shape
+    matrices = _matrices_for(H, W, u)
+    columns = (matrices.forward_columns @ u).reshape(-1, 2 * H, (W // 2 + 1) * C)
+    return (matrices.forward_rows @ columns).reshape(-1, 2, H, W // 2 + 1, C)
+
+
+def irfft2(Z: Tensor, W: int) -> Tensor:
+    """Its inverse: (B,2,H,K,C) to (B,H,W,C). Ignores imaginary parts where the convention says so."""
+    _, _, H, K, C = Z.shape
+    matrices = _matrices_for(H, W, Z)
+    rows = (matrices.inverse_rows @ Z.reshape(-1, 2 * H, K * C)).reshape(-1, H, 2 * K, C)
+    return matrices.inverse_columns @ rows
+
+
+def _filtered(u: Tensor, M: Tensor) -> Tensor:
+    """``irfft2(rfft2(u) * M)``, ``M`` (B,2,H,K,C) or (2,H,K,C)."""
+    X = rfft2(u)
+    (X_real, X_imag), (M_real, M_imag) = X.unbind(-4), M.unbind(-4)
+    Z = torch.stack([X_real * M_real - X_imag * M_imag, X_real * M_imag + X_imag * M_real], dim=1)
+    return irfft2(Z, u.shape[2])
 
 
 class _Matrices(NamedTuple):
@@ -65,37 +95,13 @@ class _Matrices(NamedTuple):
     inverse_columns: Tensor  # (W, 2K)
 
 
-class _Transforms:
-    def __init__(self) -> None:
-        self._matrices: dict[tuple[object, ...], _Matrices] = {}
+def _matrices_for(H: int, W: int, like: Tensor) -> _Matrices:
+    return _matrices_on(int(H), int(W), like.dtype, like.device)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """rfft2: (B,H,W,C) to (B,2,H,K,C)."""
-        _, H, W, C = u.shape
-        matrices = self._for(H, W, u)
-        columns = (matrices.forward_columns @ u).reshape(-1, 2 * H, (W // 2 + 1) * C)
-        return (matrices.forward_rows @ columns).reshape(-1, 2, H, W // 2 + 1, C)
 
-    def inverse(self, Z: Tensor, W: int) -> Tensor:
-        """irfft2: (B,2,H,K,C) to (B,H,W,C). Ignores imaginary parts where the convention says so."""
-        _, _, H, K, C = Z.shape
-        matrices = self._for(H, W, Z)
-        rows = (matrices.inverse_rows @ Z.reshape(-1, 2 * H, K * C)).reshape(-1, H, 2 * K, C)
-        return matrices.inverse_columns @ rows
-
-    def filtered(self, u: Tensor, M: Tensor) -> Tensor:
-        """``irfft2(rfft2(u) * M)``, ``M`` (B,2,H,K,C) or (2,H,K,C)."""
-        X = self.forward(u)
-        (X_real, X_imag), (M_real, M_imag) = X.unbind(-4), M.unbind(-4)
-        Z = torch.stack([X_real * M_real - X_imag * M_imag, X_real * M_imag + X_imag * M_real], dim=1)
-        return self.inverse(Z, u.shape[2])
-
-    def _for(self, H: int, W: int, like: Tensor) -> _Matrices:
-        key = (H, W, like.dtype, like.device)
-        if key not in self._matrices:
-            matrices = _matrices(H, W)
-            self._matrices[key] = _Matrices(*(m.to(like.device, like.dtype).contiguous() for m in matrices))
-        return self._matrices[key]
+@lru_cache(maxsize=64)  # a trace takes the same constants for all layers of a stage
+def _matrices_on(H: int, W: int, dtype: torch.dtype, device: torch.device) -> _Matrices:
+    return _Matrices(*(m.to(device, dtype).contiguous() for m in _matrices(H, W)))
 
 
 def _matrices(H: int, W: int) -> _Matrices:

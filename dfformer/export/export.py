@@ -11,7 +11,6 @@ import importlib
 import json
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +21,11 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dfformer.export.dft_matmul import dft_as_matmul
+from dfformer.export.dft_matmul import with_dft_matmul
 from dfformer.inference.optimize import InferenceModel
 from dfformer.models.checkpoint import load_model, read_checkpoint, save_checkpoint
 from dfformer.models.filter_resize import resize_filter
-from dfformer.models.layers import SpectralFilter
+from dfformer.models.spectral import SpectralFilter
 from dfformer_kernels.tolerance import relative_error
 
 # Largest relative error of an exported file's outputs: some fifty layers in float32, in another order of additions.
@@ -182,10 +181,9 @@ def _largest_error(source: _Source, run: Callable[[Tensor], Any]) -> float:
 
 @torch.no_grad()
 def _traced(source: _Source) -> torch.export.ExportedProgram:
-    with nullcontext() if source.fused else dft_as_matmul():
-        source.model(source.images)  # makes the matrices that the trace takes for constants
-        batch = torch.export.Dim("batch")
-        return torch.export.export(source.model, (source.images,), dynamic_shapes=({0: batch},))
+    model = source.model if source.fused else with_dft_matmul(source.model)
+    model(source.images)  # makes the matrices that the trace takes for constants
+    return torch.export.export(model, (source.images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
 def _write_pt2(source: _Source, path: Path) -> None:

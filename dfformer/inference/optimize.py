@@ -1,27 +1,19 @@
 """A model made ready to serve: everything that is fixed once training is over is computed once."""
 
+from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from timm.layers import to_2tuple
+from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from dfformer.models.layers import (
-    AFNO2D,
-    DynamicFilter,
-    GlobalFilter,
-    Linear,
-    Mlp,
-    PackedLinear,
-    PackedMlp,
-    SepConv,
-    SpectralFilter,
-    StarReLU,
-    is_plain,
-)
-from dfformer.models.metaformer import MetaFormerBlock
+from dfformer.inference.packed import PackedLinear, PackedMlp, ServedBlock
+from dfformer.models.blocks import MetaFormerBlock
+from dfformer.models.exact import reasons_against
+from dfformer.models.layers import Mlp, SepConv, StarReLU
+from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter, SpectralFilter
 
 DTYPES = (None, torch.float32, torch.bfloat16)
 
@@ -34,13 +26,24 @@ _INPUT_PROJECTIONS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
+class LeftAlone(NamedTuple):
+    """A module that was not optimised: its name in the model, and why."""
+
+    name: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'; '.join(self.reasons)}"
+
+
 def optimize_for_inference(
     model: nn.Module, dtype: torch.dtype | None = None, img_size: int | tuple[int, int] | None = None
 ) -> "InferenceModel":
     """A copy of ``model`` that serves faster and cannot be trained; ``model`` stays as it is.
 
-    The scales of norms and of StarReLU go into the projections after them, whose weights are kept in the layout the
-    processor's matrix product wants (which takes their size in memory once more).
+    The scales of norms and of StarReLU go into the projections after them, whose weights are kept in the layout that
+    oneDNN's products want (which takes their size in memory once more), and residuals are added in one pass. A module
+    with anything else in it (a hook, an adapter, a parametrisation, another forward) is left alone.
 
     Args:
         model: any module with blocks of this family in it, e.g. a classifier or a segmentation model around one.
@@ -50,32 +53,38 @@ def optimize_for_inference(
             would need other filters are refused. None to resize them as images come.
 
     Returns:
-        A module that is called like ``model``; the optimised copy itself, with its other methods, is its ``model``.
-        It can be compiled, exported, pickled and deep-copied.
+        A module that is called like ``model``; the optimised copy itself, with its other methods, is its ``model``,
+        and its ``left_alone`` lists the modules that were not optimised, with the reasons. It can be compiled,
+        exported, pickled and deep-copied.
+
+    Raises:
+        ValueError: an unknown dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype}, accepted are {', '.join(map(str, DTYPES))}")
-    # Tensors made in inference mode would not tell that they changed.
+    left_alone: list[LeftAlone] = []
+    # Tensors made in inference mode could not be changed by load_state_dict later.
     with torch.inference_mode(False), torch.no_grad():
         served = deepcopy(model).eval().requires_grad_(False)
         if img_size is not None:
             _fix_filters(served, to_2tuple(img_size))
-        for module in served.modules():
-            if type(module) is MetaFormerBlock:
-                _fold_norms(module)
-        _replace_layers(served)
+        for name, module in list(served.named_modules()):
+            if isinstance(module, MetaFormerBlock):
+                _fold_norms(name, module, left_alone)
+        served = _replaced(served, "", left_alone)
         if dtype is not None:
             _convert(served, dtype)
-    return InferenceModel(served, dtype)
+    return InferenceModel(served, dtype, left_alone)
 
 
 class InferenceModel(nn.Module):
     """What `optimize_for_inference` returns."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, left_alone: list[LeftAlone]) -> None:
         super().__init__()
         self.dtype = dtype
         self.model = model
+        self.left_alone = left_alone
         self.pretrained_cfg = getattr(model, "pretrained_cfg", {})  # says how images are prepared
         super().train(False)
 
@@ -110,36 +119,80 @@ def _fix_filters(model: nn.Module, img_size: tuple[int, int]) -> None:
         module.size, module.weight_resize = plane, False
 
 
-def _convert(model: nn.Module, dtype: torch.dtype) -> None:
-    filters = {id(m.complex_weights) for m in model.modules() if isinstance(m, SpectralFilter)}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in filters and tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
-
-
-def _fold_norms(block: MetaFormerBlock) -> None:
+def _fold_norms(name: str, block: MetaFormerBlock, left_alone: list[LeftAlone]) -> None:
     """``W (g * n) = (W * g) n``: the norms' scales into the projections that read them."""
-    mixer = block.token_mixer
-    readers: list[Any] = [mixer.get_submodule(name) for name in _INPUT_PROJECTIONS.get(type(mixer), ())]
-    for name, projections in (("norm1", readers), ("norm2", [block.mlp.fc1])):
-        norm = getattr(block, name)
-        if is_plain(norm, nn.LayerNorm) and getattr(norm, "bias", None) is None and projections:
+    mixer: Any = block.token_mixer
+    mlp: Any = block.mlp
+    of_mixer = [mixer.get_submodule(child) for child in _INPUT_PROJECTIONS.get(type(mixer), ())]
+    of_mlp = [mlp.fc1] if type(mlp) is Mlp else []
+    for child, around, projections in (("norm1", mixer, of_mixer), ("norm2", mlp, of_mlp)):
+        norm = getattr(block, child)
+        reasons = reasons_against(norm, nn.LayerNorm)
+        for projection in projections:
+            reasons += [f"the projection after it: {r}" for r in reasons_against(projection, nn.Linear)]
+        reasons += [f"what reads it: {r}" for r in reasons_against(around, type(around))]
+        if not reasons and projections and norm.weight is not None and norm.bias is None:
             for projection in projections:
                 projection.weight.mul_(norm.weight)
-            setattr(block, name, nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False))
+            setattr(block, child, nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False))
+        elif reasons:
+            left_alone.append(LeftAlone(f"{name}.{child}".lstrip("."), tuple(reasons)))
 
 
-def _replace_layers(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if type(child) is Mlp and is_plain(child.act, StarReLU):
-            setattr(module, name, _packed_mlp(child, child.act))
-        elif is_plain(child, Linear) or is_plain(child, nn.Linear):
-            setattr(module, name, PackedLinear(child.weight, child.bias))
-        else:
-            _replace_layers(child)
+def _replaced(module: nn.Module, name: str, left_alone: list[LeftAlone]) -> nn.Module:
+    """What serves in the module's place, its children replaced likewise."""
+    for kind, serve in _SERVED.items():
+        if isinstance(module, kind):
+            reasons = reasons_against(module, kind)
+            if not reasons and (served := serve(module)) is not None:
+                module = served
+                break
+            if reasons:
+                left_alone.append(LeftAlone(name, tuple(reasons)))
+            break
+    if not isinstance(module, PackedLinear | PackedMlp):
+        for child_name, child in list(module.named_children()):
+            replacement = _replaced(child, f"{name}.{child_name}".lstrip("."), left_alone)
+            if replacement is not child:
+                setattr(module, child_name, replacement)
+    return module
 
 
-def _packed_mlp(module: Mlp, act: StarReLU) -> PackedMlp:
+def _served_linear(module: Any) -> nn.Module | None:
+    return PackedLinear(module.weight, module.bias)
+
+
+def _served_mlp(module: Any) -> nn.Module | None:
     """``W (s r + b) = (s W) r + b (W 1)``."""
-    weight = module.fc2.weight
-    return PackedMlp(PackedLinear(module.fc1.weight), PackedLinear(act.scale * weight, act.bias * weight.sum(1)))
+    fc1, act, fc2 = module.fc1, module.act, module.fc2
+    if reasons_against(fc1, nn.Linear) or reasons_against(act, StarReLU) or reasons_against(fc2, nn.Linear):
+        return None
+    weight = fc2.weight
+    shift = act.bias * weight.sum(1) + (0 if fc2.bias is None else fc2.bias)
+    return PackedMlp(PackedLinear(fc1.weight, fc1.bias), PackedLinear(act.scale * weight, shift))
+
+
+def _served_block(block: Any) -> nn.Module | None:
+    paths = (block.drop_path1, block.drop_path2)
+    if any(reasons_against(path, DropPath if isinstance(path, DropPath) else nn.Identity) for path in paths):
+        return None
+    return ServedBlock(block)
+
+
+_SERVED: dict[type[nn.Module], Callable[[Any], nn.Module | None]] = {
+    MetaFormerBlock: _served_block,
+    Mlp: _served_mlp,
+    nn.Linear: _served_linear,
+}
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """All weights but the filters."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.to(dtype)
+            continue
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            is_filter = isinstance(module, SpectralFilter) and name == "complex_weights"
+            if tensor is not None and tensor.is_floating_point() and not is_filter:
+                tensor.data = tensor.data.to(dtype)

@@ -10,8 +10,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dfformer.models.layers import Activation, Mlp, Scale
-from dfformer_kernels import convolution
+from dfformer.models.exact import fusible
+from dfformer.models.layers import Activation, Mlp, Scale, call_convolution
 
 TokenMixer = Callable[..., nn.Module]  # called as mixer(dim=, size=)
 NormLayer = Callable[[int], nn.Module]  # called with the channels; maps (..., channels) to the same
@@ -48,16 +48,10 @@ class Downsampling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # A channels-last image makes the convolution return what the rest of the network wants without a copy.
         x = x.contiguous(memory_format=torch.channels_last) if self.is_stem else self.pre_norm(x).permute(0, 3, 1, 2)
-        return self.post_norm(self._convolve(x).permute(0, 2, 3, 1))
-
-    def _convolve(self, x: Tensor) -> Tensor:
-        conv = self.conv
-        if torch.compiler.is_compiling() and type(conv) is nn.Conv2d and not isinstance(conv.padding, str):
-            # an operator that leaves the layout as it is
-            return convolution(x, conv.weight, conv.bias, conv.stride, conv.padding)
-        return conv(x)
+        return self.post_norm(call_convolution(self.conv, x).permute(0, 2, 3, 1))
 
 
+@fusible
 class MetaFormerBlock(nn.Module):
     """``x = r1(x) + l1(mixer(norm1(x)))``, then ``x = r2(x) + l2(mlp(norm2(x)))``, on (B,H,W,dim).
 

@@ -19,7 +19,7 @@ import torch
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from dfformer.models.layers import SpectralFilter
+from dfformer.models.spectral import SpectralFilter
 
 # Where training scripts keep the weights inside a checkpoint, the averaged ones first.
 _NESTED_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")

@@ -12,7 +12,8 @@ from dfformer.models.copies_match import AGREEMENT, is_filter_shape
 from dfformer.models.copies_module import FusedCopy
 from dfformer.models.copies_trace import DifferentCopyError, UnsupportedCopyError
 from dfformer.models.copies_trial import Trial, device_of, difference, find, undisturbed
-from dfformer.models.layers import DynamicFilter, GlobalFilter, SpectralFilter, StarReLU
+from dfformer.models.layers import StarReLU
+from dfformer.models.spectral import DynamicFilter, GlobalFilter, SpectralFilter
 from dfformer_kernels.tolerance import relative_error
 
 _NAME = "complex_weight"  # what the authors and most copies call their filters
@@ -141,7 +142,9 @@ def _set(model: nn.Module, name: str, module: nn.Module) -> None:
 def _may_be_copy(module: nn.Module) -> bool:
     if isinstance(module, SpectralFilter | FusedCopy):
         return False
-    if str(type(module).forward.__module__).startswith("torch."):  # one of torch's own modules, or one without a forward
+    if str(type(module).forward.__module__).startswith(
+        "torch."
+    ):  # one of torch's own modules, or one without a forward
         return False
     return any(is_filter_shape(t) or _NAME in name for name, t in _own_tensors(module).items())
 

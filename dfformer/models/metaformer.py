@@ -21,7 +21,8 @@ from dfformer.models.blocks import (
     norm,
 )
 from dfformer.models.filter_resize import check_rule
-from dfformer.models.layers import Activation, DynamicFilter, MlpHead, SpectralFilter, StarReLU
+from dfformer.models.layers import Activation, MlpHead, StarReLU
+from dfformer.models.spectral import DynamicFilter, SpectralFilter
 from dfformer_kernels.ops.conv2d import output_plane
 
 # (kernel size, padding) of the stem and of the downsampling convolutions.

@@ -24,8 +24,9 @@ from timm.models import (
 )
 from torch import nn
 
-from dfformer.models.layers import AFNO2D, DynamicFilter, GlobalFilter, SepConv
+from dfformer.models.layers import SepConv
 from dfformer.models.metaformer import DFFormer
+from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter
 
 __all__ = [
     "VARIANTS",

@@ -1,42 +1,58 @@
-"""The authors' formulation, to compare with: every step a plain torch operation under torch's own autograd."""
+"""The authors' formulation, to compare with: every step a torch operation of its own under torch's own autograd."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from unittest.mock import patch
+import copy
+from typing import TypeVar
 
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
+from dfformer.models.layers import StarReLU
+from dfformer.models.spectral import DynamicFilter, GlobalFilter, Scalars
 from dfformer_kernels import reference
 
-
-@contextmanager
-def plain_torch() -> Iterator[None]:
-    """Models run inside compute what the authors' code does, the way it does: torch.fft for the filter step, StarReLU
-    as separate operations, ``F.linear``, nothing recomputed in backward. Process-wide."""
-    with ExitStack() as replaced:
-        for target, plain in _PLAIN.items():
-            replaced.enter_context(patch(target, plain))
-        yield
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def _dynamic_filter(x: Tensor, logits: Tensor, basis: Tensor, star_relu: tuple[Tensor, Tensor] | None) -> Tensor:
-    return reference.dynamic_filter(x, logits, basis, *(star_relu or (None, None)))
+class _Linear(nn.Linear):
+    """Not exactly ``nn.Linear``, so that nothing is fused with it: the result is ``F.linear``'s."""
 
 
-def _global_filter(x: Tensor, weight: Tensor, star_relu: tuple[Tensor, Tensor] | None) -> Tensor:
-    return reference.global_filter(x, weight, *(star_relu or (None, None)))
+class _Conv2d(nn.Conv2d):
+    """Not exactly ``nn.Conv2d``, so that torch.compile sees torch's own."""
 
 
-def _mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: Tensor) -> Tensor:
-    return F.linear(reference.star_relu(F.linear(x, weight1), *star_relu), weight2)
+class _StarReLU(StarReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.star_relu(x, self.scale, self.bias)
 
 
-_PLAIN = {
-    "dfformer.models.layers.convolution": F.conv2d,
-    "dfformer.models.layers.dynamic_filter": _dynamic_filter,
-    "dfformer.models.layers.global_filter": _global_filter,
-    "dfformer.models.layers.star_relu": reference.star_relu,
-    "dfformer.models.layers.linear": F.linear,
-    "dfformer.models.layers.mlp": _mlp,
+class _DynamicFilter(DynamicFilter):
+    def filter(self, x: Tensor, logits: Tensor, basis: Tensor, star_relu: Scalars) -> Tensor:
+        return reference.dynamic_filter(x, logits, basis, *(star_relu or (None, None)))
+
+
+class _GlobalFilter(GlobalFilter):
+    def filter(self, x: Tensor, weight: Tensor, star_relu: Scalars) -> Tensor:
+        return reference.global_filter(x, weight, *(star_relu or (None, None)))
+
+
+EAGER: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: _Linear,
+    nn.Conv2d: _Conv2d,
+    StarReLU: _StarReLU,
+    DynamicFilter: _DynamicFilter,
+    GlobalFilter: _GlobalFilter,
 }
+
+
+def eager_baseline(model: ModuleT) -> ModuleT:
+    """A copy of ``model`` that computes what the authors' code does, the way it does: torch.fft for the filter step,
+    StarReLU as separate operations, ``F.linear``, nothing recomputed in backward."""
+    return with_classes(model, EAGER)
+
+
+def with_classes(model: ModuleT, classes: dict[type[nn.Module], type[nn.Module]]) -> ModuleT:
+    """A copy of ``model`` whose modules of exactly these classes are of those, subclasses with another forward."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))
+    return model

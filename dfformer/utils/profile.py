@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfformer.models.layers import AFNO2D, Conv2d, DynamicFilter, GlobalFilter, Linear
+from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,7 @@ def _spectral_macs(module: Any, x: Tensor, y: Tensor) -> int:
 
 _MACS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {
     nn.Linear: _linear_macs,
-    Linear: _linear_macs,
     nn.Conv2d: _conv_macs,
-    Conv2d: _conv_macs,
     DynamicFilter: _spectral_macs,
     GlobalFilter: _spectral_macs,
     AFNO2D: _spectral_macs,

@@ -1,6 +1,5 @@
 """Argument checks of the operators: every kind of bad input raises at once, naming argument, given and accepted."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -37,93 +36,12 @@ def check_global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, 
     _check_scalars("global_filter", x, scale, bias)
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_matrix("linear", "x", x, "weight", weight, x)
-    if bias is not None:
-        _check_same_kind("linear", "bias", x, bias)
-        if bias.shape != weight.shape[:1]:
-            _fail("linear", "bias", f"shape (N,) = {_shape(weight)[:1]}", _shape(bias))
-
-
-def check_linear_backward(grad_y: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> None:
-    op = "linear_backward"
-    check_linear(x, weight, None)
-    check_needs(op, needs, 3)
-    _check_same_kind(op, "grad_y", x, grad_y)
-    if grad_y.shape != (*x.shape[:-1], weight.shape[0]):
-        _fail(op, "grad_y", f"shape {(*x.shape[:-1], weight.shape[0])}, that of y", _shape(grad_y))
-
-
 def check_mlp(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor) -> None:
     op = "mlp"
     _check_x(op, x)
     _check_matrix(op, "x", x, "weight1", weight1, x)
     _check_matrix(op, "weight1.T", weight1.t(), "weight2", weight2, x)
     _check_scalars(op, x, scale, bias)
-
-
-def check_mlp_backward(
-    grad_y: Tensor,
-    hidden: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    weight2: Tensor,
-    needs: Sequence[bool],
-) -> None:
-    op = "mlp_backward"
-    check_mlp(x, weight1, scale, bias, weight2)
-    check_needs(op, needs, 5)
-    *batch, _ = x.shape
-    result, rows = (*batch, weight2.shape[0]), (math.prod(batch), weight1.shape[0])
-    _check_shapes(op, x, {"grad_y": (grad_y, result), "hidden": (hidden, rows)})
-
-
-def check_norm_linear(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    eps: float | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-) -> None:
-    op = "norm_linear"
-    _check_matrix(op, "x", x, "weight", weight, x)
-    N, K = weight.shape
-    given = {"norm_weight": (norm_weight, (K,)), "bias": (bias, (N,)), "residual_scale": (residual_scale, (N,))}
-    _check_shapes(op, x, {**given, "residual": (residual, (*x.shape[:-1], N))})
-    for name, t, needed, whole in (
-        ("norm_weight", norm_weight, "eps", eps),
-        ("residual_scale", residual_scale, "residual", residual),
-    ):
-        if t is not None and whole is None:
-            _fail(op, name, f"None where {needed} is", "a tensor")
-
-
-def check_norm_mlp(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    weight1: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    residual_scale: Tensor | None,
-) -> None:
-    op = "norm_mlp"
-    _check_x(op, x)
-    _check_matrix(op, "x", x, "weight1", weight1, x)
-    hidden, K = weight1.shape
-    vectors = {"norm_weight": norm_weight, "bias2": bias2, "residual_scale": residual_scale}
-    _check_shapes(op, x, {**{name: (t, (K,)) for name, t in vectors.items()}, "weight2": (weight2, (K, hidden))})
-    _check_scalars(op, x, scale, bias)
-
-
-def check_norm_mean(x: Tensor, norm_weight: Tensor | None) -> None:
-    K = _check_plane("norm_mean", x)[3]
-    _check_shapes("norm_mean", x, {"norm_weight": (norm_weight, (K,))})
 
 
 def check_convolution(

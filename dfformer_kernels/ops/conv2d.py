@@ -1,8 +1,8 @@
-"""Convolutions inside channels-last networks that torch.compile leaves in peace.
+"""A convolution that is opaque to Inductor's layout pass.
 
 Inductor takes every 4-D tensor that a convolution depends on for (B,C,H,W), and on a CPU gives each of them that
 layout's channels-last strides. Of a (B,H,W,C) tensor that makes H the last dimension in memory: copies there and back
-around every layer (docs/model_speed.md). Into an operator that it does not know it does not look.
+around every layer (docs/model_speed.md). It does not look into a custom operator.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,21 @@ from torch.nn import functional as F
 
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.ops import checks
-from dfformer_kernels.ops.filter import differentiate, register
 from dfformer_kernels.ops.mlp import autocast_dtype
+from dfformer_kernels.ops.registration import differentiate, register
 
 Pair = Sequence[int]
 _DILATION, _NOT_TRANSPOSED, _NO_OUTPUT_PADDING = (1, 1), False, (0, 0)
 
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, *, groups: int = 1
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    *,
+    groups: int = 1,
 ) -> Tensor:
     """``F.conv2d(x, weight, bias, stride, padding, groups=groups)``, in torch.compile's graphs an operator of its own.
 
@@ -30,7 +36,7 @@ def convolution(
         x: (B,C,H,W), float32, float64, bfloat16 or float16; best in channels-last memory, which is what the operator
             returns.
         weight: (N, C / groups, h, w), bias: (N,), of x's dtype; under autocast, of any.
-        stride, padding: along H and W.
+        stride, padding: one number, or one each along H and W.
 
     Returns:
         (B,N,H',W'). Saves ``x`` and ``weight`` for backward.
@@ -42,7 +48,7 @@ def convolution(
         return F.conv2d(x, weight, bias, stride, padding, groups=groups)
     if dtype := autocast_dtype(x):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    y = torch.ops.dfformer.convolution(x.permute(0, 2, 3, 1), weight, bias, stride, padding, groups)
+    y = torch.ops.dfformer.convolution(x.permute(0, 2, 3, 1), weight, bias, _pair(stride), _pair(padding), groups)
     return y.permute(0, 3, 1, 2)
 
 
@@ -51,6 +57,10 @@ def output_plane(plane: Pair, kernel: Pair, stride: Pair, padding: Pair) -> tupl
     sizes = zip(plane, kernel, stride, padding, strict=True)
     H, W = ((size + 2 * pad - width) // step + 1 for size, width, step, pad in sizes)
     return H, W
+
+
+def _pair(value: int | Pair) -> Pair:
+    return (value, value) if isinstance(value, int) else value
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, groups: int) -> Tensor:
@@ -66,13 +76,13 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding:
     return x.new_empty((x.shape[0], *plane, weight.shape[0]))
 
 
-class ConvolutionFunction(torch.autograd.Function):
+class _Gradient:
+    """Of the operator: (x, weight, bias, stride, padding, groups)."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, *ctx.sizes = inputs
         ctx.save_for_backward(x, weight)
-        ctx.sizes = sizes
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return torch.ops.dfformer.convolution(x, weight, bias, *sizes)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -100,4 +110,4 @@ register(
     _convolution,
     _fake,
 )
-differentiate("convolution", ConvolutionFunction)
+differentiate("convolution", _Gradient)

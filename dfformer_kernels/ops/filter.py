@@ -7,8 +7,8 @@ Every operator maps ``x`` (and its parameters) to a ``y`` of x's shape and dtype
 - a ``torch.autograd.Function`` whose methods are also the custom op's autograd formula;
 - autocast: the dtypes of the arguments decide, arithmetic is float32 (float64 for float64 x) whatever autocast says.
 
-Saved for backward: the inputs and nothing else. Second derivatives go through the reference expression. torch.func's
-transforms do not take operators registered like this (torch.autograd's functional API does).
+Saved for backward: the inputs and nothing else. Second derivatives, forward-mode derivatives and torch.func's
+transforms go through the reference expression, on any backend.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ from torch import Tensor
 from dfformer_kernels import reference
 from dfformer_kernels.dispatch import kernel_for, requested_backend, without_autocast
 from dfformer_kernels.ops import checks
+from dfformer_kernels.ops.registration import differentiate, is_transformed, refuse_tangents, register
 
 
 def star_relu(x: Tensor, scale: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
@@ -37,7 +38,7 @@ def star_relu(x: Tensor, scale: Tensor, bias: Tensor, *, backend: str | None = N
         ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
     """
     checks.check_tensors("star_relu", x=x, scale=scale, bias=bias)
-    return torch.ops.dfformer.star_relu(x, scale, bias, requested_backend(backend))
+    return _call("star_relu", backend, x, scale, bias)
 
 
 def dynamic_filter(
@@ -68,7 +69,7 @@ def dynamic_filter(
     """
     checks.check_tensors("dynamic_filter", x=x, logits=logits, basis=basis)
     scale, bias = _scalars("dynamic_filter", star_relu)
-    return torch.ops.dfformer.dynamic_filter(x, logits, _real(basis), scale, bias, requested_backend(backend))
+    return _call("dynamic_filter", backend, x, logits, _real(basis), scale, bias)
 
 
 def global_filter(
@@ -90,7 +91,7 @@ def global_filter(
     """
     checks.check_tensors("global_filter", x=x, weight=weight)
     scale, bias = _scalars("global_filter", star_relu)
-    return torch.ops.dfformer.global_filter(x, _real(weight), scale, bias, requested_backend(backend))
+    return _call("global_filter", backend, x, _real(weight), scale, bias)
 
 
 def _scalars(op: str, star_relu: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
@@ -107,54 +108,35 @@ def _real(filters: Tensor) -> Tensor:
     return torch.view_as_real(filters.resolve_conj()) if filters.is_complex() else filters
 
 
-_LIBRARY = torch.library.Library("dfformer", "DEF")
-_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
-# What is asked of an operator on dense tensors of one device where no mode, transform or subclass of torch takes part.
-_PLAIN = tuple(
-    torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
-    | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autograd{device}"))
-    for device in ("CPU", "CUDA")
-)
+def _call(name: str, backend: str | None, *tensors: Tensor | None) -> Tensor:
+    backend = requested_backend(backend)
+    if is_transformed(tensors):
+        CHECKS[name](*tensors)
+        with without_autocast(tensors[0].device):  # type: ignore[union-attr] # x is there
+            return getattr(reference, name)(*tensors)
+    return getattr(torch.ops.dfformer, name)(*tensors, backend)
 
 
-def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines ``torch.ops.dfformer``'s operator of this schema, with what it computes on any device and its fake."""
-    # Not torch.library.custom_op: what it wraps around every call takes as long as a small problem.
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    _IMPLEMENTATIONS[name] = implementation
-    torch.library.register_fake(f"dfformer::{name}", fake, lib=_LIBRARY)
+CHECKS: dict[str, Callable[..., None]] = {
+    "star_relu": checks.check_star_relu,
+    "dynamic_filter": checks.check_dynamic_filter,
+    "global_filter": checks.check_global_filter,
+}
 
 
-def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
-    """Makes ``function`` the operator's gradient; its ``apply`` takes the operator's arguments."""
-    operator = getattr(torch.ops.dfformer, name).default
-    implementation = _IMPLEMENTATIONS[name]
-
-    def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Tensor:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args)
-        # Of plain tensors the dispatcher would find the same, in microseconds. Below views too: what an implementation
-        # returns is no view to its caller, who may change it in place.
-        run = implementation if keys in _PLAIN else operator
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return run(*args)
-
-    _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
-
-
-def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
+def _define(name: str, inputs: str) -> type[Any]:
     """Registers ``dfformer::<name>`` and ``dfformer::<name>_backward`` and returns their autograd Function, whose
     ``apply`` takes the inputs in that order and the backend's name or None.
 
-    ``inputs`` is the schema of the tensor arguments, ``x`` first; ``check`` raises on bad ones.
+    ``inputs`` is the schema of the tensor arguments, ``x`` first.
     """
     backward_name = f"{name}_backward"
+    check = CHECKS[name]
 
     def forward_impl(*args: Any) -> Tensor:
         *tensors, backend = args
         check(*tensors)
+        refuse_tangents(name, tensors)
         kernel = kernel_for(name, backend, tensors)
         if tensors[0].numel() == 0:
             return forward_fake(*args)
@@ -169,6 +151,7 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
     def backward_impl(*args: Any) -> list[Tensor]:
         grad_y, *tensors, needs, backend = args
         check_backward(grad_y, tensors, needs)
+        refuse_tangents(backward_name, (grad_y, *tensors))
         kernel = kernel_for(backward_name, backend, tensors)
         if tensors[0].numel() == 0:
             return [gradient.zero_() for gradient in backward_fake(*args)]
@@ -189,23 +172,31 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
     register(f"{name}({inputs}, str? backend) -> Tensor", forward_impl, forward_fake)
     backward_schema = f"{backward_name}(Tensor grad_y, {inputs}, bool[] needs, str? backend) -> Tensor[]"
     register(backward_schema, backward_impl, backward_fake)
-    forward_op = getattr(torch.ops.dfformer, name).default
-    backward_op = getattr(torch.ops.dfformer, backward_name).default
-    differentiable_backward = getattr(reference, backward_name)
+    function = _autograd_function(name)
+    differentiate(name, function)
+    return function
+
+
+def _autograd_function(name: str) -> type[Any]:
+    forward_op = getattr(torch.ops.dfformer, name)
+    backward_op = getattr(torch.ops.dfformer, f"{name}_backward")
+    differentiable_backward = getattr(reference, f"{name}_backward")
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Tensor:
-            *tensors, ctx.backend = args
+        def forward(*args: Any) -> Tensor:
+            return forward_op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            *tensors, ctx.backend = inputs
             ctx.save_for_backward(*tensors)
-            with torch._C._AutoDispatchBelowADInplaceOrView():
-                return forward_op(*args)
 
         @staticmethod
         def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
             tensors = ctx.saved_tensors
             needs = list(ctx.needs_input_grad[: len(tensors)])
-            if torch.is_grad_enabled():  # somebody will differentiate these gradients
+            if torch.is_grad_enabled() or is_transformed((grad_y, *tensors)):  # these gradients are differentiated
                 with without_autocast(grad_y.device):
                     gradients: Sequence[Tensor] = differentiable_backward(grad_y, *tensors, needs)
             else:
@@ -213,16 +204,9 @@ def _define(name: str, inputs: str, check: Callable[..., None]) -> type[Any]:
             remaining = iter(gradients)
             return (*(next(remaining) if need else None for need in needs), None)
 
-    differentiate(name, Function)
     return Function
 
 
-StarReLUFunction = _define("star_relu", "Tensor x, Tensor scale, Tensor bias", checks.check_star_relu)
-DynamicFilterFunction = _define(
-    "dynamic_filter",
-    "Tensor x, Tensor logits, Tensor basis, Tensor? scale, Tensor? bias",
-    checks.check_dynamic_filter,
-)
-GlobalFilterFunction = _define(
-    "global_filter", "Tensor x, Tensor weight, Tensor? scale, Tensor? bias", checks.check_global_filter
-)
+StarReLUFunction = _define("star_relu", "Tensor x, Tensor scale, Tensor bias")
+DynamicFilterFunction = _define("dynamic_filter", "Tensor x, Tensor logits, Tensor basis, Tensor? scale, Tensor? bias")
+GlobalFilterFunction = _define("global_filter", "Tensor x, Tensor weight, Tensor? scale, Tensor? bias")

@@ -58,39 +58,9 @@ def _global_filter_backward(grad_y: Shape, x: Shape, *others: Any) -> int:
     return _filter_backward(x, need_x or need_scale or need_bias, 0, need_weight, BATCH_SUM)
 
 
-def _linear(x: Shape, weight: Shape, *_: Any) -> int:
-    return 2 * math.prod(x) * weight[0]
-
-
-def _linear_backward(grad_y: Shape, x: Shape, weight: Shape, needs: Sequence[bool], *others: Any) -> int:
-    need_x, need_weight, _ = needs
-    return (need_x + need_weight) * _linear(x, weight)
-
-
-def _mlp(x: Shape, weight1: Shape, scale: Shape, bias: Shape, weight2: Shape, *_: Any) -> int:
-    return 2 * math.prod(x[:-1]) * (math.prod(weight1) + math.prod(weight2))
-
-
-def _mlp_backward(
-    grad_y: Shape, hidden: Shape, x: Shape, weight1: Shape, scale: Shape, bias: Shape, weight2: Shape, *others: Any
-) -> int:
-    need_x, need_weight1, need_scale, need_bias, need_weight2 = others[-2]
-    need_h = need_x or need_weight1 or need_scale or need_bias
-    products = (need_x + need_weight1) * math.prod(weight1) + (need_h + need_weight2) * math.prod(weight2)
-    return 2 * math.prod(x[:-1]) * products
-
-
 def _convolution(x: Shape, weight: Shape, bias: Shape | None, stride: Shape, padding: Shape, *_: Any) -> int:
     plane = output_plane(x[1:3], weight[2:], stride, padding)
     return 2 * x[0] * math.prod(plane) * math.prod(weight)
-
-
-def _norm_linear(x: Shape, norm_weight: Shape, eps: float, weight: Shape, *_: Any) -> int:
-    return _linear(x, weight)
-
-
-def _norm_mlp(x: Shape, norm_weight: Shape, eps: float, weight1: Shape, *_: Any) -> int:
-    return 2 * _linear(x, weight1)
 
 
 def _nothing(*_: Any) -> int:
@@ -105,14 +75,6 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "dynamic_filter_backward": _dynamic_filter_backward,
     "global_filter": _global_filter,
     "global_filter_backward": _global_filter_backward,
-    "linear": _linear,
-    "linear_backward": _linear_backward,
-    "mlp": _mlp,
-    "mlp_keeping_hidden": _mlp,
-    "mlp_backward": _mlp_backward,
-    "norm_linear": _norm_linear,
-    "norm_mlp": _norm_mlp,
-    "norm_mean": _nothing,
     "convolution": _convolution,
 }
 

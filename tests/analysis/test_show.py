@@ -21,7 +21,7 @@ from dfformer.analysis import metrics as analysis
 from dfformer.analysis import show
 from dfformer.cli.main import main
 from dfformer.models.checkpoint import read_checkpoint, save_checkpoint
-from dfformer.models.layers import SpectralFilter
+from dfformer.models.spectral import SpectralFilter
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16), "img_size": 32, "num_classes": 3}
 GREY = {"in_chans": 1, "strides": (2, 1, 1, 2)}
@@ -36,7 +36,7 @@ def small(name: str = "dfformer_s18", **kwargs: Any) -> nn.Module:
 def spectral(kind: type[SpectralFilter], **kwargs: Any) -> SpectralFilter:
     """A layer of 4 channels for planes of 6x9 whose filters and routing are far from uniform."""
     torch.manual_seed(0)
-    layer = kind(dim=4, size=(6, 9), **kwargs)  # type: ignore[call-arg]
+    layer = kind(dim=4, size=(6, 9), **kwargs)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_()

@@ -30,10 +30,10 @@ from dfformer import (
     optimize_for_inference,
 )
 from dfformer.cli.main import main
-from dfformer.export.dft_matmul import dft_as_matmul
+from dfformer.export.dft_matmul import with_dft_matmul
 from dfformer.export.export import FORMATS, ExportError, export
 from dfformer.models.checkpoint import save_checkpoint
-from dfformer.utils.eager_baseline import plain_torch
+from dfformer.utils.eager_baseline import eager_baseline
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 MIXERS: dict[str, Callable[..., nn.Module]] = {
@@ -96,16 +96,12 @@ def test_matrix_products_are_the_transforms(mixer: str, plane: tuple[int, int]) 
     """In float64 to its rounding, on spectra that are not Hermitian where the convention matters."""
     layer = spread(MIXERS[mixer](dim=8, size=plane).double())
     x = torch.randn(3, *plane, 8, dtype=torch.float64)
-    with plain_torch():
-        expected = layer(x)
-    with dft_as_matmul():
-        actual = layer(x)
-    assert relative_error(actual, expected) < 1e-14
+    assert relative_error(with_dft_matmul(layer)(x), eager_baseline(layer)(x)) < 1e-14
 
 
 def test_matrices_are_made_once() -> None:
-    model, x = tiny(), images(2)
-    with torch.no_grad(), dft_as_matmul():
+    model, x = with_dft_matmul(tiny()), images(2)
+    with torch.no_grad():
         model(x)
         program = torch.export.export(model, (x,))
     shapes = sorted(tuple(constant.shape) for constant in program.constants.values())

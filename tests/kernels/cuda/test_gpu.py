@@ -18,8 +18,9 @@ from conftest import require, require_backend
 import dfformer_kernels
 from dfformer.cli.main import main
 from dfformer.models import layers
-from dfformer.models.layers import DynamicFilter, StarReLU
+from dfformer.models.layers import StarReLU
 from dfformer.models.metaformer import MetaFormerBlock
+from dfformer.models.spectral import DynamicFilter
 from dfformer_kernels import dispatch
 
 pytestmark = pytest.mark.gpu

@@ -5,7 +5,7 @@ package's operators launch by themselves is tested where they are defined.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfformer
-from dfformer.utils.eager_baseline import plain_torch
+from dfformer.utils.eager_baseline import eager_baseline
 
 B = 3  # no weight is a tensor of four dimensions with so many rows
 VIEWS = {"view", "_unsafe_view", "t", "permute", "unsqueeze", "expand", "detach"}
@@ -90,8 +90,10 @@ def on_fake_gpu(autocast: torch.dtype | None = None) -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
-def forward(name: str, training: bool) -> tuple[Tensor, Record]:
-    model = timm.create_model(name).train(training)
+def forward(
+    name: str, training: bool, form: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> tuple[Tensor, Record]:
+    model = form(timm.create_model(name).train(training))
     images = torch.randn(B, 3, 224, 224)
     with Record() as record, torch.set_grad_enabled(training):
         return model(images), record
@@ -167,8 +169,8 @@ def test_autocast(name: str) -> None:
 
 def test_what_the_plain_formulation_adds() -> None:
     """So that it is known to be seen."""
-    with on_fake_gpu(), plain_torch():
-        y, forwards = forward("dfformer_s18", training=True)
+    with on_fake_gpu():
+        y, forwards = forward("dfformer_s18", training=True, form=eager_baseline)
         backwards = backward(y)
     assert not forwards.ours
     assert {"_fft_r2c", "_fft_c2r", "_softmax", "mul"} <= forwards.ops.keys() - FORWARD.keys()

@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 from bench_op import BOTH, FORWARD
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfformer.utils.eager_baseline import plain_torch
+from dfformer.utils.eager_baseline import eager_baseline
 from dfformer_kernels import dynamic_filter, global_filter, linear, mlp, reference
 from dfformer_kernels.ops import flops
 
@@ -90,7 +90,6 @@ def test_mlp_counts_as_its_products_do(needs: tuple[bool, ...]) -> None:
 
 @pytest.mark.parametrize("needs", subsets(3), ids=str)
 def test_linear_counts_as_torch_does(needs: tuple[bool, ...]) -> None:
-    """On a CPU, where it is an operator of its own."""
     inputs = [torch.rand(2, 7, 3), torch.rand(5, 3), torch.rand(5)]
     assert count(linear, inputs, needs) == count(F.linear, inputs, needs)
 
@@ -106,7 +105,7 @@ def test_models_count_as_the_plain_formulation(name: str, training: bool) -> Non
     with torch.device("meta"):
         model, images = timm.create_model(name).train(training), rand(1, 3, 224, 224)
 
-    def run(images: Tensor) -> dict[str, int]:
+    def run(model: nn.Module) -> dict[str, int]:
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
             y = model(images)
             if training:
@@ -115,9 +114,7 @@ def test_models_count_as_the_plain_formulation(name: str, training: bool) -> Non
         return {"all": counter.get_total_flops(), "filters": sum(n for op, n in by_operator.items() if "filter" in op),
                 "bmm": by_operator.get("aten.bmm", 0)}  # fmt: skip
 
-    ours = run(images)
-    with plain_torch():
-        plain = run(images)
+    ours, plain = run(model), run(eager_baseline(model))
     assert ours["bmm"] == plain["filters"] == 0
     assert ours["filters"] > 0
     assert ours["all"] - ours["filters"] == plain["all"] - plain["bmm"]

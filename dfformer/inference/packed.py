@@ -1,0 +1,175 @@
+"""Layers whose weights no longer change, kept in the layout that oneDNN's products want."""
+
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from dfformer.models.exact import fusible, is_exact
+from dfformer.models.layers import Scale
+from dfformer_kernels import linear, star_relu
+from dfformer_kernels.ops.mlp import chunks
+
+# Rows that oneDNN lays a weight out for: any number runs.
+PACKED_FOR_ROWS = 784
+
+
+@fusible
+class PackedLinear(nn.Module):
+    """A linear layer without gradients: ``x @ weight.T + bias`` of x (...,K), weight (N,K), bias (N,).
+
+    On an x86 CPU its weight is also kept packed, which takes its memory once more. It owns the weight: that is neither
+    a parameter nor a buffer. Whoever asks for it, by ``weight`` or ``state_dict()``, could change it unseen, so from
+    then on the layer multiplies by the weight itself; a copy of the layer packs again.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self._weight = weight.detach().clone()
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self._packed: Tensor | None = None
+        self._given_out = False
+        self._pack()
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight itself (N,K)."""
+        self._given_out, self._packed = True, None
+        return self._weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.may_use_packed(x):
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return linear(x, self._weight, self.bias)
+
+    def may_use_packed(self, x: Tensor) -> bool:
+        """Whether a call with x multiplies by the packed weight. Graphs leave products to their compiler."""
+        if self._packed is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        return (
+            type(x) is Tensor
+            and x.is_cpu
+            and x.dtype == self._weight.dtype
+            and x.numel() > 0
+            and x.shape[-1] == self._weight.shape[1]
+            and bool(torch.backends.mkldnn.enabled)
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def _pack(self) -> None:
+        weight = self._weight
+        self._packed = None
+        if self._given_out or not weight.is_cpu or not _has_onednn(weight.dtype):
+            return
+        # Private, as is the product: with the weight packed at every call instead, single images take up to a third
+        # longer in the deep stages. See docs/model_speed.md.
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+        super()._apply(fn, recurse)
+        self._weight = fn(self._weight)
+        self._pack()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        name = f"{prefix}weight"
+        missing_keys, _, errors = args[-3:]
+        stored = state_dict.get(name)
+        if stored is None:
+            missing_keys.append(name)
+        elif stored.shape != self._weight.shape:
+            errors.append(
+                f"size mismatch for {name}: got {tuple(stored.shape)}, accepted is {tuple(self._weight.shape)}"
+            )
+        else:
+            with torch.no_grad():
+                self._weight.copy_(stored)
+            self._pack()
+        super()._load_from_state_dict({k: t for k, t in state_dict.items() if k != name}, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None, "_given_out": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()
+
+    def extra_repr(self) -> str:
+        N, K = self._weight.shape
+        return f"in_features={K}, out_features={N}, bias={self.bias is not None}, packed={self._packed is not None}"
+
+
+class PackedMlp(nn.Module):
+    """``fc2(relu(fc1(x))^2)`` without gradients, StarReLU's scale and bias being in ``fc2``.
+
+    On a CPU it runs on as many rows at a time as leave the hidden activations in cache.
+    """
+
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, fc1: PackedLinear, fc2: PackedLinear) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = fc1, fc2
+        like = fc1._weight
+        self.register_buffer("scale", like.new_ones(1), persistent=False)
+        self.register_buffer("bias", like.new_zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.fc1.may_use_packed(x) and is_exact(self.fc1, PackedLinear, x)):
+            return self._layers(x)
+        rows = x.reshape(-1, x.shape[-1])
+        parts = chunks(len(rows), self.fc1._weight.shape[0] * x.itemsize)
+        results = [self._layers(rows[part]) for part in parts]
+        y = results[0] if len(results) == 1 else torch.cat(results)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _layers(self, x: Tensor) -> Tensor:
+        return self.fc2(star_relu(self.fc1(x), self.scale, self.bias))
+
+
+class ServedBlock(nn.Module):
+    """A MetaFormer block whose residual branches write their sum where the branch's result is.
+
+    ``x = r1(x) + l1(mixer(norm1(x)))``, ``x = r2(x) + l2(mlp(norm2(x)))``; holds the block's modules by name.
+    """
+
+    norm1: nn.Module
+    token_mixer: nn.Module
+    layer_scale1: nn.Module
+    res_scale1: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    layer_scale2: nn.Module
+    res_scale2: nn.Module
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        for name, module in block.named_children():
+            if not isinstance(module, DropPath):
+                setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _add_residual(self.layer_scale1(self.token_mixer(self.norm1(x))), x, self.res_scale1)
+        return _add_residual(self.layer_scale2(self.mlp(self.norm2(x))), x, self.res_scale2)
+
+
+def _has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies by packed weights of this dtype here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _add_residual(y: Tensor, x: Tensor, scale: nn.Module) -> Tensor:
+    """``y + scale(x)`` in one pass, where ``scale`` is an unmodified Scale."""
+    if is_exact(scale, Scale, x) and scale.scale.dtype == x.dtype == y.dtype:
+        return torch.addcmul(y, x, scale.scale)
+    return y + scale(x)

@@ -1,0 +1,80 @@
+"""The one rule for reading a module's parameters past its call: nobody may be able to tell the difference.
+
+A fused step computes what several modules would. It may do so only for modules whose call is nothing but their class's
+own forward. Whatever else lives in a module (a hook, an adapter, a parametrisation, a patched forward, a quantised or
+offloaded weight) is honoured by calling the module.
+"""
+
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as torch_module
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_CALL = nn.Module.__call__
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
+_FORWARDS: dict[type[nn.Module], Any] = {}
+
+
+def fusible(kind: type[ModuleT]) -> type[ModuleT]:
+    """Class decorator: a fused step knows this class's ``forward``; another one patched on the class is noticed."""
+    _FORWARDS[kind] = kind.forward
+    return kind
+
+
+for _kind in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Identity, DropPath):
+    fusible(_kind)
+
+
+def is_exact(module: nn.Module, kind: type[ModuleT], x: Any) -> TypeGuard[ModuleT]:
+    """Whether a fused step may compute ``module(x)`` from the module's own parameters. See `reasons_against`."""
+    return not reasons_against(module, kind, x)
+
+
+def reasons_against(module: nn.Module, kind: type[nn.Module], x: Any = None) -> list[str]:
+    """Why a fused step must call ``module`` instead of reading its parameters; empty if it may read them.
+
+    Args:
+        kind: the class whose forward the step knows.
+        x: what the module is about to be called with; None to ask only about the module.
+    """
+    reasons = []
+    if type(module) is not kind:
+        reasons.append(f"it is a {type(module).__qualname__}, not a {kind.__qualname__}")
+    elif "forward" in module.__dict__ or kind.forward is not _FORWARDS.get(kind, kind.forward):
+        reasons.append("its forward was replaced")
+    if has_hooks(module):
+        reasons.append("it has hooks")
+    if nn.Module.__call__ is not _CALL or torch.jit.is_tracing():
+        reasons.append("it is being traced")
+    elif x is not None and not _is_plain(x):
+        reasons.append(f"its input is a {type(x).__qualname__}")
+    device = x.device if isinstance(x, Tensor) else None
+    for tensors in (module._parameters, module._buffers):
+        for name, t in tensors.items():
+            if t is not None and not (_is_plain(t) and (device is None or t.device == device)):
+                reasons.append(f"its {name} is a {type(t).__qualname__} on {t.device}")
+    return reasons
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody sees or changes what goes in and out of a call of this module: its own hooks or global ones."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def _is_plain(t: Any) -> bool:
+    """Whether ``t`` is a dense tensor that torch's own operators compute with, or stands for one while exporting."""
+    return type(t) in _PLAIN and t.layout == torch.strided and not t.is_quantized

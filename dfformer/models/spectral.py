@@ -1,0 +1,329 @@
+"""The spectral token mixers: channels-last (B,H,W,dim) in and out, with the official parameter names.
+
+A token mixer is built as ``mixer(dim=..., size=plane)``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfformer.models.exact import fusible, is_exact
+from dfformer.models.filter_resize import check_rule, resize_filter
+from dfformer.models.layers import Activation, Mlp, StarReLU, call_linear
+from dfformer_kernels import dynamic_filter, global_filter
+from dfformer_kernels.dispatch import without_autocast
+from dfformer_kernels.reference import compute_dtype
+
+Scalars = tuple[Tensor, Tensor] | None  # StarReLU's scale and bias, where the filter step applies it on load
+
+for _name in ("dynamic_filter", "global_filter"):
+    torch.fx.wrap(_name)  # one node of a symbolic trace
+
+
+@torch.fx.wrap
+def fitted_filters(weight: Tensor, size: tuple[int, int], H: int, W: int, weight_resize: bool, rule: str) -> Tensor:
+    """Filters (H, W//2 + 1, ..., 2) for planes of (H, W), in the dtype arithmetic is done in, from ones for ``size``.
+
+    Raises ValueError where they would have to be resized and ``weight_resize`` is False.
+    """
+    dtype = compute_dtype(weight.dtype)
+    if tuple(weight.shape[:2]) == (H, W // 2 + 1):
+        return weight.to(dtype)
+    if not weight_resize:
+        raise ValueError(
+            f"x: got a plane of {(H, W)}, this layer was built for size={size}; "
+            "pass weight_resize=True to resize the filters to each plane"
+        )
+    return resize_filter(weight, size, (H, W), rule).to(dtype)
+
+
+class SpectralFilter(nn.Module):
+    """What `DynamicFilter` and `GlobalFilter` share: two projections, the stored filters and their resizing.
+
+    ``complex_weights`` is (H, W//2 + 1, ..., 2) for planes of ``size`` (H, W). Loading a state dict whose filters were
+    stored for another plane resizes them, by ``resize``'s rule. See `dfformer.models.filter_resize` for the rules.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        C: int,
+        filters: int,
+        act1_layer: Activation,
+        act2_layer: Activation,
+        bias: bool,
+        size: int | tuple[int, int],
+        weight_resize: bool,
+        resize: str,
+        reweight: Callable[[], nn.Module] | None = None,
+        **placed: Any,
+    ) -> None:
+        super().__init__()
+        check_rule(resize)
+        H, W = to_2tuple(size)
+        self.size = (int(H), int(W))
+        self.weight_resize = weight_resize
+        self.resize = resize
+        # In the authors' order, which optimizers' states follow.
+        self.complex_weights = nn.Parameter(torch.randn(H, W // 2 + 1, filters, 2, **placed) * 0.02)
+        self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
+        self.act1 = act1_layer().to(**placed)
+        if reweight is not None:
+            self.reweight = reweight()
+        self.act2 = act2_layer().to(**placed)
+        self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
+        self._resized: tuple[tuple[int, int], str, Tensor, Tensor] | None = None
+
+    def load(self, x: Tensor) -> tuple[Tensor, Scalars]:
+        """``pwconv1(x)`` and the StarReLU that is left to the filter step; any other activation is applied here."""
+        x = call_linear(self.pwconv1, x)
+        if is_exact(self.act1, StarReLU, x):
+            return x, (self.act1.scale, self.act1.bias)
+        return self.act1(x), None
+
+    def store(self, y: Tensor) -> Tensor:
+        """``pwconv2(act2(y))``."""
+        return call_linear(self.pwconv2, self.act2(y))
+
+    def filters_for(self, plane: tuple[int, int]) -> Tensor:
+        """The filters for planes of ``plane`` (H, W), in the dtype arithmetic is done in."""
+        weight, (H, W) = self.complex_weights, plane
+        if torch.jit.is_tracing():  # sizes are tensors there; a trace is for one plane
+            H, W = int(H), int(W)
+        if self._may_keep_resized(weight, (H, W)):
+            return self._kept_resized(weight, (H, W)).to(compute_dtype(weight.dtype))
+        return fitted_filters(weight, self.size, H, W, self.weight_resize, self.resize)
+
+    def _may_keep_resized(self, weight: Tensor, plane: tuple[int, int]) -> bool:
+        # In eval mode the resized filters are kept until the parameter's values change. Comparing values is the only
+        # test that also sees `param.data` being written to, and cheap on a CPU; on other devices the two products cost
+        # less than waiting for the answer.
+        return (
+            not self.training
+            and self.weight_resize
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not (torch.is_grad_enabled() and weight.requires_grad)
+            and weight.device.type == "cpu"
+            and type(weight) is nn.Parameter  # not a fake tensor, not what torch.func put in its place
+            and type(plane[0]) is int  # not a stand-in of a symbolic trace
+            and tuple(weight.shape[:2]) != (plane[0], plane[1] // 2 + 1)
+        )
+
+    def _kept_resized(self, weight: Tensor, plane: tuple[int, int]) -> Tensor:
+        if self._resized is not None:
+            cached_plane, rule, source, resized = self._resized
+            same_rule = (cached_plane, rule, source.dtype) == (plane, self.resize, weight.dtype)
+            if same_rule and torch.equal(source, weight):
+                return resized
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve autograd later
+            resized = resize_filter(weight, self.size, plane, self.resize)
+        self._resized = (plane, self.resize, weight.detach().clone(), resized)
+        return resized
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_resized": None}
+
+    def accepts(self, stored: Tensor) -> bool:
+        """Whether ``stored`` is filters like this layer's, for any plane."""
+        return stored.dim() == 4 and stored.shape[2:] == self.complex_weights.shape[2:]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        name = prefix + "complex_weights"
+        stored = state_dict.get(name)
+        if isinstance(stored, Tensor) and stored.shape != self.complex_weights.shape and self.accepts(stored):
+            # What is stored does not say whether the plane's width was even, and neither rule needs to know.
+            stored_size = (stored.shape[0], 2 * (stored.shape[1] - 1) or 1)
+            state_dict = {**state_dict, name: resize_filter(stored, stored_size, self.size, self.resize)}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, weight_resize={self.weight_resize}, resize={self.resize!r}"
+
+
+@fusible
+class DynamicFilter(SpectralFilter):
+    """The dynamic filter token mixer (paper, section 3.2), a drop-in for the authors'.
+
+    ``y = pwconv2(act2(irfft2(rfft2(act1(pwconv1(x))) * M)))``, where ``M`` mixes a basis of ``num_filters`` filters
+    with weights that an MLP computes from the mean of ``x``.
+
+    Args:
+        dim: channels of ``x``.
+        expansion_ratio: ``pwconv1`` expands to ``C = int(expansion_ratio * dim)`` channels.
+        reweight_expansion_ratio: hidden width of the routing MLP, relative to ``dim``.
+        act1_layer: activation after ``pwconv1``; an unmodified StarReLU is left to the fused step.
+        act2_layer: activation before ``pwconv2``.
+        bias: whether ``pwconv1`` and ``pwconv2`` have one.
+        num_filters: filters in the basis, F.
+        size: the plane (H, W), or one number for a square.
+        weight_resize: resize the filters to planes of any other size, instead of raising.
+        resize: ``"bicubic"`` (the authors' rule) or ``"fourier"``; see `dfformer.models.filter_resize.resize_filter`.
+        device, dtype: of the parameters.
+
+    ``complex_weights`` is (H, W//2 + 1, F, 2). ``x`` is (B,H,W,dim) in the parameters' dtype, or any under autocast.
+    """
+
+    reweight: Mlp
+
+    def __init__(
+        self,
+        dim: int,
+        expansion_ratio: float = 2,
+        reweight_expansion_ratio: float = 0.25,
+        act1_layer: Activation = StarReLU,
+        act2_layer: Activation = nn.Identity,
+        bias: bool = False,
+        num_filters: int = 4,
+        size: int | tuple[int, int] = 14,
+        weight_resize: bool = False,
+        resize: str = "bicubic",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        C = int(expansion_ratio * dim)
+        hidden = int(reweight_expansion_ratio * dim)
+
+        def reweight() -> Mlp:
+            return Mlp(dim, hidden, num_filters * C, **placed)
+
+        stored = (size, weight_resize, resize)
+        super().__init__(dim, C, num_filters, act1_layer, act2_layer, bias, *stored, reweight, **placed)
+        self.num_filters = num_filters
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, H, W, _ = x.shape
+        logits = self.reweight(x.mean(dim=(1, 2))).unflatten(1, (self.num_filters, -1))
+        y, star_relu = self.load(x)
+        return self.store(self.filter(y, logits, self.filters_for((H, W)), star_relu))
+
+    def filter(self, x: Tensor, logits: Tensor, basis: Tensor, star_relu: Scalars) -> Tensor:
+        """The filter step, see `dfformer_kernels.dynamic_filter`."""
+        return dynamic_filter(x, logits, basis, star_relu)
+
+
+@fusible
+class GlobalFilter(SpectralFilter):
+    """The static counterpart (GFNet, arXiv:2107.00645; GFFormer in the paper): one filter a channel, learned directly.
+
+    Arguments as for `DynamicFilter`. ``complex_weights`` is (H, W//2 + 1, C, 2).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expansion_ratio: float = 2,
+        act1_layer: Activation = StarReLU,
+        act2_layer: Activation = nn.Identity,
+        bias: bool = False,
+        size: int | tuple[int, int] = 14,
+        weight_resize: bool = False,
+        resize: str = "bicubic",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        C = int(expansion_ratio * dim)
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(dim, C, C, act1_layer, act2_layer, bias, size, weight_resize, resize, **placed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, H, W, _ = x.shape
+        y, star_relu = self.load(x)
+        return self.store(self.filter(y, self.filters_for((H, W)), star_relu))
+
+    def filter(self, x: Tensor, weight: Tensor, star_relu: Scalars) -> Tensor:
+        """The filter step, see `dfformer_kernels.global_filter`."""
+        return global_filter(x, weight, star_relu)
+
+
+@fusible
+class AFNO2D(nn.Module):
+    """Adaptive Fourier neural operator (arXiv:2111.13587) between two projections, the paper's ablation.
+
+    A block-diagonal two-layer MLP on every frequency, shared by all: no parameter depends on the plane, so ``size`` is
+    any plane's. Spectral arithmetic is float32 (float64 for float64 ``x``).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expansion_ratio: float = 2,
+        act1_layer: Activation = StarReLU,
+        act2_layer: Activation = nn.Identity,
+        bias: bool = False,
+        size: int | tuple[int, int] | None = None,
+        num_blocks: int = 8,
+        sparsity_threshold: float = 0.01,
+        hard_thresholding_fraction: float = 1,
+        hidden_size_factor: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        C = int(expansion_ratio * dim)
+        if C % num_blocks:
+            raise ValueError(f"num_blocks: got {num_blocks}, which does not divide the {C} expanded channels")
+        width, hidden = C // num_blocks, C // num_blocks * hidden_size_factor
+        self.num_blocks = num_blocks
+        self.sparsity_threshold = sparsity_threshold
+        self.hard_thresholding_fraction = hard_thresholding_fraction
+        self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
+        self.act1 = act1_layer().to(**placed)
+        self.w1 = nn.Parameter(0.02 * torch.randn(2, num_blocks, width, hidden, **placed))
+        self.b1 = nn.Parameter(0.02 * torch.randn(2, num_blocks, hidden, **placed))
+        self.w2 = nn.Parameter(0.02 * torch.randn(2, num_blocks, hidden, width, **placed))
+        self.b2 = nn.Parameter(0.02 * torch.randn(2, num_blocks, width, **placed))
+        self.act2 = act2_layer().to(**placed)
+        self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act1(call_linear(self.pwconv1, x))
+        return call_linear(self.pwconv2, self.act2(x + self.filter(x)))
+
+    def filter(self, x: Tensor) -> Tensor:
+        """The neural operator of x (B,H,W,C), in x's dtype."""
+        weights = (self.w1, self.b1, self.w2, self.b2)
+        return afno_filter(x, *weights, self.hard_thresholding_fraction, self.sparsity_threshold)
+
+
+@torch.fx.wrap
+def afno_filter(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept_fraction: float, threshold: float
+) -> Tensor:
+    """``irfft2(softshrink(mlp(rfft2(x)[:, :, :kept])))`` of x (B,H,W,C), the MLP being `afno_mlp`."""
+    if x.numel() == 0:  # which not every FFT library takes
+        return x
+    _, H, W, _ = x.shape
+    K = W // 2 + 1
+    kept = int(K * kept_fraction)
+    with without_autocast(x.device):
+        X = torch.fft.rfft2(x.to(compute_dtype(x.dtype)), dim=(1, 2), norm="ortho")[:, :, :kept]
+        real, imag = afno_mlp(X.real, X.imag, w1, b1, w2, b2)
+        Z = torch.view_as_complex(F.softshrink(torch.stack([real, imag], dim=-1), threshold))
+        return torch.fft.irfft2(F.pad(Z, (0, 0, 0, K - kept)), s=(H, W), dim=(1, 2), norm="ortho").to(x.dtype)
+
+
+def afno_mlp(real: Tensor, imag: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    """The complex two-layer MLP with ReLU on (...,C) real and imaginary parts, block-diagonal in C.
+
+    ``w1`` (2,blocks,width,hidden), ``b1`` (2,blocks,hidden), ``w2`` (2,blocks,hidden,width), ``b2`` (2,blocks,width).
+    """
+    real, imag = (t.unflatten(-1, w1.shape[1:3]) for t in (real, imag))
+    real, imag = _complex_linear(real, imag, w1, b1)
+    real, imag = _complex_linear(F.relu(real), F.relu(imag), w2, b2)
+    return real.flatten(-2), imag.flatten(-2)
+
+
+def _complex_linear(real: Tensor, imag: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    w, b = w.to(real.dtype), b.to(real.dtype)
+
+    def apply(t: Tensor, matrix: Tensor) -> Tensor:
+        return torch.einsum("...bi,bio->...bo", t, matrix)
+
+    return apply(real, w[0]) - apply(imag, w[1]) + b[0], apply(imag, w[0]) + apply(real, w[1]) + b[1]

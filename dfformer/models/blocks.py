@@ -112,7 +112,9 @@ class MetaFormerBlock(nn.Module):
 class MetaFormerStage(nn.Sequential):
     """The blocks of a stage; with ``grad_checkpointing`` each is computed again in backward."""
 
-    grad_checkpointing = False
+    def __init__(self, *blocks: Any) -> None:
+        super().__init__(*blocks)
+        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self:

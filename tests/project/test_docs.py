@@ -100,7 +100,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
-@EVERY_PAGE
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_paths_exist(page: Path) -> None:
     """Those in backticks, with shell patterns."""
     named = PATH.findall(page.read_text("utf-8"))

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from dfformer_kernels.backends.cuda import launch as cuda
+from dfformer_kernels.backends.cuda import layout as cuda
 from dfformer_kernels.backends.cuda import nvrtc
-from dfformer_kernels.backends.cuda.launch import CHIPS, Chip, Step
+from dfformer_kernels.backends.cuda.layout import CHIPS, Chip, Step
 from dfformer_kernels.backends.cuda.sources import cuda_sources
 
 RESULTS = Path(__file__).parent / "results" / "gpu_resources.csv"
@@ -64,7 +64,7 @@ def cuda_row(step: Step, chip: Chip) -> Row:
     direction = DIRECTIONS[step.backward]
     problem = ("cuda", f"filter_{direction}, C={step.C}", chip.arch, step.H, step.W,
                str(step.dtype).removeprefix("torch."), direction)  # fmt: skip
-    variant = None if cuda.step_refusals(step, chip) else cuda.choose_variant(step, chip)
+    variant = None if cuda.unsupported_reasons(step, chip) else cuda.choose_variant(step, chip)
     if variant is None:
         return Row(*problem, None, None, None, None, dispatched=False)
     options = [*cuda.compile_options(step, variant), "--ptxas-options=-v"]

@@ -1,31 +1,26 @@
-"""Which backend is fastest on a GPU: measured once for a class of problems, then remembered.
+"""Which backend is fastest on a GPU, for those who ask with ``DFFORMER_AUTOTUNE=1``: measured once, then remembered.
 
-Problems are of one class if they differ in the batch size by less than a factor of 2. The winner is kept in memory and
-in a file of the cache directory that names the versions it was measured with; other versions use other files.
-``DFFORMER_AUTOTUNE=0`` measures nothing and takes the first backend of the table that runs.
-
-A backend that fails at its first call is dropped for that class with a warning that says why, and the next one runs.
+A measurement holds for a class of problems, which differ in the batch size by less than a factor of 2. The winner is
+kept in memory and in a file of the cache directory that names the versions it was measured with; other versions use
+other files.
 """
 
 import hashlib
 import json
 import math
-import os
 import statistics
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import metadata
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dfformer_kernels import disk_cache as disk
-
-if TYPE_CHECKING:
-    from dfformer_kernels.dispatch import Backend, Kernel, Problem
+from dfformer_kernels.device import refuse_capture
+from dfformer_kernels.problem import KernelBuildError, Problem
 
 
 class Gpu:
@@ -33,10 +28,6 @@ class Gpu:
 
     def name(self, device: int) -> str:
         return torch.cuda.get_device_name(device)
-
-    def capturing(self) -> bool:
-        """Whether a CUDA graph is being captured: nothing may be compiled, measured or waited for."""
-        return torch.cuda.is_current_stream_capturing()
 
     def seconds(self, call: Callable[[], object], device: int) -> float:
         """The median time of ten calls, after one more."""
@@ -61,92 +52,67 @@ class Autotuner:
 
     def __init__(self, gpu: Gpu | None = None) -> None:
         self._gpu = gpu or Gpu()
-        self._chosen: dict[tuple[Problem, bool], Backend] = {}
+        self._chosen: dict[Problem, str] = {}
         self._winners: dict[str, str] | None = None  # by class; None until the file is read
-        self._dropped: set[tuple[str, str]] = set()  # (class, backend)
         self._lock = threading.RLock()
 
-    def kernel(self, problem: "Problem", candidates: Callable[["Problem"], Sequence["Backend"]]) -> "Kernel":
-        """The function that runs ``problem``, which is on a GPU, on the fastest of ``candidates(problem)``.
+    def choice(self, problem: Problem) -> str | None:
+        """The name of the backend that runs ``problem``; None until `measure` has found it."""
+        return self._chosen.get(problem)
 
-        While a CUDA graph is captured, a problem that has not run before is run by the class's remembered winner if
-        that is prepared, else by the first candidate that is: in the last resort ``torch``, which needs no preparation.
+    def measure(
+        self,
+        problem: Problem,
+        calls: Mapping[str, Callable[[], object]],
+        on_build_error: Callable[[str, KernelBuildError], None],
+    ) -> str:
+        """The name of the fastest of ``calls``, which run ``problem`` on a GPU, by backend in order of preference.
+
+        One that cannot build its kernel is told to ``on_build_error``; one that runs out of memory, where another needs
+        less, has no time. If none has one it is the first. Errors of any other kind are the caller's.
+
+        Raises RuntimeError while a CUDA graph is captured.
         """
-        static = _is_static()
-        chosen = self._chosen.get((problem, static))
-        if chosen is not None:
-            return chosen.kernels[problem.op]
-        if self._gpu.capturing():
-            return self._prepared(problem, candidates(problem), static).kernels[problem.op]
-        return partial(self._first_call, problem, candidates(problem), static)
-
-    def choice(self, problem: "Problem") -> "Backend | None":
-        """What runs ``problem`` since its first call; None before that."""
-        return self._chosen.get((problem, _is_static()))
-
-    def _prepared(self, problem: "Problem", candidates: Sequence["Backend"], static: bool) -> "Backend":
-        winner = None if static else (self._winners or {}).get(self._class_of(problem))
-        ready = [backend for backend in candidates if backend.prepared(problem)]
-        if not ready:
-            names = ", ".join(backend.name for backend in candidates)
-            raise RuntimeError(f"call the operator once before capturing a CUDA graph, to prepare one of {names}")
-        return next((backend for backend in ready if backend.name == winner), ready[0])
-
-    def _first_call(self, problem: "Problem", candidates: Sequence["Backend"], static: bool, *args: Any) -> Any:
+        refuse_capture(f"{problem.op} on {problem.shape}, whose fastest backend is to be measured,")
         with self._lock:
-            class_ = self._class_of(problem)
-            alive = self._alive(class_, candidates)
-            *others, last = alive if static else self._by_speed(problem, class_, alive, args)
-            for backend in others:
+            chosen = self._chosen.get(problem) or self._winner(problem, calls, on_build_error)
+            if chosen is None:
+                return next(iter(calls))
+            self._chosen[problem] = chosen
+            return chosen
+
+    def forget(self, problem: Problem) -> None:
+        """The choice for ``problem``, which turned out not to run it, and that for its class."""
+        with self._lock:
+            self._chosen.pop(problem, None)
+            if self._winners:
+                self._winners.pop(self._class_of(problem), None)
+
+    def _winner(
+        self,
+        problem: Problem,
+        calls: Mapping[str, Callable[[], object]],
+        on_build_error: Callable[[str, KernelBuildError], None],
+    ) -> str | None:
+        class_, winners = self._class_of(problem), self._remembered()
+        if len(calls) == 1:
+            return next(iter(calls))
+        if winners.get(class_) not in calls:
+            seconds = {}
+            for name, call in calls.items():
                 try:
-                    result = backend.kernels[problem.op](*args)
+                    seconds[name] = self._gpu.seconds(call, problem.device_index)
+                except KernelBuildError as error:
+                    on_build_error(name, error)
                 except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:
-                    self._drop(class_, backend, error)
-                else:
-                    self._chosen[problem, static] = backend
-                    return result
-            result = last.kernels[problem.op](*args)  # whatever it raises is the caller's
-            self._chosen[problem, static] = last
-            return result
+                    continue  # with more memory free this one runs
+            if not seconds:
+                return None
+            winners[class_] = min(seconds, key=lambda name: seconds[name])
+            self._save(winners)
+        return winners[class_]
 
-    def _by_speed(
-        self, problem: "Problem", class_: str, candidates: Sequence["Backend"], args: Sequence[Any]
-    ) -> Sequence["Backend"]:
-        """The class's winner first, measured if it is not known; without those that fail."""
-        winners = self._remembered()
-        if len(candidates) > 1 and winners.get(class_) not in [backend.name for backend in candidates]:
-            seconds = self._measured(problem, class_, candidates, args)
-            if seconds:
-                winners[class_] = min(seconds, key=lambda name: seconds[name])
-                self._save()
-        return sorted(self._alive(class_, candidates), key=lambda backend: backend.name != winners.get(class_))
-
-    def _measured(
-        self, problem: "Problem", class_: str, candidates: Sequence["Backend"], args: Sequence[Any]
-    ) -> dict[str, float]:
-        seconds = {}
-        for backend in candidates:
-            call = partial(backend.kernels[problem.op], *args)
-            try:
-                seconds[backend.name] = self._gpu.seconds(call, problem.device_index)
-            except torch.OutOfMemoryError:
-                continue  # another one needs less, and with more memory free this one runs
-            except Exception as error:
-                self._drop(class_, backend, error)
-        return seconds
-
-    def _alive(self, class_: str, candidates: Sequence["Backend"]) -> Sequence["Backend"]:
-        """Those that have not failed; the last resort if all have, so that its error is seen."""
-        alive = [backend for backend in candidates if (class_, backend.name) not in self._dropped]
-        return alive or candidates[-1:]
-
-    def _drop(self, class_: str, backend: "Backend", error: Exception) -> None:
-        self._dropped.add((class_, backend.name))
-        _warn_dropped(backend.name, f"{type(error).__name__}: {error}")
-
-    def _class_of(self, problem: "Problem") -> str:
+    def _class_of(self, problem: Problem) -> str:
         batch, *plane = problem.shape if "filter" in problem.op else (math.prod(problem.shape),)
         size = "x".join(map(str, (1 << (batch - 1).bit_length(), *plane)))
         dtype = str(problem.dtype).removeprefix("torch.")
@@ -174,9 +140,9 @@ class Autotuner:
             return {}
         return winners
 
-    def _save(self) -> None:
+    def _save(self, winners: dict[str, str]) -> None:
         """With what other processes have found in the meantime."""
-        self._winners = self._read() | self._remembered()
+        self._winners = self._read() | winners
         content = {"versions": self._gpu.versions(), "winners": dict(sorted(self._winners.items()))}
         disk.write(self._file(), json.dumps(content, indent=1).encode())
 
@@ -185,22 +151,11 @@ class Autotuner:
         return f"autotune-{hashlib.sha256(versions).hexdigest()[:16]}.json"
 
 
-def _is_static() -> bool:
-    return os.environ.get("DFFORMER_AUTOTUNE") == "0"
-
-
 def _version(distribution: str) -> str:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "absent"
-
-
-@cache
-def _warn_dropped(backend: str, error: str) -> None:
-    warnings.warn(
-        f"dfformer_kernels' {backend!r} backend failed and another one is used instead: {error}", stacklevel=2
-    )
 
 
 @cache

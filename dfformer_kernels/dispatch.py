@@ -1,57 +1,33 @@
 """The one policy: which backend runs a problem, and every reason when none does.
 
-Precedence: the ``backend=`` argument, then the ``use_backend`` context, then the environment variable
-``DFFORMER_BACKEND``. Where none of them names one: on a CPU the first backend of the table that supports the problem,
-on a GPU the fastest of those that do, as measured once (`autotune`).
+Precedence: the ``backend=`` argument, then the innermost ``use_backend`` block, then the environment variable
+``DFFORMER_BACKEND``. Where none of them names one it is the first backend of the table that supports the problem; on a
+GPU, with ``DFFORMER_AUTOTUNE=1``, the fastest of those that do (`autotune`).
+
+On a GPU a kernel that cannot be compiled or loaded (`KernelBuildError`) makes way for the next backend, with a warning
+that says why, unless its backend was named. Every other error is the caller's.
 """
 
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from functools import cache, lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
-from dfformer_kernels import reference
 from dfformer_kernels.autotune import Autotuner
-from dfformer_kernels.backends import cpu
+from dfformer_kernels.backends import cpu, torch_fft
 from dfformer_kernels.backends.cuda import launch as cuda
 from dfformer_kernels.backends.cufft import passes as cufft
+from dfformer_kernels.problem import KernelBuildError, Problem
 
 Kernel = Callable[..., Any]  # (tensors) -> Tensor forward, (grad_y, tensors, needs) -> list[Tensor] backward
-
-
-class Problem(NamedTuple):
-    """What a backend needs to know to accept or refuse: operator name, device type, dtype and shape of ``x``, F of a
-    dynamic filter, whether StarReLU is part of it, device index.
-    """
-
-    op: str
-    device: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    filters: int = 0
-    star_relu: bool = False
-    device_index: int = 0
-
-    @staticmethod
-    def of(op: str, tensors: Sequence[Tensor | None]) -> "Problem":
-        """Of the operator's tensor arguments, x first, or those of its backward without grad_y; checked before."""
-        x, logits, *_ = tensors
-        assert x is not None
-        filters = logits.shape[1] if logits is not None and op.startswith("dynamic_filter") else 0
-        return _problem(op, x.device, x.dtype, x.shape, filters, tensors[-1] is not None)
-
-
-@lru_cache(maxsize=1024)  # at every call: to find it takes half the time of making it
-def _problem(
-    op: str, device: torch.device, dtype: torch.dtype, shape: torch.Size, filters: int, star_relu: bool
-) -> Problem:
-    return Problem(op, device.type, dtype, tuple(shape), filters, star_relu, device.index or 0)
 
 
 @dataclass(frozen=True)
@@ -63,58 +39,30 @@ class Backend:
     kernels: Mapping[str, Kernel]
     unavailable_reasons: Callable[[], list[str]]  # why it cannot run anything on this machine
     # Why it cannot run this problem, which is on its device, though it runs others.
-    refusals: Callable[[Problem], list[str]] = lambda problem: []
-    # Whether it would run this problem now without compiling, loading or planning anything first.
-    prepared: Callable[[Problem], bool] = lambda problem: True
+    limits: Callable[[Problem], list[str]] = lambda problem: []
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """Why it cannot run ``problem``; empty if it can."""
-        reasons = self.unavailable_reasons()
+        reasons = list(self.unavailable_reasons())
         if self.device not in (None, problem.device):
             reasons.append(f"it runs on {self.device}, x is on {problem.device}")
         if problem.op not in self.kernels:
             reasons.append(f"it has no {problem.op} kernel, only {', '.join(self.kernels)}")
-        return reasons or self.refusals(problem)
+        return reasons or self.limits(problem)
 
 
 TABLE: tuple[Backend, ...] = (
     Backend("cpu", "cpu", cpu.KERNELS, cpu.unavailable_reasons, lambda p: cpu.refusals(p.op, p.shape)),
-    Backend("cuda", "cuda", cuda.KERNELS, cuda.unavailable_reasons, cuda.refusals, cuda.prepared),
-    Backend(
-        *("cufft", "cuda", cufft.KERNELS, cufft.unavailable_reasons),
-        refusals=lambda p: cufft.refusals(p.op, p.shape),
-        prepared=lambda p: False,  # Triton compiles, and cuFFT plans, for what it has not seen
-    ),
-    Backend("torch", None, reference.KERNELS, list),
+    Backend("cuda", "cuda", cuda.KERNELS, cuda.unavailable_reasons, cuda.unsupported_reasons),
+    Backend("cufft", "cuda", cufft.KERNELS, cufft.unavailable_reasons, cufft.unsupported_reasons),
+    Backend("torch", None, torch_fft.KERNELS, list),
 )
 _BY_NAME = {backend.name: backend for backend in TABLE}
-
-_forced: str | None = None
 
 
 def backends() -> dict[str, list[str]]:
     """Every backend in order of preference, with the reasons it cannot run on this machine (empty: it can)."""
-    return {backend.name: backend.unavailable_reasons() for backend in TABLE}
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Runs every operator in the block, and its backward whenever that happens, on the named backend.
-
-    The choice is process-wide while the block is active. Raises ValueError for an unknown name; an operator the
-    backend cannot run raises RuntimeError with every reason.
-    """
-    global _forced
-    previous, _forced = _forced, checked_name("name", name)
-    try:
-        yield
-    finally:
-        _forced = previous
-
-
-def requested_backend(backend: str | None) -> str | None:
-    """The backend asked for by argument or context; None leaves it to the environment or the table."""
-    return _forced if backend is None else backend
+    return {backend.name: list(backend.unavailable_reasons()) for backend in TABLE}
 
 
 def by_name(name: str) -> Backend:
@@ -128,41 +76,101 @@ def checked_name(argument: str, name: str) -> str:
     return name
 
 
-def kernel_for(op: str, backend: str | None, tensors: Sequence[Tensor | None]) -> Kernel:
-    """The kernel of ``op`` that runs its ``tensors``, x first: on ``backend``, or if None as described above.
+# Which one is asked for
 
-    Raises ValueError for an unknown backend, RuntimeError with every reason if none can run this.
+
+@dataclass(eq=False)
+class _Block:
+    backend: str
+    is_open: bool = True
+
+
+# The `use_backend` blocks of this context, outermost first. Generators and tasks that share or copy a context end them
+# in any order, and in other contexts.
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("dfformer_use_backend_blocks", default=())
+# The innermost one's backend, by itself: what compiled code is specialised on.
+_requested: ContextVar[str | None] = ContextVar("dfformer_use_backend", default=None)
+
+# In place of a name, in code compiled by a Dynamo that cannot read a context variable: the operator reads it.
+_AT_RUN_TIME = "context"
+_DYNAMO_READS_CONTEXT = TorchVersion(torch.__version__) >= "2.14"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every operator in the block, and its backward whenever and wherever that happens, on the named backend.
+
+    The choice is the current context's: that of this thread or asyncio task, not of others. A new thread begins without
+    one. ``contextvars.copy_context().run`` takes it along. Code compiled with torch before 2.14 looks the choice up
+    when it runs, backward included.
+
+    Raises ValueError for an unknown name; an operator the backend cannot run raises RuntimeError with every reason.
     """
-    backend = _from_environment() if backend is None else checked_name("backend", backend)
-    problem = Problem.of(op, tensors)
-    if backend is None and problem.device == "cuda":
-        return autotuner.kernel(problem, candidates)
-    return select(problem, backend).kernels[op]
+    block = _Block(checked_name("name", name))
+    _set_blocks((*_blocks.get(), block))
+    try:
+        yield
+    finally:
+        block.is_open = False
+        _forget_closed_blocks()
 
 
-def chosen(problem: Problem) -> Backend | None:
-    """What runs ``problem`` where no argument or context names a backend; None while a GPU has yet to run it first."""
-    name = _from_environment()
-    if name is None and problem.device == "cuda":
-        return autotuner.choice(problem)
-    return select(problem, name)
+def _set_blocks(blocks: tuple[_Block, ...]) -> None:
+    _blocks.set(blocks)
+    _requested.set(blocks[-1].backend if blocks else None)
 
 
-def _from_environment() -> str | None:
+def _forget_closed_blocks() -> None:
+    blocks = _blocks.get()
+    if not all(block.is_open for block in blocks):
+        _set_blocks(tuple(block for block in blocks if block.is_open))
+
+
+def requested_backend(backend: str | None) -> str | None:
+    """The backend asked for by the argument or a `use_backend` block, which an operator keeps for its backward; None
+    leaves it to the environment or the table when it runs.
+    """
+    if backend is not None:
+        return backend
+    if torch.compiler.is_dynamo_compiling():
+        return _requested.get() if _DYNAMO_READS_CONTEXT else _AT_RUN_TIME
+    _forget_closed_blocks()
+    return _requested.get()
+
+
+def _named(requested: str | None) -> str | None:
+    """The backend's name, checked: of what `requested_backend` returned, else the environment's; None if there is
+    none.
+    """
+    if requested == _AT_RUN_TIME:
+        requested = requested_backend(None)
+    if requested is not None:
+        return checked_name("backend", requested)
     name = os.environ.get("DFFORMER_BACKEND")
     return checked_name("DFFORMER_BACKEND", name) if name else None
 
 
-_NOTHING: AbstractContextManager[object] = nullcontext()
+# Which one runs
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off inside, where it is on; entering ``torch.autocast`` when it is not would cost microseconds."""
-    if not torch._C._is_any_autocast_enabled():
-        return _NOTHING
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return _NOTHING
+def kernel_for(op: str, backend: str | None, tensors: Sequence[Tensor | None]) -> Kernel:
+    """The kernel of ``op`` that runs its ``tensors``, x first, on ``backend`` as `requested_backend` returned it.
+
+    Raises ValueError for an unknown backend, RuntimeError with every reason if none can run this.
+    """
+    name, problem = _named(backend), Problem.of(op, tensors)
+    if name is None and problem.device == "cuda":
+        return partial(_run_on_gpu, problem)
+    return select(problem, name).kernels[op]
+
+
+def chosen(problem: Problem) -> Backend | None:
+    """What runs ``problem`` where no argument or context names a backend; None while it has yet to be measured."""
+    name = _named(None)
+    if name is None and problem.device == "cuda" and _autotunes():
+        name = autotuner.choice(problem)
+        return None if name is None else by_name(name)
+    return select(problem, name)
 
 
 @lru_cache(maxsize=1024)
@@ -182,18 +190,74 @@ def candidates(problem: Problem, name: str | None = None) -> tuple[Backend, ...]
     """
     asked = TABLE if name is None else (_BY_NAME[name],)
     here = [backend for backend in asked if backend.device in (None, problem.device)]
-    supporting = tuple(backend for backend in here if not backend.unsupported_reasons(problem))
+    # A backend that was named tries again to build its kernel.
+    supporting = [b for b in here if not b.unsupported_reasons(problem) and (name or not _build_error(b, problem))]
     if not supporting:
-        lines = [f"  {backend.name}: {'; '.join(backend.unsupported_reasons(problem))}" for backend in asked]
+        lines = [
+            f"  {b.name}: {'; '.join(b.unsupported_reasons(problem) or [_build_error(b, problem)])}" for b in asked
+        ]
         raise RuntimeError("\n".join([f"no backend can run {problem}:", *lines]))
     if supporting[0] is TABLE[-1] and name is None:
         for backend in here:
             if reasons := backend.unavailable_reasons():
                 _warn_unavailable(backend.name, "; ".join(reasons))
-    return supporting
+    return tuple(supporting)
+
+
+def _run_on_gpu(problem: Problem, *args: Any) -> Any:
+    """The operator on the first candidate, or the fastest, whose kernel can be built."""
+    while True:
+        backend = _fastest(problem, args) if _autotunes() else select(problem)
+        try:
+            return backend.kernels[problem.op](*args)
+        except KernelBuildError as error:
+            _rule_out(backend.name, problem, error)
+
+
+def _autotunes() -> bool:
+    value = os.environ.get("DFFORMER_AUTOTUNE", "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"DFFORMER_AUTOTUNE: got {value!r}, accepted are '0' and '1'")
+    return value == "1"
+
+
+def _fastest(problem: Problem, args: Sequence[Any]) -> Backend:
+    name = autotuner.choice(problem)
+    if name is None:
+        calls = {backend.name: partial(backend.kernels[problem.op], *args) for backend in candidates(problem)}
+        name = autotuner.measure(problem, calls, lambda name, error: _rule_out(name, problem, error))
+    return _BY_NAME[name]
 
 
 autotuner = Autotuner()
+
+# Why backends cannot build their kernel for a problem of any batch size.
+_build_errors: dict[tuple[str, Problem], str] = {}
+
+
+def _build_error(backend: Backend, problem: Problem) -> str:
+    return _build_errors.get((backend.name, _any_batch(problem)), "")
+
+
+def _any_batch(problem: Problem) -> Problem:
+    return problem._replace(shape=problem.shape[1:])
+
+
+def _rule_out(name: str, problem: Problem, error: KernelBuildError) -> None:
+    """From now on the next backend runs such problems, in this process."""
+    _build_errors[name, _any_batch(problem)] = str(error)
+    select.cache_clear()
+    autotuner.forget(problem)
+    _warn_fallback(name, str(error))
+
+
+@cache
+def _warn_fallback(name: str, reason: str) -> None:
+    warnings.warn(
+        f"dfformer_kernels' {name!r} backend cannot build its kernel and another backend is used instead, which may be "
+        f"much slower: {reason}. DFFORMER_BACKEND={name} makes this an error.",
+        stacklevel=2,
+    )
 
 
 @cache
@@ -203,3 +267,14 @@ def _warn_unavailable(name: str, reasons: str) -> None:
         f"{reasons}. DFFORMER_BACKEND=torch silences this.",
         stacklevel=2,
     )
+
+
+_NOTHING: AbstractContextManager[object] = nullcontext()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off inside, where it is on; entering ``torch.autocast`` when it is not would cost microseconds."""
+    # The meta device has no autocast and refuses the question.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return _NOTHING
+    return torch.autocast(device.type, enabled=False)

@@ -187,8 +187,9 @@ std::shared_ptr<Plan> plan_for(const Transform& transform, bool capturing) {
         plans.splice(plans.begin(), plans, found);
     } else {
         if (capturing)
-            throw std::runtime_error("cuFFT cannot plan while a CUDA graph is captured: run " + name_of(transform) +
-                                     " once before");
+            throw std::runtime_error(name_of(transform) +
+                                     " cannot be planned while a CUDA graph is captured: call the operator once "
+                                     "before capturing");
         plans.push_front(std::make_shared<Plan>(cache.library, transform));
         if (plans.size() > plans_per_device) plans.pop_back();
     }

@@ -107,11 +107,11 @@ struct Environment {
 
 // One work item a block: gridDim.x = B ceil(C / LANES), a sample's channel blocks side by side.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    filter_forward(const Storage* x, Storage* y, const float* logits, const float* filters, const float* star_relu,
-                   long long) {
+    filter_forward(const Storage* x, Storage* y, const float* logits, const float* filters, const float* scale,
+                   const float* bias, long long) {
     using Step = Forward<Block, Storage>;
     Environment env;
-    const Step step{x, y, logits, filters, star_relu, (int)threadIdx.x, blockIdx.x};
+    const Step step{x, y, logits, filters, {scale, bias}, (int)threadIdx.x, blockIdx.x};
     unrolled<0, Step::phases>([&](auto phase) {
         if (phase > 0) __syncthreads();
         step.template run<phase.value>(env);
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 // not wanted.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     filter_backward(const Storage* grad_y, const Storage* x, const float* logits, const float* filters,
-                    const float* star_relu, Storage* grad_x, float* grad_logits, float* filter_slots,
+                    const float* scale, const float* bias, Storage* grad_x, float* grad_logits, float* filter_slots,
                     float* star_relu_slots, float2* spectra, long long B) {
     using Step = Backward<Block, Storage>;
     constexpr int slot_blocks = FILTERS ? 1 : Block::channel_blocks, slot_size = Block::H * Block::K * 2;
@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     if (star_relu_slots) star_relu_slots += 2LL * blockIdx.x;
 
     Environment env{Block::in_turn ? spectra + (long long)blockIdx.x * Block::spectrum_size : nullptr};
-    Step step{grad_y, x,           logits,       filters,         star_relu,
+    Step step{grad_y, x,           logits,       filters,         {scale, bias},
               grad_x, grad_logits, filter_slots, star_relu_slots, (int)threadIdx.x};
     for (step.item = blockIdx.x; step.item < B * Block::channel_blocks; step.item += gridDim.x) {
         step.first = step.item == blockIdx.x;

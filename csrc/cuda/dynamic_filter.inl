@@ -188,11 +188,16 @@ struct Identity {
     FFT_INLINE float operator()(float x) const { return x; }
 };
 
-// The activation on load; `parameters` are scale and bias on the device.
+// StarReLU's parameters on the device, of one element each.
+struct Scalars {
+    const float *scale, *bias;
+};
+
+// The activation on load.
 template <class L, class Env>
-FFT_INLINE auto activation_of(Env& env, const float* parameters) {
+FFT_INLINE auto activation_of(Env& env, Scalars parameters) {
     if constexpr (L::star_relu)
-        return StarReLU{env.load(parameters), env.load(parameters + 1)};
+        return StarReLU{env.load(parameters.scale), env.load(parameters.bias)};
     else
         return Identity{};
 }
@@ -386,7 +391,7 @@ struct Forward {
     Storage* y;            // (B,H,W,C)
     const float* logits;   // (B,F,C)
     const float* filters;  // (H,K,F,2), or (H,K,C,2): 16-byte aligned
-    const float* star_relu;
+    Scalars star_relu;
     int thread;
     long long item;
 
@@ -438,7 +443,7 @@ struct Backward {
     const Storage* x;        // (B,H,W,C)
     const float* logits;     // (B,F,C)
     const float* filters;    // (H,K,F,2), or (H,K,C,2): 16-byte aligned
-    const float* star_relu;  // scale, bias
+    Scalars star_relu;
     Storage* grad_x;         // (B,H,W,C)
     float* grad_logits;      // (B,F,C)
     float* filter_slot;      // (H,K,F,2): this block's part of the sum; or (H,K,C,2), of which it has its channels

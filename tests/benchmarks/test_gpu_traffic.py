@@ -8,7 +8,7 @@ import pytest
 import torch
 from paths import ROOT
 
-from dfformer_kernels.backends.cuda import launch as cuda
+from dfformer_kernels.backends.cuda import layout as cuda
 from dfformer_kernels.backends.cufft import passes as cufft
 
 PAGE = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")

@@ -71,7 +71,7 @@ struct Tensors {
     long long slots = L::per_channel ? grid / L::channel_blocks : grid;
     Tensor<Storage> x{pixels}, grad_y{backward ? pixels : 0};
     Tensor<float> logits{routing}, filters{2LL * L::H * L::K * (L::per_channel ? L::C : L::F)};
-    Tensor<float> star_relu{L::star_relu ? 2 : 0};
+    Tensor<float> scale{L::star_relu}, bias{L::star_relu};
     Tensor<Storage> y{!backward || wanted & GRAD_X ? pixels : 0};  // or grad_x
     Tensor<float> grad_logits{backward && wanted & GRAD_LOGITS ? routing : 0};
     Tensor<float> filter_slots{backward && wanted & GRAD_FILTERS ? slots * filters.count : 0};
@@ -80,7 +80,7 @@ struct Tensors {
     Tensors(long long B, long long grid, int wanted, const char* path) : B(B), grid(grid), wanted(wanted) {
         std::FILE* file = std::fopen(path, "rb");
         if (!file) std::exit(2);
-        x.read(file), grad_y.read(file), logits.read(file), filters.read(file), star_relu.read(file);
+        x.read(file), grad_y.read(file), logits.read(file), filters.read(file), scale.read(file), bias.read(file);
         std::fclose(file);
     }
     void write(const char* path) const {

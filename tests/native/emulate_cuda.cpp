@@ -216,8 +216,13 @@ template <class L, class Storage, class T>
 void run_forward(const T& t, Block& block, long long index) {
     std::vector<Forward<L, Storage>> threads;
     for (int thread = 0; thread < L::threads; thread++)
-        threads.push_back(
-            {t.x.data(), t.y.data(), t.logits.data(), t.filters.data(), t.star_relu.data(), thread, index});
+        threads.push_back({t.x.data(),
+                           t.y.data(),
+                           t.logits.data(),
+                           t.filters.data(),
+                           {t.scale.data(), t.bias.data()},
+                           thread,
+                           index});
     unrolled<0, Forward<L, Storage>::phases>([&](auto phase) { run_phase<phase.value>(block, threads); });
 }
 
@@ -231,9 +236,16 @@ void run_backward(const T& t, Block& block, long long index) {
     const long long slot = L::per_channel ? index / L::channel_blocks : index;
     std::vector<Backward<L, Storage>> threads;
     for (int thread = 0; thread < L::threads; thread++)
-        threads.push_back({t.grad_y.data(), t.x.data(), t.logits.data(), t.filters.data(), t.star_relu.data(),
-                           t.y.data(), t.grad_logits.data(), part(t.filter_slots, slot, t.slots),
-                           part(t.star_relu_slots, index, t.grid), thread});
+        threads.push_back({t.grad_y.data(),
+                           t.x.data(),
+                           t.logits.data(),
+                           t.filters.data(),
+                           {t.scale.data(), t.bias.data()},
+                           t.y.data(),
+                           t.grad_logits.data(),
+                           part(t.filter_slots, slot, t.slots),
+                           part(t.star_relu_slots, index, t.grid),
+                           thread});
     for (long long item = index; item < t.B * L::channel_blocks; item += t.grid) {
         for (auto& step : threads) {
             step.item = item;
@@ -255,7 +267,8 @@ Report run(long long B, long long grid, int wanted, int missing_barrier, const c
     const Tensors<L, Storage, backward> t(B, grid, wanted, inputs);
     std::vector<Region> regions;
     add_region(regions, t.x, true), add_region(regions, t.grad_y, true), add_region(regions, t.y, true);
-    add_region(regions, t.logits), add_region(regions, t.filters), add_region(regions, t.star_relu);
+    add_region(regions, t.logits), add_region(regions, t.filters);
+    add_region(regions, t.scale), add_region(regions, t.bias);
     add_region(regions, t.grad_logits), add_region(regions, t.filter_slots), add_region(regions, t.star_relu_slots);
     Report report;
     for (long long index = 0; index < grid; index++) {

@@ -34,9 +34,9 @@ extern "C" void launch(unsigned blocks, unsigned shared_bytes, Argument* a) {
                 blockIdx.x = block;
                 threadIdx.x = thread;
 #if DIRECTION == 0
-                filter_forward(a[0], a[1], a[2], a[3], a[4], a[5]);
+                filter_forward(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);
 #else
-                filter_backward(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10]);
+                filter_backward(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]);
 #endif
             });
         for (std::thread& thread : threads) thread.join();

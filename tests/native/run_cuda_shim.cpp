@@ -29,11 +29,12 @@ int main(int, char** arguments) {
                 blockIdx.x = block;
                 threadIdx.x = thread;
 #if DIRECTION == 0
-                filter_forward(t.x.data(), t.y.data(), t.logits.data(), t.filters.data(), t.star_relu.data(), t.B);
+                filter_forward(t.x.data(), t.y.data(), t.logits.data(), t.filters.data(), t.scale.data(), t.bias.data(),
+                               t.B);
 #else
-                filter_backward(t.grad_y.data(), t.x.data(), t.logits.data(), t.filters.data(), t.star_relu.data(),
-                                t.y.data(), t.grad_logits.data(), t.filter_slots.data(), t.star_relu_slots.data(),
-                                spectra.data(), t.B);
+                filter_backward(t.grad_y.data(), t.x.data(), t.logits.data(), t.filters.data(), t.scale.data(),
+                                t.bias.data(), t.y.data(), t.grad_logits.data(), t.filter_slots.data(),
+                                t.star_relu_slots.data(), spectra.data(), t.B);
 #endif
             });
         for (std::thread& thread : threads) thread.join();

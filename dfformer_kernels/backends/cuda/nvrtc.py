@@ -15,8 +15,30 @@ from typing import Any
 import torch
 
 from dfformer_kernels import disk_cache as disk
+from dfformer_kernels.device import with_memory_released
+from dfformer_kernels.problem import KernelBuildError
 
 _LONGEST_LOG = 4000  # characters of an error: the first mistake explains the others
+# What the driver's loading of a kernel returns because of the kernel or the driver. Other errors, such as an illegal
+# access of an earlier kernel, only happen to be reported by the call.
+_LOADING = ("cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute")
+_NOT_LOADABLE = {
+    f"CUDA_ERROR_{name}"
+    for name in (
+        "INVALID_VALUE",
+        "INVALID_IMAGE",
+        "NO_BINARY_FOR_GPU",
+        "INVALID_PTX",
+        "JIT_COMPILER_NOT_FOUND",
+        "UNSUPPORTED_PTX_VERSION",
+        "JIT_COMPILATION_DISABLED",
+        "INVALID_SOURCE",
+        "SHARED_OBJECT_SYMBOL_NOT_FOUND",
+        "SHARED_OBJECT_INIT_FAILED",
+        "NOT_FOUND",
+        "NOT_SUPPORTED",
+    )
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +67,7 @@ def compile_cubin(sources: Mapping[str, str], options: Sequence[str], arch: str)
         arch: such as ``"sm_90"``.
 
     Raises:
-        RuntimeError: with the compiler's log.
+        KernelBuildError: with the compiler's log.
     """
     nvrtc = _nvrtc()
     (name, text), *headers = ((name.encode(), text.encode()) for name, text in sources.items())
@@ -57,8 +79,10 @@ def compile_cubin(sources: Mapping[str, str], options: Sequence[str], arch: str)
         arguments = [option.encode() for option in (f"--gpu-architecture={arch}", *options)]
         (error,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
         log = _text_of(program)
+        if error.name == "NVRTC_ERROR_OUT_OF_MEMORY":
+            raise MemoryError(f"NVRTC ran out of host memory for {name.decode()} on {arch}")
         if error != 0:
-            raise RuntimeError(f"NVRTC returned {error.name} for {name.decode()} on {arch}:\n{log[:_LONGEST_LOG]}")
+            raise KernelBuildError(f"NVRTC returned {error.name} for {name.decode()} on {arch}:\n{log[:_LONGEST_LOG]}")
         cubin = bytearray(_checked("nvrtcGetCUBINSize", nvrtc.nvrtcGetCUBINSize(program)))
         _checked("nvrtcGetCUBIN", nvrtc.nvrtcGetCUBIN(program, cubin))
         return bytes(cubin), log
@@ -78,6 +102,14 @@ def cached_cubin(sources: Mapping[str, str], options: Sequence[str], arch: str) 
     cubin, _ = compile_cubin(sources, options, arch)
     disk.write(name, _digest(cubin) + cubin)
     return cubin
+
+
+def load(cubin: bytes, name: str, device: int, threads: int, shared_bytes: int) -> "Kernel":
+    """The kernel, with torch's unused memory released if the driver needs it.
+
+    Raises KernelBuildError where it cannot be loaded, torch.OutOfMemoryError where memory is lacking all the same.
+    """
+    return with_memory_released(lambda: Kernel(cubin, name, device, threads, shared_bytes))
 
 
 class Kernel:
@@ -102,15 +134,19 @@ class Kernel:
     def launch(self, blocks: int, *arguments: int) -> None:
         """On torch's current stream of the device, which must be torch's current device.
 
-        The kernel's parameters must all be pointers or 64-bit integers.
+        The kernel's parameters must all be pointers or 64-bit integers. Raises torch.OutOfMemoryError where the driver
+        lacks memory for it, even after torch's unused memory has been released.
         """
         self._enter()
         values = (ctypes.c_int64 * len(arguments))(*arguments)
         begin = ctypes.addressof(values)
         pointers = (ctypes.c_void_p * len(arguments))(*range(begin, begin + ctypes.sizeof(values), 8))
+        with_memory_released(lambda: self._launch(blocks, ctypes.addressof(pointers)))
+
+    def _launch(self, blocks: int, pointers: int) -> None:
         stream = torch.cuda.current_stream(self._device).cuda_stream
         result = self._driver.cuLaunchKernel(
-            self._function, blocks, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, ctypes.addressof(pointers), 0
+            self._function, blocks, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, pointers, 0
         )
         _checked("cuLaunchKernel", result)
 
@@ -149,8 +185,15 @@ def _checked(call: str, result: tuple[Any, ...]) -> Any:
     """What a call of cuda-bindings returned beside its error code: one value, several as a tuple, or None."""
     error, *values = result
     if error != 0:
-        raise RuntimeError(f"{call} returned {error.name}")
+        raise _error(call, error.name)
     return values[0] if len(values) == 1 else tuple(values) or None
+
+
+def _error(call: str, code: str) -> RuntimeError:
+    message = f"{call} returned {code}"
+    if code == "CUDA_ERROR_OUT_OF_MEMORY":
+        return torch.OutOfMemoryError(message)
+    return (KernelBuildError if call in _LOADING and code in _NOT_LOADABLE else RuntimeError)(message)
 
 
 def _text_of(program: Any) -> str:

@@ -3,6 +3,8 @@
 from functools import cache
 from pathlib import Path
 
+from dfformer_kernels.problem import KernelBuildError
+
 _PATTERNS = ("cuda/*.cu", "cuda/*.inl", "fft/*.inl")  # what pyproject.toml puts into the wheel, too
 
 
@@ -10,7 +12,7 @@ _PATTERNS = ("cuda/*.cu", "cuda/*.inl", "fft/*.inl")  # what pyproject.toml puts
 def cuda_sources() -> dict[str, str]:
     """Text by file name: the program first, then what it includes by that name.
 
-    Raises FileNotFoundError if the files were not installed.
+    Raises KernelBuildError if the files were not installed.
     """
     package = Path(__file__).parents[2]
     # In the package where that was installed from a wheel; in a checkout, and from an editable install, beside it.
@@ -19,4 +21,4 @@ def cuda_sources() -> dict[str, str]:
         paths = [path for pattern in _PATTERNS for path in sorted(folder.glob(pattern))]
         if paths:
             return {path.name: path.read_text(encoding="utf-8") for path in paths}
-    raise FileNotFoundError(f"no CUDA sources in {' or '.join(map(str, folders))}: reinstall dfformer")
+    raise KernelBuildError(f"no CUDA sources in {' or '.join(map(str, folders))}: reinstall dfformer")

@@ -6,18 +6,43 @@ transform of its own.
 """
 
 import math
+import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dfformer_kernels.backends import cpu
+from dfformer_kernels.device import with_memory_released
+from dfformer_kernels.problem import KernelBuildError
+
+T = TypeVar("T")
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1}  # as in csrc/dynamic_filter.h
 _SONAMES = {"12": "libcufft.so.11", "13": "libcufft.so.12"}  # by torch's major version of CUDA
+
+
+# cuFFT's results for a lack of device memory, and those of planning that are the library's or the plan's fault. Others,
+# such as an illegal access of an earlier kernel, only happen to be reported by the call.
+_NO_MEMORY = ("CUFFT_ALLOC_FAILED", "CUFFT_INTERNAL_ERROR")
+_NO_PLAN = tuple(
+    f"CUFFT_{name}"
+    for name in (
+        "INVALID_SIZE",
+        "SETUP_FAILED",
+        "NOT_IMPLEMENTED",
+        "LICENSE_ERROR",
+        "NOT_SUPPORTED",
+        "MISSING_DEPENDENCY",
+        "NVRTC_FAILURE",
+        "NVJITLINK_FAILURE",
+    )
+)
 
 
 class Cuda:
@@ -58,7 +83,10 @@ def rfft2(u: Tensor) -> Tensor:
 
     Raises:
         ValueError: for any other u.
-        RuntimeError: if libcufft is not there, or with the name of the error it returned.
+        torch.OutOfMemoryError: if memory is lacking even after torch's unused memory was released.
+        KernelBuildError: if it cannot be planned.
+        RuntimeError: if libcufft is not there, with the name of any other error it returned, or if it would have to be
+            planned while a CUDA graph is captured.
     """
     _check("u", u, "(...,H,W,N)", u.dim() >= 3)
     *several, H, W, N = u.shape
@@ -79,8 +107,7 @@ def irfft2(Z: Tensor, W: int) -> Tensor:
         (...,H,W,N) of Z's dtype: H*W times the planes that `rfft2` made Z of.
 
     Raises:
-        ValueError: for any other Z or W.
-        RuntimeError: if libcufft is not there, or with the name of the error it returned.
+        As `rfft2`.
     """
     fits = W > 0 and Z.dim() >= 4 and Z.shape[-3] == W // 2 + 1 and Z.shape[-1] == 2
     _check("Z", Z, f"(...,H,K,N,2), K = {W}//2 + 1,", fits)
@@ -115,17 +142,34 @@ def _transform(source: Tensor, result: Tensor, shape: tuple[int, int, int], inve
         source = source.clone()
     with _cuda.guard(device):
         transform = (_cuda.index(device), shape, _DTYPE_CODES[source.dtype], inverse, _cuda.capturing())
-        workspace = source.new_empty(core.cufft_plan(*transform), dtype=torch.uint8)
+        plan = partial(_called, core.cufft_plan, *transform, no_plan=_NO_PLAN)
+        workspace = source.new_empty(with_memory_released(plan), dtype=torch.uint8)
         for i in range(count):
-            core.cufft_run(
-                *transform,
+            buffers = (
                 source.data_ptr() + i * source.nbytes // count,
                 result.data_ptr() + i * result.nbytes // count,
                 workspace.data_ptr(),
                 workspace.numel(),
                 _cuda.stream(device),
             )
+            run = partial(_called, core.cufft_run, *transform, *buffers)
+            # An inverse that failed may have overwritten its input.
+            run() if inverse else with_memory_released(run)
     return result
+
+
+def _called(call: Callable[..., T], *args: object, no_plan: tuple[str, ...] = ()) -> T:
+    """``call(*args)`` of the core, whose error names cuFFT's result; KernelBuildError for those of ``no_plan``."""
+    try:
+        return call(*args)
+    except RuntimeError as error:
+        found = re.search(r" returned (CUFFT_\w+) for ", str(error))
+        code = found[1] if found else ""
+        if code in _NO_MEMORY:
+            raise torch.OutOfMemoryError(str(error)) from error
+        if code in no_plan:
+            raise KernelBuildError(str(error)) from error
+        raise
 
 
 @cache

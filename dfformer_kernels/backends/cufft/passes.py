@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfformer_kernels.backends import torch_fft
 from dfformer_kernels.backends.filter_kernels import filter_kernels
+from dfformer_kernels.problem import KernelBuildError, Problem
 from dfformer_kernels.reference import compute_dtype
 
 # What may move while one more transform is launched, in bytes: 3 us at the 3.35 TB/s of an H100. An assumption.
@@ -32,9 +34,10 @@ def unavailable_reasons() -> list[str]:
     return reasons
 
 
-def refusals(op: str, shape: tuple[int, ...]) -> list[str]:
-    """Why it cannot do ``op`` on x of this shape; empty if it can."""
-    if op.startswith("star_relu"):
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Why it cannot run ``problem``, whose x is on a GPU; empty if it can."""
+    shape = problem.shape
+    if problem.op.startswith("star_relu"):
         extents = {"elements a channel": _product(shape[:-1]), "channels": _product(shape[-1:])}
     else:
         extents = {"H*W": shape[1] * shape[2], "B*C": shape[0] * shape[3]}
@@ -92,9 +95,9 @@ def _filter_backward(
     if not any(needs):
         return []
     with torch.cuda.device_of(x):
-        apart = by_sample(x.shape, x.dtype, scale is not None, backward=True)
-        G = _spectrum(grad_y, x.dtype, None, None, apart)
-        X = _spectrum(x, x.dtype, scale, bias, apart) if need_logits or need_filters else None
+        per_sample = by_sample(x.shape, x.dtype, scale is not None, backward=True)
+        G = _spectrum(grad_y, x.dtype, None, None, per_sample)
+        X = _spectrum(x, x.dtype, scale, bias, per_sample) if need_logits or need_filters else None
         if logits is None:
             gradients = _triton().global_mix_backward(G, X, W, filters, (need_u, need_filters))
         else:
@@ -119,16 +122,16 @@ KERNELS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _spectrum(x: Tensor, dtype: torch.dtype, scale: Tensor | None, bias: Tensor | None, apart: bool) -> Tensor:
-    """``rfft2(u)`` in the dtype that arithmetic on ``dtype`` is done in, samples apart (B,H,K,C,2) or side by side
-    (1,H,K,B*C,2); u is x or StarReLU of it.
+def _spectrum(x: Tensor, dtype: torch.dtype, scale: Tensor | None, bias: Tensor | None, per_sample: bool) -> Tensor:
+    """``rfft2(u)``, u = x or StarReLU of it, in the dtype that arithmetic on ``dtype`` is done in: (B,H,K,C,2) if
+    ``per_sample``, else with samples side by side (1,H,K,B*C,2).
     """
     B, H, W, C = x.shape
     planes = x.flatten(1, 2)  # a view, but for memory in which no row follows the one above
-    if apart and scale is None and x.dtype == compute_dtype(dtype) and planes.is_contiguous():
+    if per_sample and scale is None and x.dtype == compute_dtype(dtype) and planes.is_contiguous():
         u = planes.view(x.shape)
     else:
-        shape = (B, H, W, C) if apart else (1, H, W, B * C)
+        shape = (B, H, W, C) if per_sample else (1, H, W, B * C)
         u = torch.empty(shape, dtype=compute_dtype(dtype), device=x.device)
         _triton().activate(planes, _by_channel(u, B), scale, bias)
     return _transforms(x.device.type)[0](u)
@@ -187,7 +190,10 @@ def traffic(
 
 @cache
 def _triton() -> ModuleType:
-    return import_module("dfformer_kernels.backends.cufft.triton_kernels")
+    try:
+        return import_module("dfformer_kernels.backends.cufft.triton_launch")
+    except ImportError as error:
+        raise KernelBuildError(f"Triton cannot be imported ({error})") from error
 
 
 @cache
@@ -201,9 +207,16 @@ def _transforms(device_type: str) -> tuple[Callable[[Tensor], Tensor], Callable[
 
 
 def _torch_rfft2(u: Tensor) -> Tensor:
-    return torch.view_as_real(torch.fft.rfft2(u, dim=(1, 2), norm="backward").contiguous())
+    def transform(u: Tensor) -> Tensor:
+        return torch.view_as_real(torch.fft.rfft2(u, dim=(1, 2), norm="backward").contiguous())
+
+    return torch_fft.run(transform, "rfft2", u)
 
 
 def _torch_irfft2(Z: Tensor, W: int) -> Tensor:
-    # "forward" leaves the scaling to the forward transform: none here.
-    return torch.fft.irfft2(torch.view_as_complex(Z), s=(Z.shape[1], W), dim=(1, 2), norm="forward").contiguous()
+    def transform(Z: Tensor, W: int) -> Tensor:
+        # "forward" leaves the scaling to the forward transform: none here.
+        z = torch.view_as_complex(Z)
+        return torch.fft.irfft2(z, s=(Z.shape[1], W), dim=(1, 2), norm="forward").contiguous()
+
+    return torch_fft.run(transform, "irfft2", Z, W)

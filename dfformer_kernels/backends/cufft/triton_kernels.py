@@ -1,30 +1,20 @@
-"""Triton kernels around a 2-D transform, and the functions that launch them: what goes in, filtering, what comes out.
+"""Triton kernels around a 2-D transform: what goes in, filtering, what comes out.
 
 Planes are (B,R,C) with R = H*W rows and any strides. Spectra are those of N = B*C planes, ``width`` of them side by
 side, (N/width,H,K,width,2), contiguous, K = W//2 + 1, not scaled: with real transforms unscaled both ways, 1/(HW) is
-the filter's. A program works on a tile of rows and columns n, where n is channel n % C of sample n // C. Partial sums
-go to slots, one for each tile, and are then added up in a fixed order: no atomics. Arithmetic is float64 for float64
-planes or spectra and float32 otherwise.
+the filter's. A program works on a tile of rows and columns n, where n is channel n % C of sample n // C; both are
+counted in 32 bits, offsets in 64. Partial sums go to slots, one for each tile, and are then added up in a fixed order:
+no atomics. Arithmetic is float64 for float64 planes or spectra and float32 otherwise.
+
+An integer argument of value 1 is a Python constant in a kernel: it has no methods.
 
 Columns k = 0 and k = W/2 of a real plane's spectrum are conjugate to themselves turned around; those of a filtered one
 need not be, and libraries differ in what their inverse then returns. The convention (inverse along H, drop the
 imaginary part) equals filtering those two columns by (M[h] + conj(M[-h])) / 2, which keeps them Hermitian: as here.
 """
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-MAX_EXTENT = 2**30  # of rows and of columns, which are counted in 32 bits; offsets are 64-bit
-_PLANE_TILE = 2048  # elements of a program
-_SPECTRUM_TILE = {4: 1024, 8: 256}  # by bytes of an element: the most that spill nothing
-_WIDTH = 128  # columns of a tile, where there are as many
-_HEIGHT = 64  # most rows of a spectrum's tile: long sums in float32 would lose digits
-_WARPS = {"num_warps": 8}  # of a program: half as many registers as with Triton's 4, and no spills
-_PROGRAMS = 1024  # enough to occupy any GPU
 
 # Kernels' helpers
 
@@ -36,6 +26,11 @@ def _tile(rows, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
     n = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     return row, n, (row < rows)[:, None] & (n < N)[None, :]
+
+
+@triton.jit
+def _one_over(count, COMPUTE: tl.constexpr):
+    return tl.full((), 1, COMPUTE) / tl.cast(count, COMPUTE)
 
 
 @triton.jit
@@ -128,7 +123,7 @@ def _store_product(X, offset, exists, real, imaginary, M_real, M_imaginary, norm
 
 
 @triton.jit
-def _activate_kernel(
+def activate_kernel(
     x, y, scale, bias, rows, N, C,
     x_stride_b, x_stride_row, x_stride_c, y_stride_b, y_stride_row, y_stride_c,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -144,7 +139,7 @@ def _activate_kernel(
 
 
 @triton.jit
-def _activate_backward_kernel(
+def activate_backward_kernel(
     grad_y, x, scale, grad_x, slots, rows, N, C,
     g_stride_b, g_stride_row, g_stride_c, x_stride_b, x_stride_row, x_stride_c, o_stride_b, o_stride_row, o_stride_c,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -167,7 +162,7 @@ def _activate_backward_kernel(
 
 
 @triton.jit
-def _mix_kernel(
+def mix_kernel(
     X, logits, basis, H, W, rows, N, C, width, l_stride_b, l_stride_f, l_stride_c,
     F: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -180,27 +175,27 @@ def _mix_kernel(
         basis_real, basis_imaginary = _basis(basis, row, rows, f, H, W, F)
         M_real += basis_real[:, None] * r[None, :]
         M_imaginary += basis_imaginary[:, None] * r[None, :]
-    norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
+    norm = _one_over(H * W, COMPUTE)
     offset = _points(row, n, rows, width)
     real, imaginary = _load_complex(X, offset, exists)
     _store_product(X, offset, exists, real, imaginary, M_real, M_imaginary, norm)
 
 
 @triton.jit
-def _global_mix_kernel(
+def global_mix_kernel(
     X, weight, H, W, rows, N, C, width, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """``X *= weight / (HW)``, in place."""
     row, n, exists = _tile(rows, N, ROWS, COLUMNS)
     M_real, M_imaginary = _weight(weight, row, n % C, C, exists, H, W)
-    norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
+    norm = _one_over(H * W, COMPUTE)
     offset = _points(row, n, rows, width)
     real, imaginary = _load_complex(X, offset, exists)
     _store_product(X, offset, exists, real, imaginary, M_real, M_imaginary, norm)
 
 
 @triton.jit
-def _mix_backward_kernel(
+def mix_backward_kernel(
     G, X, logits, basis, r_slots, basis_slots, H, W, rows, N, C, width, l_stride_b, l_stride_f, l_stride_c,
     F: tl.constexpr, STORE_G: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -208,7 +203,7 @@ def _mix_backward_kernel(
     ``sum_hk Re(P conj(basis[h,k,f]))`` and basis_slots (column tiles,rows,F,2) ``sum_n r[f,n] P``.
     """
     row, n, exists = _tile(rows, N, ROWS, COLUMNS)
-    norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
+    norm = _one_over(H * W, COMPUTE)
     offset = _points(row, n, rows, width)
     peak, total = _softmax_scale(logits, n, N, C, l_stride_b, l_stride_f, l_stride_c, F, COMPUTE)
     G_real, G_imaginary = _load_complex(G, offset, exists)
@@ -242,7 +237,7 @@ def _mix_backward_kernel(
 
 
 @triton.jit
-def _global_mix_backward_kernel(
+def global_mix_backward_kernel(
     G, X, weight, slots, H, W, rows, B, C, width, samples,
     STORE_G: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -251,7 +246,7 @@ def _global_mix_backward_kernel(
     A program has its tile of channels in a slice of ``samples`` samples, one after the other.
     """
     row, c, exists = _tile(rows, C, ROWS, COLUMNS)
-    norm = tl.full((), 1, COMPUTE) / (H * W).to(COMPUTE)
+    norm = _one_over(H * W, COMPUTE)
     _, special = _turned(row, H, W)
     D = tl.where(special, norm, 2 * norm)[:, None]
     if STORE_G:
@@ -273,7 +268,7 @@ def _global_mix_backward_kernel(
 
 
 @triton.jit
-def _softmax_backward_kernel(
+def softmax_backward_kernel(
     grad_r, logits, grad_logits, N, C, l_stride_b, l_stride_f, l_stride_c, o_stride_b, o_stride_f, o_stride_c,
     F: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -283,133 +278,9 @@ def _softmax_backward_kernel(
     mean = tl.zeros_like(peak)
     for f in range(F):
         r = tl.exp(_logits(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, COMPUTE) - peak) / total
-        mean += r * tl.load(grad_r + f * N.to(tl.int64) + n, n < N, 0)
+        mean += r * tl.load(grad_r + f * tl.cast(N, tl.int64) + n, n < N, 0)
     for f in range(F):
         r = tl.exp(_logits(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, COMPUTE) - peak) / total
-        value = r * (tl.load(grad_r + f * N.to(tl.int64) + n, n < N, 0) - mean)
+        value = r * (tl.load(grad_r + f * tl.cast(N, tl.int64) + n, n < N, 0) - mean)
         offset = (n // C).to(tl.int64) * o_stride_b + (n % C).to(tl.int64) * o_stride_c + f * o_stride_f
         tl.store(grad_logits + offset, value.to(grad_logits.dtype.element_ty), n < N)
-
-
-# Launchers
-
-
-def activate(x: Tensor, y: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """``y = scale * relu(x)^2 + bias``, or ``y = x`` where scale and bias are None; returns y.
-
-    ``x`` and ``y`` are (B,R,C) with any strides, each of any of the four dtypes; ``scale``, ``bias`` one element.
-    """
-    B, rows, C = x.shape
-    tile, grid = _tiles(rows, B * C, _PLANE_TILE, _PLANE_TILE)
-    _activate_kernel[grid](x, y, scale, bias, rows, B * C, C, *x.stride(), *y.stride(), _compute(x), *tile, **_WARPS)
-    return y
-
-
-def activate_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    """``grad_x = 2 scale relu(x) grad_y``, ``grad_scale = sum(relu(x)^2 grad_y)``, ``grad_bias = sum(grad_y)``.
-
-    ``grad_y`` and ``x`` are (B,R,C) with any strides. Returns those of (x, scale, bias) that ``needs`` asks for.
-    """
-    B, rows, C = x.shape
-    need_x, *need_scalars = needs
-    tile, grid = _tiles(rows, B * C, _PLANE_TILE, _PLANE_TILE)
-    grad_x = torch.empty((B, rows, C), dtype=x.dtype, device=x.device) if need_x else None
-    slots = torch.empty((grid[0], 2), dtype=torch.float64, device=x.device) if any(need_scalars) else None
-    strides = (*grad_y.stride(), *x.stride(), *(grad_x if grad_x is not None else x).stride())
-    _activate_backward_kernel[grid](
-        grad_y, x, scale, grad_x, slots, rows, B * C, C, *strides, _compute(x), *tile, **_WARPS
-    )
-    gradients = [] if grad_x is None else [grad_x]
-    if slots is not None:
-        sums = slots.sum(0)
-        pairs = zip((scale, bias), sums, need_scalars, strict=True)
-        gradients += [total.to(t.dtype).reshape(t.shape) for t, total, need in pairs if need]
-    return gradients
-
-
-def mix(X: Tensor, W: int, logits: Tensor | None, filters: Tensor) -> None:
-    """``X *= M / (HW)`` in place; ``M = softmax(logits) @ filters``, or filters where logits is None.
-
-    ``X`` is (S,H,K,width,2) with S width = B*C, ``logits`` (B,F,C) with any strides and dtype, ``filters`` the
-    contiguous basis (H,K,F,2) or weight (H,K,C,2).
-    """
-    S, H, K, width, _ = X.shape
-    N = S * width
-    tile, grid = _spectrum_tiles(X, N)
-    if logits is None:
-        _global_mix_kernel[grid](X, filters, H, W, H * K, N, filters.shape[2], width, _compute(X), *tile, **_WARPS)
-        return
-    _, F, C = logits.shape
-    _mix_kernel[grid](X, logits, filters, H, W, H * K, N, C, width, *logits.stride(), F, _compute(X), *tile, **_WARPS)
-
-
-def mix_backward(
-    G: Tensor, X: Tensor | None, W: int, logits: Tensor, basis: Tensor, needs: Sequence[bool]
-) -> list[Tensor]:
-    """``G *= conj(M) / (HW)`` in place, and the gradients of logits and basis from the G before and X.
-
-    ``G`` and ``X`` are (S,H,K,width,2) with S width = B*C. ``needs`` is for (G, logits, basis); X may be None where
-    only G is wanted. Returns the two others that are.
-    """
-    S, H, K, width, _ = G.shape
-    N = S * width
-    _, F, C = logits.shape
-    need_G, need_logits, need_basis = needs
-    tile, grid = _spectrum_tiles(G, N)
-    r_slots = _empty(G, triton.cdiv(H * K, tile[0]), F, N) if need_logits else None
-    basis_slots = _empty(G, triton.cdiv(N, tile[1]), H, K, F, 2) if need_basis else None
-    arguments = (H, W, H * K, N, C, width, *logits.stride(), F, need_G, _compute(G), *tile)
-    _mix_backward_kernel[grid](G, X, logits, basis, r_slots, basis_slots, *arguments, **_WARPS)
-    gradients = []
-    if r_slots is not None:
-        grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        strides = (*logits.stride(), *grad_logits.stride())
-        grid = (triton.cdiv(N, _WIDTH),)
-        grad_r = r_slots.sum(0, dtype=torch.float64)  # of which softmax's gradient takes small differences
-        _softmax_backward_kernel[grid](grad_r, logits, grad_logits, N, C, *strides, F, tl.float64, _WIDTH)
-        gradients.append(grad_logits)
-    if basis_slots is not None:
-        gradients.append(basis_slots.sum(0))
-    return gradients
-
-
-def global_mix_backward(G: Tensor, X: Tensor | None, W: int, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    """``G *= conj(weight) / (HW)`` in place, and weight's gradient from the G before and X.
-
-    ``G`` and ``X`` are (S,H,K,width,2) with S width = B*C. ``needs`` is for (G, weight); X may be None where only G
-    is wanted. Returns weight's gradient if it is.
-    """
-    S, H, K, width, _ = G.shape
-    C = weight.shape[2]
-    B = S * width // C
-    need_G, need_weight = needs
-    tile, (tiles,) = _spectrum_tiles(G, C)
-    samples = triton.cdiv(B, min(B, triton.cdiv(_PROGRAMS, tiles), 65535))
-    slices = triton.cdiv(B, samples)
-    slots = _empty(G, slices, H, K, C, 2) if need_weight else None
-    _global_mix_backward_kernel[tiles, slices](
-        G, X, weight, slots, H, W, H * K, B, C, width, samples, need_G, _compute(G), *tile, **_WARPS
-    )
-    return [] if slots is None else [slots.sum(0)]
-
-
-def _spectrum_tiles(spectrum: Tensor, columns: int) -> tuple[tuple[int, int], tuple[int]]:
-    _, H, K, _, _ = spectrum.shape
-    return _tiles(H * K, columns, _SPECTRUM_TILE[spectrum.element_size()], _HEIGHT)
-
-
-def _tiles(rows: int, N: int, elements: int, most_rows: int) -> tuple[tuple[int, int], tuple[int]]:
-    """(rows, columns) of a tile, and the grid; they depend on the problem only, and with them the order of sums."""
-    columns = min(triton.next_power_of_2(N), _WIDTH)
-    height = min(triton.next_power_of_2(rows), elements // columns, most_rows)
-    return (height, columns), (triton.cdiv(rows, height) * triton.cdiv(N, columns),)
-
-
-def _empty(like: Tensor, *shape: int) -> Tensor:
-    """Memory for sums: of the dtype that arithmetic on ``like`` is done in."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.empty(shape, dtype=dtype, device=like.device)
-
-
-def _compute(t: Tensor) -> tl.dtype:
-    return tl.float64 if t.dtype == torch.float64 else tl.float32

@@ -22,6 +22,8 @@ from dfformer.models.layers import StarReLU
 from dfformer.models.metaformer import MetaFormerBlock
 from dfformer.models.spectral import DynamicFilter
 from dfformer_kernels import dispatch
+from dfformer_kernels.autotune import Autotuner
+from dfformer_kernels.problem import Problem
 
 pytestmark = pytest.mark.gpu
 
@@ -128,9 +130,10 @@ def test_nothing_waits_for_the_device(backend: str, no_synchronisation: Callable
 
 def test_automatic_choice_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DFFORMER_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(dispatch, "autotuner", dispatch.Autotuner())
+    monkeypatch.setenv("DFFORMER_AUTOTUNE", "1")
+    monkeypatch.setattr(dispatch, "autotuner", Autotuner())
     inputs = make_inputs(OP, STAGE, torch.float32, "cuda", requires_grad=False)
-    problem = dispatch.Problem.of(OP.name, OP.schema_order(inputs))
+    problem = Problem.of(OP.name, OP.schema_order(inputs))
     assert dispatch.chosen(problem) is None
     OP.public(inputs)
     chosen = dispatch.chosen(problem)

@@ -26,13 +26,13 @@ from conftest import require, require_compiler
 from paths import ROOT
 from torch import Tensor
 
+from dfformer_kernels import device, dispatch, dynamic_filter, reference
 from dfformer_kernels import disk_cache as cache
-from dfformer_kernels import dispatch, dynamic_filter, reference
 from dfformer_kernels.backends.cuda import launch as cuda
-from dfformer_kernels.backends.cuda import nvrtc
-from dfformer_kernels.backends.cuda.launch import CHIPS, Chip, Step, choose_variant
+from dfformer_kernels.backends.cuda import layout, nvrtc
+from dfformer_kernels.backends.cuda.layout import CHIPS, Chip, Step, choose_variant
 from dfformer_kernels.backends.cuda.sources import cuda_sources
-from dfformer_kernels.dispatch import Problem
+from dfformer_kernels.problem import Problem
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 OPS = {name: op for name, op in ALL_OPS.items() if op.name in cuda.KERNELS}
@@ -201,7 +201,7 @@ def test_where_files_are_kept(monkeypatch: pytest.MonkeyPatch, variables: dict[s
 @pytest.mark.usefixtures("compiler")
 def test_processes_may_compile_the_same_at_once(folder: Path) -> None:
     script = (
-        "import hashlib, sys; from dfformer_kernels import nvrtc; sys.stdin.readline()\n"
+        "import hashlib, sys; from dfformer_kernels.backends.cuda import nvrtc; sys.stdin.readline()\n"
         f"cubins = [nvrtc.cached_cubin({TINY!r}, [f'-DVALUE={{i}}'], 'sm_90') for i in range(9)]\n"
         "print(hashlib.sha256(b''.join(cubins)).hexdigest())"
     )
@@ -314,7 +314,7 @@ def family() -> list[tuple[Step, Chip]]:
 
 def all_steps() -> Iterator[Step]:
     for (H, W), F, dtype, star_relu, backward in product(
-        product(PLANES, PLANES), (0, 1, 4, 16), cuda._STORAGE, (False, True), (False, True)
+        product(PLANES, PLANES), (0, 1, 4, 16), layout.STORAGE, (False, True), (False, True)
     ):
         yield Step(H, W, 20, F, dtype, star_relu, backward)
 
@@ -324,7 +324,7 @@ def test_variants_keep_the_kernels_and_the_chips_limits(chip: Chip) -> None:
     chosen = 0
     for step in all_steps():
         variant = choose_variant(step, chip)
-        assert (variant is None) == bool(cuda.step_refusals(step, chip))
+        assert (variant is None) == bool(layout.unsupported_reasons(step, chip))
         if variant is None:
             continue
         chosen += 1
@@ -411,9 +411,9 @@ NO_SHARED_MEMORY = "do not fit the 227 KiB of shared memory that a block has on 
         ({"C": 2**31 // 196 + 1}, "a sample has 2^31 elements or more"),
     ],
 )
-def test_refusals(changes: dict[str, Any], reason: str | None) -> None:
+def test_unsupported_reasons(changes: dict[str, Any], reason: str | None) -> None:
     step = replace(Step(14, 14, 640, 4, torch.float32, True, False), **changes)
-    assert cuda.step_refusals(step, H100) == ([] if reason is None else [reason])
+    assert layout.unsupported_reasons(step, H100) == ([] if reason is None else [reason])
 
 
 # What the compiler makes of them
@@ -448,7 +448,7 @@ def test_the_kernel_checks_the_shared_memory_it_is_given() -> None:
     assert variant is not None
     wrong = replace(variant, shared_bytes=variant.shared_bytes + 8)
     with pytest.raises(RuntimeError, match="the caller computes shared memory as Layout does"):
-        nvrtc.compile_cubin(cuda_sources(), cuda.compile_options(step, wrong), "sm_90")
+        nvrtc.compile_cubin(cuda_sources(), layout.compile_options(step, wrong), "sm_90")
 
 
 def test_the_committed_table_is_complete_and_clean() -> None:
@@ -486,7 +486,7 @@ def test_the_committed_table_is_what_the_compiler_says(arch: str, tmp_path: Path
 def test_the_operator_tests_planes_compile_without_spills(backward: bool) -> None:
     for case, per_channel in product(CASES, (False, True)):
         step = Step(case.H, case.W, case.C, 0 if per_channel else case.F, torch.float32, True, backward)
-        if not cuda.step_refusals(step, H100):
+        if not layout.unsupported_reasons(step, H100):
             assert gpu_resources.cuda_row(step, H100).spill_bytes == 0, step
 
 
@@ -511,12 +511,12 @@ class FakeKernel:
         self.launched.append((blocks, *arguments))
         (self._backward if self.step.backward else self._forward)(blocks, *arguments)
 
-    def _parameters(self, B: int, logits: int, filters: int, star_relu: int) -> list[Tensor | None]:
+    def _parameters(self, B: int, logits: int, filters: int, scale: int, bias: int) -> list[Tensor | None]:
         step = self.step
         assert bool(logits) == bool(step.F)
-        assert bool(star_relu) == step.star_relu
+        assert bool(scale) == bool(bias) == step.star_relu
         assert filters % 16 == 0
-        scalars = at(star_relu, torch.float32, 2).split(1) if star_relu else (None, None)
+        scalars = [at(p, torch.float32, 1) if p else None for p in (scale, bias)]
         if not step.F:
             return [at(filters, torch.float32, step.H, step.K, step.C, 2), *scalars]
         basis = at(filters, torch.float32, step.H, step.K, step.F, 2)
@@ -525,10 +525,10 @@ class FakeKernel:
     def _run(self, suffix: str) -> Callable[..., Any]:
         return reference.KERNELS[("dynamic_filter" if self.step.F else "global_filter") + suffix]
 
-    def _forward(self, blocks: int, x: int, y: int, logits: int, filters: int, star_relu: int, B: int) -> None:
+    def _forward(self, blocks: int, x: int, y: int, logits: int, filters: int, scale: int, bias: int, B: int) -> None:
         shape = (self.step.dtype, B, self.step.H, self.step.W, self.step.C)
         assert blocks == B * self.channel_blocks
-        at(y, *shape).copy_(self._run("")(at(x, *shape), *self._parameters(B, logits, filters, star_relu)))
+        at(y, *shape).copy_(self._run("")(at(x, *shape), *self._parameters(B, logits, filters, scale, bias)))
 
     def _backward(
         self,
@@ -537,7 +537,8 @@ class FakeKernel:
         x: int,
         logits: int,
         filters: int,
-        star_relu: int,
+        scale: int,
+        bias: int,
         grad_x: int,
         grad_logits: int,
         filter_slots: int,
@@ -547,7 +548,7 @@ class FakeKernel:
     ) -> None:
         step = self.step
         tensors = [at(p, step.dtype, B, step.H, step.W, step.C) for p in (grad_y, x)]
-        parameters = self._parameters(B, logits, filters, star_relu)
+        parameters = self._parameters(B, logits, filters, scale, bias)
         names = ["x", "logits", "filters", "scale", "bias"] if step.F else ["x", "filters", "scale", "bias"]
         given = [True, *(p is not None for p in parameters)]
         gradients = self._run("_backward")(*tensors, *parameters, given)
@@ -573,13 +574,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The backend on CPU tensors, with fake kernels that run two channels a block and at most five blocks at once."""
     launched: list[tuple[int, ...]] = []
 
-    def prepare(step: Step, device: object) -> cuda._Prepared:
+    def prepare(problem: Problem) -> cuda.Loaded:
+        step = Step.of(problem)
         channel_blocks = -(-step.C // 2)
         kernel: Any = FakeKernel(step, channel_blocks, launched)
-        return cuda._Prepared(kernel, channel_blocks, resident=5, spectrum=0)
+        return cuda.Loaded(kernel, channel_blocks, resident=5, spectrum=0)
 
-    monkeypatch.setattr(cuda, "_prepare", prepare)
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(cuda, "prepare", prepare)
+    monkeypatch.setattr(cuda, "_current", nullcontext)
     return launched
 
 
@@ -621,7 +623,7 @@ def test_what_is_not_needed_is_not_asked_of_the_kernel(launched: list[tuple[int,
         assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
         ((_, *arguments, _),) = launched
         need_x, need_logits, need_basis, need_scale, need_bias = needs
-        assert [bool(p) for p in arguments[5:]] == [need_x, need_logits, need_basis, need_scale or need_bias, False]
+        assert [bool(p) for p in arguments[6:]] == [need_x, need_logits, need_basis, need_scale or need_bias, False]
 
 
 @pytest.mark.parametrize(
@@ -637,8 +639,8 @@ def test_what_is_not_needed_is_not_asked_of_the_kernel(launched: list[tuple[int,
 def test_the_backwards_blocks(
     B: int, channel_blocks: int, resident: int, per_channel: bool, expected: tuple[int, int]
 ) -> None:
-    prepared = cuda._Prepared(Any, channel_blocks, resident, 0)  # type: ignore[arg-type]
-    assert cuda._launch_size(prepared, B, per_channel) == expected
+    loaded = cuda.Loaded(Any, channel_blocks, resident, 0)  # type: ignore[arg-type]
+    assert loaded.launch_size(B, per_channel) == expected
 
 
 def test_a_wrong_tensor_never_reaches_a_kernel() -> None:
@@ -671,7 +673,7 @@ class HostDriver(FakeDriver):
 
 
 @pytest.fixture
-def on_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def on_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A chip of one multiprocessor that runs two blocks: a block of the backward has several work items."""
     require_compiler()
 
@@ -690,10 +692,12 @@ def on_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(nvrtc, "cached_cubin", compile_library)
     monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
     monkeypatch.setattr(cuda, "chip_of", lambda device: small)
-    monkeypatch.setattr(cuda, "_kernels", {})
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(cuda, "_loaded", {})
+    cuda.prepare.cache_clear()
+    monkeypatch.setattr(cuda, "_current", nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    yield
+    cuda.prepare.cache_clear()
 
 
 ON_THE_HOST = [
@@ -724,7 +728,7 @@ def test_two_half_spectra_in_turn(op: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_results_and_gradients_of_the_kernels_source(op: str, case: Case, dtype: torch.dtype) -> None:
     for backward in (False, True):
         step = Step(case.H, case.W, case.C, case.F if op.startswith("dynamic") else 0, dtype, True, backward)
-        if reasons := cuda.step_refusals(step, H100):
+        if reasons := layout.unsupported_reasons(step, H100):
             pytest.skip("; ".join(reasons))
     inputs = make_inputs(OPS[op], case, dtype, requires_grad=False)
     compare_with_reference(OPS[op], inputs, make_grad(OPS[op], inputs))
@@ -759,25 +763,26 @@ def test_an_old_chip_beside_a_new_one_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (9, 0)][device])
     monkeypatch.setattr(cuda, "chip_of", lambda device: H100)
     problem = Problem("dynamic_filter_backward", "cuda", torch.float32, (8, 14, 14, 640), 4, True)
-    assert cuda.refusals(problem) == ["compute capability is 7.5, it needs 8.0"]
-    assert cuda.refusals(problem._replace(device_index=1)) == []
-    assert cuda.refusals(problem._replace(device_index=1, filters=17)) == ["it mixes at most 16 filters, there are 17"]
-    assert cuda._step(problem) == Step(14, 14, 640, 4, torch.float32, star_relu=True, backward=True)
-
-
-def test_prepared_is_what_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem("dynamic_filter", "cuda", torch.float32, (8, 14, 14, 640), 4, True)
-    monkeypatch.setattr(cuda, "_kernels", {(cuda._step(problem), 0): None})
-    assert cuda.prepared(problem)
-    assert cuda.prepared(problem._replace(shape=(1, 14, 14, 640)))
-    assert not cuda.prepared(problem._replace(filters=5))
-    assert not cuda.prepared(problem._replace(device_index=1))
+    assert cuda.unsupported_reasons(problem) == ["compute capability is 7.5, it needs 8.0"]
+    assert cuda.unsupported_reasons(problem._replace(device_index=1)) == []
+    assert cuda.unsupported_reasons(problem._replace(device_index=1, filters=17)) == [
+        "it mixes at most 16 filters, there are 17"
+    ]
+    assert Step.of(problem) == Step(14, 14, 640, 4, torch.float32, star_relu=True, backward=True)
 
 
 def test_a_kernel_is_not_loaded_into_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="call the operator once before capturing"):
-        cuda._load(QUICK[0][0], 0)
+    """One that is loaded serves any batch size."""
+    problem = Problem("dynamic_filter", "cuda", torch.float32, (8, 14, 14, 640), 4, True)
+    monkeypatch.setattr(device, "_capturing", lambda: True)
+    monkeypatch.setattr(cuda, "_loaded", {(Step.of(problem), 0): "loaded"})
+    cuda.prepare.cache_clear()
+    for B in (8, 1):
+        assert cuda.prepare(problem._replace(shape=(B, 14, 14, 640))) == "loaded"
+    for other in (problem._replace(filters=5), problem._replace(device_index=1)):
+        with pytest.raises(RuntimeError, match=r"dynamic_filter on .* call the operator once .* before capturing"):
+            cuda.prepare(other)
+    cuda.prepare.cache_clear()
 
 
 def test_forcing_it_without_a_gpu_says_why() -> None:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,8 +23,10 @@ from conftest import require, require_backend, require_compiler
 from paths import NATIVE
 from torch import Tensor
 
+from dfformer_kernels import device as device_module
 from dfformer_kernels.backends import cpu
 from dfformer_kernels.backends.cufft import libcufft
+from dfformer_kernels.problem import KernelBuildError
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 DTYPES = [torch.float32, torch.float64]
@@ -354,9 +357,9 @@ def test_an_error_of_any_call_is_raised_and_no_plan_is_lost(
     function: str, dtype: torch.dtype, inverse: bool, fake: Fake
 ) -> None:
     name = EXECUTE[dtype, inverse] if function == "cufftExec" else function
-    fake.fail(name, 2)
+    fake.fail(name, 6)
     transform = f"{'irfft2' if inverse else 'rfft2'} of {str(dtype)[6:]} 6x10 planes, N=4, on device 0"
-    with pytest.raises(RuntimeError, match=f"^{name} returned CUFFT_ALLOC_FAILED for {transform}$"):
+    with pytest.raises(RuntimeError, match=f"^{name} returned CUFFT_EXEC_FAILED for {transform}$"):
         run_one(dtype, inverse)
     kept = 0 if CALLS[function] else 1
     assert (fake.live_plans, cpu.core().cufft_plan_count(0)) == (kept, kept)
@@ -368,6 +371,56 @@ def test_an_error_of_any_call_is_raised_and_no_plan_is_lost(
 def test_errors_have_the_names_of_cuffts_header(code: int, name: str, fake: Fake) -> None:
     fake.fail("cufftMakePlanMany64", code)
     with pytest.raises(RuntimeError, match=f"^cufftMakePlanMany64 returned {name} for rfft2"):
+        cpu.core().cufft_plan(device=0, shape=(6, 10, 4), dtype=0, inverse=False, capturing=False)
+
+
+# What a failure to make a plan is: the library's or the plan's fault, memory that is lacking, or somebody else's.
+NOT_BUILT = {7, 8, 14, 15, 16, 17, 18, 19}
+NO_MEMORY = {2, 5}
+
+
+@pytest.mark.parametrize("code", RESULTS)
+def test_a_plan_that_cannot_be_made_is_told_from_other_faults(
+    code: int, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", partial(fake.fail, "cufftMakePlanMany64", code))
+    fake.fail("cufftMakePlanMany64", code)
+    with pytest.raises(RuntimeError, match=f"returned {RESULTS[code]} for rfft2") as info:
+        run_one(torch.float32, False)
+    expected = KernelBuildError if code in NOT_BUILT else torch.OutOfMemoryError if code in NO_MEMORY else RuntimeError
+    assert type(info.value) is expected
+    assert run_one(torch.float32, False).isfinite().all()  # the backend stays
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["rfft2", "irfft2"])
+@pytest.mark.parametrize("code", NO_MEMORY)
+@pytest.mark.parametrize("function", CALLS)
+def test_a_call_that_lacks_memory_is_made_again_once_torchs_is_released(
+    function: str, code: int, inverse: bool, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for an inverse that was launched: it may have overwritten its input."""
+    name = EXECUTE[torch.float32, inverse] if function == "cufftExec" else function
+    wanted = run_one(torch.float32, inverse)
+    libcufft.clear_plans(torch.device("cpu"))
+    released: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: released.append(fake.calls(name)))
+    fake.fail(name, code)
+    if inverse and not CALLS[function]:
+        with pytest.raises(torch.OutOfMemoryError, match=f"{name} returned {RESULTS[code]}"):
+            run_one(torch.float32, inverse)
+        assert released == []
+    else:
+        assert torch.equal(run_one(torch.float32, inverse), wanted)
+        assert len(released) == 1
+    assert torch.equal(run_one(torch.float32, inverse), wanted)
+
+
+def test_memory_is_not_released_during_capture(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_one(torch.float32, False)
+    monkeypatch.setattr(device_module, "_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: pytest.fail("nothing can be freed now"))
+    fake.fail("cufftExecR2C", 2)
+    with pytest.raises(torch.OutOfMemoryError, match="cufftExecR2C returned CUFFT_ALLOC_FAILED"):
         run_one(torch.float32, False)
 
 
@@ -443,7 +496,7 @@ def test_a_captured_plan_outlives_all_others(fake: Fake) -> None:
     run_one(torch.float32, False)
     host_memory().is_capturing = True
     run_one(torch.float32, False)
-    with pytest.raises(RuntimeError, match="cannot plan while a CUDA graph is captured: run irfft2 of float32 6x10"):
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
         run_one(torch.float32, True)
     host_memory().is_capturing = False
     libcufft.clear_plans(torch.device("cpu"))

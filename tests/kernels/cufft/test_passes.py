@@ -22,10 +22,12 @@ from cases import (
 from torch import Tensor
 
 from dfformer_kernels.backends.cufft import passes as cufft
+from dfformer_kernels.problem import Problem
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 triton = pytest.importorskip("triton")
-triton_mix = pytest.importorskip("dfformer_kernels.backends.cufft.triton_kernels")
+triton_kernels = pytest.importorskip("dfformer_kernels.backends.cufft.triton_kernels")
+triton_launch = pytest.importorskip("dfformer_kernels.backends.cufft.triton_launch")
 
 pytestmark = pytest.mark.usefixtures("one_thread", "interpreted")
 ALL_OPS = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
@@ -42,7 +44,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
     from triton.runtime.jit import JITFunction
 
-    for module in (triton_mix, triton.language, triton.language.standard):
+    for module in (triton_kernels, triton.language, triton.language.standard):
         for name, function in vars(module).copy().items():
             if isinstance(function, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(function.fn))
@@ -203,7 +205,7 @@ def test_slices_of_samples_in_the_global_filters_gradient(monkeypatch: pytest.Mo
     inputs = make_inputs(op, Case(7, 4, 5, 3), torch.float32)
     grad_y = make_grad(op, inputs)
     for programs in (1, 3, 1024):
-        monkeypatch.setattr(triton_mix, "_PROGRAMS", programs)
+        monkeypatch.setattr(triton_launch, "_PROGRAMS", programs)
         assert_all_within_bound(*run(op, inputs, grad_y), expected(op, inputs, grad_y))
 
 
@@ -278,7 +280,7 @@ def test_launches_touch_what_the_model_of_traffic_says(
         return run_interpreted(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "run", run_counted)
-    monkeypatch.setattr(triton_mix, "_PROGRAMS", 1)  # one slot for the gradient of a global filter
+    monkeypatch.setattr(triton_launch, "_PROGRAMS", 1)  # one slot for the gradient of a global filter
     inputs = make_inputs(op, Case(B, 4, 16, 32, F=1), dtype, requires_grad=False)
     arguments = op.schema_order(inputs)
     if backward:
@@ -298,5 +300,6 @@ def test_launches_touch_what_the_model_of_traffic_says(
 
 def test_why_it_cannot_run_here() -> None:
     assert cufft.unavailable_reasons() == ([] if torch.cuda.is_available() else ["there is no CUDA or ROCm device"])
-    assert cufft.refusals("dynamic_filter", (2, 56, 56, 64)) == []
-    assert "B*C" in cufft.refusals("dynamic_filter", (2**16, 1, 1, 2**15))[0]
+    problem = Problem("dynamic_filter", "cuda", torch.float32, (2, 56, 56, 64), 4)
+    assert cufft.unsupported_reasons(problem) == []
+    assert "B*C" in cufft.unsupported_reasons(problem._replace(shape=(2**16, 1, 1, 2**15)))[0]

@@ -1,0 +1,245 @@
+"""How a step is laid out on a chip: threads, registers and shared memory, from the step and the chip's limits.
+
+Pure arithmetic: nothing here needs a GPU, a driver or a compiler.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from dfformer_kernels.problem import Problem
+
+STORAGE = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # the macro STORAGE
+_MOST_FILTERS = 16
+_LARGEST_PRIME = 13
+_SECTOR = 32  # bytes that device memory moves at least
+_WARP = 32
+_MOST_REGISTERS = 255  # a thread can have
+_MOST_WARPS = 16  # of a block: enough to fill a multiprocessor with two
+
+_ROW_PAIRS, _HALF_ROWS = 0, 1
+_COLUMNS_IN_REGISTERS, _COLUMNS_ROLLED = 0, 2
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What limits a kernel on a GPU. Shared memory in bytes."""
+
+    arch: str
+    multiprocessors: int
+    shared_per_block: int
+    shared_per_multiprocessor: int
+    threads_per_multiprocessor: int
+    blocks_per_multiprocessor: int
+    registers_per_multiprocessor: int = 65536
+
+    def resident_blocks(self, threads: int, registers: int, shared_bytes: int) -> int:
+        """How many blocks of ``threads`` threads with ``registers`` registers each fit one multiprocessor at once."""
+        warps = -(-threads // _WARP)
+        per_warp = -(-registers * _WARP // 256) * 256  # handed out by the 256, from one of four files
+        most_warps = self.registers_per_multiprocessor // 4 // per_warp * 4
+        return min(
+            self.blocks_per_multiprocessor,
+            self.threads_per_multiprocessor // (warps * _WARP),
+            most_warps // warps,
+            self.shared_per_multiprocessor // (shared_bytes + 1024),  # 1 KiB of each block is the system's
+        )
+
+
+# One chip of each kind, for compiling and checking without one. From NVIDIA's tables of compute capabilities.
+CHIPS = {
+    chip.arch: chip
+    for chip in (
+        Chip("sm_80", 108, 163 << 10, 164 << 10, 2048, 32),  # A100
+        Chip("sm_86", 82, 99 << 10, 100 << 10, 1536, 16),  # RTX 3090
+        Chip("sm_89", 128, 99 << 10, 100 << 10, 1536, 24),  # RTX 4090
+        Chip("sm_90", 132, 227 << 10, 228 << 10, 2048, 32),  # H100
+        Chip("sm_100", 148, 227 << 10, 228 << 10, 2048, 32),  # B200
+        Chip("sm_120", 170, 99 << 10, 100 << 10, 1536, 24),  # RTX 5090
+    )
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a kernel computes: a step or its backward on (B,H,W,C) of ``dtype``; F = 0 is the global filter."""
+
+    H: int
+    W: int
+    C: int
+    F: int
+    dtype: torch.dtype
+    star_relu: bool
+    backward: bool
+
+    @staticmethod
+    def of(problem: Problem) -> "Step":
+        _, H, W, C = problem.shape
+        backward = problem.op.endswith("_backward")
+        return Step(H, W, C, problem.filters, problem.dtype, problem.star_relu, backward)
+
+    @property
+    def K(self) -> int:  # noqa: N802
+        return self.W // 2 + 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a kernel does it; see `choose_variant`."""
+
+    rows: int
+    columns: int
+    lanes: int
+    threads: int
+    planes: int  # half spectra of each lane in shared memory
+    min_blocks: int
+    shared_bytes: int
+
+
+def choose_variant(step: Step, chip: Chip) -> Variant | None:
+    """How ``step`` is laid out on ``chip``; None if it does not fit.
+
+    ``lanes`` channels of a sample are a block's work: enough to fill sectors of device memory and, on small planes,
+    four warps. Half as many, and again, until two blocks fit a multiprocessor, so that one computes while the other
+    waits for memory. Where that never happens, the most lanes of which one block fits. Backward has two half spectra
+    in shared memory or, where those of two lanes do not fit, takes them in turn.
+    """
+    wanted = max(_SECTOR // step.dtype.itemsize, 4 * _WARP // _workers(step))
+    most = max(min(_power_of_two(wanted), _power_of_two(step.C), _WARP), 2)
+    for planes in (2, 1) if step.backward else (1,):
+        variants = [_variant(step, chip, lanes, planes) for lanes in (32, 16, 8, 4, 2) if lanes <= most]
+        fitting = [variant for variant in variants if variant is not None]
+        if fitting:
+            return next((variant for variant in fitting if variant.min_blocks >= 2), fitting[0])
+    return None
+
+
+def _variant(step: Step, chip: Chip, lanes: int, planes: int) -> Variant | None:
+    rows, columns = _rows(step), _columns(step)
+    registers = _registers(step, rows, columns)
+    threads = _threads(step, lanes, registers)
+    shared_bytes = _shared_bytes(step, rows, lanes, threads, planes)
+    if registers > _MOST_REGISTERS or shared_bytes > chip.shared_per_block:
+        return None
+    min_blocks = chip.resident_blocks(threads, registers, shared_bytes)
+    return Variant(rows, columns, lanes, threads, planes, min_blocks, shared_bytes) if min_blocks else None
+
+
+def _threads(step: Step, lanes: int, registers: int) -> int:
+    """Whole warps, and of every lane as many, since lanes divide a warp; no more than have registers."""
+    most_warps = _MOST_WARPS if registers <= 128 else _MOST_WARPS // 2
+    return min(-(-_workers(step) * lanes // _WARP), most_warps) * _WARP
+
+
+def _rows(step: Step) -> int:
+    """An even row as a complex row of half the length; two odd rows as one complex row."""
+    return _HALF_ROWS if step.W % 2 == 0 else _ROW_PAIRS
+
+
+def _workers(step: Step) -> int:
+    """Threads of a lane: one a column, or one for every two items of the rows' phases."""
+    row_items = step.H if _rows(step) == _HALF_ROWS else -(-step.H // 2)
+    return max(step.K, -(-row_items // 2))
+
+
+def _columns(step: Step) -> int:
+    """Short columns and those without two factors in registers, others in loops over the factors: fewest registers."""
+    return _COLUMNS_ROLLED if step.H > 8 and _second_factor(step.H) > 1 else _COLUMNS_IN_REGISTERS
+
+
+def _registers(step: Step, rows: int, columns: int) -> int:
+    """What a thread needs so that nothing spills: fitted to what the compiler reports.
+
+    It makes do with what there is in backward rows of up to 80 points.
+    """
+    N2 = step.H if columns == _COLUMNS_IN_REGISTERS else _second_factor(step.H)
+    row = step.W // 2 if rows == _HALF_ROWS else step.W
+    if step.backward:
+        for_row = min(3 * row + 70, _MOST_REGISTERS) if row <= 80 else 3 * row + 70
+        return max(for_row, 7 * N2 + 6 * step.F + 16, 4 * (step.H // N2) + 40)
+    addresses = row + 16 if step.C % 2 else 0  # of pixels, which an even number of channels lets it add to one base
+    return max(2 * row + 40 + addresses, 5 * N2 + 4 * step.F + 20, 4 * (step.H // N2) + 30)
+
+
+def _shared_bytes(step: Step, rows: int, lanes: int, threads: int, planes: int) -> int:
+    """As `Layout` in dynamic_filter.inl computes it, where it is explained."""
+    K = step.K
+    narrow_padding = lanes * (1 - K % 2) if rows == _HALF_ROWS else lanes // 2
+    row_stride = K * lanes + (narrow_padding if lanes < 16 else 0)
+    if not step.backward:
+        return 8 * step.H * row_stride
+    sums = max(step.F, 2 if step.star_relu else 0)
+    return planes * 8 * step.H * row_stride + 4 * (step.F * lanes + sums * threads)
+
+
+def _second_factor(H: int) -> int:
+    """As in dynamic_filter.inl."""
+    pairs = [(H // n, n) for n in range(2, H + 1) if H % n == 0 and n * n <= H]
+    coprime = [n for m, n in pairs if math.gcd(m, n) == 1 and m <= 16]
+    return max(coprime or [n for _, n in pairs], default=1)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def compile_options(step: Step, variant: Variant) -> list[str]:
+    """What specialises csrc/cuda/dynamic_filter.cu."""
+    macros = {
+        "DIRECTION": int(step.backward),
+        "PLANE_H": step.H,
+        "PLANE_W": step.W,
+        "CHANNELS": step.C,
+        "FILTERS": step.F,
+        "STORAGE": STORAGE[step.dtype],
+        "STAR_RELU": int(step.star_relu),
+        "ROWS": variant.rows,
+        "COLUMNS": variant.columns,
+        "LANES": variant.lanes,
+        "THREADS": variant.threads,
+        "PLANES": variant.planes,
+        "MIN_BLOCKS": variant.min_blocks,
+        "SHARED_BYTES": variant.shared_bytes,
+    }
+    return ["-default-device", "-std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
+
+
+def unsupported_reasons(step: Step, chip: Chip) -> list[str]:
+    """Why no kernel on ``chip`` computes ``step``; empty if `choose_variant` finds a layout."""
+    reasons = []
+    if step.dtype not in STORAGE:
+        reasons.append(f"it computes in float32, x is {str(step.dtype).removeprefix('torch.')}")
+    if step.F > _MOST_FILTERS:
+        reasons.append(f"it mixes at most {_MOST_FILTERS} filters, there are {step.F}")
+    for side, length in (("H", step.H), ("W", step.W)):
+        if _largest_prime_factor(length) > _LARGEST_PRIME:
+            reasons.append(f"{side} = {length} has a prime factor above {_LARGEST_PRIME}")
+    if step.H * step.W * step.C >= 2**31:
+        reasons.append("a sample has 2^31 elements or more")
+    return reasons or _no_room(step, chip)
+
+
+def _no_room(step: Step, chip: Chip) -> list[str]:
+    """What of a chip has no room for ``step``; empty where `choose_variant` finds a layout."""
+    reasons, rows = [], _rows(step)
+    registers = _registers(step, rows, _columns(step))
+    if registers > _MOST_REGISTERS:
+        reasons.append(f"rows of W = {step.W} do not fit the {_MOST_REGISTERS} registers of a thread")
+    if _shared_bytes(step, rows, 2, _threads(step, 2, registers), 1) > chip.shared_per_block:
+        reasons.append(
+            f"half spectra of two channels of {step.H}x{step.W} planes do not fit the "
+            f"{chip.shared_per_block >> 10} KiB of shared memory that a block has on {chip.arch}"
+        )
+    return reasons
+
+
+def _largest_prime_factor(n: int) -> int:
+    factor = 2
+    while factor * factor <= n:
+        if n % factor:
+            factor += 1
+        else:
+            n //= factor
+    return n

@@ -1,0 +1,197 @@
+"""Launches of the Triton kernels on torch's tensors: tiles, grids, slots of sums, and what is compiled when."""
+
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dfformer_kernels.backends.cufft import triton_kernels as kernels
+from dfformer_kernels.device import Prepared, with_memory_released
+from dfformer_kernels.problem import KernelBuildError
+
+_PLANE_TILE = 2048  # elements of a program
+_SPECTRUM_TILE = {4: 1024, 8: 256}  # by bytes of an element: the most that spill nothing
+_WIDTH = 128  # columns of a tile, where there are as many
+_HEIGHT = 64  # most rows of a spectrum's tile: long sums in float32 would lose digits
+_WARPS = 8  # of a program: half as many registers as with Triton's 4, and no spills
+_PROGRAMS = 1024  # enough to occupy any GPU
+
+_prepared = Prepared()
+# What compiling and loading raise: in Triton's own code, in LLVM and ptxas, and for want of a C compiler.
+_UNBUILDABLE = (
+    *(triton.TritonError, subprocess.SubprocessError),
+    *(RuntimeError, ValueError, AssertionError, OSError, ImportError),
+)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = _WARPS) -> None:
+    """``kernel[grid](*args)`` on the current stream of args' device, which is the current device.
+
+    Raises KernelBuildError where it cannot be compiled or loaded, torch.OutOfMemoryError where the driver lacks memory
+    for it, RuntimeError where it has yet to be compiled or loaded during capture.
+    """
+    # All that Triton may specialise a kernel on, and more: any value of an integer.
+    key = (kernel.__name__, *(_kind(a) if isinstance(a, Tensor) else a for a in args))
+    if new := _prepared.is_new(key, f"a variant of the Triton kernel {kernel.__name__}"):
+        _build(kernel, grid, args, warps)
+    kernel[grid](*args, num_warps=warps)
+    if new:
+        _prepared.add(key)
+
+
+def _kind(t: Tensor) -> tuple[Any, ...]:
+    return t.device, t.dtype, t.data_ptr() % 16, t.untyped_storage().nbytes() < 2**31
+
+
+def _build(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], warps: int) -> None:
+    try:
+        compiled = kernel.warmup(*args, grid=grid, num_warps=warps)
+        if compiled is not None:  # by Triton's interpreter
+            with_memory_released(lambda: _load(compiled))
+    except _UNBUILDABLE as error:
+        if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or _of_driver(error):
+            raise
+        raise KernelBuildError(f"Triton's {kernel.__name__}: {type(error).__name__}: {error}") from error
+
+
+def _load(compiled: Any) -> None:
+    try:
+        compiled[1, 1, 1]  # ready to be launched on a grid
+    except RuntimeError as error:
+        if _of_driver(error) and "out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
+
+
+def _of_driver(error: BaseException) -> bool:
+    """Whether Triton reports what the driver returned."""
+    return str(error).startswith("Triton Error [")
+
+
+def activate(x: Tensor, y: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """``y = scale * relu(x)^2 + bias``, or ``y = x`` where scale and bias are None; returns y.
+
+    ``x`` and ``y`` are (B,R,C) with any strides, each of any of the four dtypes; ``scale``, ``bias`` one element.
+    """
+    B, rows, C = x.shape
+    tile, grid = _tiles(rows, B * C, _PLANE_TILE, _PLANE_TILE)
+    _launch(
+        kernels.activate_kernel, grid, x, y, scale, bias, rows, B * C, C, *x.stride(), *y.stride(), _compute(x), *tile
+    )
+    return y
+
+
+def activate_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    """``grad_x = 2 scale relu(x) grad_y``, ``grad_scale = sum(relu(x)^2 grad_y)``, ``grad_bias = sum(grad_y)``.
+
+    ``grad_y`` and ``x`` are (B,R,C) with any strides. Returns those of (x, scale, bias) that ``needs`` asks for.
+    """
+    B, rows, C = x.shape
+    need_x, *need_scalars = needs
+    tile, grid = _tiles(rows, B * C, _PLANE_TILE, _PLANE_TILE)
+    grad_x = torch.empty((B, rows, C), dtype=x.dtype, device=x.device) if need_x else None
+    slots = torch.empty((grid[0], 2), dtype=torch.float64, device=x.device) if any(need_scalars) else None
+    strides = (*grad_y.stride(), *x.stride(), *(grad_x if grad_x is not None else x).stride())
+    arguments = (grad_y, x, scale, grad_x, slots, rows, B * C, C, *strides, _compute(x), *tile)
+    _launch(kernels.activate_backward_kernel, grid, *arguments)
+    gradients = [] if grad_x is None else [grad_x]
+    if slots is not None:
+        sums = slots.sum(0)
+        pairs = zip((scale, bias), sums, need_scalars, strict=True)
+        gradients += [total.to(t.dtype).reshape(t.shape) for t, total, need in pairs if need]
+    return gradients
+
+
+def mix(X: Tensor, W: int, logits: Tensor | None, filters: Tensor) -> None:
+    """``X *= M / (HW)`` in place; ``M = softmax(logits) @ filters``, or filters where logits is None.
+
+    ``X`` is (S,H,K,width,2) with S width = B*C, ``logits`` (B,F,C) with any strides and dtype, ``filters`` the
+    contiguous basis (H,K,F,2) or weight (H,K,C,2).
+    """
+    S, H, K, width, _ = X.shape
+    N = S * width
+    tile, grid = _spectrum_tiles(X, N)
+    if logits is None:
+        _launch(
+            kernels.global_mix_kernel, grid, X, filters, H, W, H * K, N, filters.shape[2], width, _compute(X), *tile
+        )
+        return
+    _, F, C = logits.shape
+    strides = logits.stride()
+    _launch(kernels.mix_kernel, grid, X, logits, filters, H, W, H * K, N, C, width, *strides, F, _compute(X), *tile)
+
+
+def mix_backward(
+    G: Tensor, X: Tensor | None, W: int, logits: Tensor, basis: Tensor, needs: Sequence[bool]
+) -> list[Tensor]:
+    """``G *= conj(M) / (HW)`` in place, and the gradients of logits and basis from the G before and X.
+
+    ``G`` and ``X`` are (S,H,K,width,2) with S width = B*C. ``needs`` is for (G, logits, basis); X may be None where
+    only G is wanted. Returns the two others that are.
+    """
+    S, H, K, width, _ = G.shape
+    N = S * width
+    _, F, C = logits.shape
+    need_G, need_logits, need_basis = needs
+    tile, grid = _spectrum_tiles(G, N)
+    r_slots = _empty(G, triton.cdiv(H * K, tile[0]), F, N) if need_logits else None
+    basis_slots = _empty(G, triton.cdiv(N, tile[1]), H, K, F, 2) if need_basis else None
+    arguments = (H, W, H * K, N, C, width, *logits.stride(), F, need_G, _compute(G), *tile)
+    _launch(kernels.mix_backward_kernel, grid, G, X, logits, basis, r_slots, basis_slots, *arguments)
+    gradients = []
+    if r_slots is not None:
+        grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        strides = (*logits.stride(), *grad_logits.stride())
+        grid = (triton.cdiv(N, _WIDTH),)
+        grad_r = r_slots.sum(0, dtype=torch.float64)  # of which softmax's gradient takes small differences
+        arguments = (grad_r, logits, grad_logits, N, C, *strides, F, tl.float64, _WIDTH)
+        _launch(kernels.softmax_backward_kernel, grid, *arguments, warps=4)
+        gradients.append(grad_logits)
+    if basis_slots is not None:
+        gradients.append(basis_slots.sum(0))
+    return gradients
+
+
+def global_mix_backward(G: Tensor, X: Tensor | None, W: int, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    """``G *= conj(weight) / (HW)`` in place, and weight's gradient from the G before and X.
+
+    ``G`` and ``X`` are (S,H,K,width,2) with S width = B*C. ``needs`` is for (G, weight); X may be None where only G
+    is wanted. Returns weight's gradient if it is.
+    """
+    S, H, K, width, _ = G.shape
+    C = weight.shape[2]
+    B = S * width // C
+    need_G, need_weight = needs
+    tile, (tiles,) = _spectrum_tiles(G, C)
+    samples = triton.cdiv(B, min(B, triton.cdiv(_PROGRAMS, tiles), 65535))
+    slices = triton.cdiv(B, samples)
+    slots = _empty(G, slices, H, K, C, 2) if need_weight else None
+    arguments = (G, X, weight, slots, H, W, H * K, B, C, width, samples, need_G, _compute(G), *tile)
+    _launch(kernels.global_mix_backward_kernel, (tiles, slices), *arguments)
+    return [] if slots is None else [slots.sum(0)]
+
+
+def _spectrum_tiles(spectrum: Tensor, columns: int) -> tuple[tuple[int, int], tuple[int]]:
+    _, H, K, _, _ = spectrum.shape
+    return _tiles(H * K, columns, _SPECTRUM_TILE[spectrum.element_size()], _HEIGHT)
+
+
+def _tiles(rows: int, N: int, elements: int, most_rows: int) -> tuple[tuple[int, int], tuple[int]]:
+    """(rows, columns) of a tile, and the grid; they depend on the problem only, and with them the order of sums."""
+    columns = min(triton.next_power_of_2(N), _WIDTH)
+    height = min(triton.next_power_of_2(rows), elements // columns, most_rows)
+    return (height, columns), (triton.cdiv(rows, height) * triton.cdiv(N, columns),)
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Memory for sums: of the dtype that arithmetic on ``like`` is done in."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _compute(t: Tensor) -> tl.dtype:
+    return tl.float64 if t.dtype == torch.float64 else tl.float32

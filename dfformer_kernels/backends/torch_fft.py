@@ -1,0 +1,36 @@
+"""The ``torch`` backend: the reference expression on torch.fft, on any device.
+
+On a GPU torch.fft plans what it has not transformed before, which a CUDA graph cannot capture.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from dfformer_kernels import reference
+from dfformer_kernels.device import Prepared
+
+_ran = Prepared()
+
+
+def run(kernel: Callable[..., Any], name: str, *args: Any) -> Any:
+    """``kernel(*args)``; RuntimeError where it would have to plan during capture."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if not any(t.is_cuda for t in tensors):
+        return kernel(*args)
+    # Strides are part of a plan, and a tensor that is asked for is a transform more.
+    layouts = tuple((t.device, t.dtype, t.shape, t.stride()) for t in tensors)
+    others = tuple(tuple(a) if isinstance(a, list) else a for a in args if not isinstance(a, Tensor))
+    key = (name, layouts, others)
+    new = _ran.is_new(key, f"{name} on torch.fft")
+    result = kernel(*args)
+    if new:
+        _ran.add(key)
+    return result
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    name: partial(run, kernel, name) for name, kernel in reference.KERNELS.items()
+}

@@ -1,17 +1,18 @@
 """Checkpoints: official ``.pth`` and ``.safetensors`` in, ``.safetensors`` out, never a free unpickle.
 
 A file written by `save_checkpoint` also says what model it is for, so that `load_model` (and ``dfformer predict``) can
-rebuild it without being told.
+rebuild it without being told. Nothing in a file is trusted: docs/security.md says what that means.
 """
 
 import argparse
 import json
-import os
 import pickle
-from collections.abc import Iterator
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import safetensors.torch
 import timm
@@ -19,53 +20,56 @@ import torch
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from dfformer.models.spectral import SpectralFilter
+from dfformer.models.metadata import is_ours, read_metadata, write_metadata
+from dfformer.models.mismatch import Mismatch, causes, compare
+from dfformer.utils.io import replacing
 
 # Where training scripts keep the weights inside a checkpoint, the averaged ones first.
 _NESTED_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _METADATA_KEY = "dfformer"
+# Numbers by which a model may exceed its file, for filters of larger images: 1 GiB in float32.
+_MOST_GROWTH = 2**28
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, or does not fit the model."""
 
 
-class Mismatch(NamedTuple):
-    """How a state dict differs from a model: names, and for ``wrong_shape`` also both shapes."""
-
-    missing: list[str]
-    unexpected: list[str]
-    wrong_shape: dict[str, str]
-    reinitialised: list[str]  # the classifier, when the number of classes differs
-
-    def __str__(self) -> str:
-        parts = {
-            "missing": self.missing,
-            "unexpected": self.unexpected,
-            "wrongly shaped": [f"{name} ({shapes})" for name, shapes in self.wrong_shape.items()],
-        }
-        return "\n".join(f"{title} ({len(names)}): {', '.join(names)}" for title, names in parts.items() if names)
-
-
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict of a checkpoint file and what `save_checkpoint` said about the model ({} for other files).
 
-    ``.pth`` files are read with ``weights_only=True``. DDP's and torch.compile's name prefixes are removed.
+    ``.pth`` files are read with ``weights_only=True``. DDP's and torch.compile's name prefixes are removed. What the
+    file says has passed `dfformer.models.metadata.check_metadata`.
 
     Raises:
-        FileNotFoundError; CheckpointError: truncated, unsafe, or no state dict in it.
+        FileNotFoundError; CheckpointError: truncated, unsafe, no state dict in it, or it says what it must not.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: {path} does not exist")
+        raise FileNotFoundError(f"checkpoint: {path} does not exist or is not a file")
     content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (read_pickle(path), {})
     if isinstance(content, dict):
         nested = next((content[key] for key in _NESTED_KEYS if isinstance(content.get(key), dict)), None)
         content = content if nested is None else nested
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not content or not all(map(_is_named_tensor, content.items())):
         raise CheckpointError(f"{path}: holds no state dict (a mapping of names to tensors, or one under a key of "
                               f"{', '.join(_NESTED_KEYS)})")  # fmt: skip
+    for name, tensor in content.items():
+        _check_stored(path, name, tensor)
     return clean_state_dict(content), metadata
+
+
+def _is_named_tensor(entry: tuple[Any, Any]) -> bool:
+    return isinstance(entry[0], str) and isinstance(entry[1], Tensor)
+
+
+def _check_stored(path: Path, name: str, tensor: Tensor) -> None:
+    """A file of a few bytes must not become a tensor of gigabytes."""
+    dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{path}: {name!r} is not a dense tensor whose numbers are all in the file")
 
 
 def read_task(path: str | Path) -> str:
@@ -91,7 +95,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
         What did not match.
 
     Raises:
-        CheckpointError: the file cannot be read, or (strict) names every missing, unexpected and wrongly shaped tensor.
+        CheckpointError: the file cannot be read, or (strict) does not fit: the likely cause, and up to ten names each
+            of missing, unexpected and wrongly shaped tensors.
     """
     state_dict, _ = read_checkpoint(path)
     return load_state(model, state_dict, path, strict)
@@ -99,44 +104,41 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
 
 def load_state(model: nn.Module, state_dict: dict[str, Tensor], path: str | Path, strict: bool = True) -> Mismatch:
     """`load_checkpoint` of what was read from ``path`` before."""
-    mismatch = compare(model, state_dict)
-    if strict and (mismatch.missing or mismatch.unexpected or mismatch.wrong_shape):
-        raise CheckpointError(f"{path} does not fit this {type(model).__name__}:\n{mismatch}")
+    mismatch = must_fit(model, state_dict, path) if strict else compare(model, state_dict)
     left_out = {*mismatch.wrong_shape, *mismatch.reinitialised}
     model.load_state_dict({name: t for name, t in state_dict.items() if name not in left_out}, strict=False)
     return mismatch
 
 
-def compare(model: nn.Module, state_dict: dict[str, Tensor]) -> Mismatch:
-    """How ``state_dict`` differs from ``model``, by the rules of `load_checkpoint`."""
-    own = model.state_dict()
-    filters = {
-        f"{prefix}.complex_weights".lstrip("."): module
-        for prefix, module in model.named_modules()
-        if isinstance(module, SpectralFilter)
-    }
-    wrong = {
-        name
-        for name in own.keys() & state_dict.keys()
-        if own[name].shape != state_dict[name].shape
-        and not (name in filters and filters[name].accepts(state_dict[name]))
-    }
-    classifier = getattr(model, "pretrained_cfg", {}).get("classifier", "head.fc2")
-    reinitialised = {f"{classifier}.weight", f"{classifier}.bias"}
-    if (
-        not reinitialised <= wrong
-        or own[f"{classifier}.weight"].shape[1] != state_dict[f"{classifier}.weight"].shape[1]
-    ):
-        reinitialised = set()
-    return Mismatch(
-        missing=sorted(own.keys() - state_dict.keys()),
-        unexpected=sorted(state_dict.keys() - own.keys()),
-        wrong_shape={
-            name: f"checkpoint {tuple(state_dict[name].shape)}, model {tuple(own[name].shape)}"
-            for name in sorted(wrong - reinitialised)
-        },
-        reinitialised=sorted(reinitialised),
-    )
+def must_fit(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> Mismatch:
+    """Raises CheckpointError unless a state dict read from ``path`` can be loaded strictly; loads nothing."""
+    mismatch = compare(model, state_dict)
+    if mismatch.missing or mismatch.unexpected or mismatch.wrong_shape:
+        cause = "".join(f" {cause};" for cause in causes(model.state_dict(), state_dict))
+        raise CheckpointError(f"{path} does not fit this {type(model).__name__}:{cause}\n{mismatch}")
+    return mismatch
+
+
+def build_and_load(build: Callable[[], Model], state_dict: dict[str, Tensor], path: str | Path) -> Model:
+    """The model that ``build`` creates, with the weights read from ``path``, in eval mode.
+
+    It is first built without memory, on the meta device: a file that describes a model other than its weights', or one
+    far larger, is refused before anything is allocated.
+    """
+    try:
+        with torch.device("meta"):
+            outline = build()
+    except (CheckpointError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # whatever a library makes of arguments that do not go together
+        raise CheckpointError(f"{path}: its model cannot be built: {_reason(error)}") from error
+    must_fit(outline, state_dict, path)
+    numbers = sum(tensor.numel() for tensor in outline.state_dict().values())
+    if numbers > sum(tensor.numel() for tensor in state_dict.values()) + _MOST_GROWTH:
+        raise CheckpointError(f"{path}: img_size: the model would have {numbers} numbers, far more than the file")
+    model = build()
+    load_state(model, state_dict, path)
+    return model.eval()
 
 
 def save_checkpoint(
@@ -151,19 +153,23 @@ def save_checkpoint(
 ) -> None:
     """Writes ``model`` as ``.safetensors``, atomically, with what `load_model` needs to rebuild it.
 
+    The same content gives the same bytes.
+
     Args:
         model: or its state dict.
         architecture: its name for ``timm.create_model``.
         model_args: the other arguments it was created with (JSON types).
         classes: names of the classes.
-        data: entries for timm's pretrained_cfg: input_size, mean, std, interpolation, crop_pct.
+        data: entries for timm's pretrained_cfg: input_size, mean, std, interpolation, crop_pct, crop_mode.
         task: what it was trained for, see `dfformer.tasks.table`.
         more: what else the task needs to rebuild it (JSON types).
+
+    Raises:
+        ValueError: names an argument that `read_checkpoint` would not take back.
     """
     metadata = {"architecture": architecture, "model_args": model_args or {}, "classes": classes, "data": data or {}}
-    metadata |= {"task": task, **more}
     state_dict = model.state_dict() if isinstance(model, nn.Module) else model
-    _write_safetensors(state_dict, path, {_METADATA_KEY: json.dumps(metadata)})
+    _write_safetensors(state_dict, path, write_metadata(metadata | {"task": task, **more}))
 
 
 def load_model(
@@ -173,21 +179,38 @@ def load_model(
 
     Args:
         path: see `read_checkpoint`.
-        architecture: name for ``timm.create_model``; required unless the file was written by `save_checkpoint`.
-        model_args: override the arguments the file records, e.g. ``img_size``.
+        architecture: name for ``timm.create_model``; required unless the file was written by `save_checkpoint` for a
+            model of this package: a file does not choose among the models of others.
+        model_args: override the arguments the file records, e.g. ``img_size``. They are passed on as they are.
     """
     state_dict, metadata = read_checkpoint(path)
     if metadata.get("task", "classify") != "classify":
         raise CheckpointError(f"{path}: is a model for the task {metadata['task']}, not a classifier")
-    architecture = architecture or metadata.get("architecture")
-    if architecture is None:
-        raise CheckpointError(f"{path}: does not say which model it is for; pass the architecture, e.g. dfformer_s18")
+    name = architecture or own_architecture(path, metadata)
     arguments = {**metadata.get("model_args", {}), **model_args}
     if "num_classes" not in arguments and "head.fc2.weight" in state_dict:
         arguments["num_classes"] = state_dict["head.fc2.weight"].shape[0]
-    model = timm.create_model(architecture, pretrained_cfg_overlay=metadata.get("data", {}), **arguments)
-    load_state(model, state_dict, path)
-    return model.eval(), metadata.get("classes")
+    data = metadata.get("data", {})
+    model: Any = build_and_load(
+        lambda: timm.create_model(name, pretrained_cfg_overlay=data, **arguments), state_dict, path
+    )
+    classes = metadata.get("classes")
+    if classes and "num_classes" not in model_args and len(classes) != model.num_classes:
+        raise CheckpointError(f"{path}: classes: got {len(classes)} names, the model has {model.num_classes} classes")
+    return model, classes
+
+
+def own_architecture(path: str | Path, metadata: Mapping[str, Any]) -> str:
+    """The model of this package that a checkpoint says it is for; CheckpointError if it does not."""
+    name = metadata.get("architecture")
+    if name is None:
+        raise CheckpointError(f"{path}: does not say which model it is for; pass the architecture, e.g. dfformer_s18")
+    if not is_ours(name):
+        raise CheckpointError(
+            f"{path}: architecture: got {name!r}, which is not one of dfformer's models; if the file may choose it, "
+            f"pass it: --model {name}, or architecture={name!r}"
+        )
+    return str(name)
 
 
 def convert(source: str | Path, target: str | Path) -> int:
@@ -195,36 +218,52 @@ def convert(source: str | Path, target: str | Path) -> int:
     if Path(target).suffix != ".safetensors":
         raise ValueError(f"target: got {target}, accepted is a name ending in .safetensors")
     state_dict, metadata = read_checkpoint(source)
-    _write_safetensors(state_dict, target, {_METADATA_KEY: json.dumps(metadata)} if metadata else {})
+    _write_safetensors(state_dict, target, write_metadata(metadata) if metadata else None)
     return len(state_dict)
 
 
 def read_pickle(path: Path) -> Any:
     """The content of a ``.pth`` or ``.pt`` file, read with ``weights_only=True``; CheckpointError if that fails."""
+    _refuse_bomb(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script stores its arguments
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        try:
-            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except (RuntimeError, OSError, ValueError, pickle.UnpicklingError):
-            unsafe = []
+    except Exception as error:  # damaged pickles raise anything
+        unsafe = _unsafe_globals(path) if isinstance(error, pickle.UnpicklingError) else []
         if unsafe:
             raise CheckpointError(
                 f"{path}: refused, because loading it would run code: it refers to {', '.join(unsafe)}"
             ) from error
-        raise CheckpointError(f"{path}: is not a checkpoint ({_first_line(error)})") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: is truncated or not a checkpoint ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: is truncated or not a checkpoint ({_reason(error)})") from error
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # as above, and of formats it does not know
+        return []
+
+
+def _refuse_bomb(path: Path) -> None:
+    """torch.save does not compress. What does may unpack to any size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except Exception:  # not a zip file, or one torch will not like either
+        return
+    if unpacked > path.stat().st_size:
+        raise CheckpointError(f"{path}: is compressed, {unpacked} bytes from {path.stat().st_size}: not a checkpoint")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, _metadata(file)  # noqa: SIM118 (not a mapping)
+        metadata = _metadata(file)
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
 
 
 def _metadata(file: Any) -> dict[str, Any]:
-    return json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+    text = (file.metadata() or {}).get(_METADATA_KEY)
+    return {} if text is None else read_metadata(text)
 
 
 @contextmanager
@@ -232,24 +271,41 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             yield file
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: is truncated or not a safetensors file ({_first_line(error)})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # of its format, its tensors' types, the disk
+        raise CheckpointError(f"{path}: is truncated or not a safetensors file ({_reason(error)})") from error
 
 
-def _write_safetensors(state_dict: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in state_dict.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        safetensors.torch.save_file(tensors, temporary, {"format": "pt", **metadata})
-        temporary.chmod(mode)  # that of other new files: safetensors makes them their owner's alone
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write_safetensors(state_dict: dict[str, Tensor], path: str | Path, metadata: str | None) -> None:
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in state_dict.items()
+    }
+    with replacing(path) as temporary:
+        about = {"format": "pt"} if metadata is None else {_METADATA_KEY: metadata, "format": "pt"}
+        safetensors.torch.save_file(tensors, temporary, about)
+        _sort_header(temporary)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _sort_header(path: Path) -> None:
+    """safetensors writes metadata in an order of chance; the same checkpoint shall be the same bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(content) > size:
+            raise AssertionError("a header in another order is not longer")
+        file.seek(8)
+        file.write(content.ljust(size))
+
+
+def _reason(error: BaseException) -> str:
+    """An error of a library in one line, without its advice to load the file without protection."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = next((line for line in lines if line and not _ADVICE.search(line)), "")
+    return f"{type(error).__name__}: {told}"[:300].removesuffix(": ")
+
+
+_ADVICE = re.compile(r"weights_only|safe_globals|re-?running|torch\.load|trusted|arbitrary code", re.IGNORECASE)

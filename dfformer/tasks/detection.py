@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 
 from dfformer.data import images as image_data
 from dfformer.data.boxes import Prepared, Target, check_same_categories, collate, open_boxed
-from dfformer.models.checkpoint import CheckpointError, load_state, read_checkpoint
+from dfformer.models.checkpoint import CheckpointError, build_and_load, read_checkpoint
 from dfformer.tasks.base import DenseTask, Place
 from dfformer.tasks.evaluate import Timed, progress, write_csv
 from dfformer.tasks.predict import Files, OnError, Prediction, check_names, predict_files
@@ -132,18 +132,14 @@ def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
     state_dict, about = read_checkpoint(path)
     if about.get("task") != "detect":
         raise CheckpointError(f"{path}: is not of detection, or does not say so")
-    pixels = about["data"]
-    model = Detector(
-        about["architecture"],
-        about["model_args"],
-        len(about["classes"]),
-        pixels["input_size"][1:],
-        pixels["mean"],
-        pixels["std"],
-        **about["detector"],
-    )
-    load_state(model, state_dict, path)
-    return model.eval(), about
+    encoder, pixels = about["architecture"], about["data"]
+
+    def build() -> Detector:
+        size, classes = pixels["input_size"][1:], len(about["classes"])
+        mean, std = pixels["mean"], pixels["std"]
+        return Detector(encoder, about["model_args"], classes, size, mean, std, **about["detector"])
+
+    return build_and_load(build, state_dict, path), about
 
 
 def _on(device: torch.device, images: list[Tensor]) -> list[Tensor]:

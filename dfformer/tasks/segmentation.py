@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from dfformer.data import images as image_data
 from dfformer.data.masks import IGNORED, Masked, Pair, Prepared, TrainingView, WholeView, all_ignored, open_masked
-from dfformer.models.checkpoint import CheckpointError, load_state, read_checkpoint
+from dfformer.models.checkpoint import CheckpointError, build_and_load, read_checkpoint
 from dfformer.tasks.base import DenseTask, Place
 from dfformer.tasks.evaluate import Pixels, Timed, progress, write_csv
 from dfformer.tasks.predict import Files, OnError, Prediction, check_names, predict_files
@@ -71,9 +71,9 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, dict[str, Any]]:
     state_dict, about = read_checkpoint(path)
     if about.get("task") != "segment":
         raise CheckpointError(f"{path}: is not of segmentation, or does not say so")
-    model = Segmenter(about["architecture"], about["model_args"], len(about["classes"]), about["decoder"])
-    load_state(model, state_dict, path)
-    return model.eval(), about
+    encoder, classes = about["architecture"], len(about["classes"])
+    model = build_and_load(lambda: Segmenter(encoder, about["model_args"], classes, about["decoder"]), state_dict, path)
+    return model, about
 
 
 def segment(model: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:

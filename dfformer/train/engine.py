@@ -35,8 +35,9 @@ from dfformer.tasks.evaluate import autocast
 from dfformer.tasks.table import task_part
 from dfformer.train.config import FREE_TO_CHANGE, TrainConfig, flatten, parse
 from dfformer.train.log import Log, interruption
-from dfformer.train.state import checkpoints, load_latest_state, save_state, write_atomically
+from dfformer.train.state import checkpoints, load_latest_state, save_state
 from dfformer.utils.device import usable_device
+from dfformer.utils.io import write_atomically
 
 
 class TrainingError(RuntimeError):

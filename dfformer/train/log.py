@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from dfformer.analysis.figures import learning_curve
 from dfformer.train.config import TrainConfig
-from dfformer.train.state import checkpoints, write_atomically
+from dfformer.train.state import checkpoints
+from dfformer.utils.io import write_atomically
 
 STEPS, EPOCHS = "steps.jsonl", "epochs.csv"
 

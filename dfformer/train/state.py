@@ -2,34 +2,16 @@
 
 import hashlib
 import io
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from dfformer.models.checkpoint import CheckpointError, read_pickle
+from dfformer.utils.io import write_atomically
 
 _PATTERN = "checkpoint-*.pt"
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Gives ``path`` what ``write`` puts into a file: a crash at any moment leaves the old content or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    if os.name == "posix":  # the renaming too must have reached the disk before an older checkpoint goes
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:

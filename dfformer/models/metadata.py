@@ -1,0 +1,315 @@
+"""What a checkpoint may say of its model. The text comes with the file and is not trusted: what is not in the tables
+here, by name, type and bounds, is an error. Recipes' model arguments are held to the same tables, so that whatever can
+be trained can be saved and loaded.
+"""
+
+import json
+import math
+import re
+import reprlib
+import unicodedata
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import timm
+
+from dfformer.models.filter_resize import RULES
+from dfformer.models.registry import VARIANTS
+from dfformer.utils.suggest import did_you_mean
+
+_MOST_TEXT = 16 * 2**20  # characters; the names of ImageNet-21k's classes take 0.5 million
+_MOST_DIGITS = 18  # of a whole number
+_ARCHITECTURE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")  # timm's NAME or NAME.TAG: neither a hub's nor a path
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
+
+
+class Kind(NamedTuple):
+    """The values that a setting accepts, and how to say so."""
+
+    accepts: Callable[[Any], bool]
+    words: str
+
+
+def whole(low: int, high: int) -> Kind:
+    """Whole numbers from ``low`` to ``high``."""
+    return Kind(lambda value: type(value) is int and low <= value <= high, f"whole numbers from {low} to {high}")
+
+
+def real(low: float, high: float) -> Kind:
+    """Numbers from ``low`` to ``high``, never NaN."""
+    return Kind(lambda value: type(value) in (int, float) and low <= value <= high, f"numbers from {low:g} to {high:g}")
+
+
+def choice(*values: str | int) -> Kind:
+    """One of ``values``."""
+    return Kind(lambda value: any(type(value) is type(v) and value == v for v in values), ", ".join(map(repr, values)))
+
+
+def list_of(kind: Kind, shortest: int, longest: int) -> Kind:
+    """Lists (or tuples) of ``shortest`` to ``longest`` such values."""
+    count = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
+    return Kind(
+        lambda value: (
+            isinstance(value, list | tuple) and shortest <= len(value) <= longest and all(map(kind.accepts, value))
+        ),
+        f"lists of {count} values, each of {kind.words}",
+    )
+
+
+def either(*kinds: Kind) -> Kind:
+    """What any of ``kinds`` accepts."""
+    return Kind(lambda value: any(kind.accepts(value) for kind in kinds), " or ".join(kind.words for kind in kinds))
+
+
+def _is_name(value: Any) -> bool:
+    if not isinstance(value, str) or not 0 < len(value) <= 1000:
+        return False
+    return value.isprintable() or not any(unicodedata.category(character) in ("Cc", "Cs") for character in value)
+
+
+def _is_architecture(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 200 and bool(_ARCHITECTURE.fullmatch(value))
+
+
+FLAG = Kind(lambda value: isinstance(value, bool), "true, false")
+NONE = Kind(lambda value: value is None, "null")
+SHARE = real(0, 1)
+NAME = Kind(_is_name, "names of 1 to 1000 characters, none of them a control character or half of a pair")
+_SIDE = whole(1, 16384)
+_CHANNELS = whole(1, 16384)
+
+IMAGE_SIZE = either(_SIDE, list_of(_SIDE, 2, 2))
+INTERPOLATION = choice("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+_COMMON_ARGS: dict[str, Kind] = {
+    "num_classes": whole(0, 1_000_000),
+    "in_chans": whole(1, 1024),
+    "img_size": IMAGE_SIZE,
+    "drop_rate": SHARE,
+    "drop_path_rate": SHARE,
+    "depths": list_of(whole(1, 128), 1, 8),
+    "dims": list_of(_CHANNELS, 1, 8),
+    "features_only": FLAG,
+    "out_indices": list_of(whole(-8, 7), 1, 8),
+}
+# Arguments of this package's models.
+MODEL_ARGS: dict[str, Kind] = {
+    **_COMMON_ARGS,
+    "global_pool": choice("avg", "max", "avgmax", ""),
+    "res_scale_init_values": list_of(either(real(-1e6, 1e6), NONE), 1, 8),
+    "strides": list_of(whole(1, 64), 1, 8),
+    "resize": choice(*RULES),
+    "fork_feat": FLAG,
+}
+# Arguments of timm's other models: those that many of them share.
+TIMM_ARGS: dict[str, Kind] = {
+    **_COMMON_ARGS,
+    "global_pool": choice("avg", "max", "avgmax", "catavgmax", "token", "map", ""),
+    **dict.fromkeys(("proj_drop_rate", "attn_drop_rate", "patch_drop_rate", "pos_drop_rate", "drop_block_rate"), SHARE),
+    "output_stride": choice(8, 16, 32),
+    "depth": whole(1, 128),
+    "embed_dim": _CHANNELS,
+    "num_heads": whole(1, 1024),
+    "mlp_ratio": real(0.01, 100),
+    "init_values": either(real(0, 1e6), NONE),
+    "patch_size": IMAGE_SIZE,
+    "window_size": IMAGE_SIZE,
+    "dynamic_img_size": FLAG,
+}
+# Of a model's images; no other entries of timm's pretrained_cfg.
+DATA: dict[str, Kind] = {
+    "input_size": list_of(_SIDE, 3, 3),
+    "mean": list_of(real(-1e6, 1e6), 1, 1024),
+    "std": list_of(real(1e-12, 1e6), 1, 1024),
+    "interpolation": INTERPOLATION,
+    "crop_pct": real(0.01, 1),
+    "crop_mode": choice("center", "squash", "border"),
+}
+# Arguments of segmentation_models_pytorch's FPN: none that loads weights or changes what comes out.
+DECODER: dict[str, Kind] = {
+    "encoder_depth": whole(3, 5),
+    "decoder_pyramid_channels": _CHANNELS,
+    "decoder_segmentation_channels": _CHANNELS,
+    "decoder_merge_policy": choice("add", "cat"),
+    "decoder_dropout": SHARE,
+    "decoder_interpolation": choice("nearest", "bilinear", "bicubic", "area"),
+}
+DETECTOR: dict[str, Kind] = {
+    "channels": _CHANNELS,
+    "anchor_scale": real(0.1, 1000),
+    "norm_groups": whole(0, 16384),
+}
+_DICT = Kind(lambda value: isinstance(value, dict), "mappings")
+_CLASSES = list_of(NAME, 1, 1_000_000)
+_CATEGORY_IDS = list_of(whole(-(2**53), 2**53), 1, 1_000_000)
+_ABOUT: dict[str, Kind] = {
+    "architecture": either(NONE, Kind(_is_architecture, "names of models of timm, without a hub or a path")),
+    "model_args": _DICT,
+    "classes": either(NONE, _CLASSES),
+    "data": _DICT,
+}
+# By task: what a checkpoint may say, and which of it must be there.
+_TASKS: dict[str, tuple[dict[str, Kind], tuple[str, ...]]] = {
+    "classify": (_ABOUT, ()),
+    "segment": (
+        {**_ABOUT, "decoder": _DICT, "reduce_zero_label": FLAG},
+        ("architecture", "model_args", "classes", "data", "decoder", "reduce_zero_label"),
+    ),
+    "detect": (
+        {
+            **_ABOUT,
+            "detector": _DICT,
+            "repair_boxes": FLAG,
+            "category_ids": list_of(whole(-(2**53), 2**53), 1, 1_000_000),
+        },
+        ("architecture", "model_args", "classes", "data", "detector", "repair_boxes", "category_ids"),
+    ),
+}
+
+
+def is_ours(architecture: str) -> bool:
+    """Whether a name for ``timm.create_model`` is one of this package's models."""
+    return architecture.split(".")[0] in VARIANTS
+
+
+def check_settings(values: Mapping[Any, Any], table: Mapping[str, Kind], prefix: str = "") -> None:
+    """Raises ValueError for the first of ``values`` that ``table`` does not have or does not accept."""
+    for name, value in values.items():
+        if name not in table:
+            hint = did_you_mean(name, table) if isinstance(name, str) else ""
+            raise ValueError(f"{prefix}{_plain(name)}: is not accepted here, accepted are {', '.join(table)}{hint}")
+        if not table[name].accepts(value):
+            raise ValueError(f"{prefix}{name}: got {shortened(value)}, accepted are {table[name].words}")
+
+
+def check_model_args(architecture: str, args: Mapping[str, Any], prefix: str = "model_args.") -> None:
+    """Raises ValueError for arguments that ``architecture`` cannot be created with from a file."""
+    check_settings(args, MODEL_ARGS if is_ours(architecture) else TIMM_ARGS, prefix)
+
+
+def check_architecture(architecture: str) -> None:
+    """Raises ValueError unless timm has this model: registered, so neither on a hub nor in a folder."""
+    if not _is_architecture(architecture) or not timm.is_model(architecture):
+        hint = did_you_mean(architecture[:200], timm.list_models())
+        raise ValueError(f"architecture: timm knows no model {shortened(architecture)}{hint}")
+
+
+def check_classes(classes: list[str]) -> None:
+    """Raises ValueError for the first name of a class that a checkpoint cannot keep."""
+    for name in classes:
+        if not NAME.accepts(name):
+            raise ValueError(f"classes: got {shortened(name)}, accepted are {NAME.words}")
+
+
+def check_metadata(about: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the key, for anything that a checkpoint must not say, or does not say and must."""
+    task = about.get("task", "classify")
+    if not isinstance(task, str) or task not in _TASKS:
+        raise ValueError(f"task: got {shortened(task)}, accepted are {', '.join(_TASKS)}")
+    table, needed = _TASKS[task]
+    check_settings(about, {**table, "task": choice(task)})
+    for name in needed:
+        if about.get(name) is None:
+            raise ValueError(f"{name}: is missing, a checkpoint for the task {task} has it")
+    architecture = about.get("architecture") or next(iter(VARIANTS))
+    check_architecture(architecture)
+    check_model_args(architecture, about.get("model_args", {}))
+    check_settings(about.get("data", {}), DATA, "data.")
+    check_settings(about.get("decoder", {}), DECODER, "decoder.")
+    check_settings(about.get("detector", {}), DETECTOR, "detector.")
+    _check_channels(about.get("model_args", {}).get("in_chans", 3), about.get("data", {}))
+    if task != "classify":
+        _check_dense(about)
+
+
+def _check_channels(channels: int, data: Mapping[str, Any]) -> None:
+    for name in ("mean", "std"):
+        if name in data and len(data[name]) != channels:
+            raise ValueError(f"data.{name}: got {len(data[name])} values, the model has {channels} input channels")
+    if "input_size" in data and data["input_size"][0] != channels:
+        raise ValueError(f"data.input_size: got {list(data['input_size'])}, the model has {channels} input channels")
+
+
+def _check_dense(about: Mapping[str, Any]) -> None:
+    for name in ("input_size", "mean", "std"):
+        if name not in about["data"]:
+            raise ValueError(f"data.{name}: is missing, a checkpoint for the task {about['task']} has it")
+    if about["task"] == "detect":
+        for name in DETECTOR:
+            if name not in about["detector"]:
+                raise ValueError(f"detector.{name}: is missing, a checkpoint for the task detect has it")
+        different = len(set(about["category_ids"]))
+        if not different == len(about["category_ids"]) == len(about["classes"]):
+            raise ValueError(f"category_ids: got {different} different numbers for {len(about['classes'])} classes")
+
+
+def read_metadata(text: str) -> dict[str, Any]:
+    """What a checkpoint says, from its JSON; ValueError for anything else."""
+    about = parse_json(text)
+    if not isinstance(about, dict):
+        raise ValueError(f"is not a mapping: {shortened(about)}")
+    check_metadata(about)
+    return about
+
+
+def write_metadata(about: Mapping[str, Any]) -> str:
+    """The JSON of ``about``, the same for the same content; ValueError for what `read_metadata` would not take."""
+    try:
+        text = json.dumps(about, sort_keys=True, allow_nan=False)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"is not of JSON's types: {error}") from error
+    read_metadata(text)
+    return text
+
+
+def parse_json(text: str) -> Any:
+    """Strict JSON from an untrusted source: no key twice, no NaN, no infinity, no endless number, not too deep.
+
+    Raises:
+        ValueError: the text is anything else.
+    """
+    if len(text) > _MOST_TEXT:
+        raise ValueError(f"has {len(text)} characters, accepted are {_MOST_TEXT}")
+    try:
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_int=_whole, parse_float=_finite, parse_constant=_no_constant
+        )
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+
+
+def shortened(value: Any) -> str:
+    """``repr(value)`` in a few words, whatever it is."""
+    return _short.repr(value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"{shortened(name)}: is there twice")
+        content[name] = value
+    return content
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"has a number of {len(digits)} digits, accepted are {_MOST_DIGITS}")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"has a number that is not finite: {digits[:20]}")
+    return number
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"has a number that is not finite: {name}")
+
+
+def _plain(name: Any) -> str:
+    return name if isinstance(name, str) and name.isidentifier() and len(name) < 60 else shortened(name)

@@ -1,0 +1,176 @@
+"""How the weights of a checkpoint differ from a model, and what the most likely cause is."""
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from dfformer.models.registry import VARIANTS
+from dfformer.models.spectral import SpectralFilter
+
+_MOST_LISTED = 10  # names of a kind
+_BLOCK = re.compile(r"\bstages[._](\d+)\.(\d+)\.")
+_CHANNELS = re.compile(r"\bstages[._](\d+)\.0\.norm1\.weight$")
+# In the names of a block's tensors, what tells its token mixer; the first that is found counts.
+_MIXERS = {
+    "token_mixer.reweight.": "DynamicFilter",
+    "token_mixer.complex_weights": "GlobalFilter",
+    "token_mixer.dwconv.": "SepConv",
+    "token_mixer.w1": "AFNO2D",
+}
+# A tensor's name that only such models have.
+_FAMILIES = {
+    "fpn.encoder.": "a segmentation model",
+    "backbone.encoder.": "a detection model",
+    "layer1.0.conv1.weight": "a ResNet",
+    "blocks.0.attn.qkv.weight": "a vision transformer",
+    "stages.0.blocks.0.conv_dw.weight": "a ConvNeXt of timm",
+    "stages.0.blocks.0.norm1.": "a MetaFormer of timm, not of dfformer",
+    "layers.0.blocks.0.attn.qkv.weight": "a Swin transformer",
+    "norm0.weight": "a model with fork_feat=True",
+}
+
+
+class Mismatch(NamedTuple):
+    """How a state dict differs from a model: names, and for ``wrong_shape`` also both shapes."""
+
+    missing: list[str]
+    unexpected: list[str]
+    wrong_shape: dict[str, str]
+    reinitialised: list[str]  # the classifier, when the number of classes differs
+
+    def __str__(self) -> str:
+        parts = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "wrongly shaped": [f"{name} ({shapes})" for name, shapes in self.wrong_shape.items()],
+        }
+        return "\n".join(f"{title} ({len(names)}): {_some(names)}" for title, names in parts.items() if names)
+
+
+def compare(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Mismatch:
+    """How ``state_dict`` differs from ``model``. No difference are filters that are stored for another image size.
+
+    A classifier's last layer for another number of classes is `reinitialised`, not of the wrong shape.
+    """
+    own = model.state_dict()
+    filters = {
+        f"{prefix}.complex_weights".lstrip("."): module
+        for prefix, module in model.named_modules()
+        if isinstance(module, SpectralFilter)
+    }
+    wrong = {
+        name
+        for name in own.keys() & state_dict.keys()
+        if own[name].shape != state_dict[name].shape
+        and not (name in filters and filters[name].accepts(state_dict[name]))
+    }
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier", "head.fc2")
+    reinitialised = {f"{classifier}.weight", f"{classifier}.bias"}
+    if (
+        not reinitialised <= wrong
+        or own[f"{classifier}.weight"].shape[1:] != state_dict[f"{classifier}.weight"].shape[1:]
+    ):
+        reinitialised = set()
+    return Mismatch(
+        missing=sorted(own.keys() - state_dict.keys()),
+        unexpected=sorted(state_dict.keys() - own.keys()),
+        wrong_shape={
+            name: f"checkpoint {tuple(state_dict[name].shape)}, model {tuple(own[name].shape)}"
+            for name in sorted(wrong - reinitialised)
+        },
+        reinitialised=sorted(reinitialised),
+    )
+
+
+class _Layout(NamedTuple):
+    """What the names and shapes of weights say of a MetaFormer, by stage."""
+
+    depths: dict[int, int]
+    dims: dict[int, int]
+    mixers: dict[int, str]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor]) -> "_Layout":
+        depths: dict[int, int] = {}
+        dims: dict[int, int] = {}
+        mixers: dict[int, str] = {}
+        for name, tensor in weights.items():
+            if found := _BLOCK.search(name):
+                stage, block = (min(int(number[:6]), 10**6) for number in found.groups())
+                depths[stage] = max(depths.get(stage, 0), block + 1)
+                mixer = next((mixer for part, mixer in _MIXERS.items() if part in name), None)
+                if mixer and mixers.get(stage) != "DynamicFilter":
+                    mixers[stage] = mixer
+            if (found := _CHANNELS.search(name)) and tensor.ndim:
+                dims[int(found[1][:6])] = len(tensor)
+        return cls(depths, dims, mixers)
+
+
+def causes(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Sentences on why the weights ``given`` do not fit a model whose weights are ``own``; the surest first."""
+    family = next((f for part, f in _FAMILIES.items() if _has(given, part) and not _has(own, part)), None)
+    if family:
+        return [f"the checkpoint is of {family}"]
+    model, checkpoint = _Layout.of(own), _Layout.of(given)
+    if not own.keys() & given.keys():
+        return ["the checkpoint is of another kind of model: no name is the same"]
+    found = [
+        *_by_stage("token mixers", "{} in", checkpoint.mixers, model.mixers),
+        *_by_stage("depths", "{} blocks in", checkpoint.depths, model.depths),
+        *_by_stage("dims", "{} channels in", checkpoint.dims, model.dims),
+    ]
+    if found and (name := _variant(checkpoint)):
+        found.append(f"the checkpoint looks like {name}")
+    return found or [*_by_tensor(own, given)]
+
+
+def _by_stage(what: str, unit: str, given: Mapping[int, Any], own: Mapping[int, Any]) -> list[str]:
+    """The first stage in which two models differ, as a sentence."""
+    for stage in sorted(given.keys() | own.keys()):
+        if given.get(stage) != own.get(stage):
+            theirs, ours = (unit.format(values.get(stage, "no")) for values in (given, own))
+            return [f"{what} differ: the checkpoint has {theirs} stage {stage}, the model {ours.rsplit(' ', 1)[0]}"]
+    return []
+
+
+def _by_tensor(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterable[str]:
+    """Causes that single tensors tell."""
+    for ending, dimension, what in (
+        ("downsample_layers.0.conv.weight", 1, "in_chans: the checkpoint has {}, the model {}"),
+        ("token_mixer.complex_weights", 2, "num_filters: the checkpoint has {}, the model {}"),
+    ):
+        name = next((name for name in own if name.endswith(ending)), "")
+        if name in given and own[name].ndim == given[name].ndim == 4:
+            theirs, ours = given[name].shape[dimension], own[name].shape[dimension]
+            if theirs != ours:
+                yield what.format(theirs, ours)
+    if _has(own, ".act.scale") != _has(given, ".act.scale"):
+        with_star, without = ("model", "checkpoint") if _has(own, ".act.scale") else ("checkpoint", "model")
+        yield f"activations differ: the {with_star} has StarReLU, the {without} has not"
+    if _has(own, "head.") != _has(given, "head."):
+        yield f"only the {'model' if _has(own, 'head.') else 'checkpoint'} has a classifier"
+
+
+def _has(weights: Mapping[str, Tensor], part: str) -> bool:
+    return any(part in name for name in weights)
+
+
+def _variant(layout: _Layout) -> str | None:
+    """The model of this package that has this layout."""
+    for name, args in VARIANTS.items():
+        mixers = args["token_mixers"]
+        mixers = mixers if isinstance(mixers, tuple) else (mixers,) * len(args["depths"])
+        names = [(mixer.func if isinstance(mixer, partial) else mixer).__name__ for mixer in mixers]
+        if layout == (*(dict(enumerate(values)) for values in (args["depths"], args["dims"], names)),):
+            return name
+    return None
+
+
+def _some(names: list[str]) -> str:
+    """At most ten, each on the line it is in: names come with the file and may hold anything."""
+    listed = [name[:200] if name.isprintable() else repr(name[:200]) for name in names[:_MOST_LISTED]]
+    rest = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(listed) + rest

@@ -1,0 +1,69 @@
+"""Files written whole or not at all: a full disk, an error or a crash leaves what was there before."""
+
+import json
+import math
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A new, empty file in the folder of ``path``, which takes its place when the block ends without an error.
+
+    The new content has reached the disk before the old one goes. The file keeps the permissions of the one it replaces;
+    a symbolic link is replaced itself, what it points to is left alone. The folder is made if it is not there.
+
+    Raises:
+        IsADirectoryError: ``path`` is a folder. OSError: the file cannot be written, the disk is full for example.
+    """
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        raise IsADirectoryError(f"{path} is a folder, accepted is the name of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.partial")  # a name may have 255 bytes
+    try:
+        temporary.touch(exist_ok=False)
+        like = path if path.is_file() and not path.is_symlink() else temporary
+        mode = stat.S_IMODE(like.stat().st_mode)
+        yield temporary
+        _sync(temporary, os.O_RDWR)
+        temporary.chmod(mode)
+        temporary.replace(path)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            with suppress(OSError):  # some network file systems refuse; the file is in its place
+                _sync(path.parent, os.O_RDONLY)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Gives ``path`` what ``write`` puts into a binary file; see `replacing`."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        write(file)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes ``content`` as JSON that every parser reads: numbers that are not finite become null; see `replacing`."""
+    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -48,7 +48,8 @@ class Downsampling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # A channels-last image makes the convolution return what the rest of the network wants without a copy.
         x = x.contiguous(memory_format=torch.channels_last) if self.is_stem else self.pre_norm(x).permute(0, 3, 1, 2)
-        return self.post_norm(call_convolution(self.conv, x).permute(0, 2, 3, 1))
+        x = self.conv(x) if torch.jit.is_scripting() else call_convolution(self.conv, x)
+        return self.post_norm(x.permute(0, 2, 3, 1))
 
 
 @fusible

@@ -52,11 +52,25 @@ def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, in
         rows, columns = (_bicubic, H, new_H), (_bicubic, W // 2 + 1, new_W // 2 + 1)
     else:
         rows, columns = (_fourier_rows, H, new_H), (_fourier_columns, W // 2 + 1, new_W // 2 + 1)
-    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
-    values = weight.to(dtype)
-    resized = (_matrix(*rows, values) @ values.flatten(1)).unflatten(1, (weight.shape[1], -1))
-    resized = _matrix(*columns, values) @ resized
-    return resized.unflatten(2, weight.shape[2:]).to(weight.dtype)
+    values = weight if weight.dtype == torch.float64 else weight.float()
+    return _along_H_and_K(values, _matrix(*rows, values), _matrix(*columns, values)).to(weight.dtype)
+
+
+def scriptable_resize(weight: Tensor, size: tuple[int, int], new_size: tuple[int, int], rule: str) -> Tensor:
+    """`resize_filter` for torch.jit.script: checks nothing, and computes its matrices at every call."""
+    H, W = size
+    new_H, new_W = new_size
+    if rule == "bicubic":
+        rows, columns = _bicubic(H, new_H), _bicubic(W // 2 + 1, new_W // 2 + 1)
+    else:
+        rows, columns = _fourier_rows(H, new_H), _fourier_columns(W // 2 + 1, new_W // 2 + 1)
+    values = weight if weight.dtype == torch.float64 else weight.float()
+    return _along_H_and_K(values, rows.to(values), columns.to(values)).to(weight.dtype)
+
+
+def _along_H_and_K(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:  # noqa: N802 (the dimensions' names)
+    resized = (rows @ values.flatten(1)).unflatten(1, (values.shape[1], -1))
+    return (columns @ resized).unflatten(2, values.shape[2:])
 
 
 def check_rule(rule: str) -> None:

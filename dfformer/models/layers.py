@@ -16,7 +16,14 @@ from dfformer_kernels.ops.linear import prefers_convolution
 
 Activation = Callable[[], nn.Module]
 
-torch.fx.wrap("star_relu")  # one node of a symbolic trace
+
+@torch.fx.wrap
+def star_relu_step(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """See `dfformer_kernels.star_relu`; one node of a symbolic trace, and compiles with torch.jit.script."""
+    if torch.jit.is_scripting():
+        return torch.ops.dfformer.star_relu(x, scale, bias, None)
+    else:
+        return star_relu(x, scale, bias)
 
 
 @fusible
@@ -38,7 +45,7 @@ class StarReLU(nn.Module):
         self.bias = nn.Parameter(torch.full((1,), float(bias_value), device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return star_relu(x, self.scale, self.bias)
+        return star_relu_step(x, self.scale, self.bias)
 
 
 class SquaredReLU(nn.Module):
@@ -89,10 +96,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out or dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        fc1, act, fc2 = self.fc1, self.act, self.fc2
-        if is_exact(fc1, nn.Linear, x) and is_exact(act, StarReLU, x) and is_exact(fc2, nn.Linear, x):
-            return mlp(x, fc1.weight, (act.scale, act.bias), fc2.weight)
-        return fc2(act(fc1(x)))
+        if not torch.jit.is_scripting():
+            fc1, act, fc2 = self.fc1, self.act, self.fc2
+            if is_exact(fc1, nn.Linear, x) and is_exact(act, StarReLU, x) and is_exact(fc2, nn.Linear, x):
+                return mlp(x, fc1.weight, (act.scale, act.bias), fc2.weight)
+        return self.fc2(self.act(self.fc1(x)))
 
 
 @fusible
@@ -125,9 +133,13 @@ class SepConv(nn.Module):
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.act1(call_linear(self.pwconv1, x))
-        y = call_convolution(self.dwconv, y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return call_linear(self.pwconv2, self.act2(y))
+        if torch.jit.is_scripting():
+            y = self.act1(self.pwconv1(x)).permute(0, 3, 1, 2)
+            return self.pwconv2(self.act2(self.dwconv(y).permute(0, 2, 3, 1)))
+        else:
+            y = self.act1(call_linear(self.pwconv1, x)).permute(0, 3, 1, 2)
+            y = call_convolution(self.dwconv, y).permute(0, 2, 3, 1)
+            return call_linear(self.pwconv2, self.act2(y))
 
 
 class MlpHead(nn.Module):

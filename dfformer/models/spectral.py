@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfformer.models.exact import fusible, is_exact
-from dfformer.models.filter_resize import check_rule, resize_filter
+from dfformer.models.filter_resize import check_rule, resize_filter, scriptable_resize
 from dfformer.models.layers import Activation, Mlp, StarReLU, call_linear
 from dfformer_kernels import dynamic_filter, global_filter
 from dfformer_kernels.dispatch import without_autocast
@@ -20,8 +20,32 @@ from dfformer_kernels.reference import compute_dtype
 
 Scalars = tuple[Tensor, Tensor] | None  # StarReLU's scale and bias, where the filter step applies it on load
 
-for _name in ("dynamic_filter", "global_filter"):
-    torch.fx.wrap(_name)  # one node of a symbolic trace
+
+# Each of these functions is one node of a symbolic trace, and compiles with torch.jit.script.
+
+
+@torch.fx.wrap
+def dynamic_filter_step(x: Tensor, logits: Tensor, basis: Tensor, star_relu: Scalars) -> Tensor:
+    """See `dfformer_kernels.dynamic_filter`."""
+    if torch.jit.is_scripting():
+        scale, bias = _unpacked(star_relu)
+        return torch.ops.dfformer.dynamic_filter(x, logits, basis, scale, bias, None)
+    else:
+        return dynamic_filter(x, logits, basis, star_relu)
+
+
+@torch.fx.wrap
+def global_filter_step(x: Tensor, weight: Tensor, star_relu: Scalars) -> Tensor:
+    """See `dfformer_kernels.global_filter`."""
+    if torch.jit.is_scripting():
+        scale, bias = _unpacked(star_relu)
+        return torch.ops.dfformer.global_filter(x, weight, scale, bias, None)
+    else:
+        return global_filter(x, weight, star_relu)
+
+
+def _unpacked(star_relu: Scalars) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if star_relu is None else star_relu
 
 
 @torch.fx.wrap
@@ -31,14 +55,17 @@ def fitted_filters(weight: Tensor, size: tuple[int, int], H: int, W: int, weight
     Raises ValueError where they would have to be resized and ``weight_resize`` is False.
     """
     dtype = compute_dtype(weight.dtype)
-    if tuple(weight.shape[:2]) == (H, W // 2 + 1):
+    if weight.shape[0] == H and weight.shape[1] == W // 2 + 1:
         return weight.to(dtype)
     if not weight_resize:
         raise ValueError(
-            f"x: got a plane of {(H, W)}, this layer was built for size={size}; "
+            f"x: got a plane of ({H}, {W}), this layer was built for size={size}; "
             "pass weight_resize=True to resize the filters to each plane"
         )
-    return resize_filter(weight, size, (H, W), rule).to(dtype)
+    if torch.jit.is_scripting():
+        return scriptable_resize(weight, size, (H, W), rule).to(dtype)
+    else:
+        return resize_filter(weight, size, (H, W), rule).to(dtype)
 
 
 class SpectralFilter(nn.Module):
@@ -80,22 +107,28 @@ class SpectralFilter(nn.Module):
 
     def load(self, x: Tensor) -> tuple[Tensor, Scalars]:
         """``pwconv1(x)`` and the StarReLU that is left to the filter step; any other activation is applied here."""
-        x = call_linear(self.pwconv1, x)
-        if is_exact(self.act1, StarReLU, x):
-            return x, (self.act1.scale, self.act1.bias)
-        return self.act1(x), None
+        if torch.jit.is_scripting():
+            return self.act1(self.pwconv1(x)), None
+        else:
+            x = call_linear(self.pwconv1, x)
+            if is_exact(self.act1, StarReLU, x):
+                return x, (self.act1.scale, self.act1.bias)
+            return self.act1(x), None
 
     def store(self, y: Tensor) -> Tensor:
         """``pwconv2(act2(y))``."""
-        return call_linear(self.pwconv2, self.act2(y))
+        y = self.act2(y)
+        return self.pwconv2(y) if torch.jit.is_scripting() else call_linear(self.pwconv2, y)
 
     def filters_for(self, plane: tuple[int, int]) -> Tensor:
         """The filters for planes of ``plane`` (H, W), in the dtype arithmetic is done in."""
-        weight, (H, W) = self.complex_weights, plane
-        if torch.jit.is_tracing():  # sizes are tensors there; a trace is for one plane
-            H, W = int(H), int(W)
-        if self._may_keep_resized(weight, (H, W)):
-            return self._kept_resized(weight, (H, W)).to(compute_dtype(weight.dtype))
+        weight = self.complex_weights
+        H, W = plane
+        if not torch.jit.is_scripting():
+            if torch.jit.is_tracing():  # sizes are tensors there; a trace is for one plane
+                H, W = int(H), int(W)
+            if self._may_keep_resized(weight, (H, W)):
+                return self._kept_resized(weight, (H, W)).to(compute_dtype(weight.dtype))
         return fitted_filters(weight, self.size, H, W, self.weight_resize, self.resize)
 
     def _may_keep_resized(self, weight: Tensor, plane: tuple[int, int]) -> bool:
@@ -103,14 +136,14 @@ class SpectralFilter(nn.Module):
         # test that also sees `param.data` being written to, and cheap on a CPU; on other devices the two products cost
         # less than waiting for the answer.
         return (
-            not self.training
+            type(plane[0]) is int  # not a stand-in of a symbolic trace
+            and not self.training
             and self.weight_resize
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and not (torch.is_grad_enabled() and weight.requires_grad)
             and weight.device.type == "cpu"
             and type(weight) is nn.Parameter  # not a fake tensor, not what torch.func put in its place
-            and type(plane[0]) is int  # not a stand-in of a symbolic trace
             and tuple(weight.shape[:2]) != (plane[0], plane[1] // 2 + 1)
         )
 
@@ -168,8 +201,6 @@ class DynamicFilter(SpectralFilter):
     ``complex_weights`` is (H, W//2 + 1, F, 2). ``x`` is (B,H,W,dim) in the parameters' dtype, or any under autocast.
     """
 
-    reweight: Mlp
-
     def __init__(
         self,
         dim: int,
@@ -204,7 +235,7 @@ class DynamicFilter(SpectralFilter):
 
     def filter(self, x: Tensor, logits: Tensor, basis: Tensor, star_relu: Scalars) -> Tensor:
         """The filter step, see `dfformer_kernels.dynamic_filter`."""
-        return dynamic_filter(x, logits, basis, star_relu)
+        return dynamic_filter_step(x, logits, basis, star_relu)
 
 
 @fusible
@@ -238,7 +269,7 @@ class GlobalFilter(SpectralFilter):
 
     def filter(self, x: Tensor, weight: Tensor, star_relu: Scalars) -> Tensor:
         """The filter step, see `dfformer_kernels.global_filter`."""
-        return global_filter(x, weight, star_relu)
+        return global_filter_step(x, weight, star_relu)
 
 
 @fusible
@@ -272,7 +303,7 @@ class AFNO2D(nn.Module):
         width, hidden = C // num_blocks, C // num_blocks * hidden_size_factor
         self.num_blocks = num_blocks
         self.sparsity_threshold = sparsity_threshold
-        self.hard_thresholding_fraction = hard_thresholding_fraction
+        self.hard_thresholding_fraction = float(hard_thresholding_fraction)
         self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
         self.act1 = act1_layer().to(**placed)
         self.w1 = nn.Parameter(0.02 * torch.randn(2, num_blocks, width, hidden, **placed))
@@ -283,13 +314,17 @@ class AFNO2D(nn.Module):
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act1(call_linear(self.pwconv1, x))
-        return call_linear(self.pwconv2, self.act2(x + self.filter(x)))
+        if torch.jit.is_scripting():
+            x = self.act1(self.pwconv1(x))
+            return self.pwconv2(self.act2(x + self.filter(x)))
+        else:
+            x = self.act1(call_linear(self.pwconv1, x))
+            return call_linear(self.pwconv2, self.act2(x + self.filter(x)))
 
     def filter(self, x: Tensor) -> Tensor:
         """The neural operator of x (B,H,W,C), in x's dtype."""
-        weights = (self.w1, self.b1, self.w2, self.b2)
-        return afno_filter(x, *weights, self.hard_thresholding_fraction, self.sparsity_threshold)
+        fraction, threshold = self.hard_thresholding_fraction, self.sparsity_threshold
+        return afno_filter(x, self.w1, self.b1, self.w2, self.b2, fraction, threshold)
 
 
 @torch.fx.wrap
@@ -299,14 +334,23 @@ def afno_filter(
     """``irfft2(softshrink(mlp(rfft2(x)[:, :, :kept])))`` of x (B,H,W,C), the MLP being `afno_mlp`."""
     if x.numel() == 0:  # which not every FFT library takes
         return x
+    if torch.jit.is_scripting():
+        return _afno_filter(x, w1, b1, w2, b2, kept_fraction, threshold)
+    else:
+        with without_autocast(x.device):
+            return _afno_filter(x, w1, b1, w2, b2, kept_fraction, threshold)
+
+
+def _afno_filter(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept_fraction: float, threshold: float
+) -> Tensor:
     _, H, W, _ = x.shape
     K = W // 2 + 1
     kept = int(K * kept_fraction)
-    with without_autocast(x.device):
-        X = torch.fft.rfft2(x.to(compute_dtype(x.dtype)), dim=(1, 2), norm="ortho")[:, :, :kept]
-        real, imag = afno_mlp(X.real, X.imag, w1, b1, w2, b2)
-        Z = torch.view_as_complex(F.softshrink(torch.stack([real, imag], dim=-1), threshold))
-        return torch.fft.irfft2(F.pad(Z, (0, 0, 0, K - kept)), s=(H, W), dim=(1, 2), norm="ortho").to(x.dtype)
+    X = torch.fft.rfft2(x.to(compute_dtype(x.dtype)), dim=(1, 2), norm="ortho")[:, :, :kept]
+    real, imag = afno_mlp(X.real, X.imag, w1, b1, w2, b2)
+    Z = torch.view_as_complex(F.softshrink(torch.stack([real, imag], dim=-1), threshold))
+    return torch.fft.irfft2(F.pad(Z, (0, 0, 0, K - kept)), s=(H, W), dim=(1, 2), norm="ortho").to(x.dtype)
 
 
 def afno_mlp(real: Tensor, imag: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,7 +358,8 @@ def afno_mlp(real: Tensor, imag: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2:
 
     ``w1`` (2,blocks,width,hidden), ``b1`` (2,blocks,hidden), ``w2`` (2,blocks,hidden,width), ``b2`` (2,blocks,width).
     """
-    real, imag = (t.unflatten(-1, w1.shape[1:3]) for t in (real, imag))
+    blocks = (w1.shape[1], w1.shape[2])
+    real, imag = real.unflatten(-1, blocks), imag.unflatten(-1, blocks)
     real, imag = _complex_linear(real, imag, w1, b1)
     real, imag = _complex_linear(F.relu(real), F.relu(imag), w2, b2)
     return real.flatten(-2), imag.flatten(-2)
@@ -322,8 +367,8 @@ def afno_mlp(real: Tensor, imag: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2:
 
 def _complex_linear(real: Tensor, imag: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     w, b = w.to(real.dtype), b.to(real.dtype)
-
-    def apply(t: Tensor, matrix: Tensor) -> Tensor:
-        return torch.einsum("...bi,bio->...bo", t, matrix)
-
-    return apply(real, w[0]) - apply(imag, w[1]) + b[0], apply(imag, w[0]) + apply(real, w[1]) + b[1]
+    apply = "...bi,bio->...bo"
+    return (
+        torch.einsum(apply, real, w[0]) - torch.einsum(apply, imag, w[1]) + b[0],
+        torch.einsum(apply, imag, w[0]) + torch.einsum(apply, real, w[1]) + b[1],
+    )

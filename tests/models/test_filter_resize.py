@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from dfformer.models import filter_resize as resize
-from dfformer.models.filter_resize import RULES, resize_filter
+from dfformer.models.filter_resize import RULES, resize_filter, scriptable_resize
 from dfformer_kernels import dynamic_filter
 from dfformer_kernels.tolerance import BOUND, relative_error
 
@@ -113,6 +113,15 @@ def test_same_bits_again(rule: str, no_matrices: dict[tuple[object, ...], Tensor
     rebuilt = run()
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first, rebuilt, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_scripted() -> None:
+    scripted = torch.jit.script(scriptable_resize)
+    for rule in RULES:
+        for size, new_size in PLANES:
+            weight = filters(size, dtype=torch.float32)
+            assert torch.equal(scripted(weight, size, new_size, rule), resize_filter(weight, size, new_size, rule))
 
 
 def test_unknown_rule() -> None:

@@ -6,6 +6,7 @@ test-timm``) on all models whole, at the image sizes of timm's tests.
 
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
+from timm.layers import create_feature_extractor, get_graph_node_names
 from timm.models import FeatureDictNet, build_model_with_cfg, save_for_hf
 from timm.models import metaformer as timm_metaformer
 from torch import Tensor, nn
+from torchvision.models import feature_extraction
 
 from dfformer import VARIANTS, DFFormer
 from dfformer_kernels.tolerance import relative_error
@@ -129,7 +132,7 @@ def test_classifier_and_pooling_come_back(name: str) -> None:
 
 
 @EVERY_MODEL
-@pytest.mark.parametrize("feature_cls", [None, "getter", "hook", "list", "dict", FeatureDictNet], ids=str)
+@pytest.mark.parametrize("feature_cls", [None, "getter", "hook", "list", "dict", "fx", FeatureDictNet], ids=str)
 @torch.no_grad()
 def test_every_kind_of_feature_extractor(name: str, feature_cls: Any) -> None:
     model = create(name, features_only=True, **({} if feature_cls is None else {"feature_cls": feature_cls}))
@@ -142,7 +145,7 @@ def test_every_kind_of_feature_extractor(name: str, feature_cls: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("feature_cls", ["hook", "list", "dict"])
+@pytest.mark.parametrize("feature_cls", ["hook", "list", "dict", "fx"])
 @torch.no_grad()
 def test_extractors_return_what_the_model_computes(name: str, feature_cls: str) -> None:
     torch.manual_seed(1)
@@ -172,7 +175,7 @@ def test_out_indices(name: str, feature_cls: str, out_indices: Any) -> None:
 
 def test_stage_norms_come_from_the_getter_alone() -> None:
     assert len(create("dfformer_s18", features_only=True, fork_feat=True)(images())) == 4
-    for feature_cls in ("hook", "list", "dict"):
+    for feature_cls in ("hook", "list", "dict", "fx"):
         with pytest.raises(ValueError, match=f"feature_cls: got '{feature_cls}' with fork_feat=True"):
             create("dfformer_s18", features_only=True, fork_feat=True, feature_cls=feature_cls)
 
@@ -194,6 +197,69 @@ def test_forward_intermediates(name: str) -> None:
     taken = model.prune_intermediate_layers([0, 2])
     pruned = model.forward_intermediates(x, taken, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(pruned, only, strict=True))
+
+
+# Graphs
+
+
+GRAPHS: dict[str, Callable[[nn.Module], Any]] = {
+    "torch.fx": torch.fx.symbolic_trace,
+    "timm": lambda model: create_feature_extractor(model, [get_graph_node_names(model)[1][-1]]),
+    "torchvision": lambda model: feature_extraction.create_feature_extractor(
+        model, [feature_extraction.get_graph_node_names(model)[1][-1]]
+    ),
+}
+
+
+def logits(y: Any) -> Tensor:
+    """Feature extractors return mappings."""
+    return next(iter(y.values())) if isinstance(y, dict) else y
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_symbolic_trace(name: str, graph: str) -> None:
+    model = create(name, num_classes=CLASSES)
+    traced = GRAPHS[graph](model)
+    with torch.no_grad():
+        for size in (SIZE, SIZE + 32):
+            x = images(size)
+            assert relative_error(logits(traced(x)), model(x)) < ERROR
+    model.zero_grad()
+    y = logits(traced(images()))
+    y.mean().backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None] == []
+
+
+def scripted(model: nn.Module) -> Any:
+    return torch.jit.script(model)
+
+
+def scripted_graph(model: nn.Module) -> Any:
+    return torch.jit.script(GRAPHS["torchvision"](model))
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("script", [scripted, scripted_graph])
+@torch.no_grad()
+def test_torchscript(name: str, script: Callable[[nn.Module], Any], tmp_path: Path) -> None:
+    model = create(name, num_classes=CLASSES)
+    module = script(model)
+    module.save(tmp_path / "model.pt")
+    for compiled in (module, torch.jit.load(tmp_path / "model.pt")):
+        x = images()
+        assert relative_error(logits(compiled(x)), model(x)) < ERROR
+
+
+@torch.no_grad()
+def test_torchscript_resizes_by_the_models_rule() -> None:
+    model = create("dfformer_s18", num_classes=CLASSES, resize="fourier")
+    x = images(SIZE + 32)
+    assert relative_error(torch.jit.script(model)(x), model(x)) < ERROR
+    layer = model.stages[0][0].token_mixer
+    layer.weight_resize = False
+    with pytest.raises(torch.jit.Error, match="pass weight_resize=True"):
+        torch.jit.script(layer)(torch.randn(1, 9, 8, layer.pwconv1.in_features))
 
 
 # Weights, and the images they are for

@@ -15,6 +15,8 @@ from paths import ROOT
 from dfformer.models.checkpoint import read_checkpoint
 from dfformer.train import state as train_state
 
+FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))  # set by `make test-full`
+
 
 def history(folder: Path) -> list[dict[str, str]]:
     with (folder / "epochs.csv").open() as file:

@@ -1,7 +1,7 @@
 """Pictures of training and of models. Every figure can stand alone: axes, units, colour bars, a title, a caption."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import BoundaryNorm, Normalize, TwoSlopeNorm, hsv_to_rgb
+from matplotlib.colors import BoundaryNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from torch import Tensor
@@ -30,7 +30,6 @@ LEAST_BITS = 0.5
 LEAST_LOG = 1.0  # of a natural logarithm
 LEAST_CKA = 0.5
 MOST_WRITTEN = 150  # cells of a matrix whose numbers can be read
-MOST_NAMED = 24  # classes in a legend, those with most pixels
 
 
 def predictions_grid(
@@ -58,81 +57,6 @@ def predictions_grid(
         ax.set_axis_off()
     figure.suptitle(title, fontsize=11)
     return figure
-
-
-def class_colours(classes: Sequence[str]) -> np.ndarray:
-    """(256,3) uint8: a colour a class, black for the background and what is no class."""
-    colours = np.zeros((256, 3), dtype=np.uint8)
-    step = 1 / len(classes) if len(classes) <= MOST_NAMED else 0.618034  # the golden ratio: never close to those before
-    for n, name in enumerate(classes):
-        rgb = hsv_to_rgb((n * step % 1, (0.95, 0.6)[n % 2], (0.95, 0.75)[n % 2]))
-        colours[n] = 0 if name == "background" else 255 * rgb
-    return colours
-
-
-def overlay(image: np.ndarray, mask: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """``image`` (H,W,3) uint8, pale and grey, under the colours of its mask (H,W); black ones leave it like that."""
-    painted = colours[mask]
-    grey = 128 + image.mean(-1, keepdims=True) / 2
-    share = np.where(painted.any(-1, keepdims=True), 0.75, 0.0)
-    return (share * painted + (1 - share) * grey).round().astype(np.uint8)
-
-
-def segmentations(
-    images: Sequence[np.ndarray], masks: dict[str, Sequence[np.ndarray]], classes: Sequence[str], title: str
-) -> Figure:
-    """Photographs (H,W,3) uint8, a column each, and below them rows of masks (H,W) over them, with a legend."""
-    colours = class_colours(classes)
-    rows = {"photograph": images}
-    rows |= {name: [overlay(*pair, colours) for pair in zip(images, row, strict=True)] for name, row in masks.items()}
-    tallest = max(image.shape[0] / image.shape[1] for image in images)
-    width = 2.0 if len(images) > 1 else 5.0
-    figure = Figure(figsize=(width * len(images) + 0.4, width * tallest * len(rows) + 1.2), layout="constrained")
-    axes = figure.subplots(len(rows), len(images), squeeze=False)
-    for row, (name, pictures) in zip(axes, rows.items(), strict=True):
-        row[0].set_ylabel(name, fontsize=9)
-        for ax, picture in zip(row, pictures, strict=True):
-            ax.imshow(picture, interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-    counts = np.bincount(np.concatenate([mask.ravel() for row in masks.values() for mask in row]), minlength=256)
-    shown = [n for n in np.argsort(-counts, kind="stable") if counts[n] and colours[n].any()][:MOST_NAMED]
-    patches = [Patch(color=colours[n] / 255, label=classes[n]) for n in sorted(shown)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=max(1, int(figure.get_figwidth())), fontsize=8)
-    figure.suptitle(title, fontsize=11)
-    return figure
-
-
-def detections(
-    images: Sequence[np.ndarray],
-    objects: Mapping[str, Sequence[dict[str, np.ndarray]]],
-    classes: Sequence[str],
-    title: str,
-) -> Figure:
-    """Photographs (H,W,3) uint8, a column each, in rows of what is there: boxes, labels, scores if they have any."""
-    colours = class_colours(classes) / 255
-    tallest = max(image.shape[0] / image.shape[1] for image in images)
-    width = 2.0 if len(images) > 1 else 6.0
-    figure = Figure(figsize=(width * len(images) + 0.4, width * tallest * len(objects) + 0.7), layout="constrained")
-    axes = figure.subplots(len(objects), len(images), squeeze=False)
-    for row, (name, found) in zip(axes, objects.items(), strict=True):
-        row[0].set_ylabel(name, fontsize=9)
-        for ax, image, there in zip(row, images, found, strict=True):
-            ax.imshow(image)
-            ax.set(xticks=[], yticks=[])
-            for n, label in enumerate(there["labels"]):
-                score = f" {100 * there['scores'][n]:.0f}%" if "scores" in there else ""
-                _draw_box(ax, there["boxes"][n], f"{classes[label]}{score}", colours[label])
-    figure.suptitle(title, fontsize=11)
-    return figure
-
-
-def _draw_box(ax: Axes, box: np.ndarray, text: str, colour: np.ndarray) -> None:
-    left, top, right, bottom = box - 0.5  # imshow's first pixel is centred at 0
-    ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.4))
-    ink = "white" if colour @ (0.299, 0.587, 0.114) < 0.55 else "black"
-    around = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
-    above = top > 0.08 * ax.get_ylim()[0]  # room for the text
-    ax.text(left, top, text, color=ink, fontsize=6, va="bottom" if above else "top", bbox=around, clip_on=True)
 
 
 def learning_curve(

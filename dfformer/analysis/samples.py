@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from dfformer.tasks.predict import image_files
+from dfformer.data.files import image_files, read_image
 
 BATCH_SIZE = 16
 
@@ -76,7 +76,7 @@ class Samples(NamedTuple):
         try:
             with sample.open() as image:
                 return transform(image.convert("L" if loaded.config["input_size"][0] == 1 else "RGB"))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except ValueError as error:
             raise ValueError(f"{sample.source}: cannot be read ({error})") from error
 
     def pixels(self, index: int, loaded: Loaded) -> Tensor:
@@ -93,11 +93,11 @@ def load_samples(inputs: Sequence[Path], channels: set[int], crops: bool = False
     """
     if inputs:
         given = {path for path in inputs if not path.is_dir()}
-        files = list(dict.fromkeys(image_files(inputs)))
+        files, mode = image_files(inputs), "L" if channels == {1} else "RGB"
         if not files:
             raise ValueError(f"no images in {', '.join(map(str, inputs))}")
         samples = [
-            Sample(name, name if path in given else path.parent.name, str(path), partial(Image.open, path))
+            Sample(name, name if path in given else path.parent.name, str(path), partial(read_image, path, mode))
             for name, path in zip(_short_names(files), files, strict=True)
         ]
         return Samples(f"{len(samples)} image{'s'[: len(samples) > 1]}", samples)

@@ -1,6 +1,7 @@
 """The table of commands: what each is for, its arguments, and the function that runs it."""
 
 import argparse
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,11 +49,28 @@ def device(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error).removeprefix("device: ")) from None
 
 
+def model_args(text: str) -> dict[str, Any]:
+    """``{"depths": [1, 1, 1, 1]}``."""
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, accepted is a JSON object: {error}") from None
+    if not isinstance(arguments, dict):
+        raise argparse.ArgumentTypeError(f"got {text!r}, accepted is a JSON object of arguments by name")
+    return arguments
+
+
 # Processes that read images: more than processors would be slower.
 _WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 _CHECKPOINT = Argument("--checkpoint", type=Path, help=".safetensors or .pth")
 _MODEL = Argument("--model", help="e.g. dfformer_s18; checkpoints written by dfformer name it themselves")
+_MODEL_ARGS = Argument(
+    "--model-args", type=model_args, default={}, metavar="JSON", help="of --model, e.g. '{\"depths\": [2, 2, 6, 2]}'"
+)
+_EXIF_ORIENTATION = Argument(
+    "--exif-orientation", action="store_true", help="turn images as viewers do; default: take them as they are stored"
+)
 _PRETRAINED = Argument("--pretrained", action="store_true", help="download the authors' weights of --model")
 _IMG_SIZE = Argument("--img-size", type=plane, metavar="N or HxW", help="default: the model's")
 _DEVICE = Argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1; default: cpu")
@@ -141,11 +159,13 @@ COMMANDS = {
             Argument(
                 "--dataset",
                 default="",
-                help="digits, digit_scenes, or timm's name; default: the task's folders in root",
+                help="digits, synthetic_digits, or timm's name; default: the task's folders in root",
             ),
-            Argument("--scenes", type=int, default=200, help="how many digit_scenes to make (default: 200)"),
+            Argument("--synthetic-images", type=int, default=200, help="of synthetic_digits (default: 200)"),
             Argument("--split", default="val", help="default: val"),
+            _EXIF_ORIENTATION,
             _MODEL,
+            _MODEL_ARGS,
             Argument(
                 "--img-size",
                 nargs="+",
@@ -167,12 +187,15 @@ COMMANDS = {
         "dfformer.cli.by_task:predict_command",
         (
             Argument("inputs", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them"),
+            _EXIF_ORIENTATION,
             _CHECKPOINT,
             _MODEL,
+            _MODEL_ARGS,
             _PRETRAINED,
             Argument("--classes", type=Path, help="a text file with a class name a line"),
             _IMG_SIZE,
             Argument("--topk", type=int, default=5, help="default: 5"),
+            Argument("--min-score", type=float, default=0.3, help="of objects that are listed and drawn; default: 0.3"),
             _batch_size(16),
             _WORKERS_ARGUMENT,
             _DEVICE,

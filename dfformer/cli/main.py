@@ -13,7 +13,7 @@ from dfformer_kernels import __version__
 # Status of a process that wrote into a pipe nobody reads: 128 + SIGPIPE, as of programs that the signal ends.
 _BROKEN_PIPE, _INTERRUPTED, _FAILED = 141, 130, 2
 # The least value of numbers that several commands take.
-_LEAST = {"topk": 1, "batch_size": 1, "scenes": 1, "workers": 0}
+_LEAST = {"topk": 1, "batch_size": 1, "synthetic_images": 1, "workers": 0}
 _ALL = Command("The DFFormer family of vision models.", commands=COMMANDS)
 
 

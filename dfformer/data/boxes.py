@@ -1,7 +1,6 @@
-"""Images with boxes around objects: COCO's format and the built-in scenes, checked and prepared."""
+"""Images with boxes around objects: COCO's format and synthetic digits, checked and prepared."""
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +14,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dfformer.data import synthetic_digits
-from dfformer.data.images import check_each, check_image, given_root, opened, some
+from dfformer.data.files import check_each, check_image, read_image
+from dfformer.data.images import given_root
+from dfformer.utils.text import abbreviate
 
 # What each entry of an annotation file must have, and of which type.
 _FIELDS: dict[str, dict[str, type]] = {
@@ -24,6 +25,8 @@ _FIELDS: dict[str, dict[str, type]] = {
     "annotations": {"id": int, "image_id": int, "category_id": int, "bbox": list},
 }
 _ROUNDING = 1.0  # pixel by which a box may go beyond its image before that is taken for a mistake
+_LEAST_SIDE = 0.01  # pixel; a smaller box may be empty once it is float32, flipped or resized
+_LARGEST = 1e9  # of the numbers in a box
 
 
 class Objects(NamedTuple):
@@ -40,8 +43,8 @@ class Objects(NamedTuple):
     area: np.ndarray
 
 
-class Boxed(Protocol):
-    """A dataset of RGB images and their objects."""
+class BoxDataset(Protocol):
+    """RGB images and their objects."""
 
     categories: dict[int, str]  # COCO's id and name of each class, in the order of their labels
 
@@ -49,8 +52,11 @@ class Boxed(Protocol):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Objects]: ...
 
-    def check(self) -> None:
-        """Raises ValueError naming the files that cannot be used, and why."""
+    def check(self) -> list[bool]:
+        """Of each image, whether it has an EXIF orientation that is not applied.
+
+        Raises ValueError naming the files that cannot be used, and why.
+        """
 
 
 class CocoImages:
@@ -59,47 +65,75 @@ class CocoImages:
     Args:
         repair_boxes: cut off what is beyond the image and leave out boxes without area, instead of refusing them.
         training: leave out images without objects, crowds not counted.
+        exif_orientation: turn and mirror images, whose boxes are as viewers show them, as their EXIF orientation says.
 
     Raises:
         ValueError, FileNotFoundError: naming the file, the entry and what is wrong with it.
     """
 
-    def __init__(self, root: Path, split: str, repair_boxes: bool = False, training: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        repair_boxes: bool = False,
+        training: bool = False,
+        exif_orientation: bool = False,
+    ) -> None:
         self.file, self.folder = root / "annotations" / f"instances_{split}.json", root / split
+        self.exif_orientation = exif_orientation
         content = _read(self.file)
         names = {entry["id"]: entry["name"] for entry in content["categories"]}
         self.categories: dict[int, str] = dict(sorted(names.items()))
         sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in content["images"]}
         boxes, problems = _boxes(content["annotations"], sizes, self.categories, repair_boxes)
         if problems:
-            raise ValueError(f"{self.file}: {len(problems)} annotations cannot be used: {some(problems)}")
+            raise ValueError(f"{self.file}: {len(problems)} annotations cannot be used: {abbreviate(problems)}")
         self.images = [
-            (entry["file_name"], sizes[entry["id"]], _stack(boxes[entry["id"]])) for entry in content["images"]
+            (entry["id"], entry["file_name"], sizes[entry["id"]], _stack(boxes[entry["id"]]))
+            for entry in content["images"]
         ]
         if training:
-            self.images = [image for image in self.images if not image[2].crowd.all()]
-        if all(objects.crowd.all() for _, _, objects in self.images):
+            self.images = [image for image in self.images if not image[3].crowd.all()]
+        if all(objects.crowd.all() for *_, objects in self.images):
             raise ValueError(f"{self.file}: no images with objects, crowds not counted")
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Objects]:
-        with opened(self._path(index)) as image:
-            self._check_size(index, image.size)
-            return image.convert("RGB"), self.images[index][2]
+        image = read_image(self._path(index), "RGB", exif_orientation=self.exif_orientation)
+        self._check_size(index, image.size)
+        return image, self.images[index][3]
 
-    def check(self) -> None:
-        check_each(lambda index: self._check_size(index, check_image(self._path(index))), range(len(self)))
+    def check(self) -> list[bool]:
+        turned = check_each(self._check, range(len(self)))
+        return [] if self.exif_orientation else turned
+
+    def _check(self, index: int) -> bool:
+        info = check_image(self._path(index), self.exif_orientation)
+        self._check_size(index, info.size)
+        return info.turned
 
     def _path(self, index: int) -> Path:
-        return self.folder / self.images[index][0]
+        """The file of an image; ValueError for one that is not in the split's folder, links followed."""
+        number, name, *_ = self.images[index]
+        path, given = self.folder / name, Path(name)
+        outside = given.anchor or ".." in given.parts or "\0" in name
+        if outside or not path.resolve().is_relative_to(self.folder.resolve()):
+            raise ValueError(
+                f"{self.file}: image {number}: file_name: got {name!r}, accepted are files in {self.folder}"
+            )
+        return path
 
     def _check_size(self, index: int, found: tuple[int, int]) -> None:
-        said = self.images[index][1]
+        said = self.images[index][2]
         if found != said:
             sizes = "is {}x{}, {} says {}x{}".format(*found, self.file, *said)
-            raise ValueError(f"{self._path(index)}: {sizes}")
+            hint = "" if self.exif_orientation or found != said[::-1] else _TURNED
+            raise ValueError(f"{self._path(index)}: {sizes}{hint}")
+
+
+_TURNED = "; if the image has an EXIF orientation, exif_orientation applies it"
 
 
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -108,7 +142,7 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
         raise FileNotFoundError(f"{path}: does not exist")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not JSON: {error}") from error
     for kind, fields in _FIELDS.items():
         entries = content.get(kind) if isinstance(content, dict) else None
@@ -139,19 +173,26 @@ def _boxes(
             problems.append(f"annotation {name} is of image {image}, which is not listed")
         elif category not in categories:
             problems.append(f"annotation {name} has the unknown category {category}")
-        elif len(bbox) != 4 or not all(type(v) in (int, float) and math.isfinite(v) for v in bbox):
-            problems.append(f"annotation {name}: the box {bbox} is not four numbers")
-        elif not all(type(entry.get(field, 0)) in (int, float) for field in ("iscrowd", "area")):
-            problems.append(f"annotation {name}: iscrowd and area must be numbers")
+        elif len(bbox) != 4 or not all(map(_is_number, bbox)):
+            problems.append(f"annotation {name}: the box {str(bbox)[:99]} is not four numbers")
+        elif entry.get("iscrowd", 0) not in (0, 1) or not _is_number(entry.get("area", 0)):
+            problems.append(f"annotation {name}: iscrowd must be 0 or 1, and area a number")
         else:
             box, beyond = _clip(bbox, sizes[image])
-            if box[2] > box[0] and box[3] > box[1] and (repair or beyond <= _ROUNDING):
+            has_area = min(box[2] - box[0], box[3] - box[1]) >= _LEAST_SIDE
+            if has_area and (repair or beyond <= _ROUNDING):
                 area = entry.get("area", bbox[2] * bbox[3])
                 found[image].append((box, label[category], entry.get("iscrowd", 0), area))
             elif not repair:
-                what = "has no area" if min(bbox[2:]) <= 0 else "is not inside its image of {}x{}".format(*sizes[image])
+                inside = "is not inside its image of {}x{}".format(*sizes[image])
+                what = "has no area" if min(bbox[2:]) < _LEAST_SIDE else inside
                 problems.append(f"annotation {name}: the box {bbox} (left, top, width, height) {what}")
     return found, problems
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that a pixel may have: not NaN, not infinite, not one of hundreds of digits."""
+    return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST
 
 
 def _clip(bbox: list[float], size: tuple[int, int]) -> tuple[tuple[float, ...], float]:
@@ -172,27 +213,28 @@ def _stack(objects: list[tuple[Any, ...]]) -> Objects:
     )
 
 
-class SceneBoxes:
-    """The built-in scenes of ten digits."""
+class SyntheticBoxes:
+    """Synthetic images of ten digits."""
 
     categories: dict[int, str] = dict(enumerate(synthetic_digits.CLASSES))  # noqa: RUF012 (nobody changes it)
 
     def __init__(self, split: str, img_size: tuple[int, int], count: int) -> None:
-        self.scenes = synthetic_digits.DigitScenes(split, img_size, count)
+        self.images = synthetic_digits.SyntheticDigits(split, img_size, count)
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Objects]:
-        scene = self.scenes[index]
-        area = (scene.boxes[:, 2:] - scene.boxes[:, :2]).prod(1)
-        return scene.image, Objects(scene.boxes, scene.labels, np.zeros_like(scene.labels), area)
+        sample = self.images[index]
+        area = (sample.boxes[:, 2:] - sample.boxes[:, :2]).prod(1)
+        return sample.image, Objects(sample.boxes, sample.labels, np.zeros_like(sample.labels), area)
 
-    def check(self) -> None:
+    def check(self) -> list[bool]:
         """Nothing can be wrong with them."""
+        return []
 
 
-def open_boxed(
+def open_box_dataset(
     name: str,
     root: str | None,
     split: str,
@@ -200,15 +242,16 @@ def open_boxed(
     count: int,
     repair_boxes: bool = False,
     training: bool = False,
-) -> Boxed:
-    """The dataset ``name``: "" for COCO's format, "digit_scenes" for ``count`` scenes of ``img_size``."""
-    if name == synthetic_digits.DIGIT_SCENES:
-        return SceneBoxes(split, img_size, count)
+    exif_orientation: bool = False,
+) -> BoxDataset:
+    """The dataset ``name``: "" for COCO's format, "synthetic_digits" for ``count`` synthetic images of ``img_size``."""
+    if name == synthetic_digits.NAME:
+        return SyntheticBoxes(split, img_size, count)
     if name:
         raise ValueError(
-            f"dataset: got {name!r}, accepted to detect are '' (COCO's format) and {synthetic_digits.DIGIT_SCENES!r}"
+            f"dataset: got {name!r}, accepted to detect are '' (COCO's format) and {synthetic_digits.NAME!r}"
         )
-    return CocoImages(given_root(root), split, repair_boxes, training)
+    return CocoImages(given_root(root), split, repair_boxes, training, exif_orientation)
 
 
 def check_same_categories(found: dict[int, str], expected: dict[int, str], where: str, of: str) -> None:
@@ -216,20 +259,22 @@ def check_same_categories(found: dict[int, str], expected: dict[int, str], where
     if found == expected:
         return
     different = sorted(f"{name} ({number})" for number, name in found.items() ^ expected.items())
-    raise ValueError(f"{where}: its {len(found)} categories are not the {len(expected)} of {of}: {some(different)}")
+    raise ValueError(
+        f"{where}: its {len(found)} categories are not the {len(expected)} of {of}: {abbreviate(different)}"
+    )
 
 
 Target = dict[str, Tensor]  # boxes, labels, iscrowd, area: what torchvision and torchmetrics call the parts of Objects
 
 
-class Prepared(Dataset):
-    """``dataset`` as pairs of an image uint8 (3,H,W) and its target; in training without crowds, and flipped at times.
+class DetectionTensors(Dataset):
+    """``dataset`` as pairs of an image uint8 (3,H,W) and its target; for training without crowds, randomly flipped.
 
     Args:
         hflip: probability of a horizontal flip; None for evaluation.
     """
 
-    def __init__(self, dataset: Boxed, hflip: float | None = None) -> None:
+    def __init__(self, dataset: BoxDataset, hflip: float | None = None) -> None:
         self.dataset, self.training = dataset, hflip is not None
         self.flip = v2.RandomHorizontalFlip(hflip or 0.0)
 

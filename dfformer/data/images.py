@@ -4,15 +4,14 @@ All randomness of a training image comes from (seed, epoch, index), and the orde
 same images come whatever the number of processes and workers, and wherever an interrupted run goes on.
 """
 
-import os
+import io
 import random
+import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +20,14 @@ from timm.data import create_dataset
 from timm.data.loader import fast_collate
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
+
+from dfformer.data.class_folders import ClassFolders, ClassTar
+from dfformer.data.files import orientation_note, read_image
+from dfformer.utils.text import abbreviate, echo
 
 DIGITS = "digits"
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of the digits, scaled to 0..1
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what opening an image file may raise
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # the last marker of a file that is not cut off
-
-Item = TypeVar("Item")
-Found = TypeVar("Found")
 
 
 @dataclass
@@ -74,35 +72,40 @@ class DigitImages(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def check(self) -> list[bool]:
+        """Nothing can be wrong with them."""
+        return []
+
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = Image.fromarray(self.images[index])
         return (self.transform(image) if self.transform else image), self.labels[index]
 
 
-def open_dataset(name: str, root: str | None, split: str, channels: int = 3, download: bool = False) -> Any:
+def open_dataset(
+    name: str,
+    root: str | None,
+    split: str,
+    channels: int = 3,
+    download: bool = False,
+    exif_orientation: bool = False,
+) -> Any:
     """A map-style dataset of (image, label), with a settable ``transform``.
 
     Args:
         name: "" for class folders or a .tar of them, "digits", or timm's name of another dataset.
         root: where it is; for "", the folder that has the split, as a folder or a .tar file.
         channels: of the model's images; 1 converts to grey.
+        exif_orientation: turn and mirror images as their EXIF orientation says.
 
     Raises:
-        ValueError: no such split, no images in it, class folders without images, or a streamed dataset.
+        ValueError: no such dataset or split, no images in it, class folders without images, or a streamed dataset.
     """
     if name == DIGITS:
         return DigitImages(split)
-    path = str(given_root(root) if name else _split_path(given_root(root), split))
-    where = f"{root}, split {split}"
-    try:
-        dataset = create_dataset(name, root=path, split=split, search_split=False, download=download)
-    except (AssertionError, RuntimeError, ImportError, OSError, tarfile.TarError) as error:
-        raise ValueError(f"{where}: {error or 'no such dataset'}") from error
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(f"{name}: streamed datasets have no order to resume in; accepted are map-style ones")
-    if len(dataset) == 0:
-        raise ValueError(f"{where}: no images")
-    return Images(dataset, "L" if channels == 1 else "RGB")
+    folder = given_root(root)
+    mode = "L" if channels == 1 else "RGB"
+    source = _library_dataset(name, folder, split, download) if name else _class_images(folder, split)
+    return Images(source, mode, exif_orientation)
 
 
 def given_root(root: str | None) -> Path:
@@ -112,52 +115,98 @@ def given_root(root: str | None) -> Path:
     return Path(root)
 
 
-class Images(Dataset):
-    """``dataset`` of timm or torchvision as pairs of image and label, with a settable ``transform`` of the image.
+def _class_images(root: Path, split: str) -> ClassFolders | ClassTar:
+    folder, tar = root / split, root / f"{split}.tar"
+    if not root.is_dir():
+        raise ValueError(f"root: {root} is not a folder")
+    if folder.is_dir():
+        return ClassFolders(folder)
+    if not tar.is_file():
+        raise ValueError(f"{root}: has neither a folder {split!r} nor {tar.name}")
+    try:
+        return ClassTar(tar)
+    except tarfile.TarError as error:
+        raise ValueError(f"{tar}: {error}; accepted are .tar files without compression") from error
 
-    An image that cannot be read is an error that names it: timm's own dataset would give the next one in its place.
 
-    Args:
-        mode: PIL's, to which images are converted.
-    """
+class LibraryDataset:
+    """A map-style dataset of torchvision or Hugging Face, opened by timm."""
 
-    def __init__(self, dataset: Any, mode: str) -> None:
-        self.dataset, self.mode = dataset, mode
-        self.reader: Any = getattr(dataset, "reader", None)  # timm's
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.reader: Any = getattr(dataset, "reader", None)  # of Hugging Face's
         self.classes = class_names(self.reader or dataset)
-        self.transform: Any = None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def sample(self, index: int) -> tuple[Any, int, str]:
+        """A file or an image, its label, and a name for errors."""
+        name = f"image {index}"
+        if self.reader is None:
+            try:
+                return (*self.dataset[index], name)
+            except Exception as error:  # torchvision decodes here
+                raise ValueError(f"{name}: {error or type(error).__name__}") from error
+        file, label = self.reader[index]  # timm's own dataset would give the next image for one that is damaged
+        with file:
+            return io.BytesIO(file.read()), label, self.reader.filename(index, absolute=True) or name
+
+    def check(self) -> list[bool]:
+        """Nothing is read before it is used."""
+        return []
+
+
+def _library_dataset(name: str, root: Path, split: str, download: bool) -> LibraryDataset:
+    prefix = name.partition("/")[0].lower()
+    if prefix in ("tfds", "wds", "hfids"):
+        raise ValueError(f"{name}: streamed datasets have no order to resume in; accepted are map-style ones")
+    if prefix not in ("torch", "hfds") or "/" not in name:  # timm would read any other name as a folder
+        raise ValueError(
+            f"dataset: got {name!r}, accepted are '' (class folders), {DIGITS!r}, and timm's 'torch/...' and 'hfds/...'"
+        )
+    try:
+        dataset = create_dataset(name, root=str(root), split=split, search_split=False, download=download)
+    except (AssertionError, RuntimeError, ImportError, OSError) as error:
+        raise ValueError(f"{root}, split {split}: {error or 'no such dataset'}") from error
+    if len(dataset) == 0:
+        raise ValueError(f"{root}, split {split}: no images")
+    return LibraryDataset(dataset)
+
+
+class Images(Dataset):
+    """``source`` as pairs of image and label, with a settable ``transform`` of the image.
+
+    An image that cannot be read is a ValueError that names it.
+
+    Args:
+        mode: PIL's, to which images are converted.
+        exif_orientation: turn and mirror them as their EXIF orientation says.
+    """
+
+    def __init__(self, source: ClassFolders | ClassTar | LibraryDataset, mode: str, exif_orientation: bool) -> None:
+        self.source, self.mode, self.exif_orientation = source, mode, exif_orientation
+        self.classes = source.classes
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self._read(index) if self.reader else self.dataset[index]
-        image = image.convert(self.mode)
-        return (self.transform(image) if self.transform else image), label
+        content, label, name = self.source.sample(index)
+        image = read_image(content, self.mode, name, self.exif_orientation)
+        try:
+            return (self.transform(image) if self.transform else image), label
+        except Exception as error:
+            raise ValueError(f"{name}: {error or type(error).__name__}") from error
 
-    def _read(self, index: int) -> tuple[Image.Image, int]:
-        file, label = self.reader[index]
-        with file, opened(file, self.reader.filename(index, absolute=True) or f"image {index}") as image:
-            image.load()
-            return image, label
+    def check(self) -> list[bool]:
+        """Of each image in a folder, whether it is turned otherwise than its EXIF orientation says.
 
-
-def _split_path(root: Path, split: str) -> Path:
-    """The folder or .tar file of a split; timm would take ``root`` itself for one that is not there."""
-    folder, tar = root / split, root / f"{split}.tar"
-    if not root.is_dir():
-        raise ValueError(f"root: {root} is not a folder")
-    if tar.is_file() and not folder.is_dir():
-        return tar
-    if not folder.is_dir():
-        raise ValueError(f"{root}: has neither a folder {split!r} nor {tar.name}")
-    classes = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()]
-    if not classes:
-        raise ValueError(f"{folder}: has no class folders")
-    for entry in classes:
-        if not any(path.is_file() for path in entry.rglob("*")):
-            raise ValueError(f"{entry}: this class folder has no images")
-    return folder
+        Raises ValueError naming the files that cannot be read.
+        """
+        turned = self.source.check()
+        return [] if self.exif_orientation else turned
 
 
 def class_names(dataset: Any) -> list[str] | None:
@@ -177,67 +226,20 @@ def check_same_classes(train: Any, val: Any, where: str) -> None:
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     raise ValueError(
         f"{where}: its classes are not those of the training images"
-        + (f"; missing: {some(missing)}" if missing else "")
-        + (f"; not in training: {some(extra)}" if extra else "")
+        + (f"; missing: {abbreviate(missing)}" if missing else "")
+        + (f"; not in training: {abbreviate(extra)}" if extra else "")
     )
 
 
-def check_images(dataset: Any) -> None:
-    """`check_image` of every file of a folder dataset."""
-    samples = getattr(getattr(dataset, "reader", None), "samples", None)
-    if isinstance(samples, list):  # otherwise an archive, or no files at all
-        check_each(check_image, [Path(path) for path, _ in samples])
+def check_images(*datasets: Any) -> None:
+    """Reads what can be wrong with the files of datasets, and says if images are turned otherwise than EXIF says.
 
-
-def check_each(check: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
-    """What ``check`` returns for each of a dataset's images; one ValueError with those it raises, if it does."""
-    problems: list[str] = []
-
-    def attempt(item: Item) -> Found | None:
-        try:
-            return check(item)
-        except ValueError as error:
-            problems.append(str(error))
-            return None
-
-    with ThreadPoolExecutor(16) as pool:
-        found: list[Any] = list(pool.map(attempt, items))
-    if problems:
-        raise ValueError(f"{len(problems)} of {len(items)} images cannot be used: {some(sorted(problems))}")
-    return found
-
-
-def check_image(path: Path) -> tuple[int, int]:
-    """The size (W,H) of an image file; ValueError for one that is no image or is cut off.
-
-    Read are its header and its end, and all of it where the end does not show that it is whole.
+    Raises:
+        ValueError: naming the files that cannot be used, and why.
     """
-    with opened(path) as image:
-        marker = _ENDS.get(image.format or "")
-        if marker is None or marker not in _tail(path):
-            image.load()
-        return image.size
-
-
-def _tail(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
-        return file.read()
-
-
-@contextmanager
-def opened(file: Path | IO[bytes], name: Path | str = "") -> Iterator[Image.Image]:
-    """An image, not decoded yet. What cannot be read of it, then too, is a ValueError that names it."""
-    name = str(name or file)
-    try:
-        with Image.open(file) as image:
-            yield image
-    except UNREADABLE as error:
-        raise ValueError(str(error) if name in str(error) else f"{name}: {error}") from error
-
-
-def some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    turned = [image for dataset in datasets for image in dataset.check()]
+    if note := orientation_note(turned, "exif_orientation"):
+        echo(note, file=sys.stderr)
 
 
 def seed_everything(*numbers: int) -> None:

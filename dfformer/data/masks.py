@@ -1,4 +1,4 @@
-"""Images with a class for every pixel: folders in ADE20K's manner and the built-in scenes, checked and prepared."""
+"""Images with a class for every pixel: folders in ADE20K's layout and synthetic digits, checked and prepared."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +13,19 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dfformer.data import synthetic_digits
-from dfformer.data.images import check_each, check_image, given_root, opened
-from dfformer.tasks.predict import image_files
-from dfformer.train.config import SegmentConfig
+from dfformer.data.files import check_each, check_image, image_files, opened, read_class_names, read_image
+from dfformer.data.images import given_root
+from dfformer.data.transforms import resize_shorter_side
 
 IGNORED = 255  # in masks: a pixel that counts neither in the loss nor in a measure
 BACKGROUND = "background"
 _CROPS_TRIED = 10
 
+ImageAndMask = tuple[Tensor, Tensor]  # uint8 (3,h,w) and uint8 (H,W)
 
-class Masked(Protocol):
-    """A dataset of pairs: an RGB image and its mask (H,W) uint8 of classes or IGNORED."""
+
+class MaskDataset(Protocol):
+    """Pairs of an RGB image and its mask (H,W) uint8 of classes or IGNORED."""
 
     classes: list[str]
 
@@ -31,8 +33,11 @@ class Masked(Protocol):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]: ...
 
-    def check(self) -> None:
-        """Raises ValueError naming the files that cannot be used, and why."""
+    def check(self) -> list[bool]:
+        """Of each image, whether it has an EXIF orientation that is not applied.
+
+        Raises ValueError naming the files that cannot be used, and why.
+        """
 
 
 class MaskFolder:
@@ -43,50 +48,55 @@ class MaskFolder:
 
     Args:
         reduce_zero_label: 0 in a mask is no class, and labels count from 1. 255 is no class in any case.
+        exif_orientation: turn and mirror images, whose masks are as viewers show them, as their EXIF orientation says.
     """
 
-    def __init__(self, root: Path, split: str, reduce_zero_label: bool) -> None:
+    def __init__(self, root: Path, split: str, reduce_zero_label: bool, exif_orientation: bool = False) -> None:
         images, masks = root / "images" / split, root / "annotations" / split
-        self.folder = masks
+        self.folder, self.exif_orientation = masks, exif_orientation
         for folder in (images, masks):
             if not folder.is_dir():
                 raise ValueError(f"{folder}: is not a folder")
         self.classes = _class_names(root)
-        self.images = list(image_files([images]))
+        self.images = image_files([images])
         if not self.images:
             raise ValueError(f"{images}: no images")
         self.masks = [masks / path.relative_to(images).with_suffix(".png") for path in self.images]
+        _check_one_image_each(self.images, self.masks)
         self.first_label = int(reduce_zero_label)
         self.to_class = np.full(256, IGNORED, dtype=np.uint8)  # what each value of a mask becomes
-        self.to_class[self.first_label : self.first_label + len(self.classes)] = np.arange(len(self.classes))
+        labels = np.arange(self.first_label, min(self.first_label + len(self.classes), IGNORED))
+        self.to_class[labels] = labels - self.first_label
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        with opened(self.images[index]) as image:
-            pixels = image.convert("RGB")
+        pixels = read_image(self.images[index], "RGB", exif_orientation=self.exif_orientation)
         with opened(self.masks[index]) as mask:
             self._check_mask(mask, pixels.size)
             return pixels, self.to_class[np.asarray(mask)]
 
-    def check(self) -> None:
-        if not any(check_each(self._check, range(len(self)))):
+    def check(self) -> list[bool]:
+        checked = check_each(self._check, range(len(self)))
+        if not any(has_class for has_class, _ in checked):
             raise ValueError(f"{self.folder}: its masks have no pixel with a class, all are to be ignored")
+        return [] if self.exif_orientation else [turned for _, turned in checked]
 
-    def _check(self, index: int) -> bool:
-        """Whether any pixel has a class."""
-        size, path = check_image(self.images[index]), self.masks[index]
+    def _check(self, index: int) -> tuple[bool, bool]:
+        """Whether any pixel has a class, and whether the image has an EXIF orientation."""
+        info, path = check_image(self.images[index], self.exif_orientation), self.masks[index]
         if not path.is_file():
             raise ValueError(f"{self.images[index]} has no mask {path}")
         with opened(path) as mask:
-            return self._check_mask(mask, size)
+            return self._check_mask(mask, info.size), info.turned
 
     def _check_mask(self, mask: Image.Image, size: tuple[int, int]) -> bool:
         if mask.mode not in ("L", "P"):
             raise ValueError(f"has mode {mask.mode}, accepted are L and P: one channel of 8 bits")
         if mask.size != size:
-            raise ValueError("is {}x{}, its image {}x{}".format(*mask.size, *size))
+            hint = "" if self.exif_orientation or mask.size != size[::-1] else _TURNED
+            raise ValueError("is {}x{}, its image {}x{}{}".format(*mask.size, *size, hint))
         labels = np.flatnonzero(mask.histogram())
         last = self.first_label + len(self.classes) - 1
         unknown = labels[(labels > last) & (labels != IGNORED)]
@@ -95,102 +105,131 @@ class MaskFolder:
         return bool((self.to_class[labels] != IGNORED).any())
 
 
-class SceneMasks:
-    """The built-in scenes of digits: the background and ten digits."""
+_TURNED = "; if the image has an EXIF orientation, exif_orientation applies it"
+
+
+def _check_one_image_each(images: list[Path], masks: list[Path]) -> None:
+    owner: dict[Path, Path] = {}
+    for image, mask in zip(images, masks, strict=True):
+        other = owner.setdefault(mask, image)
+        if other != image:
+            raise ValueError(f"{other} and {image}: have the same mask {mask}, accepted is one image a mask")
+
+
+class SyntheticMasks:
+    """Synthetic images of digits: the background and ten digits."""
 
     classes: list[str] = [BACKGROUND, *synthetic_digits.CLASSES]  # noqa: RUF012 (nobody changes it)
 
     def __init__(self, split: str, img_size: tuple[int, int], count: int) -> None:
-        self.scenes = synthetic_digits.DigitScenes(split, img_size, count)
+        self.images = synthetic_digits.SyntheticDigits(split, img_size, count)
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        scene = self.scenes[index]
-        return scene.image, scene.mask
+        sample = self.images[index]
+        return sample.image, sample.mask
 
-    def check(self) -> None:
+    def check(self) -> list[bool]:
         """Nothing can be wrong with them."""
+        return []
 
 
-def open_masked(
-    name: str, root: str | None, split: str, img_size: tuple[int, int], count: int, reduce_zero_label: bool
-) -> Masked:
-    """The dataset ``name``: "" for a folder, "digit_scenes" for ``count`` scenes of ``img_size``."""
-    if name == synthetic_digits.DIGIT_SCENES:
-        return SceneMasks(split, img_size, count)
+def open_mask_dataset(
+    name: str,
+    root: str | None,
+    split: str,
+    img_size: tuple[int, int],
+    count: int,
+    reduce_zero_label: bool,
+    exif_orientation: bool = False,
+) -> MaskDataset:
+    """The dataset ``name``: "" for a folder, "synthetic_digits" for ``count`` synthetic images of ``img_size``."""
+    if name == synthetic_digits.NAME:
+        return SyntheticMasks(split, img_size, count)
     if name:
-        raise ValueError(
-            f"dataset: got {name!r}, accepted to segment are '' (a folder) and {synthetic_digits.DIGIT_SCENES!r}"
-        )
-    return MaskFolder(given_root(root), split, reduce_zero_label)
+        raise ValueError(f"dataset: got {name!r}, accepted to segment are '' (a folder) and {synthetic_digits.NAME!r}")
+    return MaskFolder(given_root(root), split, reduce_zero_label, exif_orientation)
 
 
 def _class_names(root: Path) -> list[str]:
-    plain, ade20k = root / "classes.txt", root / "objectInfo150.txt"
-    if plain.is_file():
-        names = plain.read_text(encoding="utf-8").splitlines()
+    own, ade20k = root / "classes.txt", root / "objectInfo150.txt"
+    if own.is_file():
+        names = read_class_names(own)
     elif ade20k.is_file():  # a table with a heading, the name last
-        names = [line.split("\t")[-1].strip() for line in ade20k.read_text(encoding="utf-8").splitlines()[1:]]
+        names = [line.split("\t")[-1].strip() for line in read_class_names(ade20k)[1:]]
     else:
-        raise ValueError(f"{root}: has neither {plain.name}, a class name a line, nor ADE20K's {ade20k.name}")
-    if not names or not all(names) or len(names) > IGNORED:
-        raise ValueError(f"{root}: the list of classes has an empty line, or not 1 to {IGNORED} lines")
+        raise ValueError(f"{root}: has neither {own.name}, a class name a line, nor ADE20K's {ade20k.name}")
+    if not 1 <= len(names) <= IGNORED or not all(names):
+        raise ValueError(f"{root}: the list of classes has {len(names)} names, accepted are 1 to {IGNORED}, none empty")
     return names
 
 
-Pair = tuple[Tensor, Tensor]
+class SegmentationTensors(Dataset):
+    """``dataset`` as pairs of tensors, an image and its mask, as ``transform`` made them."""
 
-
-class Prepared(Dataset):
-    """``dataset`` as pairs of tensors: the image uint8 (3,h,w), the mask uint8 (H,W), both as ``view`` made them."""
-
-    def __init__(self, dataset: Masked, view: Callable[[Any, Any], Pair]) -> None:
-        self.dataset, self.view = dataset, view
+    def __init__(self, dataset: MaskDataset, transform: Callable[[Any, Any], ImageAndMask]) -> None:
+        self.dataset, self.transform = dataset, transform
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index: int) -> ImageAndMask:
         image, mask = self.dataset[index]
-        pixels, classes = self.view(v2.functional.to_image(image), tv_tensors.Mask(mask))
+        pixels, classes = self.transform(v2.functional.to_image(image), tv_tensors.Mask(mask))
         return pixels.as_subclass(Tensor), classes.as_subclass(Tensor)
 
 
-class TrainingView:
-    """A random crop of ``size`` (H, W), of a random scale; what it has beyond the image is ``fill``, and ignored."""
+class TrainTransform:
+    """A random crop of ``size`` (H,W), at a random scale.
 
-    def __init__(self, size: tuple[int, int], config: SegmentConfig, fill: list[int]) -> None:
-        shorter = [max(1, round(scale * min(size))) for scale in config.scale]
-        self.resize = v2.RandomResize(shorter[0], shorter[1] + 1)  # the second is exclusive
+    Args:
+        scale: least and most of the image's shorter side before the crop, relative to that of ``size``.
+        most_of_one_class: a crop is drawn again, up to ten times, while one class has a larger share of its pixels.
+        hflip: probability of a horizontal flip.
+        photometric: random brightness, contrast, saturation, hue, and order of the channels.
+        fill: colour of what a crop has beyond its image; its mask is IGNORED there.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        scale: tuple[float, float],
+        most_of_one_class: float,
+        hflip: float,
+        photometric: bool,
+        fill: list[int],
+    ) -> None:
+        least, most = (max(1, round(factor * min(size))) for factor in scale)
+        self.shorter = least, most
         fills = {tv_tensors.Image: fill, tv_tensors.Mask: IGNORED}
         self.crop = v2.RandomCrop(size, pad_if_needed=True, fill=fills)
-        distort = [v2.RandomPhotometricDistort()] if config.photometric else []
-        self.rest = v2.Compose([v2.RandomHorizontalFlip(config.hflip), *distort])
-        self.most = config.most_of_one_class
+        distort = [v2.RandomPhotometricDistort()] if photometric else []
+        self.rest = v2.Compose([v2.RandomHorizontalFlip(hflip), *distort])
+        self.most_of_one_class = most_of_one_class
 
-    def __call__(self, image: Any, mask: Any) -> Pair:
-        image, mask = self.resize(image, mask)
+    def __call__(self, image: Any, mask: Any) -> ImageAndMask:
+        shorter = int(torch.randint(self.shorter[0], self.shorter[1] + 1, ()))
+        image, mask = (resize_shorter_side(part, shorter) for part in (image, mask))
         for _ in range(_CROPS_TRIED):
             cropped = self.crop(image, mask)
             counts = torch.bincount(cropped[1].flatten())[:IGNORED]
-            if counts.max() <= self.most * counts.sum():
+            if counts.max() <= self.most_of_one_class * counts.sum():
                 break
         return self.rest(*cropped)
 
 
-class WholeView:
-    """The whole image, its shorter side ``shorter`` pixels long and the longer at most four times that; the mask as it
-    is."""
+class EvalTransform:
+    """The whole image, its shorter side ``shorter`` pixels long (see `resize_shorter_side`); the mask as it is."""
 
     def __init__(self, shorter: int) -> None:
-        self.resize = v2.Resize(shorter, max_size=4 * shorter)
+        self.shorter = shorter
 
-    def __call__(self, image: Any, mask: Any) -> Pair:
-        return self.resize(image), mask
+    def __call__(self, image: Any, mask: Any) -> ImageAndMask:
+        return resize_shorter_side(image, self.shorter), mask
 
 
-def all_ignored(mask: Tensor) -> Tensor:
-    """A mask like ``mask`` that says nothing."""
+def ignored_like(mask: Tensor) -> Tensor:
+    """A mask of ``mask``'s shape without any class."""
     return torch.full_like(mask, IGNORED)

@@ -1,4 +1,4 @@
-"""Scenes made on the fly for segmentation and detection: real handwritten digits pasted on real photographs."""
+"""Images made on the fly for segmentation and detection: real handwritten digits pasted on real photographs."""
 
 from functools import cache
 from typing import NamedTuple
@@ -8,11 +8,11 @@ from PIL import Image
 
 from dfformer.data.images import DigitImages
 
-DIGIT_SCENES = "digit_scenes"
+NAME = "synthetic_digits"
 CLASSES = [str(digit) for digit in range(10)]
 MOST_DIGITS = 4
 MOST_HIDDEN = 0.1  # of a digit's pixels, by digits pasted later
-_DIGIT_SIDES = (0.3, 0.6)  # least and most, as shares of the scene's shorter side
+_DIGIT_SIDES = (0.3, 0.6)  # least and most, as shares of the image's shorter side
 _CROP_SIDES = (96, 192)  # of a photograph, in its pixels: least and most of the shorter side
 _TRAINING_COLUMNS = 0.7  # of a photograph, from the left; validation has the rest
 _DIMMED = 0.5  # photographs are, so that light ink of any colour can be told from them
@@ -20,7 +20,7 @@ _INK = (140, 255)  # least and most of each channel
 _TRIES = 20  # to find a digit a place
 
 
-class Scene(NamedTuple):
+class SyntheticImage(NamedTuple):
     """An image with exact truth about it.
 
     ``image`` is RGB; ``mask`` (H,W) uint8 has 0 for the background and 1 + digit; ``boxes`` (n,4) float32 are
@@ -34,15 +34,15 @@ class Scene(NamedTuple):
     labels: np.ndarray
 
 
-class DigitScenes:
-    """``count`` scenes of 1 to 4 of scikit-learn's digits in light inks on crops of its two photographs, dimmed.
+class SyntheticDigits:
+    """``count`` images of 1 to 4 of scikit-learn's digits in light inks on crops of its two photographs, dimmed.
 
-    Size, place and ink of each digit are random; a scene follows from (seed, split, index). Training and validation
-    have other digits and other parts of the photographs.
+    Size, place and ink of each digit are random; an image is a function of (seed, split, index). Training and
+    validation share no digit and no part of the photographs.
 
     Args:
         split: train or val.
-        img_size: (H, W) of the scenes, or one number.
+        img_size: (H, W) of the images, or one number.
     """
 
     def __init__(self, split: str, img_size: int | tuple[int, int], count: int, seed: int = 0) -> None:
@@ -55,9 +55,9 @@ class DigitScenes:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Scene:
+    def __getitem__(self, index: int) -> SyntheticImage:
         if not 0 <= index < self.count:
-            raise IndexError(f"index: got {index}, there are {self.count} scenes")
+            raise IndexError(f"index: got {index}, there are {self.count} images")
         rng = np.random.default_rng([self.seed, self.split == "train", index])
         pixels = _DIMMED * np.asarray(self._background(rng), dtype=np.float32)
         owner = np.zeros(self.size, dtype=np.uint8)  # 1 + number of the digit seen at a pixel
@@ -76,7 +76,7 @@ class DigitScenes:
         classes = np.array([0, *(1 + label for label in labels)], dtype=np.uint8)
         boxes = np.array([_box(owner == 1 + n) for n in range(len(areas))], dtype=np.float32)
         image = Image.fromarray(pixels.round().astype(np.uint8))
-        return Scene(image, classes[owner], boxes, np.array(labels, dtype=np.int64))
+        return SyntheticImage(image, classes[owner], boxes, np.array(labels, dtype=np.int64))
 
     def _background(self, rng: np.random.Generator) -> Image.Image:
         photo = _photographs()[rng.integers(len(_photographs()))]

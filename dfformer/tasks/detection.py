@@ -1,15 +1,15 @@
 """Object detection: any encoder of timm with a RetinaNet of torchvision on it, trained, evaluated and applied."""
 
 import argparse
+import io
 import json
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections import Counter
+from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
@@ -19,107 +19,37 @@ try:
     from torchmetrics.detection import MeanAveragePrecision
 except ImportError as error:
     raise RuntimeError(f"detection needs {error.name}: pip install 'dfformer[dense]'") from error
-from torchvision.models.detection import RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import nms
-from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 from torchvision.transforms import v2
 
 from dfformer.data import images as image_data
-from dfformer.data.boxes import Prepared, Target, check_same_categories, collate, open_boxed
+from dfformer.data.boxes import (
+    BoxDataset,
+    DetectionTensors,
+    Target,
+    check_same_categories,
+    collate,
+    open_box_dataset,
+)
 from dfformer.models.checkpoint import CheckpointError, build_and_load, read_checkpoint
 from dfformer.tasks.base import DenseTask, Place
+from dfformer.tasks.detector import Detector
 from dfformer.tasks.evaluate import Timed, progress, write_csv
-from dfformer.tasks.predict import Files, OnError, Prediction, check_names, predict_files
-from dfformer.train.config import TrainConfig
+from dfformer.tasks.predict import File, Prediction, Predictor, find_inputs, predict_files, refuse_arguments
+from dfformer.tasks.results import SOFTWARE, plan_results, result_names
+from dfformer.utils.io import write_atomically
+from dfformer.utils.text import echo, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_STRIDES = (8, 16, 32, 64, 128)  # of the pyramid's maps; the first three are the encoder's
-_MOST_FOUND = 100  # objects an image, COCO's number
+    from dfformer.train.config import TrainConfig
+
 _SHOWN = 6  # images in predictions.png
-_SURE = 0.3  # score of what is drawn
+_MIN_SCORE = 0.3  # of what is drawn in training
 _MEASURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 
 Batch = tuple[list[Tensor], list[Target]]
-NormLayer = Callable[[int], nn.Module]
-
-
-class Pyramid(nn.Module):
-    """Images (B,3,H,W) to five maps of ``channels`` channels with strides 8 to 128, by name."""
-
-    def __init__(self, encoder: str, encoder_args: dict[str, Any], channels: int, norm: NormLayer | None) -> None:
-        super().__init__()
-        self.encoder = timm.create_model(encoder, features_only=True, out_indices=(-3, -2, -1), **encoder_args)
-        strides, widths = self.encoder.feature_info.reduction(), self.encoder.feature_info.channels()
-        if tuple(strides) != _STRIDES[:3]:
-            raise ValueError(f"model.name: the last maps of {encoder} have strides {strides}, accepted are 8, 16, 32")
-        self.fpn = FeaturePyramidNetwork(widths, channels, LastLevelP6P7(widths[-1], channels), norm)
-        self.out_channels = channels
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features = self.encoder(images)
-        if self.encoder.output_fmt == "NHWC":
-            features = [feature.permute(0, 3, 1, 2) for feature in features]
-        maps: dict[str, Tensor] = self.fpn({f"p{n}": feature for n, feature in enumerate(features, 3)})
-        return maps
-
-
-class _Float32Head(RetinaNetHead):
-    """Whose outputs are float32 under autocast too: half a mantissa is too little for coordinates."""
-
-    def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
-        return {name: output.float() for name, output in super().forward(maps).items()}
-
-
-class Detector(RetinaNet):
-    """torchvision's RetinaNet on an encoder of timm: images, a list of (3,H,W) of 0 to 1, to losses or detections.
-
-    Args:
-        encoder: its name for ``timm.create_model``; its last three feature maps must have strides 8, 16 and 32.
-        encoder_args: other arguments for it.
-        classes: how many.
-        img_size: most for the shorter and for the longer side, to which images are resized.
-        mean, std: of the pixels.
-        channels: of the pyramid and the head.
-        anchor_scale: side of the smallest anchors, in strides of their map.
-        norm_groups: of a group norm after each of the pyramid's and the head's convolutions; 0 for none.
-    """
-
-    def __init__(
-        self,
-        encoder: str,
-        encoder_args: dict[str, Any],
-        classes: int,
-        img_size: tuple[int, int],
-        mean: list[float],
-        std: list[float],
-        channels: int,
-        anchor_scale: float,
-        norm_groups: int,
-    ) -> None:
-        norm = partial(nn.GroupNorm, norm_groups) if norm_groups else None
-        sides = [[anchor_scale * stride * 2 ** (third / 3) for third in range(3)] for stride in _STRIDES]
-        anchors = AnchorGenerator(sides, [[0.5, 1.0, 2.0]] * len(sides))
-        super().__init__(
-            Pyramid(encoder, encoder_args, channels, norm),
-            classes,
-            image_mean=mean,
-            image_std=std,
-            anchor_generator=anchors,
-            head=_Float32Head(channels, anchors.num_anchors_per_location()[0], classes, norm_layer=norm),
-            detections_per_img=_MOST_FOUND,
-        )
-        self.set_img_size(*img_size)
-
-    def set_img_size(self, shorter: int, longer: int) -> None:
-        self.transform.min_size, self.transform.max_size = (shorter,), longer
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        encoder = self.backbone.encoder
-        getattr(encoder, "model", encoder).set_grad_checkpointing(enable)
 
 
 def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
@@ -180,13 +110,13 @@ class Detection(DenseTask):
 
     metric = "map"
 
-    def __init__(self, config: TrainConfig, place: Place) -> None:
+    def __init__(self, config: "TrainConfig", place: Place) -> None:
         given = config.data
+        splits = zip((given.train_split, given.val_split), given.synthetic_images, (True, False), strict=True)
+        repair, exif = config.detect.repair_boxes, given.exif_orientation
         train_set, val_set = (
-            open_boxed(given.dataset, given.root, split, given.size, count, config.detect.repair_boxes, training)
-            for split, count, training in zip(
-                (given.train_split, given.val_split), given.scenes, (True, False), strict=True
-            )
+            open_box_dataset(given.dataset, given.root, split, given.size, count, repair, training, exif)
+            for split, count, training in splits
         )
         if config.detect.norm_groups and config.detect.channels % config.detect.norm_groups:
             raise ValueError(
@@ -209,9 +139,9 @@ class Detection(DenseTask):
         return Detector(name, arguments, len(self.categories), size, self.mean, self.std, **self.detector)
 
     def training_loader(self) -> DataLoader:
-        prepared = Prepared(self.train_set, self.config.detect.hflip)
+        tensors = DetectionTensors(self.train_set, self.config.detect.hflip)
         pinned = self.place.device.type == "cuda"
-        return image_data.training_loader(prepared, self.batches, self.config.data.workers, pinned, collate)
+        return image_data.training_loader(tensors, self.batches, self.config.data.workers, pinned, collate)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, targets = batch
@@ -237,16 +167,16 @@ class Detection(DenseTask):
         )
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
-        from dfformer.analysis.figures import detections
+        from dfformer.analysis.dense_figures import detections
 
         model.eval()
         shown = [self.val_set[index] for index in range(min(_SHOWN, len(self.val_set)))]
         images = [np.asarray(image) for image, _ in shown]
         truth = [{"boxes": objects.boxes, "labels": objects.labels} for _, objects in shown]
         pixels = (v2.functional.pil_to_tensor(image) for image, _ in shown)
-        found = [_drawn(objects) for objects in detect(model, pixels, self.place.device)]
+        found = [confident(objects, _MIN_SCORE) for objects in detect(model, pixels, self.place.device)]
         title = f"{self.config.model.name}: the first {len(images)} validation images"
-        rows = {"truth": truth, f"found, score {_SURE:g} and up": found}
+        rows = {"truth": truth, f"found, score {_MIN_SCORE:g} and up": _as_arrays(found)}
         return {"predictions.png": detections(images, rows, list(self.categories.values()), title)}
 
 
@@ -254,25 +184,28 @@ def _no_target(target: Target) -> None:
     return None
 
 
-def _loader(dataset: Any, workers: int, place: Place) -> DataLoader:
+def _loader(dataset: BoxDataset, workers: int, place: Place) -> DataLoader:
     pinned = place.device.type == "cuda"
-    prepared = Prepared(dataset)
+    tensors = DetectionTensors(dataset)
     return image_data.evaluation_loader(
-        prepared, 1, workers, pinned, place.rank, place.world, collate, surplus=_no_target
+        tensors, 1, workers, pinned, place.rank, place.world, collate, surplus=_no_target
     )
 
 
-def _drawn(objects: Target) -> dict[str, np.ndarray]:
-    """What is sure enough to be drawn: at one place the best of all classes."""
+def confident(objects: Target, min_score: float) -> Target:
+    """What of the objects found in an image is worth showing, best first: at one place the best of all classes."""
     kept = nms(objects["boxes"], objects["scores"], iou_threshold=0.5)
-    kept = kept[objects["scores"][kept] >= _SURE]
-    return {name: values[kept].numpy() for name, values in objects.items()}
+    kept = kept[objects["scores"][kept] >= min_score]
+    return {name: values[kept] for name, values in objects.items()}
+
+
+def _as_arrays(found: list[Target]) -> list[dict[str, np.ndarray]]:
+    return [{name: values.numpy() for name, values in objects.items()} for objects in found]
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """The command line's ``eval`` for checkpoints of detection."""
-    if arguments.crop_pct is not None or arguments.model is not None:
-        raise ValueError("--crop-pct, --model: not for detection: whole images, and checkpoints say their model")
+    refuse_arguments(arguments, ("crop_pct", "model", "model_args"), "detection")
     rows: list[list[Any]] = []
     for checkpoint in arguments.checkpoints:
         model, about = load_detector(checkpoint)
@@ -280,12 +213,12 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
             model.set_img_size(shorter, longer)
             row = _evaluate(checkpoint, model, about, (shorter, longer), arguments)
             rows.append([str(checkpoint), about["architecture"], shorter, longer, arguments.amp, *row])
-            measured = f"mAP {row[1]:.2%}  at IoU 0.5 {row[2]:.2%}  at 0.75 {row[3]:.2%}"
-            print(f"{checkpoint}  {shorter}x{longer}  {row[0]} images  {measured}  {row[7]:.1f} images/s", flush=True)
             if arguments.csv:
                 columns = ["checkpoint", "model", "shorter_side", "longer_side", "amp", "images", *_MEASURES]
                 columns += ["images_per_second", *(f"map {name}" for name in about["classes"])]
                 write_csv(arguments.csv, columns, rows)
+            measured = f"mAP {row[1]:.2%}  at IoU 0.5 {row[2]:.2%}  at 0.75 {row[3]:.2%}"
+            echo(f"{printable(checkpoint)}  {shorter}x{longer}  {row[0]} images  {measured}  {row[7]:.1f} images/s")
     return 0
 
 
@@ -299,13 +232,18 @@ def _evaluate(
 ) -> list[Any]:
     """Number of images, _MEASURES, images a second and each class's mAP."""
     place = Place(torch.device(arguments.device))
-    made = about["data"]["input_size"][1:]
-    dataset = open_boxed(
-        arguments.dataset, arguments.root, arguments.split, made, arguments.scenes, about["repair_boxes"]
+    dataset = open_box_dataset(
+        arguments.dataset,
+        arguments.root,
+        arguments.split,
+        tuple(about["data"]["input_size"][1:]),
+        arguments.synthetic_images,
+        about["repair_boxes"],
+        exif_orientation=arguments.exif_orientation,
     )
     expected = dict(zip(about["category_ids"], about["classes"], strict=True))
     check_same_categories(dataset.categories, expected, f"{arguments.root}, split {arguments.split}", str(checkpoint))
-    dataset.check()
+    image_data.check_images(dataset)
     timed = Timed(model.to(place.device), place.device, arguments.amp)
     loader = progress(_loader(dataset, arguments.workers, place), f"{checkpoint.name} {size[0]}x{size[1]}")
     measures = average_precision(timed, loader, place, by_class=True)
@@ -316,37 +254,44 @@ def _evaluate(
 
 def predict_command(arguments: argparse.Namespace) -> int:
     """The command line's ``predict`` for a checkpoint of detection: pictures, and detections.json in COCO's format."""
-    if arguments.model or arguments.classes or arguments.pretrained:
-        raise ValueError("--model, --classes, --pretrained: a checkpoint of detection says its model and classes")
+    refuse_arguments(arguments, ("model", "classes", "pretrained", "model_args"), "detection")
+    if not 0 <= arguments.min_score <= 1:
+        raise ValueError(f"--min-score: got {arguments.min_score}, accepted are numbers from 0 to 1")
     model, about = load_detector(arguments.checkpoint)
     device = torch.device(arguments.device)
     model.to(device).set_img_size(*_sizes(about, arguments.img_size and [arguments.img_size])[0])
+    inputs = find_inputs(arguments, arguments.output)
+    pictures = plan_results(inputs.paths, arguments.output, [".png"])
+    ids, results = _image_ids(inputs.paths), dict[Path, list[dict[str, Any]]]()
 
-    def run(paths: list[Path], workers: int, on_error: OnError) -> list[Prediction]:
-        check_names(paths)
-        predictions, results = [], []
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        for [(path, content)] in DataLoader(
-            Files(paths, v2.functional.pil_to_tensor, 3), num_workers=workers, collate_fn=list
-        ):
-            if isinstance(content, Exception):
-                on_error(path, content)
-                continue
-            [objects] = detect(model, [content], device)
-            results += _coco_results(path, objects, about["category_ids"])
-            _draw(arguments.output / f"{path.stem}.png", content, objects, about["classes"])
-            names = [about["classes"][label] for label in objects["labels"][: arguments.topk].tolist()]
-            predictions.append(Prediction(str(path), names, objects["scores"][: arguments.topk].tolist()))
-        (arguments.output / "detections.json").write_text(json.dumps(results), encoding="utf-8")
-        print(f"pictures, and detections.json in COCO's format: {arguments.output}")
-        return predictions
+    def apply(batch: list[File]) -> list[Prediction]:
+        [file] = batch
+        [objects] = detect(model, [file.content], device)
+        shown = confident(objects, arguments.min_score)
+        _write_picture(pictures[file.path], file.content, shown, about["classes"], arguments.min_score)
+        results[file.path] = _coco_results(ids[file.path], objects, about["category_ids"])
+        names = [about["classes"][label] for label in shown["labels"][: arguments.topk].tolist()]
+        return [Prediction(str(file.path), names, shown["scores"][: arguments.topk].tolist())]
 
-    return predict_files(arguments, run, "score")
+    def finish() -> None:
+        everything = json.dumps([entry for entries in results.values() for entry in entries])
+        write_atomically(arguments.output / "detections.json", lambda file: file.write(everything.encode()))
+
+    note = f"pictures, and detections.json in COCO's format: {printable(arguments.output)}"
+    prepare = v2.functional.pil_to_tensor
+    return predict_files(arguments, inputs, Predictor(prepare, apply, value="score", finish=finish, note=note))
 
 
-def _coco_results(path: Path, objects: Target, category_ids: list[int]) -> list[dict[str, Any]]:
-    """In COCO's result format. COCO's own files are named by the number of the image; other names stay names."""
-    image = int(path.stem) if path.stem.isdecimal() else path.stem
+def _image_ids(paths: list[Path]) -> dict[Path, int | str]:
+    """COCO's own files are named by the number of the image; other names stay names, and none comes twice."""
+    names = result_names(paths)
+    numbers = {name: int(name) for name in names if name.isascii() and name.isdecimal()}
+    count = Counter(numbers.values())  # 7 and 007 are one number
+    ids = [numbers[name] if count[numbers.get(name, -1)] == 1 else name for name in names]
+    return dict(zip(paths, ids, strict=True))
+
+
+def _coco_results(image: int | str, objects: Target, category_ids: list[int]) -> list[dict[str, Any]]:
     rows = zip(*(objects[name].tolist() for name in ("boxes", "labels", "scores")), strict=True)
     return [
         {
@@ -359,8 +304,12 @@ def _coco_results(path: Path, objects: Target, category_ids: list[int]) -> list[
     ]
 
 
-def _draw(path: Path, image: Tensor, objects: Target, classes: list[str]) -> None:
-    from dfformer.analysis.figures import detections
+def _write_picture(stem: Path, image: Tensor, objects: Target, classes: list[str], min_score: float) -> None:
+    """``NAME.png`` with what is shown."""
+    from dfformer.analysis.dense_figures import detections
 
-    pixels = image.permute(1, 2, 0).numpy()
-    detections([pixels], {f"score {_SURE:g} and up": [_drawn(objects)]}, classes, path.stem).savefig(path, dpi=110)
+    row = {f"score {min_score:g} and up": _as_arrays([objects])}
+    figure = detections([image.permute(1, 2, 0).numpy()], row, classes, stem.name)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110, metadata={"Software": SOFTWARE})
+    write_atomically(stem.with_name(f"{stem.name}.png"), lambda file: file.write(picture.getvalue()))

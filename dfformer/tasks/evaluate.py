@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dfformer.data import images as image_data
+from dfformer.data.transforms import evaluation_transform
 from dfformer.models.checkpoint import load_model
+from dfformer.utils.io import write_atomically
+from dfformer.utils.text import abbreviate, echo, printable
 
 AMP_TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,6 +34,30 @@ class Pixels:
     def __call__(self, images: Tensor) -> Tensor:
         images = images.to(self.mean.device, non_blocking=True).float()
         return images.sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
+
+
+def data_config(model: nn.Module, img_size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """How ``model`` wants its images, in timm's terms; ``img_size`` (H,W) instead of its own.
+
+    Raises:
+        ValueError: mean and std are not for its number of channels.
+    """
+    config: dict[str, Any] = resolve_model_data_config(model)
+    channels = config["input_size"][0]
+    if img_size is not None:
+        config["input_size"] = (channels, *img_size)
+    check_pixel_statistics(config)
+    return config
+
+
+def check_pixel_statistics(config: dict[str, Any]) -> None:
+    """Raises ValueError unless mean and std have a number for each channel."""
+    channels = config["input_size"][0]
+    for name in ("mean", "std"):
+        if len(config[name]) != channels:
+            raise ValueError(
+                f"data.{name}: got {tuple(config[name])}, accepted is a number for each of {channels} channels"
+            )
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
@@ -81,26 +109,31 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     for checkpoint in arguments.checkpoints:
         for img_size in arguments.img_size or [None]:
             results.append(evaluate(checkpoint, img_size, arguments))
-            print(_line(results[-1]), flush=True)
             if arguments.csv:  # after each, so that what is done stays if the next one fails
                 write_csv(arguments.csv, Result._fields, results)
+            echo(_line(results[-1]))
     return 0
 
 
 def evaluate(checkpoint: Path, img_size: tuple[int, int] | None, arguments: argparse.Namespace) -> Result:
     """One checkpoint at one image size (H, W), or at the model's own."""
     device = torch.device(arguments.device)
-    model, classes = load_model(checkpoint, arguments.model, **({"img_size": img_size} if img_size else {}))
+    overrides = {**arguments.model_args, **({"img_size": img_size} if img_size else {})}
+    model, classes = load_model(checkpoint, arguments.model, **overrides)
     model.to(device)
-    config = resolve_model_data_config(model)
-    if img_size:
-        config["input_size"] = (config["input_size"][0], *img_size)
+    config = data_config(model, img_size)
     if arguments.crop_pct:
         config["crop_pct"] = arguments.crop_pct
-    dataset = image_data.open_dataset(arguments.dataset, arguments.root, arguments.split, config["input_size"][0])
+    dataset = image_data.open_dataset(
+        arguments.dataset,
+        arguments.root,
+        arguments.split,
+        config["input_size"][0],
+        exif_orientation=arguments.exif_orientation,
+    )
     _check_classes(classes, model, dataset, checkpoint)
     image_data.check_images(dataset)
-    dataset.transform = create_transform(**config, use_prefetcher=True)
+    dataset.transform = evaluation_transform(config, as_uint8=True)
     loader = image_data.evaluation_loader(dataset, arguments.batch_size, arguments.workers, device.type == "cuda")
     timed = Timed(model, device, arguments.amp)
     sums = count_correct(
@@ -147,14 +180,20 @@ def _check_classes(classes: list[str] | None, model: Any, dataset: Any, checkpoi
     found = image_data.class_names(dataset)
     if found is None:
         return
-    if classes is not None and classes != found:
-        different = sorted(set(classes) ^ set(found))
-        raise ValueError(
-            f"{checkpoint}: its {len(classes)} classes are not the data's {len(found)}; "
-            f"only in one of them: {', '.join(different[:5]) or 'none, their order differs'}"
-        )
+    if classes is not None:
+        check_classes_of_data(checkpoint, classes, found)
     if len(found) != model.num_classes:
         raise ValueError(f"{checkpoint}: has {model.num_classes} classes, the data {len(found)}")
+
+
+def check_classes_of_data(checkpoint: Path, classes: list[str], found: list[str]) -> None:
+    """Raises ValueError unless the classes of a checkpoint are those of the data, in the same order."""
+    if classes != found:
+        different = abbreviate(sorted(set(classes) ^ set(found)))
+        raise ValueError(
+            f"{checkpoint}: its {len(classes)} classes are not the data's {len(found)}; "
+            f"only in one of them: {different or 'none, their order differs'}"
+        )
 
 
 def progress(loader: DataLoader, name: str) -> Iterable[Any]:
@@ -167,15 +206,17 @@ def _size(config: dict[str, Any]) -> str:
 
 
 def _line(result: Result) -> str:
+    size = f"{result.height}x{result.width}  crop {result.crop_pct:g}"
     return (
-        f"{result.checkpoint}  {result.height}x{result.width}  crop {result.crop_pct:g}  {result.images} images  "
+        f"{printable(result.checkpoint)}  {size}  {result.images} images  "
         f"top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  {result.images_per_second:.1f} images/s"
     )
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)
+    """Writes a table whole or not at all; characters that are not Unicode become escapes."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode(errors="backslashreplace")))

@@ -1,23 +1,25 @@
 """``dfformer predict``: classify image files, as a table and as JSON; and what that shares with other tasks."""
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from PIL import Image
-from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
-from torch import Tensor, nn
+from timm.data import ImageNetInfo
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from dfformer.data.images import UNREADABLE
+from dfformer.data.files import image_files, orientation_note, orientation_of, read_class_names, read_image
+from dfformer.data.transforms import evaluation_transform
 from dfformer.models.checkpoint import load_model
-
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+from dfformer.tasks.evaluate import data_config
+from dfformer.tasks.results import is_result
+from dfformer.utils.io import write_json
+from dfformer.utils.text import echo, printable
 
 
 class Prediction(NamedTuple):
@@ -28,8 +30,45 @@ class Prediction(NamedTuple):
     probabilities: list[float]
 
 
-OnError = Callable[[Path, Exception], None]
-Run = Callable[[list[Path], int, OnError], list[Prediction]]
+class Failure(NamedTuple):
+    """An image without a prediction, and why."""
+
+    path: str
+    error: str
+
+
+class File(NamedTuple):
+    """An image file: what was prepared from it or the error, and whether an EXIF orientation was not applied."""
+
+    path: Path
+    content: Any
+    turned: bool
+
+
+Apply = Callable[[list[File]], list[Prediction]]
+
+
+@dataclass
+class Predictor:
+    """What ``predict`` does for a task.
+
+    Attributes:
+        prepare: an image (PIL) to what ``apply`` needs of it; called in the processes that read.
+        apply: everything else that is done for some images: the model, drawing, writing.
+        channels: of the images; 1 converts to grey.
+        batch_size: most images ``apply`` is given at once.
+        value: the name of a class's number in JSON.
+        finish: called once at the end, after an error too.
+        note: printed at the end.
+    """
+
+    prepare: Callable[[Any], Any]
+    apply: Apply
+    channels: int = 3
+    batch_size: int = 1
+    value: str = "probability"
+    finish: Callable[[], None] = lambda: None
+    note: str = ""
 
 
 def predict(
@@ -40,7 +79,8 @@ def predict(
     batch_size: int = 16,
     img_size: tuple[int, int] | None = None,
     workers: int = 0,
-    on_error: OnError | None = None,
+    on_error: Callable[[Path, Exception], None] | None = None,
+    exif_orientation: bool = False,
 ) -> list[Prediction]:
     """Classifies image files with ``model`` (in eval mode), prepared as its ``pretrained_cfg`` says.
 
@@ -49,103 +89,177 @@ def predict(
         topk: how many to return; at most all.
         img_size: (H, W) to evaluate at, instead of the model's.
         workers: processes that read images; 0 reads them in this one.
-        on_error: called for a file that cannot be read, and the rest goes on; without it the error is raised.
+        on_error: called for a file that fails, and the rest goes on; without it a ValueError is raised.
+        exif_orientation: turn and mirror images as their EXIF orientation says.
     """
-    config = resolve_model_data_config(model)
-    if img_size is not None:
-        config["input_size"] = (config["input_size"][0], *img_size)
-    files = Files(list(paths), create_transform(**config, is_training=False), config["input_size"][0])
-    loader = DataLoader(files, batch_size, num_workers=workers, collate_fn=list)
+    predictor = _classifier(model, classes, topk, batch_size, img_size)
     predictions: list[Prediction] = []
-    for batch in loader:
-        for path, content in batch:
-            if isinstance(content, Exception):
-                if on_error is None:
-                    raise content
-                on_error(path, content)
-        readable = [(path, content) for path, content in batch if isinstance(content, Tensor)]
-        predictions += _predict_batch(model, readable, classes, topk) if readable else []
+    for outcome, _ in _outcomes(list(paths), predictor, workers, exif_orientation):
+        if isinstance(outcome, Prediction):
+            predictions.append(outcome)
+        elif on_error is None:
+            raise ValueError(f"{outcome.path}: {outcome.error}")
+        else:
+            on_error(Path(outcome.path), ValueError(outcome.error))
     return predictions
 
 
-class Files(Dataset):
-    """Image files as (path, image prepared for the model, or the error that reading it raised)."""
+def _classifier(
+    model: nn.Module, classes: list[str], topk: int, batch_size: int, img_size: tuple[int, int] | None
+) -> Predictor:
+    config = data_config(model, img_size)
 
-    def __init__(self, paths: list[Path], transform: Callable[[Any], Any], channels: int) -> None:
+    def apply(batch: list[File]) -> list[Prediction]:
+        return _classify(model, batch, classes, topk)
+
+    return Predictor(evaluation_transform(config), apply, config["input_size"][0], batch_size)
+
+
+def _classify(model: nn.Module, batch: list[File], classes: list[str], topk: int) -> list[Prediction]:
+    parameter = next(model.parameters())
+    images = torch.stack([file.content for file in batch]).to(parameter.device, parameter.dtype)
+    with torch.inference_mode():
+        probabilities, indices = model(images).float().softmax(-1).topk(min(topk, len(classes)))
+    if not probabilities.isfinite().all():
+        raise ValueError("the model's output is not finite")
+    return [
+        Prediction(str(file.path), [classes[i] for i in index.tolist()], probability.tolist())
+        for file, index, probability in zip(batch, indices, probabilities, strict=True)
+    ]
+
+
+class Files(Dataset):
+    """Image files as `File`, prepared by ``transform``."""
+
+    def __init__(
+        self, paths: list[Path], transform: Callable[[Any], Any], channels: int, exif_orientation: bool = False
+    ) -> None:
         self.paths, self.transform, self.mode = paths, transform, "L" if channels == 1 else "RGB"
+        self.exif_orientation = exif_orientation
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Path, Any]:
+    def __getitem__(self, index: int) -> File:
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
-                return path, self.transform(image.convert(self.mode))
-        except UNREADABLE as error:
-            return path, error
+            image = read_image(path, self.mode, exif_orientation=self.exif_orientation)
+            return File(path, self.transform(image), orientation_of(image) != 1)
+        except Exception as error:  # whatever it is, it is of this file
+            return File(path, ValueError(_message(path, error)), False)  # any error might not reach this process
 
 
-def _predict_batch(
-    model: nn.Module, batch: list[tuple[Path, Tensor]], classes: list[str], topk: int
-) -> list[Prediction]:
-    parameter = next(model.parameters())
-    images = torch.stack([image for _, image in batch]).to(parameter.device, parameter.dtype)
-    with torch.inference_mode():
-        probabilities, indices = model(images).float().softmax(-1).topk(min(topk, len(classes)))
-    return [
-        Prediction(str(path), [classes[i] for i in index.tolist()], probability.tolist())
-        for (path, _), index, probability in zip(batch, indices, probabilities, strict=True)
-    ]
+def _outcomes(
+    paths: list[Path], predictor: Predictor, workers: int, exif_orientation: bool
+) -> Iterator[tuple[Prediction | Failure, bool]]:
+    """For each file what came of it, and whether an EXIF orientation was not applied."""
+    files = Files(paths, predictor.prepare, predictor.channels, exif_orientation)
+    for batch in DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=list):
+        readable = [file for file in batch if not isinstance(file.content, Exception)]
+        applied = iter(_guarded(predictor.apply, readable))
+        for file in batch:
+            failed = isinstance(file.content, Exception)
+            yield Failure(str(file.path), str(file.content)) if failed else next(applied), file.turned
+
+
+def _guarded(apply: Apply, batch: list[File]) -> list[Prediction | Failure]:
+    """What ``apply`` makes of a batch; if that fails, of each image alone, so that one costs no other its result."""
+    try:
+        return [*apply(batch)] if batch else []
+    except Exception as error:
+        if len(batch) == 1:
+            return [Failure(str(batch[0].path), _message(batch[0].path, error))]
+        return [outcome for file in batch for outcome in _guarded(apply, [file])]
+
+
+def _message(path: Path, error: BaseException) -> str:
+    return (str(error) or type(error).__name__).removeprefix(f"{path}: ")
 
 
 def predict_command(arguments: argparse.Namespace) -> int:
     """The command line's ``predict`` for classifiers."""
     model, classes = _load(arguments)
-    topk, batch_size, img_size = arguments.topk, arguments.batch_size, arguments.img_size
-
-    def run(paths: list[Path], workers: int, on_error: OnError) -> list[Prediction]:
-        return predict(model, paths, classes, topk, batch_size, img_size, workers, on_error)
-
-    return predict_files(arguments, run)
+    predictor = _classifier(model, classes, arguments.topk, arguments.batch_size, arguments.img_size)
+    return predict_files(arguments, find_inputs(arguments), predictor)
 
 
-def predict_files(arguments: argparse.Namespace, run: Run, value: str = "probability") -> int:
-    """What ``predict`` does for every task around ``run``, which is given paths, workers and what to call on errors.
+def refuse_arguments(arguments: argparse.Namespace, names: Sequence[str], task: str) -> None:
+    """Raises ValueError for given arguments that are of no use to a ``task``, whose checkpoints say all of that."""
+    values = {name: getattr(arguments, name) for name in names}
+    given = [name for name, value in values.items() if value not in (None, {}) and value is not False]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{flags}: not for {task}: whole images are used, and checkpoints say their model and classes")
 
-    Returns 1 if any image failed, after all the others are done. ``value`` is the name in JSON of a class's number.
+
+class Inputs(NamedTuple):
+    """The image files that were asked for, and the folders that could not be listed."""
+
+    paths: list[Path]
+    unreadable: list[Failure]
+
+
+def find_inputs(arguments: argparse.Namespace, output: Path | None = None) -> Inputs:
+    """The images of ``arguments.inputs``; earlier results in the folder ``output`` are none of them.
+
+    Raises:
+        ValueError: there are none, or ``arguments.json`` would take the place of one.
     """
-    paths = list(image_files(arguments.inputs))
-    if not paths:
-        raise ValueError(f"no images in {', '.join(map(str, arguments.inputs))}")
-    failed: dict[str, str] = {}
+    unreadable: list[Failure] = []
 
-    def report(path: Path, error: Exception) -> None:
-        failed[str(path)] = str(error)
-        print(f"skipped {path}: {error}", file=sys.stderr)
+    def note(error: OSError) -> None:
+        unreadable.append(Failure(str(error.filename), error.strerror or type(error).__name__))
 
-    workers = min(arguments.workers, len(paths) // arguments.batch_size)  # for a few images none pays
-    predictions = run(paths, workers, report)
-    if predictions:
-        print(_table(predictions))
-    if arguments.json:
-        _write_json(arguments.json, predictions, failed, value)
-    if failed:
-        print(f"{len(failed)} of {len(paths)} images could not be read", file=sys.stderr)
-    return 1 if failed else 0
+    paths, given = image_files(arguments.inputs, note), set(arguments.inputs)
+    if output is not None and output.is_dir():
+        folder = output.resolve()
+        paths = [p for p in paths if p in given or not p.resolve().is_relative_to(folder) or not is_result(p)]
+    if not paths and not unreadable:
+        raise ValueError(f"no images in {', '.join(map(printable, arguments.inputs))}")
+    report = arguments.json
+    if report and (report.is_dir() or report.resolve() in {path.resolve() for path in paths}):
+        raise ValueError(f"--json: got {report}, which is a folder or one of the images; accepted is another file")
+    return Inputs(paths, unreadable)
 
 
-def check_names(paths: list[Path]) -> None:
-    """Raises ValueError for images whose results would be files of the same name."""
-    by_name: dict[str, Path] = {}
-    for path in paths:
-        other = by_name.setdefault(path.stem, path)
-        if other is not path:
-            raise ValueError(f"{other} and {path}: their results would have the same name; predict them one by one")
+def predict_files(arguments: argparse.Namespace, inputs: Inputs, predictor: Predictor) -> int:
+    """What ``predict`` does for every task: the JSON is written first, then everything is printed.
+
+    Returns 1 if any image failed, after all the others are done. If the run ends early, the JSON says so of each image
+    that was not reached.
+    """
+    paths, option = inputs.paths, arguments.exif_orientation
+    workers = min(arguments.workers, len(paths) // predictor.batch_size)  # for a few images none pays
+    predictions: list[Prediction] = []
+    failures, turned = list(inputs.unreadable), []
+    try:
+        for outcome, not_applied in _outcomes(paths, predictor, workers, option):
+            turned.append(not_applied)
+            if isinstance(outcome, Prediction):
+                predictions.append(outcome)
+            else:
+                failures.append(outcome)
+    except BaseException as error:
+        why = f"not reached: {type(error).__name__} {error}".strip()
+        failures += [Failure(str(path), why) for path in paths[len(turned) :]]
+        raise
+    finally:
+        unwritten = _write(arguments.json, predictor, predictions, failures)
+    for failure in failures:
+        echo(f"skipped {printable(failure.path)}: {printable(failure.error)}", file=sys.stderr)
+    echo(*_table(predictions), *filter(None, [predictor.note]))
+    if note := orientation_note(turned, "--exif-orientation"):
+        echo(note, file=sys.stderr)
+    if failures:
+        echo(f"{len(failures)} of {len(paths) + len(inputs.unreadable)} images failed", file=sys.stderr)
+    echo(*unwritten, file=sys.stderr)
+    return 1 if failures or unwritten else 0
 
 
 def _load(arguments: argparse.Namespace) -> tuple[nn.Module, list[str]]:
-    overrides = {"img_size": arguments.img_size} if arguments.img_size else {}
+    overrides = dict(arguments.model_args)
+    if arguments.img_size:
+        overrides["img_size"] = arguments.img_size
     if arguments.checkpoint:
         model, classes = load_model(arguments.checkpoint, arguments.model, **overrides)
     elif arguments.pretrained and arguments.model:
@@ -153,8 +267,7 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, list[str]]:
     else:
         raise ValueError("pass --checkpoint FILE, or --model NAME with --pretrained; untrained weights predict nothing")
     if arguments.classes:
-        classes = arguments.classes.read_text(encoding="utf-8").split("\n")
-        classes = classes[:-1] if classes[-1] == "" else classes
+        classes = read_class_names(arguments.classes)
     num_classes: Any = model.num_classes
     classes = classes or _default_classes(num_classes)
     if len(classes) != num_classes:
@@ -169,26 +282,36 @@ def _default_classes(num_classes: int) -> list[str]:
     return [f"class {i}" for i in range(num_classes)]
 
 
-def image_files(inputs: Iterable[Path]) -> Iterable[Path]:
-    for path in inputs:
-        if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
-        else:
-            yield path
-
-
-def _table(predictions: list[Prediction]) -> str:
-    width = max((len(p.path) for p in predictions), default=0)
-    return "\n".join(
-        f"{p.path:<{width}}  "
+def _table(predictions: Sequence[Prediction]) -> list[str]:
+    width = max((len(printable(p.path)) for p in predictions), default=0)
+    return [
+        f"{printable(p.path):<{width}}  "
         + "  ".join(
-            f"{name} {100 * probability:.1f}%" for name, probability in zip(p.classes, p.probabilities, strict=True)
+            f"{printable(name)} {100 * probability:.1f}%"
+            for name, probability in zip(p.classes, p.probabilities, strict=True)
         )
         for p in predictions
-    )
+    ]
 
 
-def _write_json(path: Path, predictions: list[Prediction], failed: dict[str, str], value: str) -> None:
+def _write(
+    report: Path | None, predictor: Predictor, predictions: list[Prediction], failures: list[Failure]
+) -> list[str]:
+    """Writes what belongs to all images together; returns what could not be written, and why."""
+    writing: list[Callable[[], None]] = [predictor.finish]
+    if report is not None:
+        content = _report(predictions, failures, predictor.value)
+        writing.append(lambda: write_json(report, content))
+    unwritten = []
+    for write in writing:
+        try:
+            write()
+        except OSError as error:
+            unwritten.append(f"not written: {printable(error)}")
+    return unwritten
+
+
+def _report(predictions: list[Prediction], failures: list[Failure], value: str) -> dict[str, Any]:
     images = [
         {
             "path": p.path,
@@ -196,6 +319,4 @@ def _write_json(path: Path, predictions: list[Prediction], failed: dict[str, str
         }
         for p in predictions
     ]
-    errors = [{"path": name, "error": error} for name, error in failed.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"predictions": images, "errors": errors}, indent=2) + "\n", encoding="utf-8")
+    return {"predictions": images, "errors": [failure._asdict() for failure in failures]}

@@ -1,13 +1,15 @@
 """Semantic segmentation: any encoder of timm with a feature pyramid decoder, trained, evaluated and applied."""
 
 import argparse
+import io
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -20,18 +22,32 @@ except ImportError as error:
 from torchvision.transforms import v2
 
 from dfformer.data import images as image_data
-from dfformer.data.masks import IGNORED, Masked, Pair, Prepared, TrainingView, WholeView, all_ignored, open_masked
+from dfformer.data.masks import (
+    IGNORED,
+    EvalTransform,
+    ImageAndMask,
+    MaskDataset,
+    SegmentationTensors,
+    TrainTransform,
+    ignored_like,
+    open_mask_dataset,
+)
+from dfformer.data.transforms import resize_shorter_side
 from dfformer.models.checkpoint import CheckpointError, build_and_load, read_checkpoint
 from dfformer.tasks.base import DenseTask, Place
-from dfformer.tasks.evaluate import Pixels, Timed, progress, write_csv
-from dfformer.tasks.predict import Files, OnError, Prediction, check_names, predict_files
-from dfformer.train.config import TrainConfig
+from dfformer.tasks.evaluate import Pixels, Timed, check_classes_of_data, progress, write_csv
+from dfformer.tasks.predict import File, Prediction, Predictor, find_inputs, predict_files, refuse_arguments
+from dfformer.tasks.results import SOFTWARE, plan_results
+from dfformer.utils.io import write_atomically
+from dfformer.utils.text import echo, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from dfformer.train.config import TrainConfig
+
 _STRIDE = 32  # of the encoder's last feature map
-_CLASSES_AT_ONCE = 16  # enlarged together: of a photograph of 12 megapixels these take 0.8 GB
+_VALUES_AT_ONCE = 2e8  # of logits enlarged together: 0.8 GB
 _SHOWN = 6  # images in predictions.png
 
 
@@ -53,8 +69,9 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         H, W = images.shape[-2:]
-        # the decoder's maps double in size; zeros are the mean colour
-        logits: Tensor = self.fpn(F.pad(images, (0, -W % _STRIDE, 0, -H % _STRIDE)))
+        # The decoder's maps double in size, and its group norms take no map of one pixel; zeros are the mean colour.
+        right = -W % _STRIDE + (_STRIDE if max(H, W) <= _STRIDE else 0)
+        logits: Tensor = self.fpn(F.pad(images, (0, right, 0, -H % _STRIDE)))
         return logits[..., :H, :W]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -78,16 +95,23 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, dict[str, Any]]:
 
 def segment(model: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
     """Classes uint8 (B,H,W) of normalised ``images`` (B,3,h,w), for pictures of ``size`` (H, W)."""
-    best, classes = [], []
-    for first, part in enumerate(model(images).float().split(_CLASSES_AT_ONCE, dim=1)):
-        value, index = F.interpolate(part, tuple(size), mode="bilinear").max(1)
-        best.append(value)
-        classes.append((first * _CLASSES_AT_ONCE + index).to(torch.uint8))
-    winner = torch.stack(best).max(0, keepdim=True).indices
-    return torch.stack(classes).gather(0, winner)[0]
+    logits = model(images).float()
+    if not logits.isfinite().all():
+        raise ValueError("the model's output is not finite")
+    at_once = max(1, int(_VALUES_AT_ONCE / (len(logits) * size[0] * size[1])))
+    best = classes = torch.empty(0)
+    for first in range(0, logits.shape[1], at_once):
+        part = F.interpolate(logits[:, first : first + at_once], tuple(size), mode="bilinear")
+        value, index = part.max(1)
+        index = (first + index).to(torch.uint8)
+        if first:
+            index = torch.where(value > best, index, classes)
+            value = torch.maximum(value, best)
+        best, classes = value, index
+    return classes
 
 
-def count_pixels(model: nn.Module, batches: Iterable[Pair], pixels: Pixels, classes: int) -> Tensor:
+def count_pixels(model: nn.Module, batches: Iterable[ImageAndMask], pixels: Pixels, classes: int) -> Tensor:
     """How many pixels of each class (row) were taken for each (column), over all processes; leaves eval mode on."""
     model.eval()
     device = pixels.mean.device
@@ -113,12 +137,14 @@ def _measures(confusion: Tensor) -> dict[str, float]:
     return {"miou": float(miou), "pixel_accuracy": float(confusion.diagonal().sum() / confusion.sum())}
 
 
-def _loader(dataset: Masked, shorter: int, workers: int, device: torch.device, rank: int = 0, world: int = 1) -> Any:
+def _loader(
+    dataset: MaskDataset, shorter: int, workers: int, device: torch.device, rank: int = 0, world: int = 1
+) -> DataLoader:
     """Whole images, one by one, as they differ in size."""
-    whole = Prepared(dataset, WholeView(shorter))
+    whole = SegmentationTensors(dataset, EvalTransform(shorter))
     pinned = device.type == "cuda"
     return image_data.evaluation_loader(
-        whole, 1, workers, pinned, rank, world, torch.utils.data.default_collate, surplus=all_ignored
+        whole, 1, workers, pinned, rank, world, torch.utils.data.default_collate, surplus=ignored_like
     )
 
 
@@ -127,11 +153,12 @@ class Segmentation(DenseTask):
 
     metric = "miou"
 
-    def __init__(self, config: TrainConfig, place: Place) -> None:
+    def __init__(self, config: "TrainConfig", place: Place) -> None:
         given, zero = config.data, config.segment.reduce_zero_label
-        splits = zip((given.train_split, given.val_split), given.scenes, strict=True)
+        splits = zip((given.train_split, given.val_split), given.synthetic_images, strict=True)
         train_set, val_set = (
-            open_masked(given.dataset, given.root, split, given.size, count, zero) for split, count in splits
+            open_mask_dataset(given.dataset, given.root, split, given.size, count, zero, given.exif_orientation)
+            for split, count in splits
         )
         super().__init__(config, place, train_set, val_set)
         self.classes = train_set.classes
@@ -141,12 +168,20 @@ class Segmentation(DenseTask):
         return Segmenter(self.config.model.name, arguments, len(self.classes), self.config.segment.decoder)
 
     def training_loader(self) -> DataLoader:
-        given = self.config.data
-        view = TrainingView(given.size, self.config.segment, [round(255 * mean) for mean in self.mean])
+        given, augment = self.config.data, self.config.segment
+        transform = TrainTransform(
+            given.size,
+            augment.scale,
+            augment.most_of_one_class,
+            augment.hflip,
+            augment.photometric,
+            fill=[round(255 * mean) for mean in self.mean],
+        )
+        tensors = SegmentationTensors(self.train_set, transform)
         collate, pinned = torch.utils.data.default_collate, self.place.device.type == "cuda"
-        return image_data.training_loader(Prepared(self.train_set, view), self.batches, given.workers, pinned, collate)
+        return image_data.training_loader(tensors, self.batches, given.workers, pinned, collate)
 
-    def loss(self, model: nn.Module, batch: Pair) -> Tensor:
+    def loss(self, model: nn.Module, batch: ImageAndMask) -> Tensor:
         """The mean over all pixels, in which those to be ignored are 0: the same however a batch is shared out."""
         masks = batch[1].to(self.place.device, non_blocking=True).long()
         logits = model(self.pixels(batch[0]))
@@ -168,10 +203,10 @@ class Segmentation(DenseTask):
         )
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
-        from dfformer.analysis.figures import segmentations
+        from dfformer.analysis.dense_figures import segmentations
 
         model.eval()
-        whole = Prepared(self.val_set, WholeView(min(self.config.data.size)))
+        whole = SegmentationTensors(self.val_set, EvalTransform(min(self.config.data.size)))
         images, truths, predictions = [], [], []
         for index in range(min(_SHOWN, len(self.val_set))):
             image, truth = self.val_set[index]
@@ -187,8 +222,7 @@ class Segmentation(DenseTask):
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """The command line's ``eval`` for checkpoints of segmentation."""
-    if arguments.crop_pct is not None or arguments.model is not None:
-        raise ValueError("--crop-pct, --model: not for segmentation: whole images, and checkpoints say their model")
+    refuse_arguments(arguments, ("crop_pct", "model", "model_args"), "segmentation")
     rows: list[list[Any]] = []
     for checkpoint in arguments.checkpoints:
         model, about = load_segmenter(checkpoint)
@@ -196,11 +230,11 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
             shorter = min(size)
             row, classes = _evaluate(checkpoint, model, about, shorter, arguments)
             rows.append([str(checkpoint), about["architecture"], shorter, arguments.amp, *row])
-            measured = f"mIoU {row[1]:.2%}  pixel accuracy {row[2]:.2%}  {row[3]:.1f} images/s"
-            print(f"{checkpoint}  shorter side {shorter}  {row[0]} images  {measured}", flush=True)
             if arguments.csv:
                 columns = ["checkpoint", "model", "shorter_side", "amp", "images", "miou", "pixel_accuracy"]
                 write_csv(arguments.csv, [*columns, "images_per_second", *(f"iou {name}" for name in classes)], rows)
+            measured = f"mIoU {row[1]:.2%}  pixel accuracy {row[2]:.2%}  {row[3]:.1f} images/s"
+            echo(f"{printable(checkpoint)}  shorter side {shorter}  {row[0]} images  {measured}")
     return 0
 
 
@@ -209,17 +243,17 @@ def _evaluate(
 ) -> tuple[list[Any], list[str]]:
     """Number of images, mean IoU, pixel accuracy, images a second and each class's IoU; and the classes."""
     device = torch.device(arguments.device)
-    H, W = about["data"]["input_size"][1:]
-    dataset = open_masked(
-        arguments.dataset, arguments.root, arguments.split, (H, W), arguments.scenes, about["reduce_zero_label"]
+    dataset = open_mask_dataset(
+        arguments.dataset,
+        arguments.root,
+        arguments.split,
+        tuple(about["data"]["input_size"][1:]),
+        arguments.synthetic_images,
+        about["reduce_zero_label"],
+        arguments.exif_orientation,
     )
-    if dataset.classes != about["classes"]:
-        different = sorted(set(dataset.classes) ^ set(about["classes"]))
-        raise ValueError(
-            f"{checkpoint}: its {len(about['classes'])} classes are not the data's {len(dataset.classes)}; "
-            f"only in one of them: {image_data.some(different) or 'none, their order differs'}"
-        )
-    dataset.check()
+    check_classes_of_data(checkpoint, about["classes"], dataset.classes)
+    image_data.check_images(dataset)
     loader = _loader(dataset, shorter, arguments.workers, device)
     timed = Timed(model.to(device), device, arguments.amp)
     pixels = Pixels(about["data"]["mean"], about["data"]["std"], device)
@@ -228,53 +262,55 @@ def _evaluate(
     return [len(dataset), *_measures(confusion).values(), len(dataset) / timed.seconds, *iou], dataset.classes
 
 
+_ENDINGS = (".png", "_picture.png")
+
+
 def predict_command(arguments: argparse.Namespace) -> int:
     """The command line's ``predict`` for a checkpoint of segmentation: a mask and a picture for each image."""
-    if arguments.model or arguments.classes or arguments.pretrained:
-        raise ValueError("--model, --classes, --pretrained: a checkpoint of segmentation says its model and classes")
+    refuse_arguments(arguments, ("model", "classes", "pretrained", "model_args"), "segmentation")
     model, about = load_segmenter(arguments.checkpoint)
-    pixels = Pixels(about["data"]["mean"], about["data"]["std"], torch.device(arguments.device))
     model.to(arguments.device)
-    view = _WithOriginal(min(arguments.img_size or about["data"]["input_size"][1:]))
+    pixels = Pixels(about["data"]["mean"], about["data"]["std"], torch.device(arguments.device))
+    shorter = min(arguments.img_size or about["data"]["input_size"][1:])
+    inputs = find_inputs(arguments, arguments.output)
+    results = plan_results(inputs.paths, arguments.output, _ENDINGS)
 
-    def run(paths: list[Path], workers: int, on_error: OnError) -> list[Prediction]:
-        check_names(paths)
-        predictions = []
-        for [(path, content)] in DataLoader(Files(paths, view, 3), num_workers=workers, collate_fn=list):
-            if isinstance(content, Exception):
-                on_error(path, content)
-                continue
-            image, resized = content
-            with torch.inference_mode():
-                mask = segment(model, pixels(resized[None]), image.shape[:2])[0].cpu().numpy()
-            _write_mask(arguments.output / path.stem, image, mask, about["classes"])
-            predictions.append(_shares(path, mask, about["classes"], arguments.topk))
-        print(f"masks and pictures: {arguments.output}")
-        return predictions
+    def apply(batch: list[File]) -> list[Prediction]:
+        [file] = batch
+        image, resized = file.content
+        with torch.inference_mode():
+            mask = segment(model, pixels(resized[None]), image.shape[:2])[0].cpu().numpy()
+        _write_mask(results[file.path], image, mask, about["classes"])
+        return [_shares(file.path, mask, about["classes"], arguments.topk)]
 
-    return predict_files(arguments, run, "share")
+    prepare = partial(_with_resized, shorter=shorter)
+    note = f"masks and pictures: {printable(arguments.output)}"
+    return predict_files(arguments, inputs, Predictor(prepare, apply, value="share", note=note))
 
 
-class _WithOriginal:
-    """An image (PIL) as its pixels (H,W,3) and as the tensor that is predicted from."""
-
-    def __init__(self, shorter: int) -> None:
-        self.resize = WholeView(shorter).resize
-
-    def __call__(self, image: Image.Image) -> tuple[np.ndarray, Tensor]:
-        return np.asarray(image), self.resize(v2.functional.pil_to_tensor(image))
+def _with_resized(image: Image.Image, shorter: int) -> tuple[np.ndarray, Tensor]:
+    """An image as its pixels (H,W,3), and as the tensor that is predicted from."""
+    return np.asarray(image), resize_shorter_side(v2.functional.pil_to_tensor(image), shorter)
 
 
 def _write_mask(stem: Path, image: np.ndarray, mask: np.ndarray, classes: list[str]) -> None:
     """``NAME.png``, whose values are the classes' numbers, and ``NAME_picture.png``."""
-    from dfformer.analysis.figures import class_colours, segmentations
+    from dfformer.analysis.dense_figures import class_colours, segmentations
 
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(mask)
-    picture.putpalette(class_colours(classes).tobytes())
-    picture.save(stem.with_name(f"{stem.name}.png"))
+    palette = Image.fromarray(mask)
+    palette.putpalette(class_colours(classes).tobytes())
+    by = PngImagePlugin.PngInfo()
+    by.add_text("Software", SOFTWARE)
+    numbers, picture = io.BytesIO(), io.BytesIO()
+    palette.save(numbers, "PNG", pnginfo=by)
     figure = segmentations([image], {"prediction": [mask]}, classes, stem.name)
-    figure.savefig(stem.with_name(f"{stem.name}_picture.png"), dpi=110)
+    figure.savefig(picture, format="png", dpi=110, metadata={"Software": SOFTWARE})
+    for ending, content in zip(_ENDINGS, (numbers, picture), strict=True):  # both, once both are there
+        write_atomically(stem.with_name(stem.name + ending), partial(_write, content.getvalue()))
+
+
+def _write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
 
 
 def _shares(path: Path, mask: np.ndarray, classes: list[str], topk: int) -> Prediction:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 _TASKS: dict[str, dict[str, str]] = {
     "classify": {
         "loading": "dfformer.models.checkpoint:load_model",
-        "training": "dfformer.tasks.base:Classification",  # see `dfformer.tasks.base.Task`
+        "training": "dfformer.tasks.classification:Classification",  # see `dfformer.tasks.base.Task`
         "evaluation": "dfformer.tasks.evaluate:evaluate_command",
         "prediction": "dfformer.tasks.predict:predict_command",
     },

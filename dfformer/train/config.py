@@ -51,8 +51,8 @@ class DataConfig:
     Args:
         dataset: to classify, "" for root/train and root/val with a folder a class, or .tar files of that; "digits",
             built in; or any map-style dataset timm knows: "torch/cifar10", "hfds/...". To segment, "" for
-            root/images/SPLIT and root/annotations/SPLIT, or "digit_scenes", built in. To detect, "" for
-            root/annotations/instances_SPLIT.json and root/SPLIT, or "digit_scenes".
+            root/images/SPLIT and root/annotations/SPLIT, or "synthetic_digits", built in. To detect, "" for
+            root/annotations/instances_SPLIT.json and root/SPLIT, or "synthetic_digits".
         root: where it is.
         train_split: name of the training split; for folders, of the folder.
         val_split: the same for validation.
@@ -67,7 +67,9 @@ class DataConfig:
         workers: processes that decode images, for each training process.
         check_images: before training starts, read the header and the end of every file of a folder, and all of every
             mask.
-        scenes: of digit_scenes: how many to train on and to validate.
+        exif_orientation: turn and mirror images as their EXIF orientation says; viewers do, timm and torchvision do
+            not.
+        synthetic_images: of synthetic_digits: how many to train on and to validate.
     """
 
     dataset: str = ""
@@ -82,7 +84,8 @@ class DataConfig:
     crop_pct: float | None = None
     workers: int = 8
     check_images: bool = True
-    scenes: tuple[int, int] = (1000, 200)
+    exif_orientation: bool = False
+    synthetic_images: tuple[int, int] = (1000, 200)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -341,7 +344,7 @@ def _similar(name: str, known: list[str]) -> str:
 
 def _check_images(config: TrainConfig) -> None:
     data, channels = config.data, config.model.args.get("in_chans", 3)
-    for name, numbers in (("img_size", data.size), ("scenes", data.scenes)):
+    for name, numbers in (("img_size", data.size), ("synthetic_images", data.synthetic_images)):
         if min(numbers) < 1:
             raise ValueError(f"data.{name}: got {getattr(data, name)}, accepted are numbers from 1 up")
     for name in ("mean", "std"):

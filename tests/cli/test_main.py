@@ -98,7 +98,7 @@ def test_predict_goes_on_after_broken_files(
     arguments = ["predict", "--checkpoint", str(checkpoint), "--topk", "2", "--batch-size", "2", "--json", str(report)]
     assert main([*arguments, str(images), str(absent)]) == 1
     printed = capsys.readouterr()
-    assert "2 of 5 images could not be read" in printed.err
+    assert "2 of 5 images failed" in printed.err
     assert f"skipped {images / 'broken.png'}" in printed.err
     assert f"skipped {absent}" in printed.err
     content = json.loads(report.read_text())

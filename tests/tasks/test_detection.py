@@ -12,13 +12,14 @@ import pytest
 import torch
 from paths import ROOT
 from PIL import Image
-from train_runs import assert_same_result, history, steps, torchrun
+from train_runs import FULL, assert_same_result, history, steps
 
 from dfformer.cli.main import main
 from dfformer.data import boxes
 from dfformer.models.checkpoint import CheckpointError, save_checkpoint
 from dfformer.tasks import detection as detect
 from dfformer.tasks.base import Place
+from dfformer.tasks.detector import Pyramid
 from dfformer.tasks.table import task_part
 from dfformer.train.config import parse
 
@@ -102,7 +103,7 @@ def test_any_encoder_and_any_size(encoder: str, arguments: dict[str, Any]) -> No
 
 
 def test_maps_of_an_encoder_that_puts_channels_last() -> None:
-    pyramid = detect.Pyramid("swin_s3_tiny_224", {"img_size": 64, "depths": [1, 1, 1, 1], "embed_dim": 24}, 8, None)
+    pyramid = Pyramid("swin_s3_tiny_224", {"img_size": 64, "depths": [1, 1, 1, 1], "embed_dim": 24}, 8, None)
     maps = pyramid(torch.randn(1, 3, 64, 64))
     assert [tuple(m.shape) for m in maps.values()] == [(1, 8, n, n) for n in (8, 4, 2, 1, 1)]
 
@@ -130,69 +131,14 @@ def test_every_parameter_learns_and_coordinates_stay_float32() -> None:
 
 def test_a_batch_of_several_images_is_the_mean_of_each(root: Path) -> None:
     """However images are shared out between processes, as long as they are of one size."""
-    task = detect.Detection(parse(["--task=detect", "--data.dataset=digit_scenes", "--data.img_size=64",
-                                   "--data.scenes=[4,1]", "--optim.global_batch=4", "--detect.channels=8",
+    task = detect.Detection(parse(["--task=detect", "--data.dataset=synthetic_digits", "--data.img_size=64",
+                                   "--data.synthetic_images=[4,1]", "--optim.global_batch=4", "--detect.channels=8",
                                    f"--model.args={json.dumps(SMALL)}"]), CPU)  # fmt: skip
     model = task.build_model().train()
-    prepared = boxes.Prepared(task.train_set, 0.0)
+    prepared = boxes.DetectionTensors(task.train_set, 0.0)
     samples = [prepared[n] for n in range(4)]
     each = [task.loss(model, boxes.collate([sample])).item() for sample in samples]
     assert task.loss(model, boxes.collate(samples)).item() == pytest.approx(np.mean(each), rel=1e-5)
-
-
-# Data
-
-
-def test_coco_images(root: Path) -> None:
-    everything = boxes.CocoImages(root, "train2017")
-    training = boxes.CocoImages(root, "train2017", training=True)
-    assert training.categories == {3: "bright", 7: "dark"}
-    assert (len(everything), len(training)) == (14, 12), "without the empty one and the one with a crowd only"
-    image, objects = everything[2]
-    assert image.size == (70, 45)
-    assert objects.boxes.tolist() == [[7, 6, 21, 24], [27, 6, 41, 24]]
-    assert objects.labels.tolist() == [1, 0], "numbers of the sorted ids"
-    pixels = np.asarray(image)
-    assert pixels[6:24, 7:21].max() == 30
-    assert pixels[6:24, 27:41].min() == 220
-    assert everything[1][1].crowd.tolist() == [1, 1]
-    assert len(everything[0][1].labels) == 0
-
-
-def test_training_images_are_flipped_with_their_boxes_and_have_no_crowds(root: Path) -> None:
-    dataset = boxes.CocoImages(root, "train2017")
-    image, target = boxes.Prepared(dataset, hflip=1.0)[2]
-    straight, _ = boxes.Prepared(dataset)[2]
-    assert torch.equal(image, straight.flip(-1))
-    left, top, right, bottom = target["boxes"][0].int().tolist()
-    assert image[:, top:bottom, left:right].max() == 30
-    assert len(boxes.Prepared(dataset, hflip=0.0)[1][1]["labels"]) == 0
-    assert boxes.Prepared(dataset)[1][1]["iscrowd"].tolist() == [1, 1]
-
-
-def test_repaired_boxes(root: Path) -> None:
-    def spoil(content: dict[str, Any]) -> None:
-        content["annotations"][0]["bbox"] = [-8, 4, 20, 99]
-        content["annotations"][1]["bbox"] = [5, 5, 6, 0]
-        content["annotations"][2]["bbox"] = [500, 5, 6, 5]
-
-    annotate(root, "train2017", spoil)
-    dataset = boxes.CocoImages(root, "train2017", repair_boxes=True)
-    assert dataset[1][1].boxes.tolist() == [[0, 4, 12, 60]]
-    assert len(dataset[2][1].labels) == 1
-
-
-def test_rounding_is_cut_off_silently(root: Path) -> None:
-    annotate(root, "val2017", lambda content: content["annotations"][0].update(bbox=[-0.4, 4, 20, 56.5]))
-    assert boxes.CocoImages(root, "val2017")[1][1].boxes[0].tolist() == pytest.approx([0, 4, 19.6, 60])
-
-
-def test_scenes_have_the_digits_as_objects() -> None:
-    dataset = boxes.open_boxed("digit_scenes", None, "val", (64, 96), 3)
-    image, objects = dataset[0]
-    assert image.size == (96, 64)
-    assert objects.boxes.shape == (len(objects.labels), 4)
-    assert list(dataset.categories.values()) == [str(digit) for digit in range(10)]
 
 
 # Measures
@@ -211,7 +157,7 @@ class Oracle(torch.nn.Module):
 
 def test_measures(root: Path) -> None:
     """All of one class right, none of the other; crowds and images without truth change nothing."""
-    dataset = boxes.Prepared(boxes.CocoImages(root, "val2017"))
+    dataset = boxes.DetectionTensors(boxes.CocoImages(root, "val2017"))
     samples = [dataset[n] for n in range(5)]
     found = []
     for _, target in samples:
@@ -270,6 +216,7 @@ def test_train_evaluate_and_predict(
     assert all(len(p["top"]) <= 1 for p in said["predictions"])
 
 
+@pytest.mark.skipif(not FULL, reason="segmentation resumes the same way: DFFORMER_TEST_FULL=1")
 def test_resuming_amid_an_epoch_is_exact(command: list[str], tmp_path: Path) -> None:
     expected, run = tmp_path / "expected", tmp_path / "run"
     command = [*command, "--optim.ema_decay", "0.9", "--keep", "9"]
@@ -281,127 +228,19 @@ def test_resuming_amid_an_epoch_is_exact(command: list[str], tmp_path: Path) -> 
     assert_same_result(run, expected)
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Also the 5 validation images, which they cannot share evenly."""
-    scenes = {"workers": 0, "dataset": "digit_scenes", "img_size": 64, "scenes": [12, 5]}
-    (tmp_path / "recipe.yaml").write_text(json.dumps({**TINY, "data": scenes}))
-    one, two = tmp_path / "one", tmp_path / "two"
-    command = ["train", "--recipe", str(tmp_path / "recipe.yaml")]
-    assert main([*command, "--output", str(one)]) == 0
-    torchrun(2, [*command, "--output", str(two)])
-    for name in ("loss", "grad_norm"):
-        assert [s[name] for s in steps(two)] == pytest.approx([s[name] for s in steps(one)], rel=1e-4), name
-    for mine, theirs in zip(history(one), history(two), strict=True):
-        numbers = [{name: float(value) for name, value in row.items()} for row in (mine, theirs)]
-        assert numbers[0] == pytest.approx(numbers[1], abs=2e-3)
-
-
 # Errors
 
 
-def _entry(kind: str, **values: Any) -> Callable[[dict[str, Any]], None]:
-    def change(content: dict[str, Any]) -> None:
-        content[kind][2].update(values)
-
-    return change
-
-
-def _without(*keys: Any) -> Callable[[dict[str, Any]], None]:
-    def change(content: Any) -> None:
-        *path, last = keys
-        for key in path:
-            content = content[key]
-        del content[last]
-
-    return change
-
-
-def _no_objects(content: dict[str, Any]) -> None:
-    for entry in content["annotations"]:
-        entry["iscrowd"] = 1
-
-
-ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "outside": (
-        _entry("annotations", bbox=[60, 3, 14, 18]),
-        "the box [60, 3, 14, 18] (left, top, width, height) is not ",
-    ),
-    "no-area": (_entry("annotations", bbox=[5, 3, 14, 0]), "annotation 20: the box [5, 3, 14, 0] (left, top, width, h"),
-    "three-numbers": (_entry("annotations", bbox=[5, 3, 14]), "annotation 20: the box [5, 3, 14] is not four numbers"),
-    "not-a-number": (_entry("annotations", bbox=[5, 3, 14, float("nan")]), "nan] is not four numbers"),
-    "category": (_entry("annotations", category_id=4), "annotation 20 has the unknown category 4"),
-    "crowd": (_entry("annotations", iscrowd="no"), "annotation 20: iscrowd and area must be numbers"),
-    "image": (_entry("annotations", image_id=9), "annotation 20 is of image 9, which is not listed"),
-    "no-list": (_without("categories"), "has no list 'categories'"),
-    "no-key": (_without("images", 2, "width"), "images[2] has no 'width' of type int"),
-    "type": (_entry("images", height="60"), "images[2] has no 'height' of type int"),
-    "twice": (_entry("images", id=101), "2 images have the id 101"),
-    "empty": (lambda content: content["images"].clear(), "its list 'images' is empty"),
-    "crowds-only": (_no_objects, "no images with objects"),
-    "size": (_entry("images", width=72), "000000000102.png: is 70x45, "),
-    "missing-image": (_entry("images", file_name="gone.jpg"), "gone.jpg"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), ANNOTATIONS.values(), ids=ANNOTATIONS.keys())
-def test_malformed_annotations(
-    change: Callable[[dict[str, Any]], None],
-    message: str,
-    command: list[str],
-    root: Path,
-    refusal: Callable[[Sequence[str]], str],
+def test_faults_of_the_data_are_found_before_training_starts(
+    command: list[str], root: Path, refusal: Callable[[Sequence[str]], str]
 ) -> None:
-    path = annotate(root, "train2017", change)
-    said = refusal(command)
-    assert message in said
-    assert str(path) in said or str(root / "train2017") in said
+    path = annotate(root, "train2017", lambda content: content["annotations"][2].update(bbox=[5, 3, 14, 0]))
+    assert f"{path}: 1 annotations cannot be used: annotation 20: the box [5, 3, 14, 0]" in refusal(command)
 
 
-def _text(text: str) -> Callable[[Path], str]:
-    def change(root: Path) -> str:
-        path = root / "annotations" / "instances_val2017.json"
-        path.write_text(text)
-        return str(path)
-
-    return change
-
-
-def _no_file(root: Path) -> str:
-    path = root / "annotations" / "instances_val2017.json"
-    path.unlink()
-    return f"{path}: does not exist"
-
-
-def _crowds_to_validate(root: Path) -> str:
-    return f"{annotate(root, 'val2017', _no_objects)}: no images with objects, crowds not counted"
-
-
-def _broken_image(root: Path) -> str:
-    path = root / "val2017" / f"{102:012}.png"
-    path.write_bytes(b"GIF")
-    return f"1 of 5 images cannot be used: cannot identify image file '{path}'"
-
-
-def _other_categories(root: Path) -> str:
+def test_other_categories_to_validate(command: list[str], root: Path, refusal: Callable[[Sequence[str]], str]) -> None:
     annotate(root, "val2017", lambda content: content["categories"].append({"id": 9, "name": "grey"}))
-    return "its 3 categories are not the 2 of split train2017: grey (9)"
-
-
-FILES: dict[str, Callable[[Path], str]] = {
-    "no-file": _no_file,
-    "no-json": _text("{"),
-    "a-list": _text("[]"),
-    "crowds-to-validate": _crowds_to_validate,
-    "broken-image": _broken_image,
-    "other-categories": _other_categories,
-}
-
-
-@pytest.mark.parametrize("change", FILES.values(), ids=FILES.keys())
-def test_malformed_files(
-    change: Callable[[Path], str], command: list[str], root: Path, refusal: Callable[[Sequence[str]], str]
-) -> None:
-    assert change(root) in refusal(command)
+    assert "its 3 categories are not the 2 of split train2017: grey (9)" in refusal(command)
 
 
 MISUSES = {
@@ -421,30 +260,6 @@ def test_misuses(
     assert message in refusal([*command, *arguments])
 
 
-@pytest.mark.parametrize(
-    "spoil", [lambda path: Image.new("RGB", (9, 9)).save(path), lambda path: path.write_bytes(b"")]
-)
-def test_what_was_not_checked_is_found_when_read(spoil: Callable[[Path], Any], root: Path) -> None:
-    path = root / "train2017" / f"{105:012}.png"
-    spoil(path)
-    dataset = boxes.CocoImages(root, "train2017")
-    with pytest.raises(ValueError, match=path.name):
-        [dataset[n] for n in range(len(dataset))]
-
-
-def test_images_whose_results_would_have_one_name(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    task = detect.Detection(parse(["--task=detect", f"--data.root={root}", "--data.train_split=train2017",
-                                   "--data.val_split=val2017", "--optim.global_batch=1", "--detect.channels=8",
-                                   f"--model.args={json.dumps(SMALL)}"]), CPU)  # fmt: skip
-    task.export(task.build_model().state_dict(), tmp_path / "m.safetensors")
-    folders = [str(root / split) for split in ("train2017", "val2017")]
-    arguments = ["--checkpoint", str(tmp_path / "m.safetensors"), "--output", str(tmp_path / "out")]
-    assert main(["predict", *arguments, *folders]) == 2
-    assert "their results would have the same name" in capsys.readouterr().err
-
-
 def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     save_checkpoint({"a": torch.zeros(1)}, tmp_path / "m.safetensors", "dfformer_s18")
     with pytest.raises(CheckpointError, match="is not of detection"):
@@ -460,11 +275,12 @@ def test_without_the_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> Non
         task_part("detect", "training")
 
 
-def test_what_is_drawn() -> None:
+def test_what_is_shown() -> None:
     """The best of what overlaps, and nothing unsure."""
     found = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [40, 40, 50, 50]])
     objects = {"boxes": found, "labels": torch.arange(4), "scores": torch.tensor([0.9, 0.8, 0.5, 0.1])}
-    assert detect._drawn(objects)["labels"].tolist() == [0, 2]
+    assert detect.confident(objects, 0.3)["labels"].tolist() == [0, 2]
+    assert detect.confident(objects, 0.6)["labels"].tolist() == [0]
 
 
 def test_recipes_for_coco_are_the_authors() -> None:
@@ -483,9 +299,13 @@ def test_recipes_for_coco_are_the_authors() -> None:
 
 
 def test_the_recipe_of_the_digits(tmp_path: Path) -> None:
-    """As the documentation says, less twice the 6 % between its two seeds: rounding differs between processors."""
+    """In full as the documentation says, less twice the 6 % between its two seeds: rounding differs."""
     run = tmp_path / "run"
-    assert main(["train", "--recipe", str(ROOT / "recipes" / "detect_digits.yaml"), "--output", str(run)]) == 0
+    short = [] if FULL else ["--data.synthetic_images=[64,4]", "--data.img_size=64", "--data.workers=0"]
+    short += [] if FULL else ["--optim.epochs=2", "--detect.channels=32"]
+    assert main(["train", "--recipe", "detect_digits", "--output", str(run), "--log_steps=1", *short]) == 0
     last = history(run)[-1]
-    assert float(last["map"]) > 0.39
-    assert float(last["map_50"]) > 0.6
+    if FULL:
+        assert float(last["map"]) > 0.39
+        assert float(last["map_50"]) > 0.6
+    assert float(last["train_loss"]) < 0.8 * steps(run)[0]["loss"]

@@ -14,12 +14,13 @@ import torch
 from paths import ROOT
 from PIL import Image
 from torch.nn import functional as F
-from torchvision import tv_tensors
-from train_runs import assert_same_result, history, steps, torchrun
+from torchvision.transforms import v2
+from train_runs import FULL, assert_same_result, history, steps
 
 from dfformer.cli.main import main
-from dfformer.data import masks
+from dfformer.data.transforms import resize_shorter_side
 from dfformer.models.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
+from dfformer.tasks import segmentation
 from dfformer.tasks.base import Place
 from dfformer.tasks.evaluate import Pixels
 from dfformer.tasks.segmentation import (
@@ -30,7 +31,7 @@ from dfformer.tasks.segmentation import (
     segment,
 )
 from dfformer.tasks.table import task_part
-from dfformer.train.config import SegmentConfig, parse
+from dfformer.train.config import parse
 
 CLASSES = ["sky", "sea", "sand"]
 SMALL: dict[str, Any] = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
@@ -80,14 +81,20 @@ def command(root: Path, tmp_path: Path) -> list[str]:
     return ["train", "--recipe", str(path), "--data.root", str(root)]
 
 
-ENCODERS = {"dfformer_s18": SMALL, "cdfformer_s18": SMALL, "convnext_atto": {}, "resnet10t": {}}
+MODELS = [
+    ("dfformer_s18", SMALL, (64, 96)),
+    ("dfformer_s18", SMALL, (1, 33)),
+    ("cdfformer_s18", SMALL, (37, 50)),
+    ("convnext_atto", {}, (20, 20)),
+    ("resnet10t", {}, (64, 31)),
+]
 
 
-@pytest.mark.parametrize(("encoder", "arguments"), ENCODERS.items(), ids=ENCODERS.keys())
-@pytest.mark.parametrize("size", [(64, 96), (37, 50), (1, 33)], ids=str)
+@pytest.mark.parametrize(("encoder", "arguments", "size"), MODELS)
 def test_any_encoder_and_any_size(encoder: str, arguments: dict[str, Any], size: tuple[int, int]) -> None:
+    """A single image too: normalisation over one pixel is undefined."""
     model = Segmenter(encoder, arguments, 5, DECODER).eval()
-    assert model(torch.randn(2, 3, *size)).shape == (2, 5, *size)
+    assert model(torch.randn(1, 3, *size)).shape == (1, 5, *size)
 
 
 def test_maps_of_our_encoders_are_normalised_and_every_parameter_learns() -> None:
@@ -104,11 +111,18 @@ def test_maps_of_our_encoders_are_normalised_and_every_parameter_learns() -> Non
     assert [name for name, p in three.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@pytest.mark.parametrize("classes", [3, 16, 40])
-def test_the_best_class_of_each_pixel(classes: int) -> None:
-    logits = torch.randn(2, classes, 8, 6)
+@pytest.mark.parametrize("at_once", [1, 3, 40])
+def test_the_best_class_of_each_pixel(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many classes are enlarged together."""
+    logits = torch.randn(2, 40, 8, 6)
+    monkeypatch.setattr(segmentation, "_VALUES_AT_ONCE", at_once * 2 * 17 * 13)
     expected = F.interpolate(logits, (17, 13), mode="bilinear").argmax(1)
     assert torch.equal(segment(torch.nn.Identity(), logits, (17, 13)).long(), expected)
+
+
+def test_an_output_that_is_not_finite() -> None:
+    with pytest.raises(ValueError, match="the model's output is not finite"):
+        segment(torch.nn.Identity(), torch.tensor([1.0, float("nan")]).view(1, 2, 1, 1), (3, 3))
 
 
 def test_measures() -> None:
@@ -119,34 +133,6 @@ def test_measures() -> None:
     confusion = count_pixels(torch.nn.Identity(), [(logits, truth[None])], pixels, 4)
     assert intersection_over_union(confusion).tolist() == pytest.approx([0.5, 0.5, float("nan"), 1.0], nan_ok=True)
     assert confusion.sum() == 4
-
-
-def test_a_training_view() -> None:
-    """What is beyond the image is ignored and has the mean colour; image and mask are cropped alike."""
-    torch.manual_seed(0)
-    config = SegmentConfig(scale=(0.5, 0.5), photometric=False)
-    view = masks.TrainingView((40, 64), config, [1, 2, 3])
-    labels = torch.arange(30)[:, None].repeat(1, 30).to(torch.uint8)
-    image, mask = view(tv_tensors.Image(8 * labels.expand(3, -1, -1)), tv_tensors.Mask(labels))
-    assert (image.shape, mask.shape) == ((3, 40, 64), (40, 64))
-    inside = mask != masks.IGNORED
-    assert inside.sum() == 20 * 20, "scaled to half of the shorter side"
-    assert image[:, ~inside].unique(dim=1).squeeze(1).tolist() == [1, 2, 3]
-    assert (image[0][inside].float() - 8 * mask[inside].float()).abs().max() <= 16
-
-
-def test_crops_are_not_of_one_class() -> None:
-    torch.manual_seed(0)
-    labels = torch.zeros(64, 64, dtype=torch.uint8)
-    labels[-8:] = 1
-    image, mask = tv_tensors.Image(labels.expand(3, -1, -1)), tv_tensors.Mask(labels)
-    shares = {}
-    for most in (0.75, 1.0):
-        view = masks.TrainingView(
-            (16, 16), SegmentConfig(scale=(4, 4), most_of_one_class=most, photometric=False), [0] * 3
-        )
-        shares[most] = np.mean([(view(image, mask)[1] == 1).float().mean() > 0.25 for _ in range(40)])
-    assert shares[0.75] > shares[1.0] + 0.3
 
 
 def test_train_evaluate_and_predict(
@@ -177,9 +163,9 @@ def test_train_evaluate_and_predict(
     model, about = load_segmenter(checkpoint)
     assert about["classes"] == CLASSES
     image = Image.open(root / "images" / "validation" / "1" / "1.jpg")
-    resized = masks.WholeView(64).resize(tv_tensors.Image(image))
+    resized = resize_shorter_side(v2.functional.pil_to_tensor(image), 64)
     pixels = Pixels(about["data"]["mean"], about["data"]["std"], torch.device("cpu"))
-    with torch.no_grad():
+    with torch.inference_mode():
         expected = segment(model, pixels(resized[None]), (40, 50))[0].numpy()
     assert np.array_equal(written, expected)
     said = json.loads(report.read_text())
@@ -197,20 +183,6 @@ def test_resuming_amid_an_epoch_is_exact(command: list[str], tmp_path: Path) -> 
         (run / name).write_bytes((expected / name).read_bytes())
     assert main([*command, "--output", str(run), "--resume", "true"]) == 0
     assert_same_result(run, expected)
-
-
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_as_one(kind: str, command: list[str], tmp_path: Path) -> None:
-    """Also the 5 validation images, which they cannot share evenly."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    command = [*command, "--segment.decoder.decoder_dropout=0"]
-    assert main([*command, "--output", str(one)]) == 0
-    torchrun(2, [*command, "--output", str(two), "--distributed", kind])
-    for name in ("loss", "grad_norm"):
-        assert [s[name] for s in steps(two)] == pytest.approx([s[name] for s in steps(one)], rel=1e-4), name
-    for mine, theirs in zip(history(one), history(two), strict=True):
-        numbers = [{name: float(value) for name, value in row.items()} for row in (mine, theirs)]
-        assert numbers[0] == pytest.approx(numbers[1], abs=2e-3)
 
 
 def test_an_encoder_starts_from_a_classifier(command: list[str], tmp_path: Path) -> None:
@@ -234,104 +206,22 @@ def test_an_encoder_starts_from_a_classifier(command: list[str], tmp_path: Path)
         task(config, place).build_model()
 
 
-def _mask(root: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
-    path = root / "annotations" / "training" / "1" / "3.png"
-    Image.fromarray(change(np.asarray(Image.open(path)))).save(path)
-    return path
-
-
-def _label(root: Path) -> str:
-    path = _mask(root, lambda mask: np.where(mask == 3, 4, mask).astype(np.uint8))
-    return f"1 of 13 images cannot be used: {path}: has label 4, known are 0 to 3 and 255"
-
-
-def _smaller(root: Path) -> str:
-    return f"{_mask(root, lambda mask: mask[1:])}: is 50x39, its image 50x40"
-
-
-def _colours(root: Path) -> str:
-    return f"{_mask(root, lambda mask: np.stack([mask] * 3, -1))}: has mode RGB, accepted are L and P"
-
-
-def _no_mask(root: Path) -> str:
-    path = root / "annotations" / "validation" / "0" / "2.png"
-    path.unlink()
-    return f"{root / 'images' / 'validation' / '0' / '2.jpg'} has no mask {path}"
-
-
-def _broken(kind: str, name: str) -> Callable[[Path], str]:
-    def change(root: Path) -> str:
-        path = root / kind / "training" / "0" / name
-        path.write_bytes(path.read_bytes()[:60])
-        return str(path)
-
-    return change
-
-
-def _empty(root: Path) -> str:
-    for path in (root / "images" / "validation").rglob("*.jpg"):
-        path.unlink()
-    return f"{root / 'images' / 'validation'}: no images"
-
-
-def _all_ignored(root: Path) -> str:
-    for path in (root / "annotations" / "validation").rglob("*.png"):
-        Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
-    return f"{root / 'annotations' / 'validation'}: its masks have no pixel with a class"
-
-
-def _no_classes(root: Path) -> str:
-    (root / "classes.txt").unlink()
-    return f"{root}: has neither classes.txt"
-
-
-def _no_name(root: Path) -> str:
-    (root / "classes.txt").write_text("sky\n\nsand\n")
-    return f"{root}: the list of classes has an empty line"
-
-
-MALFORMED = {
-    "unknown-label": _label,
-    "size": _smaller,
-    "colours": _colours,
-    "no-mask": _no_mask,
-    "broken-image": _broken("images", "4.jpg"),
-    "broken-mask": _broken("annotations", "4.png"),
-    "empty-split": _empty,
-    "all-ignored": _all_ignored,
-    "no-classes": _no_classes,
-    "empty-class": _no_name,
-}
-
-
-@pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED.keys())
-def test_malformed_data(
-    change: Callable[[Path], str], command: list[str], root: Path, refusal: Callable[[Sequence[str]], str]
+def test_faults_of_the_data_are_found_before_training_starts(
+    command: list[str], root: Path, refusal: Callable[[Sequence[str]], str]
 ) -> None:
-    assert change(root) in refusal(command)
-
-
-def test_what_was_not_checked_is_found_when_read(root: Path) -> None:
-    _label(root)
-    dataset = masks.MaskFolder(root, "training", reduce_zero_label=True)
-    with pytest.raises(ValueError, match=r"3\.png: has label 4"):
-        [dataset[n] for n in range(len(dataset))]
+    path = root / "annotations" / "training" / "1" / "3.png"
+    Image.fromarray(np.full((40, 50), 4, dtype=np.uint8)).save(path)
+    assert f"1 of 13 images cannot be used: {path}: has label 4, known are 0 to 3 and 255" in refusal(command)
 
 
 def test_masks_without_a_class_are_found_when_measured(
     command: list[str], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _all_ignored(root)
+    for path in (root / "annotations" / "validation").rglob("*.png"):
+        with Image.open(path) as mask:
+            Image.new("L", mask.size).save(path)
     assert main([*command, "--data.check_images=false", "--output", str(tmp_path / "run")]) == 2
     assert "validation: the masks have no pixel with a class" in capsys.readouterr().err
-
-
-def test_the_list_of_ade20k(root: Path) -> None:
-    (root / "classes.txt").unlink()
-    (root / "objectInfo150.txt").write_text("Idx\tRatio\tName\n1\t0.5\twall\n2\t0.3\tsky\n3\t0.2\ttree, plant\n")
-    dataset = masks.MaskFolder(root, "training", reduce_zero_label=True)
-    assert dataset.classes == ["wall", "sky", "tree, plant"]
-    assert np.unique(dataset[0][1]).tolist() == [0, 1, 2, 255]
 
 
 MISUSES = {
@@ -372,17 +262,8 @@ def test_checkpoints_of_other_tasks(checkpoint: Path, tmp_path: Path, capsys: py
 
 
 def test_classes_of_other_data(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", str(checkpoint), "--dataset", "digit_scenes", "--workers", "0"]) == 2
+    assert main(["eval", str(checkpoint), "--dataset", "synthetic_digits", "--workers", "0"]) == 2
     assert "its 2 classes are not the data's 11; only in one of them: 0, 1, 2" in capsys.readouterr().err
-
-
-def test_masks_of_the_same_name(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("a/1.png", "b/1.png"):
-        (tmp_path / name).parent.mkdir()
-        Image.new("RGB", (40, 40)).save(tmp_path / name)
-    arguments = [str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "out")]
-    assert main(["predict", "--checkpoint", str(checkpoint), *arguments]) == 2
-    assert "their results would have the same name" in capsys.readouterr().err
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,10 +287,13 @@ def test_recipes_for_ade20k_are_the_authors() -> None:
 
 
 def test_the_recipe_of_the_digits(tmp_path: Path) -> None:
-    """64 % as the documentation says, less what rounding may change: with one thread instead of two it was 66 %."""
-    torch.set_num_threads(2)
+    """In full 64 % as the documentation says, less what rounding may change: 66 % with one thread instead of two."""
     run = tmp_path / "run"
-    assert main(["train", "--recipe", str(ROOT / "recipes" / "segment_digits.yaml"), "--output", str(run)]) == 0
+    short = [] if FULL else ["--data.synthetic_images=[96,8]", "--data.img_size=64", "--optim.epochs=3"]
+    arguments = ["--recipe", "segment_digits", "--output", str(run), "--log_steps=1", *short]
+    assert main(["train", *arguments]) == 0
     last = history(run)[-1]
-    assert float(last["miou"]) > 0.58
-    assert float(last["pixel_accuracy"]) > 0.92
+    if FULL:
+        assert float(last["miou"]) > 0.58
+        assert float(last["pixel_accuracy"]) > 0.92
+    assert float(last["train_loss"]) < 0.5 * steps(run)[0]["loss"]

@@ -1,0 +1,132 @@
+"""Pictures of dense predictions: masks over photographs, boxes on them, and the name of every class that is drawn."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.patches import Patch, Rectangle
+
+from dfformer.utils.text import printable
+
+MOST_NAMED = 24  # classes in a legend, those with most pixels
+_MOST_ELONGATED = 8  # times as high as wide, or as wide as high: longer strips are drawn compressed
+_MOST_PIXELS = 1600  # of a side; a picture has fewer dots
+
+
+def class_colours(classes: Sequence[str]) -> np.ndarray:
+    """(256,3) uint8: a colour a class, black for the background and what is no class."""
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    step = 1 / len(classes) if len(classes) <= MOST_NAMED else 0.618034  # the golden ratio: never close to those before
+    for n, name in enumerate(classes):
+        rgb = hsv_to_rgb((n * step % 1, (0.95, 0.6)[n % 2], (0.95, 0.75)[n % 2]))
+        colours[n] = 0 if name == "background" else 255 * rgb
+    return colours
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """``image`` (H,W,3) uint8, pale and grey, under the colours of its mask (H,W); black ones leave it like that."""
+    painted = colours[mask]
+    grey = 128 + image.mean(-1, keepdims=True) / 2
+    share = np.where(painted.any(-1, keepdims=True), 0.75, 0.0)
+    return (share * painted + (1 - share) * grey).round().astype(np.uint8)
+
+
+def segmentations(
+    images: Sequence[np.ndarray], masks: dict[str, Sequence[np.ndarray]], classes: Sequence[str], title: str
+) -> Figure:
+    """Photographs (H,W,3) uint8, a column each, and below them rows of masks (H,W) over them, with a legend."""
+    colours = class_colours(classes)
+    thin = [_thinned(image) for image in images]
+    rows = {"photograph": thin}
+    for name, row in masks.items():
+        rows[name] = [overlay(image, _thinned(mask), colours) for image, mask in zip(thin, row, strict=True)]
+    figure, axes = _grid(images, list(rows), 5.0, 1.2, title)
+    for cells, pictures in zip(axes, rows.values(), strict=True):
+        for ax, image, picture in zip(cells, images, pictures, strict=True):
+            _show(ax, picture, image.shape, "nearest")
+    counts = np.bincount(np.concatenate([mask.ravel() for row in masks.values() for mask in row]), minlength=256)
+    shown = [n for n in np.argsort(-counts, kind="stable") if counts[n] and colours[n].any()][:MOST_NAMED]
+    patches = [Patch(color=colours[n] / 255) for n in sorted(shown)]
+    labels = [str(n) for n in sorted(shown)]  # replaced below: a legend leaves out names that begin with "_"
+    legend = figure.legend(
+        patches, labels, loc="outside lower center", ncols=max(1, int(figure.get_figwidth())), fontsize=8
+    )
+    for text, n in zip(legend.get_texts(), sorted(shown), strict=True):
+        text.set(text=_drawable(classes[n]), parse_math=False)
+    return figure
+
+
+def detections(
+    images: Sequence[np.ndarray],
+    objects: Mapping[str, Sequence[dict[str, np.ndarray]]],
+    classes: Sequence[str],
+    title: str,
+) -> Figure:
+    """Photographs (H,W,3) uint8, a column each, in rows of what is there: boxes, labels, scores if they have any."""
+    colours = class_colours(classes) / 255
+    figure, axes = _grid(images, list(objects), 6.0, 0.7, title)
+    for cells, found in zip(axes, objects.values(), strict=True):
+        for ax, image, there in zip(cells, images, found, strict=True):
+            _show(ax, _thinned(image), image.shape, "auto")
+            for n, label in enumerate(there["labels"]):
+                score = f" {100 * there['scores'][n]:.0f}%" if "scores" in there else ""
+                _draw_box(ax, there["boxes"][n], f"{_drawable(classes[label])}{score}", colours[label])
+    return figure
+
+
+def _grid(
+    images: Sequence[np.ndarray], rows: Sequence[str], alone: float, margin: float, title: str
+) -> tuple[Figure, np.ndarray]:
+    """A figure with axes for each row and image; one image is ``alone`` inches wide, several are 2."""
+    width = 2.0 if len(images) > 1 else alone
+    highest = max(_ratio(image.shape) for image in images)
+    size = (width * len(images) + 0.4, width * highest * len(rows) + margin)
+    figure = Figure(figsize=size, layout="constrained")
+    axes: np.ndarray = figure.subplots(len(rows), len(images), squeeze=False)
+    for ax, name in zip(axes[:, 0], rows, strict=True):
+        ax.set_ylabel(name, fontsize=9)
+    figure.suptitle(_drawable(title), fontsize=11, parse_math=False)
+    return figure, axes
+
+
+def _ratio(shape: tuple[int, ...]) -> float:
+    """Height by width, as drawn."""
+    return float(np.clip(shape[0] / shape[1], 1 / _MOST_ELONGATED, _MOST_ELONGATED))
+
+
+def _thinned(pixels: np.ndarray) -> np.ndarray:
+    """Every n-th row and column, so that no picture takes gigabytes to draw."""
+    rows, columns = (-(-side // _MOST_PIXELS) for side in pixels.shape[:2])
+    return pixels[::rows, ::columns]
+
+
+def _show(ax: Axes, picture: np.ndarray, shape: tuple[int, ...], interpolation: str) -> None:
+    """``picture`` in the coordinates of an image of ``shape`` (H,W,...)."""
+    H, W = shape[:2]
+    aspect: Literal["equal", "auto"] = "equal" if _ratio(shape) == H / W else "auto"
+    ax.imshow(picture, interpolation=interpolation, extent=(-0.5, W - 0.5, H - 0.5, -0.5), aspect=aspect)
+    ax.set(xticks=[], yticks=[])
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+def _drawable(text: str) -> str:
+    """``text`` with a square for each character that the font lacks."""
+    return "".join(c if ord(c) in _glyphs() else "\N{WHITE SQUARE}" for c in printable(text))
+
+
+def _draw_box(ax: Axes, box: np.ndarray, text: str, colour: np.ndarray) -> None:
+    left, top, right, bottom = box - 0.5  # imshow's first pixel is centred at 0
+    ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.4))
+    ink = "white" if colour @ (0.299, 0.587, 0.114) < 0.55 else "black"
+    around = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
+    place: Literal["bottom", "top"] = "bottom" if top > 0.08 * ax.get_ylim()[0] else "top"  # is there room above?
+    ax.text(left, top, text, color=ink, fontsize=6, va=place, bbox=around, clip_on=True, parse_math=False)

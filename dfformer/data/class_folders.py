@@ -1,0 +1,104 @@
+"""Classes as folders of images, on disk or in a .tar file: the folders at the top are the classes."""
+
+import io
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple
+
+from dfformer.data.files import IMAGE_SUFFIXES, check_each, check_image, image_files, natural_key
+from dfformer.utils.text import abbreviate
+
+
+class Member(NamedTuple):
+    """An image inside a .tar file: its path there, and where its bytes are."""
+
+    path: PurePosixPath
+    offset: int
+    size: int
+
+
+class ClassFolders:
+    """``folder/CLASS/...``, images at any depth; hidden files and folders are left out.
+
+    Raises:
+        ValueError: naming the folder: images beside the class folders, a class without images, fewer than two classes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        files = sorted(image_files([folder]), key=lambda path: natural_key(str(path)))
+        names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+        depth = len(folder.parts)
+        self.classes, self.labels = _labelled([path.parts[depth:] for path in files], folder, names)
+        self.files = [str(path) for path in files]  # smaller than paths: worker processes may copy the list
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def sample(self, index: int) -> tuple[Path, int, str]:
+        """The file, its label, and its name for errors."""
+        return Path(self.files[index]), self.labels[index], self.files[index]
+
+    def check(self) -> list[bool]:
+        """Of each image, whether it has an EXIF orientation. Raises ValueError naming those that cannot be read."""
+        return [info.turned for info in check_each(check_image, [Path(name) for name in self.files])]
+
+
+class ClassTar:
+    """The same in an uncompressed .tar file. A .tar inside it counts as the folder of its name.
+
+    A single folder around the classes that is named like the file is left out of account.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            found = list(_members(file, PurePosixPath(), 0))
+        if found and all(len(member.path.parts) > 2 and member.path.parts[0] == path.stem for member in found):
+            found = [member._replace(path=PurePosixPath(*member.path.parts[1:])) for member in found]
+        self.members = sorted(found, key=lambda member: natural_key(str(member.path)))
+        self.classes, self.labels = _labelled([member.path.parts for member in self.members], path, [])
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def sample(self, index: int) -> tuple[IO[bytes], int, str]:
+        """The file, its label, and its name for errors."""
+        member = self.members[index]
+        with self.path.open("rb") as file:
+            file.seek(member.offset)
+            content = io.BytesIO(file.read(member.size))
+        return content, self.labels[index], f"{self.path}/{member.path}"
+
+    def check(self) -> list[bool]:
+        """Nothing is read before it is used."""
+        return []
+
+
+def _members(file: IO[bytes], inside: PurePosixPath, start: int) -> Iterator[Member]:
+    """The images of a .tar file that begins at ``start`` of another one, below the folder ``inside``."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for entry in tar:
+            path = inside / PurePosixPath(entry.name.lstrip("/"))
+            if not entry.isreg() or entry.sparse or any(part.startswith(".") for part in path.parts):
+                continue
+            nested: Any = tar.extractfile(entry) if path.suffix.lower() == ".tar" else None
+            if nested is not None:
+                yield from _members(nested, path.with_suffix(""), start + entry.offset_data)
+            elif path.suffix.lower() in IMAGE_SUFFIXES:
+                yield Member(path, start + entry.offset_data, entry.size)
+
+
+def _labelled(paths: Sequence[tuple[str, ...]], where: Path, folders: Iterable[str]) -> tuple[list[str], list[int]]:
+    """The classes, and the label of each path, whose first part is its class; all ``folders`` must have images."""
+    if stray := ["/".join(path) for path in paths if len(path) < 2]:
+        raise ValueError(f"{where}: images must be in class folders; beside them are {abbreviate(stray)}")
+    classes = sorted({path[0] for path in paths}, key=natural_key)
+    if empty := sorted(set(folders) - set(classes)):
+        raise ValueError(f"{where / empty[0]}: this class folder has no images")
+    if not classes:
+        raise ValueError(f"{where}: has no class folders with images")
+    if len(classes) < 2:
+        raise ValueError(f"{where}: has the single class folder {classes[0]}, accepted are two or more")
+    label = {name: n for n, name in enumerate(classes)}
+    return classes, [label[path[0]] for path in paths]

@@ -1,0 +1,237 @@
+"""Image files: where they are, and what is in them. Files are untrusted: whatever is wrong with one names it."""
+
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from dfformer.utils.text import abbreviate
+
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+)
+# Pillow knows more formats; some of them run other programs (EPS) or cannot be decoded.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # the last marker of a complete file
+_SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # whose 16-bit pixels some versions of Pillow give as 32-bit integers
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class ImageInfo(NamedTuple):
+    """The size (W,H) of an image, and whether its EXIF orientation says that it is to be turned or mirrored."""
+
+    size: tuple[int, int]
+    turned: bool
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def image_files(inputs: Iterable[Path], on_unreadable: Callable[[OSError], Any] = _raise) -> list[Path]:
+    """The images among ``inputs``: files, and folders of them at any depth, symbolic links followed.
+
+    Hidden files and folders below a folder are left out, as are files whose names do not end like an image's. What is
+    named like an image is listed even if it cannot be read, and each file once.
+
+    Args:
+        on_unreadable: called with the error for a folder that cannot be listed; by default it is raised.
+    """
+    found: dict[str, Path] = {}
+    for path in inputs:
+        is_folder = os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises where a parent is not accessible)
+        for image in _below(path, frozenset(), on_unreadable) if is_folder else [path]:
+            found.setdefault(os.path.abspath(image), image)  # noqa: PTH100 (resolve would follow links)
+    return list(found.values())
+
+
+def _below(folder: Path, above: frozenset[Path], on_unreadable: Callable[[OSError], Any]) -> Iterator[Path]:
+    real = folder.resolve()
+    if real in above:  # a link back
+        return
+    try:
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
+    except OSError as error:
+        on_unreadable(error)
+        return
+    for entry in entries:
+        path = folder / entry.name
+        if entry.name.startswith("."):
+            continue
+        if os.path.isdir(path) if entry.is_symlink() else entry.is_dir():  # noqa: PTH112
+            yield from _below(path, above | {real}, on_unreadable)
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            yield path
+
+
+def natural_key(text: str) -> tuple[list[Any], str]:
+    """For sorting: numbers in a name count as numbers, letters of either case as the same."""
+    parts = re.split(r"(\d+)", text.lower())
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)], text
+
+
+@contextmanager
+def opened(file: Path | IO[bytes], name: Path | str = "") -> Iterator[Image.Image]:
+    """An image that is not decoded yet. Anything raised while it is open becomes a ValueError that names it."""
+    name = str(name or file)
+    Image.init()
+    try:
+        if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
+            raise ValueError("is not a regular file")  # opening a pipe would wait for ever
+        with Image.open(file, formats=[known for known in _FORMATS if known in Image.OPEN]) as image:
+            yield image
+    except Exception as error:  # decoders raise anything at all for a damaged file
+        message = str(error) or type(error).__name__
+        raise ValueError(message if name in message else f"{name}: {message}") from error
+
+
+def read_image(
+    file: Path | IO[bytes] | Image.Image, mode: str, name: Path | str = "", exif_orientation: bool = False
+) -> Image.Image:
+    """The image of a file, decoded; of several frames the first.
+
+    16 bits a channel and floats from 0 to 1 are scaled to 8 bits; transparency is dropped, as timm and torchvision do.
+
+    Args:
+        file: or an image that is open already.
+        mode: "RGB" or "L".
+        name: of the file, for errors.
+        exif_orientation: turn and mirror the image as its EXIF orientation says.
+
+    Raises:
+        ValueError: naming the file: no image, damaged, or pixels of another kind.
+    """
+    if isinstance(file, Image.Image):
+        return _converted(file, mode, exif_orientation)
+    with opened(file, name) as image:
+        return _converted(image, mode, exif_orientation)
+
+
+def _converted(image: Image.Image, mode: str, exif_orientation: bool) -> Image.Image:
+    image.load()
+    turned = image
+    if exif_orientation:
+        turned = ImageOps.exif_transpose(image)
+        turned.format = image.format
+    turned = _eight_bits(turned)
+    if turned.mode in ("P", "PA") and "transparency" in turned.info:
+        turned = turned.convert("RGBA")  # Pillow warns of going to RGB at once
+    return turned.convert(mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """``image``, or for 16 bits a channel and floats the same picture in 8 bits."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BIT_FORMATS):
+        highest = 65535.0
+    elif image.mode == "F":
+        highest = 1.0
+    elif image.mode == "I":
+        raise ValueError("pixels: got 32-bit integers, accepted are 8 or 16 bits a channel, or floats from 0 to 1")
+    else:
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if not ((values >= 0) & (values <= highest)).all():  # NaN neither
+        accepted = "accepted are floats from 0 to 1, or 8 or 16 bits a channel"
+        raise ValueError(f"pixels: got values from {values.min():.6g} to {values.max():.6g}, {accepted}")
+    return Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
+
+
+def check_image(path: Path, exif_orientation: bool = False) -> ImageInfo:
+    """Size and orientation of an image file; ValueError for one that is no image or is cut off.
+
+    The header and the end of the file are read, and all of it where the end does not show that it is complete.
+    """
+    with opened(path) as image:
+        marker = _ENDS.get(image.format or "")
+        if marker is None or marker not in _tail(path):
+            image.load()
+        orientation = orientation_of(image)
+        width, height = image.size
+        swapped = exif_orientation and orientation >= 5
+        return ImageInfo((height, width) if swapped else (width, height), orientation != 1)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, as it is, where there is none or none that can be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged note in a file whose pixels are read all the same
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
+        return file.read()
+
+
+def check_each(check: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """What ``check`` returns for each of a dataset's images; one ValueError with those it raises, if it does."""
+    problems: list[str] = []
+
+    def attempt(item: Item) -> Result | None:
+        try:
+            return check(item)
+        except ValueError as error:
+            problems.append(str(error))
+            return None
+
+    with ThreadPoolExecutor(16) as pool:
+        results: list[Any] = list(pool.map(attempt, items))
+    if problems:
+        raise ValueError(f"{len(problems)} of {len(items)} images cannot be used: {abbreviate(sorted(problems))}")
+    return results
+
+
+def orientation_note(turned: Sequence[bool], option: str) -> str:
+    """What to tell whoever has images with an EXIF orientation that is not applied; "" for none."""
+    if not any(turned):
+        return ""
+    return (
+        f"{sum(turned)} of {len(turned)} images have an EXIF orientation, which is not applied: viewers show them "
+        f"turned or mirrored; {option} does so here"
+    )
+
+
+def read_class_names(path: Path) -> list[str]:
+    """A class name a line, UTF-8 with or without a byte order mark, lines ending in any system's way."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text: {error}") from error
+    names = [line.strip() for line in lines]
+    while names and not names[-1]:
+        names.pop()
+    if not names:
+        raise ValueError(f"{path}: has no class names")
+    if "" in names:
+        raise ValueError(f"{path}: line {names.index('') + 1} has no class name, accepted is a name a line")
+    return names

@@ -1,0 +1,81 @@
+"""What is done to images before a model sees them: timm's transforms, and the one rule of resizing whole images."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image
+from timm.data import auto_augment, create_transform
+from torchvision.transforms import v2
+
+LONGEST = 4  # times the shorter side: what whole images are resized to at most
+_MOST_ELONGATED = 64  # times as long as wide: timm would enlarge such a strip to gigabytes before it crops
+
+
+def shorter_side_size(size: tuple[int, int], shorter: int) -> list[int]:
+    """The size (H,W) of an image of ``size`` resized until its shorter side has ``shorter`` pixels.
+
+    The longer side gets at most LONGEST times as many, and each side at least one.
+    """
+    longer = shorter * max(size) // min(size)
+    if longer > LONGEST * shorter:
+        shorter, longer = LONGEST * shorter * shorter // longer, LONGEST * shorter
+    new = [max(1, shorter), longer]
+    return new if size[0] <= size[1] else new[::-1]
+
+
+def resize_shorter_side(image: Any, shorter: int) -> Any:
+    """An image (...,H,W) or PIL image, resized to `shorter_side_size`, antialiased."""
+    return v2.functional.resize(image, shorter_side_size(v2.functional.get_size(image), shorter))
+
+
+def evaluation_transform(config: dict[str, Any], as_uint8: bool = False) -> v2.Compose:
+    """timm's for a model's data ``config``: resize, centre crop, and normalise unless ``as_uint8``.
+
+    The ends of very long strips are cut off first, which the centre crop does not keep.
+    """
+    H, W = config["input_size"][-2:]
+    most = _MOST_ELONGATED * max(H / W, W / H)
+    transform = create_transform(**config, is_training=False, use_prefetcher=as_uint8)
+    return v2.Compose([_CutStrip(most), transform])
+
+
+class _CutStrip:
+    """The middle of an image that is more than ``most`` times as long as wide."""
+
+    def __init__(self, most: float) -> None:
+        self.most = most
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        longest = int(self.most * min(image.size))
+        if max(image.size) <= longest:
+            return image
+        size = [min(side, longest) for side in image.size]
+        left, top = ((side - kept) // 2 for side, kept in zip(image.size, size, strict=True))
+        return image.crop((left, top, left + size[0], top + size[1]))
+
+
+def training_transform(input_size: tuple[int, int, int], **augment: Any) -> Any:
+    """`timm.data.create_transform` for training, to uint8, its augmentation running with any version of Pillow."""
+    transform = create_transform(input_size, is_training=True, use_prefetcher=True, **augment)
+    for op in _augment_ops(transform):
+        if op.name.startswith("Posterize"):
+            op.aug_fn = _posterize
+    return transform
+
+
+def _augment_ops(transform: Any) -> Iterator[auto_augment.AugmentOp]:
+    if isinstance(transform, auto_augment.AugmentOp):
+        yield transform
+    parts = transform if isinstance(transform, list | tuple) else []
+    for name in ("transforms", "ops", "policy"):  # of Compose; of RandAugment and AugMix; of AutoAugment
+        parts = [*parts, *getattr(transform, name, [])]
+    for part in parts:
+        yield from _augment_ops(part)
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """timm's, which at its strongest keeps 0 bits: black, as Pillow made it up to version 12 and refuses since."""
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    posterized: Image.Image = auto_augment.posterize(image, bits_to_keep, **options)
+    return posterized

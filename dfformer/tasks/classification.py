@@ -1,0 +1,151 @@
+"""Image classification: any model of timm, trained with timm's augmentation, mixup and cutmix."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import timm
+import torch
+from timm.data import Mixup, resolve_data_config
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from dfformer.data import images as image_data
+from dfformer.data.transforms import evaluation_transform, training_transform
+from dfformer.models.checkpoint import load_checkpoint, save_checkpoint
+from dfformer.tasks.base import Place, global_batches, is_ours, written_args
+from dfformer.tasks.evaluate import Pixels, check_pixel_statistics, count_correct
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from dfformer.train.config import TrainConfig
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Classification:
+    """Images with one label each; cross entropy, mixup and cutmix; top-1 and top-5."""
+
+    metric = "top1"
+
+    def __init__(self, config: "TrainConfig", place: Place) -> None:
+        self.config, self.place = config, place
+        given = config.data
+        channels = config.model.args.get("in_chans", 3)
+        self.train_set, self.val_set = (
+            image_data.open_dataset(given.dataset, given.root, split, channels, given.download, given.exif_orientation)
+            for split in (given.train_split, given.val_split)
+        )
+        image_data.check_same_classes(self.train_set, self.val_set, f"{given.root}, split {given.val_split}")
+        self.classes = image_data.class_names(self.train_set)
+        self.model_args = {**config.model.args, **self._num_classes()}
+        self.batches = global_batches(config, place, len(self.train_set))
+        self.mix = self._mixup()
+
+    def _num_classes(self) -> dict[str, int]:
+        asked = self.config.model.args.get("num_classes")
+        if self.classes is None:
+            return {}
+        if asked not in (None, len(self.classes)):
+            raise ValueError(f"model.args.num_classes: got {asked}, the data has {len(self.classes)} classes")
+        return {"num_classes": len(self.classes)}
+
+    def _mixup(self) -> Mixup | None:
+        augment = self.config.augment
+        if not augment.mixup and not augment.cutmix:
+            return None
+        if self.batches.batch % 2:
+            raise ValueError(
+                f"optim.global_batch: leaves {self.batches.batch} images for each process and pass; mixup pairs them, "
+                "so the number must be even"
+            )
+        return Mixup(
+            mixup_alpha=augment.mixup,
+            cutmix_alpha=augment.cutmix,
+            label_smoothing=augment.smoothing,
+            num_classes=self.model_args.get("num_classes", 1000),
+        )
+
+    def check(self) -> None:
+        if self.config.data.check_images:
+            image_data.check_images(self.train_set, self.val_set)
+
+    def build_model(self) -> nn.Module:
+        config = self.config
+        img_size = config.data.size
+        if "img_size" in self.model_args:
+            raise ValueError("model.args.img_size: give it as data.img_size")
+        if is_ours(config.model.name):  # timm's MetaFormers take any size without being told
+            self.model_args["img_size"] = list(img_size)
+        model = timm.create_model(config.model.name, **self.model_args)
+        if config.model.checkpoint:
+            load_checkpoint(model, config.model.checkpoint)
+        if config.model.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+        self._prepare_images(model, img_size)
+        return model
+
+    def _prepare_images(self, model: nn.Module, img_size: tuple[int, int]) -> None:
+        given, augment = self.config.data, self.config.augment
+        overrides = {name: getattr(given, name) for name in ("mean", "std", "interpolation", "crop_pct")}
+        channels = self.model_args.get("in_chans", 3)
+        overrides = {"input_size": (channels, *img_size)} | {k: v for k, v in overrides.items() if v is not None}
+        self.data_config = resolve_data_config(overrides, model=model)
+        check_pixel_statistics(self.data_config)
+        self.pixels = Pixels(self.data_config["mean"], self.data_config["std"], self.place.device)
+        self.erase = RandomErasing(augment.re_prob, mode=augment.re_mode, device=self.place.device)
+        self.val_set.transform = evaluation_transform(self.data_config, as_uint8=True)
+        self.train_set.transform = training_transform(
+            self.data_config["input_size"],
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter,
+            auto_augment=augment.auto_augment,
+            interpolation=augment.interpolation,
+            mean=self.data_config["mean"],
+        )
+
+    def training_loader(self) -> DataLoader:
+        pinned = self.place.device.type == "cuda"
+        return image_data.training_loader(self.train_set, self.batches, self.config.data.workers, pinned)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        images, labels = self.pixels(batch[0]), batch[1].to(self.place.device, non_blocking=True)
+        if self.config.augment.re_prob:
+            images = self.erase(images)
+        if self.mix is not None:
+            images, mixed = self.mix(images, labels)
+            return F.cross_entropy(model(images), mixed)
+        return F.cross_entropy(model(images), labels, label_smoothing=self.config.augment.smoothing)
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        loader = image_data.evaluation_loader(
+            self.val_set,
+            self.batches.batch,
+            self.config.data.workers,
+            self.place.device.type == "cuda",
+            self.place.rank,
+            self.place.world,
+        )
+        sums = count_correct(model, loader, self.pixels)
+        values = self.place.add_up(torch.stack(list(sums.values()))).tolist()
+        added = dict(zip(sums, values, strict=True))
+        images = added.pop("images")
+        return {name: value / images for name, value in added.items()}
+
+    def export(self, weights: dict[str, Tensor], path: Path) -> None:
+        kept = ("input_size", "mean", "std", "interpolation", "crop_pct")
+        save_checkpoint(
+            weights,
+            path,
+            self.config.model.name,
+            written_args(self.model_args),
+            self.classes,
+            {name: self.data_config[name] for name in kept},
+        )
+
+    def pictures(self, model: nn.Module) -> "dict[str, Figure]":
+        return {}

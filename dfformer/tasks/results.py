@@ -1,0 +1,77 @@
+"""Where ``predict`` writes: results never take the place of an image, of each other, or of anybody else's files."""
+
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+from dfformer.data.files import opened
+from dfformer.utils.text import abbreviate
+
+SOFTWARE = "dfformer predict"  # in the text of every PNG it writes; only those may be replaced
+
+
+def is_result(path: Path) -> bool:
+    """Whether an existing file is a picture that ``predict`` wrote."""
+    try:
+        with opened(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (OSError, ValueError):
+        return False
+
+
+def result_names(paths: Sequence[Path], endings: Sequence[str] = ("",)) -> list[str]:
+    """A name for the results of each image, such that no two of ``name + ending`` are the same.
+
+    It is the name of the file without its suffix. Where that is not enough it has its suffix and as many of the folders
+    above as are needed, joined by ``_``. Names that differ only in case are the same: to some systems they are.
+    """
+    levels = [0] * len(paths)
+    while True:
+        names = [_candidate(path, level, n) for n, (path, level) in enumerate(zip(paths, levels, strict=True))]
+        owners: dict[str, list[int]] = {}
+        for n, name in enumerate(names):
+            for ending in endings:
+                owners.setdefault(unicodedata.normalize("NFC", name + ending).casefold(), []).append(n)
+        clashing = {n for group in owners.values() if len(group) > 1 for n in group}
+        if not clashing:
+            return names
+        for n in clashing:
+            levels[n] += 1
+
+
+def _candidate(path: Path, level: int, number: int) -> str:
+    """With each level a longer name; in the end a number of its own."""
+    parts = path.parts[len(path.anchor) > 0 :]
+    depth, with_suffix = divmod(level, 2)
+    if depth >= len(parts):
+        return f"{number}_{path.stem}"
+    return "_".join([*parts[-depth - 1 : -1], parts[-1] if with_suffix else path.stem])
+
+
+def plan_results(paths: Sequence[Path], folder: Path, endings: Sequence[str]) -> dict[Path, Path]:
+    """For each image the path of its results in ``folder``, to which ``endings`` are added.
+
+    Raises:
+        ValueError: a result would replace an image, or a file that ``predict`` did not write.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output: got {folder}, which is a file, accepted is a folder")
+    names = result_names(paths, endings)
+    inputs = {_identity(path) for path in paths}
+    targets = [folder / f"{name}{ending}" for name in names for ending in endings]
+    foreign = [str(path) for path in targets if _identity(path) and (_identity(path) in inputs or not is_result(path))]
+    if foreign:
+        raise ValueError(
+            f"--output: got {folder}, where results would replace files that are not earlier results: "
+            f"{abbreviate(foreign)}; accepted is another folder"
+        )
+    return {path: folder / name for path, name in zip(paths, names, strict=True)}
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """The file behind ``path``, whatever it is called; None if there is none."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino

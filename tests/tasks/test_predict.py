@@ -1,0 +1,424 @@
+"""``dfformer predict``: no file costs another one its result, no result costs anybody a file, all failures are told."""
+
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from dense_models import dense_checkpoint
+from image_files import READABLE, UNREADABLE, noise, oriented, write_all, write_flipped
+from PIL import Image
+
+from dfformer.cli.main import main
+from dfformer.models.checkpoint import load_model, save_checkpoint
+from dfformer.tasks import detection, predict, segmentation
+from dfformer.tasks.results import result_names
+
+SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_size": 32}
+TASKS = ["classify", "segment", "detect"]
+# The readable kinds of which pictures are drawn, which takes far longer than to predict them.
+DRAWN = [name for name in READABLE if name in ("deep.png", "strip.png", "tall.png") or not name[0].isalpha()]
+DRAWN += [name for name in READABLE if name.startswith(("two", "latin"))]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    arguments = {**SMALL, "num_classes": 3}
+    model = timm.create_model("dfformer_s18", **arguments)
+    torch.nn.init.normal_(model.head.fc2.weight)  # decided, and not all for one class
+    save_checkpoint(model, folder / "classify.safetensors", "dfformer_s18", arguments, ["$a_$", "b", "_c"])
+    encoder = {**SMALL, "img_size": [32, 48]}
+    for task in TASKS[1:]:
+        dense_checkpoint(task, folder / f"{task}.safetensors", "dfformer_s18", encoder)
+    return {task: str(folder / f"{task}.safetensors") for task in TASKS}
+
+
+@pytest.fixture
+def run(checkpoints: dict[str, str], tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """Predicts; returns the status and the JSON. Results are in tmp_path/out."""
+
+    def predict_them(task: str, inputs: Sequence[Path], *more: str) -> tuple[int, dict[str, Any]]:
+        report = tmp_path / "report.json"
+        report.unlink(missing_ok=True)
+        output = [] if "--output" in more else ["--output", str(tmp_path / "out")]
+        arguments = ["predict", "--checkpoint", checkpoints[task], "--workers", "0", "--json", str(report), *output]
+        status = main([*arguments, *more, *map(str, inputs)])
+        return status, json.loads(report.read_text()) if report.exists() else {}
+
+    return predict_them
+
+
+def paths_of(entries: list[dict[str, Any]]) -> set[str]:
+    return {entry["path"] for entry in entries}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_kind_of_file(
+    task: str, run: Callable[..., tuple[int, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What can be read has a prediction and its results, what cannot has an error that is told; nothing is missing."""
+    images = tmp_path / "images"
+    kinds = READABLE if task == "classify" else {name: READABLE[name] for name in DRAWN}
+    good, bad = write_all(images, kinds), write_all(images, UNREADABLE)
+    flipped = write_flipped(images / "flipped.png", "x.tif", 30 if task == "classify" else 4)
+    absent = tmp_path / "absent.jpg"
+    status, report = run(task, [images, absent])
+    predicted, failed = paths_of(report["predictions"]), paths_of(report["errors"])
+    assert status == 1
+    assert predicted >= good
+    assert failed >= {*bad, str(absent)}
+    assert predicted | failed == good | bad | flipped | {str(absent)}
+    assert not predicted & failed
+    printed = capsys.readouterr()
+    assert f"{len(failed)} of {len(predicted | failed)} images failed" in printed.err
+    assert len([line for line in printed.err.splitlines() if line.startswith("skipped ")]) == len(failed)
+    assert "two\\nlines\\x1b[31m.png" in printed.out
+    if task == "segment":
+        assert len(list((tmp_path / "out").iterdir())) == 2 * len(predicted)
+        with Image.open(tmp_path / "out" / "strip.png") as mask:
+            assert (mask.mode, mask.size) == ("P", (3000, 3))
+    if task == "detect":
+        assert len(list((tmp_path / "out").iterdir())) == len(predicted) + 1
+
+
+def test_output_survives_any_terminal(
+    run: Callable[..., tuple[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [os.fsdecode(b"\xe9.png"), "\u732b.png", "caf\u00e9.png"]
+    write_all(tmp_path / "images", dict.fromkeys(names, READABLE["plain.png"]))
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        screen = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert run("classify", [tmp_path / "images"])[0] == 0
+        assert screen.buffer.getvalue().count(b"\n") == 3
+
+
+class FailsOnBlack(torch.nn.Module):
+    """A model that does not take black images."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.pretrained_cfg, self.num_classes = model, model.pretrained_cfg, model.num_classes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if any(image.unique().numel() <= 3 for image in x):
+            raise RuntimeError("not enough memory: you tried to allocate 999 bytes")
+        logits: torch.Tensor = self.model(x)
+        return logits
+
+
+def test_an_image_that_the_model_fails_on(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    """Costs the others of its batch nothing."""
+    for n in range(5):
+        noise(seed=n).save(tmp_path / f"{n}.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "2.png")
+    model, classes = load_model(checkpoints["classify"])
+    assert classes is not None
+    paths, errors = sorted(tmp_path.glob("*.png")), dict[str, str]()
+    failing = FailsOnBlack(model)
+    found = predict.predict(
+        failing, paths, classes, batch_size=4, on_error=lambda path, error: errors.update({path.name: str(error)})
+    )
+    expected = predict.predict(model, paths, classes, batch_size=4)
+    assert [p.path for p in found] == [p.path for p in expected if not p.path.endswith("2.png")]
+    for mine in found:
+        [other] = [p for p in expected if p.path == mine.path]
+        assert mine.probabilities == pytest.approx(other.probabilities, rel=1e-5)
+    assert errors == {"2.png": "not enough memory: you tried to allocate 999 bytes"}
+    with pytest.raises(ValueError, match=r"2\.png: not enough memory"):
+        predict.predict(failing, paths, classes)
+
+
+@pytest.mark.parametrize(("task", "module"), [("segment", segmentation), ("detect", detection)])
+def test_a_result_that_cannot_be_written(
+    task: str, module: Any, run: Callable[..., tuple[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = module.write_atomically
+
+    def full(path: Path, content: Any) -> None:
+        if path.name == "b.png":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(module, "write_atomically", full)
+    write_all(tmp_path / "images", dict.fromkeys(("a.png", "b.png", "c.png"), READABLE["plain.png"]))
+    status, report = run(task, [tmp_path / "images"])
+    assert status == 1
+    assert [Path(entry["path"]).name for entry in report["predictions"]] == ["a.png", "c.png"]
+    [error] = report["errors"]
+    assert "No space left on device" in error["error"]
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith("b") or "partial" in path.name]
+
+
+def test_json_that_cannot_be_written(
+    checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Is told after the table, which is not lost with it."""
+    noise().save(tmp_path / "a.png")
+    (tmp_path / "file").write_text("")
+    report = tmp_path / "file" / "report.json"
+    arguments = ["--checkpoint", checkpoints["classify"], "--json", str(report), str(tmp_path / "a.png")]
+    assert main(["predict", *arguments]) == 1
+    printed = capsys.readouterr()
+    assert "a.png" in printed.out
+    assert "not written: " in printed.err
+
+
+def test_json_is_written_before_anything_is_printed(
+    checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "report.json"
+    (tmp_path / "b.png").write_bytes(b"")
+    noise().save(tmp_path / "a.png")
+
+    def closed(*lines: str, file: Any = None) -> None:
+        assert len(json.loads(report.read_text())["predictions"]) == 1
+        raise BrokenPipeError
+
+    monkeypatch.setattr(predict, "echo", closed)
+    monkeypatch.setattr(os, "dup2", lambda *descriptors: None)  # what the command does with a closed stdout
+    main(["predict", "--checkpoint", checkpoints["classify"], "--json", str(report), str(tmp_path)])
+    assert len(json.loads(report.read_text())["errors"]) == 1
+
+
+def test_an_interrupted_run_says_what_it_did_not_reach(
+    run: Callable[..., tuple[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(4):
+        noise(seed=n).save(tmp_path / f"{n}.png")
+    detect, calls = detection.detect, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return detect(*arguments)
+
+    monkeypatch.setattr(detection, "detect", interrupted)
+    status, report = run("detect", [tmp_path])
+    assert status == 130
+    assert [Path(entry["path"]).name for entry in report["predictions"]] == ["0.png", "1.png"]
+    errors = {Path(entry["path"]).name: entry["error"] for entry in report["errors"]}
+    assert errors == {"2.png": "not reached: KeyboardInterrupt", "3.png": "not reached: KeyboardInterrupt"}
+    assert (tmp_path / "out" / "detections.json").exists()
+
+
+# Where results go
+
+
+def _same_folder(images: Path, out: Path) -> list[str]:
+    return ["--output", str(images)]
+
+
+def _linked_folder(images: Path, out: Path) -> list[str]:
+    out.symlink_to(images)
+    return ["--output", str(out)]
+
+
+def _hard_link(images: Path, out: Path) -> list[str]:
+    out.mkdir()
+    os.link(images / "a.png", out / "a.png")
+    return ["--output", str(out)]
+
+
+def _somebody_elses(images: Path, out: Path) -> list[str]:
+    out.mkdir()
+    noise(seed=9).save(out / "a.png")
+    return ["--output", str(out)]
+
+
+def _a_file(images: Path, out: Path) -> list[str]:
+    out.write_text("")
+    return ["--output", str(out)]
+
+
+def _json_is_an_image(images: Path, out: Path) -> list[str]:
+    return ["--output", str(out), "--json", str(images / "a.png")]
+
+
+TARGETS = [_same_folder, _linked_folder, _hard_link, _somebody_elses, _a_file, _json_is_an_image]
+
+
+@pytest.mark.parametrize(("task", "target"), [*(("segment", target) for target in TARGETS), ("detect", _same_folder)])
+def test_no_file_is_overwritten(
+    task: str,
+    target: Callable[[Path, Path], list[str]],
+    checkpoints: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    write_all(images, dict.fromkeys(("a.png", "b.png"), READABLE["plain.png"]))
+    arguments = target(images, out)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["predict", "--checkpoint", checkpoints[task], *arguments, str(images)]) == 2
+    assert arguments[-2] + ": got " in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("task", TASKS[1:])
+def test_a_second_run_replaces_its_own_results_and_predicts_none_of_them(
+    task: str, run: Callable[..., tuple[int, Any]], tmp_path: Path
+) -> None:
+    write_all(tmp_path / "images", {"a.png": READABLE["plain.png"]})
+    reports = []
+    for _ in range(2):
+        status, report = run(task, [tmp_path / "images"], "--output", str(tmp_path / "images" / "out"))
+        assert status == 0
+        reports.append(report)
+    assert reports[0] == reports[1]
+
+
+NAMES: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "different": (["x/a.png", "y/b.png"], ["", "_picture"], ["a", "b"]),
+    "suffixes": (["a.png", "a.jpg"], [""], ["a.png", "a.jpg"]),
+    "folders": (["x/1.png", "y/1.png"], [""], ["x_1", "y_1"]),
+    "endings": (["a.png", "a_picture.png"], ["", "_picture"], ["a.png", "a_picture.png"]),
+    "only some": (["x/1.png", "y/1.png", "y/2.png"], [""], ["x_1", "y_1", "2"]),
+    "case": (["x/A.png", "y/a.png"], [""], ["x_A", "y_a"]),
+    "forms": (["x/\u00e9.png", "y/e\u0301.png"], [""], ["x_\u00e9", "y_e\u0301"]),
+    "joined": (["a/b_c.png", "a_b/c.png", "x/c.png", "y/b_c.png"], [""], ["", "", "", ""]),
+    "nothing helps": (["A.png", "a.png"], [""], ["0_A", "1_a"]),
+    "absolute": (["/x/1.png", "/y/1.png"], [""], ["x_1", "y_1"]),
+}
+
+
+@pytest.mark.parametrize(("paths", "endings", "names"), NAMES.values(), ids=NAMES.keys())
+def test_names_of_results(paths: list[str], endings: list[str], names: list[str]) -> None:
+    found = result_names([Path(path) for path in paths], endings)
+    if len(set(names)) == len(names):
+        assert found == names
+    written = {(name + ending).casefold() for name in found for ending in endings}
+    assert len(written) == len(paths) * len(endings)
+
+
+@pytest.mark.parametrize(("task", "endings"), [("segment", ["", "_picture"]), ("detect", [""])])
+def test_images_of_the_same_name(
+    task: str, endings: list[str], run: Callable[..., tuple[int, Any]], tmp_path: Path
+) -> None:
+    for folder in ("x", "y"):
+        write_all(tmp_path / folder, {"1.png": READABLE["plain.png"]})
+    assert run(task, [tmp_path / "x", tmp_path / "y" / "1.png", tmp_path / "x" / "1.png"])[0] == 0
+    results = {path.name for path in (tmp_path / "out").iterdir()} - {"detections.json"}
+    assert results == {f"{folder}_1{ending}.png" for folder in "xy" for ending in endings}
+
+
+def test_ids_of_images() -> None:
+    """Numbers where COCO's files are named by them, never the same for two images."""
+    ids = detection._image_ids([Path(name) for name in ("a/000012.jpg", "7.png", "b/007.png", "x.png", "\u0663.png")])
+    assert list(ids.values()) == [12, "7", "007", "x", "\u0663"]
+
+
+# What is predicted
+
+
+def test_deep_images_are_those_of_eight_bits(run: Callable[..., tuple[int, Any]], tmp_path: Path) -> None:
+    grey = np.asarray(noise().convert("L"))
+    deep, floats = grey.astype(np.uint16) * 257, (grey / 255).astype(np.float32)
+    for name, pixels in (("8.png", grey), ("16.png", deep), ("f.tif", floats)):
+        Image.fromarray(pixels).save(tmp_path / name)
+    _, report = run("classify", [tmp_path], "--batch-size", "1")  # a batch rounds otherwise by position
+    first, *others = [[(t["class"], t["probability"]) for t in p["top"]] for p in report["predictions"]]
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_exif_orientations_are_told_and_applied_on_request(
+    task: str, run: Callable[..., tuple[int, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for n, orientation in enumerate((1, 6, 8)):
+        oriented(noise(), images / f"{n}.png", orientation)
+    assert run(task, [images])[0] == 0
+    assert "2 of 3 images have an EXIF orientation, which is not applied" in capsys.readouterr().err
+    assert run(task, [images], "--exif-orientation")[0] == 0
+    assert not capsys.readouterr().err
+    if task == "segment":
+        for n in (1, 2):
+            with Image.open(tmp_path / "out" / f"{n}.png") as mask:
+                assert mask.size == (30, 40)
+
+
+def test_the_list_of_objects_is_what_is_drawn(
+    run: Callable[..., tuple[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """detections.json has everything, as COCO's measures want it."""
+    noise().save(tmp_path / "7.png")
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [30, 10, 40, 20]])
+    objects = {"boxes": boxes, "labels": torch.tensor([0, 1, 1, 0]), "scores": torch.tensor([0.9, 0.8, 0.35, 0.1])}
+    drawn: list[Any] = []
+    picture = detection._write_picture
+
+    def recorded(*arguments: Any) -> None:
+        drawn.append(arguments[2]["scores"].tolist())
+        picture(*arguments)
+
+    monkeypatch.setattr(detection, "_write_picture", recorded)
+    monkeypatch.setattr(detection, "detect", lambda *arguments: [objects])
+    for least, expected in (("0.3", [0.9, 0.35]), ("0.5", [0.9]), ("0", [0.9, 0.35, 0.1]), ("1", [])):
+        _, report = run("detect", [tmp_path / "7.png"], "--min-score", least)
+        listed = [entry["score"] for entry in report["predictions"][0]["top"]]
+        assert listed == pytest.approx(expected)
+        assert drawn.pop() == pytest.approx(expected)
+        everything = json.loads((tmp_path / "out" / "detections.json").read_text())
+        assert [entry["image_id"] for entry in everything] == [7] * 4
+
+
+def test_arguments_of_a_model(checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint that does not say its model is used with ``--model`` and ``--model-args``, by eval too."""
+    model, _ = load_model(checkpoints["classify"])
+    torch.save(model.state_dict(), tmp_path / "m.pth")
+    for name in ("ant", "bee", "cat"):
+        write_all(tmp_path / "data" / "val" / name, {"1.png": READABLE["plain.png"]})
+    said = json.dumps({**SMALL, "num_classes": 3})
+    image = str(tmp_path / "data" / "val" / "ant" / "1.png")
+    evaluated = ["eval", str(tmp_path / "m.pth"), "--root", str(tmp_path / "data"), "--workers", "0"]
+    for arguments in (["predict", "--checkpoint", str(tmp_path / "m.pth"), image], evaluated):
+        assert main([*arguments, "--model", "dfformer_s18", "--model-args", said]) == 0
+        assert main([*arguments, "--model", "dfformer_s18"]) == 2
+    with pytest.raises(SystemExit):
+        main(["eval", "m.pth", "--model-args", "[1]"])
+    assert "--model-args: got '[1]', accepted is a JSON object" in capsys.readouterr().err
+
+
+MISUSES = {
+    "model": ("segment", ["--model", "dfformer_s18"], "--model: not for segmentation"),
+    "model-args": ("detect", ["--model-args", '{"depths": [1]}'], "--model-args: not for detection"),
+    "classes": ("detect", ["--classes", "names.txt"], "--classes: not for detection"),
+    "score": ("detect", ["--min-score", "nan"], "--min-score: got nan, accepted are numbers from 0 to 1"),
+    "pretrained": ("segment", ["--pretrained"], "--pretrained: not for segmentation"),
+    "no images": ("segment", ["empty\n"], "no images in empty\\n"),
+}
+
+
+@pytest.mark.parametrize(("task", "arguments", "message"), MISUSES.values(), ids=MISUSES.keys())
+def test_misuses(
+    task: str,
+    arguments: list[str],
+    message: str,
+    checkpoints: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(tmp_path / "empty\n", ignore_errors=True)
+    (tmp_path / "empty\n").mkdir()
+    inputs = [] if "empty\n" in arguments else ["image.png"]
+    assert main(["predict", "--checkpoint", checkpoints[task], *arguments, *inputs]) == 2
+    assert message in capsys.readouterr().err

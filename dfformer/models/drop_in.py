@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dfformer.models.copies_match import AGREEMENT, is_filter_shape
-from dfformer.models.copies_module import FusedCopy
-from dfformer.models.copies_trace import DifferentCopyError, UnsupportedCopyError
-from dfformer.models.copies_trial import Trial, device_of, difference, find, undisturbed
+from dfformer.models.copies.match import AGREEMENT, is_filter_shape
+from dfformer.models.copies.module import FusedCopy
+from dfformer.models.copies.trace import DifferentCopyError, UnsupportedCopyError
+from dfformer.models.copies.trial import Trial, device_of, difference, find, undisturbed
 from dfformer.models.layers import StarReLU
 from dfformer.models.spectral import DynamicFilter, GlobalFilter, SpectralFilter
 from dfformer_kernels.tolerance import relative_error
@@ -142,9 +142,7 @@ def _set(model: nn.Module, name: str, module: nn.Module) -> None:
 def _may_be_copy(module: nn.Module) -> bool:
     if isinstance(module, SpectralFilter | FusedCopy):
         return False
-    if str(type(module).forward.__module__).startswith(
-        "torch."
-    ):  # one of torch's own modules, or one without a forward
+    if str(type(module).forward.__module__).startswith("torch."):  # torch's own, or without a forward
         return False
     return any(is_filter_shape(t) or _NAME in name for name, t in _own_tensors(module).items())
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dfformer.models.copies_module import STORAGE, FilterStep, Form
-from dfformer.models.copies_trace import DifferentCopyError, Trace, UnsupportedCopyError
+from dfformer.models.copies.module import STORAGE, FilterStep, Form
+from dfformer.models.copies.trace import DifferentCopyError, Trace, UnsupportedCopyError
 from dfformer_kernels.tolerance import relative_error
 
 # Two ways of computing the same float32 formula differ by 1e-6; another formula is far away.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from dfformer.models.copies_match import (
+from dfformer.models.copies.match import (
     AGREEMENT,
     INVERSE_TRANSFORMS,
     CopyLimitError,
@@ -21,8 +21,8 @@ from dfformer.models.copies_match import (
     is_filter_shape,
     with_optional_inputs,
 )
-from dfformer.models.copies_module import STORAGE, as_basis
-from dfformer.models.copies_trace import (
+from dfformer.models.copies.module import STORAGE, as_basis
+from dfformer.models.copies.trace import (
     DifferentCopyError,
     UnsupportedCopyError,
     first_line,

@@ -234,6 +234,68 @@ class FiltersFirst(nn.Module):
         return x + self.proj_out(y * torch.sigmoid(gate))
 
 
+class SqueezeRouting(nn.Module):
+    """A detector's: everything by 1x1 convolutions, filters last in the routing, mixed by a matrix product, autocast
+    switched off around the transforms."""
+
+    def __init__(self, dim: int, size: int = 8, num_filters: int = 3) -> None:
+        super().__init__()
+        self.F, C = num_filters, 2 * dim
+        self.cv1 = nn.Sequential(nn.Conv2d(dim, C, 1), nn.BatchNorm2d(C), nn.SiLU(inplace=True))
+        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(dim, 6, 1), nn.ReLU(inplace=True))
+        self.excite, self.cv2 = nn.Conv2d(6, C * num_filters, 1), nn.Conv2d(C, dim, 1)
+        self.filters = nn.Parameter(torch.randn(size, size // 2 + 1, num_filters, 2) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.size()
+        u = self.cv1(x)
+        routing = torch.softmax(self.excite(self.squeeze(x)).view(b, 2 * c, self.F).float(), -1)
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            X = torch.fft.rfftn(u.float(), dim=(2, 3), norm="ortho")
+            basis = torch.view_as_complex(self.filters)
+            M = torch.matmul(routing.to(basis.dtype), basis.flatten(0, 1).t()).view(b, 2 * c, *basis.shape[:2])
+            y = torch.fft.irfftn(X.mul(M), s=(h, w), dim=(2, 3), norm="ortho")
+        return x + self.cv2(y.type_as(u))
+
+
+class TokensOfPlane(nn.Module):
+    """Tokens, given the height and width."""
+
+    def __init__(self, dim: int, size: int = 8) -> None:
+        super().__init__()
+        self.norm, self.weight = nn.LayerNorm(dim), nn.Parameter(torch.randn(size, size // 2 + 1, dim, 2) * 0.1)
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        u = self.norm(x).view(len(x), H, W, -1)
+        X = torch.fft.rfft2(u, dim=(1, 2)) * torch.view_as_complex(self.weight)
+        return x + torch.fft.irfft2(X, s=(H, W), dim=(1, 2)).reshape(x.shape)
+
+
+class Conditioned(ChannelsFirst):
+    """Routed by a vector, such as the embedding of a time step; one routing for all channels."""
+
+    def __init__(self, dim: int, embedding: int = 5, size: int = 8) -> None:
+        super().__init__(dim, size)
+        self.reweight = nn.Linear(embedding, self.num_filters)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
+        routing = self.reweight(condition).softmax(dim=1)[..., None].expand(-1, -1, self.med_channels)
+        y = self.filtered(self.act1(self.pwconv1(x.permute(0, 2, 3, 1))), routing)
+        return self.pwconv2(self.act2(y)).permute(0, 3, 1, 2)
+
+
+class Nested(nn.Module):
+    """Filters of its own around another copy."""
+
+    def __init__(self, dim: int, size: int = 8) -> None:
+        super().__init__()
+        self.inner, self.outer = ChannelsFirst(dim, size), nn.Parameter(torch.randn(dim, size, size // 2 + 1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        X = torch.fft.rfft2(self.inner(x)) * torch.view_as_complex(self.outer)
+        return torch.fft.irfft2(X, s=x.shape[-2:])
+
+
 class WithDropout(Authors):
     """Dropout as submodules, in the routing and on the filtered signal."""
 
@@ -271,6 +333,30 @@ class Scaled(ChannelsFirst):
 
     def basis(self, X: Tensor) -> Tensor:
         return super().basis(X) * self.gain
+
+
+class Masked(ChannelsFirst):
+    """The filters times a buffer that happens to be one everywhere."""
+
+    def __init__(self, dim: int, size: Any = 8) -> None:
+        super().__init__(dim, size)
+        self.register_buffer("mask", torch.ones(()))
+
+    def basis(self, X: Tensor) -> Tensor:
+        return super().basis(X) * self.mask
+
+
+class ConstantRouting(ChannelsFirst):
+    @torch.no_grad()
+    def route(self, x: Tensor) -> Tensor:
+        return super().route(x)
+
+
+class BatchOfTwo(ChannelsFirst):
+    """Mixes the images of a batch."""
+
+    def route(self, x: Tensor) -> Tensor:
+        return super().route(x.mean(0, keepdim=True).expand_as(x) if int(x.shape[0]) > 2 else x)
 
 
 class Bilinear(Authors):

@@ -1,6 +1,7 @@
 """Drop-in replacement of the authors' DynamicFilter and GlobalFilter, and copies of them, in somebody else's model."""
 
 import copy
+from collections.abc import Callable, Hashable
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch.nn.utils import parametrize
 from dfformer.models.copies.match import AGREEMENT, is_filter_shape
 from dfformer.models.copies.module import FusedCopy
 from dfformer.models.copies.trace import DifferentCopyError, UnsupportedCopyError
-from dfformer.models.copies.trial import Trial, device_of, difference, find, undisturbed
+from dfformer.models.copies.trial import Trial, device_of, difference, find, formula_of, undisturbed
 from dfformer.models.layers import StarReLU
 from dfformer.models.spectral import DynamicFilter, GlobalFilter, SpectralFilter
 from dfformer_kernels.tolerance import relative_error
@@ -23,6 +24,9 @@ _LOOKED_FOR = (
 )
 # What a module may define beside nn.Module without losing it when it is replaced.
 _METHODS = {"__init__", "forward", "extra_repr", "__repr__", "__doc__", "__module__", "__annotations__", "__dict__"}
+
+
+_Build = Callable[[nn.Module], nn.Module]  # a replacement on a module's own parts
 
 
 class Replacement(NamedTuple):
@@ -90,8 +94,9 @@ def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
         if _may_be_copy(module):
             names.setdefault(module, []).append(name)
     found: list[tuple[nn.Module, nn.Module | None, str]] = []
+    known: dict[Hashable, _Build] = {}
     for module in names:
-        ours, reason = _replacement(module)
+        ours, reason = _replacement(module, known)
         if ours is not None or reason:
             found.append((module, ours, reason))
     if any("" in names[module] for module, *_ in found):
@@ -155,18 +160,24 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _replacement(module: nn.Module) -> tuple[nn.Module | None, str]:
-    """What replaces ``module``, or why nothing does; neither where it is no look-alike."""
+def _replacement(module: nn.Module, known: dict[Hashable, _Build]) -> tuple[nn.Module | None, str]:
+    """What replaces ``module``, or why nothing does; neither where it is no look-alike.
+
+    ``known`` is how modules of the same formula were replaced, and learns this one's.
+    """
     try:
         _check_replaceable(module)
         with undisturbed(device_of(module)):
-            return _tried(module), ""
+            formula = formula_of(module)
+            if formula not in known:
+                known[formula] = _tried(module)
+            return known[formula](module), ""
     except DifferentCopyError as error:
         return None, str(error)
     except UnsupportedCopyError as error:
         used = _transforms_of(type(module))
         named = any(_NAME in name for name in _own_tensors(module))
-        if used and "irfft2" not in used:
+        if used and not used & {"irfft2", "irfftn"}:
             return None, f"it uses {', '.join(sorted(used))}, where torch.fft.rfft2 and irfft2 were looked for"
         return None, str(error) if used or named else ""
 
@@ -179,16 +190,23 @@ def _transforms_of(kind: type) -> set[str]:
     }
 
 
-def _tried(module: nn.Module) -> nn.Module:
-    """What replaces ``module``, tried against it."""
+def _tried(module: nn.Module) -> _Build:
+    """What makes the replacement of ``module`` and others of its formula, tried against it."""
     trial = Trial(module)
     hypothesis, resize, fused = find(trial)
-    official = hypothesis.layout == "(B,H,W,C)" and _has_official_parts(module)
-    if official and not difference(trial, hypothesis, lambda m: _build_official(m, hypothesis.size, resize)):
-        return _build_official(module, hypothesis.size, resize)
-    if reason := difference(trial, hypothesis, lambda m: FusedCopy.of(m, fused.graph, fused.steps())):
+
+    def official(original: nn.Module) -> nn.Module:
+        return _build_official(original, hypothesis.size, resize)
+
+    def fused_copy(original: nn.Module) -> nn.Module:
+        return FusedCopy.of(original, fused.graph, fused.steps())
+
+    may_be_official = hypothesis.layouts == ("(B,H,W,C)",) and _has_official_parts(module)
+    if may_be_official and not difference(trial, hypothesis, official):
+        return official
+    if reason := difference(trial, hypothesis, fused_copy):
         raise DifferentCopyError(reason)
-    return FusedCopy.of(module, fused.graph, fused.steps())
+    return fused_copy
 
 
 def _check_replaceable(module: nn.Module) -> None:

@@ -18,7 +18,7 @@ LAST, FIRST, TOKENS = (8, 8, DIM), (DIM, 8, 8), (64, DIM)
 Make = Callable[[], nn.Module]
 
 # Form, shapes of its inputs without the batch, and a larger plane that the original runs on, if any.
-SWAPPED: dict[str, tuple[Make, list[tuple[int, ...]], list[tuple[int, ...]]]] = {
+SWAPPED: dict[str, tuple[Make, list[Any], list[Any]]] = {
     "channels-first": (lambda: forms.ChannelsFirst(DIM), [FIRST], [(DIM, 14, 9)]),
     "channels-first rectangular F=2": (
         lambda: forms.ChannelsFirst(DIM, (6, 9), num_filters=2, bias=True),
@@ -37,6 +37,9 @@ SWAPPED: dict[str, tuple[Make, list[tuple[int, ...]], list[tuple[int, ...]]]] = 
     "undefined resize": (lambda: forms.UndefinedResize(DIM), [FIRST], [(DIM, 16, 5)]),
     "tokens": (lambda: forms.Tokens(DIM), [TOKENS], []),
     "complex filters stored first": (lambda: forms.FiltersFirst(DIM), [FIRST], []),
+    "convolutions only, autocast off inside": (lambda: forms.SqueezeRouting(DIM), [FIRST], []),
+    "tokens with their plane": (lambda: forms.TokensOfPlane(DIM), [TOKENS, 8, 8], []),
+    "routed by a vector": (lambda: forms.Conditioned(DIM), [FIRST, (5,)], [(DIM, 9, 10), (5,)]),
     "dropout": (lambda: forms.WithDropout(DIM), [LAST], [(16, 16, DIM)]),
 }
 
@@ -45,6 +48,9 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "viewed, as many channels as rows": (lambda: forms.Viewed(8), "views (B,C,H,W) data as (B,H,W,C)"),
     "windows": (lambda: forms.Windows(DIM, 16), "16x16 windows of a 32x32 plane"),
     "scaled": (lambda: forms.Scaled(DIM), "differs from ours by a factor"),
+    "masked by ones": (lambda: forms.Masked(DIM), "differs from ours by a factor"),
+    "no gradient": (lambda: forms.ConstantRouting(DIM), "its gradient of reweight"),
+    "by batch": (lambda: forms.BatchOfTwo(DIM), "with another batch its forward does something else"),
     "mixed norms": (lambda: forms.MixedNorms(DIM), "by a factor, 8 in"),
     "bilinear": (lambda: forms.Bilinear(DIM), "mode='bilinear'"),
     "no softmax": (lambda: forms.Gated(DIM), "4 filters are mixed by no softmax"),
@@ -74,9 +80,12 @@ class Parallel(nn.Module):
         return self.mixer(*inputs)
 
 
-def results(model: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+def results(model: nn.Module, inputs: list[Any]) -> list[Tensor]:
     """Output and gradients of inputs and parameters."""
-    leaves = [*(x.requires_grad_() for x in inputs), *(p for _, p in sorted(model.named_parameters()))]
+    leaves = [
+        *(x.requires_grad_() for x in inputs if isinstance(x, Tensor)),
+        *(p for _, p in sorted(model.named_parameters())),
+    ]
     y = model(*inputs)
     gradients = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
     real = [torch.view_as_real(g) if g.is_complex() else g for g in gradients if g is not None]
@@ -84,7 +93,7 @@ def results(model: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("make", "shapes", "others"), SWAPPED.values(), ids=SWAPPED.keys())
-def test_forms_are_swapped(make: Make, shapes: list[tuple[int, ...]], others: list[tuple[int, ...]]) -> None:
+def test_forms_are_swapped(make: Make, shapes: list[Any], others: list[Any]) -> None:
     torch.manual_seed(0)
     model = Parallel(make()).eval()
     reference = Parallel(RUNNING.get(type(model.mixer), make)()).eval()
@@ -96,8 +105,8 @@ def test_forms_are_swapped(make: Make, shapes: list[tuple[int, ...]], others: li
     assert all(after[name] is parameters[name] for name in after.keys() | parameters.keys())
     assert list(model.state_dict()) == state
     for plane in (shapes, others or shapes):
-        inputs = [torch.randn(3, *shape) for shape in plane]
-        ours, theirs = (results(m, [x.clone() for x in inputs]) for m in (model, reference))
+        inputs = [torch.randn(3, *shape) if isinstance(shape, tuple) else shape for shape in plane]
+        ours, theirs = (results(m, copy.deepcopy(inputs)) for m in (model, reference))
         assert relative_error(ours[0], theirs[0]) < 1e-5
         assert max(gradient_errors(ours[1:], theirs[1:])) < 1e-4
 
@@ -109,6 +118,18 @@ def test_other_formulas_are_refused_with_the_difference(make: Make, difference: 
     [outcome] = replace_dynamic_filters(model)
     assert difference in outcome.refusal
     assert model.mixer is original
+
+
+def test_copies_inside_copies_are_swapped_and_undone() -> None:
+    model = Parallel(forms.Nested(DIM))
+    outer, inner, x = model.mixer, model.mixer.inner, torch.randn(1, *FIRST)
+    expected = model(x)
+    report = replace_dynamic_filters(model)
+    assert [(r.name, r.replacement) for r in report] == [("mixer", "FusedCopy"), ("mixer.inner", "FusedCopy")]
+    assert relative_error(model(x), expected) < 1e-5
+    report.undo()
+    assert (model.mixer, model.mixer.inner) == (outer, inner)
+    assert torch.equal(model(x), expected)
 
 
 def test_dropout_stays_where_it_is() -> None:

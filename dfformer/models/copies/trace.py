@@ -110,6 +110,16 @@ class _Tracer(fx.Tracer):
 class _Known(fx.Proxy):
     """A node whose value for the trial inputs is known."""
 
+    def __getattr__(self, k: str) -> Any:
+        value = getattr(_value(self), k)
+        if isinstance(value, str | bool | None):  # x.device.type for torch.autocast, x.is_cuda
+            return value
+        return (
+            super().__getattr__(k)
+            if callable(value)
+            else self.tracer.create_proxy("call_function", getattr, (self, k), {})
+        )
+
     def __len__(self) -> int:
         return len(_value(self))
 

@@ -3,8 +3,9 @@
 import copy
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,34 +43,42 @@ _GRADIENT_AGREEMENT = 1e-3
 _RANDOM = "use of random numbers"
 _MOST_CHANNELS = 8  # tried for an input
 _LARGEST_DOUBLED = 40 * 40  # pixels of a plane that is also tried at twice its height and width
-_LAYOUTS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
+# Shapes of inputs, or the numbers that some copies of tokens are given.
+_LAYOUTS: dict[str, Callable[[int, int, int, int], Any]] = {
     "(B,H,W,C)": lambda B, H, W, C: (B, H, W, C),
     "(B,C,H,W)": lambda B, H, W, C: (B, C, H, W),
     "(B,N,C)": lambda B, H, W, C: (B, H * W, C),
+    "(B,C)": lambda B, H, W, C: (B, C),
+    "H": lambda B, H, W, C: H,
+    "W": lambda B, H, W, C: W,
 }
+_NUMBERS = {"h": "H", "height": "H", "w": "W", "width": "W"}  # names of inputs that are numbers
 
 
 class Hypothesis(NamedTuple):
-    """What a copy takes: filters stored like that, for that plane, and inputs of that layout and those channels."""
+    """What a copy takes: filters stored like that, for that plane, and inputs of those layouts and channels."""
 
     storage: str
     size: Plane
-    layout: str
+    layouts: tuple[str, ...]
     channels: tuple[int, ...]
 
-    def inputs(self, plane: Plane, batch: int) -> list[Tensor]:
-        return [torch.randn(_LAYOUTS[self.layout](batch, *plane, C)) for C in self.channels]
+    def inputs(self, plane: Plane, batch: int) -> list[Any]:
+        given = [_LAYOUTS[layout](batch, *plane, C) for layout, C in zip(self.layouts, self.channels, strict=True)]
+        return [torch.randn(shape) if isinstance(shape, tuple) else shape for shape in given]
 
     def indistinguishable(self) -> list["Hypothesis"]:
-        """This one and those of other layouts whose inputs look the same on the stored plane."""
-        shapes = {layout: [shape(2, *self.size, C) for C in self.channels] for layout, shape in _LAYOUTS.items()}
-        return [self._replace(layout=layout) for layout in _LAYOUTS if shapes[layout] == shapes[self.layout]]
+        """This one, and the one of the other layout of maps if its inputs look the same on the stored plane."""
+        other = {"(B,H,W,C)": "(B,C,H,W)", "(B,C,H,W)": "(B,H,W,C)"}
+        swapped = self._replace(layouts=tuple(other.get(layout, layout) for layout in self.layouts))
+        shapes = [[getattr(x, "shape", x) for x in h.inputs(self.size, 2)] for h in (self, swapped)]
+        return [self, swapped] if swapped != self and shapes[0] == shapes[1] else [self]
 
 
 class Case(NamedTuple):
     """One trial: inputs for a plane, in a mode."""
 
-    inputs: list[Tensor]
+    inputs: list[Any]
     plane: Plane
     training: bool
 
@@ -104,8 +113,8 @@ class Trial:
         self.device = device_of(module)
         self._probe: nn.Module | None = None
         with torch.no_grad():
-            for parameter in self.module.parameters():
-                _randomise(parameter)
+            for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
+                _randomise(tensor)
 
     def copy(self, training: bool) -> nn.Module:
         return copy.deepcopy(self.module).train(training)
@@ -125,7 +134,7 @@ class Trial:
                 found = True
                 yield hypothesis
             else:
-                shapes = ", ".join(str(tuple(x.shape)) for x in hypothesis.inputs(hypothesis.size, 2))
+                shapes = ", ".join(str(tuple(getattr(x, "shape", [x]))) for x in hypothesis.inputs(hypothesis.size, 2))
                 failures.append(f"{shapes} first: {first_line(problem)}")
         if not found:
             tried = f"{len(failures)} were tried, {failures[0]}" if failures else "its filters have no known shape"
@@ -141,8 +150,8 @@ class Trial:
             return error
         return None if tensors(result) else TypeError("its result is no tensor")
 
-    def on_device(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return [x.to(self.device) for x in inputs]
+    def on_device(self, inputs: Sequence[Any]) -> list[Any]:
+        return [x.to(self.device) if isinstance(x, Tensor) else x for x in inputs]
 
     def _define(self, error: Exception) -> bool:
         """Some copies call a function to resize their filters that they never define; it is the authors'."""
@@ -165,21 +174,31 @@ class Trial:
             if min(size) < 1:
                 continue
             channels = _channels(self.module, as_basis(weight, storage).shape[2])
-            same = [(C,) * len(self.names) for C in channels]
-            others = [cs for cs in itertools.product(channels, repeat=len(self.names)) if len(set(cs)) > 1]
-            for layout, cs in itertools.product(_LAYOUTS, same + others[: _MOST_CHANNELS**2]):
-                yield Hypothesis(storage, size, layout, cs)
+            for layouts in self._layouts():
+                maps = [layout not in _NUMBERS.values() for layout in layouts]
+                same = [tuple(C * is_map for is_map in maps) for C in channels]
+                choices = [channels if is_map else [0] for is_map in maps]
+                for cs in dict.fromkeys([*same, *itertools.islice(itertools.product(*choices), _MOST_CHANNELS**2)]):
+                    yield Hypothesis(storage, size, layouts, cs)
+
+    def _layouts(self) -> Iterator[tuple[str, ...]]:
+        """The first input's, with the same for the others, then with vectors for them."""
+        for first, other in itertools.product(("(B,H,W,C)", "(B,C,H,W)", "(B,N,C)"), ("", "(B,C)")):
+            rest = [_NUMBERS.get(name.lower(), other or first) for name in self.names[1:]]
+            if not other or "(B,C)" in rest:
+                yield (first, *rest)
 
 
-def _randomise(parameter: Tensor) -> None:
-    if not (parameter.is_floating_point() or parameter.is_complex()):
+def _randomise(t: Tensor) -> None:
+    """Values that no formula treats specially: positive for vectors and buffers (variances, grids, masks)."""
+    if not (t.is_floating_point() or t.is_complex()):
         return
-    if parameter.dim() < 2:
-        parameter.copy_(torch.rand_like(parameter) + 0.5)
-    elif is_filter_shape(parameter):
-        parameter.copy_(torch.randn_like(parameter))
+    if is_filter_shape(t):
+        t.copy_(torch.randn_like(t))
+    elif t.dim() < 2 or not isinstance(t, nn.Parameter):
+        t.copy_(torch.rand_like(t) + 0.5)
     else:
-        parameter.copy_(torch.randn_like(parameter) / (parameter.numel() / len(parameter)) ** 0.5)
+        t.copy_(torch.randn_like(t) / (t.numel() / max(len(t), 1)) ** 0.5)
 
 
 def _channels(module: nn.Module, filters: int) -> list[int]:
@@ -263,7 +282,7 @@ def difference(trial: Trial, hypothesis: Hypothesis, replace: Callable[[nn.Modul
             continue  # irfft2 without s returns even widths only
         where = f"on a {case.plane[0]}x{case.plane[1]} plane{' in training' * case.training}"
         if theirs.keys() != ours.keys():
-            return f"its {', '.join(sorted(theirs.keys() ^ ours.keys()))} is not in both {where}"
+            return f"its {min(theirs.keys() ^ ours.keys())} is not in both {where}"
         scale = max((_rms(t) for name, t in theirs.items() if name.startswith("gradient")), default=0.0)
         for name, expected in theirs.items():
             is_gradient = name.startswith("gradient")
@@ -287,14 +306,14 @@ def _rms(t: Tensor) -> float:
 
 def _results(module: nn.Module, case: Case) -> dict[str, Tensor]:
     """Outputs, gradients of a fixed random function of them, and what the buffers are afterwards."""
-    inputs = [x.clone().requires_grad_() for x in case.inputs]
+    inputs = [x.clone().requires_grad_() if isinstance(x, Tensor) else x for x in case.inputs]
     torch.manual_seed(1)
     with _ContiguousInverse():
         outputs = tensors(module(*inputs))
     after = torch.get_rng_state()
     torch.manual_seed(2)
     scalar = sum((y * torch.randn(y.shape, device=y.device)).sum() for y in outputs if y.requires_grad)
-    leaves = {f"input {i}": x for i, x in enumerate(inputs)}
+    leaves = {f"input {i}": x for i, x in enumerate(inputs) if isinstance(x, Tensor)}
     leaves |= {name: p for name, p in module.named_parameters() if p.requires_grad}
     gradients: Sequence[Tensor | None] = [None] * len(leaves)
     if isinstance(scalar, Tensor):
@@ -312,6 +331,26 @@ class _ContiguousInverse(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         return result.contiguous() if func in INVERSE_TRANSFORMS else result
+
+
+def formula_of(module: nn.Module) -> Hashable:
+    """Equal for modules that compute the same function of their inputs and parameters, as far as can be seen: of the
+    same classes, plain attributes and shapes all the way down. Nothing is equal to what has other attributes."""
+    inherited = vars(nn.Module())
+    parts: list[Hashable] = []
+    for name, child in module.named_modules():
+        own = {k: v for k, v in vars(child).items() if k not in inherited or k == "_non_persistent_buffers_set"}
+        tensors = itertools.chain(child.named_parameters(recurse=False), child.named_buffers(recurse=False))
+        parts.extend((name, child.__class__, tuple((k, _frozen(v)) for k, v in own.items())))
+        parts.append(tuple((k, type(t), t.shape, t.dtype, t.device, t.requires_grad) for k, t in tensors))
+    return tuple(parts)
+
+
+def _frozen(value: Any) -> Hashable:
+    if isinstance(value, tuple | list | set):
+        return type(value), tuple(_frozen(v) for v in value)
+    plain = isinstance(value, int | float | str | type | FunctionType | torch.dtype | torch.device | None)
+    return (type(value), value) if plain else object()
 
 
 def find(trial: Trial) -> tuple[Hypothesis, str, Fused]:

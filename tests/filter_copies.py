@@ -338,6 +338,8 @@ class Scaled(ChannelsFirst):
 class Masked(ChannelsFirst):
     """The filters times a buffer that happens to be one everywhere."""
 
+    mask: Tensor
+
     def __init__(self, dim: int, size: Any = 8) -> None:
         super().__init__(dim, size)
         self.register_buffer("mask", torch.ones(()))

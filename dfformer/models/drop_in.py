@@ -77,7 +77,7 @@ def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
     whatever its class is called, its maps' layout is and it does before and after. The authors' own layers become
     `DynamicFilter` and `GlobalFilter`. Of the others, `FusedCopy` keeps the forward but for that chain.
 
-    Each is tried first on random inputs and weights, against a copy of it: outputs, gradients, buffers and use of
+    Each formula is tried first on random inputs and weights, against a copy of the layer: outputs, gradients, buffers and use of
     random numbers, in evaluation and training, on the plane of its filters and on others that it runs on. Where it
     differs, or has hooks, parametrisations or methods that the replacement would lose, it is left alone. Filters
     follow the plane of the input afterwards, also where the original had a fixed size.

@@ -141,46 +141,59 @@ def _fold_norms(name: str, block: MetaFormerBlock, left_alone: list[LeftAlone]) 
 
 def _replaced(module: nn.Module, name: str, left_alone: list[LeftAlone]) -> nn.Module:
     """What serves in the module's place, its children replaced likewise."""
-    for kind, serve in _SERVED.items():
-        if isinstance(module, kind):
-            reasons = reasons_against(module, kind)
-            if not reasons and (served := serve(module)) is not None:
-                module = served
-                break
-            if reasons:
-                left_alone.append(LeftAlone(name, tuple(reasons)))
-            break
-    if not isinstance(module, PackedLinear | PackedMlp):
-        for child_name, child in list(module.named_children()):
-            replacement = _replaced(child, f"{name}.{child_name}".lstrip("."), left_alone)
-            if replacement is not child:
-                setattr(module, child_name, replacement)
+    kind = next((kind for kind in _SERVED if isinstance(module, kind)), None)
+    if kind is not None:
+        reasons = reasons_against(module, kind)
+        if not reasons:
+            module, reasons = _SERVED[kind](module)
+        if reasons:
+            left_alone.append(LeftAlone(name, tuple(reasons)))
+    if isinstance(module, PackedLinear | PackedMlp):
+        return module
+    for child_name, child in list(module.named_children()):
+        replacement = _replaced(child, f"{name}.{child_name}".lstrip("."), left_alone)
+        if replacement is not child:
+            setattr(module, child_name, replacement)
     return module
 
 
-def _served_linear(module: Any) -> nn.Module | None:
-    return PackedLinear(module.weight, module.bias)
+# Each returns what serves, or the module itself with the reasons against it.
 
 
-def _served_mlp(module: Any) -> nn.Module | None:
+def _served_linear(module: Any) -> tuple[nn.Module, list[str]]:
+    return PackedLinear(module.weight, module.bias), []
+
+
+def _served_mlp(module: Any) -> tuple[nn.Module, list[str]]:
     """``W (s r + b) = (s W) r + b (W 1)``."""
     fc1, act, fc2 = module.fc1, module.act, module.fc2
-    if reasons_against(fc1, nn.Linear) or reasons_against(act, StarReLU) or reasons_against(fc2, nn.Linear):
-        return None
+    reasons = _of_children(module, {"fc1": nn.Linear, "act": StarReLU, "fc2": nn.Linear})
+    if reasons:
+        return module, reasons
     weight = fc2.weight
     shift = act.bias * weight.sum(1) + (0 if fc2.bias is None else fc2.bias)
-    return PackedMlp(PackedLinear(fc1.weight, fc1.bias), PackedLinear(act.scale * weight, shift))
+    return PackedMlp(PackedLinear(fc1.weight, fc1.bias), PackedLinear(act.scale * weight, shift)), []
 
 
-def _served_block(block: Any) -> nn.Module | None:
-    paths = (block.drop_path1, block.drop_path2)
-    if any(reasons_against(path, DropPath if isinstance(path, DropPath) else nn.Identity) for path in paths):
-        return None
-    return ServedBlock(block)
+def _served_block(block: Any) -> tuple[nn.Module, list[str]]:
+    paths = {name: getattr(block, name) for name in ("drop_path1", "drop_path2")}
+    kinds = {name: DropPath if isinstance(path, DropPath) else nn.Identity for name, path in paths.items()}
+    reasons = _of_children(block, kinds)
+    return (block, reasons) if reasons else (ServedBlock(block), [])
 
 
-_SERVED: dict[type[nn.Module], Callable[[Any], nn.Module | None]] = {
+def _served_mixer(mixer: Any) -> tuple[nn.Module, list[str]]:
+    """Only its projections are replaced."""
+    return mixer, _of_children(mixer, {"pwconv1": nn.Linear, "pwconv2": nn.Linear})
+
+
+def _of_children(module: nn.Module, kinds: dict[str, type[nn.Module]]) -> list[str]:
+    return [f"its {n}: {r}" for n, kind in kinds.items() for r in reasons_against(getattr(module, n), kind)]
+
+
+_SERVED: dict[type[nn.Module], Callable[[Any], tuple[nn.Module, list[str]]]] = {
     MetaFormerBlock: _served_block,
+    **dict.fromkeys(_INPUT_PROJECTIONS, _served_mixer),
     Mlp: _served_mlp,
     nn.Linear: _served_linear,
 }

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo docs test test-full test-timm test-gpu test-isa test-sanitize lint clean
+.PHONY: demo docs test test-full test-timm test-gpu test-range core test-isa test-sanitize lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dfformer demo --output demo
@@ -24,10 +24,26 @@ test-full: $(VENV)/.installed
 test-timm: $(VENV)/.installed
 	DFFORMER_TEST_FULL=1 $(BIN)/python -m pytest tests/models/test_timm.py
 
-# On a machine with a GPU: what needs one, then small problems under NVIDIA's compute-sanitizer.
-test-gpu: $(VENV)/.installed
-	DFFORMER_REQUIRE=cuda,cufft $(BIN)/python -m pytest -m gpu
-	PYTHON=$(BIN)/python tests/native/compute_sanitizer.sh
+# On a machine with a GPU, with the Python at hand and without a network: the compiled core in place, then what needs a
+# GPU in several processes, then small problems under NVIDIA's compute-sanitizer.
+test-gpu: core
+	PYTHON=$(PYTHON) tests/gpu.sh
+
+# With the oldest and the newest torch, timm and Pillow that are allowed.
+test-range:
+	PYTHON=$(PYTHON) tests/range.sh
+
+# The compiled core in place, by PYTHON and the headers of its torch alone: no pip, no setuptools, no network. As in
+# setup.py.
+INCLUDES = $$($(PYTHON) -c "import sysconfig as s, torch.utils.cpp_extension as c; \
+	print(*(f'-isystem {path}' for path in [s.get_path('include'), *c.include_paths()]))")
+SUFFIX = $$($(PYTHON) -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
+core:
+	mkdir -p build/core
+	printf '%s\n' csrc/*.cpp csrc/*/*.cpp | xargs -P "$$(nproc)" -I {} sh -c '$(CXX) -c -std=c++20 -O3 -fPIC \
+		-fvisibility=hidden -fno-math-errno -Wno-psabi -fopenmp '"$(INCLUDES)"' "$$1" \
+		-o "build/core/$$(echo "$$1" | tr / _).o"' sh {}
+	$(CXX) -shared -fopenmp build/core/*.o -ldl -o "dfformer_kernels/_C$(SUFFIX)"
 
 # The compiled core alone, without Python: on emulated processors that lack this one's instruction sets, and under
 # sanitizers.

@@ -3,7 +3,8 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,6 +60,45 @@ def require_support(backend: str, op: str, tensors: Sequence[Tensor | None]) -> 
     reasons = [reason for p in problems for reason in dispatch.by_name(backend).unsupported_reasons(p)]
     if reasons:
         pytest.skip(f"backend {backend}: {'; '.join(reasons)}")
+
+
+# Import names of what pyproject.toml's extras bring: tests of what needs one that is missing are skipped.
+OPTIONAL = (
+    *("cuda", "hypothesis", "jsonargparse", "matplotlib", "mkdocs", "onnx", "onnxruntime", "onnxscript", "pybind11"),
+    *("pycocotools", "segmentation_models_pytorch", "sklearn", "tensorboard", "torchmetrics", "torchvision", "tqdm"),
+    "triton",
+)
+
+
+class Module(pytest.Module):
+    """A file of tests, skipped with the reason if it imports an optional package that is not installed."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return list(super().collect())
+        except (self.CollectError, RuntimeError) as error:
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, ModuleNotFoundError) and (cause.name or "").split(".")[0] in OPTIONAL:
+                    pytest.skip(f"{cause.name} is not installed", allow_module_level=True)
+                cause = cause.__cause__ or cause.__context__
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    return Module.from_parent(parent, path=module_path)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    if find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "without the plugin tests take as long as they take")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of ``DFFORMER_TEST_SHARD=i/n`` every n-th test, from the i-th on (tests/gpu.sh)."""
+    if shard := os.environ.get("DFFORMER_TEST_SHARD"):
+        index, count = map(int, shard.split("/"))
+        items[:] = items[index::count]
 
 
 def pytest_configure(config: pytest.Config) -> None:

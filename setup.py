@@ -7,8 +7,8 @@ from glob import glob
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
-# gcc and clang share the vector extensions the kernels are written in; Apple's clang has no OpenMP runtime. Anywhere
-# else (MSVC, other processors) the pure-Python package is installed and everything runs through torch.fft.
+# The kernels use vector extensions that gcc and clang share; Apple's clang has no OpenMP runtime. With other compilers
+# (MSVC) and on other processors the package is installed without the core, and everything runs through torch.fft.
 OPENMP = {"linux": ["-fopenmp"], "darwin": []}
 core = Pybind11Extension(
     "dfformer_kernels._C",
@@ -19,10 +19,10 @@ core = Pybind11Extension(
     extra_link_args=OPENMP.get(sys.platform, []),
     # dlopen, in a library of its own before glibc 2.34
     libraries=["dl"] if sys.platform == "linux" else [],
-    # A missing or failing compiler becomes a warning in the build log; `dfformer info` says so too.
+    # Without a working compiler the build goes on with a warning; `dfformer info` reports it too.
     optional=True,
 )
 buildable = sys.platform in OPENMP and platform.machine() in ("x86_64", "aarch64", "arm64")
 
 with ParallelCompile("DFFORMER_BUILD_JOBS", default=0):
-    setup(ext_modules=[core] if buildable else [])
+    setup(license="MIT", ext_modules=[core] if buildable else [])

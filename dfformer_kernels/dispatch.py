@@ -52,7 +52,7 @@ class Backend:
 
 
 TABLE: tuple[Backend, ...] = (
-    Backend("cpu", "cpu", cpu.KERNELS, cpu.unavailable_reasons, lambda p: cpu.refusals(p.op, p.shape)),
+    Backend("cpu", "cpu", cpu.KERNELS, cpu.unavailable_reasons, cpu.unsupported_reasons),
     Backend("cuda", "cuda", cuda.KERNELS, cuda.unavailable_reasons, cuda.unsupported_reasons),
     Backend("cufft", "cuda", cufft.KERNELS, cufft.unavailable_reasons, cufft.unsupported_reasons),
     Backend("torch", None, torch_fft.KERNELS, list),

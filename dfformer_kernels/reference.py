@@ -181,6 +181,10 @@ def _mixed_filter(r: Tensor, filters: Tensor) -> Tensor:
 
 
 def _rfft2(u: Tensor) -> Tensor:
+    if u.requires_grad and torch.is_grad_enabled():
+        # The gradient of rfft2 is a two-dimensional complex transform. On strided float64 planes of some sizes (2x64,
+        # 5x509), MKL's writes outside its result (torch 2.14.1). Those of one-dimensional transforms do not.
+        return torch.fft.fft(torch.fft.rfft(u, dim=2, norm="ortho"), dim=1, norm="ortho")
     return torch.fft.rfft2(u, dim=(1, 2), norm="ortho")
 
 

@@ -29,7 +29,6 @@ ALLOCATORS = (
     (torch, "empty_strided"),
     (torch.Tensor, "new_empty"),
     (torch.Tensor, "new_empty_strided"),
-    (torch, "from_dlpack"),  # of the core's large tensors
 )
 
 

@@ -1,32 +1,102 @@
-"""The compiled core in tests: fixtures, guarded tensors and scripts in a process of their own."""
+"""The compiled core in tests: fewer combinations, guarded tensors, results and gradients, scripts of their own."""
 
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations, product
+from types import ModuleType
+from typing import Any
 
 import torch
+from cases import OPS, Inputs, Op, assert_all_within_bound, expected, gradients, make_grad
 from torch import Tensor
 
+from dfformer_kernels import reference
+
+FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
+X86 = platform.machine() == "x86_64"
+ISAS = ["avx512", "avx2", "generic"] if X86 else ["neon"]
+VECTOR_BYTES = {"avx512": 64, "avx2": 32, "generic": 16, "neon": 16}
+
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
+FILTERS = {name: op for name, op in OPS.items() if op.parameters}
+DYNAMIC = OPS["dynamic_filter"]
 
-X86 = platform.machine() == "x86_64"
+
+def pairwise(**axes: Sequence[Any]) -> Mapping[str, Any]:
+    """Arguments of ``pytest.mark.parametrize``: combinations of one value per axis, so few that every two values of
+    different axes meet in one of them. All combinations with DFFORMER_TEST_FULL=1. The axis ``isa`` is the fixture.
+    """
+    sizes = [range(len(values)) for values in axes.values()]
+    chosen = list(product(*sizes)) if FULL else _covering(sizes)
+    rows = [tuple(values[i] for values, i in zip(axes.values(), row, strict=True)) for row in chosen]
+    indirect = [name for name in axes if name == "isa"]
+    return {"argnames": tuple(axes), "argvalues": rows, "indirect": indirect, "ids": str}
 
 
-ISAS = ["avx512", "avx2", "generic"] if X86 else ["neon"]
+def _covering(sizes: Sequence[range]) -> list[tuple[int, ...]]:
+    def pair(row: Mapping[int, int], axis: int, other: int) -> tuple[int, int, int, int]:
+        first, second = sorted((axis, other))
+        return first, row[first], second, row[second]
+
+    missing = {
+        (axis, i, other, j)
+        for axis, other in combinations(range(len(sizes)), 2)
+        for i in sizes[axis]
+        for j in sizes[other]
+    }
+    rows = []
+    while missing:
+        axis, i, other, j = min(missing)
+        row = {axis: i, other: j}
+        for free in set(range(len(sizes))) - row.keys():
+            gains = [sum(pair({**row, free: v}, free, set_) in missing for set_ in row) for v in sizes[free]]
+            row[free] = gains.index(max(gains))
+        missing -= {pair(row, a, b) for a, b in combinations(row, 2)}
+        rows.append(tuple(row[axis] for axis in range(len(sizes))))
+    return rows
+
+
+def run(op: Op, inputs: Inputs, grad_y: Tensor) -> tuple[Tensor, Inputs]:
+    """Result and gradients on the ``cpu`` backend."""
+    y = op.public(inputs, "cpu")
+    return y.detach(), gradients(y, inputs, grad_y)
+
+
+def assert_run_within_bound(op: Op, inputs: Inputs) -> None:
+    grad_y = make_grad(op, inputs)
+    assert_all_within_bound(*run(op, inputs, grad_y), expected(op, inputs, grad_y))
+
+
+def assert_joint_scalars_within_bound(op: Op, inputs: Inputs, grad_y: Tensor) -> None:
+    """Compares grad_scale and grad_bias as one vector, for problems in which one of them may happen to cancel."""
+    y, grads = run(op, inputs, grad_y)
+    wanted_y, wanted = expected(op, inputs, grad_y)
+    if op.scalars:
+        grads["scalars"], wanted["scalars"] = (
+            torch.cat([g.pop(n).view(1) for n in op.scalars]) for g in (grads, wanted)
+        )
+    assert_all_within_bound(y, grads, (wanted_y, wanted))
+
+
+def assert_same_bits(actual: tuple[Tensor, Inputs], wanted: tuple[Tensor, Inputs]) -> None:
+    assert torch.equal(actual[0], wanted[0])
+    assert actual[1].keys() == wanted[1].keys()
+    for name, gradient in actual[1].items():
+        assert torch.equal(gradient, wanted[1][name]), name
 
 
 class Guarded:
-    """A tensor in the middle of a larger one whose margins must stay as they are."""
+    """A tensor in the middle of a larger one whose margins must not change."""
 
-    MARGIN = 3  # elements: what begins there is aligned to nothing but its element
+    MARGIN = 3  # elements, so that the tensor is aligned to nothing but its element
 
     def __init__(self, values: Tensor, margin: float) -> None:
         self.n = values.numel()
@@ -48,6 +118,29 @@ class Guarded:
         assert torch.equal(after[self.MARGIN + self.n :], before[self.MARGIN + self.n :])
 
 
+def run_guarded(core: ModuleType, op: Op, inputs: Inputs, grad_y: Tensor) -> tuple[Tensor, Inputs]:
+    """Result and gradients of the core, of unaligned tensors with NaN around inputs and a sentinel around results."""
+    x, *parameters = (inputs[name].detach() for name in ("x", *op.parameters))
+    arithmetic = reference.compute_dtype(x.dtype)
+    logits = inputs.get("logits")
+    scalars = [inputs[name].detach() for name in op.scalars]
+    star_relu = tuple(float(t) for t in scalars) or None
+    problem = ((*x.shape, 0 if logits is None else logits.shape[1]), CODES[x.dtype], star_relu)
+
+    given = [Guarded(x, math.nan), *(Guarded(t.to(arithmetic), math.nan) for t in parameters)]
+    addresses = [given[0].address, *([0] if logits is None else []), *(t.address for t in given[1:])]
+    results = [Guarded(torch.full_like(g.inside, math.nan), 123.0) for g in given]
+    y, grad = Guarded(torch.full_like(x, math.nan), 123.0), Guarded(grad_y, math.nan)
+    grad_addresses = [results[0].address, *([0] if logits is None else []), *(t.address for t in results[1:])]
+    core.filter(*problem, *addresses, y.address, 2)
+    sums = core.filter_backward(*problem, grad.address, *addresses, *grad_addresses, star_relu is not None, 2)
+    for written in (y, *results):
+        written.assert_margins_untouched()
+    grads = [r.inside.view(t.shape).to(t.dtype) for r, t in zip(results, (x, *parameters), strict=True)]
+    grads += [torch.full_like(t, value) for t, value in zip(scalars, sums, strict=False)]
+    return y.inside.view(x.shape), dict(zip(inputs, grads, strict=True))
+
+
 def run_script(script: str, timeout: float = 120, **environment: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-c", script],
@@ -60,7 +153,7 @@ def run_script(script: str, timeout: float = 120, **environment: str) -> "subpro
 
 
 def assert_releases_the_gil(run: Callable[[], object]) -> None:
-    """Were the GIL held, no time would be read in the middle half of a call."""
+    """This thread reads the time in the middle half of a call, which it could not while the call held the GIL."""
 
     def call() -> tuple[float, float]:
         start = time.perf_counter()
@@ -76,5 +169,5 @@ def assert_releases_the_gil(run: Callable[[], object]) -> None:
         return any(start + quarter < t < end - quarter for t in times)
 
     with ThreadPoolExecutor(1) as pool:
-        # Not of every call: on a busy machine this thread may sleep through one, or the other begin late.
+        # In most calls: on a busy machine this thread may sleep through some.
         assert sum(seen_during_a_call(pool) for _ in range(10)) >= 5

@@ -1,16 +1,16 @@
-// The filter step and its gradients on one plane: a block of channels, one per lane, of one sample. Included once per
-// instruction set, after transform.inl. Here: what happens between the transforms along W, which no storage type
-// touches; filter.inl has the rest.
+// The filter step and its gradients on one tile: the H x W planes of neighbouring channels of one sample, one channel per
+// SIMD lane. Included once per instruction set, after transform.inl. This file has everything between the transforms
+// along W, which depends on the arithmetic type only; filter.inl has those transforms.
 //
 //   forward    y = irfft2(rfft2(u) M)
 //   backward   X = rfft2(u), G = rfft2(grad_y), Q = G conj(X), D = 1 for k = 0 and k = W/2, else 2
 //              grad_u = irfft2(conj(M) G)
 //              grad_routing[f] = sum_hk D Re(Q conj(basis[h,k,f])),   grad_basis[h,k,f] = sum_bc D routing[f] Q
 //
-// Two rows are transformed as one complex line, Z = rfft(row a) + i rfft(row b). Column k of both is Z[k] + conj(Z[-k])
-// and -i (Z[k] - conj(Z[-k])), so a column and its mirror image hold all that the column pass needs, and what it makes
-// goes back to the same two places. A plane's workspace is as large as the plane. Nothing is normalised on the way: the
-// factor 2 above and the transforms' 1/sqrt(H W) are put into the routing weights.
+// Two rows are transformed as one complex line: Z = fft(row a + i row b). Twice the spectra of rows a and b at column k
+// are Z[k] + conj(Z[-k]) and -i (Z[k] - conj(Z[-k])). So the column pass reads columns k and -k and nothing else, and
+// writes its results back to them: a tile's workspace is as large as the tile. Nothing is normalised on the way. The
+// factor 2 and the transforms' 1/sqrt(H W) are folded into the routing weights.
 
 namespace {
 
@@ -23,35 +23,35 @@ struct FilterOf {
     using Sum = decltype(Accumulator<V>::sum);
     static constexpr int lanes = Arithmetic::count;
 
-    // Lines that go through a pass together: few enough to stay in L1 for the next one.
-    static constexpr std::int64_t block_bytes = 16384;
-    static constexpr int max_column_block = 8;
+    // Lines that take a pass together stay in L1 for the next pass.
+    static constexpr std::int64_t bytes_at_once = 16384;
+    static constexpr int max_columns = 8;
 
-    static int block_of_lines(std::int64_t length) {
-        const std::int64_t lines = block_bytes / (std::int64_t{sizeof(Line)} * length);
+    static int lines_at_once(std::int64_t length) {
+        const std::int64_t lines = bytes_at_once / (std::int64_t{sizeof(Line)} * length);
         return lines < 1 ? 1 : int(lines);
     }
-    static int block_of_columns(std::int64_t H) {
-        const int block = block_of_lines(H);
-        return block < max_column_block ? block : max_column_block;
+    static int columns_at_once(std::int64_t H) {
+        const int lines = lines_at_once(H);
+        return lines < max_columns ? lines : max_columns;
     }
 
-    struct Plane {
+    struct Tile {
         const FilterCall& call;
         const FilterProblem& problem;
         const FilterTensors& tensors;
-        const PlaneTask& task;
+        const TileTask& task;
         const Plan<T>&row_plan, &column_plan;
         int H, W, K, F, pairs;
         std::int64_t channel;
-        int used;  // lanes that hold a channel
+        int used;  // lanes in use: fewer than all in the last tile of a sample
         Line *x_spectrum, *y_spectrum;
         V* weights;              // [F] softmax(logits)
         V* routing;              // [F] weights / (2HW)
-        Sum* grad_routing;       // [K][F]: each column's part
-        double* star_relu_sums;  // [pairs][2]: each row pair's part
+        Sum* grad_routing;       // [K][F] terms of each column
+        double* star_relu_sums;  // [pairs][2] terms of each pair of rows: grad_scale, grad_bias
 
-        Plane(const FilterCall& call_, const PlaneTask& task_)
+        Tile(const FilterCall& call_, const TileTask& task_)
             : call(call_),
               problem(*call_.problem),
               tensors(*call_.tensors),
@@ -63,7 +63,7 @@ struct FilterOf {
               K(W / 2 + 1),
               F(problem.F),
               pairs(column_plan.num_pairs),
-              channel(task_.channel_block * lanes),
+              channel(task_.channel_tile * lanes),
               used(problem.C - channel < lanes ? int(problem.C - channel) : lanes) {
             x_spectrum = static_cast<Line*>(task.workspace);
             y_spectrum = x_spectrum + (backward() && needs_x_spectrum() ? pairs * call.row_stride : 0);
@@ -76,7 +76,7 @@ struct FilterOf {
         bool needs_x_spectrum() const { return !backward() || tensors.grad_filters || tensors.grad_logits; }
         bool needs_y_spectrum() const { return !backward() || tensors.grad_x || tensors.need_scalars; }
 
-        // Elements before this plane's first channel at the start of a row of pixels.
+        // Offset, in elements, of this tile's first channel in the first pixel of a row.
         std::int64_t row_offset(std::int64_t row) const { return (task.sample * H + row) * W * problem.C + channel; }
         double half_spectrum_weight(int k) const { return k == 0 || 2 * k == W ? 1 : 2; }
         double normalisation() const { return 0.5 / (double(H) * W); }
@@ -84,17 +84,17 @@ struct FilterOf {
 
     // ---- columns
 
-    // Columns [first, first + count) of the row plan's order: neighbours in memory.
-    struct ColumnBlock {
+    // Columns [first, first + count) in the row plan's order: neighbours in memory.
+    struct ColumnGroup {
         int count;
-        int k[max_column_block];
-        std::int64_t here[max_column_block], mirrored[max_column_block];  // positions of k and -k in a line
+        int k[max_columns];
+        std::int64_t here[max_columns], mirrored[max_columns];  // positions of k and -k in a line
 
-        ColumnBlock(const Plane& plane, int first, int count_) : count(count_) {
+        ColumnGroup(const Tile& tile, int first, int count_) : count(count_) {
             for (int j = 0; j < count; j++) {
-                k[j] = plane.row_plan.columns[first + j];
-                here[j] = plane.row_plan.frequency_at[k[j]];
-                mirrored[j] = plane.row_plan.frequency_at[(plane.W - k[j]) % plane.W];
+                k[j] = tile.row_plan.columns[first + j];
+                here[j] = tile.row_plan.frequency_at[k[j]];
+                mirrored[j] = tile.row_plan.frequency_at[(tile.W - k[j]) % tile.W];
             }
         }
     };
@@ -105,15 +105,15 @@ struct FilterOf {
 
         FFT_INLINE std::int64_t pair(std::int64_t r, std::int64_t m) const { return (r / 2 * inner + m) * row_stride; }
     };
-    // Columns of a plane's spectrum. Pair i M + m holds the column plan's samples 2i M + m and (2i+1) M + m, so that a
-    // butterfly of its first pass finds both rows of a pair.
+    // Columns of a tile's spectrum. Pair i M + m holds samples 2i M + m and (2i+1) M + m of the column plan, so that
+    // one butterfly of its first pass takes both rows of a pair.
     struct Columns {
         Line* spectrum;
-        const ColumnBlock& block;
+        const ColumnGroup& group;
         std::int64_t row_stride, inner;
 
         FFT_INLINE Column column(std::int64_t j) const {
-            return Column{spectrum + block.here[j], spectrum + block.mirrored[j], row_stride, inner};
+            return Column{spectrum + group.here[j], spectrum + group.mirrored[j], row_stride, inner};
         }
     };
     struct ColumnOut : Column {
@@ -125,8 +125,8 @@ struct FilterOf {
             });
         }
     };
-    // Columns 0 and W/2 of a real signal's spectrum are real before the transform along H: what is left of an imaginary
-    // part is dropped, as irfft2 does.
+    // Before the transform along H, columns 0 and W/2 of a real signal are real: their imaginary parts are dropped, as
+    // irfft2 does.
     struct ColumnIn : Column {
         template <class Radix>
         FFT_INLINE void operator()(Line* a, Radix radix, std::int64_t, std::int64_t m) const {
@@ -149,7 +149,7 @@ struct FilterOf {
         FFT_INLINE ColumnIn of(std::int64_t j) const { return {this->column(j)}; }
     };
 
-    // What the last pass' butterflies go through: the filter, and the way back.
+    // The sink of the last pass: multiplies by the filter, then does the first butterfly of the inverse.
     template <class Mix, class Sink>
     struct Mixing {
         const Pass<T>& pass;
@@ -163,146 +163,146 @@ struct FilterOf {
         template <class Radix>
         FFT_INLINE void operator()(Line* a, Radix radix, std::int64_t outer, std::int64_t m) const {
             mix(a, radix, position + int(outer) * radix);
-            exchange<V>(radix, a);
+            swap_parts<V>(radix, a);
             pass_butterfly<V>(pass, radix, a);
-            exchange<V>(radix, a);
+            swap_parts<V>(radix, a);
             sink(a, radix, outer, m);
         }
     };
 
-    static void columns(const FilterCall& call, const PlaneGroup& group, void* scratch, int first, int last) {
-        for (int g = 0; g < group.count; g++) plane_columns(Plane(call, group.tasks[g]), scratch, first, last);
+    static void columns(const FilterCall& call, const TileGroup& group, void* scratch, int first, int last) {
+        for (int g = 0; g < group.count; g++) tile_columns(Tile(call, group.tasks[g]), scratch, first, last);
     }
 
-    static void plane_columns(const Plane& plane, void* scratch_, int first, int last) {
-        const int size = block_of_columns(plane.H);
+    static void tile_columns(const Tile& tile, void* scratch_, int first, int last) {
+        const int size = columns_at_once(tile.H);
         Line* x_lines = static_cast<Line*>(scratch_);
-        Line* lines = x_lines + (plane.backward() ? std::int64_t{size} * plane.H : 0);
-        Line* scratch = lines + std::int64_t{size} * plane.H;
+        Line* lines = x_lines + (tile.backward() ? std::int64_t{size} * tile.H : 0);
+        Line* scratch = lines + std::int64_t{size} * tile.H;
         for (int start = first; start < last; start += size) {
-            const ColumnBlock block(plane, start, start + size < last ? size : last - start);
-            if (plane.backward() && plane.needs_x_spectrum()) transform_columns(plane, block, x_lines, scratch);
-            for (int j = 0; j < block.count && plane.backward(); j++)
-                for (int f = 0; f < plane.F; f++) plane.grad_routing[std::int64_t{block.k[j]} * plane.F + f] = Sum{};
-            if (plane.F == 4 && !plane.backward())
-                filter_columns(plane, block, lines, scratch, InlineMix{plane, block});
+            const ColumnGroup group(tile, start, start + size < last ? size : last - start);
+            if (tile.backward() && tile.needs_x_spectrum()) transform_columns(tile, group, x_lines, scratch);
+            for (int j = 0; j < group.count && tile.backward(); j++)
+                for (int f = 0; f < tile.F; f++) tile.grad_routing[std::int64_t{group.k[j]} * tile.F + f] = Sum{};
+            if (tile.F == 4 && !tile.backward())
+                filter_columns(tile, group, lines, scratch, InlineMix{tile, group});
             else
-                filter_columns(plane, block, lines, scratch, CalledMix{plane, block, x_lines, mix_of(plane)});
-            if (plane.F > 0 && plane.tensors.grad_filters)
-                for (int j = 0; j < block.count; j++)
-                    add_grad_basis(plane, block.k[j], x_lines + std::int64_t{j} * plane.H);
+                filter_columns(tile, group, lines, scratch, CalledMix{tile, group, x_lines, mix_of(tile)});
+            if (tile.F > 0 && tile.tensors.grad_filters)
+                for (int j = 0; j < group.count; j++)
+                    add_grad_basis(tile, group.k[j], x_lines + std::int64_t{j} * tile.H);
         }
     }
 
-    // Columns of x, which backward needs beside those of grad_y.
-    static void transform_columns(const Plane& plane, const ColumnBlock& block, Line* lines, Line* scratch) {
-        const Plan<T>& plan = plane.column_plan;
+    // Backward: transforms columns of x along H.
+    static void transform_columns(const Tile& tile, const ColumnGroup& group, Line* lines, Line* scratch) {
+        const Plan<T>& plan = tile.column_plan;
         const Pass<T>& first = plan.passes[0];
-        run_pass<false, V>(first, block.count, scratch,
-                           ColumnSource{{plane.x_spectrum, block, plane.call.row_stride, first.inner}},
-                           LineSink<V>{{lines, first.inner, plane.H}});
-        run_passes<false, V>(plan, 1, plan.num_passes, block.count, lines, plane.H, scratch);
+        run_pass<false, V>(first, group.count, scratch,
+                           ColumnSource{{tile.x_spectrum, group, tile.call.row_stride, first.inner}},
+                           LineSink<V>{{lines, first.inner, tile.H}});
+        run_passes<false, V>(plan, 1, plan.num_passes, group.count, lines, tile.H, scratch);
     }
 
-    // Along H: transform, filter, transform back.
+    // Transforms columns along H, multiplies by the filter, transforms back.
     template <class Mix>
-    static void filter_columns(const Plane& plane, const ColumnBlock& block, Line* lines, Line* scratch, Mix mix) {
-        const Plan<T>& plan = plane.column_plan;
+    static void filter_columns(const Tile& tile, const ColumnGroup& group, Line* lines, Line* scratch, Mix mix) {
+        const Plan<T>& plan = tile.column_plan;
         const Pass<T>& first = plan.passes[0];
-        const Columns columns{plane.y_spectrum, block, plane.call.row_stride, first.inner};
+        const Columns columns{tile.y_spectrum, group, tile.call.row_stride, first.inner};
         if (plan.num_passes == 1) {
-            run_last_pass<V>(first, block.count, scratch, ColumnSource{columns},
+            run_last_pass<V>(first, group.count, scratch, ColumnSource{columns},
                              Mixing<Mix, ColumnSink>{first, 0, mix, {columns}});
             return;
         }
-        const InLine<V> in_first{lines, first.inner, plane.H};
+        const InLine<V> in_first{lines, first.inner, tile.H};
         const Parts<V> parts(plan);
         Pass<T> last = plan.passes[plan.num_passes - 1];
         last.outer /= int(parts.count);
         const int split = parts.split > 1 ? parts.split : 1;
-        run_pass<false, V>(first, block.count, scratch, ColumnSource{columns}, LineSink<V>{in_first});
-        run_passes_of_part<false, V>(plan, 1, split, 1, block.count, lines, plane.H, scratch);
+        run_pass<false, V>(first, group.count, scratch, ColumnSource{columns}, LineSink<V>{in_first});
+        run_passes_of_part<false, V>(plan, 1, split, 1, group.count, lines, tile.H, scratch);
         for (std::int64_t part = 0; part < parts.count; part++) {
             Line* const line = lines + part * parts.length;
-            const InLine<V> in_last{line, 1, plane.H};
-            run_passes_of_part<false, V>(plan, split, plan.num_passes - 1, parts.count, block.count, line, plane.H,
+            const InLine<V> in_last{line, 1, tile.H};
+            run_passes_of_part<false, V>(plan, split, plan.num_passes - 1, parts.count, group.count, line, tile.H,
                                          scratch);
-            run_last_pass<V>(last, block.count, scratch, LineSource<V>{in_last},
+            run_last_pass<V>(last, group.count, scratch, LineSource<V>{in_last},
                              Mixing<Mix, LineSink<V>>{last, int(part * parts.length), mix, {in_last}});
-            run_passes_of_part<true, V>(plan, split, plan.num_passes - 1, parts.count, block.count, line, plane.H,
+            run_passes_of_part<true, V>(plan, split, plan.num_passes - 1, parts.count, group.count, line, tile.H,
                                         scratch);
         }
-        run_passes_of_part<true, V>(plan, 1, split, 1, block.count, lines, plane.H, scratch);
-        run_pass<true, V>(first, block.count, scratch, LineSource<V>{in_first}, ColumnSink{columns});
+        run_passes_of_part<true, V>(plan, 1, split, 1, group.count, lines, tile.H, scratch);
+        run_pass<true, V>(first, group.count, scratch, LineSource<V>{in_first}, ColumnSink{columns});
     }
 
-    // ---- the filter of one column: mix(a, radix, p) filters a[0 .. radix), the values at positions p .. p + radix
+    // ---- the filter on one column: mix(a, radix, p) multiplies a[0 .. radix), the values at positions p .. p + radix
 
     struct FilterColumn {
-        const Plane& plane;
+        const Tile& tile;
         const int* frequency;
-        const T* filters;   // this column of the basis, (H,F,2) in order of position, or of the weight's first row
-        std::int64_t row;   // elements from one position to the next, or from one row of the weight
-        Line* x;            // backward: the column of x's spectrum X; Q takes its place
-        Sum* grad_routing;  // [F], this column's part
-        T* grad_weight;     // like `filters`: where to add this plane's part; null where that is not needed
-        T grad_scale;       // of a weight's gradient: D and what is not normalised
+        const T* filters;   // this column of the basis (H,F,2) in order of position, or of the weight in its first row
+        std::int64_t row;   // elements from one position of the basis, or row of the weight, to the next
+        Line* x;            // backward: this column of X, overwritten with Q
+        Sum* grad_routing;  // [F] this column's terms
+        T* grad_weight;     // this column in the first row, like `filters`; null if not needed
+        T grad_scale;       // of grad_weight: D and the normalisation
 
-        FilterColumn(const Plane& plane_, int k, Line* x_)
-            : plane(plane_),
-              frequency(plane.column_plan.frequency),
-              row(2 * (plane.F > 0 ? plane.F : plane.K * plane.problem.C)),
+        FilterColumn(const Tile& tile_, int k, Line* x_)
+            : tile(tile_),
+              frequency(tile.column_plan.frequency),
+              row(2 * (tile.F > 0 ? tile.F : tile.K * tile.problem.C)),
               x(x_),
-              grad_routing(plane.grad_routing + std::int64_t{k} * plane.F),
+              grad_routing(tile.grad_routing + std::int64_t{k} * tile.F),
               grad_weight(nullptr),
-              grad_scale(T(plane.half_spectrum_weight(k) * plane.normalisation() / 2)) {
-            if (plane.F > 0) {
-                filters = static_cast<const T*>(plane.call.basis) + k * plane.H * row;
+              grad_scale(T(tile.half_spectrum_weight(k) * tile.normalisation() / 2)) {
+            if (tile.F > 0) {
+                filters = static_cast<const T*>(tile.call.basis) + k * tile.H * row;
                 return;
             }
-            const std::int64_t column = 2 * (k * plane.problem.C + plane.channel);
-            filters = static_cast<const T*>(plane.tensors.filters) + column;
-            if (plane.tensors.grad_filters) grad_weight = static_cast<T*>(plane.tensors.grad_filters) + column;
+            const std::int64_t column = 2 * (k * tile.problem.C + tile.channel);
+            filters = static_cast<const T*>(tile.tensors.filters) + column;
+            if (tile.tensors.grad_filters) grad_weight = static_cast<T*>(tile.tensors.grad_filters) + column;
         }
-        FFT_INLINE const T* bin(int position) const { return filters + position * row; }  // of the basis
+        FFT_INLINE const T* bin(int position) const { return filters + position * row; }  // [F][2] of the basis
         std::int64_t weight(int position) const { return frequency[position] * row; }
     };
 
-    // The case that matters most has its filter inlined into the pass; the others share one pass, which calls theirs.
+    // F = 4 forward, the most frequent case, is inlined into the pass. The others share one pass that calls a function.
     struct InlineMix {
-        const Plane& plane;
-        const ColumnBlock& block;
+        const Tile& tile;
+        const ColumnGroup& group;
         struct Filtered : FilterColumn {
             V routing[4];
-            FFT_INLINE Filtered(const Plane& plane, int k) : FilterColumn(plane, k, nullptr) {
-                for (int f = 0; f < 4; f++) routing[f] = plane.routing[f];
+            FFT_INLINE Filtered(const Tile& tile, int k) : FilterColumn(tile, k, nullptr) {
+                for (int f = 0; f < 4; f++) routing[f] = tile.routing[f];
             }
             template <class Radix>
             FFT_INLINE void operator()(Line* a, Radix radix, int first) const {
                 for_each(radix, [&](auto r) UNROLLED_BODY { a[r] = a[r] * mixed<4>(routing, this->bin(first + r)); });
             }
         };
-        FFT_INLINE Filtered of(std::int64_t j) const { return Filtered(plane, block.k[j]); }
+        FFT_INLINE Filtered of(std::int64_t j) const { return Filtered(tile, group.k[j]); }
     };
 
     using MixFunction = void (*)(const FilterColumn&, Line* a, int radix, int first);
     struct CalledMix {
-        const Plane& plane;
-        const ColumnBlock& block;
+        const Tile& tile;
+        const ColumnGroup& group;
         Line* x_lines;
         MixFunction mix;
         struct Filtered : FilterColumn {
             MixFunction mix;
-            Filtered(const Plane& plane, int k, Line* x, MixFunction mix_) : FilterColumn(plane, k, x), mix(mix_) {}
+            Filtered(const Tile& tile, int k, Line* x, MixFunction mix_) : FilterColumn(tile, k, x), mix(mix_) {}
             FFT_INLINE void operator()(Line* a, int radix, int first) const { mix(*this, a, radix, first); }
         };
-        FFT_INLINE Filtered of(std::int64_t j) const { return Filtered(plane, block.k[j], x_lines + j * plane.H, mix); }
+        FFT_INLINE Filtered of(std::int64_t j) const { return Filtered(tile, group.k[j], x_lines + j * tile.H, mix); }
     };
 
-    static MixFunction mix_of(const Plane& plane) {
-        if (plane.F == 0) return plane.backward() ? mix_global_backward : mix_global;
-        if (!plane.backward()) return mix_basis;
-        return plane.F == 4 ? mix_basis_backward<4> : mix_basis_backward<0>;
+    static MixFunction mix_of(const Tile& tile) {
+        if (tile.F == 0) return tile.backward() ? mix_global_backward : mix_global;
+        if (!tile.backward()) return mix_basis;
+        return tile.F == 4 ? mix_basis_backward<4> : mix_basis_backward<0>;
     }
 
     static Line conj_times(Line a, Line b) { return {a.re * b.re + a.im * b.im, a.re * b.im - a.im * b.re}; }
@@ -320,10 +320,10 @@ struct FilterOf {
 
     static void mix_basis(const FilterColumn& column, Line* a, int radix, int first) {
         for (int r = 0; r < radix; r++)
-            a[r] = a[r] * mixed<0>(column.plane.routing, column.bin(first + r), column.plane.F);
+            a[r] = a[r] * mixed<0>(column.tile.routing, column.bin(first + r), column.tile.F);
     }
 
-    // Sums over a few points in the arithmetic type, then in float64.
+    // grad_routing adds the terms of so many points in the arithmetic type, then their sum in float64.
     static constexpr int points_together = 8;
 
     template <int fixed_F>
@@ -332,12 +332,12 @@ struct FilterOf {
             const int points = radix - r < points_together ? radix - r : points_together;
             if constexpr (fixed_F > 0) {
                 V routing[fixed_F], grads[fixed_F] = {};
-                for (int f = 0; f < fixed_F; f++) routing[f] = column.plane.routing[f];
+                for (int f = 0; f < fixed_F; f++) routing[f] = column.tile.routing[f];
                 mix_points_backward<fixed_F>(column, a + r, points, first + r, routing, grads, fixed_F);
                 for (int f = 0; f < fixed_F; f++) column.grad_routing[f] += __builtin_convertvector(grads[f], Sum);
             } else {
-                for (int f = 0; f < column.plane.F; f++) add_grad_routing(column, a + r, points, first + r, f);
-                mix_points_backward<0>(column, a + r, points, first + r, column.plane.routing, nullptr, column.plane.F);
+                for (int f = 0; f < column.tile.F; f++) add_grad_routing(column, a + r, points, first + r, f);
+                mix_points_backward<0>(column, a + r, points, first + r, column.tile.routing, nullptr, column.tile.F);
             }
         }
     }
@@ -345,7 +345,7 @@ struct FilterOf {
     template <int fixed_F>
     FFT_INLINE static void mix_points_backward(const FilterColumn& column, Line* a, int points, int first,
                                                const V* routing, V* grads, int F) {
-        const bool need_grads = column.plane.needs_x_spectrum();
+        const bool need_grads = column.tile.needs_x_spectrum();
         for (int i = 0; i < points; i++) {
             const T* bin = column.bin(first + i);
             const Line G = a[i];
@@ -357,9 +357,9 @@ struct FilterOf {
         }
     }
 
-    // One filter's part, where there is no telling how many there are.
+    // The terms of one filter, where F is not known at compile time.
     static void add_grad_routing(const FilterColumn& column, const Line* a, int points, int first, int f) {
-        if (!column.plane.needs_x_spectrum()) return;
+        if (!column.tile.needs_x_spectrum()) return;
         V grad{};
         for (int i = 0; i < points; i++) {
             const Line Q = conj_times(column.x[first + i], a[i]);
@@ -369,34 +369,34 @@ struct FilterOf {
         column.grad_routing[f] += __builtin_convertvector(grad, Sum);
     }
 
-    // Points of a column whose real and imaginary parts fill a register.
+    // Points of a column whose real and imaginary parts fill one register.
     static constexpr int points_of_register = lanes / 2;
     static std::int64_t slot_registers(int H, int K, int F) {
         return std::int64_t{K} * F * ((H + points_of_register - 1) / points_of_register);
     }
 
-    // grad_basis[f] += sum_c routing[f][c] Q[c], for column k. A few points are turned on their side, so that a lane is
-    // no longer a channel but a point's real or imaginary part, and stay like that in the slot.
-    static void add_grad_basis(const Plane& plane, int k, const Line* Q) {
-        const std::int64_t registers = slot_registers(plane.H, plane.K, plane.F);
-        V* sums = static_cast<V*>(plane.call.slots) + plane.task.slot * registers + k * (registers / plane.K);
-        for (int first = 0; first < plane.H; first += points_of_register) {
+    // grad_basis[f] += sum_c routing[f][c] Q[c], for column k. Points are transposed a register at a time, so that
+    // lanes are real and imaginary parts of points instead of channels; slots keep that layout.
+    static void add_grad_basis(const Tile& tile, int k, const Line* Q) {
+        const std::int64_t registers = slot_registers(tile.H, tile.K, tile.F);
+        V* sums = static_cast<V*>(tile.call.slots) + tile.task.slot * registers + k * (registers / tile.K);
+        for (int first = 0; first < tile.H; first += points_of_register) {
             V parts[lanes];
             unrolled<0, points_of_register>([&](auto i) UNROLLED_BODY {
-                const Line point = first + i < plane.H ? Q[first + i] : Line{};
+                const Line point = first + i < tile.H ? Q[first + i] : Line{};
                 parts[2 * i] = point.re;
                 parts[2 * i + 1] = point.im;
             });
             transpose<1>(parts);
-            for (int f = 0; f < plane.F; f++, sums++) {
-                V sum = plane.task.first_of_slot ? V{} : *sums;
-                unrolled<0, lanes>([&](auto c) UNROLLED_BODY { sum += parts[c] * plane.routing[f][c.value]; });
+            for (int f = 0; f < tile.F; f++, sums++) {
+                V sum = tile.task.first_of_slot ? V{} : *sums;
+                unrolled<0, lanes>([&](auto c) UNROLLED_BODY { sum += parts[c] * tile.routing[f][c.value]; });
                 *sums = sum;
             }
         }
     }
 
-    // v[i][j] becomes v[j][i], by interleaving halves as often as their number can be halved.
+    // Transposes v[lanes][lanes] in log2(lanes) rounds of interleaving halves.
     template <int done>
     FFT_INLINE static void transpose(V* v) {
         if constexpr (done < lanes) {
@@ -410,15 +410,15 @@ struct FilterOf {
         }
     }
 
-    // A weight for every channel, its real and imaginary parts in turn.
+    // A weight per channel: (re, im) pairs in memory, split into two registers.
     static Line weight_at(const FilterColumn& column, int position) {
         const T* bin = column.filters + column.weight(position);
-        const int used = 2 * column.plane.used;
+        const int used = 2 * column.tile.used;
         const V low = used >= lanes ? Arithmetic::load(bin) : load_first<Arithmetic>(bin, used);
         const V high = used == 2 * lanes ? Arithmetic::load(bin + lanes)
                        : used > lanes    ? load_first<Arithmetic>(bin + lanes, used - lanes)
                                          : V{};
-        const T scale = T(column.plane.normalisation());
+        const T scale = T(column.tile.normalisation());
         return {alternate<0>(low, high) * scale, alternate<1>(low, high) * scale};
     }
 
@@ -435,18 +435,17 @@ struct FilterOf {
     }
 
     static void add_grad_weight(const FilterColumn& column, int position, Line Q) {
-        const Plane& plane = column.plane;
+        const Tile& tile = column.tile;
         T elements[2 * lanes];
         Arithmetic::store(elements, interleave<false>(Q.re, Q.im) * column.grad_scale);
         Arithmetic::store(elements + lanes, interleave<true>(Q.re, Q.im) * column.grad_scale);
         T* sums = column.grad_weight + column.weight(position);
-        for (int i = 0; i < 2 * plane.used; i++)
-            sums[i] = plane.task.first_of_slot ? elements[i] : sums[i] + elements[i];
+        for (int i = 0; i < 2 * tile.used; i++) sums[i] = tile.task.first_of_slot ? elements[i] : sums[i] + elements[i];
     }
 
-    // ---- before and after
+    // ---- before and after the transforms
 
-    // Columns whose bins are copied together: a few cache lines of each row.
+    // Columns copied together: a few cache lines of each row.
     static constexpr int columns_together = 8;
 
     static void arrange_basis(const FilterCall& call, int first, int last) {
@@ -471,52 +470,52 @@ struct FilterOf {
         }
     }
 
-    static const T* logits(const Plane& plane, int f) {
-        const std::int64_t row = plane.task.sample * plane.F + f;
-        return static_cast<const T*>(plane.tensors.logits) + row * plane.problem.C + plane.channel;
+    static const T* logits(const Tile& tile, int f) {
+        const std::int64_t row = tile.task.sample * tile.F + f;
+        return static_cast<const T*>(tile.tensors.logits) + row * tile.problem.C + tile.channel;
     }
 
-    static void begin(const FilterCall& call, const PlaneTask& task) {
-        const Plane plane(call, task);
-        if (plane.F == 0) return;
-        V* weights = plane.weights;
+    static void begin(const FilterCall& call, const TileTask& task) {
+        const Tile tile(call, task);
+        if (tile.F == 0) return;
+        V* weights = tile.weights;
         V largest{}, sum{};
-        for (int f = 0; f < plane.F; f++) {
-            const T* from = logits(plane, f);
-            weights[f] = plane.used == lanes ? Arithmetic::load(from) : load_first<Arithmetic>(from, plane.used);
+        for (int f = 0; f < tile.F; f++) {
+            const T* from = logits(tile, f);
+            weights[f] = tile.used == lanes ? Arithmetic::load(from) : load_first<Arithmetic>(from, tile.used);
             largest = f == 0 || weights[f] > largest ? weights[f] : largest;
         }
-        for (int f = 0; f < plane.F; f++) sum += weights[f] = exp_nonpositive(weights[f] - largest);
-        for (int f = 0; f < plane.F; f++) {
+        for (int f = 0; f < tile.F; f++) sum += weights[f] = exp_nonpositive(weights[f] - largest);
+        for (int f = 0; f < tile.F; f++) {
             weights[f] /= sum;
-            plane.routing[f] = weights[f] * T(plane.normalisation());
+            tile.routing[f] = weights[f] * T(tile.normalisation());
         }
     }
 
-    static void end(const FilterCall& call, const PlaneTask& task, double* star_relu_sums) {
-        const Plane plane(call, task);
-        if (plane.tensors.grad_logits) store_grad_logits(plane);
+    static void end(const FilterCall& call, const TileTask& task, double* star_relu_sums) {
+        const Tile tile(call, task);
+        if (tile.tensors.grad_logits) store_grad_logits(tile);
         star_relu_sums[0] = star_relu_sums[1] = 0;
-        if (!plane.tensors.need_scalars) return;
-        for (int pair = 0; pair < plane.pairs; pair++)
-            for (int i = 0; i < 2; i++) star_relu_sums[i] += plane.star_relu_sums[2 * pair + i];
+        if (!tile.tensors.need_scalars) return;
+        for (int pair = 0; pair < tile.pairs; pair++)
+            for (int i = 0; i < 2; i++) star_relu_sums[i] += tile.star_relu_sums[2 * pair + i];
     }
 
     // softmax's gradient: weights (grad_routing - sum_f weights grad_routing)
-    static void store_grad_logits(const Plane& plane) {
-        V* grads = plane.routing;  // which is not needed any more
+    static void store_grad_logits(const Tile& tile) {
+        V* grads = tile.routing;  // no longer needed
         V mean{};
-        for (int f = 0; f < plane.F; f++) {
+        for (int f = 0; f < tile.F; f++) {
             Sum sum{};
-            for (int k = 0; k < plane.K; k++)
-                sum += plane.grad_routing[std::int64_t{k} * plane.F + f] * plane.half_spectrum_weight(k);
-            grads[f] = __builtin_convertvector(sum * (plane.normalisation() / 2), V);
-            mean += plane.weights[f] * grads[f];
+            for (int k = 0; k < tile.K; k++)
+                sum += tile.grad_routing[std::int64_t{k} * tile.F + f] * tile.half_spectrum_weight(k);
+            grads[f] = __builtin_convertvector(sum * (tile.normalisation() / 2), V);
+            mean += tile.weights[f] * grads[f];
         }
-        for (int f = 0; f < plane.F; f++) {
-            const std::int64_t offset = logits(plane, f) - static_cast<const T*>(plane.tensors.logits);
-            store_first<Arithmetic>(static_cast<T*>(plane.tensors.grad_logits) + offset,
-                                    plane.weights[f] * (grads[f] - mean), plane.used);
+        for (int f = 0; f < tile.F; f++) {
+            const std::int64_t offset = logits(tile, f) - static_cast<const T*>(tile.tensors.logits);
+            store_first<Arithmetic>(static_cast<T*>(tile.tensors.grad_logits) + offset,
+                                    tile.weights[f] * (grads[f] - mean), tile.used);
         }
     }
 
@@ -556,7 +555,7 @@ struct FilterOf {
         const std::int64_t routing = 2 * problem.F * std::int64_t{sizeof(V)};
         const std::int64_t grad_routing = (problem.W / 2 + 1) * problem.F * std::int64_t{sizeof(Sum)};
         const std::int64_t star_relu_sums = 2 * pairs * std::int64_t{sizeof(double)};
-        const std::int64_t columns = block_of_columns(problem.H) * problem.H * (backward ? 2 : 1);
+        const std::int64_t columns = columns_at_once(problem.H) * problem.H * (backward ? 2 : 1);
         const std::int64_t scratch = row_plan.scratch > column_plan.scratch ? row_plan.scratch : column_plan.scratch;
         const bool slots = backward && problem.F > 0 && call.tensors->grad_filters;
         return {(both_spectra ? 2 : 1) * spectrum + routing + (backward ? grad_routing + star_relu_sums : 0),

@@ -30,11 +30,11 @@ std::atomic<const Kernels*>& active() {
     return kernels;
 }
 
-// Elements a thread takes at a time, and the unit of the fixed reduction order: 64 KiB of float32, so that the x and y
-// (or grad) runs of one chunk stay in L2 and a parallel region is only opened where it pays.
+// Elements per chunk. Chunks are the unit of work and of the fixed reduction order: 64 KiB of float32, so that the
+// parts of x and y (or grad) stay in L2 and small tensors do not start threads.
 constexpr std::int64_t chunk = 16384;
 
-// Calls run(first element, count, chunk index) for every chunk of n elements.
+// Calls run(first element, number of elements, chunk index) for every chunk of n elements.
 template <class Run>
 void for_each_chunk(std::int64_t n, int threads, const Run& run) {
     const std::int64_t chunks = (n + chunk - 1) / chunk;

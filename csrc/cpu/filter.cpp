@@ -19,15 +19,15 @@ namespace {
 
 using namespace cpu;
 
-// The last caches of all processors this process may use, as Linux tells them of the first; sysconf counts a package's
-// as one on many systems.
-std::int64_t last_caches_bytes() {
+// Total size of the machine's last-level caches, assuming all are like the first processor's. Read from sysfs: on many
+// systems sysconf reports one cache per package, however many there are.
+std::int64_t last_level_cache_bytes() {
     static const std::int64_t bytes = [] {
         std::int64_t kib = 0, sharing = 1;
         for (int index = 0;; index++) {
             const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index);
             std::int64_t size;
-            std::string processors;  // a bit for each, in hexadecimal
+            std::string processors;  // hexadecimal bit mask
             if (!(std::ifstream(folder + "/size") >> size && std::ifstream(folder + "/shared_cpu_map") >> processors))
                 break;
             if (size < kib) continue;
@@ -42,26 +42,26 @@ std::int64_t last_caches_bytes() {
     return bytes;
 }
 
-// Below this many elements for each, threads cost more than they bring.
+// A thread costs more than it saves on fewer elements than this.
 constexpr std::int64_t min_elements_per_thread = 16384;
-// A plane or a basis of fewer bytes is never shared between threads: they would wait for each other longer than they
-// compute.
+// A smaller tile or basis is never shared between threads: barriers would take longer than the work.
 constexpr std::int64_t min_shared_bytes = 256 * 1024;
-// Larger ones always are where every thread's own would crowd each other out of the last caches.
-constexpr std::int64_t max_own_plane_bytes = 2 << 20;
-// Partial sums of grad_basis: as many as fit, for threads to work on; the number must not depend on theirs.
+// A larger tile is always shared if one tile per thread would not fit the last-level caches.
+constexpr std::int64_t max_own_tile_bytes = 2 << 20;
+// Partial sums of grad_basis, one per slot. Their number limits parallelism and must not depend on the threads, or the
+// bits of the sum would.
 constexpr std::int64_t max_slots = 16, max_slots_bytes = 16 << 20;
-// Planes in progress on one thread stay in its L2 cache. Where even one does not, two are no worse off, and use both of
-// the cache lines that memory sends together.
+// A thread's tiles in flight stay in its L2 cache. If not even one fits, two are no slower and use both cache lines of
+// a DRAM burst.
 constexpr std::int64_t max_group_bytes = 640 * 1024;
-// More of a pixel's neighbouring channels than this bring nothing.
-constexpr int max_bytes_of_pixel = 256;
+// A group reads this much of a pixel at a time; more was no faster.
+constexpr int max_pixel_bytes = 256;
 
-// The threads that run together, as one of them sees them.
+// The OpenMP team, seen from one of its threads.
 struct Team {
     int thread = 0, threads = 1;
 
-    static Team here() {
+    static Team current() {
 #ifdef _OPENMP
         return {omp_get_thread_num(), omp_get_num_threads()};
 #else
@@ -69,9 +69,9 @@ struct Team {
 #endif
     }
 
-    // Each does step(first, last) for its part of [0, count). All reach this together; it returns when all are done.
+    // Static partition of [0, count), then a barrier: every thread of the team must call it.
     template <class Step>
-    void share(std::int64_t count, const Step& step) const {
+    void for_range(std::int64_t count, const Step& step) const {
         const int first = static_cast<int>(count * thread / threads);
         const int last = static_cast<int>(count * (thread + 1) / threads);
         if (first < last) step(first, last);
@@ -79,12 +79,13 @@ struct Team {
     }
 };
 
-// Everything about one call that follows from its sizes.
+// One call: everything that follows from its sizes, then the call itself.
 //
-// Planes are numbered so that neighbours can be a group, and cut into units: runs that one thread takes in order. A
-// basis' gradient adds up over all planes, so its units are those that share a slot; a weight's over samples, so the
-// units are its channel blocks. Units left over when every thread has had the same number, or all of them where the
-// planes in progress would not fit the last cache together, are shared: all threads work on one plane at a time.
+// Tiles are numbered so that consecutive ones can form a group, and are split into units: ranges that one thread
+// processes in order. grad_basis is a sum over all tiles, so a unit is the tiles of one slot. grad_weight is a sum over
+// samples, so a unit is the tiles of one range of channels. Units are dealt out evenly. Those that remain are shared,
+// all threads working on one tile at a time; all units are shared if the tiles in flight would not fit the last-level
+// caches together.
 class Driver {
   public:
     Driver(const FilterProblem& problem, const FilterTensors& tensors, int threads)
@@ -97,14 +98,14 @@ class Driver {
         else
             set_plans<float>();
         const std::int64_t lanes = kernels_.vector_bytes / item_;
-        const std::int64_t channel_blocks = (problem.C + lanes - 1) / lanes;
-        planes_ = problem.B * channel_blocks;
-        // An odd stride spreads a column over all of a cache's sets.
+        const std::int64_t channel_tiles = (problem.C + lanes - 1) / lanes;
+        tiles_ = problem.B * channel_tiles;
+        // An odd stride spreads a column over all cache sets.
         const std::int64_t row_stride = problem.W < 16 ? problem.W : problem.W | 1;
-        call_ = {&problem_, &tensors, row_plan_.get(), column_plan_.get(), channel_blocks, row_stride, nullptr,
+        call_ = {&problem_, &tensors, row_plan_.get(), column_plan_.get(), channel_tiles, row_stride, nullptr,
                  nullptr,   0};
         const FilterWorkspace workspace = kernel_.workspace(call_);
-        plane_bytes_ = padded(workspace.plane_bytes);
+        tile_bytes_ = padded(workspace.tile_bytes);
         scratch_bytes_ = padded(workspace.scratch_bytes);
         basis_bytes_ = padded(workspace.basis_bytes);
         const std::int64_t elements = problem.B * problem.H * problem.W * problem.C;
@@ -115,11 +116,11 @@ class Driver {
     }
 
     std::int64_t workspace_bytes() const {
-        return allocated(planes_bytes()) + allocated(slots_bytes()) + allocated(sums_bytes());
+        return allocated(tiles_bytes()) + allocated(slots_bytes()) + allocated(sums_bytes());
     }
 
     StarReLUScalarGrads run() {
-        const Memory memory = allocate(planes_bytes());
+        const Memory memory = allocate(tiles_bytes());
         const Memory slots = allocate(slots_bytes());
         const Memory sums = allocate(sums_bytes());
         memory_ = memory.get();
@@ -128,9 +129,9 @@ class Driver {
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
         run_on_each_thread();
         StarReLUScalarGrads total{0, 0};
-        for (std::int64_t plane = 0; backward_ && plane < planes_; plane++) {
-            total.scale += sums_[2 * plane];
-            total.bias += sums_[2 * plane + 1];
+        for (std::int64_t tile = 0; backward_ && tile < tiles_; tile++) {
+            total.scale += sums_[2 * tile];
+            total.bias += sums_[2 * tile + 1];
         }
         return total;
     }
@@ -147,111 +148,115 @@ class Driver {
     }
 
     void choose_units() {
-        const std::int64_t least = plane_bytes_ <= max_own_plane_bytes ? 2 : 1;
-        const std::int64_t most = std::min(PlaneGroup::max_count, max_bytes_of_pixel / kernels_.vector_bytes);
-        group_ = std::clamp(max_group_bytes / plane_bytes_, least, most);
+        const std::int64_t least = tile_bytes_ <= max_own_tile_bytes ? 2 : 1;
+        const std::int64_t most = std::min(TileGroup::max_count, max_pixel_bytes / kernels_.vector_bytes);
+        group_ = std::clamp(max_group_bytes / tile_bytes_, least, most);
         if (slot_bytes_)
-            units_ = std::clamp<std::int64_t>(max_slots_bytes / slot_bytes_, 1, std::min(max_slots, planes_));
+            units_ = std::clamp<std::int64_t>(max_slots_bytes / slot_bytes_, 1, std::min(max_slots, tiles_));
         else if (by_channel())
-            units_ = call_.channel_blocks;
-        else if (can_be_shared() && planes_ % threads_ && planes_ < 8 * threads_)
-            units_ = planes_;
-        else  // as many for each thread, of a group or less
-            units_ = std::min(planes_, threads_ * ((planes_ - 1) / (threads_ * group_) + 1));
-        group_ = std::min(group_, (planes_ - 1) / units_ + 1);
+            units_ = call_.channel_tiles;
+        else if (can_be_shared() && tiles_ % threads_ && tiles_ < 8 * threads_)
+            units_ = tiles_;
+        else  // the same number for each thread, each of one group or less
+            units_ = std::min(tiles_, threads_ * ((tiles_ - 1) / (threads_ * group_) + 1));
+        group_ = std::min(group_, (tiles_ - 1) / units_ + 1);
         call_.num_slots = units_;
     }
 
     bool shares_basis() const { return basis_bytes_ >= min_shared_bytes; }
-    bool can_be_shared() const { return threads_ > 1 && plane_bytes_ >= min_shared_bytes; }
+    bool can_be_shared() const { return threads_ > 1 && tile_bytes_ >= min_shared_bytes; }
 
     void share_units() {
         own_units_ = units_;
         if (can_be_shared()) {
             own_units_ -= units_ % threads_;
-            const bool crowded = threads_ * plane_bytes_ > last_caches_bytes();
-            if (crowded && plane_bytes_ > max_own_plane_bytes) own_units_ = 0;
+            const bool crowded = threads_ * tile_bytes_ > last_level_cache_bytes();
+            if (crowded && tile_bytes_ > max_own_tile_bytes) own_units_ = 0;
         }
         if (own_units_ == units_) threads_ = static_cast<int>(std::min<std::int64_t>(threads_, units_));
     }
 
-    // A weight's gradient adds up over samples, so those are neighbours; else channel blocks are.
+    // For grad_weight, a sum over samples, consecutive tiles are those of one channel range. Else they are those of
+    // one sample.
     bool by_channel() const { return problem_.F == 0 && backward_; }
 
-    // Memory: what threads share, the basis first, then each thread's own: a group, scratch and a small basis.
+    // Workspace layout: what threads share (a large basis, a tile), then for each thread a group, scratch and a small
+    // basis.
     std::int64_t shared_bytes() const {
-        return (shares_basis() ? basis_bytes_ : 0) + (own_units_ < units_ ? plane_bytes_ : 0);
+        return (shares_basis() ? basis_bytes_ : 0) + (own_units_ < units_ ? tile_bytes_ : 0);
     }
-    std::int64_t own_bytes() const { return own_units_ > 0 ? group_ * plane_bytes_ : 0; }
+    std::int64_t own_bytes() const { return own_units_ > 0 ? group_ * tile_bytes_ : 0; }
     std::int64_t bytes_of_thread() const { return own_bytes() + scratch_bytes_ + (shares_basis() ? 0 : basis_bytes_); }
-    std::int64_t planes_bytes() const { return shared_bytes() + threads_ * bytes_of_thread(); }
-    std::int64_t sums_bytes() const { return backward_ ? planes_ * 2 * std::int64_t{sizeof(double)} : 0; }
+    std::int64_t tiles_bytes() const { return shared_bytes() + threads_ * bytes_of_thread(); }
+    std::int64_t sums_bytes() const { return backward_ ? tiles_ * 2 * std::int64_t{sizeof(double)} : 0; }
     std::int64_t slots_bytes() const { return slot_bytes_ ? units_ * slot_bytes_ : 0; }
-    std::int64_t first_plane(std::int64_t unit) const { return unit * planes_ / units_; }
+    std::int64_t first_tile(std::int64_t unit) const { return unit * tiles_ / units_; }
 
-    // Up to `limit` planes from `plane` on, of one sample and unit.
-    PlaneGroup group(std::int64_t plane, std::int64_t unit, std::int64_t limit, char* workspace) const {
-        PlaneGroup group{};
-        for (; plane < first_plane(unit + 1) && group.count < limit; plane++) {
-            const std::int64_t sample = by_channel() ? plane % problem_.B : plane / call_.channel_blocks;
-            const std::int64_t block = by_channel() ? plane / problem_.B : plane % call_.channel_blocks;
+    // Up to `limit` tiles of one sample and unit, from `tile` on.
+    TileGroup group(std::int64_t tile, std::int64_t unit, std::int64_t limit, char* workspace) const {
+        TileGroup group{};
+        for (; tile < first_tile(unit + 1) && group.count < limit; tile++) {
+            const std::int64_t sample = by_channel() ? tile % problem_.B : tile / call_.channel_tiles;
+            const std::int64_t channel_tile = by_channel() ? tile / problem_.B : tile % call_.channel_tiles;
             if (group.count && (sample != group.tasks[0].sample || by_channel())) break;
-            group.tasks[group.count] = {sample, block, unit, plane == first_plane(unit), workspace};
-            workspace += plane_bytes_;
+            group.tasks[group.count] = {sample, channel_tile, unit, tile == first_tile(unit), workspace};
+            workspace += tile_bytes_;
             group.count++;
         }
         return group;
     }
 
-    void begin(const PlaneGroup& group) const {
+    void begin(const TileGroup& group) const {
         for (int g = 0; g < group.count; g++) kernel_.begin(call_, group.tasks[g]);
     }
-    void end(const PlaneGroup& group, std::int64_t plane) const {
+    void end(const TileGroup& group, std::int64_t tile) const {
         double ignored[2];
         for (int g = 0; g < group.count; g++)
-            kernel_.end(call_, group.tasks[g], backward_ ? sums_ + 2 * (plane + g) : ignored);
+            kernel_.end(call_, group.tasks[g], backward_ ? sums_ + 2 * (tile + g) : ignored);
     }
 
     void run_on_each_thread() const {
-        const Team team = Team::here();
+        const Team team = Team::current();
         char* const own = memory_ + shared_bytes() + team.thread * bytes_of_thread();
-        char* const shared_plane = memory_ + (shares_basis() ? basis_bytes_ : 0);
+        char* const shared_tile = memory_ + (shares_basis() ? basis_bytes_ : 0);
         void* const scratch = own + own_bytes();
         const int columns = static_cast<int>(problem_.W / 2 + 1);
         FilterCall call = call_;
         if (shares_basis()) {
             call.basis = memory_;
-            team.share(columns, [&](int first, int last) { kernel_.arrange_basis(call, first, last); });
-        } else {  // less work than to wait for another thread's to come from its cache
+            team.for_range(columns, [&](int first, int last) { kernel_.arrange_basis(call, first, last); });
+        } else {  // a copy per thread: faster than fetching one from another core's cache
             call.basis = own + own_bytes() + scratch_bytes_;
             kernel_.arrange_basis(call, 0, columns);
         }
 #pragma omp for schedule(static) nowait
         for (std::int64_t unit = 0; unit < own_units_; unit++)
-            for (std::int64_t plane = first_plane(unit); plane < first_plane(unit + 1);) {
-                const PlaneGroup own_group = group(plane, unit, group_, own);
+            for (std::int64_t tile = first_tile(unit); tile < first_tile(unit + 1);) {
+                const TileGroup own_group = group(tile, unit, group_, own);
                 begin(own_group);
                 kernel_.rows(call, own_group, scratch, 0, num_pairs_);
                 kernel_.columns(call, own_group, scratch, 0, columns);
                 kernel_.inverse_rows(call, own_group, scratch, 0, num_pairs_);
-                end(own_group, plane);
-                plane += own_group.count;
+                end(own_group, tile);
+                tile += own_group.count;
             }
         for (std::int64_t unit = own_units_; unit < units_; unit++)
-            for (std::int64_t plane = first_plane(unit); plane < first_plane(unit + 1); plane++) {
-                const PlaneGroup shared = group(plane, unit, 1, shared_plane);
+            for (std::int64_t tile = first_tile(unit); tile < first_tile(unit + 1); tile++) {
+                const TileGroup shared = group(tile, unit, 1, shared_tile);
 #pragma omp single
                 begin(shared);
-                team.share(num_pairs_, [&](int first, int last) { kernel_.rows(call, shared, scratch, first, last); });
-                team.share(columns, [&](int first, int last) { kernel_.columns(call, shared, scratch, first, last); });
-                team.share(num_pairs_,
-                           [&](int first, int last) { kernel_.inverse_rows(call, shared, scratch, first, last); });
+                team.for_range(num_pairs_,
+                               [&](int first, int last) { kernel_.rows(call, shared, scratch, first, last); });
+                team.for_range(columns,
+                               [&](int first, int last) { kernel_.columns(call, shared, scratch, first, last); });
+                team.for_range(num_pairs_,
+                               [&](int first, int last) { kernel_.inverse_rows(call, shared, scratch, first, last); });
 #pragma omp single
-                end(shared, plane);
+                end(shared, tile);
             }
         if (!slot_bytes_) return;
 #pragma omp barrier
-        team.share(problem_.H, [&](int first, int last) { kernel_.sum_slots(call_, first, last); });
+        team.for_range(problem_.H, [&](int first, int last) { kernel_.sum_slots(call_, first, last); });
     }
 
     const Kernels& kernels_;
@@ -260,7 +265,7 @@ class Driver {
     const bool backward_;
     std::shared_ptr<const void> row_plan_, column_plan_;
     FilterCall call_;
-    std::int64_t item_, planes_, units_, own_units_, group_, slot_bytes_, plane_bytes_, scratch_bytes_, basis_bytes_;
+    std::int64_t item_, tiles_, units_, own_units_, group_, slot_bytes_, tile_bytes_, scratch_bytes_, basis_bytes_;
     int threads_, num_pairs_;
     char* memory_ = nullptr;
     double* sums_ = nullptr;

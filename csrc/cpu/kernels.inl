@@ -4,7 +4,6 @@
 #include "transform.inl"
 #include "columns.inl"
 #include "filter.inl"
-#include "product.inl"
 
 namespace {
 
@@ -14,8 +13,7 @@ constexpr Kernels make_kernels(const char* isa) {
         isa,
         VECTOR_BYTES,
         {star_relu_kernel<Float32>, star_relu_kernel<Float64>, star_relu_kernel<BFloat16>, star_relu_kernel<Float16>},
-        {filter_kernel<Float32>, filter_kernel<Float64>, filter_kernel<BFloat16>, filter_kernel<Float16>},
-        product_kernel};
+        {filter_kernel<Float32>, filter_kernel<Float64>, filter_kernel<BFloat16>, filter_kernel<Float16>}};
 }
 
 }  // namespace

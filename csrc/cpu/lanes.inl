@@ -1,5 +1,5 @@
-// Lane types: a register of storage elements, loaded as arithmetic elements. Included once per instruction set, inside
-// its target region, with VECTOR_BYTES (register width) and HAS_F16C (hardware float16 conversion) defined.
+// Lane types: how elements are stored in memory and computed with in a register. Included once per instruction set,
+// inside its target region, with VECTOR_BYTES (register width) and HAS_F16C (hardware float16 conversion) defined.
 //
 // A lane type L has L::Scalar (storage), L::Vec (arithmetic register), L::count, L::load and L::store.
 
@@ -11,7 +11,7 @@ using I32 = std::int32_t __attribute__((vector_size(VECTOR_BYTES)));
 using I64 = std::int64_t __attribute__((vector_size(VECTOR_BYTES)));
 using U32 = std::uint32_t __attribute__((vector_size(VECTOR_BYTES)));
 using U16 = std::uint16_t __attribute__((vector_size(VECTOR_BYTES / 2)));
-// Twice as wide as a register, so that it has as many lanes as F32: exact accumulation of float32 sums.
+// As many lanes as F32, so twice as wide as a register: for sums of float32 in float64.
 using F64Wide = double __attribute__((vector_size(2 * VECTOR_BYTES)));
 
 template <class To, class From>
@@ -37,8 +37,8 @@ struct Plain {
     static Vec load(const Scalar* from) { return load_unaligned<Vec>(from); }
     static void store(Scalar* to, Vec v) { __builtin_memcpy(to, &v, sizeof(v)); }
 };
-// Where a register is a cache line, it can go to memory past the caches, to an address that is a multiple of its size.
-// Other threads see it after a `stream_fence`.
+// Non-temporal stores, for registers as wide as a cache line. The address must be aligned to the register. Other
+// threads see the store after a `stream_fence`.
 #if VECTOR_BYTES == 64
 constexpr bool can_stream = true;
 template <class Vec>
@@ -103,7 +103,7 @@ struct Float16 {
     static void store(Scalar* to, Vec v) {
         const U32 b = bits<U32>(v), magnitude = b & 0x7fffffff;
         const U32 normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-        const F32 half = F32{} + 0.5f;  // adding it shifts a subnormal result's bits to the bottom, rounded to even
+        const F32 half = F32{} + 0.5f;  // adding it moves a subnormal result's bits to the bottom, rounded to even
         const U32 subnormal = bits<U32>(bits<F32>(magnitude) + half) - bits<U32>(half);
         const U32 infinite = magnitude > 0x7f800000 ? U32{} + 0x7e00 : U32{} + 0x7c00;
         const U32 finite = magnitude < 0x38800000 ? subnormal : normal;
@@ -114,7 +114,7 @@ struct Float16 {
 #endif
 };
 
-// The first n < L::count elements, the other lanes zero. Nothing beyond them is read or written.
+// Loads and stores of the first n < L::count elements; other lanes are zero, other memory is not touched.
 template <class L>
 __attribute__((noinline)) typename L::Vec load_first(const typename L::Scalar* from, int n) {
     typename L::Scalar elements[L::count] = {};
@@ -128,11 +128,11 @@ __attribute__((noinline)) void store_first(typename L::Scalar* to, typename L::V
     for (int i = 0; i < n; i++) to[i] = elements[i];
 }
 
-// exp(x) for x <= 0, to about one unit in the last place; zero where the result would be subnormal.
-// x = n ln 2 + r; exp(r) by its series, 2^n by adding n to the exponent.
+// exp(x) for x <= 0, to about 1 ulp; zero where the result would be subnormal. x = n ln 2 + r; exp(r) is its Taylor
+// series, 2^n is added to the exponent.
 template <class Int, int terms, int mantissa_bits, class Vec, class Scalar>
 inline Vec exp_nonpositive(Vec x, Scalar lowest, Scalar ln2_high, Scalar ln2_low) {
-    constexpr Scalar rounder = 1.5 * (1ll << mantissa_bits);  // a number this large has no bits for a fraction
+    constexpr Scalar rounder = 1.5 * (1ll << mantissa_bits);  // adding it rounds to an integer
     const Vec bounded = x < lowest ? Vec{} + lowest : x;
     const Vec shifted = bounded * Scalar(1.4426950408889634) + rounder;
     const Vec n = shifted - rounder, r = (bounded - n * ln2_high) - n * ln2_low;
@@ -155,7 +155,7 @@ template <int... I>
 struct CountTo<0, I...> {
     using Type = Indices<I...>;
 };
-// Every second lane of a, then of b, from lane `first` (0 or 1) on.
+// Every second lane of a, then of b, starting at lane `first` (0 or 1).
 template <int first, class Vec, int... I>
 inline Vec alternate(Vec a, Vec b, Indices<I...>) {
     return __builtin_shufflevector(a, b, (2 * I + first)...);
@@ -164,7 +164,7 @@ template <int first, class Vec>
 inline Vec alternate(Vec a, Vec b) {
     return alternate<first>(a, b, typename CountTo<sizeof(Vec) / sizeof(a[0])>::Type{});
 }
-// Lanes of a and b in turn: the lower half of them, or the upper.
+// The lower or upper halves of a and b, interleaved.
 template <bool upper, class Vec, int... I>
 inline Vec interleave(Vec a, Vec b, Indices<I...>) {
     constexpr int lanes = sizeof...(I), first = upper ? lanes / 2 : 0;
@@ -174,7 +174,7 @@ template <bool upper, class Vec>
 inline Vec interleave(Vec a, Vec b) {
     return interleave<upper>(a, b, typename CountTo<sizeof(Vec) / sizeof(a[0])>::Type{});
 }
-// Sum of float32 registers (or, below, float64 ones) kept in float64 lanes.
+// Horizontal sums, and float64 accumulators of registers of either type.
 inline double lane_sum(F64 v) {
     double sum = 0;
     for (int i = 0; i < VECTOR_BYTES / 8; i++) sum += v[i];

@@ -52,10 +52,9 @@ struct Factors {
 using KnownFactors = std::map<int, Factors>;
 Factors cheapest_factors(int n, KnownFactors& known);
 
-// How a prime without code of its own is transformed: by definition, as a convolution of its powers of a generator
-// (Rader) or of its chirp (Bluestein).
+// How a prime without an unrolled butterfly is transformed.
 struct PrimeMethod {
-    enum { definition, powers, chirp } kind = definition;
+    enum { definition, rader, bluestein } kind = definition;
     int convolution = 0;  // points
     double cost = 0;
 };
@@ -69,8 +68,8 @@ PrimeMethod cheapest_method(int prime, KnownFactors& known) {
         candidate.cost = 2 * cheapest_factors(n, known).cost + 5.0 * n + 60;
         if (candidate.cost < best.cost) best = candidate;
     };
-    consider({PrimeMethod::powers, prime - 1});
-    for (int n = 2 * prime - 1; n < 3 * prime; n++) consider({PrimeMethod::chirp, n});
+    consider({PrimeMethod::rader, prime - 1});
+    for (int n = 2 * prime - 1; n < 3 * prime; n++) consider({PrimeMethod::bluestein, n});
     return best;
 }
 
@@ -81,7 +80,7 @@ double butterfly_cost(int radix, KnownFactors& known) {
 }
 constexpr double twiddle_cost = 0.17;
 
-// The cheapest order of radices for a line of n points.
+// The cheapest sequence of radices for a line of n points.
 Factors cheapest_factors(int n, KnownFactors& known) {
     if (n == 1) return {};
     if (const auto found = known.find(n); found != known.end()) return found->second;
@@ -104,7 +103,7 @@ Factors cheapest_factors(int n, KnownFactors& known) {
     return known[n] = best;
 }
 
-// Outermost first. An even one, where there is one, comes first: its butterflies take an even number of rows.
+// Outermost first. An even radix, if any, is moved to the front: its butterflies take whole pairs of rows.
 std::vector<int> radices_of(int n) {
     if (n == 1) return {1};
     KnownFactors known;
@@ -114,7 +113,7 @@ std::vector<int> radices_of(int n) {
     return radices;
 }
 
-// Transform of smooth lengths in float64, for tables only.
+// Recursive float64 transform, for tables only.
 std::vector<Complex64> transformed(const std::vector<Complex64>& a) {
     const int n = static_cast<int>(a.size()), radix = smallest_factor(n), rest = n / radix;
     if (n == 1) return a;
@@ -133,7 +132,7 @@ struct OwnedPlan {
     Plan<T> plan{};
     std::vector<Pass<T>> passes;
     std::vector<int> sample, position, frequency, frequency_at, columns, pairs;
-    std::deque<std::vector<T>> tables;  // deques: their elements stay where they are
+    std::deque<std::vector<T>> tables;  // deques, because passes point to their elements
     std::deque<std::vector<int>> indices;
     std::vector<std::shared_ptr<const Plan<T>>> convolutions;
 
@@ -150,18 +149,18 @@ struct OwnedPlan {
 template <class T>
 std::shared_ptr<const Plan<T>> build(int size);
 
-// What pass.convolution convolves with, as the transforms of both need it.
+// Sets pass.spectrum: the transform of the convolution's kernel, scaled by 1/n, in the order of pass.convolution.
 template <class T>
-void add_convolution(OwnedPlan<T>& owned, Pass<T>& pass, std::vector<Complex64> with) {
-    const int n = static_cast<int>(with.size());
-    for (Complex64& value : with) value /= n;
-    const std::vector<Complex64> spectrum = transformed(with);
+void add_spectrum(OwnedPlan<T>& owned, Pass<T>& pass, std::vector<Complex64> kernel) {
+    const int n = static_cast<int>(kernel.size());
+    for (Complex64& value : kernel) value /= n;
+    const std::vector<Complex64> spectrum = transformed(kernel);
     std::vector<Complex64> ordered(n);
     for (int p = 0; p < n; p++) ordered[p] = spectrum[pass.convolution->frequency[p]];
     pass.spectrum = owned.table(ordered);
 }
 
-// The smallest number whose powers are all of 1, ..., prime - 1.
+// The smallest generator of the multiplicative group modulo `prime`.
 int generator(int prime) {
     for (int g = 2;; g++) {
         int order = 1;
@@ -171,34 +170,34 @@ int generator(int prime) {
 }
 
 template <class T>
-void add_powers(OwnedPlan<T>& owned, Pass<T>& pass) {
+void add_rader(OwnedPlan<T>& owned, Pass<T>& pass) {
     const int prime = pass.radix, n = prime - 1, g = generator(prime);
     std::vector<int> powers{1};
     for (int q = 1; q < n; q++) powers.push_back(static_cast<int>(std::int64_t{powers.back()} * g % prime));
     auto& inputs = owned.indices.emplace_back(n);
     auto& outputs = owned.indices.emplace_back(n);
-    std::vector<Complex64> with(n);
+    std::vector<Complex64> kernel(n);
     for (int q = 0; q < n; q++) {
         const int inverse = powers[(n - q) % n], position = pass.convolution->position[q];
         inputs[position] = powers[q];
         outputs[position] = inverse;
-        with[q] = root(inverse, prime);
+        kernel[q] = root(inverse, prime);
     }
     pass.inputs = inputs.data();
     pass.outputs = outputs.data();
-    add_convolution(owned, pass, with);
+    add_spectrum(owned, pass, kernel);
 }
 
 template <class T>
-void add_chirp(OwnedPlan<T>& owned, Pass<T>& pass) {
+void add_bluestein(OwnedPlan<T>& owned, Pass<T>& pass) {
     const int prime = pass.radix, n = pass.convolution->size;
-    std::vector<Complex64> chirp(prime), with(n);
+    std::vector<Complex64> chirp(prime), kernel(n);
     for (std::int64_t j = 0; j < prime; j++) {
         chirp[j] = root(j * j % (2 * prime), 2 * prime);
-        with[j] = with[(n - j) % n] = std::conj(chirp[j]);
+        kernel[j] = kernel[(n - j) % n] = std::conj(chirp[j]);
     }
     pass.chirp = owned.table(chirp);
-    add_convolution(owned, pass, with);
+    add_spectrum(owned, pass, kernel);
 }
 
 template <class T>
@@ -212,18 +211,19 @@ void add_prime(OwnedPlan<T>& owned, Pass<T>& pass) {
         pass.roots = owned.table(roots);
     } else {
         pass.convolution = owned.convolutions.emplace_back(build<T>(method.convolution)).get();
-        method.kind == PrimeMethod::powers ? add_powers(owned, pass) : add_chirp(owned, pass);
+        method.kind == PrimeMethod::rader ? add_rader(owned, pass) : add_bluestein(owned, pass);
     }
     owned.plan.scratch = std::max<std::int64_t>(owned.plan.scratch, prime + std::max(prime, method.convolution));
 }
 
-// A line of N = R M points after its first pass is R lines of M. Sample n = M r + m (coprime factors: M r + R m) meets
-// the first butterfly as its r-th input; the rest belongs to the line of sample m. Frequencies come back as k = r + R
-// km (coprime: the k with remainders r and km).
+// The first pass, of radix R, turns a line of N = R M points into R lines of M. Sample n = M r + m (coprime factors:
+// M r + R m) is input r of butterfly m. Frequency k = r + R km (coprime: the k with remainders r modulo R and km modulo
+// M) is frequency km of line r.
 template <class T>
 std::shared_ptr<const Plan<T>> build(int size) {
     auto owned = std::make_shared<OwnedPlan<T>>();
-    std::vector<int> sample{0}, frequency{0};  // by position, of the lines built so far: from the innermost outwards
+    std::vector<int> sample{0},
+        frequency{0};  // by position, of the line built so far, from the innermost pass outwards
     const std::vector<int> radices = radices_of(size);
     for (auto radix = radices.rbegin(); radix != radices.rend(); ++radix) {
         const int R = *radix, M = static_cast<int>(sample.size()), N = R * M;
@@ -283,7 +283,7 @@ std::shared_ptr<const Plan<T>> build(int size) {
 }
 
 std::mutex cache_mutex;
-// A child that is forked while another thread holds the mutex would wait for it forever.
+// A child forked while another thread holds the mutex would deadlock.
 [[maybe_unused]] const int at_fork =
     pthread_atfork([] { cache_mutex.lock(); }, [] { cache_mutex.unlock(); }, [] { cache_mutex.unlock(); });
 
@@ -311,10 +311,5 @@ std::shared_ptr<const Plan<T>> plan_for(int size) {
 }
 template std::shared_ptr<const Plan<float>> plan_for(int);
 template std::shared_ptr<const Plan<double>> plan_for(int);
-
-int cached_plans() {
-    const std::lock_guard lock(cache_mutex);
-    return static_cast<int>(cache<float>().size() + cache<double>().size());
-}
 
 }  // namespace dfformer::cpu

@@ -2,7 +2,7 @@
 
 namespace {
 
-// relu that keeps NaN, as torch's does: a NaN is not below zero.
+// relu that propagates NaN, as torch's does.
 template <class Vec>
 inline Vec relu(Vec x) {
     return Vec{} > x ? Vec{} : x;
@@ -33,8 +33,7 @@ struct StarReLU {
         }
     }
 
-    // Sums of up to `group` products are added in the arithmetic type before they go to float64: a few roundings, and
-    // the conversion costs next to nothing.
+    // Adds `group` terms in the arithmetic type, then their sum in float64: few roundings, few conversions.
     struct Sums {
         static constexpr int group = 8;
         Accumulator<Vec> scale, bias;
@@ -56,7 +55,7 @@ struct StarReLU {
     static Vec backward_lane(Vec grad_y, Vec x, Vec two_scale, Sums& sums) {
         const Vec r = relu(x);
         sums.add(grad_y * (r * r), grad_y);
-        return x <= 0 ? Vec{} : two_scale * r * grad_y;  // a select, so that an infinite grad_y does not make 0 * inf
+        return x <= 0 ? Vec{} : two_scale * r * grad_y;  // a select, as 0 * inf would be NaN for an infinite grad_y
     }
 
     static void backward(const void* grad_y_, const void* x_, void* grad_x_, std::int64_t n, double scale_,

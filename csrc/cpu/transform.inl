@@ -1,10 +1,11 @@
 // Transforms of lines of any length, following a Plan. Included once per instruction set, after lanes.inl.
 //
-// Forward: butterfly, then twiddles, pass by pass. Inverse: the same backwards with real and imaginary parts exchanged,
-// twiddles first. Neither is normalised. Where a butterfly's points come from and go to is the caller's choice, so that
-// a pass over lines can also be what reads or writes another layout: for line i, source.of(i) is called as
-// (a, radix, outer, m) to fill a[0 .. radix), and sink.of(i) to take them away. `radix` is an Index<R> where that radix
-// has code of its own and a[] lives in registers, an int where it has not.
+// Forward: in each pass a butterfly, then twiddles. Inverse: the passes in reverse order, twiddles before the
+// butterfly, with real and imaginary parts swapped. Neither is normalised.
+//
+// A pass is a template over its source and sink, so that it can also convert from or to another layout. For line i,
+// source.of(i)(a, radix, outer, m) loads a[0 .. radix) and sink.of(i)(a, radix, outer, m) stores it. `radix` is an
+// Index<R>, and a[] is in registers, if that radix has an unrolled butterfly; otherwise it is an int.
 
 namespace {
 
@@ -39,7 +40,7 @@ FFT_INLINE void for_each(int radix, Fn&& fn) {
     for (int r = 0; r < radix; r++) fn(r);
 }
 
-// Lines in memory, each [outer][radix][inner].
+// Lines in memory, `stride` apart, each [outer][radix][inner].
 template <class V>
 struct InLine {
     Complex<V>* line;
@@ -69,8 +70,8 @@ struct LineSink : InLine<V> {
     }
 };
 
-// results[k] = sum_n a[n] exp(-2 pi i n k / radix) for k = first, ..., first + count - 1 and their negatives, from sums
-// a[n] and differences a[radix - n] of the samples n and -n. `count` of them share what is loaded.
+// results[k] = sum_n x[n] exp(-2 pi i n k / radix) for `count` frequencies k from `first` on and their negatives, which
+// share the loads. a[n] holds the sum x[n] + x[-n], a[radix - n] the difference x[n] - x[-n].
 template <int count, class V>
 void direct_frequencies(const PassOf<V>& pass, const Complex<V>* a, int first, Complex<V>* results) {
     const int radix = pass.radix, half = radix / 2;
@@ -98,7 +99,7 @@ void direct_frequencies(const PassOf<V>& pass, const Complex<V>* a, int first, C
     });
 }
 
-// An odd radix by its definition, in place; `a` has room for as many again.
+// An odd radix by the definition, in place. `a` has room for 2 * radix points.
 template <class V>
 void direct_butterfly(const PassOf<V>& pass, Complex<V>* a) {
     const int radix = pass.radix, half = radix / 2;
@@ -110,7 +111,7 @@ void direct_butterfly(const PassOf<V>& pass, Complex<V>* a) {
         a[radix - n] = difference;
         results[0] = results[0] + sum;
     }
-    constexpr int together = VECTOR_BYTES == 64 ? 4 : 2;  // as many as there are registers for
+    constexpr int together = VECTOR_BYTES == 64 ? 4 : 2;  // limited by the number of registers
     int k = 1;
     for (; k + together <= half + 1; k += together) direct_frequencies<together, V>(pass, a, k, results);
     for (; k <= half; k++) direct_frequencies<1, V>(pass, a, k, results);
@@ -122,10 +123,10 @@ void transform_line(const PlanOf<V>& plan, Complex<V>* line);
 template <class V>
 void inverse_transform_line(const PlanOf<V>& plan, Complex<V>* line);
 
-// A prime p as a circular convolution of p - 1 points: numbered by powers of a generator, samples and frequencies are
-// multiplied by adding their numbers (Rader). `a` has room for p - 1 more.
+// A prime p as a circular convolution of p - 1 points (Rader): with samples and frequencies numbered by powers of a
+// generator, their product n k becomes a sum of exponents. `a` has room for 2 p - 1 points.
 template <class V>
-void powers_butterfly(const PassOf<V>& pass, Complex<V>* a) {
+void rader_butterfly(const PassOf<V>& pass, Complex<V>* a) {
     const PlanOf<V>& convolution = *pass.convolution;
     const Complex<V> first = a[0];
     Complex<V>* line = a + pass.radix;
@@ -134,15 +135,15 @@ void powers_butterfly(const PassOf<V>& pass, Complex<V>* a) {
     Complex<V>& sum = line[convolution.frequency_at[0]];
     a[0] = first + sum;
     for (int p = 0; p < convolution.size; p++) line[p] = line[p] * pair_at(pass.spectrum, p);
-    sum = sum + first;  // the sample that is no power adds to every frequency
+    sum = sum + first;  // sample 0, which is no power of the generator, adds to every frequency
     inverse_transform_line<V>(convolution, line);
     for (int p = 0; p < convolution.size; p++) a[pass.outputs[p]] = line[p];
 }
 
-// A prime whose predecessor has large factors as a convolution of a smooth length, with a chirp (Bluestein). `a` has
-// room for that many more.
+// A prime p for which p - 1 has large factors: a convolution with a chirp, of a smooth length (Bluestein). `a` has room
+// for p points and the convolution's.
 template <class V>
-void chirp_butterfly(const PassOf<V>& pass, Complex<V>* a) {
+void bluestein_butterfly(const PassOf<V>& pass, Complex<V>* a) {
     const PlanOf<V>& convolution = *pass.convolution;
     Complex<V>* line = a + pass.radix;
     for (int p = 0; p < convolution.size; p++) line[p] = Complex<V>{};
@@ -159,8 +160,8 @@ FFT_INLINE void pass_butterfly(const PassOf<V>&, Index<R>, Complex<V>* a) {
 }
 template <class V>
 FFT_INLINE void pass_butterfly(const PassOf<V>& pass, int, Complex<V>* a) {
-    if (pass.inputs) return powers_butterfly(pass, a);
-    pass.chirp ? chirp_butterfly(pass, a) : direct_butterfly(pass, a);
+    if (pass.inputs) return rader_butterfly(pass, a);
+    pass.chirp ? bluestein_butterfly(pass, a) : direct_butterfly(pass, a);
 }
 
 template <class V, class Radix>
@@ -172,7 +173,7 @@ FFT_INLINE void twiddle(const PassOf<V>& pass, Radix radix, std::int64_t m, Comp
 }
 
 template <class V, class Radix>
-FFT_INLINE void exchange(Radix radix, Complex<V>* a) {
+FFT_INLINE void swap_parts(Radix radix, Complex<V>* a) {
     for_each(radix, [&](auto r) UNROLLED_BODY { a[r] = Complex<V>{a[r].im, a[r].re}; });
 }
 
@@ -186,11 +187,11 @@ FFT_INLINE void run_butterflies(const PassOf<V>& pass, std::int64_t lines, Radix
         for (std::int64_t outer = 0; outer < outers; outer++)
             for (std::int64_t m = 0; m < inner; m++) {
                 from(a, radix, outer, m);
-                if constexpr (inverse) exchange<V>(radix, a);
+                if constexpr (inverse) swap_parts<V>(radix, a);
                 if constexpr (inverse && twiddled) twiddle<V>(pass, radix, m, a);
                 pass_butterfly<V>(pass, radix, a);
                 if constexpr (!inverse && twiddled) twiddle<V>(pass, radix, m, a);
-                if constexpr (inverse) exchange<V>(radix, a);
+                if constexpr (inverse) swap_parts<V>(radix, a);
                 to(a, radix, outer, m);
             }
     }
@@ -202,7 +203,7 @@ void unrolled_pass(const PassOf<V>& pass, std::int64_t lines, const Source& sour
     run_butterflies<inverse, twiddled, V>(pass, lines, Index<R>{}, a, source, sink);
 }
 
-// `scratch` holds Plan::scratch elements; only radices without code of their own use it.
+// `scratch` holds Plan::scratch elements; only radices without an unrolled butterfly use it.
 template <bool inverse, bool twiddled, class V, class Source, class Sink>
 void run_pass_of_any_radix(const PassOf<V>& pass, std::int64_t lines, Complex<V>* scratch, const Source& source,
                            const Sink& sink) {
@@ -234,15 +235,15 @@ void run_pass(const PassOf<V>& pass, std::int64_t lines, Complex<V>* scratch, co
         run_pass_of_any_radix<inverse, false, V>(pass, lines, scratch, source, sink);
 }
 
-// A plan's last pass, which has no twiddles.
+// The last pass of a plan, which has no twiddles.
 template <class V, class Source, class Sink>
 void run_last_pass(const PassOf<V>& pass, std::int64_t lines, Complex<V>* scratch, const Source& source,
                    const Sink& sink) {
     run_pass_of_any_radix<false, false, V>(pass, lines, scratch, source, sink);
 }
 
-// Passes [first, last) of a plan over lines in place, or over one of so many parts of each, where those passes make
-// transforms of their own of the parts; the inverse runs them backwards.
+// Passes [first, last) of a plan, in place, over lines or, with parts > 1, over one part of each line: after a few
+// passes a line consists of independent transforms. The inverse runs the passes in reverse order.
 template <bool inverse, class V>
 void run_passes_of_part(const PlanOf<V>& plan, int first, int last, std::int64_t parts, std::int64_t lines,
                         Complex<V>* line, std::int64_t stride, Complex<V>* scratch) {
@@ -254,10 +255,11 @@ void run_passes_of_part(const PlanOf<V>& plan, int first, int last, std::int64_t
     }
 }
 
-// Lines longer than this leave L1 between two passes.
+// A longer line, in bytes, does not stay in L1 from one pass to the next.
 constexpr std::int64_t longest_whole_line = 32768;
 
-// A long line's later passes, from pass `split` on, go over it part by part. A shorter line is one part.
+// How a long line is split: passes from `split` on finish one part before they start the next. A short line is one
+// part.
 template <class V>
 struct Parts {
     int split = 0;

@@ -1,4 +1,4 @@
-// Memory that a call needs beside its tensors.
+// Workspace: what a call allocates in addition to its tensors.
 #pragma once
 
 #include <cstdint>
@@ -15,12 +15,12 @@ struct Free {
 };
 using Memory = std::unique_ptr<char, Free>;
 
-// A multiple of a complex number's size in any vector width, which is also what workspaces are aligned to.
+// A multiple of the size of a complex register of any vector width. Workspaces are aligned to it.
 inline constexpr std::int64_t alignment = 128, huge_page = 2 << 20;
 inline std::int64_t padded(std::int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
 
-// What is allocated for so many bytes. From some size on every call gets fresh pages, whose faults would cost more than
-// the transforms were they not large ones.
+// The size of an allocation. Large ones are mapped afresh at every call, so they use huge pages: faulting in small ones
+// would take longer than the transforms.
 inline std::int64_t allocated(std::int64_t bytes) {
     const std::int64_t unit = bytes >= 2 * huge_page ? huge_page : alignment;
     return (bytes + unit - 1) / unit * unit;

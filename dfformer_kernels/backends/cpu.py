@@ -1,4 +1,4 @@
-"""The ``cpu`` backend: tensors in, calls of the compiled core out. Every check the core relies on is made here."""
+"""The ``cpu`` backend: checks tensors and passes their addresses to the compiled core."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dfformer_kernels.backends.filter_kernels import filter_kernels
+from dfformer_kernels.problem import Problem
+from dfformer_kernels.reference import compute_dtype
 
 # The order of DType in csrc/dynamic_filter.h.
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -50,48 +52,38 @@ def unavailable_reasons() -> list[str]:
     return [] if core else [reason]
 
 
-def refusals(op: str, shape: tuple[int, ...]) -> list[str]:
-    """Why the core cannot do ``op`` on x of this shape; empty if it can."""
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Why the core cannot run ``problem``; empty if it can."""
     most = core().max_side
-    if op.startswith("star_relu") or max(shape[1:3]) <= most:
+    if problem.op.startswith("star_relu") or max(problem.shape[1:3]) <= most:
         return []
-    return [f"a side of the plane is longer than {most}"]
+    return [f"H or W is greater than {most}"]
 
 
 def core() -> ModuleType:
-    """The compiled core; RuntimeError with the reason where it is absent."""
+    """The compiled core; RuntimeError with the reason if it is absent."""
     module, reason = _load()
     if module is None:
         raise RuntimeError(reason)
     return module
 
 
-def star_relu(x: Tensor, scale: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """``out``, contiguous, may be x itself."""
+def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     x = x.contiguous()
-    y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    core().star_relu(
-        _address(x), _address(y, x), x.numel(), _DTYPE_CODES[x.dtype], scale.item(), bias.item(), _threads()
-    )
+    y = _empty_like(x)
+    code, n = _DTYPE_CODES[x.dtype], x.numel()
+    core().star_relu(_pointer("x", x), _pointer("y", y, x), n, code, scale.item(), bias.item(), _threads())
     return y
 
 
-def star_relu_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    needs: Sequence[bool],
-    out: Tensor | None = None,
-) -> list[Tensor]:
-    """``out``, for grad_x, may be grad_y itself if that is contiguous and has x's dtype."""
+def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
     need_x, need_scale, need_bias = needs
     x, grad_y = x.contiguous(), grad_y.to(x.dtype).contiguous()
-    grad_x = (torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out) if need_x else None
+    grad_x = _empty_like(x) if need_x else None
     grad_scale, grad_bias = core().star_relu_backward(
-        _address(grad_y, x),
-        _address(x),
-        _address(grad_x, x),
+        _pointer("grad_y", grad_y, x),
+        _pointer("x", x),
+        _pointer("grad_x", grad_x, x),
         x.numel(),
         _DTYPE_CODES[x.dtype],
         scale.item(),
@@ -105,10 +97,32 @@ def star_relu_backward(
     return gradients
 
 
+class _FilterStep:
+    """The inputs of a filter step as the core takes them: contiguous, parameters in the arithmetic dtype."""
+
+    def __init__(
+        self, x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None
+    ) -> None:
+        arithmetic = compute_dtype(x.dtype)
+        self.x = x.contiguous()
+        self.logits = None if logits is None else logits.to(arithmetic).contiguous()
+        self.filters = filters.to(arithmetic).contiguous()
+        B, H, W, C = x.shape
+        F = 0 if logits is None else logits.shape[1]
+        star_relu = None if scale is None or bias is None else (scale.item(), bias.item())
+        self.problem = ((B, H, W, C, F), _DTYPE_CODES[x.dtype], star_relu)
+        if filters.shape != (H, W // 2 + 1, F or C, 2) or (logits is not None and logits.shape != (B, F, C)):
+            raise RuntimeError(
+                f"filters, logits: got {tuple(filters.shape)} and {None if logits is None else tuple(logits.shape)}, "
+                f"accepted beside x {tuple(x.shape)} are (H,K,F,2) and (B,F,C), or (H,K,C,2) and None"
+            )
+        self.inputs = (_pointer("x", self.x), _pointer("logits", self.logits), _pointer("filters", self.filters))
+
+
 def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    problem = _FilterProblem(x, logits, filters, scale, bias)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    core().filter(*problem.arguments, *problem.addresses, _address(y, problem.x), _threads())
+    step = _FilterStep(x, logits, filters, scale, bias)
+    y = _empty_like(step.x)
+    core().filter(*step.problem, *step.inputs, _pointer("y", y, step.x), _threads())
     return y
 
 
@@ -122,18 +136,18 @@ def _filter_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     need_x, need_logits, need_filters, need_scale, need_bias = needs
-    problem = _FilterProblem(x, logits, filters, scale, bias)
-    grad_y = (grad_y if grad_y.dtype == x.dtype else grad_y.to(x.dtype)).contiguous()
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-    grad_logits = torch.empty_like(problem.logits) if problem.logits is not None and need_logits else None
-    grad_filters = torch.empty_like(problem.filters) if need_filters else None
+    step = _FilterStep(x, logits, filters, scale, bias)
+    grad_y = grad_y.to(x.dtype).contiguous()
+    grad_x = _empty_like(step.x) if need_x else None
+    grad_logits = _empty_like(step.logits) if step.logits is not None and need_logits else None
+    grad_filters = _empty_like(step.filters) if need_filters else None
     grad_scale, grad_bias = core().filter_backward(
-        *problem.arguments,
-        _address(grad_y, problem.x),
-        *problem.addresses,
-        _address(grad_x, problem.x),
-        _address(grad_logits, problem.logits),
-        _address(grad_filters, problem.filters),
+        *step.problem,
+        _pointer("grad_y", grad_y, step.x),
+        *step.inputs,
+        _pointer("grad_x", grad_x, step.x),
+        _pointer("grad_logits", grad_logits, step.logits),
+        _pointer("grad_filters", grad_filters, step.filters),
         need_scale or need_bias,
         _threads(),
     )
@@ -141,7 +155,7 @@ def _filter_backward(
     if logits is not None and grad_logits is not None:
         gradients.append(grad_logits.to(logits.dtype))
     if grad_filters is not None:
-        gradients.append(grad_filters)
+        gradients.append(grad_filters.to(filters.dtype))
     if scale is not None and need_scale:
         gradients.append(torch.full_like(scale, grad_scale))
     if bias is not None and need_bias:
@@ -149,27 +163,9 @@ def _filter_backward(
     return gradients
 
 
-class _FilterProblem:
-    """A filter step's inputs as the core takes them: dense, parameters in the arithmetic dtype."""
-
-    def __init__(
-        self, x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None
-    ) -> None:
-        self.x = x.contiguous()
-        self.filters = filters.contiguous()
-        if logits is not None and logits.dtype != filters.dtype:
-            logits = logits.to(filters.dtype)
-        self.logits = None if logits is None else logits.contiguous()
-        F = 0 if logits is None else logits.shape[1]
-        star_relu = None if scale is None or bias is None else (scale.item(), bias.item())
-        self.arguments = ((*x.shape, F), _DTYPE_CODES[x.dtype], star_relu)
-        self.addresses = (_address(self.x), _address(self.logits), _address(self.filters))
-
-
 def filter_workspace_bytes(shape: Sequence[int], num_filters: int, dtype: torch.dtype, backward: bool = False) -> int:
-    """Bytes a step on x of ``shape`` (B,H,W,C) allocates beside its tensors, with the threads torch uses now.
-
-    ``num_filters`` is F, 0 for a global filter.
+    """Bytes of workspace that a filter step on x of ``shape`` (B,H,W,C) allocates with torch's current number of
+    threads. ``num_filters`` is F, 0 for a global filter.
     """
     return core().filter_workspace((*shape, num_filters), _DTYPE_CODES[dtype], backward, _threads())
 
@@ -181,20 +177,26 @@ KERNELS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _empty_like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
 def _threads() -> int:
-    # OpenMP's pool does not survive a fork: a child that opened a parallel region would hang.
+    # OpenMP's thread pool does not survive a fork: a child that opened a parallel region would hang.
     return 1 if _in_forked_child else torch.get_num_threads()
 
 
-def _address(t: Tensor | None, like: Tensor | None = None) -> int:
-    """The address of a dense CPU tensor, of the dtype and size of ``like``; 0 for None. The last check before the core
-    trusts a pointer."""
+def _pointer(name: str, t: Tensor | None, like: Tensor | None = None) -> int:
+    """The address of a contiguous CPU tensor of the dtype and size of ``like``; 0 for None.
+
+    The core trusts addresses, so this is the last check.
+    """
     if t is None:
         return 0
     like = t if like is None else like
     if not (t.is_cpu and t.is_contiguous() and t.dtype == like.dtype and t.numel() == like.numel()):
         raise RuntimeError(
-            f"the compiled core takes contiguous CPU tensors of one dtype and shape, got {t.dtype} "
-            f"{tuple(t.shape)} with strides {t.stride()} on {t.device} beside {like.dtype} {tuple(like.shape)}"
+            f"{name}: got {t.dtype} {tuple(t.shape)} with strides {t.stride()} on {t.device}, accepted is a contiguous "
+            f"{like.dtype} CPU tensor of {like.numel()} elements"
         )
     return t.data_ptr()

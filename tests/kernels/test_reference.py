@@ -1,12 +1,14 @@
 """The reference against calculus and against sums written out, and every backend against the pinned convention."""
 
 import math
+import platform
 from collections.abc import Callable
 
 import pytest
 import torch
 from cases import CASES, OPS, Case, Inputs, Op, Target, assert_within_bound, expected, gradients, make_grad, make_inputs
 from conftest import targets
+from native_core import run_script
 from torch import Tensor
 
 from dfformer_kernels import dynamic_filter, reference
@@ -50,6 +52,27 @@ def test_explicit_backward_of_an_infinite_gradient_where_relu_is_flat() -> None:
     grad_y = torch.full_like(x, math.inf)
     (explicit,) = op.backward(grad_y, inputs, needs=(True, False, False), backend="torch")
     assert explicit.tolist() == gradients(op.reference(inputs), inputs, grad_y)["x"].tolist() == [0, 0, 0, math.inf]
+
+
+GRADIENT_OF_WIDE_PLANES = """
+import torch
+from dfformer_kernels import reference
+torch.set_num_threads(1)
+for H, W in ((2, 64), (5, 509), (2, 4608)):
+    for _ in range(6):
+        x = torch.randn(1, H, W, 3, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(H, W // 2 + 1, 3, 2, dtype=torch.float64)
+        reference.global_filter(x, weight).square().sum().backward()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone checks its heap")
+def test_gradients_of_wide_planes_leave_the_heap_intact() -> None:
+    """In a process of its own, where glibc checks its heap: MKL's two-dimensional complex transforms do not."""
+    done = run_script(
+        GRADIENT_OF_WIDE_PLANES, GLIBC_TUNABLES="glibc.malloc.check=3", LD_PRELOAD="libc_malloc_debug.so.0"
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def at_odd_offset(t: Tensor) -> Tensor:

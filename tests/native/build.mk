@@ -1,4 +1,5 @@
-# Builds check_core with the compiled core, or check_cufft with its part of it and a fake libcufft. OUT, FLAGS and CXX are the caller's; each set of flags has its own OUT.
+# Builds check_core with the compiled core, and check_cufft with csrc/cuda/cufft.cpp and a fake libcufft. The caller sets OUT,
+# FLAGS and CXX; each set of flags needs its own OUT.
 CXX ?= g++
 OBJECTS := $(patsubst csrc/cpu/%.cpp,$(OUT)/%.o,$(wildcard csrc/cpu/*.cpp)) $(OUT)/check_core.o
 
@@ -10,7 +11,7 @@ $(OUT)/%.o: csrc/cpu/%.cpp
 	$(CXX) -std=c++20 -fno-math-errno -Wno-psabi $(FLAGS) -MMD -c $< -o $@
 
 # Optimised and without sanitizers: the definition takes most of the time, and it is not what is being checked.
-$(OUT)/check_core.o: tests/native/check_core.cpp
+$(OUT)/check_core.o: tests/native/core/check_core.cpp
 	@mkdir -p $(OUT)
 	$(CXX) -std=c++20 -Wall -Wextra -Wno-psabi $(filter-out -O% -fsanitize=%,$(FLAGS)) -O2 -Icsrc -MMD -c $< -o $@
 

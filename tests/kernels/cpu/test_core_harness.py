@@ -6,11 +6,13 @@ import sys
 
 import pytest
 from conftest import require, require_compiler
+from native_core import FULL
 from paths import NATIVE
 
 RUN = NATIVE / "run.sh"
 
 
+@pytest.mark.skipif(not FULL, reason="compiles for minutes; DFFORMER_TEST_FULL=1 runs it")
 @pytest.mark.skipif(sys.platform != "linux", reason="the harness is written for Linux")
 def test_the_core_agrees_with_its_definition_and_stays_within_its_tensors() -> None:
     require_compiler()

@@ -22,9 +22,9 @@ _LOOKED_FOR = (
     "modules with filters of their own, a parameter (H, W//2 + 1, F, 2) or complex (H, W//2 + 1, F), "
     "whose forward multiplies them with torch.fft.rfft2's result and calls irfft2"
 )
-# What a module may define beside nn.Module without losing it when it is replaced.
-_METHODS = {"__init__", "forward", "extra_repr", "__repr__", "__doc__", "__module__", "__annotations__", "__dict__"}
-
+# What of nn.Module a class may define without losing it when it is replaced; of its special methods, what it may not.
+_KEPT = {"forward", "extra_repr", "call_super_init", "dump_patches"}
+_SPECIAL = {"__call__", "__setattr__", "__getattr__", "__delattr__", "__getstate__", "__setstate__"}
 
 _Build = Callable[[nn.Module], nn.Module]  # a replacement on a module's own parts
 
@@ -77,10 +77,10 @@ def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
     whatever its class is called, its maps' layout is and it does before and after. The authors' own layers become
     `DynamicFilter` and `GlobalFilter`. Of the others, `FusedCopy` keeps the forward but for that chain.
 
-    Each formula is tried first on random inputs and weights, against a copy of the layer: outputs, gradients, buffers and use of
-    random numbers, in evaluation and training, on the plane of its filters and on others that it runs on. Where it
-    differs, or has hooks, parametrisations or methods that the replacement would lose, it is left alone. Filters
-    follow the plane of the input afterwards, also where the original had a fixed size.
+    Each formula is tried first on random inputs and weights, against a copy of the layer: outputs, gradients, buffers
+    and use of random numbers, in evaluation and training, on the plane of its filters and on others that it runs on.
+    Where it differs, or has hooks, parametrisations or methods that the replacement would lose, it is left alone.
+    Filters follow the plane of the input afterwards, also where the original had a fixed size.
 
     Returns:
         What was found, by name; a layer with several names is in it by each. Empty if nothing was, in which case its
@@ -213,7 +213,8 @@ def _check_replaceable(module: nn.Module) -> None:
     """Raises UnsupportedCopyError where a replacement would lose something that no trial shows."""
     kind = type(module)
     bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    methods = {name for base in bases for name in vars(base)} & set(vars(nn.Module)) - _METHODS
+    defined = {name for base in bases for name in vars(base)}
+    methods = defined & ({name for name in vars(nn.Module) if not name.startswith("__")} - _KEPT | _SPECIAL)
     tensors = [*module.parameters(), *module.buffers()]
     foreign = {type(t).__name__ for t in tensors} - {"Parameter", "Tensor"}
     lost = {

@@ -286,6 +286,14 @@ def test_copies_of_a_swapped_model_keep_everything_and_are_restored_by_the_same_
     assert type(model[2]) is DynamicFilter, "the report's own model is untouched"
 
 
+def test_swapped_models_are_traced_and_exported() -> None:
+    model, x = two_forms().eval(), torch.randn(2, 8, 8, 8)
+    replace_dynamic_filters(model)
+    expected = model(x)
+    assert relative_error(torch.fx.symbolic_trace(model)(x), expected) < 1e-6
+    assert relative_error(torch.export.export(model, (x,)).module()(x), expected) < 1e-6
+
+
 @pytest.mark.parametrize("before", [True, False], ids=["EMA copy made before", "made after"])
 def test_ema_copies_follow_a_swapped_model(before: bool) -> None:
     model = two_forms()

@@ -38,38 +38,46 @@ class Form(NamedTuple):
     normalised: bool = False
 
 
+@torch.fx.wrap
+def filter_step(x: Tensor, weight: Tensor, logits: Tensor | None, form: Form) -> Tensor:
+    """The dynamic or global filter step on the tensors of a copy; one node of a symbolic trace.
+
+    Args:
+        x: (B,H,W,C) or (B,C,H,W).
+        weight: as stored.
+        logits: B in front and F at ``form.filter_axis``, the other axes C channels or one for all; None for one filter
+            a channel.
+
+    Returns:
+        x's shape and dtype, contiguous.
+    """
+    if form.channels_first:
+        x = x.permute(0, 2, 3, 1)
+    H, W = x.shape[1:3]
+    with without_autocast(x.device):
+        basis = as_basis(weight, form.storage).to(compute_dtype(x.dtype))
+        if tuple(basis.shape[:2]) != (H, W // 2 + 1):
+            basis = resize_filter(basis.contiguous(), form.size, (H, W), form.resize)
+    if logits is None:
+        y = global_filter(x, basis)
+    else:
+        if form.normalised:
+            logits = logits.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+        logits = logits.movedim(form.filter_axis, 1)
+        logits = logits.flatten(2) if logits.dim() > 2 else logits[..., None]
+        y = dynamic_filter(x, logits.expand(-1, -1, x.shape[-1]), basis)
+    return y.permute(0, 3, 1, 2).contiguous() if form.channels_first else y
+
+
 class FilterStep(nn.Module):
-    """The dynamic or global filter step on the tensors of a copy. It has no parameters of its own."""
+    """`filter_step` with its form; it has no parameters of its own."""
 
     def __init__(self, form: Form) -> None:
         super().__init__()
         self.form = form
 
     def forward(self, x: Tensor, weight: Tensor, logits: Tensor | None = None) -> Tensor:
-        """``x`` (B,H,W,C) or (B,C,H,W); ``weight`` as stored; ``logits`` with B in front and F at ``filter_axis``, the
-        other axes C channels or one for all; None for one filter a channel. Returns x's shape and dtype, contiguous.
-        """
-        form = self.form
-        if form.channels_first:
-            x = x.permute(0, 2, 3, 1)
-        with without_autocast(x.device):
-            basis = self._basis(weight, x)
-        if logits is None:
-            y = global_filter(x, basis)
-        else:
-            if form.normalised:
-                logits = logits.float().clamp_min(torch.finfo(torch.float32).tiny).log()
-            logits = logits.movedim(form.filter_axis, 1)
-            logits = logits.flatten(2) if logits.dim() > 2 else logits[..., None]
-            y = dynamic_filter(x, logits.expand(-1, -1, x.shape[-1]), basis)
-        return y.permute(0, 3, 1, 2).contiguous() if form.channels_first else y
-
-    def _basis(self, weight: Tensor, x: Tensor) -> Tensor:
-        basis = as_basis(weight, self.form.storage).to(compute_dtype(x.dtype))
-        H, W = x.shape[1:3]
-        if tuple(basis.shape[:2]) == (H, W // 2 + 1):
-            return basis
-        return resize_filter(basis.contiguous(), self.form.size, (H, W), self.form.resize)
+        return filter_step(x, weight, logits, self.form)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in self.form._asdict().items())

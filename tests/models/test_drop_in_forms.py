@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import different_copies as different
 import filter_copies as forms
 import pytest
 import torch
@@ -44,21 +45,24 @@ SWAPPED: dict[str, tuple[Make, list[Any], list[Any]]] = {
 }
 
 REFUSED: dict[str, tuple[Make, str]] = {
-    "viewed": (lambda: forms.Viewed(DIM), "views (B,C,H,W) data as (B,H,W,C)"),
-    "viewed, as many channels as rows": (lambda: forms.Viewed(8), "views (B,C,H,W) data as (B,H,W,C)"),
-    "windows": (lambda: forms.Windows(DIM, 16), "16x16 windows of a 32x32 plane"),
-    "scaled": (lambda: forms.Scaled(DIM), "differs from ours by a factor"),
-    "masked by ones": (lambda: forms.Masked(DIM), "differs from ours by a factor"),
-    "no gradient": (lambda: forms.ConstantRouting(DIM), "its gradient of reweight"),
-    "by batch": (lambda: forms.BatchOfTwo(DIM), "with another batch its forward does something else"),
-    "mixed norms": (lambda: forms.MixedNorms(DIM), "by a factor, 8 in"),
-    "bilinear": (lambda: forms.Bilinear(DIM), "mode='bilinear'"),
-    "no softmax": (lambda: forms.Gated(DIM), "4 filters are mixed by no softmax"),
-    "noise in training": (lambda: forms.NoiseInTraining(DIM), "in training its forward does something else (at randn"),
-    "functional dropout": (lambda: forms.FunctionalDropout(DIM), "in training its forward does something else"),
-    "by value": (lambda: forms.ByValue(DIM), "branches on the values of tensors"),
-    "full spectrum": (lambda: forms.FullSpectrum(DIM), "uses fft2, ifft2"),
-    "side effect": (lambda: forms.SavesRouting(DIM), "sets self.last_routing"),
+    "viewed": (lambda: different.Viewed(DIM), "views (B,C,H,W) data as (B,H,W,C)"),
+    "viewed, as many channels as rows": (lambda: different.Viewed(8), "views (B,C,H,W) data as (B,H,W,C)"),
+    "windows": (lambda: different.Windows(DIM, 16), "16x16 windows of a 32x32 plane"),
+    "scaled": (lambda: different.Scaled(DIM), "differs from ours by a factor"),
+    "masked by ones": (lambda: different.Masked(DIM), "differs from ours by a factor"),
+    "no gradient": (lambda: different.ConstantRouting(DIM), "its gradient of reweight"),
+    "by batch": (lambda: different.BatchOfTwo(DIM), "with another batch its forward does something else"),
+    "mixed norms": (lambda: different.MixedNorms(DIM), "by a factor, 8 in"),
+    "bilinear": (lambda: different.Bilinear(DIM), "mode='bilinear'"),
+    "no softmax": (lambda: different.Gated(DIM), "4 filters are mixed by no softmax"),
+    "noise in training": (
+        lambda: different.NoiseInTraining(DIM),
+        "in training its forward does something else (at randn",
+    ),
+    "functional dropout": (lambda: different.FunctionalDropout(DIM), "in training its forward does something else"),
+    "by value": (lambda: different.ByValue(DIM), "branches on the values of tensors"),
+    "full spectrum": (lambda: different.FullSpectrum(DIM), "uses fft2, ifft2"),
+    "side effect": (lambda: different.SavesRouting(DIM), "sets self.last_routing"),
 }
 
 

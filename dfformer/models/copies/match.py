@@ -172,17 +172,19 @@ def _layout(traced: Trace, expected: Expected, forward: fx.Node, inverse: fx.Nod
         raise DifferentCopyError(f"it transforms axes {dims} of a {value.dim()}-D tensor")
     channels_first = axes[0] == (2, 3)
     plane = tuple(value.shape[2:] if channels_first else value.shape[1:3])
-    if plane != expected.plane or len(value) != expected.batch:
+    if plane != expected.plane:
         raise DifferentCopyError(
             f"it filters {_by(plane)} windows of a {_by(expected.plane)} plane, ours the whole plane"
         )
+    if len(value) != expected.batch:
+        raise DifferentCopyError(f"it transforms a batch of {len(value)} for an input of {expected.batch}")
     if there["s"] is not None and tuple(traced.values.get(s, s) for s in there["s"]) != plane:
         raise DifferentCopyError("it crops or pads the plane before it transforms")
     for node in traced.ancestors(x):
         if node.target in _VIEWS:
             _check_view(traced.values[node.all_input_nodes[0]].shape, traced.values[node].shape, plane)
-    while x.op == "call_method" and x.target in _CASTS and traced.values[x].shape == value.shape:
-        x = x.args[0]
+    while x.op == "call_method" and x.target in _CASTS and value.dtype == torch.float32:
+        x = x.args[0]  # our step takes any dtype and computes in float32
     return Form(channels_first, expected.size, expected.storage, expected.resize), x
 
 

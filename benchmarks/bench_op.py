@@ -1,13 +1,13 @@
 """Times the filter steps, forward and forward+backward, against torch.fft and other FFT libraries.
 
     python benchmarks/bench_op.py [--quick] [--op dynamic_filter,global_filter] [--dtype float32] [--threads N]
-                                  [--device cpu|cuda]
+                                  [--device cpu|cuda] [--allocator default|kept]
 
 All contestants run interleaved, round by round, in one process, each for a while after one call that is not counted;
 medians of single calls are reported, on a GPU those of triton.testing.do_bench, which empties its second-level cache
 before every call. A result outside ``dfformer_kernels.tolerance`` of the float64 reference is an error, found before
-anything is timed. Without StarReLU. The allocator is as torch leaves it: what our backward does to it
-(`dfformer_kernels.ops.memory.keep_freed`) is left out.
+anything is timed. Without StarReLU. ``--allocator kept`` measures in a sub-process that keeps freed memory, by
+the recipe in docs/cpu_kernel.md; op.json says which allocator its times are of.
 
 Contestants: every backend that can run here; ``cpu`` also on each instruction set and on one thread; ``torch``, the
 reference called directly, is torch.fft as one would write it; the same under torch.compile; the same with the
@@ -36,6 +36,8 @@ import math
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -45,7 +47,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import DTYPES, TIMERS, names, provenance, write_csv
+from common import ALLOCATORS, DTYPES, TIMERS, allocator, names, provenance, write_csv
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -193,6 +195,11 @@ class Summary(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
+    if args.allocator != allocator():  # which a process chooses when it starts
+        command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
+        kept = {name: value for name, value in os.environ.items() if name not in ALLOCATORS["kept"]}
+        subprocess.run(command, env=kept | ALLOCATORS[args.allocator], check=True)
+        return
     torch.set_num_threads(args.threads)
     setting = Setting(args.threads, device=args.device)
     machine = describe_machine(setting)
@@ -219,6 +226,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", type=names(list(DTYPES)), default=list(DTYPES), help=f"of {','.join(DTYPES)}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--allocator", choices=list(ALLOCATORS), default=allocator(), help="what becomes of freed memory"
+    )
     parser.add_argument("--output", type=Path, default=Path("build/bench_op"), help="folder for op.csv, .json, .png")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -17,6 +17,13 @@ import torch
 
 from dfformer.cli.info import environment
 
+# By what a process does with memory that is freed: what its environment must hold from the start. By default glibc
+# munmaps blocks of 32 MiB and more when they are freed; docs/cpu_kernel.md has the recipe to keep them.
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "default": {},
+    "kept": {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"},
+}
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -44,7 +51,14 @@ def provenance(threads: int, device: str, libraries: Sequence[str] = ()) -> dict
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "threads": threads,
         "device": device,
+        "allocator": allocator(),
     }
+
+
+def allocator() -> str:
+    """Which of ALLOCATORS this process was started with."""
+    kept = all(os.environ.get(name) == value for name, value in ALLOCATORS["kept"].items())
+    return "kept" if kept else "default"
 
 
 def _caches() -> dict[str, str]:

@@ -93,6 +93,22 @@ def test_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
     assert "2x6x5x3 (stage)" in printed
 
 
+def test_another_allocator_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(bench_op.subprocess, "run", lambda command, env, check: started.append((command, env)))
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    arguments = ["--quick", "--allocator", "kept"]
+    bench_op.main(arguments)
+    ((command, env),) = started
+    assert command[2:] == arguments
+    for name, value in bench_op.ALLOCATORS["kept"].items():
+        assert env[name] == value
+        monkeypatch.setenv(name, value)
+    assert bench_op.allocator() == "kept"
+    bench_op.main(["--quick", "--allocator", "default"])
+    assert not bench_op.ALLOCATORS["kept"].keys() & started[1][1].keys()
+
+
 def wrong_result(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     return reference.dynamic_filter(x, logits, basis) * 1.00001
 

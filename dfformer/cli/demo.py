@@ -118,8 +118,9 @@ def train(digits: Digits, epochs: int, seed: int) -> tuple[nn.Module, dict[str, 
     for module in model.modules():
         if isinstance(module, DynamicFilter):
             # The usual initialisation (0.02) leaves the routing uniform for tens of epochs; this run has a dozen.
-            nn.init.kaiming_normal_(module.reweight.fc1.weight)
-            nn.init.kaiming_normal_(module.reweight.fc2.weight)
+            routing: Any = module.reweight
+            nn.init.kaiming_normal_(routing.fc1.weight)
+            nn.init.kaiming_normal_(routing.fc2.weight)
     optimizer = create_optimizer_v2(model, "adamw", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps = -(-len(digits.train_x) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, epochs * steps, pct_start=0.2)

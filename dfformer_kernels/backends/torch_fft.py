@@ -18,7 +18,7 @@ _ran = Prepared()
 def run(kernel: Callable[..., Any], name: str, *args: Any) -> Any:
     """``kernel(*args)``; RuntimeError where it would have to plan during capture."""
     tensors = [a for a in args if isinstance(a, Tensor)]
-    if not any(t.is_cuda for t in tensors):
+    if not any(t.device.type == "cuda" for t in tensors):
         return kernel(*args)
     # Strides are part of a plan, and a tensor that is asked for is a transform more.
     layouts = tuple((t.device, t.dtype, t.shape, t.stride()) for t in tensors)

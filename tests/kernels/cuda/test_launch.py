@@ -25,6 +25,7 @@ from cases import OPS as ALL_OPS
 from conftest import require, require_compiler
 from paths import ROOT
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfformer_kernels import device, dispatch, dynamic_filter, reference
 from dfformer_kernels import disk_cache as cache
@@ -32,7 +33,7 @@ from dfformer_kernels.backends.cuda import launch as cuda
 from dfformer_kernels.backends.cuda import layout, nvrtc
 from dfformer_kernels.backends.cuda.layout import CHIPS, Chip, Step, choose_variant
 from dfformer_kernels.backends.cuda.sources import cuda_sources
-from dfformer_kernels.problem import Problem
+from dfformer_kernels.problem import KernelBuildError, Problem
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 OPS = {name: op for name, op in ALL_OPS.items() if op.name in cuda.KERNELS}
@@ -91,10 +92,12 @@ def test_an_empty_log_overwrites_no_shared_bytes() -> None:
 @pytest.mark.usefixtures("compiler")
 def test_a_mistake_raises_with_the_compilers_log() -> None:
     with pytest.raises(
-        RuntimeError, match=r"(?s)NVRTC_ERROR_COMPILATION for tiny\.cu on sm_90:\ntiny\.cu.*\"VALUE\" is undefined"
+        KernelBuildError, match=r"(?s)NVRTC_ERROR_COMPILATION for tiny\.cu on sm_90:\ntiny\.cu.*\"VALUE\" is undefined"
     ):
         nvrtc.compile_cubin(TINY, [], "sm_90")
-    with pytest.raises(RuntimeError, match=r"NVRTC_ERROR_INVALID_OPTION for tiny\.cu on sm_1:\n.*--gpu-architecture"):
+    with pytest.raises(
+        KernelBuildError, match=r"NVRTC_ERROR_INVALID_OPTION for tiny\.cu on sm_1:\n.*--gpu-architecture"
+    ):
         nvrtc.compile_cubin(TINY, ["-DVALUE=2"], "sm_1")
 
 
@@ -223,14 +226,17 @@ def test_processes_may_compile_the_same_at_once(folder: Path) -> None:
 
 class Result(IntEnum):
     CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_NO_BINARY_FOR_GPU = 209
+    CUDA_ERROR_ILLEGAL_ADDRESS = 700
 
 
 class FakeDriver:
-    """cuda.bindings.driver that records its calls and fails in the one named ``failing``."""
+    """cuda.bindings.driver that records its calls and fails with ``error`` in the one named ``failing``."""
 
-    def __init__(self, failing: str = "") -> None:
-        self.failing, self.calls = failing, list[tuple[Any, ...]]()
+    def __init__(self, failing: str = "", error: Result = Result.CUDA_ERROR_NO_BINARY_FOR_GPU) -> None:
+        self.failing, self.error, self.calls = failing, error, list[tuple[Any, ...]]()
         self.CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
 
     def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
@@ -241,7 +247,7 @@ class FakeDriver:
                 args = (*args_before, [ctypes.c_int64.from_address(p or 0).value for p in pointers], extra)
             self.calls.append((name, *args))
             if name == self.failing:
-                return (Result.CUDA_ERROR_NO_BINARY_FOR_GPU, None)
+                return (self.error, None)
             return (Result.CUDA_SUCCESS,) if "Set" in name or "Launch" in name else (Result.CUDA_SUCCESS, f"<{name}>")
 
         return call
@@ -250,7 +256,7 @@ class FakeDriver:
 def launch(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=70 + device))
-    kernel = nvrtc.Kernel(b"cubin", "name", device=1, threads=96, shared_bytes=100_000)
+    kernel = nvrtc.load(b"cubin", "name", device=1, threads=96, shared_bytes=100_000)
     kernel.launch(2**31 - 1, 0, 2**62, -1)
 
 
@@ -269,23 +275,64 @@ def test_a_kernel_is_loaded_in_torchs_context_and_launched_on_its_stream(monkeyp
     ]
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        "cuDeviceGet",
-        "cuDevicePrimaryCtxRetain",
-        "cuCtxSetCurrent",
-        "cuModuleLoadData",
-        "cuModuleGetFunction",
-        "cuFuncSetAttribute",
-        "cuLaunchKernel",
-    ],
+CALLS = (
+    *("cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"),
+    *("cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute"),
+    "cuLaunchKernel",
 )
+LOADING = CALLS[3:6]
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_every_error_of_the_driver_is_raised_by_name(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """What is wrong with the kernel lets another backend run, and only that."""
     driver = FakeDriver(failing=call)
-    with pytest.raises(RuntimeError, match=f"{call} returned CUDA_ERROR_NO_BINARY_FOR_GPU"):
+    with pytest.raises(RuntimeError, match=f"{call} returned CUDA_ERROR_NO_BINARY_FOR_GPU") as info:
         launch(driver, monkeypatch)
+    assert type(info.value) is (KernelBuildError if call in LOADING else RuntimeError)
     assert driver.calls[-1][0] == call
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_earlier_kernels_error_is_not_taken_for_a_broken_kernel(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    with pytest.raises(RuntimeError, match=f"{call} returned CUDA_ERROR_ILLEGAL_ADDRESS") as info:
+        launch(FakeDriver(call, Result.CUDA_ERROR_ILLEGAL_ADDRESS), monkeypatch)
+    assert type(info.value) is RuntimeError
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("enough", [True, False], ids=["enough then", "too little"])
+def test_memory_that_torch_holds_is_released_for_the_driver(
+    monkeypatch: pytest.MonkeyPatch, call: str, enough: bool
+) -> None:
+    driver = FakeDriver(call, Result.CUDA_ERROR_OUT_OF_MEMORY)
+    released: list[str] = []
+
+    def release() -> None:
+        released.append(call)
+        driver.failing = "" if enough else call
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", release)
+    error = pytest.raises(torch.OutOfMemoryError, match=f"{call} returned CUDA_ERROR_OUT_OF_MEMORY")
+    with nullcontext() if enough else error:
+        launch(driver, monkeypatch)
+    assert released == [call]
+    assert driver.calls[-1][0] == ("cuLaunchKernel" if enough else call)
+
+
+def test_a_lack_of_the_hosts_memory_is_no_broken_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(name: str) -> tuple[Any, ...]:
+        code = SimpleNamespace(name="NVRTC_ERROR_OUT_OF_MEMORY") if name == "nvrtcCompileProgram" else 0
+        return (code,) if name == "nvrtcCompileProgram" else (code, 1)
+
+    class Nvrtc:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            return lambda *args: answer(name)
+
+    monkeypatch.setattr(nvrtc, "_nvrtc", Nvrtc)
+    monkeypatch.setattr(nvrtc, "_text_of", lambda program: "")
+    with pytest.raises(MemoryError, match=r"NVRTC ran out of host memory for tiny\.cu"):
+        nvrtc.compile_cubin(TINY, [], "sm_90")
 
 
 @pytest.mark.usefixtures("compiler")
@@ -624,6 +671,33 @@ def test_what_is_not_needed_is_not_asked_of_the_kernel(launched: list[tuple[int,
         ((_, *arguments, _),) = launched
         need_x, need_logits, need_basis, need_scale, need_bias = needs
         assert [bool(p) for p in arguments[6:]] == [need_x, need_logits, need_basis, need_scale or need_bias, False]
+
+
+class Launches(TorchDispatchMode):
+    """What torch runs beside views and allocations, each a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in ("empty_like", "new_empty", "empty", "view", "split", "slice", "detach", "fill_"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_torch_launches_nothing_beside_the_kernel_but_sums_of_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel: Any = SimpleNamespace(launch=lambda *arguments: None)
+    monkeypatch.setattr(cuda, "prepare", lambda problem: cuda.Loaded(kernel, 2, 5, 0))
+    monkeypatch.setattr(cuda, "_current", nullcontext)
+    inputs = make_inputs(OPS["dynamic_filter+star_relu"], Case(2, 4, 6, 3), torch.float32, requires_grad=False)
+    with torch.no_grad(), Launches() as forward:
+        cuda.KERNELS["dynamic_filter"](*inputs.values())
+    grad_y = torch.ones(2, 4, 6, 3)
+    with torch.no_grad(), Launches() as backward:
+        cuda.KERNELS["dynamic_filter_backward"](grad_y, *inputs.values(), [True] * 5)
+    assert (forward.names, backward.names) == ([], ["sum", "sum"])
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def integers(name: str) -> list[int]:
 
 
 # Each kernel with each value in all its integers, the targets in turn.
-CASES = [
+CASES: list[tuple[str, str, str, int | None]] = [
     (name, TARGETS[(i + j) % len(TARGETS)], value, None)
     for i, name in enumerate(KERNELS)
     for j, value in enumerate(VALUES)

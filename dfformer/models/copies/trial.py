@@ -55,6 +55,10 @@ _LAYOUTS: dict[str, Callable[[int, int, int, int], Any]] = {
 _NUMBERS = {"h": "H", "height": "H", "w": "W", "width": "W"}  # names of inputs that are numbers
 
 
+class OtherPlaneError(DifferentCopyError):
+    """The difference is on another plane than that of the filters, so that another rule of resizing may fit."""
+
+
 class Hypothesis(NamedTuple):
     """What a copy takes: filters stored like that, for that plane, and inputs of those layouts and channels."""
 
@@ -249,6 +253,8 @@ def match(trial: Trial, hypothesis: Hypothesis, resize: str) -> Fused:
             found = fuse(trace(module, case.inputs), module, expected)
         except CopyLimitError:
             continue
+        except DifferentCopyError as error:
+            raise (error if native else OtherPlaneError(str(error))) from None
         if fused is not None and (call := found.differs_in(fused)):
             where = f"on a {case.plane[0]}x{case.plane[1]} plane"
             if native:
@@ -359,9 +365,13 @@ def find(trial: Trial) -> tuple[Hypothesis, str, Fused]:
     Raises UnsupportedCopyError with the first difference that stayed.
     """
     errors: list[UnsupportedCopyError] = []
-    for hypothesis, resize in itertools.product(itertools.islice(trial.hypotheses(), 4), RULES):
-        try:
-            return hypothesis, resize, match(trial, hypothesis, resize)
-        except UnsupportedCopyError as error:
-            errors.append(error)
+    for hypothesis in itertools.islice(trial.hypotheses(), 4):
+        for resize in RULES:
+            try:
+                return hypothesis, resize, match(trial, hypothesis, resize)
+            except OtherPlaneError as error:
+                errors.append(error)
+            except UnsupportedCopyError as error:
+                errors.append(error)
+                break
     raise errors[0]

@@ -92,7 +92,7 @@ class Mlp(nn.Module):
     ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, bias=False, device=device, dtype=dtype)
-        self.act = act_layer().to(device=device, dtype=dtype)
+        self.act = build_activation(act_layer, device, dtype)
         self.fc2 = nn.Linear(hidden, out or dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,9 +127,9 @@ class SepConv(nn.Module):
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         C = int(expansion_ratio * dim)
         self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
-        self.act1 = act1_layer().to(**placed)
+        self.act1 = build_activation(act1_layer, **placed)
         self.dwconv = nn.Conv2d(C, C, kernel_size, padding=padding, groups=C, bias=bias, **placed)
-        self.act2 = act2_layer().to(**placed)
+        self.act2 = build_activation(act2_layer, **placed)
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,6 +165,14 @@ class MlpHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.head_dropout(self.norm(self.act(self.fc1(x)))))
+
+
+def build_activation(
+    layer: Activation, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The activation, moved only where a device or dtype is given: under fake tensors torch cannot move a module."""
+    act = layer()
+    return act if device is None and dtype is None else act.to(device=device, dtype=dtype)
 
 
 def call_linear(layer: nn.Module, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dfformer.models.exact import fusible, is_exact
 from dfformer.models.filter_resize import check_rule, resize_filter, scriptable_resize
-from dfformer.models.layers import Activation, Mlp, StarReLU, call_linear
+from dfformer.models.layers import Activation, Mlp, StarReLU, build_activation, call_linear
 from dfformer_kernels import dynamic_filter, global_filter
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.reference import compute_dtype
@@ -98,10 +98,10 @@ class SpectralFilter(nn.Module):
         # In the authors' order, which optimizers' states follow.
         self.complex_weights = nn.Parameter(torch.randn(H, W // 2 + 1, filters, 2, **placed) * 0.02)
         self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
-        self.act1 = act1_layer().to(**placed)
+        self.act1 = build_activation(act1_layer, **placed)
         if reweight is not None:
             self.reweight = reweight()
-        self.act2 = act2_layer().to(**placed)
+        self.act2 = build_activation(act2_layer, **placed)
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
         self._resized: tuple[tuple[int, int], str, Tensor, Tensor] | None = None
 
@@ -305,12 +305,12 @@ class AFNO2D(nn.Module):
         self.sparsity_threshold = sparsity_threshold
         self.hard_thresholding_fraction = float(hard_thresholding_fraction)
         self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
-        self.act1 = act1_layer().to(**placed)
+        self.act1 = build_activation(act1_layer, **placed)
         self.w1 = nn.Parameter(0.02 * torch.randn(2, num_blocks, width, hidden, **placed))
         self.b1 = nn.Parameter(0.02 * torch.randn(2, num_blocks, hidden, **placed))
         self.w2 = nn.Parameter(0.02 * torch.randn(2, num_blocks, hidden, width, **placed))
         self.b2 = nn.Parameter(0.02 * torch.randn(2, num_blocks, width, **placed))
-        self.act2 = act2_layer().to(**placed)
+        self.act2 = build_activation(act2_layer, **placed)
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
 
     def forward(self, x: Tensor) -> Tensor:

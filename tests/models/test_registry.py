@@ -1,4 +1,4 @@
-"""The models' names: as functions, in timm's registry, beside others of the same name, and for timm's scripts."""
+"""The models' names: as functions, their weights, beside others of the same name, and for timm's scripts."""
 
 import inspect
 import os
@@ -10,17 +10,21 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import timm
 import torch
+from small_models import CLASSES, DIMS, ERROR, KINDS, images, small
 from torch import nn
 
 import dfformer
 from dfformer import VARIANTS, DFFormer, register_models
 from dfformer import timm as runner
 from dfformer.models import metaformer
+from dfformer_kernels.tolerance import relative_error
 
+PUBLISHED = {f"{family}_{size}" for family in ("dfformer", "cdfformer") for size in ("s18", "s36", "m36", "b36")}
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
 
 
@@ -62,6 +66,69 @@ def test_the_former_name_of_the_class_still_works() -> None:
     assert pickle.loads(b"cdfformer.models.metaformer\nMetaFormer\n.") is DFFormer
     with pytest.raises(AttributeError, match="no attribute 'Metaformer'"):
         dfformer.Metaformer  # noqa: B018
+
+
+# Weights
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_pretrained_cfg(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    cfg = model.pretrained_cfg
+    url = f"https://github.com/okojoalg/dfformer/releases/download/weights/{name}.pth"
+    assert cfg["url"] == (url if name in PUBLISHED else "")
+    assert cfg["input_size"] == (3, 224, 224)
+    assert cfg["num_classes"] == model.get_submodule(cfg["classifier"]).out_features == 1000
+    assert model.get_submodule(cfg["first_conv"]).in_channels == 3
+    assert timm.is_model(name)
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), TimeoutError("slow"), ConnectionResetError("cut")], ids=str)
+def test_download_that_fails_says_what_to_do(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", no_network)
+    with pytest.raises(RuntimeError, match=r"pretrained_cfg_overlay=dict\(file=") as raised:
+        small("cdfformer_s18", pretrained=True)
+    assert "https://github.com/okojoalg/dfformer/releases/download/weights/cdfformer_s18.pth" in str(raised.value)
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("name", sorted(set(KINDS) - PUBLISHED))
+def test_pretrained_without_weights(name: str) -> None:
+    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+        small(name, pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["dfformer_s18", "cdfformer_s18", "gfformer_s18"])
+def test_checkpoint_adapted_to_images_and_classes(name: str, tmp_path: Path) -> None:
+    stored = small(name, num_classes=1000)
+    file = tmp_path / "weights.pth"
+    torch.save(stored.state_dict(), file)
+    weights = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+    model = small(name, img_size=(96, 70), in_chans=1, **weights)
+
+    # timm sums the colours' weights for grey images, and drops a classifier of another width
+    first = "downsample_layers.0.conv.weight"
+    adapted = {first, *(key for key in stored.state_dict() if key.endswith("complex_weights") or "head.fc2" in key)}
+    assert relative_error(model.state_dict()[first], stored.state_dict()[first].sum(1, keepdim=True)) < ERROR
+    assert model.head.fc2.weight.shape == (CLASSES, 4 * DIMS[-1])
+    for key in stored.state_dict().keys() - adapted:
+        assert torch.equal(model.state_dict()[key], stored.state_dict()[key])
+
+    grey = images(96, 70, channels=1)
+    expected = stored.forward_features(grey.expand(-1, 3, -1, -1))
+    assert relative_error(model.forward_features(grey), expected) < ERROR
+
+
+def test_checkpoint_of_the_same_shape_is_loaded_whole(tmp_path: Path) -> None:
+    stored = small(num_classes=1000)
+    file = tmp_path / "weights.pth"
+    torch.save(stored.state_dict(), file)
+    model = small(num_classes=1000, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    assert torch.equal(model(x := images()), stored(x))
 
 
 # Beside code that registers the same names

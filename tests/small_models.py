@@ -1,0 +1,48 @@
+"""Narrow models with a block a stage, and a training step, for the tests of whole models."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from dfformer import VARIANTS
+from dfformer_kernels.tolerance import BOUND
+
+FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
+DIMS, CLASSES = [16, 24, 32, 40], 7
+# Reduced depth and width leave the token mixers as the difference between the models: one of each, and one activation
+# that the filter step does not compute; with DFFORMER_TEST_FULL=1 the other activations and sizes too.
+KINDS = (
+    [name for name in VARIANTS if "s18" in name]
+    if FULL
+    else ["dfformer_s18", "cdfformer_s18", "gfformer_s18", "dfformer_s18_gelu", "dfformer_s18_afno"]
+)
+EVERY_KIND = pytest.mark.parametrize("name", KINDS)
+# float32 models round some fifty times in a row, in an order that layouts and compilers change
+ERROR = 20 * BOUND[torch.float32]
+
+
+def small(name: str = "dfformer_s18", **kwargs: Any) -> Any:
+    shape = {"depths": (1, 1, 1, 1), "dims": DIMS, "img_size": 64, "num_classes": CLASSES}
+    return timm.create_model(name, **{**shape, **kwargs}).eval()
+
+
+def images(H: int = 64, W: int = 64, channels: int = 3, batch: int = 2) -> Tensor:
+    return torch.randn(batch, channels, H, W)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model: Callable[[Tensor], Tensor], parameters_of: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and parameter gradients of a training step, starting from the same random state each time."""
+    parameters_of.zero_grad()
+    torch.manual_seed(1)
+    y = model(x)
+    y.square().sum().backward()
+    return y.detach(), gradients(parameters_of)

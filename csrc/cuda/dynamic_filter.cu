@@ -143,8 +143,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     Environment env{Block::in_turn ? spectra + (long long)blockIdx.x * Block::spectrum_size : nullptr};
     Step step{grad_y, x,           logits,       filters,         {scale, bias},
               grad_x, grad_logits, filter_slots, star_relu_slots, (int)threadIdx.x};
-    for (step.item = blockIdx.x; step.item < B * Block::channel_blocks; step.item += gridDim.x) {
-        step.first = step.item == blockIdx.x;
+    for (long long item = blockIdx.x; item < B * Block::channel_blocks; item += gridDim.x) {
+        step.begin(item, item == blockIdx.x);
         unrolled<0, Step::phases>([&](auto phase) {
             step.template run<phase.value>(env);
             __syncthreads();

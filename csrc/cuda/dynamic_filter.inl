@@ -113,18 +113,16 @@ struct Channel {
     long long sample;
     int lane, index;
 
-    // Of work item b * channel_blocks + block.
-    FFT_INLINE Channel(long long item, int thread)
-        : sample(item / L::channel_blocks),
-          lane(thread % L::lanes),
-          index(int(item % L::channel_blocks) * L::lanes + lane) {}
+    FFT_INLINE Channel(long long sample, int block, int thread)
+        : sample(sample), lane(thread % L::lanes), index(block * L::lanes + lane) {}
 
     // The last block's lanes may reach beyond C.
     FFT_INLINE bool exists() const { return L::C % L::lanes == 0 || index < L::C; }
 
+    // Its pixel [h][0]; pixel [h][w] lies w C further, an offset that fits an instruction.
     template <class T>
-    FFT_INLINE T* in_pixels(T* tensor) const {
-        return tensor + sample * (L::H * L::W * L::C) + index;
+    FFT_INLINE T* in_row(T* tensor, int h) const {
+        return tensor + (sample * (L::H * L::W * L::C) + (h * (L::W * L::C) + index));
     }
     template <class T>
     FFT_INLINE T* in_logits(T* tensor) const {
@@ -208,17 +206,20 @@ template <class L, class Env, class Storage, class Activation>
 FFT_INLINE void transform_rows(int thread, Env& env, const Channel<L>& channel, const Storage* tensor,
                                Activation activation, int base) {
     constexpr int W = L::W, lanes = L::lanes;
-    const Storage* pixels = channel.in_pixels(tensor);
-    const auto load = [&](int slot, int w) UNROLLED_BODY {
-        return activation(channel.exists() ? env.load(pixels + (L::row(slot) * W + w) * L::C) : 0.0f);
+    const auto load_row = [&](int slot, float* row) UNROLLED_BODY {
+        const Storage* pixels = channel.in_row(tensor, L::row(slot));
+        unrolled<0, W>([&](auto w) UNROLLED_BODY { row[w] = env.load(pixels + w * L::C); });
     };
 #pragma unroll 1
     for (int item = thread / lanes; item < L::row_items; item += L::workers) {
         if constexpr (L::rows == ROW_PAIRS) {
             const int slot = 2 * item, at = base + slot * L::row_stride + channel.lane;
             const bool two = L::H % 2 == 0 || slot + 1 < L::H;
+            float first[W] = {}, second[W] = {};
+            if (channel.exists()) load_row(slot, first);
+            if (channel.exists() && two) load_row(slot + 1, second);
             Complex<float> a[W];
-            unrolled<0, W>([&](auto w) UNROLLED_BODY { a[w] = {load(slot, w), two ? load(slot + 1, w) : 0.0f}; });
+            unrolled<0, W>([&](auto w) UNROLLED_BODY { a[w] = {activation(first[w]), activation(second[w])}; });
             butterfly<W>(a);
             unrolled<0, L::K>([&](auto k) UNROLLED_BODY {
                 const Complex<float> p = a[k], q = a[(W - k) % W];
@@ -228,8 +229,10 @@ FFT_INLINE void transform_rows(int thread, Env& env, const Channel<L>& channel, 
         } else {
             constexpr int M = W / 2;
             const int at = base + item * L::row_stride + channel.lane;
+            float row[W] = {};
+            if (channel.exists()) load_row(item, row);
             Complex<float> a[M];
-            unrolled<0, M>([&](auto w) UNROLLED_BODY { a[w] = {load(item, 2 * w), load(item, 2 * w + 1)}; });
+            unrolled<0, M>([&](auto w) UNROLLED_BODY { a[w] = {activation(row[2 * w]), activation(row[2 * w + 1])}; });
             butterfly<M>(a);
             unrolled<0, M / 2 + 1>([&](auto k) UNROLLED_BODY {
                 constexpr int mirrored = M - k.value;
@@ -243,14 +246,12 @@ FFT_INLINE void transform_rows(int thread, Env& env, const Channel<L>& channel, 
     }
 }
 
-// The way back: irfft of the plane's rows without its 1/W, dropping what is imaginary in columns 0 and W/2. Every value
-// goes to store(offset of the pixel in channel.in_pixels(), value).
-template <class L, class Env, class Store>
-FFT_INLINE void inverse_rows(int thread, Env& env, const Channel<L>& channel, int base, Store&& store) {
+// The way back: irfft of the plane's rows without its 1/W, dropping what is imaginary in columns 0 and W/2. Each
+// goes to store_row(h, its W values).
+template <class L, class Env, class StoreRow>
+FFT_INLINE void inverse_rows(int thread, Env& env, const Channel<L>& channel, int base, StoreRow&& store_row) {
     constexpr int W = L::W, lanes = L::lanes;
-    const auto put = [&](int slot, int w, float value) UNROLLED_BODY {
-        if (channel.exists()) store((L::row(slot) * W + w) * L::C, value);
-    };
+    if (!channel.exists()) return;
 #pragma unroll 1
     for (int item = thread / lanes; item < L::row_items; item += L::workers) {
         if constexpr (L::rows == ROW_PAIRS) {
@@ -268,10 +269,10 @@ FFT_INLINE void inverse_rows(int thread, Env& env, const Channel<L>& channel, in
                 }
             });
             inverse_butterfly<W>(a);
-            unrolled<0, W>([&](auto w) UNROLLED_BODY {
-                put(slot, w, a[w].re);
-                if (two) put(slot + 1, w, a[w].im);
-            });
+            float first[W], second[W];
+            unrolled<0, W>([&](auto w) UNROLLED_BODY { first[w] = a[w].re, second[w] = a[w].im; });
+            store_row(L::row(slot), first);
+            if (two) store_row(L::row(slot + 1), second);
         } else {
             constexpr int M = W / 2;
             const int at = base + item * L::row_stride + channel.lane;
@@ -286,10 +287,9 @@ FFT_INLINE void inverse_rows(int thread, Env& env, const Channel<L>& channel, in
                 if constexpr (mirrored < M) a[mirrored] = {even.re + odd.im, odd.re - even.im};
             });
             inverse_butterfly<M>(a);
-            unrolled<0, M>([&](auto w) UNROLLED_BODY {
-                put(item, 2 * w, a[w].re);
-                put(item, 2 * w + 1, a[w].im);
-            });
+            float row[W];
+            unrolled<0, M>([&](auto w) UNROLLED_BODY { row[2 * w] = a[w].re, row[2 * w + 1] = a[w].im; });
+            store_row(L::row(item), row);
         }
     }
 }
@@ -393,17 +393,18 @@ struct Forward {
     const float* filters;  // (H,K,F,2), or (H,K,C,2): 16-byte aligned
     Scalars star_relu;
     int thread;
-    long long item;
+    unsigned item;  // b * channel_blocks + a block of channels
 
     template <int phase, class Env>
     FFT_INLINE void run(Env& env) const {
-        const Channel<L> channel(item, thread);
+        const Channel<L> channel(item / L::channel_blocks, item % L::channel_blocks, thread);
         if constexpr (phase == 0) transform_rows<L>(thread, env, channel, x, activation_of<L>(env, star_relu), 0);
         if constexpr (phase == 1) filter_columns(env, channel);
         if constexpr (phase == 2) {
-            Storage* pixels = channel.in_pixels(y);
-            inverse_rows<L>(thread, env, channel, 0,
-                            [&](int offset, float value) UNROLLED_BODY { env.store(pixels + offset, value); });
+            inverse_rows<L>(thread, env, channel, 0, [&](int h, const float* values) UNROLLED_BODY {
+                Storage* pixels = channel.in_row(y, h);
+                unrolled<0, L::W>([&](auto w) UNROLLED_BODY { env.store(pixels + w * L::C, values[w]); });
+            });
         }
     }
 
@@ -449,13 +450,19 @@ struct Backward {
     float* filter_slot;      // (H,K,F,2): this block's part of the sum; or (H,K,C,2), of which it has its channels
     float* star_relu_slot;   // this block's part of grad_scale and grad_bias
     int thread;
-    long long item = 0;
+    long long sample = 0;
+    int channel_block = 0;
     bool first = true;                    // of this block's items
     float grad_scale = 0, grad_bias = 0;  // this thread's part
 
+    // Work item b * channel_blocks + a block of channels.
+    FFT_INLINE void begin(long long item, bool is_first) {
+        sample = item / L::channel_blocks, channel_block = int(item % L::channel_blocks), first = is_first;
+    }
+
     template <int phase, class Env>
     FFT_INLINE void run(Env& env) {
-        const Channel<L> channel(item, thread);
+        const Channel<L> channel(sample, channel_block, thread);
         if constexpr (phase == 0) transform_rows<L>(thread, env, channel, x, activation_of<L>(env, star_relu), 0);
         if constexpr (L::in_turn && phase == 1) keep_spectrum(env, channel);
         if constexpr (phase == phases - 3)
@@ -560,43 +567,50 @@ struct Backward {
     template <class Env>
     FFT_INLINE void differentiate_activation(Env& env, const Channel<L>& channel) {
         const auto activation = activation_of<L>(env, star_relu);
-        const Storage* pixels = channel.in_pixels(x);
-        Storage* gradients = channel.in_pixels(grad_x);
-        inverse_rows<L>(thread, env, channel, L::gradient_plane, [&](int offset, float value) UNROLLED_BODY {
+        inverse_rows<L>(thread, env, channel, L::gradient_plane, [&](int h, float* values) UNROLLED_BODY {
             if constexpr (L::star_relu) {
-                const float relu = StarReLU::relu(env.load(pixels + offset));
-                grad_scale += value * relu * relu;
-                grad_bias += value;
-                // a select, so that an infinite gradient does not make 0 * inf where x <= 0
-                value = relu == 0 ? 0 : 2 * activation.scale * relu * value;
+                const Storage* pixels = channel.in_row(x, h);
+                float relu[L::W];
+                unrolled<0, L::W>([&](auto w) UNROLLED_BODY { relu[w] = StarReLU::relu(env.load(pixels + w * L::C)); });
+                unrolled<0, L::W>([&](auto w) UNROLLED_BODY {
+                    grad_scale += values[w] * relu[w] * relu[w];
+                    grad_bias += values[w];
+                    // a select, so that an infinite gradient does not make 0 * inf where x <= 0
+                    values[w] = relu[w] == 0 ? 0 : 2 * activation.scale * relu[w] * values[w];
+                });
             }
-            if (grad_x) env.store(gradients + offset, value);
+            if (!grad_x) return;
+            Storage* gradients = channel.in_row(grad_x, h);
+            unrolled<0, L::W>([&](auto w) UNROLLED_BODY { env.store(gradients + w * L::C, values[w]); });
         });
     }
 
-    // grad_basis += sum over lanes of r P, one thread a frequency.
+    // grad_basis += sum over lanes of r P: one thread a frequency, or a frequency and filter where those are few.
     template <class Env>
     FFT_INLINE void sum_over_lanes(Env& env) const {
-        constexpr int lanes = L::lanes, F = L::F;
+        constexpr int lanes = L::lanes, F = L::F, points = L::H * L::K;
+        constexpr int parts = 2 * points <= L::threads ? F : 1, filters = F / parts;
 #pragma unroll 1
-        for (int point = thread; point < L::H * L::K; point += L::threads) {
-            const int slot = point / L::K, k = point % L::K;
-            const int at = slot * L::row_stride + k * lanes;
+        for (unsigned task = thread; task < points * parts; task += L::threads) {
+            const unsigned point = task % points, first_filter = task / points * filters;
+            const unsigned slot = point / L::K, k = point % L::K;
+            const unsigned at = slot * L::row_stride + k * lanes;
             // Threads whose lanes lie in the same banks begin with different ones.
-            const int begin = at / (lanes < 16 ? 16 : lanes);
-            float sums[2 * F] = {};
+            const unsigned begin = at / (lanes < 16 ? 16 : lanes);
+            float sums[2 * filters] = {};
 #pragma unroll
             for (int step = 0; step < lanes; step++) {
-                const int lane = (begin + step) % lanes;
+                const unsigned lane = (begin + step) % lanes;
                 const Complex<float> P = L::in_turn ? env.spectrum(point * lanes + lane) : env.plane(at + lane);
-                unrolled<0, F>([&](auto f) UNROLLED_BODY {
-                    const float r = env.scratch(L::weights_at + f * lanes + lane);
+                const unsigned weight = L::weights_at + first_filter * lanes + lane;
+                unrolled<0, filters>([&](auto f) UNROLLED_BODY {
+                    const float r = env.scratch(weight + f * lanes);
                     sums[2 * f] += r * P.re;
                     sums[2 * f + 1] += r * P.im;
                 });
             }
-            float* own = filter_slot + (L::frequency(slot / L::N2, slot % L::N2) * L::K + k) * 2 * F;
-            in_vectors<2 * F>([&](auto width, int offset) UNROLLED_BODY {
+            float* own = filter_slot + ((L::frequency(slot / L::N2, slot % L::N2) * L::K + k) * F + first_filter) * 2;
+            in_vectors<2 * filters>([&](auto width, int offset) UNROLLED_BODY {
                 env.template accumulate<width.value>(own + offset, sums + offset, first);
             });
         }

@@ -222,7 +222,7 @@ void run_forward(const T& t, Block& block, long long index) {
                            t.filters.data(),
                            {t.scale.data(), t.bias.data()},
                            thread,
-                           index});
+                           (unsigned)index});
     unrolled<0, Forward<L, Storage>::phases>([&](auto phase) { run_phase<phase.value>(block, threads); });
 }
 
@@ -247,10 +247,7 @@ void run_backward(const T& t, Block& block, long long index) {
                            part(t.star_relu_slots, index, t.grid),
                            thread});
     for (long long item = index; item < t.B * L::channel_blocks; item += t.grid) {
-        for (auto& step : threads) {
-            step.item = item;
-            step.first = item == index;
-        }
+        for (auto& step : threads) step.begin(item, item == index);
         unrolled<0, Backward<L, Storage>::phases>([&](auto phase) { run_phase<phase.value>(block, threads); });
     }
     unrolled<0, Backward<L, Storage>::end_phases>([&](auto phase) {

@@ -102,27 +102,32 @@ def choose_variant(step: Step, chip: Chip) -> Variant | None:
 
     ``lanes`` channels of a sample are a block's work: enough to fill sectors of device memory and, on small planes,
     four warps. Half as many, and again, until two blocks fit a multiprocessor, so that one computes while the other
-    waits for memory. Where that never happens, the most lanes of which one block fits. Backward has two half spectra
-    in shared memory or, where those of two lanes do not fit, takes them in turn.
+    waits for memory. Where that never happens, the most lanes of which one block fits. Backward, which moves twice as
+    much, does not give up whole sectors of float32 for a second block: parts of them double what the L2 cache moves. It
+    has two half spectra in shared memory or, where those of two lanes do not fit, takes them in turn.
     """
     wanted = max(_SECTOR // step.dtype.itemsize, 4 * _WARP // _workers(step))
     most = max(min(_power_of_two(wanted), _power_of_two(step.C), _WARP), 2)
     for planes in (2, 1) if step.backward else (1,):
-        variants = [_variant(step, chip, lanes, planes) for lanes in (32, 16, 8, 4, 2) if lanes <= most]
+        variants = [variant_of(step, chip, lanes, planes) for lanes in (32, 16, 8, 4, 2) if lanes <= most]
         fitting = [variant for variant in variants if variant is not None]
         if fitting:
-            return next((variant for variant in fitting if variant.min_blocks >= 2), fitting[0])
+            fewest = _SECTOR // 4 if step.backward else 2
+            return next((v for v in fitting if v.min_blocks >= 2 and v.lanes >= fewest), fitting[0])
     return None
 
 
-def _variant(step: Step, chip: Chip, lanes: int, planes: int) -> Variant | None:
+def variant_of(step: Step, chip: Chip, lanes: int, planes: int, threads: int | None = None) -> Variant | None:
+    """``step`` with so many lanes, and planes in shared memory; None if ``chip`` has no room for it."""
     rows, columns = _rows(step), _columns(step)
     registers = _registers(step, rows, columns)
-    threads = _threads(step, lanes, registers)
+    if threads is None:
+        threads = _threads(step, lanes, registers)
     shared_bytes = _shared_bytes(step, rows, lanes, threads, planes)
     if registers > _MOST_REGISTERS or shared_bytes > chip.shared_per_block:
         return None
-    min_blocks = chip.resident_blocks(threads, registers, shared_bytes)
+    # More threads than have those registers make do with fewer, as far as one block goes.
+    min_blocks = chip.resident_blocks(threads, min(registers, 65536 // threads // 8 * 8), shared_bytes)
     return Variant(rows, columns, lanes, threads, planes, min_blocks, shared_bytes) if min_blocks else None
 
 

@@ -440,15 +440,15 @@ struct Forward {
 template <class L, class Storage>
 struct Backward {
     static constexpr int phases = L::in_turn ? 5 : 3, end_phases = L::star_relu ? 2 : 0;
-    const Storage* grad_y;   // (B,H,W,C)
-    const Storage* x;        // (B,H,W,C)
-    const float* logits;     // (B,F,C)
-    const float* filters;    // (H,K,F,2), or (H,K,C,2): 16-byte aligned
+    const Storage* grad_y;  // (B,H,W,C)
+    const Storage* x;       // (B,H,W,C)
+    const float* logits;    // (B,F,C)
+    const float* filters;   // (H,K,F,2), or (H,K,C,2): 16-byte aligned
     Scalars star_relu;
-    Storage* grad_x;         // (B,H,W,C)
-    float* grad_logits;      // (B,F,C)
-    float* filter_slot;      // (H,K,F,2): this block's part of the sum; or (H,K,C,2), of which it has its channels
-    float* star_relu_slot;   // this block's part of grad_scale and grad_bias
+    Storage* grad_x;        // (B,H,W,C)
+    float* grad_logits;     // (B,F,C)
+    float* filter_slot;     // (H,K,F,2): this block's part of the sum; or (H,K,C,2), of which it has its channels
+    float* star_relu_slot;  // this block's part of grad_scale and grad_bias
     int thread;
     long long sample = 0;
     int channel_block = 0;

@@ -262,8 +262,8 @@ def fresh_dynamo() -> None:
 
 def narrow(stages: int, **kwargs: Any) -> DFFormer:
     """As little as there can be to compile. Two stages have all there is: downsampling and residual scales too."""
-    shape: dict[str, Any] = {"depths": (1, 1), "dims": (16, 24), "strides": (4, 2), "res_scale_init_values": (None, 1.0)}
-    shape = {name: values[2 - stages :] for name, values in shape.items()}
+    two: dict[str, Any] = {"depths": (1, 1), "dims": (16, 24), "strides": (4, 2), "res_scale_init_values": (None, 1.0)}
+    shape = {name: values[2 - stages :] for name, values in two.items()}
     return DFFormer(32, num_classes=CLASSES, **shape, **kwargs)
 
 

@@ -15,6 +15,7 @@ from timm.optim import list_optimizers
 
 from dfformer.tasks.table import check_task
 from dfformer.train.recipes import with_recipe_files
+from dfformer.utils.suggest import did_you_mean
 
 try:
     from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -298,7 +299,10 @@ def parse(arguments: list[str]) -> TrainConfig:
     try:
         parsed: Namespace = parser.parse_args(with_recipe_files(arguments))
     except ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        unknown = [a.split("=")[0] for a in arguments if a.startswith("--") and a.split("=")[0] in str(error)]
+        known = [f"--{name}" for name in flatten(asdict(TrainConfig()))]
+        hint = did_you_mean(unknown[0], known) if unknown and unknown[0] not in known else ""
+        raise ValueError(" ".join(str(error).split()) + hint) from error
     parsed.pop("recipe", None)
     config = TrainConfig(**vars(parser.instantiate(parsed)))
     check(config)

@@ -168,6 +168,7 @@ def test_every_variant_has_a_recipe_and_it_is_the_authors() -> None:
 
 MISUSES = {
     "unknown-key": (["--optim.learning_rate", "1"], "optim.learning_rate"),
+    "misspelt-key": (["--optim.lrr", "1"], "unrecognized arguments: --optim.lrr 1; did you mean --optim.lr"),
     "wrong-type": (["--optim.epochs", "many"], "optim.epochs"),
     "out-of-range": (["--augment.re_prob", "2"], "augment.re_prob: got 2.0, accepted are numbers from 0 to 1"),
     "unknown-model": (

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dfformer.data.class_folders import ClassFolders, ClassTar
 from dfformer.data.files import orientation_note, read_image
+from dfformer.utils.suggest import did_you_mean
 from dfformer.utils.text import abbreviate, echo
 
 DIGITS = "digits"
@@ -102,6 +103,11 @@ def open_dataset(
     """
     if name == DIGITS:
         return DigitImages(split)
+    if name and "/" not in name:
+        raise ValueError(
+            f"dataset: got {name!r}, accepted are '' for class folders, {DIGITS!r}, and timm's names such as "
+            f"'torch/cifar10'{did_you_mean(name, [DIGITS])}"
+        )
     folder = given_root(root)
     mode = "L" if channels == 1 else "RGB"
     source = _library_dataset(name, folder, split, download) if name else _class_images(folder, split)

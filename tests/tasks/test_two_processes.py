@@ -1,0 +1,37 @@
+"""Segmentation and detection in two processes: the losses and measures of one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_runs import FULL, history, steps, torchrun
+
+from dfformer.cli.main import main
+
+SMALL: dict[str, Any] = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
+RECIPE: dict[str, Any] = {
+    "model": {"name": "dfformer_s18", "args": SMALL},
+    # two processes cannot share 3 validation images evenly
+    "data": {"dataset": "synthetic_digits", "img_size": 64, "synthetic_images": [8, 3], "workers": 0},
+    "segment": {"decoder": {"decoder_pyramid_channels": 8, "decoder_segmentation_channels": 32, "decoder_dropout": 0}},
+    "detect": {"channels": 8, "anchor_scale": 2.0, "norm_groups": 2},
+    "optim": {"lr": 1e-3, "global_batch": 4, "epochs": 1, "cooldown_epochs": 0, "warmup_epochs": 0.5, "clip_grad": 1.0},
+    "log_steps": 1,
+}
+KINDS = [("segment", "ddp"), ("detect", "ddp"), *([("segment", "fsdp"), ("detect", "fsdp")] if FULL else [])]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("task", "kind"), KINDS)
+def test_two_processes_train_as_one(task: str, kind: str, tmp_path: Path) -> None:
+    recipe, one, two = tmp_path / "recipe.yaml", tmp_path / "one", tmp_path / "two"
+    recipe.write_text(json.dumps({"task": task, **RECIPE}))  # which is YAML too
+    command = ["train", "--recipe", str(recipe)]
+    assert main([*command, "--output", str(one)]) == 0
+    torchrun(2, [*command, "--output", str(two), "--distributed", kind])
+    for name in ("loss", "grad_norm"):
+        assert [s[name] for s in steps(two)] == pytest.approx([s[name] for s in steps(one)], rel=1e-4), name
+    for mine, theirs in zip(history(one), history(two), strict=True):
+        numbers = [{name: float(value) for name, value in row.items()} for row in (mine, theirs)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=2e-3)

@@ -4,8 +4,7 @@ The defaults are the authors' recipe for ImageNet-1k (the command in their READM
 defaults of their ``train.py``). A recipe file names the model and says what differs.
 """
 
-import difflib
-import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +12,15 @@ from typing import Any, Literal
 import timm
 from timm.optim import list_optimizers
 
+from dfformer.models.metadata import DECODER, FLAG, check_model_args, check_settings
 from dfformer.tasks.table import check_task
 from dfformer.train.recipes import with_recipe_files
 from dfformer.utils.suggest import did_you_mean
 
 try:
     from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+    from dfformer.train import strict_yaml
 except ImportError as error:
     raise RuntimeError(f"training needs {error.name}: pip install 'dfformer[train]'") from error
 
@@ -253,34 +255,40 @@ class TrainConfig:
 FREE_TO_CHANGE = {"output", "resume", "save_steps", "keep", "log_steps", "tensorboard"}
 FREE_TO_CHANGE |= {"data.root", "data.download", "data.workers", "data.check_images", "model.checkpoint"}
 
+_LARGE = 1e9  # more than any run has, so that no number from a file makes one without end
+_DATASET = re.compile(r"|digits|digit_scenes|(torch|hfds)/.+")  # none that runs commands, such as those of webdataset
+
 _RANGES: dict[str, tuple[float, float]] = {
-    "data.workers": (0, math.inf),
+    "data.workers": (0, 1024),
     "data.crop_pct": (0.01, 1),
-    "augment.color_jitter": (0, math.inf),
+    "augment.color_jitter": (0, _LARGE),
     "augment.hflip": (0, 1),
     "augment.re_prob": (0, 1),
-    "augment.mixup": (0, math.inf),
-    "augment.cutmix": (0, math.inf),
+    "augment.mixup": (0, _LARGE),
+    "augment.cutmix": (0, _LARGE),
     "augment.smoothing": (0, 1),
     "segment.hflip": (0, 1),
     "segment.most_of_one_class": (0, 1),
     "detect.hflip": (0, 1),
-    "detect.channels": (1, math.inf),
-    "detect.anchor_scale": (0.1, math.inf),
-    "detect.norm_groups": (0, math.inf),
-    "optim.lr": (0, math.inf),
-    "optim.global_batch": (1, math.inf),
-    "optim.accumulation": (1, math.inf),
-    "optim.weight_decay": (0, math.inf),
-    "optim.clip_grad": (0, math.inf),
-    "optim.epochs": (1, math.inf),
-    "optim.cooldown_epochs": (0, math.inf),
-    "optim.warmup_epochs": (0, math.inf),
-    "optim.decay_rate": (0, math.inf),
+    "detect.channels": (1, 16384),
+    "detect.anchor_scale": (0.1, 1000),
+    "detect.norm_groups": (0, 16384),
+    "optim.lr": (0, _LARGE),
+    "optim.global_batch": (1, _LARGE),
+    "optim.accumulation": (1, _LARGE),
+    "optim.weight_decay": (0, _LARGE),
+    "optim.clip_grad": (0, _LARGE),
+    "optim.epochs": (1, 10**6),
+    "optim.cooldown_epochs": (0, 10**6),
+    "optim.warmup_epochs": (0, 10**6),
+    "optim.decay_rate": (0, _LARGE),
     "optim.ema_decay": (0, 1),
-    "save_steps": (0, math.inf),
-    "keep": (1, math.inf),
-    "log_steps": (1, math.inf),
+    "optim.warmup_lr": (0, _LARGE),
+    "optim.min_lr": (0, _LARGE),
+    "seed": (0, 2**63 - 1),
+    "save_steps": (0, _LARGE),
+    "keep": (1, _LARGE),
+    "log_steps": (1, _LARGE),
 }
 
 
@@ -291,18 +299,20 @@ def parse(arguments: list[str]) -> TrainConfig:
     Raises:
         ValueError: an unknown key, a value of the wrong type or out of range, an unknown model.
     """
-    parser = ArgumentParser(prog="dfformer train", description="Trains a model.", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="dfformer train", description="Trains a model.", exit_on_error=False, parser_mode=strict_yaml.MODE
+    )
     parser.add_argument(
         "--recipe", "--config", action="config", help="a YAML file, or a packaged recipe's name: digits"
     )
     parser.add_class_arguments(TrainConfig)
     try:
         parsed: Namespace = parser.parse_args(with_recipe_files(arguments))
-    except ArgumentError as error:
+    except (ArgumentError, OverflowError, RecursionError) as error:
         unknown = [a.split("=")[0] for a in arguments if a.startswith("--") and a.split("=")[0] in str(error)]
         known = [f"--{name}" for name in flatten(asdict(TrainConfig()))]
         hint = did_you_mean(unknown[0], known) if unknown and unknown[0] not in known else ""
-        raise ValueError(" ".join(str(error).split()) + hint) from error
+        raise ValueError(" ".join(str(error).split())[:2000] + hint) from error
     parsed.pop("recipe", None)
     config = TrainConfig(**vars(parser.instantiate(parsed)))
     check(config)
@@ -313,6 +323,7 @@ def check(config: TrainConfig) -> None:
     """Raises ValueError for values that no run can have."""
     check_task(config.task)
     values = flatten(asdict(config))
+    _check_numbers(values)
     for name, (low, high) in _RANGES.items():
         if values[name] is not None and not low <= values[name] <= high:
             raise ValueError(f"{name}: got {values[name]}, accepted are numbers from {low} to {high}")
@@ -331,29 +342,51 @@ def check(config: TrainConfig) -> None:
     _check_images(config)
 
 
+def _check_numbers(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, int | float) and not abs(number) < 2**63:  # NaN is refused too
+                raise ValueError(f"{name}: got {str(value)[:60]}, accepted are finite numbers")
+
+
 def _check_names(config: TrainConfig) -> None:
     model, optimizer = config.model.name, config.optim.opt.lower().split("_")[-1]  # behind timm's "lookahead_"
-    if not timm.is_model(model):
-        hint = _similar(model, timm.list_models()) or "; `dfformer info` lists this package's models"
-        raise ValueError(f"model.name: timm knows no model {model!r}{hint}")
+    if not re.fullmatch(r"\w+(\.\w+)?", model) or not timm.is_model(model):
+        hint = did_you_mean(model[:100], timm.list_models()) or "; `dfformer info` lists this package's models"
+        raise ValueError(f"model.name: timm knows no model {model[:100]!r}{hint}")
     if optimizer not in list_optimizers():
-        hint = _similar(optimizer, list_optimizers())
-        raise ValueError(f"optim.opt: timm knows no optimiser {config.optim.opt!r}{hint}")
-
-
-def _similar(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {', '.join(close)}?" if close else ""
+        hint = did_you_mean(optimizer[:100], list_optimizers())
+        raise ValueError(f"optim.opt: timm knows no optimiser {config.optim.opt[:100]!r}{hint}")
+    args = dict(config.model.args)
+    check_settings({"pretrained": args.pop("pretrained", False)}, {"pretrained": FLAG}, "model.args.")
+    check_model_args(model, args, "model.args.")
+    check_settings(config.segment.decoder, DECODER, "segment.decoder.")
+    if not _DATASET.fullmatch(config.data.dataset):
+        raise ValueError(
+            f"data.dataset: got {config.data.dataset[:100]!r}, accepted are '', 'digits', 'digit_scenes', "
+            "'torch/NAME', 'hfds/NAME'"
+        )
+    policy = config.augment.auto_augment
+    if policy is not None and (len(policy) > 100 or re.search(r"\d{5}", policy.replace(".", ""))):
+        raise ValueError(f"augment.auto_augment: got {policy[:60]!r}, accepted are policies in timm's notation")
 
 
 def _check_images(config: TrainConfig) -> None:
     data, channels = config.data, config.model.args.get("in_chans", 3)
+    default = timm.get_pretrained_cfg(config.model.name)
     for name, numbers in (("img_size", data.size), ("synthetic_images", data.synthetic_images)):
-        if min(numbers) < 1:
-            raise ValueError(f"data.{name}: got {getattr(data, name)}, accepted are numbers from 1 up")
+        most = 16384 if name == "img_size" else 10**7
+        if min(numbers) < 1 or max(numbers) > most:
+            raise ValueError(f"data.{name}: got {getattr(data, name)}, accepted are numbers from 1 to {most}")
     for name in ("mean", "std"):
-        if (values := getattr(data, name)) and len(values) != channels:
+        values = getattr(data, name)
+        if values is not None and len(values) != channels:
             raise ValueError(f"data.{name}: got {values}, accepted is a number for each of {channels} channels")
+        if values is None and config.task == "classify" and default and len(getattr(default, name)) != channels:
+            raise ValueError(
+                f"data.{name}: is not given, and the model's has {len(getattr(default, name))} values for the "
+                f"{channels} channels of model.args.in_chans; accepted is a number for each"
+            )
     if data.std and min(data.std) <= 0:
         raise ValueError(f"data.std: got {data.std}, accepted are numbers above 0")
 

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -35,7 +35,7 @@ from dfformer.tasks.evaluate import autocast
 from dfformer.tasks.table import task_part
 from dfformer.train.config import FREE_TO_CHANGE, TrainConfig, flatten, parse
 from dfformer.train.log import Log, interruption
-from dfformer.train.state import checkpoints, load_latest_state, save_state
+from dfformer.train.state import checkpoints, load_latest_state, locked, save_state
 from dfformer.utils.device import usable_device
 from dfformer.utils.io import write_atomically
 
@@ -60,6 +60,12 @@ def train_command(arguments: list[str]) -> int:
 def train(config: TrainConfig, place: Place) -> list[dict[str, float]]:
     """Trains from the start, or from the latest checkpoint in ``config.output``; returns the measures by epoch."""
     folder = Path(config.output)
+    with ExitStack() as held:
+        _on_first(place, lambda: held.enter_context(locked(folder)))
+        return _train(config, place, folder)
+
+
+def _train(config: TrainConfig, place: Place, folder: Path) -> list[dict[str, float]]:
     if checkpoints(folder) and not config.resume:
         raise ValueError(
             f"output: {folder} holds a run already; pass --resume=true to go on with it, or another folder"

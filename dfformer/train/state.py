@@ -1,8 +1,12 @@
 """The files a training run can go on from: written whole or not at all, the newest readable one is taken."""
 
+import errno
 import hashlib
 import io
+import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,7 +15,43 @@ import torch
 from dfformer.models.checkpoint import CheckpointError, read_pickle
 from dfformer.utils.io import write_atomically
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 _PATTERN = "checkpoint-*.pt"
+
+
+_held: set[Path] = set()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a run's folder for this process; the lock goes with the process, however it ends.
+
+    A record lock: forked worker processes do not inherit it. Where the file system has no locks there is none.
+
+    Raises:
+        ValueError: another training has the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    key = folder.resolve()
+    if key in _held:
+        raise ValueError(f"output: {folder} is in use by another training of this process")
+    with (folder / ".lock").open("a+") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"output: {folder} is in use by another training; give another folder") from error
+            print(f"{folder}: cannot be locked against a second training ({error.strerror})", file=sys.stderr)
+        _held.add(key)
+        try:
+            yield
+        finally:
+            _held.discard(key)
 
 
 def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -54,8 +94,47 @@ def load_latest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     found = checkpoints(folder)
     for path in reversed(found):
         if _is_whole(path):
-            return path, read_pickle(path)
+            return path, _checked_state(path, read_pickle(path))
         print(f"passed over a damaged checkpoint: {path}", file=sys.stderr)
     if found:
         raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints can be read")
     return None
+
+
+def _checked_state(path: Path, state: Any) -> dict[str, Any]:
+    """A checkpoint's digest says that it is whole, not who wrote it: its types are checked before use."""
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: is not the state of a training run")
+    for name, accepts in _STATE.items():
+        if name not in state or not accepts(state[name]):
+            raise CheckpointError(f"{path}: {name}: is missing, or not what a training run writes")
+    return state
+
+
+def _is_number(value: Any) -> bool:
+    return (type(value) in (int, float) and abs(value) < 2**63) or value != value  # a measure may be NaN
+
+
+def _is_history(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, dict) and {"epoch", "step", "train_loss"} <= row.keys() and all(map(_is_number, row.values()))
+        for row in value
+    )
+
+
+def _is_config(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and isinstance(json.loads(value), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+_STATE: dict[str, Callable[[Any], bool]] = {
+    "state_dict": lambda value: isinstance(value, dict) and all(isinstance(t, torch.Tensor) for t in value.values()),
+    "optimizer": lambda value: isinstance(value, dict),
+    "scaler": lambda value: isinstance(value, dict),
+    "step": lambda value: type(value) is int and 0 <= value < 2**63,
+    "loss_sum": lambda value: type(value) is float and _is_number(value),
+    "history": _is_history,
+    "config": _is_config,
+}

@@ -1,0 +1,75 @@
+"""YAML from an untrusted source: plain values only, none of them endless, deep or repeated."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+from jsonargparse import set_loader
+from jsonargparse._loaders_dumpers import get_yaml_default_loader, yaml_load
+
+MODE = "dfformer_yaml"  # for ``ArgumentParser(parser_mode=)``
+_MOST_TEXT = 2**20  # characters
+_DEEPEST = 20
+_LARGEST = 2**63
+
+
+def load(text: str) -> Any:
+    """The value of a recipe, or of a setting on the command line.
+
+    Raises:
+        ValueError: the text is too long, nested too deep, has an alias, a tag, a key twice, or a number that is not
+            finite or has no end. yaml.YAMLError: it is not YAML.
+    """
+    if len(text) > _MOST_TEXT:
+        raise ValueError(f"YAML: has {len(text)} characters, accepted are {_MOST_TEXT}")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"YAML: is nested deeper than {_DEEPEST}")
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"YAML: has the alias *{event.anchor[:40]}, write its value instead")
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:
+            raise ValueError(f"YAML: has the tag {event.tag[:60]}, accepted are plain values")
+        if isinstance(event, yaml.ScalarEvent) and _is_endless(event.value):
+            raise ValueError(f"YAML: {event.value[:20]}... is a number of {len(event.value)} characters")
+    node = yaml.compose(text, Loader=get_yaml_default_loader())
+    if node is not None:
+        _check_keys(node)
+    value = yaml_load(text)
+    _check_numbers(value)
+    return value
+
+
+def _is_endless(text: str) -> bool:
+    return len(text) > 40 and set(text) <= set("+-_0123456789abcdefxoABCDEF.:") and any(c.isdigit() for c in text[:3])
+
+
+def _check_keys(node: yaml.Node) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""
+            if name in seen:
+                raise ValueError(f"YAML: {name[:60]!r} is there twice")
+            seen.add(name)
+            _check_keys(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_keys(value)
+
+
+def _check_numbers(value: Any) -> None:
+    parts: Iterable[Any] = ()
+    if isinstance(value, dict):
+        parts = (*value.keys(), *value.values())
+    elif isinstance(value, list):
+        parts = value
+    elif isinstance(value, int | float) and not (math.isfinite(value) and abs(value) < _LARGEST):
+        raise ValueError(f"YAML: got the number {str(value)[:20]}, accepted are finite ones")
+    for part in parts:
+        _check_numbers(part)
+
+
+set_loader(MODE, load, (yaml.YAMLError, ValueError))

@@ -1,0 +1,103 @@
+"""Recipes and settings are not trusted: what no run can have is an error that names it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dfformer.train.config import parse
+from dfformer.train.strict_yaml import load
+
+BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [{','.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(12)
+)
+DIGITS = "9" * 400
+RECIPES: dict[str, tuple[str, str]] = {
+    "alias-bomb": (BOMB, r"the alias \*a"),
+    "one-alias": ("data: {train_split: &x a, val_split: *x}", r"the alias \*x"),
+    "python-object": ("output: !!python/object/apply:os.system ['touch sprung']", "has the tag"),
+    "python-name": ("model: {name: !!python/name:os.system }", "has the tag"),
+    "other-tag": ("seed: !!binary MQ==", "has the tag"),
+    "deep": ("model: {args: " + "[" * 5000 + "]" * 5000 + "}", "nested deeper"),
+    "twice": ("seed: 1\nseed: 2", "'seed' is there twice"),
+    "twice-inside": ("optim: {lr: 1, lr: 2}", "'lr' is there twice"),
+    "400-digits": (f"seed: {DIGITS}", "number"),
+    "400-digits-of-lr": (f"optim: {{lr: {DIGITS}}}", "number"),
+    "400-digits-of-args": (f"model: {{args: {{num_classes: {DIGITS}}}}}", "number"),
+    "5000-digits": (f"seed: {'9' * 5000}", "number"),
+    "infinity": ("optim: {lr: .inf}", "finite"),
+    "nan": ("optim: {min_lr: .nan}", "finite"),
+    "nan-in-list": ("data: {mean: [.nan, 0, 0]}", "finite"),
+    "long": ("# " + "x" * 2**21, "characters"),
+    "list": ("[1, 2]", "recipe|config|dict"),
+    "not-yaml": ("a: [", "recipe|config|pars"),
+    "binary": ("\x00\x01", "recipe|config|character"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), RECIPES.values(), ids=RECIPES.keys())
+def test_recipes_that_are_refused(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        parse(["--recipe", "recipe.yaml"])
+    assert len(str(raised.value)) < 3000
+    assert not Path("sprung").exists()
+
+
+SETTINGS: dict[str, tuple[list[str], str]] = {
+    **{
+        name: ([f"--model.args.{name}", value], rf"model\.args\.{name}: (is not accepted here|got)")
+        for name, value in {
+            "checkpoint_path": "evil.pth",
+            "pretrained_cfg": "{file: evil.pth}",
+            "pretrained_cfg_overlay": "{url: 'http://127.0.0.1/evil.pth'}",
+            "cache_dir": "/",
+            "token_mixers": "os.system",
+            "pretrained": "evil.pth",
+            "depths": "[1000000]",
+            "in_chans": "0",
+            "drop_rate": "2",
+        }.items()
+    },
+    "hub": (["--model.name", "hf-hub:timm/resnet18"], r"model\.name: timm knows no model 'hf-hub"),
+    "local": (["--model.name", "local-dir:."], r"model\.name"),
+    "tag-with-a-path": (["--model.name", "dfformer_s18./evil"], r"model\.name"),
+    "near": (["--model.name", "dffromer_s18"], "did you mean dfformer_s18"),
+    "near-argument": (["--model.args.drop_path_rat", "0"], "did you mean drop_path_rate"),
+    "foreign-argument": (["--model.name", "resnet18", "--model.args.block", "x"], r"model\.args\.block"),
+    "decoder": (["--segment.decoder.encoder_weights", "imagenet"], r"segment\.decoder\.encoder_weights"),
+    "grey-mean": (["--model.args.in_chans", "1"], r"data\.mean: is not given.*in_chans"),
+    "grey-std": (["--model.args.in_chans", "1", "--data.mean", "[0.5]"], r"data\.std: is not given"),
+    "four-channels": (["--model.args.in_chans", "4", "--data.mean", "[1,1,1]"], r"data\.mean: got"),
+    "empty-mean": (["--data.mean", "[]"], r"data\.mean: got"),
+    "nan-std": (["--data.std", "[.nan, 1, 1]"], r"data\.std"),
+    "inf-lr": (["--optim.lr", ".inf"], "finite|number"),
+    "inf-as-text": (["--optim.lr", "inf"], "finite|number|float"),
+    "nan-warmup": (["--optim.warmup_lr", "nan"], "finite|number|float"),
+    "1e400": (["--optim.lr", "1e400"], "finite|number"),
+    "400-digits": (["--optim.epochs", DIGITS], "number"),
+    "400-digits-of-size": (["--data.img_size", DIGITS], "number"),
+    "billion-epochs": (["--optim.epochs", "1000000000"], r"optim\.epochs"),
+    "huge-size": (["--data.img_size", "1000000"], r"data\.img_size"),
+    "endless-policy": (["--augment.auto_augment", "rand-m9-n99999999"], r"augment\.auto_augment"),
+    "shell": (["--data.dataset", "wds/x", "--data.root", "pipe:touch sprung"], r"data\.dataset"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_settings_that_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(arguments)
+
+
+def test_what_recipes_have() -> None:
+    config = parse(["--model.args", "{in_chans: 1, depths: [1, 2]}", "--data.mean=[0.5]", "--data.std=[.25]",
+                    "--model.args.pretrained", "true", "--optim.lr", "1e-4", "--output", "runs/2024_01"])  # fmt: skip
+    assert config.model.args == {"in_chans": 1, "depths": [1, 2], "pretrained": True}
+    assert (config.data.std, config.optim.lr, config.output) == ([0.25], 1e-4, "runs/2024_01")
+    assert load("a: 1.5") == {"a": 1.5}
+
+
+def test_a_grey_recipe_is_refused_by_the_command(refusal: Callable[[list[str]], str]) -> None:
+    assert "data.mean: is not given" in refusal(["train", "--model.args.in_chans", "1", "--data.dataset", "digits"])

@@ -52,6 +52,9 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             _held.discard(key)
+            if [entry.name for entry in folder.iterdir()] == [".lock"]:  # nothing was trained
+                (folder / ".lock").unlink()
+                folder.rmdir()
 
 
 def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:

@@ -256,7 +256,7 @@ FREE_TO_CHANGE = {"output", "resume", "save_steps", "keep", "log_steps", "tensor
 FREE_TO_CHANGE |= {"data.root", "data.download", "data.workers", "data.check_images", "model.checkpoint"}
 
 _LARGE = 1e9  # more than any run has, so that no number from a file makes one without end
-_DATASET = re.compile(r"|digits|digit_scenes|(torch|hfds)/.+")  # none that runs commands, such as those of webdataset
+_DATASET = re.compile(r"[^/:]*|(torch|hfds)/.+")  # no reader of timm that runs commands, such as webdataset's
 
 _RANGES: dict[str, tuple[float, float]] = {
     "data.workers": (0, 1024),
@@ -363,8 +363,7 @@ def _check_names(config: TrainConfig) -> None:
     check_settings(config.segment.decoder, DECODER, "segment.decoder.")
     if not _DATASET.fullmatch(config.data.dataset):
         raise ValueError(
-            f"data.dataset: got {config.data.dataset[:100]!r}, accepted are '', 'digits', 'digit_scenes', "
-            "'torch/NAME', 'hfds/NAME'"
+            f"data.dataset: got {config.data.dataset[:100]!r}, accepted of timm's are 'torch/NAME' and 'hfds/NAME'"
         )
     policy = config.augment.auto_augment
     if policy is not None and (len(policy) > 100 or re.search(r"\d{5}", policy.replace(".", ""))):

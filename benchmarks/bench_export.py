@@ -10,7 +10,6 @@ Writes export.csv, export_transforms.csv and export.json.
 """
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -23,7 +22,7 @@ import onnx
 import onnxruntime
 import timm
 import torch
-from common import in_turns, names, provenance, write_csv
+from common import earlier_run, in_turns, names, provenance, write_csv, write_json
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def keep() -> None:
         content = {"machine": machine, "commands": commands, "export_seconds": seconds}
-        (args.output / "export.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output / "export.json", content)
 
     torch.manual_seed(0)
     model = timm.create_model("dfformer_s18", img_size=IMG_SIZE).eval()
@@ -89,13 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _continued(folder: Path, machine: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
     """The commands before, and how long it took to make each file that is there; SystemExit if made by other code."""
-    path = folder / "export.json"
-    if not path.exists():
+    content = earlier_run(folder / "export.json", machine, ("machine", "commit", "torch", "threads"))
+    if content is None:
         return [], {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("machine", "commit", "torch", "threads"):
-        if content["machine"][key] != machine[key]:
-            raise SystemExit(f"--output: {path} is of {key} {content['machine'][key]}, this is {machine[key]}")
     return content["commands"], {k: v for k, v in content["export_seconds"].items() if _file(folder, k).exists()}
 
 

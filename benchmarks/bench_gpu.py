@@ -21,7 +21,6 @@ What is written of each, to ``bench_gpu.csv`` after every row, so that a failure
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import DTYPES, names, provenance, write_csv
+from common import DTYPES, names, provenance, write_csv, write_json
 from torch import Tensor
 
 from dfformer_kernels import reference
@@ -243,7 +242,7 @@ def line(row: Row) -> str:
 def run(dtypes: Sequence[str], B: int, against: bool, variants: bool, output: Path) -> list[Row]:
     output.mkdir(parents=True, exist_ok=True)
     machine = provenance(torch.get_num_threads(), torch.cuda.get_device_name(), ("triton", "cuda-bindings"))
-    (output / "bench_gpu.json").write_text(json.dumps(machine, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "bench_gpu.json", machine)
     rows: list[Row] = []
     for H, C in STAGES:
         for dtype in dtypes:

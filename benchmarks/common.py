@@ -1,14 +1,18 @@
-"""What the benchmark scripts share: what a result depends on, how a call is timed, how a table is written."""
+"""What the benchmark scripts share: arguments, provenance, time, rates and memory, and how results are written."""
 
 import argparse
 import csv
+import ctypes
+import gc
 import itertools
+import json
 import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,19 @@ def names(accepted: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def add_run_arguments(parser: argparse.ArgumentParser, output: str) -> None:
+    """--threads, --device and --output, the last with its default."""
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", type=_device, choices=list(TIMERS), default="cpu")
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder for what is written")
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("got 'cuda', and torch finds no GPU")
+    return name
+
+
 def provenance(threads: int, device: str, libraries: Sequence[str] = ()) -> dict[str, Any]:
     """What measured times depend on: the machine, the versions, the commit."""
     root = Path(__file__).parents[1]
@@ -53,6 +70,11 @@ def provenance(threads: int, device: str, libraries: Sequence[str] = ()) -> dict
         "device": device,
         "allocator": allocator(),
     }
+
+
+def device_name(machine: Mapping[str, Any]) -> str:
+    """The processor or the GPU of a `provenance`, whichever was measured."""
+    return str(machine["machine" if machine["device"] == "cpu" else "gpu"])
 
 
 def allocator() -> str:
@@ -114,6 +136,97 @@ def in_turns(runs: Mapping[Any, Callable[[], object]], rounds: int, seconds: flo
     for _, (key, run) in itertools.product(range(rounds), runs.items()):
         samples[key] += TIMERS["cpu"](run, seconds)
     return {key: 1e3 * statistics.median(times) for key, times in samples.items()}
+
+
+# --- rates and memory
+
+
+def copy_rate(device: str, nbytes: int = 2**28) -> float:
+    """GB/s of a copy that no cache holds, read and written bytes counted."""
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * nbytes / _median_seconds(lambda: target.copy_(source), device) / 1e9
+
+
+def gemm_rate(device: str, dtype: torch.dtype, n: int = 1536) -> float:
+    """GFLOP/s of the better of a matrix product of size n and a 1x1 convolution, without TF32."""
+    random = partial(torch.randn, dtype=dtype, device=device)
+    a = random(n, n)
+    image = random(8, 512, 28, 28).contiguous(memory_format=torch.channels_last)
+    weight = random(512, 512, 1, 1)
+    runs = {
+        2 * n**3: lambda: torch.mm(a, a),
+        2 * image.numel() * 512: lambda: torch.nn.functional.conv2d(image, weight),
+    }
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the filters' arithmetic has full precision
+        return max(count / _median_seconds(run, device) / 1e9 for count, run in runs.items())
+
+
+def _median_seconds(run: Callable[[], object], device: str) -> float:
+    run()
+    return statistics.median(TIMERS[device](run, 0.25))
+
+
+def allocated_peak(run: Callable[[], object], device: str) -> int:
+    """The most bytes that torch has allocated at once during ``run``, beside those allocated before."""
+    if device == "cuda":
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - held
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes, initial=0))
+
+
+def resident_peak(run: Callable[[], object]) -> int | None:
+    """By how many bytes this process's anonymous memory grows at most during ``run``; None where Linux does not tell.
+
+    Mapped files are left out: a library's code is not the model's, and becomes resident as it is used.
+    """
+    clear_refs = Path("/proc/self/clear_refs")
+    if not clear_refs.exists():
+        run()
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    clear_refs.write_text("5")  # resets the peak
+    held = proc_kib("/proc/self/status")["RssAnon"]
+    run()
+    after = proc_kib("/proc/self/status")
+    return 1024 * max(0, after["VmHWM"] - after["RssFile"] - after["RssShmem"] - held)
+
+
+def proc_kib(path: str) -> dict[str, int]:
+    """The fields of a file of /proc that are in kB; nothing if there is no such file."""
+    if not Path(path).exists():
+        return {}
+    lines = [line.split() for line in Path(path).read_text().splitlines()]
+    return {words[0].rstrip(":"): int(words[1]) for words in lines if words[-1] == "kB"}
+
+
+# --- files
+
+
+def earlier_run(path: Path, machine: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any] | None:
+    """What a run has written to ``path``, None if there is none; SystemExit if one of these keys of it differs."""
+    if not path.exists():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key in keys:
+        if content["machine"][key] != machine[key]:
+            raise SystemExit(
+                f"--output: {path} was measured with {key} {content['machine'][key]}, this is {machine[key]}; "
+                "name another folder"
+            )
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, titles: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

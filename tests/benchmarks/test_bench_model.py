@@ -1,4 +1,4 @@
-"""The benchmark of whole models: what it covers, whom it refuses, what it writes."""
+"""The benchmark of whole models: what it covers, which results it rejects, what it writes."""
 
 import csv
 import json
@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import bench_model
+import common
+import figures
+import model_providers
 import pytest
 import torch
-from bench_model import AUTHORS, COMPILED, CONVFORMER, EAGER, INFERENCE, TRAINING, Entry, Problem, Row
+from model_providers import AUTHORS, COMPILED, CONVFORMER, EAGER, INFERENCE, TRAINING, Entry, Problem, Row
+from paths import ROOT
 from torch import Tensor, nn
 
 from dfformer_kernels.tolerance import BOUND
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+RESULTS = ROOT / "benchmarks/results"
 SMALL = Problem(INFERENCE, "float32", EAGER, 1, (64, 64))
 ROW = Row(INFERENCE, "float32", EAGER, 1, 64, 64, "dfformer_s18", 3, 20.0, 50.0, 2**20, None, 1e-6)
 MACHINE: dict[str, Any] = {
@@ -33,7 +38,7 @@ MACHINE: dict[str, Any] = {
 
 
 def covered(only: list[str], device: str = "cpu", quick: bool = False) -> dict[Problem, list[str]]:
-    return dict(bench_model.problems(bench_model.selection(only, quick), device))
+    return dict(model_providers.problems(model_providers.selection(only, quick), device))
 
 
 def test_selection() -> None:
@@ -50,13 +55,13 @@ def test_quick_compiles_only_when_asked() -> None:
     names = [AUTHORS, "dfformer_s18"]
     assert {p.mode for p in covered([], quick=True)} == {EAGER}
     assert all(found == names for found in covered([], quick=True).values())
-    assert {p.size for p in covered([COMPILED], quick=True)} == set(bench_model.SMALL_SIZES)
+    assert {p.size for p in covered([COMPILED], quick=True)} == set(model_providers.SMALL_SIZES)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_plan(device: str) -> None:
     found = covered([], device)
-    assert {p.size for p in found} == set(bench_model.SIZES)
+    assert {p.size for p in found} == set(model_providers.SIZES)
     assert {p.batch for p in found} == {1, 8}
     assert all(p.size in ((224, 224), (1024, 1024)) for p in found if p.mode == COMPILED)
     assert (Problem(TRAINING, "float32", EAGER, 8, (1536, 1536)) in found) == (device == "cuda")
@@ -77,17 +82,17 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A real run, in processes; then a second part of it, which keeps the first, and a third with nothing to do."""
-    common = ["--quick", "--budget", "0", "--threads", "1", "--output", str(tmp_path)]
-    bench_model.main([*common, "--only", "64"])
-    bench_model.main([*common, "--only", "128,training"])
+    arguments = ["--quick", "--budget", "0", "--threads", "1", "--output", str(tmp_path)]
+    bench_model.main([*arguments, "--only", "64"])
+    bench_model.main([*arguments, "--only", "128,training"])
     capsys.readouterr()
-    bench_model.main([*common, "--only", "64,training", "--resume"])
+    bench_model.main([*arguments, "--only", "64,training", "--resume"])
     assert capsys.readouterr().out == ""
 
     content = json.loads((tmp_path / "model.json").read_text())
     with (tmp_path / "model.csv").open(newline="") as file:
-        assert [r["contestant"] for r in csv.DictReader(file)] == [r["contestant"] for r in content["rows"]]
-    seen = [(r["task"], r["H"], r["contestant"]) for r in content["rows"]]
+        assert [r["provider"] for r in csv.DictReader(file)] == [r["provider"] for r in content["rows"]]
+    seen = [(r["task"], r["H"], r["provider"]) for r in content["rows"]]
     both = [AUTHORS, "dfformer_s18"]
     problems = ((INFERENCE, 64), (TRAINING, 64), (TRAINING, 128))
     assert seen == [(*problem, name) for problem in problems for name in both]
@@ -96,9 +101,9 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert math.isclose(r["images_per_second"] * r["ms"], 1e3)
         assert r["peak_bytes"] > 0
         assert (r["saved_bytes"] is None) == (r["task"] == INFERENCE)
-        assert (r["error"] is None) == (r["contestant"] == AUTHORS)
+        assert (r["error"] is None) == (r["provider"] == AUTHORS)
         assert r["times_convformer_s18"] is None
-    by_name = {r["contestant"]: r for r in content["rows"] if r["task"] == INFERENCE}
+    by_name = {r["provider"]: r for r in content["rows"] if r["task"] == INFERENCE}
     assert math.isclose(
         by_name["dfformer_s18"]["times_authors"], by_name[AUTHORS]["ms"] / by_name["dfformer_s18"]["ms"]
     )
@@ -107,6 +112,17 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| dfformer_s18 |" in (tmp_path / "model.md").read_text()
     for picture in ("throughput", "memory"):
         assert (tmp_path / f"model_{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_committed_results_can_be_continued() -> None:
+    content = json.loads((RESULTS / "model.json").read_text())
+    machine, rows, left_out = bench_model._continued(RESULTS, dict(content["machine"]))
+    assert [asdict(r) | bench_model.ratios(r, rows) for r in rows] == content["rows"]
+    assert [list(g._asdict()) for g in bench_model.growths(rows)] == [list(g) for g in content["growth"]]
+    # with the values of growth, to the digits that are shown
+    assert bench_model.markdown(machine, rows, left_out) == (RESULTS / "model.md").read_text()
+    with (RESULTS / "model.csv").open(newline="") as file:
+        assert [list(row) for row in csv.DictReader(file)] == [list(row) for row in content["rows"]]
 
 
 @pytest.mark.parametrize("key", ["machine", "commit", "torch", "device"])
@@ -134,15 +150,15 @@ class Biased(nn.Module):
     ("task", "logits", "gradients", "right"),
     [(INFERENCE, 1, 1, True), (INFERENCE, 1.0001, 1, False), (TRAINING, 1, 1, True), (TRAINING, 1, 1.0001, False)],
 )
-def test_a_wrong_contestant_is_found(task: str, logits: float, gradients: float, right: bool) -> None:
-    entry = Entry(bench_model.CONTESTANTS["dfformer_s18"], SMALL._replace(task=task), "cpu")
-    entry.model = Biased(entry.plain, logits, gradients)
+def test_a_wrong_provider_is_found(task: str, logits: float, gradients: float, right: bool) -> None:
+    entry = Entry(model_providers.PROVIDERS["dfformer_s18"], SMALL._replace(task=task), "cpu")
+    entry.timed = Biased(entry.model, logits, gradients)
     assert (entry.error() <= bench_model.DEPTH * BOUND[torch.float32]) == right
 
 
 @contextmanager
-def answering(name: str, problem: Problem, setting: bench_model.Setting) -> Any:
-    """In place of a process: the contestant's name is what it does."""
+def answering(name: str, problem: Problem, setting: model_providers.Setting) -> Any:
+    """In place of a process: the provider's name is what it does."""
     yield name
 
 
@@ -150,34 +166,34 @@ def test_refused_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(name: Any, method: str, *arguments: object) -> Any:
         if name == "swin_tiny":
             raise ChildProcessError("AssertionError: 427 is odd")
-        return {"error": 1.0, "costs": bench_model.Costs(1e-3, 100, None), "times": [0.1, 0.2, 0.3]}[method]
+        return {"error": 1.0, "costs": model_providers.Costs(1e-3, 100, None), "times": [0.1, 0.2, 0.3]}[method]
 
-    monkeypatch.setattr(bench_model, "_process", answering)
-    monkeypatch.setattr(bench_model, "_ask", ask)
-    setting = bench_model.Setting("cpu", 1, 0)
+    monkeypatch.setattr(bench_model, "provider_process", answering)
+    monkeypatch.setattr(bench_model, "ask", ask)
+    setting = model_providers.Setting("cpu", 1, 0)
     rows, left_out = bench_model.measure(SMALL, [AUTHORS, "swin_tiny"], setting)
-    assert [(r.contestant, r.calls, r.ms, r.images_per_second) for r in rows] == [(AUTHORS, 9, 200.0, 5.0)]
+    assert [(r.provider, r.calls, r.ms, r.images_per_second) for r in rows] == [(AUTHORS, 9, 200.0, 5.0)]
     assert left_out == [(SMALL, "swin_tiny", "AssertionError: 427 is odd")]
     with pytest.raises(ValueError, match="dfformer_s18 is wrong on inference, float32, eager, 1 x 64x64: error"):
         bench_model.measure(SMALL, ["dfformer_s18"], setting)
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_model, "_kib", lambda path: {"MemAvailable": 1024})
+    monkeypatch.setattr(bench_model, "proc_kib", lambda path: {"MemAvailable": 1024})
     problem = SMALL._replace(size=(1024, 1024), batch=8)
-    rows, left_out = bench_model.measure(problem, [AUTHORS], bench_model.Setting("cpu", 1, 0))
+    rows, left_out = bench_model.measure(problem, [AUTHORS], model_providers.Setting("cpu", 1, 0))
     assert not rows
-    assert [(e.problem, e.contestant) for e in left_out] == [(problem, AUTHORS)]
+    assert [(e.problem, e.provider) for e in left_out] == [(problem, AUTHORS)]
     assert left_out[0].reason.startswith("1 at once need about ")
 
 
 def test_a_process_tells_why_it_failed() -> None:
-    problem, setting = SMALL._replace(size=(1, 1)), bench_model.Setting("cpu", 1, 0)
+    problem, setting = SMALL._replace(size=(1, 1)), model_providers.Setting("cpu", 1, 0)
     with (
-        bench_model._process("convnext_tiny", problem, setting) as connection,
+        model_providers.provider_process("convnext_tiny", problem, setting) as connection,
         pytest.raises(ChildProcessError, match=r"RuntimeError: .*[Kk]ernel size"),
     ):
-        bench_model._ask(connection, "costs")
+        model_providers.ask(connection, "costs")
 
 
 def test_peak_memory() -> None:
@@ -187,7 +203,7 @@ def test_peak_memory() -> None:
         for _ in range(10):
             torch.ones(2**24)
 
-    peak = bench_model._resident_peak(run)
+    peak = common.resident_peak(run)
     assert peak is not None
     assert 0.95 * 2**26 <= peak <= 5 * 2**26
 
@@ -198,7 +214,7 @@ def test_growth() -> None:
     def rows(name: str, exponent: float) -> list[Row]:
         sizes = [(64, 64), (512, 512), (768, 768), (1024, 1024)]
         return [
-            replace(ROW, contestant=name, H=H, W=W, ms=(H * W) ** exponent if H > 64 else 1e9, peak_bytes=H * W * 8)
+            replace(ROW, provider=name, H=H, W=W, ms=(H * W) ** exponent if H > 64 else 1e9, peak_bytes=H * W * 8)
             for H, W in sizes
         ]
 
@@ -211,20 +227,20 @@ def test_growth() -> None:
 
 def test_figure_and_table() -> None:
     rows = [
-        replace(ROW, contestant=name, task=task, H=n, W=n, ms=float(n), images_per_second=1000 / n)
+        replace(ROW, provider=name, task=task, H=n, W=n, ms=float(n), images_per_second=1000 / n)
         for task in (INFERENCE, TRAINING)
         for n in (224, 1024)
         for name in (AUTHORS, CONVFORMER, "dfformer_s18")
     ]
     rows.append(replace(ROW, dtype="bfloat16", H=224, W=224))
-    label, value = bench_model.DRAWN["memory"]
-    picture: Any = bench_model.figure(MACHINE, rows, label, value)
+    label, value = figures.DRAWN["memory"]
+    picture: Any = figures.model_figure(MACHINE, rows, label, value)
     assert [ax.get_title() for ax in picture.axes] == [INFERENCE, TRAINING]
     drawn = {line.get_label(): list(line.get_xdata()) for line in picture.axes[0].lines if len(line.get_xdata())}
     assert drawn == {name: [224**2, 1024**2] for name in (AUTHORS, CONVFORMER, "dfformer_s18")}
     assert "a processor" in picture.get_suptitle()
 
-    left_out = [bench_model.LeftOut(SMALL, "swin_tiny", "it does not take it")]
+    left_out = [model_providers.LeftOut(SMALL, "swin_tiny", "it does not take it")]
     text = bench_model.markdown(MACHINE | {"commands": ["python a.py"]}, rows, left_out)
     assert "| inference | 224x224 | 1024x1024 |" in text
     assert "| dfformer_s18 | 4.46 (1.00, 1.00) | 0.977 (1.00, 1.00) |" in text
@@ -241,8 +257,8 @@ def test_an_inference_form_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> No
         given.append((type(model).__name__, dtype))
         return model
 
-    served = replace(bench_model.CONTESTANTS["dfformer_s18"], prepare=prepare)
-    assert not bench_model._takes_part(served, SMALL._replace(task=TRAINING))
+    served = replace(model_providers.PROVIDERS["dfformer_s18"], prepare=prepare)
+    assert not model_providers._takes_part(served, SMALL._replace(task=TRAINING))
     entry = Entry(served, SMALL, "cpu")
     assert given == [("DFFormer", torch.float32)]
     assert entry.error() <= bench_model.DEPTH * BOUND[torch.float32]

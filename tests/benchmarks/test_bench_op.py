@@ -1,4 +1,4 @@
-"""The benchmark script: what it counts, whom it refuses, what it writes."""
+"""The benchmark script: what it counts, which results it rejects, what it writes."""
 
 import csv
 import json
@@ -11,15 +11,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import bench_op
+import common
+import figures
+import op_providers
 import pytest
 import torch
-from bench_op import BOTH, FORWARD, Budget, Contestant, Problem, Row, Setting
+from bench_op import Budget
+from op_providers import BOTH, FORWARD, Problem, Provider, Row, Setting
+from paths import ROOT
 from torch import Tensor
 
 from dfformer_kernels import backends, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+RESULTS = ROOT / "benchmarks/results"
 TINY = Problem("dynamic_filter", torch.float32, (2, 6, 5, 3), True)
 BRIEF = Budget(0, 1e-5)
 ROW = Row(
@@ -44,26 +50,26 @@ def test_counts() -> None:
         ("global_filter", FORWARD): 6 * (2 * 160 + 12 * 6),
         ("global_filter", BOTH): 6 * (5 * 160 + 12 * (6 + 6 + 8 + 2)),
     }
-    assert {key: bench_op.flops(key[0], (2, 4, 4, 3), key[1]) for key in bench_op.FLOPS} == counts
-    assert bench_op.moved_bytes((2, 4, 4, 3), torch.float32, FORWARD) == 2 * 96 * 4
-    assert bench_op.moved_bytes((2, 4, 4, 3), torch.bfloat16, BOTH) == 5 * 96 * 2
+    assert {key: op_providers.flops(key[0], (2, 4, 4, 3), key[1]) for key in op_providers.FLOPS} == counts
+    assert op_providers.moved_bytes((2, 4, 4, 3), torch.float32, FORWARD) == 2 * 96 * 4
+    assert op_providers.moved_bytes((2, 4, 4, 3), torch.bfloat16, BOTH) == 5 * 96 * 2
 
 
 def test_problems() -> None:
-    found = bench_op.problems("global_filter")
+    found = op_providers.problems("global_filter")
     assert len(found) == len(set(found))
-    by_dtype = [sum(p.dtype == dtype for p in found) for dtype in bench_op.DTYPES.values()]
-    assert by_dtype == [4 * 4 * 2 - 4 + len(bench_op.OTHER_SHAPES), 4, 4, 4]
+    by_dtype = [sum(p.dtype == dtype for p in found) for dtype in common.DTYPES.values()]
+    assert by_dtype == [4 * 4 * 2 - 4 + len(op_providers.OTHER_SHAPES), 4, 4, 4]
     assert (8, 128, 128, 128) in [p.shape for p in found]
     assert (8, 256, 256, 128) not in [p.shape for p in found]
-    assert not bench_op.is_measured(4096, (1, 1024, 1024, 65))
+    assert not op_providers.is_measured(4096, (1, 1024, 1024, 65))
 
 
 def test_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One tiny shape through everything, with every contestant there is but torch.compile."""
+    """One tiny shape through everything, with every provider there is but torch.compile."""
     monkeypatch.setattr(bench_op, "problems", lambda op, quick: [TINY._replace(op=op)])
-    monkeypatch.setattr(bench_op, "gemm_rate", lambda setting, dtype: 100.0)
-    monkeypatch.setattr(bench_op, "copy_rate", lambda setting: 10.0)
+    monkeypatch.setattr(bench_op, "gemm_rate", lambda device, dtype: 100.0)
+    monkeypatch.setattr(bench_op, "copy_rate", lambda device: 10.0)
     ops = ["dynamic_filter", "global_filter"]
     bench_op.main(["--quick", "--op", ",".join(ops), "--threads", "1", "--output", str(tmp_path / "new")])
 
@@ -72,16 +78,16 @@ def test_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
         rows = list(table)
         assert table.fieldnames == [field.name for field in fields(Row)]
     content: dict[str, Any] = json.loads((tmp_path / "new/op.json").read_text())
-    assert [r["contestant"] for r in content["rows"]] == [r["contestant"] for r in rows]
+    assert [r["provider"] for r in content["rows"]] == [r["provider"] for r in rows]
     runnable = {name for name, reasons in backends().items() if not reasons}
     for op in ops:
         for direction in (FORWARD, BOTH):
             of_problem = [r for r in content["rows"] if (r["op"], r["direction"]) == (op, direction)]
-            assert runnable <= {r["contestant"] for r in of_problem}
+            assert runnable <= {r["provider"] for r in of_problem}
             for r in of_problem:
                 assert min(r["ms"], r["speedup"], r["gflops"], r["gbps"], r["share_of_limit"]) > 0
                 assert r["rounds"] >= 5
-                assert r["contestant"] not in runnable or (r["extra_bytes"] is None) == (direction == BOTH)
+                assert r["provider"] not in runnable or (r["extra_bytes"] is None) == (direction == BOTH)
     assert {"machine", "caches", "libraries", "commit", "dirty", "date", "threads", "torch", "dfformer"} <= set(
         content["machine"]
     )
@@ -93,6 +99,16 @@ def test_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
     assert "2x6x5x3 (stage)" in printed
 
 
+def test_the_committed_results_have_the_names_of_today() -> None:
+    rows = json.loads((RESULTS / "op.json").read_text())["rows"]
+    assert all(list(row) == [field.name for field in fields(Row)] for row in rows)
+    with (RESULTS / "op.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [list(row) for row in table] == [list(row) for row in rows]
+    summary = bench_op.summarize([Row(**row) for row in rows])
+    assert [s._asdict() for s in summary] == json.loads((RESULTS / "op.json").read_text())["summary"]
+
+
 def test_another_allocator_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[list[str], dict[str, str]]] = []
     monkeypatch.setattr(bench_op.subprocess, "run", lambda command, env, check: started.append((command, env)))
@@ -101,12 +117,12 @@ def test_another_allocator_is_measured_in_a_process_of_its_own(monkeypatch: pyte
     bench_op.main(arguments)
     ((command, env),) = started
     assert command[2:] == arguments
-    for name, value in bench_op.ALLOCATORS["kept"].items():
+    for name, value in common.ALLOCATORS["kept"].items():
         assert env[name] == value
         monkeypatch.setenv(name, value)
-    assert bench_op.allocator() == "kept"
+    assert common.allocator() == "kept"
     bench_op.main(["--quick", "--allocator", "default"])
-    assert not bench_op.ALLOCATORS["kept"].keys() & started[1][1].keys()
+    assert not common.ALLOCATORS["kept"].keys() & started[1][1].keys()
 
 
 def wrong_result(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
@@ -122,33 +138,33 @@ def not_a_number(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("run", "calls"), [(wrong_result, 0), (wrong_gradient, 1), (not_a_number, 0)])
-def test_wrong_contestant_is_refused(monkeypatch: pytest.MonkeyPatch, run: Any, calls: int) -> None:
+def test_a_wrong_provider_raises(monkeypatch: pytest.MonkeyPatch, run: Any, calls: int) -> None:
     """Before the direction it is wrong in is timed."""
-    monkeypatch.setitem(bench_op.CONTESTANTS, "wrong", lambda op, setting: [Contestant("bad", run, setting)])
+    monkeypatch.setitem(op_providers.PROVIDERS, "wrong", lambda op, setting: [Provider("bad", run, setting)])
     timed = 0
     median_seconds = bench_op._median_seconds
 
-    def counted(runs: list[bench_op.Run], budget: Budget) -> tuple[int, list[float]]:
+    def counted(runs: list[op_providers.Run], budget: Budget) -> tuple[int, list[float]]:
         nonlocal timed
         timed += 1
         return median_seconds(runs, budget)
 
     monkeypatch.setattr(bench_op, "_median_seconds", counted)
-    entrants = bench_op.contestants("dynamic_filter", Setting(1), quick=True)
+    providers = op_providers.available_providers("dynamic_filter", Setting(1), quick=True)
     with pytest.raises(ValueError, match="bad is wrong on Problem"):
-        bench_op.measure(TINY, entrants, 100.0, BRIEF)
+        bench_op.measure(TINY, providers, 100.0, BRIEF)
     assert timed == calls
 
 
 def test_absent_library(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(bench_op.CONTESTANTS, "ducc0", lambda op, setting: [__import__("no_such_library")])
-    assert "ducc0" not in [c.name for c in bench_op.contestants("global_filter", Setting(1), quick=True)]
+    monkeypatch.setitem(op_providers.PROVIDERS, "ducc0", lambda op, setting: [__import__("no_such_library")])
+    assert "ducc0" not in [c.name for c in op_providers.available_providers("global_filter", Setting(1), quick=True)]
     assert "ducc0 is left out: No module named 'no_such_library'" in capsys.readouterr().out
 
 
-def test_contestants_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_providers_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     """Which take what they can, problem by problem; without a GPU, torch.fft is left to run there."""
-    found = bench_op.contestants("global_filter", Setting(1, device="cuda"), quick=True)
+    found = op_providers.available_providers("global_filter", Setting(1, device="cuda"), quick=True)
     gpu_backends = {name for name in ("cuda", "cufft") if not backends()[name]}
     assert {c.name for c in found} == {"torch", *gpu_backends}
     assert all(c.setting.device == "cuda" for c in found)
@@ -157,11 +173,11 @@ def test_contestants_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"{name} is left out: " in printed for name in ("scipy", "pyfftw", "ducc0"))
 
 
-def test_a_problem_a_contestant_does_not_take() -> None:
-    torch_alone = bench_op._torch("dynamic_filter", Setting(1))
-    other = Contestant("picky", not_a_number, Setting(1), supports=lambda problem: problem.shape[0] > 2)
+def test_a_problem_a_provider_does_not_take() -> None:
+    torch_alone = op_providers._torch("dynamic_filter", Setting(1))
+    other = Provider("picky", not_a_number, Setting(1), supports=lambda problem: problem.shape[0] > 2)
     rows = bench_op.measure(TINY, [*torch_alone, other], 100.0, BRIEF)
-    assert {r.contestant for r in rows} == {"torch"}
+    assert {r.provider for r in rows} == {"torch"}
 
 
 def test_times_on_a_gpu_are_those_of_do_bench(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +188,7 @@ def test_times_on_a_gpu_are_those_of_do_bench(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setitem(sys.modules, "triton.testing", SimpleNamespace(do_bench=do_bench))
     calls: list[str] = []
-    runs: list[bench_op.Run] = [
+    runs: list[op_providers.Run] = [
         (Setting(1, device="cuda"), partial(calls.append, "a")),
         (Setting(1, device="cuda"), partial(calls.append, "b")),
     ]
@@ -205,8 +221,8 @@ def test_out_of_memory_leaves_a_problem_out(
 
 
 def test_figure_of_two_backends() -> None:
-    rows = [replace(ROW, contestant=name, direction=d) for name in ("torch", "cuda", "cufft") for d in (FORWARD, BOTH)]
-    axes: list[Any] = bench_op.figure(MACHINE | {"device": "cuda"}, rows).axes
+    rows = [replace(ROW, provider=name, direction=d) for name in ("torch", "cuda", "cufft") for d in (FORWARD, BOTH)]
+    axes: list[Any] = figures.op_figure(MACHINE | {"device": "cuda"}, rows).axes
     left, right = axes
     assert left.get_legend().get_title().get_text() == "cuda and cufft against torch.fft"
     assert len(left.patches) == 4
@@ -218,14 +234,14 @@ def test_figure_of_two_backends() -> None:
 
 def test_extra_memory() -> None:
     """One temporary of x's size beside y."""
-    contestant = Contestant("two steps", lambda x: (x + x) * x, Setting(1))
+    provider = Provider("two steps", lambda x: (x + x) * x, Setting(1))
     x = torch.ones(1000)
-    assert bench_op._allocated_peak(contestant, TINY, [x]) == x.nbytes
+    assert op_providers._allocated_peak(provider, TINY, [x]) == x.nbytes
 
 
 def test_rates() -> None:
-    assert bench_op.copy_rate(Setting(1), 2**16) > 0
-    assert bench_op.gemm_rate(Setting(1), torch.float32, 32) > 0
+    assert common.copy_rate("cpu", 2**16) > 0
+    assert common.gemm_rate("cpu", torch.float32, 32) > 0
 
 
 def test_summary() -> None:
@@ -233,9 +249,9 @@ def test_summary() -> None:
         ROW,
         replace(ROW, stage=False, B=8, speedup=5.0),
         replace(ROW, dtype="bfloat16", ms=1.0),
-        replace(ROW, contestant="cpu/avx2", isa="avx2", ms=3.0),
-        replace(ROW, contestant="cpu/1 thread", threads=1, ms=3.5),
-        replace(ROW, contestant="torch", isa="", ms=6.0),
+        replace(ROW, provider="cpu/avx2", isa="avx2", ms=3.0),
+        replace(ROW, provider="cpu/1 thread", threads=1, ms=3.5),
+        replace(ROW, provider="torch", isa="", ms=6.0),
     ]
     assert {s.quantity: (s.median, s.minimum, s.problems) for s in bench_op.summarize(rows)} == {
         "times faster than torch.fft, stages": (3, 3, 1),

@@ -160,5 +160,5 @@ def test_benchmark(tmp_path: Path) -> None:
     bench_op.main([*arguments, "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "op.json").read_text())["rows"]
     here = {name for name, reasons in dfformer_kernels.backends().items() if not reasons} - {"cpu"}
-    assert {r["contestant"] for r in rows} == here
-    assert all(r["extra_bytes"] >= 0 for r in rows if r["direction"] == bench_op.FORWARD)
+    assert {r["provider"] for r in rows} == here
+    assert all(r["extra_bytes"] >= 0 for r in rows if r["direction"] == "forward")

@@ -4,11 +4,11 @@ import itertools
 import math
 from collections.abc import Callable
 
-import bench_op
+import op_providers
 import pytest
 import timm
 import torch
-from bench_op import BOTH, FORWARD
+from op_providers import BOTH, FORWARD
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,15 +47,18 @@ def test_every_operator_has_a_formula() -> None:
     assert {name.partition(".")[0] for name in names} == flops.FORMULAS.keys()
 
 
-@pytest.mark.parametrize("op", bench_op.OPS)
+@pytest.mark.parametrize("op", op_providers.OPS)
 def test_filters_count_as_the_benchmark_does(op: str) -> None:
     steps: dict[str, tuple[Step, list[Tensor]]] = {
-        "dynamic_filter": (dynamic_filter, [rand(*SHAPE), rand(B, bench_op.F, C), rand(H, W // 2 + 1, bench_op.F, 2)]),
+        "dynamic_filter": (
+            dynamic_filter,
+            [rand(*SHAPE), rand(B, op_providers.F, C), rand(H, W // 2 + 1, op_providers.F, 2)],
+        ),
         "global_filter": (global_filter, [rand(*SHAPE), rand(H, W // 2 + 1, C, 2)]),
     }
     step, inputs = steps[op]
-    assert count(step, inputs) == round(bench_op.flops(op, SHAPE, FORWARD))
-    assert count(step, inputs, (True,) * len(inputs)) == pytest.approx(bench_op.flops(op, SHAPE, BOTH), abs=1)
+    assert count(step, inputs) == round(op_providers.flops(op, SHAPE, FORWARD))
+    assert count(step, inputs, (True,) * len(inputs)) == pytest.approx(op_providers.flops(op, SHAPE, BOTH), abs=1)
 
 
 # Transforms beside the forward's 2, and flops a frequency beside its 6 + 4 F, for gradients of x, logits, basis; F is 5

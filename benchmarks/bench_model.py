@@ -67,8 +67,8 @@ from dfformer_kernels.tolerance import BOUND
 
 # Growth is fitted to images of at least this size.
 LARGE = (512, 512)
-# What no provider takes beside its model for a pixel of a batch, and keeps while the others have their turns.
-BYTES_A_PIXEL = {INFERENCE: 1000, TRAINING: 6000}
+# An upper bound of the memory that a provider holds beside its model, for each pixel of a batch, between its turns.
+BYTES_PER_PIXEL = {INFERENCE: 1000, TRAINING: 6000}
 # A model's outputs and gradients may differ by this many times what one step of it may.
 DEPTH = 5
 
@@ -120,8 +120,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _lacking_memory(problem: Problem, providers: int, device: str) -> str:
-    """Why so many providers at once do not fit into the memory that is there, or ""."""
-    needed = BYTES_A_PIXEL[problem.task] * problem.batch * problem.pixels * providers
+    """Why so many providers at once do not fit into the memory that is available; "" if they do."""
+    needed = BYTES_PER_PIXEL[problem.task] * problem.batch * problem.pixels * providers
     if device == "cpu" and (available := proc_kib("/proc/meminfo").get("MemAvailable")) and needed > 1024 * available:
         together = f"{providers} at once need about {needed / 2**30:.0f} GiB"
         return f"{together}, {available / 2**20:.0f} GiB are free; --only takes fewer"

@@ -99,7 +99,7 @@ class Summary(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
-    if args.allocator != allocator():  # which a process chooses when it starts
+    if args.allocator != allocator():  # it depends on the environment that a process starts with
         command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
         kept = {name: value for name, value in os.environ.items() if name not in ALLOCATORS["kept"]}
         subprocess.run(command, env=kept | ALLOCATORS[args.allocator], check=True)
@@ -219,13 +219,13 @@ def _checked_error(
 def _median_seconds(runs: Sequence[Run], budget: Budget) -> tuple[int, list[float]]:
     """The number of rounds, and the median time of each run, which runs for a while in every round."""
     once = [min(_seconds(*run, 0)) for run in runs]
-    a_round = sum(t + max(t, budget.sample) for t in once)
-    rounds = max(budget.rounds, int(budget.seconds / a_round))
+    round_seconds = sum(t + max(t, budget.sample) for t in once)
+    rounds = max(budget.rounds, int(budget.seconds / round_seconds))
     samples: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
-        for of_run, run in zip(samples, runs, strict=True):
-            of_run += _seconds(*run, budget.sample)
-    return rounds, [statistics.median(of_run) for of_run in samples]
+        for times, run in zip(samples, runs, strict=True):
+            times += _seconds(*run, budget.sample)
+    return rounds, [statistics.median(times) for times in samples]
 
 
 def _seconds(setting: Setting, run: Callable[[], object], sample: float) -> list[float]:
@@ -309,9 +309,8 @@ def _time_ratios(rows: Sequence[Row], baselines: Sequence[Row]) -> list[tuple[Ro
 def print_summary(summary: Sequence[Summary]) -> None:
     print(f"\n{'summary':<8}{'':<40}{'operator':<16}{'direction':<18}{'median':>8}{'minimum':>9}{'problems':>10}")
     for s in summary:
-        print(
-            f"{s.provider:<8}{s.quantity:<40}{s.op:<16}{s.direction:<18}{s.median:>8.2f}{s.minimum:>9.2f}{s.problems:>10}"
-        )
+        print(f"{s.provider:<8}{s.quantity:<40}{s.op:<16}{s.direction:<18}{s.median:>8.2f}{s.minimum:>9.2f}"
+              f"{s.problems:>10}")  # fmt: skip
 
 
 def write(folder: Path, machine: dict[str, Any], rows: Sequence[Row], summary: Sequence[Summary]) -> None:

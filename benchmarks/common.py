@@ -84,7 +84,7 @@ def allocator() -> str:
 
 
 def _caches() -> dict[str, str]:
-    """Level and type of each cache to its size, as Linux tells them of the first core."""
+    """Level and type of each cache to its size, as Linux reports them for the first core."""
     folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
     read = [[(folder / name).read_text().strip() for name in ("level", "type", "size")] for folder in folders]
     return {f"L{level} {kind}": size for level, kind, size in read}
@@ -129,7 +129,7 @@ TIMERS: dict[str, Callable[[Callable[[], object], float], list[float]]] = {
 
 
 def in_turns(runs: Mapping[Any, Callable[[], object]], rounds: int, seconds: float) -> dict[Any, float]:
-    """The median time of each on the CPU in ms: of single calls, so many seconds of them in a round."""
+    """The median time of one call of each on the CPU, in ms; in every round each is called for ``seconds``."""
     samples: dict[Any, list[float]] = {key: [] for key in runs}
     for run in runs.values():
         run()
@@ -183,7 +183,7 @@ def allocated_peak(run: Callable[[], object], device: str) -> int:
 
 
 def resident_peak(run: Callable[[], object]) -> int | None:
-    """By how many bytes this process's anonymous memory grows at most during ``run``; None where Linux does not tell.
+    """The most bytes by which this process's anonymous memory grows during ``run``; None where Linux does not say.
 
     Mapped files are left out: a library's code is not the model's, and becomes resident as it is used.
     """

@@ -135,7 +135,7 @@ class Row:
     calls: int
     ms: float  # median of a call
     images_per_second: float
-    peak_bytes: int | None  # beside model and optimizer; None where the system does not tell
+    peak_bytes: int | None  # beside model and optimizer; None where the system does not report it
     saved_bytes: int | None  # for backward; None where it is not measured
     error: float | None  # largest relative error; None for those that are not checked
 
@@ -208,7 +208,7 @@ def provider_process(name: str, problem: Problem, setting: Setting) -> Iterator[
     try:
         yield ours
     finally:
-        ours.close()  # at which the process ends
+        ours.close()  # ends the process
         process.join()
 
 
@@ -232,7 +232,7 @@ def _serve(connection: Connection, name: str, problem: Problem, setting: Setting
         while True:
             method, arguments = connection.recv()
             connection.send(getattr(entry, method)(*arguments))
-    except EOFError:  # nobody asks any more
+    except EOFError:  # the parent has closed its end
         pass
     except Exception as error:
         connection.send(RuntimeError(f"{type(error).__name__}: {error}".splitlines()[0]))
@@ -297,7 +297,7 @@ class Entry:
 
     def costs(self) -> Costs:
         if self.problem.mode == COMPILED or self.provider.prepare:
-            self.run()  # what compiling and packing weights take is not a call's
+            self.run()  # compiling and packing weights are not part of a call
         seconds: list[float] = []
 
         def timed_once() -> None:

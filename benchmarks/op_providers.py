@@ -200,7 +200,7 @@ def _allocated_peak(provider: Provider, problem: Problem, inputs: list[Tensor]) 
 
 
 def available_providers(op: str, setting: Setting, quick: bool = False) -> list[Provider]:
-    """Who runs ``op`` here; prints why another does not."""
+    """The providers that can run ``op`` here; prints why each of the others cannot."""
     found: list[Provider] = []
     for name, make in PROVIDERS.items():
         try:
@@ -247,7 +247,7 @@ def _backend(name: str, op: str, setting: Setting) -> list[Provider]:
 
 
 def _unsupported_reasons(backend: str, device: str, problem: Problem) -> list[str]:
-    """Why a backend cannot do the forward step or its backward."""
+    """Why a backend cannot run the forward step or its backward; empty if it can."""
     filters = F if problem.op == "dynamic_filter" else 0
     steps = [
         dispatch.Problem(op, device, problem.dtype, problem.shape, filters)

@@ -38,8 +38,8 @@ class Backend:
     device: str | None  # device type, None for any
     kernels: Mapping[str, Kernel]
     unavailable_reasons: Callable[[], list[str]]  # why it cannot run anything on this machine
-    # Why it cannot run this problem, which is on its device, though it runs others.
-    limits: Callable[[Problem], list[str]] = lambda problem: []
+    # Why its kernels cannot run this problem, which is on its device, though they run others.
+    kernel_unsupported_reasons: Callable[[Problem], list[str]] = lambda problem: []
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """Why it cannot run ``problem``; empty if it can."""
@@ -48,7 +48,7 @@ class Backend:
             reasons.append(f"it runs on {self.device}, x is on {problem.device}")
         if problem.op not in self.kernels:
             reasons.append(f"it has no {problem.op} kernel, only {', '.join(self.kernels)}")
-        return reasons or self.limits(problem)
+        return reasons or self.kernel_unsupported_reasons(problem)
 
 
 TABLE: tuple[Backend, ...] = (
@@ -274,7 +274,7 @@ _NOTHING: AbstractContextManager[object] = nullcontext()
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off inside, where it is on; entering ``torch.autocast`` when it is not would cost microseconds."""
-    # The meta device has no autocast and refuses the question.
+    # The meta device has no autocast, and asking for it raises.
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return _NOTHING
     return torch.autocast(device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""What torch's flop counter makes of the operators: counts by hand, the paper's, and those of plain operations."""
+"""What torch's flop counter makes of the operators: counts by hand, the paper's, and those of eager operations."""
 
 import itertools
 import math
@@ -81,14 +81,14 @@ def test_only_gradients_that_are_needed_count(needs: tuple[bool, ...]) -> None:
 
 @pytest.mark.parametrize("needs", subsets(5), ids=str)
 def test_mlp_counts_as_its_products_do(needs: tuple[bool, ...]) -> None:
-    def plain(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor) -> Tensor:
+    def eager(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor) -> Tensor:
         return F.linear(reference.star_relu(F.linear(x, weight1), scale, bias), weight2)
 
     def fused(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor) -> Tensor:
         return mlp(x, weight1, (scale, bias), weight2)
 
     inputs = [rand(7, 3), rand(11, 3), rand(1), rand(1), rand(5, 11)]
-    assert count(fused, inputs, needs) == count(plain, inputs, needs)
+    assert count(fused, inputs, needs) == count(eager, inputs, needs)
 
 
 @pytest.mark.parametrize("needs", subsets(3), ids=str)
@@ -103,7 +103,7 @@ GMACS = {"dfformer_s18": 3.79, "cdfformer_s18": 3.88, "gfformer_s18": 3.79}
 
 @pytest.mark.parametrize("name", GMACS)
 @pytest.mark.parametrize("training", [False, True])
-def test_models_count_as_the_plain_formulation(name: str, training: bool) -> None:
+def test_models_count_as_the_eager_baseline(name: str, training: bool) -> None:
     """But for the filters, of which torch counts no transforms."""
     with torch.device("meta"):
         model, images = timm.create_model(name).train(training), rand(1, 3, 224, 224)
@@ -117,9 +117,9 @@ def test_models_count_as_the_plain_formulation(name: str, training: bool) -> Non
         return {"all": counter.get_total_flops(), "filters": sum(n for op, n in by_operator.items() if "filter" in op),
                 "bmm": by_operator.get("aten.bmm", 0)}  # fmt: skip
 
-    ours, plain = run(model), run(eager_baseline(model))
-    assert ours["bmm"] == plain["filters"] == 0
+    ours, eager = run(model), run(eager_baseline(model))
+    assert ours["bmm"] == eager["filters"] == 0
     assert ours["filters"] > 0
-    assert ours["all"] - ours["filters"] == plain["all"] - plain["bmm"]
+    assert ours["all"] - ours["filters"] == eager["all"] - eager["bmm"]
     if not training:
         assert round((ours["all"] - ours["filters"]) / 2e9, 2) == GMACS[name]

@@ -231,6 +231,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_csv(path: Path, titles: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, titles)
+        table = csv.DictWriter(file, titles, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import write_csv
 
 from dfformer_kernels.backends.cuda import layout as cuda
 from dfformer_kernels.backends.cuda import nvrtc
@@ -84,12 +85,9 @@ def _number(pattern: str, log: str) -> int:
 def write(rows: Sequence[Row], path: Path = RESULTS) -> None:
     """Puts ``rows`` in place of those of the same backends and targets."""
     replaced = {(row.backend, row.target) for row in rows}
-    kept = [row for row in read(path) if (row["backend"], row["target"]) not in replaced]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        written = [{name: "" if value is None else str(value) for name, value in asdict(row).items()} for row in rows]
-        writer.writerows(sorted(kept + written, key=lambda row: (row["backend"], row["target"])))
+    kept: list[dict[str, Any]] = [row for row in read(path) if (row["backend"], row["target"]) not in replaced]
+    written = sorted(kept + [asdict(row) for row in rows], key=lambda row: (row["backend"], row["target"]))
+    write_csv(path, [field.name for field in fields(Row)], written)
 
 
 def read(path: Path = RESULTS) -> list[dict[str, str]]:

@@ -276,7 +276,8 @@ def test_launches_touch_what_the_model_of_traffic_says(
     run_interpreted = InterpretedFunction.run
 
     def run_counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        launches.append([])
+        if not kwargs.get("warmup"):  # which compiles, and launches nothing
+            launches.append([])
         return run_interpreted(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "run", run_counted)

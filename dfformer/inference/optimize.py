@@ -1,5 +1,6 @@
 """A model made ready to serve: everything that is fixed once training is over is computed once."""
 
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -17,12 +18,14 @@ from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter, Spectr
 
 DTYPES = (None, torch.float32, torch.bfloat16)
 
-# The projections that read a token mixer's input, and so can take over the scale of the norm before it.
-_INPUT_PROJECTIONS: dict[type[nn.Module], tuple[str, ...]] = {
-    DynamicFilter: ("pwconv1", "reweight.fc1"),
-    GlobalFilter: ("pwconv1",),
-    SepConv: ("pwconv1",),
-    AFNO2D: ("pwconv1",),
+# What reads the norm before it in a block, by its path in the reader: projections that can take over the norm's scale,
+# and what has to be itself for that.
+_READERS: dict[type[nn.Module], dict[str, type[nn.Module]]] = {
+    DynamicFilter: {"pwconv1": nn.Linear, "reweight": Mlp, "reweight.fc1": nn.Linear},
+    GlobalFilter: {"pwconv1": nn.Linear},
+    SepConv: {"pwconv1": nn.Linear},
+    AFNO2D: {"pwconv1": nn.Linear},
+    Mlp: {"fc1": nn.Linear},
 }
 
 
@@ -68,9 +71,10 @@ def optimize_for_inference(
         served = deepcopy(model).eval().requires_grad_(False)
         if img_size is not None:
             _fix_filters(served, to_2tuple(img_size))
+        shared = _shared(served)
         for name, module in list(served.named_modules()):
             if isinstance(module, MetaFormerBlock):
-                _fold_norms(name, module, left_alone)
+                _fold_norms(name, module, shared, left_alone)
         served = _replaced(served, "", left_alone)
         if dtype is not None:
             _convert(served, dtype)
@@ -89,9 +93,19 @@ class InferenceModel(nn.Module):
         super().train(False)
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Any:
-        results = self.model(x if self.dtype is None else x.to(self.dtype))
-        return results if self.dtype is None else tree_map_only(Tensor, lambda t: t.to(x.dtype), results)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.dtype is None:
+            return self.model(x, *args, **kwargs)
+        if not x.is_floating_point():
+            raise TypeError(f"x: got {x.dtype}, accepted are floating-point images")
+        results = self.model(x.to(self.dtype), *args, **kwargs)
+        return tree_map_only(Tensor, lambda t: t.to(x.dtype) if t.is_floating_point() else t, results)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "InferenceModel":
+        super()._apply(fn, recurse)
+        if self.dtype is not None:  # `.float()`, say, changes what images are cast to
+            self.dtype = fn(torch.zeros((), dtype=self.dtype)).dtype
+        return self
 
     def train(self, mode: bool = True) -> "InferenceModel":
         if mode:
@@ -119,24 +133,45 @@ def _fix_filters(model: nn.Module, img_size: tuple[int, int]) -> None:
         module.size, module.weight_resize = plane, False
 
 
-def _fold_norms(name: str, block: MetaFormerBlock, left_alone: list[LeftAlone]) -> None:
+def _fold_norms(name: str, block: Any, shared: set[int], left_alone: list[LeftAlone]) -> None:
     """``W (g * n) = (W * g) n``: the norms' scales into the projections that read them."""
-    mixer: Any = block.token_mixer
-    mlp: Any = block.mlp
-    of_mixer = [mixer.get_submodule(child) for child in _INPUT_PROJECTIONS.get(type(mixer), ())]
-    of_mlp = [mlp.fc1] if type(mlp) is Mlp else []
-    for child, around, projections in (("norm1", mixer, of_mixer), ("norm2", mlp, of_mlp)):
+    for child, reader in (("norm1", block.token_mixer), ("norm2", block.mlp)):
         norm = getattr(block, child)
-        reasons = reasons_against(norm, nn.LayerNorm)
-        for projection in projections:
-            reasons += [f"the projection after it: {r}" for r in reasons_against(projection, nn.Linear)]
-        reasons += [f"what reads it: {r}" for r in reasons_against(around, type(around))]
-        if not reasons and projections and norm.weight is not None and norm.bias is None:
-            for projection in projections:
-                projection.weight.mul_(norm.weight)
-            setattr(block, child, nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False))
-        elif reasons:
+        reasons = [f"its block: {reason}" for reason in reasons_against(block, MetaFormerBlock)]
+        reasons += _against_folding(norm, reader, shared)
+        if reasons:
             left_alone.append(LeftAlone(f"{name}.{child}".lstrip("."), tuple(reasons)))
+            continue
+        for path, kind in _READERS[type(reader)].items():
+            if kind is nn.Linear:
+                reader.get_submodule(path).weight.mul_(norm.weight)
+        setattr(block, child, nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False))
+
+
+def _against_folding(norm: nn.Module, reader: nn.Module, shared: set[int]) -> list[str]:
+    reasons = reasons_against(norm, nn.LayerNorm)
+    if not reasons:
+        assert isinstance(norm, nn.LayerNorm)
+        weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+        if weight is None or bias is not None or len(norm.normalized_shape) != 1:
+            reasons.append("it is no layer norm of the channels with a scale alone")
+    if type(reader) not in _READERS:
+        return [*reasons, f"it is read by a {type(reader).__qualname__}"]
+    reasons += [f"its reader: {reason}" for reason in reasons_against(reader, type(reader))]
+    children = dict(reader.named_modules())
+    for path, kind in _READERS[type(reader)].items():
+        child = children.get(path)
+        against = ["it is absent"] if child is None else reasons_against(child, kind)
+        if not against and isinstance(child, nn.Linear) and id(child.weight) in shared:
+            against.append("other layers have its weight")
+        reasons += [f"its reader's {path}: {reason}" for reason in against]
+    return reasons
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """The identities of parameters that the model has under several names."""
+    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {identity for identity, count in counts.items() if count > 1}
 
 
 def _replaced(module: nn.Module, name: str, left_alone: list[LeftAlone]) -> nn.Module:
@@ -193,7 +228,7 @@ def _of_children(module: nn.Module, kinds: dict[str, type[nn.Module]]) -> list[s
 
 _SERVED: dict[type[nn.Module], Callable[[Any], tuple[nn.Module, list[str]]]] = {
     MetaFormerBlock: _served_block,
-    **dict.fromkeys(_INPUT_PROJECTIONS, _served_mixer),
+    **dict.fromkeys((DynamicFilter, GlobalFilter, SepConv, AFNO2D), _served_mixer),
     Mlp: _served_mlp,
     nn.Linear: _served_linear,
 }

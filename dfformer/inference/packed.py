@@ -10,6 +10,7 @@ from dfformer.models.exact import fusible, is_exact
 from dfformer.models.layers import Scale
 from dfformer_kernels import linear, star_relu
 from dfformer_kernels.ops.mlp import chunks
+from dfformer_kernels.ops.registration import is_transformed
 
 # Rows that oneDNN lays a weight out for: any number runs.
 PACKED_FOR_ROWS = 784
@@ -30,6 +31,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self._weight = weight.detach().clone()
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.out_features, self.in_features = self._weight.shape
         self._packed: Tensor | None = None
         self._given_out = False
         self._pack()
@@ -48,6 +50,10 @@ class PackedLinear(nn.Module):
     def may_use_packed(self, x: Tensor) -> bool:
         """Whether a call with x multiplies by the packed weight. Graphs leave products to their compiler."""
         if self._packed is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        if (torch.is_grad_enabled() and x.requires_grad) or is_transformed(
+            (x,)
+        ):  # the packed product has no derivative
             return False
         return (
             type(x) is Tensor
@@ -88,6 +94,9 @@ class PackedLinear(nn.Module):
             errors.append(
                 f"size mismatch for {name}: got {tuple(stored.shape)}, accepted is {tuple(self._weight.shape)}"
             )
+        elif args[0].get("assign_to_params_buffers", False):
+            self._weight = stored.detach().clone()
+            self._pack()
         else:
             with torch.no_grad():
                 self._weight.copy_(stored)
@@ -99,6 +108,7 @@ class PackedLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._weight = self._weight.clone()  # a shallow copy's would be the original's, which may have been given out
         self._pack()
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dfformer.models.exact import fusible
 from dfformer.models.layers import Activation, Mlp, Scale, call_convolution
+from dfformer_kernels.ops.registration import is_transformed
 
 TokenMixer = Callable[..., nn.Module]  # called as mixer(dim=, size=)
 NormLayer = Callable[[int], nn.Module]  # called with the channels; maps (..., channels) to the same
@@ -46,10 +47,19 @@ class Downsampling(nn.Module):
         self.post_norm = norm_layer(out_channels) if stem else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        # A channels-last image makes the convolution return what the rest of the network wants without a copy.
-        x = x.contiguous(memory_format=torch.channels_last) if self.is_stem else self.pre_norm(x).permute(0, 3, 1, 2)
+        x = _channels_last(x) if self.is_stem else self.pre_norm(x).permute(0, 3, 1, 2)
         x = self.conv(x) if torch.jit.is_scripting() else call_convolution(self.conv, x)
         return self.post_norm(x.permute(0, 2, 3, 1))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """A channels-last image makes the convolution return what the rest of the network wants without a copy."""
+    if torch.jit.is_scripting():
+        return x.contiguous(memory_format=torch.channels_last)
+    elif is_transformed((x,)):  # torch.func.vmap knows no memory formats
+        return x
+    else:
+        return x.contiguous(memory_format=torch.channels_last)
 
 
 @fusible

@@ -77,8 +77,8 @@ class Scale(nn.Module):
 class Mlp(nn.Module):
     """``fc2(act(fc1(x)))`` without biases, on (..., dim).
 
-    Where all three are unmodified and ``act`` is StarReLU, they run as one autograd Function that saves less
-    (`dfformer_kernels.mlp`).
+    Where all three are unmodified, without biases, and ``act`` is StarReLU, they run as one autograd Function that
+    saves less (`dfformer_kernels.mlp`).
     """
 
     def __init__(
@@ -98,7 +98,9 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             fc1, act, fc2 = self.fc1, self.act, self.fc2
-            if is_exact(fc1, nn.Linear, x) and is_exact(act, StarReLU, x) and is_exact(fc2, nn.Linear, x):
+            exact = is_exact(fc1, nn.Linear, x) and is_exact(act, StarReLU, x) and is_exact(fc2, nn.Linear, x)
+            biases: list[Tensor | None] = [fc1.bias, fc2.bias]  # None, which torch's annotations do not know
+            if exact and biases == [None, None]:
                 return mlp(x, fc1.weight, (act.scale, act.bias), fc2.weight)
         return self.fc2(self.act(self.fc1(x)))
 

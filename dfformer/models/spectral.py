@@ -163,7 +163,7 @@ class SpectralFilter(nn.Module):
 
     def accepts(self, stored: Tensor) -> bool:
         """Whether ``stored`` is filters like this layer's, for any plane."""
-        return stored.dim() == 4 and stored.shape[2:] == self.complex_weights.shape[2:]
+        return stored.dim() == 4 and stored.numel() > 0 and stored.shape[2:] == self.complex_weights.shape[2:]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         name = prefix + "complex_weights"

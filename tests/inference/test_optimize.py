@@ -18,7 +18,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import dfformer
 from dfformer import StarReLU, optimize_for_inference
 from dfformer.inference.packed import PackedLinear, PackedMlp
-from dfformer.models.layers import Scale
+from dfformer.models.blocks import MetaFormerBlock
+from dfformer.models.layers import Mlp, Scale
 from dfformer_kernels.tolerance import relative_error
 
 # As promised, relative to the logits; bfloat16 rounds every activation of every block.
@@ -362,3 +363,122 @@ def test_compiled() -> None:
     served = optimize_for_inference(model)
     compiled = torch.compile(served, fullgraph=True)
     assert relative_error(compiled(images()), served(images())) < 1e-5
+
+
+# What blocks share and what stands between
+
+
+def share_mlp(model: Any) -> None:
+    model.stages[0][1].mlp = model.stages[0][0].mlp
+
+
+def tie_weights(model: Any) -> None:
+    model.stages[0][1].mlp.fc1.weight = model.stages[0][0].mlp.fc1.weight
+
+
+def share_mixer(model: Any) -> None:
+    model.stages[0][1].token_mixer = model.stages[0][0].token_mixer
+
+
+class ParallelBlock(MetaFormerBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm1(x)
+        return x + self.token_mixer(n) + self.mlp(n)
+
+
+def another_block(model: Any) -> None:
+    model.stages[0][0].__class__ = ParallelBlock
+
+
+class Squashed(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(10 * torch.tanh(5 * x))
+
+
+def another_routing(model: Any) -> None:
+    for block in model.stages[0]:
+        block.token_mixer.reweight.__class__ = Squashed
+        block.token_mixer.complex_weights *= 60
+
+
+def routing_in_sequence(model: Any) -> None:
+    routing = model.stages[0][0].token_mixer.reweight
+    model.stages[0][0].token_mixer.reweight = nn.Sequential(routing.fc1, routing.act, routing.fc2)
+
+
+def with_biases(model: Any) -> None:
+    for block in model.stages[1]:
+        block.mlp.fc1.bias = nn.Parameter(torch.full((4 * 24,), 0.5))
+        block.mlp.fc2.bias = nn.Parameter(torch.full((24,), 0.5))
+
+
+STRUCTURES = (share_mlp, tie_weights, share_mixer, another_block, another_routing, routing_in_sequence, with_biases)
+
+
+@pytest.mark.parametrize("change", STRUCTURES, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_other_structures_serve_the_same(change: Callable[[Any], None]) -> None:
+    model, x = trained(depths=(2, 1, 1, 1)), images()
+    plain = model(x)
+    change(model)
+    expected = model(x)
+    if change is not routing_in_sequence:
+        assert relative_error(expected, plain) > 1e-4
+    assert relative_error(optimize_for_inference(model)(x), expected) < 1e-4
+
+
+def test_biases_of_an_mlp_take_part_in_training() -> None:
+    layer, x = Mlp(4, 8), torch.randn(3, 4)
+    layer.fc1, layer.fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
+    assert relative_error(layer(x), layer.fc2(layer.act(layer.fc1(x)))) < 1e-6
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_derivatives_through_a_served_model() -> None:
+    model, x = trained(), images().requires_grad_()
+    served: Any = optimize_for_inference(model)
+    gradient, expected = (torch.autograd.grad(m(x).square().sum(), x)[0] for m in (served.model, model))
+    assert relative_error(gradient, expected) < 1e-3
+    x = x.detach()
+    tangent, expected = (torch.func.jvp(m, (x,), (x.roll(1, 3),))[1] for m in (served.model, model))
+    assert relative_error(tangent, expected) < 1e-3
+
+
+class Labelled(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        logits = scale * self.model(x)
+        return {"logits": logits, "labels": logits.argmax(1), "sure": logits.amax(1) > 0}
+
+
+def test_other_arguments_and_results_that_are_no_floats() -> None:
+    model, x = Labelled(trained()), images()
+    expected = model(x, scale=2.0)
+    results = optimize_for_inference(model, torch.bfloat16)(x, scale=2.0)
+    assert {name: t.dtype for name, t in results.items()} == {name: t.dtype for name, t in expected.items()}
+    assert relative_error(results["logits"], expected["logits"]) < ERROR[torch.bfloat16]
+    with pytest.raises(TypeError, match=r"x: got torch.uint8, accepted are floating-point images"):
+        optimize_for_inference(trained(), torch.bfloat16)(images().to(torch.uint8))
+
+
+def test_a_served_model_of_another_dtype_again() -> None:
+    model, x = trained(), images()
+    served = optimize_for_inference(model, torch.bfloat16).float()
+    assert relative_error(served(x), model(x)) < ERROR[torch.bfloat16]
+
+
+def test_per_sample_gradients_of_a_model() -> None:
+    model, x = trained(), images(batch=3)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    expected = torch.autograd.grad(model(x[:1]).square().sum(), list(model.parameters()))
+    for gradient, wanted in zip(each.values(), expected, strict=True):
+        assert relative_error(gradient[0], wanted) < 1e-3

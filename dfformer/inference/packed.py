@@ -7,8 +7,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from dfformer.models.exact import fusible, is_exact
-from dfformer.models.layers import Scale
-from dfformer_kernels import linear, star_relu
+from dfformer.models.layers import Scale, StarReLU
+from dfformer_kernels import linear
 from dfformer_kernels.ops.mlp import chunks
 from dfformer_kernels.ops.registration import is_transformed
 
@@ -122,15 +122,12 @@ class PackedMlp(nn.Module):
     On a CPU it runs on as many rows at a time as leave the hidden activations in cache.
     """
 
-    scale: Tensor
-    bias: Tensor
-
     def __init__(self, fc1: PackedLinear, fc2: PackedLinear) -> None:
         super().__init__()
-        self.fc1, self.fc2 = fc1, fc2
         like = fc1._weight
-        self.register_buffer("scale", like.new_ones(1), persistent=False)
-        self.register_buffer("bias", like.new_zeros(1), persistent=False)
+        self.fc1 = fc1
+        self.act = StarReLU(device=like.device, dtype=like.dtype).requires_grad_(False)
+        self.fc2 = fc2
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.fc1.may_use_packed(x) and is_exact(self.fc1, PackedLinear, x)):
@@ -142,7 +139,7 @@ class PackedMlp(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _layers(self, x: Tensor) -> Tensor:
-        return self.fc2(star_relu(self.fc1(x), self.scale, self.bias))
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class ServedBlock(nn.Module):

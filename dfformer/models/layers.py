@@ -4,7 +4,7 @@ Projections and convolutions are exactly ``nn.Linear`` and ``nn.Conv2d``, so tha
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +98,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             fc1, act, fc2 = self.fc1, self.act, self.fc2
-            exact = is_exact(fc1, nn.Linear, x) and is_exact(act, StarReLU, x) and is_exact(fc2, nn.Linear, x)
-            biases: list[Tensor | None] = [fc1.bias, fc2.bias]  # None, which torch's annotations do not know
-            if exact and biases == [None, None]:
+            if _is_without_bias(fc1, x) and is_exact(act, StarReLU, x) and _is_without_bias(fc2, x):
                 return mlp(x, fc1.weight, (act.scale, act.bias), fc2.weight)
         return self.fc2(self.act(self.fc1(x)))
 
@@ -175,6 +173,10 @@ def build_activation(
     """The activation, moved only where a device or dtype is given: under fake tensors torch cannot move a module."""
     act = layer()
     return act if device is None and dtype is None else act.to(device=device, dtype=dtype)
+
+
+def _is_without_bias(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+    return is_exact(layer, nn.Linear, x) and layer._parameters["bias"] is None
 
 
 def call_linear(layer: nn.Module, x: Tensor) -> Tensor:

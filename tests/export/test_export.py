@@ -253,7 +253,7 @@ def test_description(tmp_path: Path) -> None:
     assert description["classes"] == ["ant", "bee", "cat"]
     assert description["model_args"]["img_size"] == [32, 40]
     assert description["data"] == {
-        "input_size": [3, 32, 40], "mean": [0.5], "std": [0.25], "crop_pct": 1.0, "interpolation": "bilinear"
+        "input_size": [3, 32, 40], "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0, "interpolation": "bilinear"
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from paths import ROOT
 
 from dfformer_kernels.backends.cuda import sources
 from dfformer_kernels.backends.cuda.sources import cuda_sources
+from dfformer_kernels.problem import KernelBuildError
 
 FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
@@ -137,5 +138,5 @@ def test_missing_sources_are_an_error_that_names_the_places(tmp_path: Path, monk
     monkeypatch.setattr(
         sources, "__file__", str(tmp_path.joinpath(*["dfformer_kernels", "backends", "cuda", "sources.py"]))
     )
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "csrc"))):
+    with pytest.raises(KernelBuildError, match=re.escape(str(tmp_path / "csrc"))):
         cuda_sources.__wrapped__()

@@ -1,6 +1,6 @@
-// The filter step and its gradients on one tile: the H x W planes of neighbouring channels of one sample, one channel per
-// SIMD lane. Included once per instruction set, after transform.inl. This file has everything between the transforms
-// along W, which depends on the arithmetic type only; filter.inl has those transforms.
+// The filter step and its gradients on one tile: the H x W planes of neighbouring channels of one sample, one channel
+// per SIMD lane. Included once per instruction set, after transform.inl. This file has everything between the
+// transforms along W, which depends on the arithmetic type only; filter.inl has those transforms.
 //
 //   forward    y = irfft2(rfft2(u) M)
 //   backward   X = rfft2(u), G = rfft2(grad_y), Q = G conj(X), D = 1 for k = 0 and k = W/2, else 2

@@ -70,8 +70,8 @@ class PackedLinear(nn.Module):
         self._packed = None
         if self._given_out or not weight.is_cpu or not _has_onednn(weight.dtype):
             return
-        # Private, as is the product: with the weight packed at every call instead, single images take up to a third
-        # longer in the deep stages. See docs/model_speed.md.
+        # Private, as is the product: oneDNN multiplies few rows faster by a packed weight than by a plain one (49 x 512
+        # by 2048: 231 GFLOP/s to 193, two cores of an Intel Xeon).
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":

@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Two workers on two cores: each computes on one thread, or the two would wait for each other's threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 .PHONY: demo docs test test-full test-timm test-gpu test-range core test-isa test-sanitize lint clean
@@ -14,15 +16,15 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m mkdocs build --strict
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # With the long lists of shapes, chips and compilations, which take far longer.
 test-full: $(VENV)/.installed
-	DFFORMER_TEST_FULL=1 $(BIN)/python -m pytest
+	DFFORMER_TEST_FULL=1 $(PYTEST)
 
 # What timm asks of its models, of all of these whole.
 test-timm: $(VENV)/.installed
-	DFFORMER_TEST_FULL=1 $(BIN)/python -m pytest tests/models/test_timm.py
+	DFFORMER_TEST_FULL=1 $(PYTEST) tests/models/test_timm.py
 
 # On a machine with a GPU, with the Python at hand and without a network: the compiled core in place, then what needs a
 # GPU in several processes, then small problems under NVIDIA's compute-sanitizer.

@@ -170,11 +170,11 @@ class DetectConfig:
 
 @dataclass
 class OptimConfig:
-    """How the weights are moved.
+    """Optimizer and learning-rate schedule.
 
     Args:
-        opt: an optimiser timm knows.
-        lr: the highest learning rate, for steps of global_batch images. It is never scaled behind your back.
+        opt: an optimizer timm knows.
+        lr: the peak learning rate, for steps of global_batch images. It is used as given, never scaled.
         global_batch: images an optimiser step, over all processes and accumulated passes.
         accumulation: forward and backward passes a step; each process passes global_batch / (processes x accumulation)
             images at a time.
@@ -219,7 +219,7 @@ class TrainConfig:
         augment: what is done to training images, to classify them.
         segment: what only segmentation has.
         detect: what only detection has.
-        optim: how the weights are moved.
+        optim: optimizer and learning-rate schedule.
         output: folder for checkpoints, logs and pictures.
         resume: go on with what is in output, if anything is.
         seed: of everything random.

@@ -9,13 +9,65 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from paths import ROOT
+from PIL import Image
 
+from dfformer.cli.main import main
 from dfformer.models.checkpoint import read_checkpoint
 from dfformer.train import state as train_state
 
 FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))  # set by `make test-full`
+
+
+# A run of a second: 2 epochs of 3 steps, with everything random switched on.
+TINY: dict[str, Any] = {
+    "model": {
+        "name": "dfformer_s18",
+        "args": {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8], "drop_path_rate": 0.3, "drop_rate": 0.1},
+    },
+    "data": {"img_size": 16, "workers": 0},
+    "optim": {
+        "global_batch": 8,
+        "epochs": 2,
+        "cooldown_epochs": 0,
+        "warmup_epochs": 1,
+        "ema_decay": 0.9,
+        "clip_grad": 1.0,
+    },
+    "log_steps": 1,
+    "save_steps": 1,
+}
+# Without what draws differently in each process, so that their number makes no difference.
+NOTHING_RANDOM = ["--model.args.drop_path_rate=0", "--model.args.drop_rate=0", "--augment.re_prob=0"]
+NOTHING_RANDOM += ["--augment.mixup=0", "--augment.cutmix=0"]
+
+
+def write_images(folder: Path, counts: dict[str, int]) -> Path:
+    """Images of noise whose brightness tells the class."""
+    generator = np.random.default_rng(0)
+    for level, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for n in range(count):
+            pixels = generator.integers(80 * level, 80 * level + 60, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{n}.png")
+    return folder
+
+
+def reference_run(folder: Path, *arguments: str) -> Path:
+    """A run that nobody disturbs, on data like those of `root`, with all its checkpoints."""
+    write_images(folder / "images" / "train", {"ant": 9, "bee": 8, "cat": 8})
+    write_images(folder / "images" / "val", {"ant": 3, "bee": 2, "cat": 2})
+    (folder / "recipe.yaml").write_text(json.dumps(TINY))
+    command = ["train", "--recipe", str(folder / "recipe.yaml"), "--data.root", str(folder / "images"), *arguments]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main([*command, "--output", str(folder / "run"), "--keep", "9"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    return folder / "run"
 
 
 def history(folder: Path) -> list[dict[str, str]]:

@@ -1,21 +1,11 @@
-"""Training on tiny models and images: its command, its data, its resumption, its processes."""
+"""Training on tiny models and images: its command, its data, its processes."""
 
 import csv
-import json
-import os
-import random
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,103 +14,22 @@ from conftest import require, require_compiler
 from paths import ROOT
 from PIL import Image
 from torch import nn
-from train_runs import assert_same_result, history, steps, torchrun
+from train_runs import FULL, NOTHING_RANDOM, assert_same_result, history, steps, torchrun
 
 from dfformer import VARIANTS
 from dfformer.cli.main import main
 from dfformer.data import images
-from dfformer.models.checkpoint import CheckpointError, load_model, read_checkpoint
+from dfformer.models.checkpoint import load_model, read_checkpoint
 from dfformer.train import state as train_state
 from dfformer.train.config import parse
-from dfformer.train.log import interruption
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 OWN_RECIPES = ("digits", "transfer")  # classification with values of this project
 CLASSES = ("ant", "bee", "cat")
-FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),  # timm leaves .tar files to the collector
 ]
-
-# A run of a second: 2 epochs of 3 steps, with everything random switched on.
-TINY: dict[str, Any] = {
-    "model": {
-        "name": "dfformer_s18",
-        "args": {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8], "drop_path_rate": 0.3, "drop_rate": 0.1},
-    },
-    "data": {"img_size": 16, "workers": 0},
-    "optim": {
-        "global_batch": 8,
-        "epochs": 2,
-        "cooldown_epochs": 0,
-        "warmup_epochs": 1,
-        "ema_decay": 0.9,
-        "clip_grad": 1.0,
-    },
-    "log_steps": 1,
-    "save_steps": 1,
-}
-# Without what draws differently in each process, so that their number makes no difference.
-NOTHING_RANDOM = ["--model.args.drop_path_rate=0", "--model.args.drop_rate=0", "--augment.re_prob=0"]
-NOTHING_RANDOM += ["--augment.mixup=0", "--augment.cutmix=0"]
-
-
-def write_images(folder: Path, counts: dict[str, int]) -> Path:
-    """Images of noise whose brightness tells the class."""
-    generator = np.random.default_rng(0)
-    for level, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True)
-        for n in range(count):
-            pixels = generator.integers(80 * level, 80 * level + 60, (20, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{n}.png")
-    return folder
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A folder in ImageNet's manner: 25 images to train on, 7 to validate."""
-    write_images(tmp_path / "images" / "train", {"ant": 9, "bee": 8, "cat": 8})
-    write_images(tmp_path / "images" / "val", {"ant": 3, "bee": 2, "cat": 2})
-    return tmp_path / "images"
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(TINY))  # which is YAML too
-    return path
-
-
-@pytest.fixture
-def command(recipe: Path, root: Path) -> list[str]:
-    return ["train", "--recipe", str(recipe), "--data.root", str(root)]
-
-
-def reference_run(folder: Path, *arguments: str) -> Path:
-    """A run that nobody disturbs, on data like those of `root`, with all its checkpoints."""
-    write_images(folder / "images" / "train", {"ant": 9, "bee": 8, "cat": 8})
-    write_images(folder / "images" / "val", {"ant": 3, "bee": 2, "cat": 2})
-    (folder / "recipe.yaml").write_text(json.dumps(TINY))
-    command = ["train", "--recipe", str(folder / "recipe.yaml"), "--data.root", str(folder / "images"), *arguments]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert main([*command, "--output", str(folder / "run"), "--keep", "9"]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reference_run(tmp_path_factory.mktemp("expected"))
-
-
-@pytest.fixture(scope="module")
-def expected_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without what each process draws for itself."""
-    return reference_run(tmp_path_factory.mktemp("alone"), *NOTHING_RANDOM)
 
 
 def test_train_evaluate_and_predict(
@@ -318,147 +227,6 @@ def test_a_nan_stops_with_a_diagnosis(
     assert "module whose output is not finite: none" not in printed
     assert f"last good checkpoint: {run / 'checkpoint-00000002.pt'}" in printed
     assert read_checkpoint(run / "checkpoint-00000002.pt")
-
-
-def test_another_run_is_neither_overwritten_nor_mixed_up(
-    command: list[str], expected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = ["--output", str(tmp_path / "run")]
-    shutil.copytree(expected, tmp_path / "run")
-    assert main([*command, *run]) == 2
-    assert "holds a run already; pass --resume=true" in capsys.readouterr().err
-    assert main([*command, *run, "--resume", "true", "--optim.lr", "0.5"]) == 2
-    assert "optim.lr was 0.001, is 0.5" in capsys.readouterr().err
-    assert main([*command, *run, "--resume", "true"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1
-    assert said[0].startswith("this run was already complete: best top1 ")
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
-def test_a_damaged_latest_checkpoint(
-    damage: str, command: list[str], expected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(expected, run)
-    latest = train_state.checkpoints(run)[-1]
-    content = bytearray(latest.read_bytes())
-    content[len(content) // 3] ^= 0x10
-    damaged = {"truncated": content[: len(content) // 2], "flipped": content, "empty": bytearray()}
-    latest.write_bytes(damaged[damage])
-    assert main([*command, "--output", str(run), "--keep", "3", "--resume", "true"]) == 0
-    printed = capsys.readouterr()
-    assert f"passed over a damaged checkpoint: {latest}" in printed.err
-    assert f"goes on from {run / 'checkpoint-00000005.pt'}" in printed.out
-    assert_same_result(run, expected)
-
-
-def test_all_checkpoints_damaged(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-00000001.pt").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="none of its 1 checkpoints can be read"):
-        train_state.load_latest_state(tmp_path)
-    assert train_state.load_latest_state(tmp_path / "absent") is None
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resuming_amid_an_epoch_is_exact(workers: int, command: list[str], expected: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    for stopped_after in [4] if workers else [1, 2, 3, 4, 5] if FULL else [2, 3]:
-        folder = run / str(stopped_after)
-        folder.mkdir(parents=True)
-        name = f"checkpoint-{stopped_after:08d}.pt"
-        (folder / name).write_bytes((expected / name).read_bytes())
-        lines = (expected / "steps.jsonl").read_text().splitlines(keepends=True)
-        # what was logged after the checkpoint, the last line cut off
-        (folder / "steps.jsonl").write_text("".join(lines[: stopped_after + 1])[:-7])
-        (folder / "best.safetensors").write_bytes((expected / "best.safetensors").read_bytes())
-        arguments = ["--output", str(folder), "--resume", "true", "--keep", "9", "--data.workers", str(workers)]
-        assert main([*command, *arguments]) == 0
-        assert_same_result(folder, expected)
-
-
-# Starts training with slow writing of checkpoints, so that kills land in it.
-SLOW = """
-import sys, time
-from dfformer.train import state as train_state
-from dfformer.cli.main import main
-def slowly(content):
-    print("writing", flush=True)
-    time.sleep(0.15)
-    return digest(content)
-digest, train_state._digest = train_state._digest, slowly
-print("ready", flush=True)
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def start(script: str, arguments: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def test_killed_at_random_moments(command: list[str], expected: Path, tmp_path: Path) -> None:
-    """Also amid the writing of checkpoints: the result is that of a run nobody disturbed."""
-    run = tmp_path / "run"
-    moment = random.Random(os.environ.get("DFFORMER_TEST_SEED", "0"))
-    kills, landed = (10 if FULL else 2), 0
-    arguments = [*command, "--output", str(run), "--resume", "true"]
-    while kills:
-        process = start(SLOW, arguments)
-        assert process.stdout is not None
-        for writings, line in enumerate(process.stdout):
-            # the first kill is sure to be in a writing, the others anywhere
-            if "ready" in line and landed:
-                time.sleep(moment.uniform(0.1, 1.5))
-                break
-            if "writing" in line and writings > 2:
-                break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        kills, landed = kills - 1, landed + 1
-        assert list(run.glob(".checkpoint-*.partial")) or landed > 1
-    assert main(arguments) == 0
-    assert_same_result(run, expected)
-
-
-def test_interrupted_from_the_keyboard(command: list[str], tmp_path: Path) -> None:
-    """It says what there is and how to resume, and the command that it prints finishes the run."""
-    run = tmp_path / "run"
-    arguments = [*command, "--optim.epochs", "30", "--save_steps", "0"]  # long enough to be met running
-    launcher = [sys.executable, "-m", "dfformer", *arguments, "--output", str(run)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(launcher, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert any(line.startswith("epoch ") for line in process.stdout)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    told = dict(line.split(": ", 1) for line in errors.splitlines() if ": " in line)
-    last = history(run)[-1]
-    assert told["last finished epoch"].startswith(f"epoch {last['epoch']}  train_loss {float(last['train_loss']):.4g}")
-    latest = train_state.checkpoints(run)[-1]
-    assert told["saved"] == f"{latest}, after step {int(latest.stem[-8:])}"
-    assert told["weights for use"] == f"{run / 'last.safetensors'}, {run / 'best.safetensors'}"
-    resumed = shlex.split(told["resume with"])
-    assert resumed == ["dfformer", *launcher[3:], "--resume=true"]
-    assert main(resumed[1:]) == 0
-    assert [row["epoch"] for row in history(run)] == [str(epoch) for epoch in range(1, 31)]
-
-
-def test_what_an_interruption_says_of_little(tmp_path: Path) -> None:
-    (tmp_path / "epochs.csv").write_text("epoch,step,train_loss\n1,3,0.5\n2,6,0.2")  # the last line was cut off
-    said = interruption(tmp_path, [], distributed=False).splitlines()
-    assert said[1] == "last finished epoch: epoch 1  train_loss 0.5"
-    assert said[2].startswith("no checkpoint was saved yet")
-    (tmp_path / "checkpoint-00000004.pt").touch()
-    assert interruption(tmp_path, [], distributed=True).splitlines()[2:] == [
-        f"saved: {tmp_path / 'checkpoint-00000004.pt'}, after step 4",
-        "resume with: the same torchrun command and --resume=true",
-    ]
-    assert interruption(tmp_path / "absent", [], distributed=False).count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -1,0 +1,163 @@
+"""Runs that were interrupted, killed or damaged, and resumed."""
+
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+from train_runs import FULL, assert_same_result, history
+
+from dfformer.cli.main import main
+from dfformer.models.checkpoint import CheckpointError
+from dfformer.train import state as train_state
+from dfformer.train.log import interruption
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_another_run_is_neither_overwritten_nor_mixed_up(
+    command: list[str], expected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--output", str(tmp_path / "run")]
+    shutil.copytree(expected, tmp_path / "run")
+    assert main([*command, *run]) == 2
+    assert "holds a run already; pass --resume=true" in capsys.readouterr().err
+    assert main([*command, *run, "--resume", "true", "--optim.lr", "0.5"]) == 2
+    assert "optim.lr was 0.001, is 0.5" in capsys.readouterr().err
+    assert main([*command, *run, "--resume", "true"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("this run was already complete: best top1 ")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_latest_checkpoint(
+    damage: str, command: list[str], expected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(expected, run)
+    latest = train_state.checkpoints(run)[-1]
+    content = bytearray(latest.read_bytes())
+    content[len(content) // 3] ^= 0x10
+    damaged = {"truncated": content[: len(content) // 2], "flipped": content, "empty": bytearray()}
+    latest.write_bytes(damaged[damage])
+    assert main([*command, "--output", str(run), "--keep", "3", "--resume", "true"]) == 0
+    printed = capsys.readouterr()
+    assert f"passed over a damaged checkpoint: {latest}" in printed.err
+    assert f"goes on from {run / 'checkpoint-00000005.pt'}" in printed.out
+    assert_same_result(run, expected)
+
+
+def test_all_checkpoints_damaged(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-00000001.pt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints can be read"):
+        train_state.load_latest_state(tmp_path)
+    assert train_state.load_latest_state(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_amid_an_epoch_is_exact(workers: int, command: list[str], expected: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for stopped_after in [4] if workers else [1, 2, 3, 4, 5] if FULL else [2, 3]:
+        folder = run / str(stopped_after)
+        folder.mkdir(parents=True)
+        name = f"checkpoint-{stopped_after:08d}.pt"
+        (folder / name).write_bytes((expected / name).read_bytes())
+        lines = (expected / "steps.jsonl").read_text().splitlines(keepends=True)
+        # what was logged after the checkpoint, the last line cut off
+        (folder / "steps.jsonl").write_text("".join(lines[: stopped_after + 1])[:-7])
+        (folder / "best.safetensors").write_bytes((expected / "best.safetensors").read_bytes())
+        arguments = ["--output", str(folder), "--resume", "true", "--keep", "9", "--data.workers", str(workers)]
+        assert main([*command, *arguments]) == 0
+        assert_same_result(folder, expected)
+
+
+# Starts training with slow writing of checkpoints, so that kills land in it.
+SLOW = """
+import sys, time
+from dfformer.train import state as train_state
+from dfformer.cli.main import main
+def slowly(content):
+    print("writing", flush=True)
+    time.sleep(0.15)
+    return digest(content)
+digest, train_state._digest = train_state._digest, slowly
+print("ready", flush=True)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(script: str, arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_killed_at_random_moments(command: list[str], expected: Path, tmp_path: Path) -> None:
+    """Also amid the writing of checkpoints: the result is that of a run nobody disturbed."""
+    run = tmp_path / "run"
+    moment = random.Random(os.environ.get("DFFORMER_TEST_SEED", "0"))
+    kills, landed = (10 if FULL else 2), 0
+    arguments = [*command, "--output", str(run), "--resume", "true"]
+    while kills:
+        process = start(SLOW, arguments)
+        assert process.stdout is not None
+        for writings, line in enumerate(process.stdout):
+            # the first kill is sure to be in a writing, the others anywhere
+            if "ready" in line and landed:
+                time.sleep(moment.uniform(0.1, 1.5))
+                break
+            if "writing" in line and writings > 2:
+                break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        kills, landed = kills - 1, landed + 1
+        assert list(run.glob(".checkpoint-*.partial")) or landed > 1
+    assert main(arguments) == 0
+    assert_same_result(run, expected)
+
+
+def test_interrupted_from_the_keyboard(command: list[str], tmp_path: Path) -> None:
+    """It says what there is and how to resume, and the command that it prints finishes the run."""
+    run = tmp_path / "run"
+    arguments = [*command, "--optim.epochs", "30", "--save_steps", "0"]  # long enough to be met running
+    launcher = [sys.executable, "-m", "dfformer", *arguments, "--output", str(run)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(launcher, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any(line.startswith("epoch ") for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    told = dict(line.split(": ", 1) for line in errors.splitlines() if ": " in line)
+    last = history(run)[-1]
+    assert told["last finished epoch"].startswith(f"epoch {last['epoch']}  train_loss {float(last['train_loss']):.4g}")
+    latest = train_state.checkpoints(run)[-1]
+    assert told["saved"] == f"{latest}, after step {int(latest.stem[-8:])}"
+    assert told["weights for use"] == f"{run / 'last.safetensors'}, {run / 'best.safetensors'}"
+    resumed = shlex.split(told["resume with"])
+    assert resumed == ["dfformer", *launcher[3:], "--resume=true"]
+    assert main(resumed[1:]) == 0
+    assert [row["epoch"] for row in history(run)] == [str(epoch) for epoch in range(1, 31)]
+
+
+def test_what_an_interruption_says_of_little(tmp_path: Path) -> None:
+    (tmp_path / "epochs.csv").write_text("epoch,step,train_loss\n1,3,0.5\n2,6,0.2")  # the last line was cut off
+    said = interruption(tmp_path, [], distributed=False).splitlines()
+    assert said[1] == "last finished epoch: epoch 1  train_loss 0.5"
+    assert said[2].startswith("no checkpoint was saved yet")
+    (tmp_path / "checkpoint-00000004.pt").touch()
+    assert interruption(tmp_path, [], distributed=True).splitlines()[2:] == [
+        f"saved: {tmp_path / 'checkpoint-00000004.pt'}, after step 4",
+        "resume with: the same torchrun command and --resume=true",
+    ]
+    assert interruption(tmp_path / "absent", [], distributed=False).count("\n") == 1

@@ -90,11 +90,11 @@ def dynamic_filter_backward(
         P = _half_spectrum_weight(x.shape[2], u) * G * _conj(_rfft2(u))
         if need_logits:
             # Rows first, then their sum: one long chain of float32 additions would lose digits on large planes.
-            by_row = torch.einsum("bhkc,hkf->bhfc", P, _conj(filters))
+            by_row = _conj(filters).mT @ P
             grad_r = torch.view_as_real(by_row)[..., 0].sum(1)
             gradients.append((r * (grad_r - (r * grad_r).sum(1, keepdim=True))).to(logits.dtype))
         if need_basis:
-            grad_filters = torch.einsum("bfc,bhkc->hkf", r.to(P.dtype), P)
+            grad_filters = (P @ r.to(P.dtype).mT[:, None]).sum(0)
             gradients.append(torch.view_as_real(grad_filters).to(basis.dtype))
     return gradients + input_gradients
 
@@ -177,7 +177,7 @@ def _softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _mixed_filter(r: Tensor, filters: Tensor) -> Tensor:
-    return torch.einsum("bfc,hkf->bhkc", r.to(filters.dtype), filters)
+    return filters @ r.to(filters.dtype)[:, None]
 
 
 def _rfft2(u: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.ops import checks
 from dfformer_kernels.ops.mlp import autocast_dtype
-from dfformer_kernels.ops.registration import differentiate, register
+from dfformer_kernels.ops.registration import differentiate, refuse_tangents, register
 
 Pair = Sequence[int]
 _DILATION, _NOT_TRANSPOSED, _NO_OUTPUT_PADDING = (1, 1), False, (0, 0)
@@ -65,6 +65,7 @@ def _pair(value: int | Pair) -> Pair:
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, groups: int) -> Tensor:
     checks.check_convolution(x, weight, bias, stride, padding, groups)
+    refuse_tangents("convolution", (x, weight, bias))
     with without_autocast(x.device):
         y = F.conv2d(x.contiguous().permute(0, 3, 1, 2), weight, bias, stride, padding, groups=groups)
     return y.permute(0, 2, 3, 1).contiguous()

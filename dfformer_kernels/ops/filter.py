@@ -20,7 +20,13 @@ from torch import Tensor
 from dfformer_kernels import reference
 from dfformer_kernels.dispatch import kernel_for, requested_backend, without_autocast
 from dfformer_kernels.ops import checks
-from dfformer_kernels.ops.registration import differentiate, is_transformed, refuse_tangents, register
+from dfformer_kernels.ops.registration import (
+    differentiate,
+    is_differentiated,
+    is_transformed,
+    refuse_tangents,
+    register,
+)
 
 
 def star_relu(x: Tensor, scale: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
@@ -196,7 +202,7 @@ def _autograd_function(name: str) -> type[Any]:
         def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
             tensors = ctx.saved_tensors
             needs = list(ctx.needs_input_grad[: len(tensors)])
-            if torch.is_grad_enabled() or is_transformed((grad_y, *tensors)):  # these gradients are differentiated
+            if is_differentiated(grad_y, tensors):
                 with without_autocast(grad_y.device):
                     gradients: Sequence[Tensor] = differentiable_backward(grad_y, *tensors, needs)
             else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dfformer_kernels.ops import checks
 from dfformer_kernels.ops.filter import star_relu as apply_star_relu
 from dfformer_kernels.ops.linear import linear, linear_backward
-from dfformer_kernels.ops.registration import is_transformed
+from dfformer_kernels.ops.registration import is_differentiated, is_transformed
 
 # Hidden activations computed at a time without gradients on a CPU: they stay in the caches of two cores.
 CHUNK_BYTES = 4 * 2**20
@@ -78,10 +78,11 @@ class MlpFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, hidden = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled() or is_transformed((grad_y, *tensors)):  # these gradients are differentiated
+        if is_differentiated(grad_y, tensors):
+            again = torch.is_grad_enabled()
             with torch.enable_grad():
                 wanted = list(compress(tensors, needs))
-                gradients = iter(torch.autograd.grad(_layers(*tensors), wanted, grad_y, create_graph=True))
+                gradients = iter(torch.autograd.grad(_layers(*tensors), wanted, grad_y, create_graph=again))
         else:
             gradients = iter(_gradients(grad_y, hidden, tensors, needs))
         return tuple(next(gradients) if need else None for need in needs)

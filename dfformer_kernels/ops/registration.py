@@ -36,11 +36,21 @@ def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
     Opaque operators drop tangents without a word and have no batching rules, so the caller evaluates the reference
     expression instead, which has all of them.
     """
-    if torch.compiler.is_compiling():  # Dynamo traces what is inside a transform by itself
-        return False
-    if torch._C._are_functorch_transforms_active():  # there is no public question for this
+    if torch._C._are_functorch_transforms_active():  # there is no public question for this, and Dynamo knows this one
         return True
-    return _have_tangents(tensors)
+    return not torch.compiler.is_compiling() and _have_tangents(tensors)
+
+
+def is_differentiated(grad_y: Tensor, tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a backward must be an expression of torch's own: its gradients are differentiated, or many are asked for
+    at once (``torch.autograd.grad(..., is_grads_batched=True)``).
+    """
+    if torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    # No public question for this either.
+    return torch._C._functorch.is_legacy_batchedtensor(grad_y) or is_transformed((grad_y, *tensors))
 
 
 def refuse_tangents(name: str, tensors: Iterable[Tensor | None]) -> None:

@@ -63,9 +63,9 @@ def require_support(backend: str, op: str, tensors: Sequence[Tensor | None]) -> 
 
 # Import names of what pyproject.toml's extras bring: tests of what needs one that is missing are skipped.
 OPTIONAL = (
-    *("cuda", "hypothesis", "jsonargparse", "matplotlib", "mkdocs", "onnx", "onnxruntime", "onnxscript", "pybind11"),
-    *("pycocotools", "segmentation_models_pytorch", "sklearn", "tensorboard", "torchmetrics", "torchvision", "tqdm"),
-    "triton",
+    *("cuda", "hypothesis", "jsonargparse", "matplotlib", "mkdocs", "mlxtend", "onnx", "onnxruntime", "onnxscript"),
+    *("pybind11", "pycocotools", "segmentation_models_pytorch", "skimage", "sklearn", "tensorboard", "torchmetrics"),
+    *("torchvision", "tqdm", "triton"),
 )
 
 

@@ -40,7 +40,7 @@ from common import (
     write_csv,
     write_json,
 )
-from figures import DRAWN, model_figure
+from figures import write_model
 from model_providers import (
     ALL,
     AUTHORS,
@@ -287,8 +287,7 @@ def write(folder: Path, machine: dict[str, Any], rows: Sequence[Row], left_out: 
     if rows:
         write_csv(folder / "model.csv", list(table[0]), table)
         (folder / "model.md").write_text(markdown(machine, rows, left_out), encoding="utf-8")
-        for quantity, (label, value) in DRAWN.items():
-            model_figure(machine, rows, label, value).savefig(folder / f"model_{quantity}.png", dpi=120)
+        write_model(folder, machine, rows)
 
 
 def markdown(machine: dict[str, Any], rows: Sequence[Row], left_out: Sequence[LeftOut]) -> str:

@@ -54,7 +54,7 @@ from common import (
     write_csv,
     write_json,
 )
-from figures import op_figure
+from figures import write_op
 from op_providers import (
     BOTH,
     FORWARD,
@@ -319,7 +319,7 @@ def write(folder: Path, machine: dict[str, Any], rows: Sequence[Row], summary: S
     write_csv(folder / "op.csv", [field.name for field in fields(Row)], [asdict(r) for r in rows])
     content = {"machine": machine, "summary": [s._asdict() for s in summary], "rows": [asdict(r) for r in rows]}
     write_json(folder / "op.json", content)
-    op_figure(machine, [r for r in rows if r.dtype == rows[0].dtype]).savefig(folder / "op.png", dpi=120)
+    write_op(folder, machine, rows)
     print(f"\nwritten: {folder}/op.csv, op.json, op.png")
 
 

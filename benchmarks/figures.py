@@ -1,44 +1,71 @@
-"""The pictures that bench_op and bench_model write of their rows."""
+"""The pictures that bench_op and bench_model write of their rows; what is committed is drawn anew by
 
+    python benchmarks/figures.py
+"""
+
+import json
+import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import model_providers
+import numpy as np
 import op_providers
 from common import device_name
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from model_providers import PROVIDERS, mib_per_image, size_name
-from op_providers import BOTH, FORWARD, OURS
+from op_providers import BOTH, FORWARD, OURS, STAGES
 
-COLOURS = {FORWARD: "#2c3e50", BOTH: "#c0392b"}
+from dfformer.analysis.palette import BLACK, BLUE, GREY, VERMILLION
+
+RESULTS = Path(__file__).parent / "results"
+COLOURS = {FORWARD: BLUE, BOTH: VERMILLION}
 MARKERS = {"cpu": "o", "cuda": "o", "cufft": "^", "torch": "s"}
 HATCHES = {"cpu": "", "cuda": "", "cufft": "///"}
-ABOVE: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
+COLUMNS = 3
 
 
 def op_figure(machine: dict[str, Any], rows: Sequence[op_providers.Row]) -> Figure:
-    """Of the rows of one dtype: the speed-up of our backends over torch.fft by shape, and a roofline of all."""
+    """Of the rows of one dtype: a panel a use with our speed-ups over torch.fft, and a roofline of all."""
     ours = [name for name in OURS if name in {r.provider for r in rows}]
-    shapes = list(dict.fromkeys((r.op, r.shape) for r in rows))
-    picture = Figure(figsize=(13, max(5, 0.26 * len(shapes) + 1.5)), layout="constrained")
-    left, right = picture.subplots(1, 2)
-    _speedup_bars(left, shapes, ours, rows)
-    _roofline(right, machine, ours, rows)
-    for ax in (left, right):
+    uses = {use: [r for r in rows if _use(r) == use] for use in dict.fromkeys(map(_use, rows))}
+    most = max(len({r.shape for r in own}) for own in uses.values())
+    lines = -(-(len(uses) + 1) // COLUMNS)
+    picture = Figure(figsize=(13, lines * (0.2 * most * len(ours) + 2.6) + 0.6), layout="constrained")
+    axes = list(picture.subplots(lines, COLUMNS, squeeze=False).flat)
+    longest = max(r.speedup for r in rows if r.provider in ours)
+    for ax, (use, own) in zip(axes, uses.items(), strict=False):
+        _speedup_bars(ax, use, ours, own)
+        ax.set(xlim=(0, 1.12 * longest), ylim=(most - 0.5, -0.5))
+    _roofline(axes[len(uses)], machine, ours, rows)
+    for ax in axes[len(uses) + 1 :]:
+        ax.set_axis_off()
+    for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    picture.suptitle(f"Filter step, {rows[0].dtype}, {device_name(machine)}", fontsize=11)
+    handles, labels = axes[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    names = " and ".join(ours)
+    picture.suptitle(f"Filter step, {names} against torch.fft, {rows[0].dtype}, {device_name(machine)}", fontsize=12)
     return picture
 
 
-def _speedup_bars(
-    ax: Axes, shapes: list[tuple[str, str]], ours: Sequence[str], rows: Sequence[op_providers.Row]
-) -> None:
+def _use(row: op_providers.Row) -> str:
+    strides = {C: stride for stride, C in STAGES}
+    use = f"Stages at {row.H * strides[row.C]}x{row.W * strides[row.C]}" if row.stage and row.C in strides else "Others"
+    return use if row.op == "dynamic_filter" else f"{row.op}, {use}"
+
+
+def _speedup_bars(ax: Axes, use: str, ours: Sequence[str], rows: Sequence[op_providers.Row]) -> None:
+    """Titled with the medians of the first of ``ours``."""
+    shapes = list(dict.fromkeys(r.shape for r in rows))
     kinds = [(direction, name) for direction in COLOURS for name in ours]
     for i, (direction, name) in enumerate(kinds):
         drawn = [r for r in rows if (r.direction, r.provider) == (direction, name)]
-        position = [shapes.index((r.op, r.shape)) + 0.8 * ((i + 0.5) / len(kinds) - 0.5) for r in drawn]
+        position = [shapes.index(r.shape) + 0.8 * ((i + 0.5) / len(kinds) - 0.5) for r in drawn]
         bars = ax.barh(
             position,
             [r.speedup for r in drawn],
@@ -50,12 +77,19 @@ def _speedup_bars(
             label=direction if len(ours) == 1 else f"{name}, {direction}",
         )
         ax.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
-    names = [shape if len({op for op, _ in shapes}) == 1 else f"{op} {shape}" for op, shape in shapes]
-    ax.set_yticks(range(len(shapes)), names, fontsize=8)
-    ax.invert_yaxis()
-    ax.axvline(1, color="#7f8c8d", linewidth=1)
+    ax.set_yticks(range(len(shapes)), shapes, fontsize=8)
+    ax.axvline(1, color=GREY, linewidth=1)
     ax.set(xlabel="times faster than torch.fft", ylabel="B x H x W x C")
-    ax.legend(title=f"{' and '.join(ours)} against torch.fft", ncols=2, frameon=False, **ABOVE)
+    medians = _medians(rows, ours[0], lambda r: r.speedup, "{:.1f}")
+    ax.set_title(f"{use}: {medians} times faster", fontsize=10)
+
+
+def _medians(
+    rows: Sequence[op_providers.Row], name: str, value: Callable[[op_providers.Row], float], form: str
+) -> str:
+    """Forward, and with backward where that was measured."""
+    found = [[value(r) for r in rows if (r.provider, r.direction) == (name, d)] for d in COLOURS]
+    return " and ".join(form.format(statistics.median(own)) for own in found if own)
 
 
 def _roofline(ax: Axes, machine: dict[str, Any], ours: Sequence[str], rows: Sequence[op_providers.Row]) -> None:
@@ -65,7 +99,7 @@ def _roofline(ax: Axes, machine: dict[str, Any], ours: Sequence[str], rows: Sequ
             ax.scatter(
                 [r.gflops / r.gbps for r in drawn],
                 [r.gflops for r in drawn],
-                s=24,
+                s=20,
                 marker=MARKERS[name],
                 edgecolors=colour,
                 facecolors=colour if name in ours else "none",
@@ -73,14 +107,16 @@ def _roofline(ax: Axes, machine: dict[str, Any], ours: Sequence[str], rows: Sequ
             )
     peak, slow, fast = rows[0].gemm_gflops, machine["copy_gbps"], max(r.copy_gbps for r in rows)
     intensities = [r.gflops / r.gbps for r in rows]
-    low, high = 0.5 * min(*intensities, peak / fast), 2 * max(*intensities, peak / slow)
-    for bandwidth, style, where in ((slow, "-", "memory"), (fast, "--", "cache, the fastest measured")):
-        label = f"copy in {where}: {bandwidth:.0f} GB/s"
-        ax.plot([low, peak / bandwidth], [bandwidth * low, peak], style, color="#7f8c8d", label=label)
-    ax.axhline(peak, color="#000000", linewidth=1, label=f"matrix product: {peak:.0f} GFLOP/s")
+    low, high = 0.12 * min(*intensities, peak / fast), 2 * max(*intensities, peak / slow)
+    for bandwidth, style, where in ((slow, "-", "memory"), (fast, "--", "cache")):
+        label = f"copy in {where},\n{bandwidth:.0f} GB/s"
+        ax.plot([low, peak / bandwidth], [bandwidth * low, peak], style, color=GREY, label=label)
+    ax.axhline(peak, color=BLACK, linewidth=1, label=f"matrix product,\n{peak:.0f} GFLOP/s")
     ax.set(xscale="log", yscale="log", xlim=(low, high), xlabel="flop per byte (nominal)", ylabel="GFLOP/s (nominal)")
     ax.grid(alpha=0.3)
-    ax.legend(title="roofline", ncols=2, frameon=False, fontsize=8, **ABOVE)
+    ax.legend(fontsize=7, loc="lower left", framealpha=0.9, edgecolor="none")
+    shares = [_medians(rows, name, lambda r: r.share_of_limit, "{:.0%}") for name in (ours[0], "torch")]
+    ax.set_title(f"Roofline: {shares[0]} of the limit,\ntorch.fft {shares[1]}", fontsize=10)
 
 
 DRAWN: dict[str, tuple[str, Callable[[model_providers.Row], float | None]]] = {
@@ -102,8 +138,6 @@ def model_figure(
     for ax, task in zip(picture.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         _curves(ax, [r for r in drawn if r.task == task], value)
         ax.set(title=task, xlabel="image size", ylabel=label)
-    handles, labels = picture.axes[0].get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside lower center", ncols=2 + len(tasks), frameon=False)
     batch = "single images" if rows[0].batch == 1 else f"batches of {rows[0].batch}"
     picture.suptitle(f"{batch}, {rows[0].dtype}, {rows[0].mode}, {device_name(machine)}", fontsize=11)
     return picture
@@ -112,6 +146,8 @@ def model_figure(
 def _curves(
     ax: Axes, rows: Sequence[model_providers.Row], value: Callable[[model_providers.Row], float | None]
 ) -> None:
+    """A line a provider, named at its end."""
+    ends: list[tuple[float, float, str]] = []  # value, pixels, provider
     for name in dict.fromkeys(r.provider for r in rows):
         provider = PROVIDERS[name]
         points = sorted((r.problem.pixels, v) for r in rows if r.provider == name and (v := value(r)))
@@ -121,8 +157,11 @@ def _curves(
             color=provider.colour,
             marker=provider.marker,
             linewidth=2.2 if provider.checked else 1.3,
+            linestyle="--" if provider.prepare else "-",
             label=name,
         )
+        if points:
+            ends.append((points[-1][1], points[-1][0], name))
     ax.set(xscale="log", yscale="log")
     squares = sorted({(r.H, r.W) for r in rows if r.H == r.W})  # 427x640 is a point beside 512x512
     ax.set_xticks([H * W for H, W in squares], [size_name(size) for size in squares], rotation=40, fontsize=8)
@@ -131,3 +170,47 @@ def _curves(
     ax.yaxis.set_major_formatter("{x:g}")
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
+    _name_lines(ax, ends)
+
+
+def _name_lines(ax: Axes, ends: list[tuple[float, float, str]]) -> None:
+    """Right of the axes in the order of the lines' ends, apart from each other; a line that ends earlier beside it."""
+    largest = max((pixels for _, pixels, _ in ends), default=0)
+    whole = sorted(end for end in ends if end[1] == largest)
+    for value, pixels, name in set(ends) - set(whole):
+        at = (pixels, value)
+        ax.annotate(name, at, xytext=(-8, 0), textcoords="offset points", ha="right", va="center", **_text(name))
+    low, high = np.log10(ax.get_ylim())
+    places = (np.log10([value for value, *_ in whole]) - low) / (high - low)
+    least = 0.048  # of the axes' height, for a line of text
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + least)
+    places -= max(places.max(initial=0) - 1, 0)
+    for (value, pixels, name), place in zip(whole, places, strict=True):
+        tie = {"arrowstyle": "-", "color": PROVIDERS[name].colour, "linewidth": 0.7, "relpos": (0, 0.5)}
+        at, to = (pixels, value), (1.06, float(place))
+        ax.annotate(name, at, xytext=to, textcoords="axes fraction", va="center", arrowprops=tie, **_text(name))
+
+
+def _text(name: str) -> dict[str, Any]:
+    return {"color": PROVIDERS[name].colour, "fontsize": 9, "annotation_clip": False}
+
+
+def write_op(folder: Path, machine: dict[str, Any], rows: Sequence[op_providers.Row]) -> None:
+    op_figure(machine, [r for r in rows if r.dtype == rows[0].dtype]).savefig(folder / "op.png", dpi=120)
+
+
+def write_model(folder: Path, machine: dict[str, Any], rows: Sequence[model_providers.Row]) -> None:
+    for quantity, (label, value) in DRAWN.items():
+        model_figure(machine, rows, label, value).savefig(folder / f"model_{quantity}.png", dpi=120)
+
+
+def main() -> None:
+    for name, row, write in (("op", op_providers.Row, write_op), ("model", model_providers.Row, write_model)):
+        content = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+        columns = [field.name for field in fields(row)]
+        write(RESULTS, content["machine"], [row(**{key: own[key] for key in columns}) for own in content["rows"]])
+
+
+if __name__ == "__main__":
+    main()

@@ -22,6 +22,7 @@ import torch
 from common import write_csv
 from matplotlib.figure import Figure
 
+from dfformer.analysis.palette import BLUE, GREEN, ORANGE, VERMILLION
 from dfformer_kernels.backends.cuda import layout as cuda
 from dfformer_kernels.backends.cuda import nvrtc
 from dfformer_kernels.backends.cuda.layout import CHIPS, Step, Variant
@@ -227,15 +228,20 @@ def rows() -> Iterator[Row]:
 
 
 def draw(table: list[Row], path: Path = PICTURE) -> None:
-    resources = {"issue": "issue slots", "shared": "shared memory", "l2": "L2 cache", "device": "device memory"}
+    resources = {
+        "issue": ("issue slots", BLUE),
+        "shared": ("shared memory", VERMILLION),
+        "l2": ("L2 cache", GREEN),
+        "device": ("device memory", ORANGE),
+    }
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     for line, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
         for ax, direction in zip(line, ("forward", "backward"), strict=True):
             shown = [r for r in table if (r.gpu, r.dtype, r.direction) == ("H100", dtype, direction)]
-            for n, (resource, label) in enumerate(resources.items()):
+            for n, (resource, (label, colour)) in enumerate(resources.items()):
                 times = [getattr(r, f"{resource}_us") for r in shown]
-                ax.bar([i + 0.2 * n - 0.3 for i in range(len(shown))], times, 0.19, label=label)
+                ax.bar([i + 0.2 * n - 0.3 for i in range(len(shown))], times, 0.19, color=colour, label=label)
             ax.set_xticks(range(len(shown)), [f"{r.H}x{r.H}, {r.C}" for r in shown])
             ax.set(title=f"{dtype}, {direction}", ylabel="µs")
             ax.spines[["top", "right"]].set_visible(False)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dfformer.analysis.palette import BLUE, VERMILLION
 from dfformer_kernels import reference
 from dfformer_kernels.backends.cufft import passes as cufft
 
@@ -27,7 +28,7 @@ F = 4
 BACKENDS = {"cuda": "cuda", "cufft": "cufft", "torch": "torch\n(at least)"}  # and how they are labelled
 DTYPES = (torch.float32, torch.bfloat16)
 DIRECTIONS = ("forward", "backward")
-COLOURS = dict(zip(DIRECTIONS, ("#2c3e50", "#c0392b"), strict=True))
+COLOURS = dict(zip(DIRECTIONS, (BLUE, VERMILLION), strict=True))
 
 
 def bytes_per_element(backend: str, shape: Shape, dtype: torch.dtype, backward: bool) -> float:

@@ -19,8 +19,9 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from torch import Tensor
 
 from dfformer.analysis.metrics import Area, Spectrum
+from dfformer.analysis.palette import BLUE, GREY, VERMILLION
 
-WRONG, RIGHT = "#c0392b", "#2c3e50"
+WRONG, RIGHT = VERMILLION, BLUE
 # Axes and colours cover at least this much, so that differences without meaning are not drawn like large ones.
 LEAST_POINTS = 10.0  # percentage points of an accuracy
 LEAST_DECADES = 1.0  # of a filter's magnitude
@@ -35,7 +36,7 @@ MOST_WRITTEN = 150  # cells of a matrix whose numbers can be read
 def predictions_grid(
     images: Tensor, labels: Sequence[str], predicted: Sequence[str], confidence: Sequence[float], title: str
 ) -> Figure:
-    """Images (N,H,W) in a grid with what was predicted; mistakes are framed in red with the true label beside."""
+    """Images (N,H,W) in a grid with what was predicted; mistakes are framed, with the true label beside."""
     columns = 10
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(columns * 0.95, rows * 1.2 + 0.6), layout="constrained")
@@ -73,7 +74,7 @@ def learning_curve(
     left.plot(epochs, loss, ".-", color=RIGHT)  # dots: of one epoch there is no line
     left.set(xlabel="epoch", ylabel="training loss", ylim=(min(0, *loss), None))
     if train_accuracy is not None:
-        right.plot(epochs, 100 * np.array(train_accuracy), ".-", color="#7f8c8d", label="training (augmented)")
+        right.plot(epochs, 100 * np.array(train_accuracy), ".-", color=GREY, label="training (augmented)")
     right.plot(epochs, 100 * np.array(test_accuracy), ".-", color=WRONG, label=images)
     shown = [*test_accuracy, *(train_accuracy if train_accuracy is not None else ())]
     low, high = at_least(100 * np.array(shown), LEAST_POINTS, 0, 100)
@@ -238,7 +239,7 @@ def spectra_by_depth(spectra: dict[str, Spectrum], title: str, caption: str = ""
     bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=left, label="depth (layer)")
     bar.set_ticks(np.unique(np.linspace(1, count, min(count, 9)).round()).tolist())
     highest = [float(s.amplitude[-1]) for s in spectra.values()]
-    right.plot(range(1, count + 1), highest, color="#b0b0b0", linewidth=1)
+    right.plot(range(1, count + 1), highest, color=GREY, linewidth=1)
     right.scatter(range(1, count + 1), highest, color=colours, zorder=3)
     right.set(ylabel="Δ log amplitude, highest frequency")
     right.set_xticks(range(1, count + 1), names, rotation=90, fontsize=7)
@@ -320,7 +321,7 @@ def comparison_bars(
     figure = Figure(figsize=(1.6 * len(rows) + 2.5, 3.4), layout="constrained")
     ax = figure.subplots()
     position = np.arange(len(rows))
-    for offset, index, color in ((-0.2, 1, "#95a5a6"), (0.2, 2, RIGHT)):
+    for offset, index, color in ((-0.2, 1, GREY), (0.2, 2, RIGHT)):
         bars = ax.bar(position + offset, [float(row[index]) for row in rows], 0.38, color=color, label=names[index - 1])
         ax.bar_label(bars, fmt="%.3g", fontsize=8)
     ax.set_xticks(position, [row[0] for row in rows])

@@ -1,6 +1,7 @@
 """The benchmark of whole models: what it covers, which results it rejects, what it writes."""
 
 import csv
+import itertools
 import json
 import math
 from contextlib import contextmanager
@@ -239,6 +240,9 @@ def test_figure_and_table() -> None:
     drawn = {line.get_label(): list(line.get_xdata()) for line in picture.axes[0].lines if len(line.get_xdata())}
     assert drawn == {name: [224**2, 1024**2] for name in (AUTHORS, CONVFORMER, "dfformer_s18")}
     assert "a processor" in picture.get_suptitle()
+    named = [(text.xyann[1], text.get_text()) for text in picture.axes[0].texts]
+    assert [name for _, name in sorted(named)] == sorted(drawn)
+    assert min(b - a for (a, _), (b, _) in itertools.pairwise(sorted(named))) > 0.04, "they do not overlap"
 
     left_out = [model_providers.LeftOut(SMALL, "swin_tiny", "it does not take it")]
     text = bench_model.markdown(MACHINE | {"commands": ["python a.py"]}, rows, left_out)

@@ -221,14 +221,23 @@ def test_out_of_memory_leaves_a_problem_out(
 
 
 def test_figure_of_two_backends() -> None:
-    rows = [replace(ROW, provider=name, direction=d) for name in ("torch", "cuda", "cufft") for d in (FORWARD, BOTH)]
-    axes: list[Any] = figures.op_figure(MACHINE | {"device": "cuda"}, rows).axes
-    left, right = axes
-    assert left.get_legend().get_title().get_text() == "cuda and cufft against torch.fft"
-    assert len(left.patches) == 4
-    places = [bar.get_y() for bar in left.patches]
-    assert len(set(places)) == 4
-    labels = [text.get_text() for text in right.get_legend().get_texts()]
+    """A panel a use, each titled with the first backend's medians."""
+    shapes = ((56, 128, True), (7, 1024, True), (48, 256, True), (31, 64, False))
+    rows = [
+        replace(ROW, provider=name, direction=d, H=H, W=H, C=C, stage=stage, speedup=speedup)
+        for name, speedup in (("torch", 1.0), ("cuda", 7.0), ("cufft", 5.0))
+        for d in (FORWARD, BOTH)
+        for H, C, stage in shapes
+    ]
+    figure: Any = figures.op_figure(MACHINE | {"device": "cuda"}, rows)
+    titles = [ax.get_title().split(":")[0] for ax in figure.axes if ax.axison]
+    assert titles == ["Stages at 224x224", "Stages at 384x384", "Others", "Roofline"]
+    first, roofline = figure.axes[0], figure.axes[3]
+    assert first.get_title().endswith("7.0 and 7.0 times faster")
+    assert "cuda and cufft against torch.fft" in figure.get_suptitle()
+    places = [bar.get_y() for bar in first.patches]
+    assert len(set(places)) == len(places) == 8
+    labels = [text.get_text() for text in roofline.get_legend().get_texts()]
     assert {"cuda, forward", "cufft, forward+backward", "torch, forward"} <= set(labels)
 
 

@@ -1,0 +1,5 @@
+"""The colours of all pictures: Okabe and Ito's, which readers with any colour vision tell apart, and a grey."""
+
+BLACK, GREY = "#000000", "#7f7f7f"
+BLUE, SKY, GREEN = "#0072b2", "#56b4e9", "#009e73"
+VERMILLION, ORANGE, PURPLE = "#d55e00", "#e69f00", "#cc79a7"

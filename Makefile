@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo docs test test-full test-timm test-gpu test-range core test-isa test-sanitize lint clean
+.PHONY: demo docs test test-full test-timm test-gpu test-range wheels core test-isa test-sanitize lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dfformer demo --output demo
@@ -33,7 +33,11 @@ test-gpu: core
 
 # With the oldest and the newest torch, timm and Pillow that are allowed.
 test-range:
-	PYTHON=$(PYTHON) tests/range.sh
+	PYTHON=$(PYTHON) tests/project/range.sh
+
+# The source distribution and the wheels of this machine, in dist/, checked and run without a compiler. PYTHONS: for which.
+wheels:
+	PYTHONS="$${PYTHONS:-$(PYTHON)}" tests/project/wheels.sh
 
 # The compiled core in place, by PYTHON and the headers of its torch alone: no pip, no setuptools, no network. As in
 # setup.py.
@@ -68,4 +72,4 @@ $(VENV)/.installed: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo site *.egg-info dfformer_kernels/*.so
+	rm -rf $(VENV) build demo dist site *.egg-info dfformer_kernels/*.so

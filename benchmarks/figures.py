@@ -1,6 +1,6 @@
 """The pictures that bench_op and bench_model write of their rows; what is committed is drawn anew by
 
-    python benchmarks/figures.py
+python benchmarks/figures.py
 """
 
 import json
@@ -84,9 +84,7 @@ def _speedup_bars(ax: Axes, use: str, ours: Sequence[str], rows: Sequence[op_pro
     ax.set_title(f"{use}: {medians} times faster", fontsize=10)
 
 
-def _medians(
-    rows: Sequence[op_providers.Row], name: str, value: Callable[[op_providers.Row], float], form: str
-) -> str:
+def _medians(rows: Sequence[op_providers.Row], name: str, value: Callable[[op_providers.Row], float], form: str) -> str:
     """Forward, and with backward where that was measured."""
     found = [[value(r) for r in rows if (r.provider, r.direction) == (name, d)] for d in COLOURS]
     return " and ".join(form.format(statistics.median(own)) for own in found if own)
@@ -206,7 +204,11 @@ def write_model(folder: Path, machine: dict[str, Any], rows: Sequence[model_prov
 
 
 def main() -> None:
-    for name, row, write in (("op", op_providers.Row, write_op), ("model", model_providers.Row, write_model)):
+    kinds: dict[str, tuple[Any, Callable[..., None]]] = {
+        "op": (op_providers.Row, write_op),
+        "model": (model_providers.Row, write_model),
+    }
+    for name, (row, write) in kinds.items():
         content = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
         columns = [field.name for field in fields(row)]
         write(RESULTS, content["machine"], [row(**{key: own[key] for key in columns}) for own in content["rows"]])

@@ -172,7 +172,8 @@ void bind_cufft_run(int device, const std::array<std::int64_t, 3>& shape, int dt
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// Without the GIL too: what calls share are the plans' caches, behind mutexes, and the instruction set, atomic.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() =
         "The compiled core. It takes raw addresses: call it through dfformer_kernels.backends.cpu and .cufft only.";
     m.def("supported_isas", &supported_isas);

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from torch import Tensor
 
 from dfformer.analysis.metrics import Area, Spectrum
-from dfformer.analysis.palette import BLUE, GREY, VERMILLION
+from dfformer.analysis.palette import BLUE, CYCLE, GREY, VERMILLION
 
 WRONG, RIGHT = VERMILLION, BLUE
 # Axes and colours cover at least this much, so that differences without meaning are not drawn like large ones.
@@ -263,6 +263,7 @@ def receptive_fields(
     count = len(fields)
     figure = Figure(figsize=(3.3 * count + 4, 3.8), layout="constrained")
     axes = figure.subplots(1, count + 1, squeeze=False)[0]
+    axes[-1].set_prop_cycle(color=CYCLE)
     # White is seen on bright pixels too.
     outlined: list[AbstractPathEffect] = [withStroke(linewidth=2, foreground="black")]
     for ax, (name, field), centre, squares in zip(axes, fields.items(), centres, areas, strict=False):

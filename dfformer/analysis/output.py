@@ -1,28 +1,93 @@
-"""Where ``dfformer show`` writes."""
+"""Where ``dfformer show`` and ``dfformer demo`` write: pictures, tables, and one page with all of them."""
 
+import base64
 import csv
-from collections.abc import Iterable, Sequence
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from dfformer.utils.io import write_atomically
+
+MOST_ROWS = 1000  # of a table on the page; longer ones are in their CSV only
+MOST_PIXELS = 160  # of the side of an image beside its filters
 
 
 class Output:
     """A folder to write to; says what it has written."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, dpi: int = 110) -> None:
+        self.folder, self.dpi = folder, dpi
+        self._page: dict[str, list[Any]] = {"pictures": [], "tables": [], "images": [], "layers": []}
         folder.mkdir(parents=True, exist_ok=True)
 
     def figure(self, name: str, figure: Figure) -> None:
-        figure.savefig(self.folder / f"{name}.png", dpi=110)
-        print(f"wrote {self.folder / name}.png")
+        png = io.BytesIO()
+        figure.savefig(png, dpi=self.dpi)
+        self._page["pictures"].append({"name": name, "src": _data_url(png)})
+        self._write(f"{name}.png", png.getvalue())
 
     def table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Floats with nine digits, which give a float32 back exactly."""
-        with (self.folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            writer.writerows([f"{v:.9g}" if isinstance(v, float) else v for v in row] for row in rows)
-        print(f"wrote {self.folder / name}.csv")
+        rows, text = list(rows), io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(header)
+        writer.writerows([f"{v:.9g}" if isinstance(v, float) else v for v in row] for row in rows)
+        if len(rows) <= MOST_ROWS:
+            finite = [[None if isinstance(v, float) and not math.isfinite(v) else v for v in row] for row in rows]
+            self._page["tables"].append({"name": name, "header": list(header), "rows": finite})
+        self._write(f"{name}.csv", text.getvalue().encode())
+
+    def filters(
+        self, images: Mapping[str, Tensor], layers: Mapping[str, tuple[Tensor, Tensor | None, tuple[int, int]]]
+    ) -> None:
+        """What the page's sliders go through.
+
+        Args:
+            images: by name, (in_chans,H,W) from 0 to 1.
+            layers: by name, a basis (H,K,F), its shares (N,F,C) for the N images, or None where channel c has filter c,
+                and the plane (H,W).
+        """
+        self._page["images"] = [{"name": name, "src": _thumbnail(pixels)} for name, pixels in images.items()]
+        for name, (basis, shares, (H, W)) in layers.items():
+            F = basis.shape[2]
+            N, C = (1, F) if shares is None else (len(shares), shares.shape[2])
+            layer = {"name": name, "H": H, "W": W, "F": F, "C": C, "N": N, "basis": _floats(torch.view_as_real(basis))}
+            self._page["layers"].append(layer | {"shares": None if shares is None else _floats(shares)})
+
+    def report(self, title: str, facts: Sequence[str] = (), name: str = "report") -> None:
+        """``name``.html: everything so far in one page that needs no other file and no network."""
+        content = json.dumps({"title": title, "facts": list(facts), **self._page}, allow_nan=False)
+        template = files("dfformer.analysis").joinpath("report.html").read_text(encoding="utf-8")
+        # Inside a script element only "<" can end it; names of files and layers come from elsewhere.
+        self._write(f"{name}.html", template.replace("{{data}}", content.replace("<", "\\u003c")).encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        write_atomically(self.folder / name, lambda file: file.write(content))
+        print(f"wrote {self.folder / name}")
+
+
+def _floats(values: Tensor) -> str:
+    return base64.b64encode(values.float().contiguous().numpy().astype("<f4").tobytes()).decode()
+
+
+def _data_url(png: io.BytesIO) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+
+
+def _thumbnail(pixels: Tensor) -> str:
+    values = (255 * pixels).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    image = Image.fromarray(np.ascontiguousarray(values[..., 0] if values.shape[2] == 1 else values))
+    image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return _data_url(png)

@@ -3,3 +3,4 @@
 BLACK, GREY = "#000000", "#7f7f7f"
 BLUE, SKY, GREEN = "#0072b2", "#56b4e9", "#009e73"
 VERMILLION, ORANGE, PURPLE = "#d55e00", "#e69f00", "#cc79a7"
+CYCLE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)  # of lines in a picture without names of their own

@@ -1,4 +1,7 @@
-"""``dfformer show``: what is inside a model, as pictures (PNG) and numbers (CSV). See `dfformer.analysis.metrics`."""
+"""``dfformer show``: what is inside a model, as pictures (PNG), numbers (CSV) and a page (HTML).
+
+See `dfformer.analysis.metrics`.
+"""
 
 import argparse
 from collections.abc import Callable
@@ -32,6 +35,8 @@ def show_command(arguments: argparse.Namespace) -> int:
     samples = load_samples(arguments.inputs, channels, crops=arguments.what == "similarity")
     output = Output(arguments.output)
     show(models, samples, output, getattr(arguments, "layer", None))
+    names = ", ".join(loaded.name for loaded in models)
+    output.report(f"{arguments.what}: {names}", [f"Shown on {samples.description}."], f"{arguments.what}.report")
     return 0
 
 

@@ -28,13 +28,17 @@ def show_filters(models: list[Loaded], samples: Samples, output: Output, pattern
             layer = layers[name]
             if isinstance(layer, DynamicFilter):
                 shares[name].append(analysis.routing(layer, x))
+    examples = samples.examples[:DRAWN_CLASSES]
+    explored: dict[str, tuple[Tensor, Tensor | None, tuple[int, int]]] = {}
     for name, layer in layers.items():
         basis = analysis.stored_filters(layer, planes[name])
+        explored[name] = basis, torch.cat(shares[name])[examples] if shares[name] else None, planes[name]
         _show_basis(f"{loaded.name}: {name}", layer, basis, planes[name], f"filters.{name}", output)
         if shares[name]:
             routed = torch.cat(shares[name])
             _show_routing(f"{loaded.name}: {name}", routed, samples, f"filters.{name}", output)
             _show_mixed(loaded, name, routed, basis, planes[name], samples, output)
+    output.filters({samples.samples[i].name: samples.pixels(i, loaded) for i in examples}, explored)
 
 
 def _show_basis(

@@ -214,12 +214,12 @@ COMMANDS = {
         "write a model as ONNX, .pt2 or .safetensors",
         "dfformer.export.export:export_command",
         (
-            Argument("output", type=Path, help="a name ending in .pt2, .onnx or .safetensors"),
+            Argument("output", type=Path, help="a name ending in .pt2, .onnx or .safetensors, or a new folder (hub)"),
             _CHECKPOINT,
             _MODEL,
             _PRETRAINED,
             Argument("--img-size", type=plane, metavar="N or HxW", help="of the images; default: the model's"),
-            Argument("--format", help="pt2, onnx, safetensors or aoti (a .pt2 too); default: by output's name"),
+            Argument("--format", help="pt2, onnx, safetensors, aoti (a .pt2 too) or hub; default: by output's name"),
             Argument(
                 "--fused",
                 action="store_true",

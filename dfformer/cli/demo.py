@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dfformer.analysis import figures
-from dfformer.analysis.metrics import applied_filters, capture, most_different, stored_filters
+from dfformer.analysis.metrics import capture, mix, most_different, routing, spectral_layers, stored_filters
+from dfformer.analysis.output import Output
 from dfformer.cli.info import environment
 from dfformer.data.images import DIGITS_MEAN, DIGITS_STD, Digits, load_digit_images
 from dfformer.models.checkpoint import load_model, save_checkpoint
@@ -80,17 +81,17 @@ def demo_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def run_demo(output: Path, seed: int = 0, quick: bool = False) -> None:
-    """Writes report.md, digits.safetensors, digits/*.png, report.json and the pictures into ``output``."""
+def run_demo(folder: Path, seed: int = 0, quick: bool = False) -> None:
+    """Writes report.md, report.html, report.json, digits.safetensors, digits/*.png and the pictures into ``folder``."""
     start = time.perf_counter()
     effort = QUICK if quick else FULL
-    output.mkdir(parents=True, exist_ok=True)
+    output = Output(folder, dpi=130)
     digits = load_digit_images(seed)
     model, history = train(digits, effort.epochs, seed)
     accuracy = history["test_accuracy"][-1]
     if accuracy < effort.target:
         raise RuntimeError(f"the digits model got {accuracy:.2%} of the test set right, not {effort.target:.0%}")
-    reload_error = save_and_reload(model, digits, output)
+    reload_error = save_and_reload(model, digits, folder)
     draw_digits(model, digits, history, output)
     comparisons = compare_on_photos(effort.repetitions)
     draw_comparisons(comparisons, output)
@@ -106,9 +107,10 @@ def run_demo(output: Path, seed: int = 0, quick: bool = False) -> None:
         "digits": {**history, "reload_difference": reload_error},
         "photos": [vars(c) for c in comparisons],
     }
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (output / "report.md").write_text(report_markdown(report, comparisons), encoding="utf-8")
-    print(f"digits: {accuracy:.2%} of {len(digits.test_y)} test images right; read {output / 'report.md'}")
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(report_markdown(report, comparisons), encoding="utf-8")
+    output.report("dfformer demo", [f"{accuracy:.2%} of the test images right.", machine_and_run(report)])
+    print(f"digits: {accuracy:.2%} of {len(digits.test_y)} test images right; read {folder / 'report.html'}")
 
 
 def train(digits: Digits, epochs: int, seed: int) -> tuple[nn.Module, dict[str, list[float]]]:
@@ -191,8 +193,8 @@ def save_and_reload(model: nn.Module, digits: Digits, output: Path) -> float:
     return difference
 
 
-def draw_digits(model: nn.Module, digits: Digits, history: dict[str, list[float]], output: Path) -> None:
-    """The four pictures of the digits model."""
+def draw_digits(model: nn.Module, digits: Digits, history: dict[str, list[float]], output: Output) -> None:
+    """The four pictures of the digits model, and its filters."""
     confidence, predicted = probabilities(model, digits.test_x).max(1)
     wrong = predicted != digits.test_y
     order = torch.cat([torch.nonzero(wrong).flatten(), torch.nonzero(~wrong).flatten()])[:50]
@@ -206,26 +208,32 @@ def draw_digits(model: nn.Module, digits: Digits, history: dict[str, list[float]
         confidence[order].tolist(),
         title,
     )
-    grid.savefig(output / "predictions.png", dpi=130)
+    output.figure("predictions", grid)
     curve = figures.learning_curve(history["loss"], history["train_accuracy"], history["test_accuracy"])
-    curve.savefig(output / "learning_curve.png", dpi=130)
-    layer = model.get_submodule(SHOWN_LAYER)
-    assert isinstance(layer, DynamicFilter)
-    basis, names = stored_filters(layer, layer.size), [f"filter {f}" for f in range(layer.num_filters)]
-    learned = figures.filter_basis(basis, layer.size[1], names, f"Learned filter basis of {SHOWN_LAYER}")
-    learned.savefig(output / "filter_basis.png", dpi=130)
+    output.figure("learning_curve", curve)
     shown = torch.stack([digits.test_x[digits.test_y == digit][0] for digit in range(10)])
-    filters = applied_filters(layer, capture(model, {"": layer}, normalise(shown), inputs=True)[""])
+    layers: dict[str, Any] = spectral_layers(model)
+    inputs = capture(model, layers, normalise(shown), inputs=True)
+    found = {
+        name: (stored_filters(layer, layer.size), routing(layer, inputs[name]), layer.size)
+        for name, layer in layers.items()
+    }
+    output.filters({f"a {digit}": image for digit, image in enumerate(shown)}, found)
+    basis, shares, (_, width) = found[SHOWN_LAYER]
+    names = [f"filter {f}" for f in range(basis.shape[2])]
+    learned = figures.filter_basis(basis, width, names, f"Learned filter basis of {SHOWN_LAYER}")
+    output.figure("filter_basis", learned)
+    filters = mix(shares, basis)
     channels = most_different(filters, 4)
     mixed = figures.mixed_filters(
         list(shown[:, 0].numpy()),
         [str(digit) for digit in range(10)],
         filters[..., channels],
         channels,
-        layer.size[1],
+        width,
         f"The filter each image makes for itself in {SHOWN_LAYER}: the 4 channels that differ most",
     )
-    mixed.savefig(output / "mixed_filters.png", dpi=130)
+    output.figure("mixed_filters", mixed)
 
 
 def compare_on_photos(repetitions: int) -> list[Comparison]:
@@ -273,21 +281,33 @@ def milliseconds(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def draw_comparisons(comparisons: list[Comparison], output: Path) -> None:
-    """Memory and time, one pair of bars a photograph and size."""
+def draw_comparisons(comparisons: list[Comparison], output: Output) -> None:
+    """Memory and time, one pair of bars a photograph and size, and a table."""
     names = ("plain torch.fft", "dfformer")
     labels = [f"{c.photo}\n{c.size[0]}x{c.size[1]}" for c in comparisons]
     memory = [(label, c.plain_mib, c.fused_mib) for label, c in zip(labels, comparisons, strict=True)]
     title = "DFFormer-S18: kept for backward by one training forward"
-    figures.comparison_bars(memory, names, "MiB an image", title).savefig(output / "memory.png", dpi=130)
+    output.figure("memory", figures.comparison_bars(memory, names, "MiB an image", title))
     times = [(label, c.plain_ms, c.fused_ms) for label, c in zip(labels, comparisons, strict=True)]
     title = "DFFormer-S18: inference, one image"
-    figures.comparison_bars(times, names, "ms (median)", title).savefig(output / "time.png", dpi=130)
+    output.figure("time", figures.comparison_bars(times, names, "ms (median)", title))
+    header = ("photograph", "height", "width", "difference", "plain_ms", "ms", "plain_mib", "mib")
+    rows = [(c.photo, *c.size, c.error, c.plain_ms, c.fused_ms, c.plain_mib, c.fused_mib) for c in comparisons]
+    output.table("photographs", header, rows)
+
+
+def machine_and_run(report: dict[str, Any]) -> str:
+    machine = report["environment"]
+    quick = " (quick)" if report["quick"] else ""
+    return (
+        f"{machine['machine']}; cpu kernels: {machine['cpu kernels']}; torch {machine['torch']}, "
+        f"timm {machine['timm']}; seed {report['seed']}; {report['seconds']:.0f} s in all{quick}."
+    )
 
 
 def report_markdown(report: dict[str, Any], comparisons: list[Comparison]) -> str:
     """The report, with the pictures."""
-    accuracy, machine = report["digits"]["test_accuracy"][-1], report["environment"]
+    accuracy = report["digits"]["test_accuracy"][-1]
     step, activation = report["backends"]["dynamic_filter"], report["backends"]["star_relu"]
     rows = "\n".join(
         f"| {c.photo} | {c.size[0]}x{c.size[1]} | {c.error:.1e} | {c.plain_ms:.0f} | {c.fused_ms:.0f} "
@@ -296,8 +316,7 @@ def report_markdown(report: dict[str, Any], comparisons: list[Comparison]) -> st
     )
     return f"""# dfformer demo
 
-{machine["machine"]}; cpu kernels: {machine["cpu kernels"]}; torch {machine["torch"]}, timm {machine["timm"]};
-seed {report["seed"]}; {report["seconds"]:.0f} s in all{" (quick)" if report["quick"] else ""}.
+{machine_and_run(report)}
 
 ## Handwritten digits
 

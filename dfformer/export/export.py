@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dfformer.export.dft_matmul import with_dft_matmul
+from dfformer.export.hub import load_hub, save_hub
 from dfformer.inference.optimize import InferenceModel
 from dfformer.models.checkpoint import load_model, read_checkpoint, save_checkpoint
 from dfformer.models.filter_resize import resize_filter
@@ -51,11 +52,12 @@ class _Source(NamedTuple):
 
 
 class _Format(NamedTuple):
-    suffix: str
+    suffix: str  # "": a folder
     needs: tuple[str, ...]  # modules of the extra
     takes_fused: bool
     write: Callable[[_Source, Path], None]
     load: Callable[[Path], Callable[[Tensor], Any]]  # a function of images, anew from the file
+    traced: bool = True  # or weights with what they are of
 
 
 def export(
@@ -74,13 +76,15 @@ def export(
     Args:
         model: of `dfformer`, also one made with ``features_only=True`` or by `optimize_for_inference` (not for
             safetensors); float32, on any device. It is not changed.
-        path: ends in ``.pt2``, ``.onnx`` or ``.safetensors``. Replaced only by a file that passed.
+        path: ends in ``.pt2``, ``.onnx`` or ``.safetensors``, or is a new folder (``"hub"``). Replaced only by a file
+            that passed.
         img_size: (H, W) of the images, or one number; filters are resized to it once, here.
-        format: ``"pt2"`` (`torch.export`), ``"onnx"``, ``"safetensors"`` (weights, see `load_model`), or ``"aoti"``
-            (compiled by AOTInductor for this processor or the model's GPU; a ``.pt2`` too). Default: by path's suffix.
+        format: ``"pt2"`` (`torch.export`), ``"onnx"``, ``"safetensors"`` (weights, see `load_model`), ``"aoti"``
+            (compiled by AOTInductor for this processor or the model's GPU; a ``.pt2`` too), or ``"hub"`` (a folder for
+            Hugging Face's hub). Default: by path's suffix.
         fused: for pt2 and aoti, keep this package's operators; ``import dfformer_kernels`` before loading.
-        architecture, model_args, classes: as for `save_checkpoint`; required for safetensors, and written with the
-            data configuration into all formats as JSON, see docs/export.md.
+        architecture, model_args, classes: as for `save_checkpoint`; required for safetensors and hub, and written with
+            the data configuration into all formats as JSON, see docs/export.md.
 
     Returns:
         The largest relative error, ``||file - model|| / ||model||``.
@@ -92,11 +96,12 @@ def export(
     path = Path(path)
     chosen = _chosen_format(path, format, fused)
     if path.is_dir():
-        raise IsADirectoryError(f"path: {path} is a directory, accepted is a file name ending in {chosen.suffix}")
-    if chosen.write is _write_safetensors and architecture is None:
-        raise ValueError("architecture: required for safetensors, e.g. 'dfformer_s18'")
-    if chosen.write is _write_safetensors and isinstance(model, InferenceModel):
-        raise ValueError("model: is optimised for inference; safetensors accepts the one it was made from")
+        accepted = f"a file name ending in {chosen.suffix}" if chosen.suffix else "a new folder"
+        raise IsADirectoryError(f"path: {path} is a directory, accepted is {accepted}")
+    if not chosen.traced and architecture is None:
+        raise ValueError("architecture: required for safetensors and hub, e.g. 'dfformer_s18'")
+    if not chosen.traced and isinstance(model, InferenceModel):
+        raise ValueError("model: is optimised for inference; safetensors and hub accept the one it was made from")
     H, W = to_2tuple(img_size)
     source = _prepared(model, (H, W), fused)
     data = {key: value for key, value in resolve_model_data_config(source.model).items() if key in _DATA_KEYS}
@@ -118,14 +123,14 @@ def export(
 
 
 def _chosen_format(path: Path, name: str | None, fused: bool) -> _Format:
-    by_suffix = {chosen.suffix: key for key, chosen in reversed(FORMATS.items())}
+    by_suffix = {chosen.suffix: key for key, chosen in reversed(FORMATS.items()) if chosen.suffix}
     if name is None and path.suffix not in by_suffix:
         raise ValueError(f"path: got {path}, accepted are names ending in {', '.join(by_suffix)}")
     name = name or by_suffix[path.suffix]
     if name not in FORMATS:
         raise ValueError(f"format: got {name!r}, accepted are {', '.join(map(repr, FORMATS))}")
     chosen = FORMATS[name]
-    if path.suffix != chosen.suffix:
+    if chosen.suffix and path.suffix != chosen.suffix:
         raise ValueError(f"path: got {path}, format {name} takes names ending in {chosen.suffix}")
     if fused and not chosen.takes_fused:
         raise ValueError(f"fused: is for {', '.join(n for n in FORMATS if FORMATS[n].takes_fused)}, not for {name}")
@@ -233,11 +238,21 @@ def _load_safetensors(path: Path) -> Callable[[Tensor], Any]:
     return lambda images: model.to(images.device)(images)
 
 
+def _write_hub(source: _Source, path: Path) -> None:
+    save_hub(source.model, path, source.description)
+
+
+def _load_hub(path: Path) -> Callable[[Tensor], Any]:
+    model = load_hub(path)
+    return lambda images: model.to(images.device)(images)
+
+
 FORMATS = {
     "pt2": _Format(".pt2", (), True, _write_pt2, _load_pt2),
     "onnx": _Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), False, _write_onnx, _load_onnx),
-    "safetensors": _Format(".safetensors", (), False, _write_safetensors, _load_safetensors),
+    "safetensors": _Format(".safetensors", (), False, _write_safetensors, _load_safetensors, traced=False),
     "aoti": _Format(".pt2", (), True, _write_aoti, _load_aoti),
+    "hub": _Format("", (), False, _write_hub, _load_hub, traced=False),
 }
 
 
@@ -265,8 +280,10 @@ def export_command(arguments: argparse.Namespace) -> int:
         classes=classes,
     )
     fresh = "" if arguments.checkpoint or arguments.pretrained else " of fresh, untrained weights"
+    written = [arguments.output, *arguments.output.rglob("*")]
+    size = sum(path.stat().st_size for path in written if path.is_file())
     print(
-        f"wrote {arguments.output}{fresh}: {arguments.output.stat().st_size / 2**20:.1f} MiB, "
+        f"wrote {arguments.output}{fresh}: {size / 2**20:.1f} MiB, "
         f"differs from the model by {error:.1g} at batches of {' and '.join(map(str, CHECKED_BATCHES))}"
     )
     return 0

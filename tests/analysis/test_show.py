@@ -412,7 +412,8 @@ def test_show_spectrum_of_the_built_in_digits(
     rows = read(tmp_path / "out" / "spectrum.csv")
     assert {row["layer"] for row in rows} == {f"stages.{i}" for i in range(4)}
     assert all(float(row["relative_log_amplitude"]) == 0 for row in rows if float(row["frequency_pi"]) == 0)
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    written = [line.rsplit("/", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert written == ["spectrum.png", "spectrum.csv", "spectrum.report.html"]
 
 
 def test_show_receptive_fields_side_by_side(checkpoint: Path, folder: Path, tmp_path: Path) -> None:

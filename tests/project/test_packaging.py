@@ -6,38 +6,22 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import yaml
 from conftest import require, require_compiler
 from paths import ROOT
 
+from dfformer_kernels import __version__
 from dfformer_kernels.backends.cuda import sources
 from dfformer_kernels.backends.cuda.sources import cuda_sources
 from dfformer_kernels.problem import KernelBuildError
 
 FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-
-# With warnings recorded: without the core there is exactly one, with it none.
-RUN = """
-import os, sys, warnings
-import torch
-import dfformer_kernels
-from dfformer_kernels import backends, dynamic_filter, star_relu
-from dfformer_kernels.backends.cuda.sources import cuda_sources
-assert dfformer_kernels.__file__.startswith(sys.argv[1]), dfformer_kernels.__file__
-scale, bias = torch.tensor([0.5]), torch.tensor([1.0])
-with warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter("always")
-    assert star_relu(torch.tensor([-2.0, 2.0]), scale, bias).tolist() == [1, 3]
-    y = dynamic_filter(torch.ones(1, 4, 4, 2), torch.zeros(1, 3, 2), torch.ones(4, 3, 3, 2), (scale, bias))
-torch.testing.assert_close(y, torch.full_like(y, 1.5))
-from dfformer.train.recipes import find_recipe
-assert str(find_recipe("digits")) == os.path.join(sys.argv[1], "dfformer", "recipes", "digits.yaml")
-print(not backends()["cpu"], len(seen), *sorted(cuda_sources()))
-"""
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
@@ -91,13 +75,13 @@ def contents(wheel: Path) -> list[str]:
         return archive.namelist()
 
 
-def installed(wheel: Path) -> str:
-    """What the wheel prints when it runs outside the checkout."""
-    target = wheel.parent / "installed"
+def installed(wheel: Path, kind: str) -> str:
+    """What installed.py prints of the wheel, outside the checkout."""
+    target, script = wheel.parent / "installed", ROOT / "tests" / "project" / "installed.py"
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel, cwd=wheel.parent)
     # -S leaves out .pth files: through an editable install's, Python would find the checkout's compiled core.
     path = os.pathsep.join([str(target), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-    return run(sys.executable, "-S", "-c", RUN, target, cwd=wheel.parent, PYTHONPATH=path).strip()
+    return run(sys.executable, "-S", script, kind, target, cwd=wheel.parent, PYTHONPATH=path).strip()
 
 
 def run_time_sources() -> set[str]:
@@ -120,13 +104,39 @@ def test_a_wheel_built_from_the_sdist_has_the_compiled_core(wheel: Path) -> None
     assert {name for name in names if name.endswith((".cpp", ".h", ".inl", ".cu"))} == run_time_sources()
     recipes = {f"dfformer/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     assert {name for name in names if name.endswith(".yaml")} == recipes != set()
-    assert installed(wheel) == " ".join(["True 0", *sorted(cuda_sources())])
+    assert installed(wheel, "core") == " ".join(["core", *sorted(cuda_sources())])
 
 
 def test_without_a_compiler_the_wheel_works_through_torch(sdist: Path, tmp_path: Path) -> None:
     wheel = build_wheel(sdist, tmp_path, CC="false", CXX="false")
     assert not has_core(contents(wheel))
-    assert installed(wheel) == " ".join(["False 1", *sorted(cuda_sources())])
+    assert installed(wheel, "pure") == " ".join(["pure", *sorted(cuda_sources())])
+
+
+def test_a_pure_wheel_is_for_every_machine(sdist: Path, tmp_path: Path) -> None:
+    wheel = build_wheel(sdist, tmp_path, CXX="false", DFFORMER_PURE="1")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not has_core(contents(wheel))
+
+
+def test_the_sdist_is_small_and_says_what_an_index_shows(sdist: Path) -> None:
+    assert sdist.stat().st_size < 2e6
+    with tarfile.open(sdist) as archive:
+        (info,) = [name for name in archive.getnames() if re.fullmatch(r"[^/]*/PKG-INFO", name)]
+        file = archive.extractfile(info)
+        assert file is not None
+        metadata, _, description = file.read().decode().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in metadata
+    assert description.startswith("# dfformer\n")
+    linked = re.findall(r"\]\(([^)]*)\)", description)
+    assert [target for target in linked if not target.startswith(("https://", "#"))] == []
+    assert "![" not in description
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
+    assert citation["preferred-citation"]["title"] in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_sources_compiled_at_run_time_are_found_in_a_checkout() -> None:

@@ -2,12 +2,12 @@
 # The suite's core with the oldest and the newest torch, timm and Pillow that pyproject.toml allows: range.sh [oldest|newest]
 # Each end has a virtual environment in build/range; pip brings the packages. PYTHON names the interpreter.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 
 declare -A packages=(
     # the oldest Pillow with wheels for Python 3.11
-    [oldest]="torch==2.10.0 timm==1.0.12 pillow==9.4.0"
+    [oldest]="torch==2.10.0 timm==1.0.26 pillow==9.4.0"
     [newest]="torch timm pillow"
 )
 # test_timm.py asks of a model what the newest timm has.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dfformer
-from dfformer.analysis.palette import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
+from dfformer.analysis.palette import BLUE, GREY, MODELS
 from dfformer.utils.eager_baseline import eager_baseline
 from dfformer.utils.profile import saved_for_backward
 from dfformer_kernels.tolerance import relative_error
@@ -63,17 +63,17 @@ class Provider:
 AUTHORS, CONVFORMER = "authors", "convformer_s18"
 PROVIDERS = {
     AUTHORS: Provider("dfformer_s18", GREY, "X", sized=True, compiled=True, eager_baseline=True),
-    "dfformer_s18": Provider("dfformer_s18", VERMILLION, "o", sized=True, checked=True, compiled=True),
-    "cdfformer_s18": Provider("cdfformer_s18", ORANGE, "^", sized=True, checked=True),
-    "gfformer_s18": Provider("gfformer_s18", BLACK, "v", sized=True, checked=True),
-    CONVFORMER: Provider("convformer_s18", BLUE, "s", compiled=True),
-    "caformer_s18": Provider("caformer_s18", PURPLE, "D", compiled=True),
-    "convnext_tiny": Provider("convnext_tiny", GREEN, "P"),
-    "swin_tiny": Provider("swin_tiny_patch4_window7_224", SKY, "*", sized=True),
+    "dfformer_s18": Provider("dfformer_s18", *MODELS["dfformer"], sized=True, checked=True, compiled=True),
+    "cdfformer_s18": Provider("cdfformer_s18", *MODELS["cdfformer"], sized=True, checked=True),
+    "gfformer_s18": Provider("gfformer_s18", *MODELS["gfformer"], sized=True, checked=True),
+    CONVFORMER: Provider("convformer_s18", *MODELS["convformer"], compiled=True),
+    "caformer_s18": Provider("caformer_s18", *MODELS["caformer"], compiled=True),
+    "convnext_tiny": Provider("convnext_tiny", *MODELS["convnext"]),
+    "swin_tiny": Provider("swin_tiny_patch4_window7_224", *MODELS["swin"], sized=True),
 }
 if optimize := getattr(dfformer, "optimize_for_inference", None):
     PROVIDERS["dfformer_s18 optimized"] = Provider(
-        "dfformer_s18", VERMILLION, "h", sized=True, checked=True, compiled=True, prepare=optimize
+        "dfformer_s18", BLUE, "h", sized=True, checked=True, compiled=True, prepare=optimize
     )
 
 # What a run can be restricted to, and what it is without that. Quick runs are smaller.

@@ -9,16 +9,9 @@ from matplotlib.figure import Figure
 
 from accuracy.images import VIEWS
 from accuracy.training import Result
+from dfformer.analysis.palette import MODELS
 from dfformer.models.filter_resize import RULES
 
-# Colours of Okabe and Ito, told apart by colour-blind readers; markers for those who see none.
-STYLES = {
-    "dfformer": ("#0072B2", "o"),
-    "cdfformer": ("#009E73", "s"),
-    "gfformer": ("#CC79A7", "D"),
-    "convformer": ("#D55E00", "^"),
-    "caformer": ("#000000", "v"),
-}
 VIEW_TITLES = {
     "finer": "the same scene in more or fewer pixels",
     "wider": "more or less of the scene, same pixels",
@@ -33,7 +26,7 @@ def learning_figure(results: Sequence[Result]) -> Figure:
         error = 100 - accuracy
         x = (spent if seconds else epochs).mean(0)
         low, high = error.min(0), error.max(0)
-        colour, marker = STYLES[found[0].model]
+        colour, marker = MODELS[found[0].model]
         ax.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
         ax.plot(x, error.mean(0), color=colour, marker=marker, markersize=4, label=found[0].model)
 
@@ -52,7 +45,7 @@ def sizes_figure(results: Sequence[Result]) -> Figure:
     """Accuracy at other sizes than that of training, seen in two ways."""
 
     def draw(ax: Axes, found: Sequence[Result], view: str) -> None:
-        colour, marker = STYLES[found[0].model]
+        colour, marker = MODELS[found[0].model]
         rules = RULES if f"{view} 2 {RULES[0]}" in found[0].sizes else ("",)
         for rule, line in zip(rules, ("-", "--"), strict=False):
             at = {float(k.split()[1]): k for k in found[0].sizes if k.split()[0] == view and k.endswith(rule)}
@@ -79,7 +72,7 @@ def _panels(
 ) -> Figure:
     """A panel for each of ``rows``, by its title, and each set of images; one legend below."""
     sets = list(dict.fromkeys(r.images for r in results))
-    models = [name for name in STYLES if name in {r.model for r in results}]
+    models = [name for name in MODELS if name in {r.model for r in results}]
     picture = Figure(figsize=(1 + 4.2 * len(sets), 8.4), layout="constrained")
     for line, (row, title) in zip(picture.subplots(2, len(sets), squeeze=False), rows.items(), strict=True):
         for ax, images in zip(line, sets, strict=True):

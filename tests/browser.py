@@ -73,7 +73,7 @@ def served(folder: Path) -> Iterator[str]:
             thread.join()
 
 
-def inspect(page: Path, width: int, script: str, wait_ms: int = 10000) -> Any:
+def inspect(page: Path, width: int, script: str, *, wait_ms: int = 10000, dark: bool = False) -> Any:
     """What ``script``, a function body of ``page`` (window) and ``document``, returns in a page ``width`` wide.
 
     Asserts that nothing is logged or thrown, and that nothing but what scrolls by itself goes over the right edge.
@@ -82,7 +82,8 @@ def inspect(page: Path, width: int, script: str, wait_ms: int = 10000) -> Any:
     harness.write_text(FRAME.format(width=width, script=script, page=page.name), encoding="utf-8")
     with served(page.parent) as address:
         url = f"{address}/{harness.name}"
-        dom, console = run("--window-size=1500,1000", f"--virtual-time-budget={wait_ms}", "--dump-dom", url)
+        theme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+        dom, console = run("--window-size=1500,1000", theme, f"--virtual-time-budget={wait_ms}", "--dump-dom", url)
     match = re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)
     assert match, dom[:2000]
     assert match[1], (console, dom[:2000])

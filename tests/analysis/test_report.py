@@ -43,8 +43,12 @@ const zoomed = document.querySelector("dialog img").clientWidth / before;
 const open = document.querySelector("dialog").open;
 click([...document.querySelectorAll("dialog button")].at(-1));
 const closed = !document.querySelector("dialog").open;
+const unreachable = [...document.querySelectorAll("*")].filter(e => e.onclick && e.tabIndex < 0).length;
+const style = page.getComputedStyle(document.body);
+const brightness = [style.color, style.backgroundColor].map(text => Number(text.match(/[0-9]+/)[0]));
 const bold = document.querySelectorAll("b").length;
-return { magnitudes, shares, labels, rising, falling, sorted, zoomed, open, closed, bold, title: document.title };
+return { magnitudes, shares, labels, rising, falling, sorted, zoomed, open, closed, bold, unreachable, brightness,
+  title: document.title };
 """
 
 
@@ -83,9 +87,12 @@ def test_it_needs_nothing_else(report: Path) -> None:
     assert {path.name for path in report.parent.glob("*.csv")} == {"numbers.csv", "long.csv"}
 
 
-@pytest.mark.parametrize("width", [390, 1400])
-def test_in_a_browser(report: Path, width: int) -> None:
-    found = browser.inspect(report, width, READ)
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (1400, True)])
+def test_in_a_browser(report: Path, width: int, dark: bool) -> None:
+    found = browser.inspect(report, width, READ, dark=dark)
+    ink, paper = found["brightness"]
+    assert ink - paper > 150 if dark else paper - ink > 150
+    assert found["unreachable"] == 0, "by keyboard"
     for shown, (i, n, c) in zip(found["magnitudes"], ((0, 1, 2), (1, 0, 1)), strict=True):
         basis, shares, (_, W) = list(random_layers().values())[i]
         assert shares is not None

@@ -7,6 +7,7 @@
 __version__ = "0.1.0"
 
 from dfformer_kernels.dispatch import backends, use_backend
+from dfformer_kernels.graph.fuse import FusePass, fuse
 from dfformer_kernels.ops.conv2d import convolution
 from dfformer_kernels.ops.filter import DynamicFilterFunction, dynamic_filter, global_filter, star_relu
 from dfformer_kernels.ops.linear import linear
@@ -14,9 +15,11 @@ from dfformer_kernels.ops.mlp import mlp
 
 __all__ = [
     "DynamicFilterFunction",
+    "FusePass",
     "backends",
     "convolution",
     "dynamic_filter",
+    "fuse",
     "global_filter",
     "linear",
     "mlp",

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dfformer.models.copies.match import AGREEMENT, is_filter_shape
+from dfformer.models.copies.match import is_filter_shape
 from dfformer.models.copies.module import FusedCopy
-from dfformer.models.copies.trace import DifferentCopyError, UnsupportedCopyError
-from dfformer.models.copies.trial import Trial, device_of, difference, find, formula_of, undisturbed
+from dfformer.models.copies.trial import Trial, device_of, difference, find, formula_of
 from dfformer.models.layers import StarReLU
 from dfformer.models.spectral import DynamicFilter, GlobalFilter, SpectralFilter
+from dfformer_kernels.graph.compare import AGREEMENT, undisturbed
+from dfformer_kernels.graph.trace import DifferentCopyError, UnsupportedCopyError
 from dfformer_kernels.tolerance import relative_error
 
 _NAME = "complex_weight"  # what the authors and most copies call their filters

@@ -10,14 +10,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dfformer.models.copies.module import STORAGE, FilterStep, Form
-from dfformer.models.copies.trace import DifferentCopyError, Trace, UnsupportedCopyError
+from dfformer_kernels.graph.compare import AGREEMENT, INVERSE_TRANSFORMS
+from dfformer_kernels.graph.trace import DifferentCopyError, Trace, UnsupportedCopyError, ancestors, differing_call
 from dfformer_kernels.tolerance import relative_error
 
-# Two ways of computing the same float32 formula differ by 1e-6; another formula is far away.
-AGREEMENT = 1e-4
-
 FORWARD_TRANSFORMS = (torch.fft.rfft2, torch.fft.rfftn)
-INVERSE_TRANSFORMS = (torch.fft.irfft2, torch.fft.irfftn)
 _FFT = ("input", "s", "dim", "norm")
 _CASTS = ("to", "float", "type", "contiguous")
 _VIEWS = ("view", "reshape", torch.reshape)
@@ -49,18 +46,7 @@ class Fused(NamedTuple):
 
     def differs_in(self, other: "Fused") -> str:
         """The first call that is not in both, "" for equal programs, whatever their nodes are called."""
-        for ours, theirs in itertools.zip_longest(self._calls(), other._calls(), fillvalue=("its end", "")):
-            if ours != theirs:
-                return ours[0]
-        return "" if self.forms == other.forms else "its layout"
-
-    def _calls(self) -> list[tuple[str, str]]:
-        number = {node: f"%{i}" for i, node in enumerate(self.graph.nodes)}
-        calls = []
-        for node in self.graph.nodes:
-            name = node.op if node.op in ("placeholder", "output") else getattr(node.target, "__name__", node.target)
-            calls.append((str(name), f"{node.op} {fx.map_arg((node.args, node.kwargs), number.__getitem__)}"))
-        return calls
+        return differing_call(self.graph, other.graph) or ("" if self.forms == other.forms else "its layout")
 
 
 def fuse(traced: Trace, module: nn.Module, expected: Expected) -> Fused:
@@ -81,7 +67,7 @@ def fuse(traced: Trace, module: nn.Module, expected: Expected) -> Fused:
         with traced.graph.inserting_before(inverse):
             arguments = (x, weight) if logits is None else (x, weight, logits)
             inverse.replace_all_uses_with(traced.graph.call_module(name, arguments))
-        _erase(traced, {inverse} | traced.ancestors(inverse))
+        _erase(traced, {inverse} | ancestors(inverse))
     if any(str(node.target).startswith("_tensor_constant") for node in traced.graph.nodes):
         raise DifferentCopyError("its forward makes tensors that depend on no input")
     graph = fx.Graph()
@@ -127,9 +113,9 @@ def _chain(
     traced: Trace, module: nn.Module, expected: Expected, inverse: fx.Node
 ) -> tuple[Form, fx.Node, fx.Node, fx.Node | None]:
     """The step that gives ``inverse``'s value, and the nodes of its input, weight and logits."""
-    ancestors = traced.ancestors(inverse)
-    forwards = [node for node in traced.graph.nodes if node in ancestors and node.target in FORWARD_TRANSFORMS]
-    weights = [node for node in traced.graph.nodes if node in ancestors and _is_stored_filter(node, module)]
+    sources = ancestors(inverse)
+    forwards = [node for node in traced.graph.nodes if node in sources and node.target in FORWARD_TRANSFORMS]
+    weights = [node for node in traced.graph.nodes if node in sources and _is_stored_filter(node, module)]
     if not forwards or not weights:
         missing = "torch.fft.rfft2" if weights else "filters of its own"
         raise DifferentCopyError(f"what goes into its irfft2 comes from no {missing}")
@@ -140,7 +126,7 @@ def _chain(
         except DifferentCopyError as error:
             reasons.append(str(error))
             continue
-        for form, logits in _routings(traced, module, ancestors, layout, weight):
+        for form, logits in _routings(traced, module, sources, layout, weight):
             reason = _difference(traced, form, expected, inverse, (x, weight, logits))
             if not reason:
                 return form, x, weight, logits
@@ -180,7 +166,7 @@ def _layout(traced: Trace, expected: Expected, forward: fx.Node, inverse: fx.Nod
         raise DifferentCopyError(f"it transforms a batch of {len(value)} for an input of {expected.batch}")
     if there["s"] is not None and tuple(traced.values.get(s, s) for s in there["s"]) != plane:
         raise DifferentCopyError("it crops or pads the plane before it transforms")
-    for node in traced.ancestors(x):
+    for node in ancestors(x):
         if node.target in _VIEWS:
             _check_view(traced.values[node.all_input_nodes[0]].shape, traced.values[node].shape, plane)
     while x.op == "call_method" and x.target in _CASTS and value.dtype == torch.float32:

@@ -4,17 +4,13 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
 from dfformer.models.copies.match import (
-    AGREEMENT,
-    INVERSE_TRANSFORMS,
     CopyLimitError,
     Expected,
     Fused,
@@ -23,7 +19,10 @@ from dfformer.models.copies.match import (
     with_optional_inputs,
 )
 from dfformer.models.copies.module import STORAGE, as_basis
-from dfformer.models.copies.trace import (
+from dfformer.models.filter_resize import RULES, resize_filter
+from dfformer_kernels.graph import compare
+from dfformer_kernels.graph.compare import tensors
+from dfformer_kernels.graph.trace import (
     DifferentCopyError,
     UnsupportedCopyError,
     first_line,
@@ -33,14 +32,9 @@ from dfformer.models.copies.trace import (
     with_function,
     without_optional_inputs,
 )
-from dfformer.models.filter_resize import RULES, resize_filter
-from dfformer_kernels.tolerance import relative_error
 
 Plane = tuple[int, int]
 
-# Gradients are sums that partly cancel.
-_GRADIENT_AGREEMENT = 1e-3
-_RANDOM = "use of random numbers"
 _MOST_CHANNELS = 8  # tried for an input
 _LARGEST_DOUBLED = 40 * 40  # pixels of a plane that is also tried at twice its height and width
 # Shapes of inputs, or the numbers that some copies of tokens are given.
@@ -85,16 +79,6 @@ class Case(NamedTuple):
     inputs: list[Any]
     plane: Plane
     training: bool
-
-
-@contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Random numbers, autocast and gradient mode inside have nothing to do with those outside."""
-    devices = [device] if device.type == "cuda" else []
-    modes = torch.autocast(device.type, enabled=False), torch.inference_mode(False), torch.enable_grad()
-    with torch.random.fork_rng(devices), modes[0], modes[1], modes[2]:
-        torch.manual_seed(0)
-        yield
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -221,12 +205,6 @@ def _authors_resize(weight: Any, H: Any, K: Any) -> Any:
     return resize_filter(weight, old, (H, 2 * (K - 1) or 1))
 
 
-def tensors(result: Any) -> list[Tensor]:
-    """The tensors of a result that is one, or a tuple or list of them."""
-    found = [result] if isinstance(result, Tensor) else list(result) if isinstance(result, tuple | list) else []
-    return found if all(isinstance(t, Tensor) for t in found) else []
-
-
 def cases(trial: Trial, hypothesis: Hypothesis) -> Iterator[Case]:
     """The stored plane in both modes and of two batches, then planes of twice and about half its size."""
     H, W = hypothesis.size
@@ -280,63 +258,15 @@ def difference(trial: Trial, hypothesis: Hypothesis, replace: Callable[[nn.Modul
         if case.plane != hypothesis.size and not _runs(trial, case):
             continue
         try:
-            theirs = _results(trial.copy(case.training), case)
-            ours = _results(replace(trial.copy(case.training)).train(case.training), case)
+            theirs = compare.results(trial.copy(case.training), case.inputs)
+            ours = compare.results(replace(trial.copy(case.training)).train(case.training), case.inputs)
         except Exception as error:  # whatever foreign code raises
             return f"it cannot be tried ({first_line(error)})"
         if case.plane[1] % 2 and theirs["output 0"].shape != ours["output 0"].shape:
             continue  # irfft2 without s returns even widths only
-        where = f"on a {case.plane[0]}x{case.plane[1]} plane{' in training' * case.training}"
-        if theirs.keys() != ours.keys():
-            return f"its {min(theirs.keys() ^ ours.keys())} is not in both {where}"
-        scale = max((_rms(t) for name, t in theirs.items() if name.startswith("gradient")), default=0.0)
-        for name, expected in theirs.items():
-            is_gradient = name.startswith("gradient")
-            relative = _error(ours[name], expected, scale if is_gradient else 0.0)
-            bound = _GRADIENT_AGREEMENT if is_gradient else 0.0 if name == _RANDOM else AGREEMENT
-            if not relative <= bound:
-                return f"its {name} differs from ours by {relative:.1e} relative {where}"
+        if reason := compare.difference(theirs, ours):
+            return f"{reason} on a {case.plane[0]}x{case.plane[1]} plane{' in training' * case.training}"
     return ""
-
-
-def _error(actual: Tensor, expected: Tensor, scale: float) -> float:
-    """The relative error, where ``expected`` is more than rounding next to values of ``scale``."""
-    if actual.shape != expected.shape or not scale:
-        return relative_error(actual, expected)
-    return _rms(actual.double() - expected) / max(_rms(expected), 1e-3 * scale)
-
-
-def _rms(t: Tensor) -> float:
-    return t.double().square().mean().sqrt().item()
-
-
-def _results(module: nn.Module, case: Case) -> dict[str, Tensor]:
-    """Outputs, gradients of a fixed random function of them, and what the buffers are afterwards."""
-    inputs = [x.clone().requires_grad_() if isinstance(x, Tensor) else x for x in case.inputs]
-    torch.manual_seed(1)
-    with _ContiguousInverse():
-        outputs = tensors(module(*inputs))
-    after = torch.get_rng_state()
-    torch.manual_seed(2)
-    scalar = sum((y * torch.randn(y.shape, device=y.device)).sum() for y in outputs if y.requires_grad)
-    leaves = {f"input {i}": x for i, x in enumerate(inputs) if isinstance(x, Tensor)}
-    leaves |= {name: p for name, p in module.named_parameters() if p.requires_grad}
-    gradients: Sequence[Tensor | None] = [None] * len(leaves)
-    if isinstance(scalar, Tensor):
-        gradients = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True)
-    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    results |= {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True) if g is not None}
-    results |= {f"buffer {n}": b.detach().clone() for n, b in module.named_buffers()}
-    results[_RANDOM] = after
-    return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in results.items()}
-
-
-class _ContiguousInverse(TorchFunctionMode):
-    """irfft2's result contiguous, as our step's is: dropout behind it draws by position in memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return result.contiguous() if func in INVERSE_TRANSFORMS else result
 
 
 def formula_of(module: nn.Module) -> Hashable:

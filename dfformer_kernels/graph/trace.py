@@ -6,10 +6,11 @@ stay calls of modules.
 """
 
 import inspect
+import itertools
 import operator
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,31 +26,52 @@ class DifferentCopyError(UnsupportedCopyError):
 
 
 class Trace(NamedTuple):
-    """The graph of a module's forward, and the value of every node for the trial inputs."""
+    """The graph of a module's forward, the value of every node for the trial inputs, and the numbers that Python code
+    saw: the graph holds for inputs that give the same."""
 
     graph: fx.Graph
     values: dict[fx.Node, Any]
-
-    def ancestors(self, node: fx.Node) -> set[fx.Node]:
-        """The nodes that ``node`` is computed from."""
-        found: set[fx.Node] = set()
-        waiting = list(node.all_input_nodes)
-        while waiting:
-            current = waiting.pop()
-            if current not in found:
-                found.add(current)
-                waiting.extend(current.all_input_nodes)
-        return found
+    seen: list[Any]
 
 
-def trace(module: nn.Module, inputs: Sequence[Any]) -> Trace:
-    """Traces ``module``, which may be changed by it (buffers, attributes set in forward), on ``inputs``.
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """The nodes that ``node`` is computed from."""
+    found: set[fx.Node] = set()
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found.add(current)
+            waiting.extend(current.all_input_nodes)
+    return found
+
+
+def differing_call(ours: fx.Graph, theirs: fx.Graph) -> str:
+    """The first call that is not in both graphs, "" for equal programs, whatever their nodes are called."""
+    for a, b in itertools.zip_longest(_calls(ours), _calls(theirs), fillvalue=("its end", "")):
+        if a != b:
+            return a[0]
+    return ""
+
+
+def _calls(graph: fx.Graph) -> list[tuple[str, str]]:
+    number = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    calls = []
+    for node in graph.nodes:
+        name = node.op if node.op in ("placeholder", "output") else getattr(node.target, "__name__", node.target)
+        calls.append((str(name), f"{node.op} {fx.map_arg((node.args, node.kwargs), number.__getitem__)}"))
+    return calls
+
+
+def trace(module: nn.Module, inputs: Sequence[Any], through: Collection[nn.Module] = ()) -> Trace:
+    """Traces ``module``, which may be changed by it (buffers, attributes set in forward), on ``inputs``; of the modules
+    below those in ``through`` are traced too.
 
     Raises:
         UnsupportedCopyError: its forward cannot be written as a graph, or does more than compute a result.
     """
     before = dict(vars(module))
-    tracer = _Tracer(module, inputs)
+    tracer = _Tracer(module, inputs, through)
     try:
         with torch.no_grad():
             graph = tracer.trace(module)
@@ -61,7 +83,20 @@ def trace(module: nn.Module, inputs: Sequence[Any]) -> Trace:
     changed = [name for name in changed if not name.startswith("_tensor_constant")]
     if changed:
         raise UnsupportedCopyError(f"its forward sets self.{changed[0]}, which the replacement would not")
-    return Trace(graph, tracer.run.env)
+    seen = [number for node in tracer.seen for number in _numbers(node, tracer.run.env)]
+    return Trace(graph, tracer.run.env, seen)
+
+
+def _numbers(node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:
+    """A node's value and those it is computed from, up to tensors' shapes, as far as they are numbers."""
+    found, waiting = [], [node]
+    while waiting:
+        value = values.get(current := waiting.pop())
+        if isinstance(value, int | float):
+            found.append(value)
+        if not isinstance(value, Tensor):
+            waiting.extend(current.all_input_nodes)
+    return found
 
 
 def first_line(error: Exception) -> str:
@@ -70,15 +105,17 @@ def first_line(error: Exception) -> str:
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, root: nn.Module, inputs: Sequence[Any]) -> None:
+    def __init__(self, root: nn.Module, inputs: Sequence[Any], through: Collection[nn.Module]) -> None:
         super().__init__(autowrap_functions=_wrapped_functions())
         self.proxy_buffer_attributes = True
+        self._through = through
+        self.seen: list[fx.Node] = []
         self._evaluating = False
         self.run = fx.Interpreter(root, graph=fx.Graph())
         self.run.args_iter = iter(inputs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+        return m not in self._through
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         if kind == "call_method" and target in ("item", "tolist", "numpy"):
@@ -121,7 +158,7 @@ class _Known(fx.Proxy):
         )
 
     def __len__(self) -> int:
-        return len(_value(self))
+        return len(_seen(self))
 
     def __int__(self) -> int:
         return int(_number(self))
@@ -137,8 +174,14 @@ def _value(proxy: fx.Proxy) -> Any:
     return proxy.tracer.run.env[proxy.node]
 
 
+def _seen(proxy: fx.Proxy) -> Any:
+    assert isinstance(proxy.tracer, _Tracer)
+    proxy.tracer.seen.append(proxy.node)
+    return _value(proxy)
+
+
 def _number(proxy: fx.Proxy) -> Any:
-    value = _value(proxy)
+    value = _seen(proxy)
     if isinstance(value, Tensor):
         raise UnsupportedCopyError("its forward branches on the values of tensors")
     return value
@@ -172,20 +215,30 @@ def inputs_of(module: nn.Module) -> tuple[list[str], dict[str, Any]]:
     return needed, optional
 
 
-# Forwards of so many inputs that leave another class's optional ones at their defaults.
-_FORWARDS: dict[int, Callable[[type[nn.Module]], Callable[..., Any]]] = {
-    1: lambda kind: lambda self, x: kind.forward(self, x),
-    2: lambda kind: lambda self, x, y: kind.forward(self, x, y),
-    3: lambda kind: lambda self, x, y, z: kind.forward(self, x, y, z),
+# Forwards of so many inputs that give them to a function.
+_FORWARDS: dict[int, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    1: lambda function: lambda self, x: function(self, x),
+    2: lambda function: lambda self, x, y: function(self, x, y),
+    3: lambda function: lambda self, x, y, z: function(self, x, y, z),
 }
+
+
+def with_forward(module: nn.Module, inputs: int, function: Callable[..., Any]) -> None:
+    """Makes ``module`` of a class whose forward takes so many inputs and gives them to ``function``.
+
+    Raises UnsupportedCopyError for none, or for more than can be given.
+    """
+    if inputs not in _FORWARDS:
+        raise UnsupportedCopyError(f"its forward takes {inputs} inputs")
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {"forward": _FORWARDS[inputs](function)})
 
 
 def without_optional_inputs(module: nn.Module) -> None:
     """Makes ``module`` of a class whose forward takes only the inputs it needs, if it takes others now."""
-    kind = type(module)
     needed, optional = inputs_of(module)
     if optional:
-        module.__class__ = type(kind.__name__, (kind,), {"forward": _FORWARDS[len(needed)](kind)})
+        with_forward(module, len(needed), type(module).forward)
 
 
 def with_function(module: nn.Module, name: str, function: Callable[..., Any]) -> None:

@@ -1,0 +1,266 @@
+"""Finds rfft2 -> multiplication -> irfft2 in a graph: what it is made of, or why it is not the filter step.
+
+The walk goes back from the inverse transform through nodes that are linear in each tensor. It ends at the forward
+transform's input, at a softmax's input and at one tensor of filters. What it has passed is then a polynomial of these
+three, so that agreement on random inputs (`step.difference`) proves it to be ours.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from dfformer_kernels.graph.trace import ancestors
+from dfformer_kernels.graph.vocabulary import (
+    FRESH,
+    IN_PLACE,
+    Transform,
+    Values,
+    first_input,
+    is_linear,
+    is_mutating,
+    is_softmax,
+    name_of,
+    transform_of,
+)
+
+# What may be asked of a spectrum besides its values, as its input and the graph know the answers.
+_QUESTIONS = ("shape", "size", "dtype", "device")
+_ASSERTION = "_assert_tensor_metadata"
+_GRADIENT_MODES = ("_set_grad_enabled", "set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
+
+
+class NotFusedError(Exception):
+    """Why a chain is left alone, as a clause that completes "left alone: "."""
+
+
+class Chain(NamedTuple):
+    """A step in a graph. ``nodes`` are those it replaces, in the graph's order, ``inverse`` last; they take ``x``,
+    ``filters`` and, where there is a softmax, ``logits``.
+    """
+
+    nodes: list[fx.Node]
+    forward: fx.Node
+    inverse: fx.Node
+    softmax: fx.Node | None
+    x: fx.Node
+    logits: fx.Node | None
+    filters: fx.Node
+    channels_first: bool
+
+
+def inverse_transforms(graph: fx.Graph, values: Values) -> list[fx.Node]:
+    """Where a chain may end: transforms to real numbers, and inverse complex ones that none of these needs."""
+    inverse = {node: t.kind for node in graph.nodes if (t := transform_of(node, values)) and t.inverse}
+    needed = {n for node, kind in inverse.items() if kind == "c2r" for n in ancestors(node)}
+    return [node for node, kind in inverse.items() if kind == "c2r" or node not in needed]
+
+
+def find(graph: fx.Graph, inverse: fx.Node, values: Values) -> list[Chain]:
+    """The chain that ends at ``inverse``, once for each node that may be the filters: views of one another, the one
+    next to the multiplication first.
+
+    Raises NotFusedError with the first difference from a filter step that the graph shows.
+    """
+    transform = transform_of(inverse, values)
+    if transform is None or transform.kind != "c2r":
+        raise NotFusedError(f"{name_of(inverse)} takes a full spectrum, where rfft2 and irfft2 were looked for")
+    passed = _passed(inverse, values)
+    forward, softmax = _ends(inverse, passed, values)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    nodes = _dependent(sorted(passed, key=order.__getitem__), forward, softmax)
+    x, logits = first_input(forward), None if softmax is None else first_input(softmax)
+    channels_first = _check_transforms(nodes, forward, inverse, values)
+    _check_use(nodes, forward, inverse, softmax)
+    chains = []
+    for filters, pure in _filters(nodes, (forward, softmax), passed, values, order):
+        replaced = sorted({*nodes, *pure}, key=order.__getitem__)
+        _check_in_place(replaced, set(nodes) - {softmax})
+        _check_between(graph, replaced, [n for n in (x, logits, filters) if n is not None])
+        chains.append(Chain(replaced, forward, inverse, softmax, x, logits, filters, channels_first))
+    return chains
+
+
+def _passed(inverse: fx.Node, values: Values) -> set[fx.Node]:
+    """The nodes on the way back from ``inverse``, up to forward transforms, softmaxes and what is not linear."""
+    passed = {inverse}
+    waiting = list(_tensors(inverse, values))
+    while waiting:
+        node = waiting.pop()
+        if node in passed:
+            continue
+        if _is_forward(node, values) or is_softmax(node):
+            passed.add(node)
+        elif is_linear(node, values):
+            passed.add(node)
+            waiting.extend(_tensors(node, values))
+    return passed
+
+
+def _is_forward(node: fx.Node, values: Values) -> bool:
+    transform = transform_of(node, values)
+    return transform is not None and transform.kind == "r2c"
+
+
+def _tensors(node: fx.Node, values: Values) -> Iterator[fx.Node]:
+    return (n for n in node.all_input_nodes if values.is_tensor(n))
+
+
+def _ends(inverse: fx.Node, passed: set[fx.Node], values: Values) -> tuple[fx.Node, fx.Node | None]:
+    """The forward transform, and the softmax if there is one."""
+    forwards = [node for node in passed if _is_forward(node, values)]
+    softmaxes = [node for node in passed if is_softmax(node)]
+    if not forwards:
+        raise NotFusedError(_obstacle(inverse, passed, values))
+    if len(forwards) > 1:
+        raise NotFusedError(f"its irfft2 takes {len(forwards)} spectra")
+    if len(softmaxes) > 1:
+        raise NotFusedError(f"its filters are mixed by {len(softmaxes)} softmaxes")
+    return forwards[0], softmaxes[0] if softmaxes else None
+
+
+def _obstacle(inverse: fx.Node, passed: set[fx.Node], values: Values) -> str:
+    for node in sorted((n for p in passed for n in _tensors(p, values) if n not in passed), reverse=True):
+        sources = [n for n in ancestors(node) if transform_of(n, values)]
+        if any(_is_forward(n, values) for n in sources):
+            return f"between rfft2 and irfft2 stands {_described(node)}"
+        if sources:
+            return f"its spectrum comes from {name_of(sources[0])}, where rfft2 was looked for"
+    return "its irfft2 takes no rfft2's result"
+
+
+def _described(node: fx.Node) -> str:
+    numbers = [a for a in (*node.args, *node.kwargs.values()) if type(a) in (int, float, complex)]
+    return f"{name_of(node)} by {numbers[0]}" if len(numbers) == 1 else name_of(node)
+
+
+def _dependent(passed: list[fx.Node], forward: fx.Node, softmax: fx.Node | None) -> list[fx.Node]:
+    """Of the nodes passed those that come from the spectrum or the softmax."""
+    found = {forward, softmax}
+    for node in passed:
+        if node not in found and any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return [node for node in passed if node in found]
+
+
+def _filters(
+    nodes: list[fx.Node],
+    ends: tuple[fx.Node, fx.Node | None],
+    passed: set[fx.Node],
+    values: Values,
+    order: dict[fx.Node, int],
+) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
+    """The one other tensor that ``nodes`` take and what is between; then, as long as it is made of one, that one."""
+    inside, between = set(nodes), set[fx.Node]()
+    outside = {n for node in nodes if node not in ends for n in _tensors(node, values)} - inside
+    if not outside:
+        raise NotFusedError("it multiplies its spectrum with no filters")
+    one = False
+    while len(outside) == 1 or not one:
+        if len(outside) == 1:
+            one = True
+            yield next(iter(outside)), set(between)
+        last = max((n for n in outside if n in passed), key=order.__getitem__, default=None)
+        if last is None:
+            break
+        between.add(last)
+        outside = outside - {last} | set(_tensors(last, values))
+    if not one:
+        names = ", ".join(sorted(_described(n) for n in outside))
+        raise NotFusedError(f"its spectrum meets {len(outside)} tensors ({names}), where one of filters was looked for")
+
+
+def _check_transforms(nodes: list[fx.Node], forward: fx.Node, inverse: fx.Node, values: Values) -> bool:
+    """Whether maps are channels-first; refuses other axes, norms that do not cancel and other sizes."""
+    x = first_input(forward)
+    rank = len(values.shape(x))
+    transforms = {node: t for node in nodes if (t := transform_of(node, values))}
+    there = [t for t in transforms.values() if not t.inverse]
+    back = [t for t in transforms.values() if t.inverse]
+    axes = [tuple(sorted(a for t in side for a in t.axes)) for side in (there, back)]
+    halved = transforms[forward].axes[-1], transforms[inverse].axes[-1]
+    if rank != 4 or axes[0] not in ((1, 2), (2, 3)) or axes[0] != axes[1] or halved != (axes[0][1],) * 2:
+        shown = " and ".join(f"{(*sorted(set(a) - {h}), h)}" for a, h in zip(axes, halved, strict=True))
+        raise NotFusedError(f"it transforms axes {shown} of a {rank}-D tensor, ours (1, 2) or (2, 3) of a 4-D one")
+    for axis in axes[0]:
+        if sum(t.exponent for t in transforms.values() if axis in t.axes) != -1:
+            norms = f"{transforms[forward].norm!r} and {transforms[inverse].norm!r}"
+            raise NotFusedError(f"its norms, {norms}, do not cancel out")
+    _check_plane(transforms, forward, inverse, axes[0], values)
+    return axes[0] == (2, 3)
+
+
+def _check_plane(
+    transforms: dict[fx.Node, Transform], forward: fx.Node, inverse: fx.Node, axes: tuple[int, ...], values: Values
+) -> None:
+    before, after = values[first_input(forward)].shape, values[inverse].shape
+    kept = (*(before[a] for a in axes[:1]), before[axes[1]] // 2 + 1)
+    spectrum = values[forward].shape
+    if not all(_same(spectrum[a], n) for a, n in zip(axes, kept, strict=True)):
+        raise NotFusedError("it crops or pads the plane before it transforms")
+    if any(t.resizes for t in transforms.values() if t.kind == "c2c"):
+        raise NotFusedError("it gives a size to a complex transform")
+    if len(after) != 4 or not all(_same(before[a], after[a]) for a in axes):
+        theirs, ours = (" x ".join(str(shape[a]) for a in axes) for shape in (after, before))
+        raise NotFusedError(f"it goes back to a plane of {theirs}, where the input has {ours}")
+
+
+def _same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    equal = a == b
+    if isinstance(equal, bool):
+        return equal
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    return bool(statically_known_true(equal))
+
+
+def _check_use(nodes: list[fx.Node], forward: fx.Node, inverse: fx.Node, softmax: fx.Node | None) -> None:
+    """Refuses an intermediate that something else needs."""
+    inside = set(nodes)
+    shared = None if any(name_of(node) in IN_PLACE for node in nodes) else softmax
+    for node in nodes:
+        others = [] if node in (inverse, shared) else [user for user in node.users if user not in inside]
+        for user in others:
+            if not is_question(user) or (node is not forward and name_of(user) != _ASSERTION):
+                what = "a result" if user.op == "output" else _described(user)
+                raise NotFusedError(f"{node.name}, inside the chain, is also needed by {what}")
+
+
+def is_question(node: fx.Node) -> bool:
+    """Whether a node only asks a tensor for its shape, dtype or device, or asserts them."""
+    return node.op in ("call_function", "call_method") and name_of(node) in (*_QUESTIONS, _ASSERTION)
+
+
+def _check_in_place(nodes: list[fx.Node], own: set[fx.Node]) -> None:
+    for node in nodes:
+        if name_of(node) in IN_PLACE and node.args[0] not in own:
+            raise NotFusedError(f"it writes into a tensor that is not its own ({name_of(node)})")
+
+
+def _check_between(graph: fx.Graph, nodes: list[fx.Node], inputs: Iterable[fx.Node]) -> None:
+    """Refuses a chain during which its inputs may be overwritten or gradients are switched on or off."""
+    inside, inputs = set(nodes), list(inputs)
+    from_first = itertools.dropwhile(lambda node: node is not nodes[0], graph.nodes)
+    between = [n for n in itertools.takewhile(lambda node: node is not nodes[-1], from_first) if n not in inside]
+    if any(node.op == "call_function" and name_of(node) in _GRADIENT_MODES for node in between):
+        raise NotFusedError("gradients are switched on or off inside it")
+    writing = [node for node in between if is_mutating(node)]
+    read = _may_share_memory(inputs) if writing else set()
+    for node in writing:
+        if read & _may_share_memory(node.all_input_nodes):
+            raise NotFusedError(f"one of its inputs may be overwritten in between ({name_of(node)})")
+
+
+def _may_share_memory(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """What ``nodes`` may be views of, themselves included."""
+    found: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            if node.op != "call_function" or name_of(node) not in FRESH:
+                waiting.extend(node.all_input_nodes)
+    return found

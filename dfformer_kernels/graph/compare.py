@@ -1,0 +1,88 @@
+"""Whether two modules compute the same: outputs, gradients, buffers and the use of random numbers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dfformer_kernels.tolerance import relative_error
+
+# Two ways of computing the same float32 formula differ by 1e-6; another formula is far away.
+AGREEMENT = 1e-4
+# Gradients are sums that partly cancel.
+_GRADIENT_AGREEMENT = 1e-3
+_RANDOM = "use of random numbers"
+INVERSE_TRANSFORMS = (torch.fft.irfft2, torch.fft.irfftn)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Random numbers, autocast and gradient mode inside have nothing to do with those outside."""
+    devices = [device] if device.type == "cuda" else []
+    modes = torch.autocast(device.type, enabled=False), torch.inference_mode(False), torch.enable_grad()
+    with torch.random.fork_rng(devices), modes[0], modes[1], modes[2]:
+        torch.manual_seed(0)
+        yield
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors of a result that is one, or a tuple or list of them."""
+    found = [result] if isinstance(result, Tensor) else list(result) if isinstance(result, tuple | list) else []
+    return found if all(isinstance(t, Tensor) for t in found) else []
+
+
+def results(module: nn.Module, inputs: Sequence[Any]) -> dict[str, Tensor]:
+    """Outputs, gradients of a fixed random function of them, and what the buffers are afterwards."""
+    inputs = [x.clone().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in inputs]
+    torch.manual_seed(1)
+    with _ContiguousInverse():
+        outputs = tensors(module(*inputs))
+    after = torch.get_rng_state()
+    torch.manual_seed(2)
+    scalar = sum((y * torch.randn(y.shape, device=y.device)).sum() for y in outputs if y.requires_grad)
+    leaves = {f"input {i}": x for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad}
+    leaves |= {name: p for name, p in module.named_parameters() if p.requires_grad}
+    gradients: Sequence[Tensor | None] = [None] * len(leaves)
+    if isinstance(scalar, Tensor):
+        gradients = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True)
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    found |= {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True) if g is not None}
+    found |= {f"buffer {n}": b.detach().clone() for n, b in module.named_buffers()}
+    found[_RANDOM] = after
+    return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in found.items()}
+
+
+def difference(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> str:
+    """How `results` differ, "" if in nothing."""
+    if theirs.keys() != ours.keys():
+        return f"its {min(theirs.keys() ^ ours.keys())} is not in both"
+    scale = max((_rms(t) for name, t in theirs.items() if name.startswith("gradient")), default=0.0)
+    for name, expected in theirs.items():
+        is_gradient = name.startswith("gradient")
+        relative = _error(ours[name], expected, scale if is_gradient else 0.0)
+        bound = _GRADIENT_AGREEMENT if is_gradient else 0.0 if name == _RANDOM else AGREEMENT
+        if not relative <= bound:
+            return f"its {name} differs from ours by {relative:.1e} relative"
+    return ""
+
+
+def _error(actual: Tensor, expected: Tensor, scale: float) -> float:
+    """The relative error, where ``expected`` is more than rounding next to values of ``scale``."""
+    if actual.shape != expected.shape or not scale:
+        return relative_error(actual, expected)
+    return _rms(actual.double() - expected) / max(_rms(expected), 1e-3 * scale)
+
+
+def _rms(t: Tensor) -> float:
+    return t.double().square().mean().sqrt().item()
+
+
+class _ContiguousInverse(TorchFunctionMode):
+    """irfft2's result contiguous, as our step's is: dropout behind it draws by position in memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.contiguous() if func in INVERSE_TRANSFORMS else result

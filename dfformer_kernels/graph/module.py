@@ -1,0 +1,239 @@
+"""The chains of a module: where they are is seen while it runs, and each is rewritten in the forward of the innermost
+module that transforms there and back.
+
+Such a module becomes one of a class derived from its own. For inputs of the shapes that were tried, of any batch, its
+forward is the rewritten graph; for any other it is the original. All else stays what it was.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from dfformer_kernels.graph import compare
+from dfformer_kernels.graph.report import Finding
+from dfformer_kernels.graph.rewrite import rewrite
+from dfformer_kernels.graph.step import PYTHON
+from dfformer_kernels.graph.trace import (
+    UnsupportedCopyError,
+    differing_call,
+    first_line,
+    length,
+    trace,
+    with_forward,
+    with_function,
+)
+from dfformer_kernels.graph.vocabulary import Values
+
+_THERE = {getattr(torch.fft, name) for name in ("rfft", "rfft2", "rfftn", "fft", "fft2", "fftn")}
+_BACK = {getattr(torch.fft, name) for name in ("irfft", "irfft2", "irfftn", "ifft", "ifft2", "ifftn")}
+_PLAIN = (int, float, str, type(None))
+
+
+@dataclass
+class _Call:
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    has_spectrum: bool = False
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees which modules transform, or take or give spectra; ``owners`` are the innermost calls there and back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.owners: dict[nn.Module, _Call] = {}
+        self.spectral: set[nn.Module] = set()
+        self._active: list[_Call] = []
+        self._model = model
+
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Runs the model once, for evaluation."""
+        modes = [(module, module.training) for module in self._model.modules()]
+        with ExitStack() as stack:
+            for module, _ in modes:
+                before = module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+                after = module.register_forward_hook(self._leave, always_call=True)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            try:
+                self._model.eval()
+                with self, torch.no_grad():
+                    self._model(*args, **kwargs)
+            finally:
+                for module, training in modes:
+                    module.training = training
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._active.append(_Call(module, args, kwargs))
+
+    def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        call = self._active.pop()
+        if any(isinstance(t, Tensor) and t.is_complex() for t in (*call.args, *call.kwargs.values(), result)):
+            self.spectral.add(module)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _THERE or func in _BACK:
+            self.spectral |= {call.module for call in self._active}
+        if func in _THERE:
+            for call in self._active:
+                call.has_spectrum = True
+        if func in _BACK:
+            owner = next((call for call in reversed(self._active) if call.has_spectrum), self._active[-1])
+            self.owners.setdefault(owner.module, owner)
+        return func(*args, **(kwargs or {}))
+
+
+def fuse_module(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Finding]:
+    """Fuses what it finds in ``model`` when it is called like that, in place."""
+    recorder = _Recorder(model)
+    recorder.record(args, kwargs)
+    names = {module: name or "the model" for name, module in model.named_modules()}
+    found = []
+    for owner, call in recorder.owners.items():
+        where = f"{names[owner]} ({type(owner).__name__})"
+        try:
+            found += _fuse_call(call, where, recorder.spectral)
+        except UnsupportedCopyError as error:
+            found.append(Finding(where, reason=str(error)))
+    return found
+
+
+def _fuse_call(call: _Call, where: str, spectral: Collection[nn.Module]) -> list[Finding]:
+    module = call.module
+    given = _arguments(call)
+    device = next((t.device for t in given.values() if isinstance(t, Tensor)), torch.device("cpu"))
+    with compare.undisturbed(device):
+        found, graph = _rewritten(module, given, where, spectral)
+        if graph is None:
+            return found
+        kind = _fused_class(type(module), graph, module, given)
+        for training in (False, True):
+            if reason := _difference(module, kind, list(_trial_inputs(given, 2).values()), training):
+                return [Finding(where, reason=reason)]
+    module.__class__ = kind
+    return found
+
+
+def _arguments(call: _Call) -> dict[str, Any]:
+    """The inputs by name, also those left at their defaults."""
+    kind = type(call.module)
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
+        raise UnsupportedCopyError("its forward does not say which inputs it takes")
+    if "forward" in vars(call.module) or isinstance(call.module, torch.jit.ScriptModule):
+        raise UnsupportedCopyError("its forward is not that of its class")
+    given = {p.name: p.default for p in parameters}
+    given |= dict(zip(given, call.args, strict=False)) | dict(call.kwargs)
+    other = [name for name, value in given.items() if not isinstance(value, (Tensor, *_PLAIN))]
+    if other:
+        raise UnsupportedCopyError(f"its input {other[0]} is neither a tensor nor a number")
+    return given
+
+
+def _trial_inputs(given: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """Random inputs of the same shapes for so many times the batch."""
+    tensors = [value for value in given.values() if isinstance(value, Tensor) and value.dim()]
+    batch = len(tensors[0]) if tensors else 0
+    inputs = {}
+    for name, value in given.items():
+        if isinstance(value, Tensor) and value.dim() and len(value) == batch:
+            value = value.detach().repeat(times, *(1 for _ in value.shape[1:]))
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = torch.randn_like(value)
+        inputs[name] = value
+    return inputs
+
+
+def _rewritten(
+    module: nn.Module, given: Mapping[str, Any], where: str, spectral: Collection[nn.Module]
+) -> tuple[list[Finding], fx.Graph | None]:
+    """The findings, and the graph if something was fused: the same in both modes and for two batches."""
+    graph: fx.Graph | None = None
+    found: list[Finding] = []
+    seen: list[Any] = []
+    for times, training in ((2, False), (2, True), (3, False)):
+        inputs = _trial_inputs(given, times)
+        traced = copy.deepcopy(module).train(training)
+        through = {traced.get_submodule(name) for name, m in module.named_modules() if m in spectral}
+        constants = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
+        with_function(traced, "len", length)
+        with_forward(traced, len(inputs) - len(constants), _bound(type(traced).forward, list(given), constants))
+        program = trace(traced, [x for x in inputs.values() if isinstance(x, Tensor)], through)
+        _call_softmax(program.graph, traced)
+        here = rewrite(program.graph, Values(program.values), PYTHON, lambda node: where)
+        if not any(finding.operator for finding in here):
+            return here, None
+        if any(str(node.target).startswith("_tensor_constant") for node in program.graph.nodes):
+            raise UnsupportedCopyError("its forward makes tensors that depend on no input")
+        if graph is not None and (differing := differing_call(program.graph, graph)):
+            mode = "in training" if training else "with another batch"
+            raise UnsupportedCopyError(f"{mode} its forward does something else (at {differing})")
+        if graph is not None and program.seen != seen:
+            raise UnsupportedCopyError("its forward computes with the batch size")
+        graph, found, seen = program.graph, here, program.seen
+    return found, graph
+
+
+def _bound(forward: Callable[..., Any], names: list[str], constants: Mapping[str, Any]) -> Callable[..., Any]:
+    def with_constants(self: nn.Module, *tensors: Any) -> Any:
+        remaining = iter(tensors)
+        return forward(self, *(constants[name] if name in constants else next(remaining) for name in names))
+
+    return with_constants
+
+
+def _call_softmax(graph: fx.Graph, module: nn.Module) -> None:
+    """Modules nn.Softmax as calls of the function."""
+    for node in graph.nodes:
+        if node.op == "call_module" and type(softmax := module.get_submodule(str(node.target))) is nn.Softmax:
+            node.op, node.target, node.kwargs = "call_function", torch.softmax, {"dim": softmax.dim}
+
+
+def _fused_class(
+    kind: type[nn.Module], graph: fx.Graph, module: nn.Module, given: Mapping[str, Any]
+) -> type[nn.Module]:
+    """A class whose forward is ``graph`` for inputs like those ``given``, and that of ``kind`` for others."""
+    program = fx.GraphModule(module, graph)
+    rewritten, original = type(program).forward, kind.forward
+    parameters = inspect.signature(original).parameters
+    defaults = {name: parameters[name].default for name in given}
+    expected = {name: _kind(value) if isinstance(value, Tensor) else value for name, value in given.items()}
+    tensors = [name for name, value in given.items() if isinstance(value, Tensor)]
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inputs = defaults | dict(zip(expected, args, strict=False)) | kwargs
+        if inputs.keys() == expected.keys() and all(_fits(inputs[name], value) for name, value in expected.items()):
+            return rewritten(self, *(inputs[name] for name in tensors))
+        return original(self, *args, **kwargs)
+
+    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward, "code": program.code})
+
+
+def _kind(value: Tensor) -> tuple[Any, ...]:
+    """What a tensor must have in common with that of the trial: autocast may make it shorter, but not longer."""
+    return value.dim(), value.shape[1:], value.dtype == torch.float64
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    if isinstance(expected, tuple):
+        return isinstance(value, Tensor) and _kind(value) == expected
+    return type(value) is type(expected) and value == expected
+
+
+def _difference(module: nn.Module, kind: type[nn.Module], inputs: list[Any], training: bool) -> str:
+    """How a copy of ``module`` of that class differs from another."""
+    try:
+        theirs = compare.results(copy.deepcopy(module).train(training), inputs)
+        fused = copy.deepcopy(module).train(training)
+        fused.__class__ = kind
+        return compare.difference(theirs, compare.results(fused, inputs))
+    except Exception as error:  # whatever foreign code raises
+        return f"it cannot be tried ({first_line(error)})"

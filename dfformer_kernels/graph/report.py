@@ -1,0 +1,35 @@
+"""What was found in a program, and what became of it."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An inverse transform: where it is, and the operator that took its chain's place ("" if none did, and why)."""
+
+    where: str
+    operator: str = ""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {f'is now {self.operator}' if self.operator else f'left alone: {self.reason}'}"
+
+
+@dataclass
+class FuseReport:
+    """What `fuse` found, in the program's order; ``print`` shows it, a line each."""
+
+    found: list[Finding] = field(default_factory=list)
+
+    @property
+    def fused(self) -> list[Finding]:
+        return [finding for finding in self.found if finding.operator]
+
+    @property
+    def left_alone(self) -> list[Finding]:
+        return [finding for finding in self.found if not finding.operator]
+
+    def __str__(self) -> str:
+        if not self.found:
+            return "nothing to fuse: looked for torch.fft.irfft2 of rfft2's result times filters"
+        return "\n".join([f"fused {len(self.fused)} of {len(self.found)}", *map(str, self.found)])

@@ -1,0 +1,71 @@
+"""Rewrites a graph in place: an operator for every chain that is proven to be its step, a finding for each chain."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dfformer_kernels.graph.chain import Chain, NotFusedError, find, inverse_transforms, is_question
+from dfformer_kernels.graph.report import Finding
+from dfformer_kernels.graph.step import Operators, Step, match
+from dfformer_kernels.graph.vocabulary import Values, is_linear, name_of
+
+_VALUES = ("val", "example_value")  # where export and Dynamo keep a node's value
+
+
+def rewrite(graph: fx.Graph, values: Values, operators: Operators, where: Callable[[fx.Node], str]) -> list[Finding]:
+    """Puts ``operators`` in place of the chains of ``graph``; ``where`` names a node for the report."""
+    found = []
+    for inverse in inverse_transforms(graph, values):
+        try:
+            chain, step = match(find(graph, inverse, values), values)
+        except (NotFusedError, ValueError) as error:
+            found.append(Finding(where(inverse), reason=str(error)))
+            continue
+        found.append(Finding(where(inverse), operator=step.operator))
+        _emit(graph, chain, step, operators)
+        _erase(graph, chain, values)
+    graph.lint()
+    return found
+
+
+def _emit(graph: fx.Graph, chain: Chain, step: Step, operators: Operators) -> None:
+    """Makes ``chain.inverse`` the last node of the step: its name, which a program's signature may hold, stays."""
+    inverse = chain.inverse
+    key = next((key for key in _VALUES if key in inverse.meta), None)
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        node = graph.call_function(function, args, kwargs)
+        node.meta = dict(inverse.meta)
+        if key is not None:
+            known, named = fx.map_arg((args, kwargs), lambda n: n.meta[key])
+            with torch.no_grad():
+                node.meta[key] = function(*known, **named)
+        return node
+
+    with graph.inserting_before(inverse):
+        last = step.build(call, operators, chain.x, chain.logits, chain.filters)
+    inverse.op, inverse.target = "call_function", last.target
+    inverse.args, inverse.kwargs, inverse.meta = last.args, last.kwargs, last.meta
+    graph.erase_node(last)
+
+
+def _erase(graph: fx.Graph, chain: Chain, values: Values) -> None:
+    """Erases the nodes of ``chain`` and what only they needed; questions about its spectrum are asked of its input."""
+    questions = [user for user in chain.forward.users if is_question(user)]
+    if questions:
+        with graph.inserting_before(chain.forward):
+            unevaluated = graph.call_function(unevaluated_spectrum, (chain.x, chain.channels_first))
+        for question in questions:
+            question.replace_input_with(chain.forward, chain.x if name_of(question) == "device" else unevaluated)
+    for node in reversed(graph.nodes):
+        pure = is_linear(node, values) or is_question(node) or node.op == "get_attr" or node.target is operator.getitem
+        if not node.users and (pure or node in chain.nodes):
+            graph.erase_node(node)
+
+
+def unevaluated_spectrum(x: Tensor, channels_first: bool) -> Tensor:
+    """The shape and dtype of a map's spectrum, on the meta device."""
+    return torch.fft.rfft2(torch.empty_like(x, device="meta"), dim=(2, 3) if channels_first else (1, 2))

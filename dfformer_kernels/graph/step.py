@@ -1,0 +1,222 @@
+"""Our step in place of a chain: how its tensors are laid out, the same computation by the operators, and the proof."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from dfformer_kernels import reference
+from dfformer_kernels.graph.chain import Chain, NotFusedError
+from dfformer_kernels.graph.vocabulary import Values, evaluate, softmax_axis
+from dfformer_kernels.ops.filter import dynamic_filter, global_filter
+from dfformer_kernels.tolerance import relative_error
+
+# In double precision, of the same formula and of any other.
+_AGREEMENT = 1e-9
+
+Call = Callable[..., Any]  # of a function and its arguments: runs it, or makes a node of it
+# By the operators' names: what to call, and the arguments after the tensors.
+Operators = Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]
+
+PYTHON: Operators = {"dynamic_filter": (dynamic_filter, ()), "global_filter": (global_filter, ())}
+# For graphs of ATen's operators: no StarReLU, no backend by name.
+ATEN: Operators = {
+    "dynamic_filter": (torch.ops.dfformer.dynamic_filter.default, (None, None, None)),
+    "global_filter": (torch.ops.dfformer.global_filter.default, (None, None, None)),
+}
+_REFERENCE: Operators = {name: (reference.KERNELS[name], ()) for name in PYTHON}
+
+
+class Step(NamedTuple):
+    """How a chain's tensors become the operators' arguments.
+
+    ``filters``: the order of axes that makes (H,K,F,2) or (H,K,C,2) of the filters. ``logits``: the order that makes
+    (B,F), (B,F,C) or (B,F,1) of the logits, followed by axes of size 1; None for a filter of each channel. ``dtype``:
+    that the filters are cast to, None for their own.
+    """
+
+    channels_first: bool
+    filters: tuple[int, ...]
+    is_complex: bool
+    logits: tuple[int, ...] | None
+    channels: int
+    dtype: torch.dtype | None
+
+    @property
+    def operator(self) -> str:
+        return "global_filter" if self.logits is None else "dynamic_filter"
+
+    def build(self, call: Call, operators: Operators, x: Any, logits: Any, filters: Any) -> Any:
+        """The result, in x's layout and contiguous, by calls of an operator and of ATen's views."""
+        aten = torch.ops.aten
+        operator, rest = operators[self.operator]
+        if self.channels_first:
+            x = call(aten.permute.default, x, [0, 2, 3, 1])
+        if self.is_complex:
+            filters = call(aten.view_as_real.default, filters)
+        if self.filters != (0, 1, 2, 3):
+            filters = call(aten.permute.default, filters, list(self.filters))
+        if self.dtype is not None:
+            filters = call(aten._to_copy.default, filters, dtype=self.dtype)
+        if self.logits is None:
+            y = call(operator, x, filters, *rest)
+        else:
+            if self.logits != tuple(range(len(self.logits))):
+                logits = call(aten.permute.default, logits, list(self.logits))
+            for axis in reversed(range(3, len(self.logits))):
+                logits = call(aten.squeeze.dim, logits, axis)
+            if len(self.logits) == 2:
+                logits = call(aten.unsqueeze.default, logits, 2)
+            logits = call(aten.expand.default, logits, [-1, -1, self.channels])
+            y = call(operator, x, logits, filters, *rest)
+        if self.channels_first:
+            y = call(aten.permute.default, y, [0, 3, 1, 2])
+            y = call(aten.clone.default, y, memory_format=torch.contiguous_format)
+        return y
+
+
+def match(chains: list[Chain], values: Values) -> tuple[Chain, Step]:
+    """The first of ``chains`` that is a step, and that step: outputs and gradients agree on random inputs.
+
+    Raises NotFusedError where there is none.
+    """
+    reasons = []
+    fitting = [(chain, step) for chain in chains for step in _candidates(chain, values)]
+    for chain, step in sorted(fitting, key=lambda pair: pair[1].is_complex):  # pairs need no view as pairs
+        reason = _difference(step, _results(chain, values))
+        if not reason:
+            return chain, step
+        reasons.append(reason)
+    raise NotFusedError(reasons[0] if reasons else _other_shape(chains[0], values))
+
+
+def _candidates(chain: Chain, values: Values) -> Iterator[Step]:
+    """The steps that fit by shape."""
+    x = values.dtype(chain.x)
+    B, H, W, C = _map_shape(chain, values)
+    compute = reference.compute_dtype(x)
+    _check_dtypes(chain, values, compute)
+    dtype = values.dtype(chain.filters)
+    cast = None if torch.empty(0, dtype=dtype).real.dtype == compute else compute
+    shape = values.shape(chain.filters) + ((2,) if dtype.is_complex else ())
+    routings = [(C, None)] if chain.softmax is None else list(_routings(chain, values, B, C))
+    for (filters, logits), order in itertools.product(routings, itertools.permutations(range(4))):
+        fits = len(shape) == 4 and tuple(shape[axis] for axis in order) == (H, W // 2 + 1, filters, 2)
+        if fits and (not dtype.is_complex or order[3] == 3):
+            yield Step(chain.channels_first, order, dtype.is_complex, logits, C, cast)
+
+
+def _map_shape(chain: Chain, values: Values) -> tuple[int, int, int, int]:
+    B, *rest = values.shape(chain.x)
+    C, H, W = rest if chain.channels_first else (rest[2], *rest[:2])
+    return B, H, W, C
+
+
+def _other_shape(chain: Chain, values: Values) -> str:
+    B, H, W, C = _map_shape(chain, values)
+    name, filters = ("C", C) if chain.softmax is None else ("F", next(_routings(chain, values, B, C))[0])
+    theirs = f"{chain.filters.name} of shape {values.shape(chain.filters)}"
+    return f"its filters, {theirs}, are not (H, K, {name}) = {(H, W // 2 + 1, filters)}"
+
+
+def _check_dtypes(chain: Chain, values: Values, compute: torch.dtype) -> None:
+    x = values.dtype(chain.x)
+    if not x.is_floating_point or values.dtype(chain.inverse) != x:
+        raise NotFusedError(f"it makes {values.dtype(chain.inverse)} of {x}")
+    if chain.logits is not None and reference.compute_dtype(values.dtype(chain.logits)) not in (torch.float32, compute):
+        raise NotFusedError(f"its logits are {values.dtype(chain.logits)} beside {x}")
+
+
+def _routings(chain: Chain, values: Values, B: int, C: int) -> Iterator[tuple[int, tuple[int, ...] | None]]:
+    """F, and orders of the axes of the logits that make (B,F,C,1..) or (B,F,1,1..) of them."""
+    assert chain.softmax is not None
+    assert chain.logits is not None
+    shape = values.shape(chain.logits)
+    axis = softmax_axis(chain.softmax)
+    if axis is None:
+        raise NotFusedError("its softmax does not say over which axis")
+    axis %= len(shape)
+    others = [a for a in range(1, len(shape)) if a != axis]
+    orders = [(channels, *(a for a in others if a != channels)) for channels in others] or [()]
+    orders = [o for o in orders if all(shape[a] == 1 or (a == o[0] and shape[a] == C) for a in o)]
+    if axis != 0 and shape[0] == B:
+        yield from ((shape[axis], (0, axis, *order)) for order in orders)
+    if axis == 0 or shape[0] != B or not orders:
+        raise NotFusedError(f"its softmax runs over axis {axis} of {shape}, ours over F of (B, F, C) = ({B}, F, {C})")
+
+
+class _Results(NamedTuple):
+    """A chain on random inputs: these, its output, a random gradient for that, and the gradients of the inputs."""
+
+    inputs: list[Tensor]
+    y: Tensor
+    grad_y: Tensor
+    gradients: list[Tensor]
+
+
+def _results(chain: Chain, values: Values) -> _Results:
+    generator = torch.Generator().manual_seed(0)
+    nodes = [node for node in (chain.x, chain.logits, chain.filters) if node is not None]
+    with _undisturbed():
+        inputs = [_random(values.shape(node), values.dtype(node).is_complex, generator) for node in nodes]
+        computed: dict[fx.Node, Any] = dict(zip(nodes, inputs, strict=True))
+        try:
+            for node in chain.nodes:
+                if node not in computed:
+                    computed[node] = evaluate(node, computed, values)
+            y = computed[chain.inverse]
+            grad_y = _random(tuple(y.shape), False, generator)
+            return _Results(inputs, y, grad_y, _gradients(y, inputs, grad_y))
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+            raise NotFusedError(f"it cannot be tried ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+
+
+def _difference(step: Step, theirs: _Results) -> str:
+    """How the step differs from the chain on the same random inputs; "" if it does not."""
+    with _undisturbed():
+        inputs = [t.detach().requires_grad_() for t in theirs.inputs]
+        x, *logits, filters = inputs
+        wide = step._replace(dtype=None)
+        y = wide.build(_called, _REFERENCE, x, logits[0] if logits else None, filters)
+        if not relative_error(y, theirs.y) <= _AGREEMENT:  # also for NaN
+            return _named_difference(y.detach(), theirs.y.detach())
+        gradients = _gradients(y, inputs, theirs.grad_y)
+    names = ["input", "logits", "filters"] if logits else ["input", "filters"]
+    for name, ours, expected in zip(names, gradients, theirs.gradients, strict=True):
+        if not relative_error(ours, expected) <= _AGREEMENT:
+            return f"the gradient of its {name} differs from ours"
+    return ""
+
+
+def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def _named_difference(ours: Tensor, theirs: Tensor) -> str:
+    if ours.shape != theirs.shape:
+        return f"it returns {tuple(theirs.shape)} where ours is {tuple(ours.shape)}"
+    gain = ((ours * theirs).sum() / ours.square().sum()).item()
+    if relative_error(gain * ours, theirs) <= _AGREEMENT:
+        return f"its output differs from ours by a factor, {gain:.6g}"
+    return f"on random inputs its output differs from ours by {relative_error(ours, theirs):.1e} relative"
+
+
+def _gradients(y: Tensor, inputs: list[Tensor], grad_y: Tensor) -> list[Tensor]:
+    gradients = torch.autograd.grad(y, inputs, grad_y, allow_unused=True)
+    real = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, inputs, strict=True)]
+    return [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in real]
+
+
+def _random(shape: tuple[int, ...], is_complex: bool, generator: torch.Generator) -> Tensor:
+    dtype = torch.complex128 if is_complex else torch.float64
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").requires_grad_()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Gradients are on inside, autocast and inference mode off."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        yield

@@ -1,0 +1,213 @@
+"""What the nodes of a graph compute: torch's functions and methods, and ATen's operators, under one name each."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+# Linear in each of their tensors: of views, casts and products only polynomials of the inputs can be made.
+_VIEWS = """view reshape _unsafe_view permute transpose t T mT movedim moveaxis swapaxes swapdims flatten unflatten
+    unsqueeze squeeze expand expand_as view_as broadcast_to contiguous clone alias select slice narrow stack cat
+    rearrange real imag complex view_as_complex view_as_real"""
+_CASTS = "to type type_as float double half bfloat16 cfloat _to_copy convert_element_type"
+_PRODUCTS = "einsum matmul bmm mm tensordot sum"
+_LINEAR = {*_VIEWS.split(), *_CASTS.split(), *_PRODUCTS.split()}
+# Of sums and products, which are linear where no argument is a number, those that write into their first argument.
+IN_PLACE = {"imul", "mul_", "iadd", "add_", "isub", "sub_"}
+_ARITHMETIC = {"mul", "multiply", "add", "sub", *IN_PLACE}
+# Those with results in memory of their own, whatever goes in; of others it is not known here.
+_LAYERS = """linear addmm baddbmm conv1d conv2d convolution mean amax amin adaptive_avg_pool2d adaptive_max_pool2d
+    softmax batch_norm layer_norm group_norm native_layer_norm _native_batch_norm_legit_functional"""
+FRESH = {*_LAYERS.split(), *_PRODUCTS.split()}
+
+_WIDE_DTYPES = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+_WIDE_METHODS = {"float": "double", "half": "double", "bfloat16": "double", "cfloat": "cdouble"}
+
+
+class Transform(NamedTuple):
+    """A discrete Fourier transform: ``kind`` is "r2c", "c2c" or "c2r"; ``exponents`` are those of the length of each
+    axis in its scale, -0.5 for "ortho"; ``resizes`` where a size is given.
+    """
+
+    kind: str
+    inverse: bool
+    axes: tuple[int, ...]
+    exponent: float
+    resizes: bool
+    norm: str
+
+
+def name_of(node: fx.Node) -> str:
+    """What a node calls, by its name in torch: "mul" for ``*``, `torch.mul`, ``.mul()`` and ``aten.mul.Tensor``.
+
+    Functions that are not torch's have their module's name in front.
+    """
+    target: Any = node.target
+    if node.op != "call_function":
+        return str(target)
+    if target is getattr:
+        return str(node.args[1])
+    packet = getattr(target, "overloadpacket", target)
+    name = str(getattr(packet, "__name__", packet))
+    origin = str(getattr(target, "namespace", getattr(target, "__module__", None)))
+    known = origin.split(".")[0] in ("None", "torch", "aten", "prims", "_operator", "einops", "builtins")
+    return name.removeprefix("fft_") if known else f"{origin}.{name}"
+
+
+def is_linear(node: fx.Node, values: "Values") -> bool:
+    """Whether a node is linear in each tensor it takes, and takes no number as a factor or a term."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = name_of(node)
+    if name in _ARITHMETIC:
+        return not node.kwargs and all(isinstance(a, fx.Node) and values.is_tensor(a) for a in node.args)
+    if name == "getitem":
+        return isinstance(node.args[0], fx.Node) and values.is_tensor(node.args[0])
+    return name in _LINEAR or is_complex_transform(node)
+
+
+def is_mutating(node: fx.Node) -> bool:
+    """Whether a call is known to write into a tensor."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = name_of(node)
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    inplace = node.kwargs.get("inplace", False) is not False or "out" in node.kwargs
+    operators = ("iadd", "imul", "isub", "itruediv", "ifloordiv", "ipow", "imatmul", "setitem")
+    return inplace or name in operators or (name.endswith("_") and not name.startswith("_"))
+
+
+def is_softmax(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and name_of(node) in ("softmax", "_softmax")
+
+
+def softmax_axis(node: fx.Node) -> int | None:
+    """The axis a softmax runs over, None if it is not said."""
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    return dim if type(dim) is int else None
+
+
+def is_complex_transform(node: fx.Node) -> bool:
+    return node.op == "call_function" and (
+        name_of(node) in ("fft", "fft2", "fftn", "ifft", "ifft2", "ifftn", "_fft_c2c")
+    )
+
+
+def transform_of(node: fx.Node, values: "Values") -> Transform | None:
+    """The transform that a node computes, its axes counted from the front; None for any other."""
+    if node.op != "call_function" or not isinstance(first_input(node), fx.Node):
+        return None
+    name = name_of(node)
+    rank = len(values.shape(first_input(node)))
+    if name in ("_fft_r2c", "_fft_c2r", "_fft_c2c"):
+        return _aten_transform(name, node.args, rank)
+    stem = name.rstrip("2n")
+    if stem not in ("rfft", "irfft", "fft", "ifft"):
+        return None
+    _, sizes, axes, norm = _bound(node, ("input", "s", "dim", "norm"), {"self": "input", "n": "s"})
+    if name == stem:
+        axes = -1 if axes is None else axes
+    elif axes is None:
+        axes = (-2, -1) if name.endswith("2") else tuple(range(rank))
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    inverse, norm = stem.startswith("i"), norm or "backward"
+    exponent = {"ortho": -0.5, "backward": -1.0 * inverse, "forward": -1.0 * (not inverse)}[norm]
+    kind = "c2c" if "r" not in stem else "c2r" if inverse else "r2c"
+    return Transform(kind, inverse, _from_front(axes, rank), exponent, sizes is not None, norm)
+
+
+def _aten_transform(name: str, args: tuple[Any, ...], rank: int) -> Transform | None:
+    _, axes, normalization, last = args
+    kind = name.removeprefix("_fft_")
+    inverse = kind == "c2r" or (kind == "c2c" and not last)
+    exponent = {0: 0.0, 1: -0.5, 2: -1.0}[normalization]
+    if kind == "r2c" and not last:
+        return None  # the whole spectrum
+    norm = "ortho" if exponent == -0.5 else "backward" if (exponent == -1.0) is inverse else "forward"
+    return Transform(kind, inverse, _from_front(axes, rank), exponent, kind == "c2r", norm)
+
+
+def _from_front(axes: Any, rank: int) -> tuple[int, ...]:
+    return tuple(axis % rank for axis in axes)
+
+
+def first_input(node: fx.Node) -> Any:
+    """A node's first argument, by position or by name."""
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+
+
+def _bound(node: fx.Node, names: tuple[str, ...], synonyms: dict[str, str]) -> list[Any]:
+    given: dict[str, Any] = dict.fromkeys(names)
+    given.update(zip(names, node.args, strict=False))
+    given.update({synonyms.get(key, key): value for key, value in node.kwargs.items()})
+    return [given[name] for name in names]
+
+
+class Values:
+    """What is known of each node's value: a tensor, real or fake, or a number, which may be symbolic."""
+
+    def __init__(self, known: Mapping[fx.Node, Any] | None = None) -> None:
+        self._known = known
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        if self._known is not None:
+            return self._known.get(node)
+        return node.meta.get("val", node.meta.get("example_value"))
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        return isinstance(self[node], Tensor)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """With numbers for symbols: those of the example that the graph was made with."""
+        value = self[node]
+        return tuple(example(size) for size in value.shape) if isinstance(value, Tensor) else ()
+
+    def dtype(self, node: fx.Node) -> torch.dtype:
+        dtype: torch.dtype = self[node].dtype
+        return dtype
+
+
+def example(value: Any) -> Any:
+    """A number in place of a symbolic one: that of the example. Adds no guard.
+
+    Raises ValueError for one that has none, as the number of non-zero elements.
+    """
+    if isinstance(value, tuple | list):
+        return tuple(example(v) for v in value)
+    if not isinstance(value, torch.SymInt):
+        return value
+    hint = value.node.hint
+    if hint is None:
+        raise ValueError("its shapes depend on data")
+    return int(hint)
+
+
+def evaluate(node: fx.Node, computed: Mapping[fx.Node, Any], values: Values) -> Any:
+    """The value of a node in double precision on the CPU, whatever the graph says of either."""
+
+    def of_node(argument: fx.Node) -> Any:
+        return computed[argument] if argument in computed else example(values[argument])
+
+    args, kwargs = fx.node.map_aggregate(fx.map_arg((node.args, dict(node.kwargs)), of_node), _widened)
+    if is_softmax(node):
+        return torch.softmax(args[0] if args else kwargs["input"], softmax_axis(node))  # type: ignore[arg-type]
+    if node.op == "call_method":
+        method = _WIDE_METHODS.get(str(node.target), str(node.target))
+        return getattr(args[0], method)(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _widened(argument: Any) -> Any:
+    if isinstance(argument, torch.device):
+        return torch.device("cpu")
+    return _WIDE_DTYPES.get(argument, argument) if isinstance(argument, torch.dtype) else argument

@@ -1,0 +1,177 @@
+"""`fuse` on exported programs and `FusePass` on Dynamo's graphs."""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import filter_copies as copies
+import pytest
+import torch
+from conftest import require_compiler
+from filter_chains import OTHER, SAME, images, network
+from small_models import FULL
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
+
+from dfformer_kernels import FusePass, fuse
+from dfformer_kernels.tolerance import gradient_errors, relative_error
+
+EXPORTED = ["einsum", "broadcast and sum", "pairs", "real products", "in place", "a filter a channel, channels-first"]
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_other_tests() -> None:
+    torch.compiler.reset()
+
+
+def exported(model: nn.Module, x: Tensor) -> ExportedProgram:
+    return export(model, (x,), dynamic_shapes=({0: Dim("batch")},))
+
+
+def calls(program: ExportedProgram) -> str:
+    return " ".join(str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exported_programs(name: str, decomposed: bool) -> None:
+    step, channels_first, has_softmax = SAME[name]
+    model = network(step, channels_first, 3 if has_softmax else 6).eval()
+    program = exported(model, images(channels_first))
+    if decomposed:
+        program = program.run_decompositions()
+    names = list(program.state_dict)
+    assert "fft" in calls(program)
+    report = fuse(program)
+    assert str(report).endswith(f"is now {'dynamic' if has_softmax else 'global'}_filter"), report
+    assert "fft" not in calls(program)
+    assert list(program.state_dict) == names
+    x = images(channels_first, batch=5)
+    assert relative_error(program.module()(x), model(x)) < 2e-6
+
+
+def test_an_exported_program_trains_saves_and_decomposes() -> None:
+    model = network(SAME["einsum"][0]).eval()
+    fused = exported(model, images())
+    fuse(fused)
+    x = images(batch=3)
+    module = fused.module()
+    ours = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+    assert max(gradient_errors(ours, torch.autograd.grad(model(x).square().sum(), list(model.parameters())))) < 1e-5
+    buffer = io.BytesIO()
+    torch.export.save(fused, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer)
+    assert torch.equal(loaded.module()(x), module(x))
+    assert "dfformer.dynamic_filter" in calls(fused.run_decompositions())
+    with pytest.raises(TypeError, match="inputs must not be given"):
+        fuse(fused, x)
+
+
+def test_a_graph_under_a_mode_of_its_own() -> None:
+    """Gradients off around the chain: Dynamo and export put it into a graph of its own."""
+
+    class NoGradients(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 5, 6, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                y = torch.fft.irfft2(torch.fft.rfft2(x, dim=(1, 2)) * torch.view_as_complex(self.weight), dim=(1, 2))
+            return y + x
+
+    model = NoGradients()
+    program = exported(model, images())
+    assert len(fuse(program).fused) == 1
+    x = images()
+    assert relative_error(program.module()(x), model(x)) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["conjugated filters", "overwritten input", "random weights", "enlarged", "norms"])
+def test_exported_programs_of_something_else(name: str) -> None:
+    model = network(OTHER[name][0]).eval()
+    program = exported(model, images())
+    for there in (program, program.run_decompositions()):
+        if name == "overwritten input" and there is not program:
+            continue  # a decomposed program overwrites nothing
+        before = calls(there)
+        report = fuse(there)
+        assert len(report.left_alone) == 1, report
+        assert calls(there) == before
+
+
+def eager(fuse_pass: FusePass) -> Callable[..., Any]:
+    """A compiler's backend that rewrites and runs."""
+
+    def backend(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        fuse_pass(module.graph)
+        module.recompile()
+        return module.forward
+
+    return backend
+
+
+@pytest.mark.parametrize("name", ["einsum", "tensordot", "one-dimensional transforms", "windows", "a filter a channel"])
+def test_compiled_graphs(name: str) -> None:
+    step, channels_first, has_softmax = SAME[name]
+    model = network(step, channels_first, 3 if has_softmax else 6).eval()
+    fuse_pass = FusePass()
+    compiled = torch.compile(model, backend=eager(fuse_pass))
+    for batch in (2, 3, 5):
+        x = images(channels_first, batch).requires_grad_()
+        ours, theirs = compiled(x), model(x)
+        assert relative_error(ours, theirs) < 2e-6
+        leaves = [x, *model.parameters()]
+        gradients, expected = (torch.autograd.grad(y.square().sum(), leaves, allow_unused=True) for y in (ours, theirs))
+        pairs = [(a, b) for a, b in zip(gradients, expected, strict=True) if a is not None and b is not None]
+        assert [a is None for a in gradients] == [b is None for b in expected]
+        assert max(gradient_errors([a for a, _ in pairs], [b for _, b in pairs])) < 1e-5
+    assert len(fuse_pass.report.fused) == 2, fuse_pass.report  # for a batch of two, then for any
+    assert not fuse_pass.report.left_alone
+
+
+def softmax_without_gradient(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    with torch.no_grad():
+        routing = logits.softmax(1)
+    M = torch.einsum("bfc,hkf->bhkc", routing.to(torch.complex64), torch.view_as_complex(basis))
+    return torch.fft.irfft2(torch.fft.rfft2(x, dim=(1, 2)) * M, dim=(1, 2))
+
+
+def test_compiled_graphs_of_something_else() -> None:
+    for step, reason in (
+        (softmax_without_gradient, "gradients are switched on or off inside it"),
+        (OTHER["spectrum is a result"][0], "also needed by abs"),
+        (OTHER["scaled by a number"][0], "stands mul by 0.5"),
+    ):
+        torch.compiler.reset()
+        model, fuse_pass = network(step).eval(), FusePass()
+        x = images()
+        expected = model(x)
+        result = torch.compile(model, backend=eager(fuse_pass))(x)
+        assert reason in str(fuse_pass.report)
+        assert not fuse_pass.report.fused
+        first, second = (y[0] if isinstance(y, tuple) else y for y in (result, expected))
+        assert torch.equal(first, second)
+
+
+def test_compiled_graphs_of_any_plane() -> None:
+    model, fuse_pass = copies.Authors(6).eval(), FusePass()
+    compiled = torch.compile(model, backend=eager(fuse_pass), dynamic=True)
+    for plane in ((8, 8), (9, 14), (12, 7)):
+        x = torch.randn(2, *plane, 6)
+        assert relative_error(compiled(x), model(x)) < 2e-6
+    assert fuse_pass.report.fused
+    assert not fuse_pass.report.left_alone
+
+
+@pytest.mark.skipif(not FULL, reason="compiles C++; DFFORMER_TEST_FULL=1 runs it")
+def test_inductor() -> None:
+    require_compiler()
+    model, fuse_pass = network(SAME["einsum"][0]).eval(), FusePass()
+    original = copy.deepcopy(model)
+    compiled = torch.compile(model, options={"pre_grad_custom_pass": fuse_pass})
+    x = images(batch=3)
+    assert relative_error(compiled(x), original(x)) < 2e-6
+    assert len(fuse_pass.report.fused) == 1

@@ -1,0 +1,230 @@
+"""`fuse` on modules: every way of writing the step is found, nothing else is touched, and all else stays as it was."""
+
+import copy
+from typing import Any
+
+import different_copies as different
+import filter_chains as chains
+import filter_copies as copies
+import pytest
+import torch
+from filter_chains import OTHER, SAME, Layer, Network, images, network
+from torch import Tensor, nn
+
+from dfformer_kernels import fuse
+from dfformer_kernels.tolerance import gradient_errors, relative_error
+
+
+def results(module: Any, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and gradients of the input and the parameters, with the same dropout."""
+    torch.manual_seed(1)
+    x = x.clone().requires_grad_()
+    y = module(x)
+    outputs = list(y) if isinstance(y, tuple) else [y]
+    leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
+    gradients = torch.autograd.grad(sum(y.square().sum() for y in outputs), leaves, allow_unused=True)
+    return outputs, [g for g in gradients if g is not None]
+
+
+def assert_same(ours: Any, theirs: nn.Module, x: Tensor) -> None:
+    (outputs, gradients), (expected, expected_gradients) = results(ours, x), results(theirs, x)
+    assert max(relative_error(a, b) for a, b in zip(outputs, expected, strict=True)) < 2e-6
+    assert max(gradient_errors(gradients, expected_gradients)) < 1e-5
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_every_way_of_writing_the_step_is_fused(name: str) -> None:
+    step, channels_first, has_softmax = SAME[name]
+    model = network(step, channels_first, chains.FILTERS if has_softmax else chains.C)
+    original = copy.deepcopy(model)
+    report = fuse(model, images(channels_first))
+    operator = "dynamic_filter" if has_softmax else "global_filter"
+    assert [(f.where, f.operator, f.reason) for f in report.found] == [("layers.0 (Layer)", operator, "")]
+    code = str(model.layers[0].code)
+    assert "torch.fft" not in code
+    assert operator in code
+    assert list(model.state_dict()) == list(original.state_dict())
+    for training, batch in ((False, 1), (True, 3)):
+        assert_same(model.train(training), original.train(training), images(channels_first, batch))
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_computes_something_else_is_left_alone_with_its_reason(name: str) -> None:
+    step, reason = OTHER[name]
+    model = network(step)
+    report = fuse(model, images())
+    assert report.found
+    assert not report.fused, f"{name}: {report}"
+    assert type(model.layers[0]) is Layer
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(str(report))
+
+
+PUBLIC: dict[str, tuple[Any, list[Any], list[str]]] = {
+    "authors": (lambda: copies.Authors(6), [(8, 8, 6)], ["dynamic_filter"]),
+    "channels-first": (lambda: copies.ChannelsFirst(6, (6, 9)), [(6, 6, 9)], ["dynamic_filter"]),
+    "two maps": (lambda: copies.MaxPoolFusion(6), [(6, 8, 8), (6, 8, 8)], ["dynamic_filter"]),
+    "routed by a vector": (lambda: copies.Conditioned(6), [(6, 8, 8), (5,)], ["dynamic_filter"]),
+    "autocast off inside": (lambda: copies.SqueezeRouting(6), [(6, 8, 8)], ["dynamic_filter"]),
+    "tokens": (lambda: copies.Tokens(6), [(64, 6)], ["global_filter"]),
+    "tokens and numbers": (lambda: copies.TokensOfPlane(6), [(64, 6), 8, 8], ["global_filter"]),
+    "one in another": (lambda: copies.Nested(6), [(6, 8, 8)], ["dynamic_filter", "dynamic_filter", "global_filter"]),
+    "step of three modules": (lambda: Apart(6), [(8, 8, 6)], ["global_filter"]),
+}
+
+DIFFERENT: dict[str, tuple[Any, str]] = {
+    "full spectrum": (lambda: different.FullSpectrum(6), "takes a full spectrum"),
+    "no gradient": (lambda: different.ConstantRouting(6), "gradient of reweight"),
+    "by batch": (lambda: different.BatchOfTwo(6), "computes with the batch size"),
+    "by value": (lambda: different.ByValue(6), "branches on the values"),
+    "noise in training": (lambda: different.NoiseInTraining(6), "in training its forward does something else"),
+    "functional dropout": (lambda: different.FunctionalDropout(6), "in training its forward does something else"),
+    "stores results": (lambda: different.SavesRouting(6), "sets self.last_routing"),
+    "spectrum pooled": (lambda: copies.SummedSpectrum(6), "also needed by abs"),
+}
+
+
+class Apart(nn.Module):
+    """Each of the three parts of the step is a module."""
+
+    class There(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.rfft2(x, dim=(1, 2))
+
+    class Times(nn.Module):
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 5, dim, dtype=torch.complex64))
+
+        def forward(self, X: Tensor) -> Tensor:
+            return X * self.weight
+
+    class Back(nn.Module):
+        def forward(self, X: Tensor) -> Tensor:
+            return torch.fft.irfft2(X, dim=(1, 2))
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.steps = nn.Sequential(self.There(), self.Times(dim), self.Back())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.steps(x)
+
+
+class Holder(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.layer(*inputs)
+
+
+def given(shapes: list[Any], batch: int) -> list[Any]:
+    return [torch.randn(batch, *shape) if isinstance(shape, tuple) else shape for shape in shapes]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_forms(name: str) -> None:
+    make, shapes, operators = PUBLIC[name]
+    model = Holder(make().eval())
+    original = copy.deepcopy(model)
+    report = fuse(model, *given(shapes, 2))
+    assert [f.operator for f in report.found] == operators
+    inputs = given(shapes, 3)
+    assert relative_error(model(*inputs), original(*inputs)) < 2e-6
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_forwards_that_no_graph_shows_are_left_alone(name: str) -> None:
+    make, reason = DIFFERENT[name]
+    model = Holder(make())
+    x = torch.randn(2, 6, 8, 8) if isinstance(model.layer, copies.ChannelsFirst) else torch.randn(2, 8, 8, 6)
+    report = fuse(model, x.transpose(1, 3) if name == "full spectrum" else x)
+    assert not report.fused
+    assert reason in str(report)
+    assert not type(model.layer).__name__.startswith("Fused")
+
+
+def test_other_shapes_run_the_original() -> None:
+    layer, x = copies.Authors(6), torch.randn(2, 12, 10, 6)
+    original = copy.deepcopy(layer)
+    fuse(layer, torch.randn(2, 8, 8, 6))
+    assert torch.equal(layer(x), original(x))
+
+
+def test_names_and_defaults_of_inputs() -> None:
+    layer = copies.Tokens(6)
+    original = copy.deepcopy(layer)
+    report = fuse(layer, x=torch.randn(1, 64, 6))
+    x = torch.randn(4, 64, 6)
+    assert len(report.fused) == 1
+    assert not torch.equal(layer(x=x), original(x))
+    assert torch.equal(layer(x, (8, 8)), original(x, (8, 8)))  # another second input: the original
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        layer(x, size=8)
+
+
+def test_state_modes_copies_and_hooks_stay() -> None:
+    model = network(SAME["einsum"][0])
+    seen: list[Any] = []
+    model.layers[0].register_forward_hook(lambda module, inputs, y: seen.append(y.shape))
+    model.train()
+    state = copy.deepcopy(model.state_dict())
+    parameters = list(model.parameters())
+    fuse(model, images())
+    assert model.layers[0].training
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    seen.clear()
+    copied, plain = copy.deepcopy(model), network(SAME["einsum"][0])
+    plain.load_state_dict(model.state_dict())
+    x = images(batch=3)
+    assert relative_error(copied.eval()(x), plain.eval()(x)) < 2e-6
+    assert seen == [x.shape]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = network(SAME["pairs"][0]).eval()
+    expected = copy.deepcopy(model).double()
+    fuse(model, images())
+    x = images().to(dtype)
+    if dtype == torch.float64:
+        assert relative_error(model.double()(x), expected(x)) < 1e-13
+    else:
+        with torch.autocast("cpu", dtype=dtype):
+            assert relative_error(model(x), expected(x.double())) < 2e-2
+
+
+def test_a_fused_model_compiles_and_trains_with_any_batch() -> None:
+    model = network(SAME["matrix product"][0]).eval()
+    original = copy.deepcopy(model)
+    fuse(model, images())
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for batch in (2, 3, 5):
+        assert_same(compiled, original, images(batch=batch))
+
+
+def test_several_layers_and_their_report() -> None:
+    torch.manual_seed(0)
+    model = Network(Layer(SAME["einsum"][0]), Layer(OTHER["conjugated spectrum"][0]), Layer(SAME["in place"][0]))
+    report = fuse(model, images())
+    assert str(report).splitlines() == [
+        "fused 2 of 3",
+        "layers.0 (Layer): is now dynamic_filter",
+        "layers.1 (Layer): left alone: between rfft2 and irfft2 stands conj",
+        "layers.2 (Layer): is now dynamic_filter",
+    ]
+    assert len(report.fused) == 2
+    assert [f.where for f in report.left_alone] == ["layers.1 (Layer)"]
+    assert str(fuse(nn.Linear(2, 2), torch.ones(2))).startswith("nothing to fuse")
+
+
+def test_refusals() -> None:
+    with pytest.raises(TypeError, match="program must be a module or an ExportedProgram, got function"):
+        fuse(lambda x: x)  # type: ignore[arg-type]
+    layer = copies.Authors(6)
+    layer.forward = layer.forward  # type: ignore[method-assign]
+    assert "its forward is not that of its class" in str(fuse(Holder(layer), torch.randn(2, 8, 8, 6)))

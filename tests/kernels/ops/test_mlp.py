@@ -138,7 +138,28 @@ def test_with_two_threads(op: Op) -> None:
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What ordinary float32 products are, whoever made this processor."""
     monkeypatch.setattr(linear_module, "mkl_is_slow", lambda: request.param == "convolution")
+    monkeypatch.setattr(linear_module, "MANY_ROWS", 1)
     return request.param
+
+
+@pytest.mark.usefixtures("library")
+def test_second_derivatives_of_either_library() -> None:
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((2, 3, 4), (5, 4), (5,))]
+
+    def derivatives(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        first = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), inputs)
+        return [*first, *second]
+
+    wanted = derivatives(F.linear, [t.detach().double().requires_grad_() for t in inputs])
+    assert max(gradient_errors(derivatives(linear, inputs), wanted)) <= 4 * BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("rows", [linear_module.MANY_ROWS - 1, linear_module.MANY_ROWS])
+def test_few_rows_are_no_convolution(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "mkl_is_slow", lambda: True)
+    x, weight = torch.empty(rows, 4), torch.empty(5, 4)
+    assert linear_module.prefers_convolution(x, weight) == (rows == linear_module.MANY_ROWS)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -1,4 +1,4 @@
-"""What goes on inside a model: metrics, figures, and ``dfformer show``.
+"""What happens inside a model: metrics, figures, and ``dfformer show``.
 
 Imports models and utils.
 """

@@ -1,4 +1,4 @@
-"""Pictures of dense predictions: masks over photographs, boxes on them, and the name of every class that is drawn."""
+"""Pictures of dense predictions: masks and boxes over photographs, with the names of the classes drawn."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -19,7 +19,7 @@ _MOST_PIXELS = 1600  # of a side; a picture has fewer dots
 
 
 def class_colours(classes: Sequence[str]) -> np.ndarray:
-    """(256,3) uint8: a colour a class, black for the background and what is no class."""
+    """(256,3) uint8: a colour a class, black for the background and for pixels without a class."""
     colours = np.zeros((256, 3), dtype=np.uint8)
     step = 1 / len(classes) if len(classes) <= MOST_NAMED else 0.618034  # the golden ratio: never close to those before
     for n, name in enumerate(classes):
@@ -119,7 +119,7 @@ def _glyphs() -> frozenset[int]:
 
 
 def _drawable(text: str) -> str:
-    """``text`` with a square for each character that the font lacks."""
+    """``text`` with a square in place of each character that the font lacks."""
     return "".join(c if ord(c) in _glyphs() else "\N{WHITE SQUARE}" for c in printable(text))
 
 

@@ -1,4 +1,4 @@
-"""Pictures of training and of models. Every figure can stand alone: axes, units, colour bars, a title, a caption."""
+"""Pictures of training and of models. Every figure is self-contained: axes, units, colour bars, a title, a caption."""
 
 import textwrap
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from dfformer.analysis.metrics import Area, Spectrum
 from dfformer.analysis.palette import BLUE, CYCLE, GREY, VERMILLION
 
 WRONG, RIGHT = VERMILLION, BLUE
-# Axes and colours cover at least this much, so that differences without meaning are not drawn like large ones.
+# Axis and colour ranges cover at least this much, so that meaningless differences do not look large.
 LEAST_POINTS = 10.0  # percentage points of an accuracy
 LEAST_DECADES = 1.0  # of a filter's magnitude
 LEAST_GAIN = 1.0  # dB, in both directions
@@ -334,7 +334,7 @@ def comparison_bars(
 
 
 def literal(text: str) -> str:
-    """``text`` as it is, where matplotlib would set what is between two dollars as a formula."""
+    """``text`` escaped, so that matplotlib does not set a part between two dollars as a formula."""
     return text.replace("$", r"\$")
 
 
@@ -361,7 +361,7 @@ def full_spectrum(half: Tensor, width: int) -> np.ndarray:
 
 
 def _title(figure: Figure, title: str, caption: str) -> None:
-    """The title above, and below in small print what is shown on what."""
+    """The title above, and the caption in small print below."""
     figure.suptitle(literal(title), fontsize=11)
     letters_an_inch = 17  # of 8 points
     text = textwrap.fill(caption, int(letters_an_inch * figure.get_figwidth()))
@@ -369,7 +369,7 @@ def _title(figure: Figure, title: str, caption: str) -> None:
 
 
 def _clear(ax: Axes) -> None:
-    """A light grid, no frame, and ticks that say their values instead of an offset's."""
+    """A light grid, no frame, and ticks with full values instead of offsets."""
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     for axis in (ax.xaxis, ax.yaxis):
@@ -382,7 +382,7 @@ def _colour_bar(figure: Figure, image: AxesImage, axes: Any, label: str, **optio
 
 
 def _spread(plane: Tensor, given: Tensor) -> float:
-    """The standard deviation; 0 where it is only rounding of ``plane`` or of the input it was made of."""
+    """The standard deviation; 0 where it is only the rounding error of ``plane`` or of its input."""
     spread = float(plane.std(correction=0))
     return spread if spread > 1e-6 * float(torch.maximum(plane.abs().max(), given.abs().max())) else 0.0
 

@@ -1,8 +1,8 @@
-"""Models taken apart: filters, what they do to their input, spectra, receptive fields, similarity of layers.
+"""What happens inside a model: filters and their responses, spectra, receptive fields, similarity of layers.
 
-Functions of models (in eval mode) and images (B,in_chans,H,W), prepared as the model wants them; results are on the
-CPU. ``dfformer show`` (`dfformer.analysis.show`) draws what they return. What happens inside a token mixer is computed
-from its input with its parameters, so that it is the same however its forward is fused.
+These functions take models in eval mode and preprocessed images (B,in_chans,H,W), and return tensors on the CPU, which
+``dfformer show`` (`dfformer.analysis.show`) draws. The inner steps of a token mixer are computed again from its input
+and parameters, so that the results do not depend on how its forward is fused.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dfformer.models.spectral import DynamicFilter, SpectralFilter
 
-SHARES = (0.2, 0.5, 0.9, 0.99)  # of everything that contributes to a feature
+SHARES = (0.2, 0.5, 0.9, 0.99)  # of the contributions to a feature
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -23,10 +23,10 @@ def spectral_layers(model: nn.Module, pattern: str = "*") -> dict[str, SpectralF
     """Dynamic and global filters by name, in the model's order.
 
     Args:
-        pattern: of names, in the shell's way: ``"stages.2.*"``.
+        pattern: a shell pattern of names: ``"stages.2.*"``.
 
     Raises:
-        ValueError: there are none, or none of such a name; says what there is.
+        ValueError: no layer matches; names the layers there are.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SpectralFilter)}
     if not layers:
@@ -53,10 +53,10 @@ def _matching(layers: Mapping[str, Layer], pattern: str) -> dict[str, Layer]:
 def capture(
     model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor, inputs: bool = False
 ) -> dict[str, Tensor]:
-    """What each of ``layers`` puts out, or is given (``inputs``), in a forward of ``model``, without gradients.
+    """The outputs of ``layers``, or their inputs (``inputs``), in a forward of ``model`` without gradients.
 
     Raises:
-        ValueError: a layer did not run, or puts out something else than a tensor.
+        ValueError: a layer did not run, or its output is not a tensor.
     """
     seen: dict[str, Tensor] = {}
 
@@ -89,13 +89,13 @@ def stored_filters(layer: SpectralFilter, plane: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def routing(layer: DynamicFilter, x: Tensor) -> Tensor:
-    """Shares (B,F,C) of the basis in each channel's filter, for the layer's input ``x`` (B,H,W,dim); they sum to 1."""
+    """Shares (B,F,C), summing to 1, of the basis in each channel's filter, for the layer's input ``x`` (B,H,W,dim)."""
     logits = layer.reweight(x.mean(dim=(1, 2))).unflatten(1, (layer.num_filters, -1))
     return logits.float().softmax(dim=1).cpu()
 
 
 def mix(shares: Tensor, basis: Tensor) -> Tensor:
-    """The filters (B,H,K,C) that shares (B,F,C) make of a basis (H,K,F)."""
+    """The filters (B,H,K,C) that are the mixture of a basis (H,K,F) by shares (B,F,C)."""
     return torch.einsum("bfc,hkf->bhkc", shares.to(basis.dtype), basis)
 
 
@@ -106,7 +106,7 @@ def applied_filters(layer: SpectralFilter, x: Tensor) -> Tensor:
 
 
 def most_different(filters: Tensor, count: int) -> list[int]:
-    """The ``count`` channels whose filters (B,H,K,C) differ most between images, relative to what they are."""
+    """The ``count`` channels whose filters (B,H,K,C) differ most between images, relative to their magnitude."""
     dims = (0, 1, 2)
     spread = (filters - filters.mean(0)).abs().square().mean(dims) / filters.abs().square().mean(dims)
     return spread.topk(min(count, len(spread))).indices.tolist()
@@ -114,7 +114,7 @@ def most_different(filters: Tensor, count: int) -> list[int]:
 
 @torch.no_grad()
 def expanded(layer: SpectralFilter, x: Tensor) -> Tensor:
-    """What is filtered: ``act1(pwconv1(x))``, (B,H,W,C) for the layer's input ``x`` (B,H,W,dim)."""
+    """The input of the filter step: ``act1(pwconv1(x))``, (B,H,W,C) for the layer's input ``x`` (B,H,W,dim)."""
     return layer.act1(layer.pwconv1(x)).float().cpu()
 
 
@@ -125,7 +125,7 @@ def filtered(u: Tensor, filters: Tensor) -> Tensor:
 
 
 def entropy(shares: Tensor) -> Tensor:
-    """Of shares (B,F,C) over F, in bits, (B,C): 0 where one filter is picked, log2(F) where all count the same."""
+    """The entropy (B,C) in bits of shares (B,F,C) over F: 0 for a single filter, log2(F) for equal shares."""
     return -torch.xlogy(shares, shares).sum(1) / torch.log(torch.tensor(2.0))
 
 
@@ -155,7 +155,7 @@ def log_amplitude(features: Tensor) -> Spectrum:
 
 
 def spectra(model: nn.Module, batches: Iterable[Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Spectrum]:
-    """Relative log amplitudes of what each layer (B,H,W,C) puts out: 0 at frequency 0, averaged over all images."""
+    """Relative log amplitudes of each layer's output (B,H,W,C): 0 at frequency 0, averaged over all images."""
     sums: dict[str, Spectrum] = {}
     count = 0
     for images in batches:
@@ -192,7 +192,7 @@ def receptive_field(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 
 
 def receptive_centre(model: nn.Module, img_size: tuple[int, int]) -> tuple[float, float]:
-    """The pixel (row, column) that the middle of the last feature map of a MetaFormer lies on."""
+    """The pixel (row, column) at the middle of the last feature map of a MetaFormer."""
     convolutions = [m.conv for m in model.downsample_layers]  # type: ignore[union-attr]
     centre = []
     for axis, size in enumerate(img_size):
@@ -206,7 +206,7 @@ def receptive_centre(model: nn.Module, img_size: tuple[int, int]) -> tuple[float
 
 
 class Area(NamedTuple):
-    """What holds ``share`` of a receptive field: the fewest ``pixels``, and a square of ``side`` around its centre."""
+    """The area with ``share`` of a receptive field: the fewest ``pixels``, and a square of ``side`` at its centre."""
 
     share: float
     pixels: int
@@ -214,7 +214,7 @@ class Area(NamedTuple):
 
 
 def contribution_areas(field: Tensor, centre: tuple[float, float], shares: Sequence[float] = SHARES) -> list[Area]:
-    """The areas of a receptive field (H,W) that hold ``shares`` of it; a square may reach over the image's edge."""
+    """The areas of a receptive field (H,W) that hold ``shares`` of it; a square may extend beyond the image."""
     H, W = field.shape
     total = field.sum()
     fewest = field.flatten().sort(descending=True).values.cumsum(0) / total
@@ -255,11 +255,11 @@ def similarity(
     batches: Iterable[Sequence[Tensor]],
     layers: Sequence[Mapping[str, nn.Module]],
 ) -> Tensor:
-    """Linear CKA (a,b), float64, of what the layers of one model or two put out, from minibatches.
+    """Linear CKA (a,b), float64, between the outputs of the layers of one model or two, from minibatches.
 
     Each HSIC is averaged over the batches before they are divided (Nguyen et al., arXiv:2010.15327), so the result
-    does not depend on the size of the batches but for noise. Features are compared over images: (B,...) is B vectors.
-    NaN where a layer puts out the same for every image.
+    does not depend on the batch size, except for noise. Features are compared over images: (B,...) is B vectors.
+    NaN where a layer's output is the same for every image.
 
     Args:
         models: one, to compare its layers with each other, or two.
@@ -284,7 +284,7 @@ def similarity(
 
 
 def _gram(features: Tensor) -> Tensor:
-    """(n,n), float64, of (n,...). The mean is taken away, which the unbiased HSIC ignores and rounding does not."""
+    """(n,n), float64, of (n,...). The mean is subtracted: the unbiased HSIC ignores it, but rounding does not."""
     x = features.flatten(1).double()
     x = x - x.mean(0)
     return (x @ x.T).cpu()

@@ -23,7 +23,7 @@ MOST_PIXELS = 160  # of the side of an image beside its filters
 
 
 class Output:
-    """A folder to write to; says what it has written."""
+    """A folder for results; prints what it has written."""
 
     def __init__(self, folder: Path, dpi: int = 110) -> None:
         self.folder, self.dpi = folder, dpi

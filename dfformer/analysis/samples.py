@@ -1,4 +1,4 @@
-"""Models and the images they are shown, as ``dfformer show`` takes them."""
+"""The models and images of ``dfformer show``."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,7 +19,7 @@ BATCH_SIZE = 16
 
 
 class Loaded(NamedTuple):
-    """A model in eval mode, what to call it, and the size (H,W) of images it is shown; None for its own."""
+    """A model in eval mode, its label, and the size (H,W) of its images; None for the model's own."""
 
     name: str
     model: nn.Module
@@ -27,7 +27,7 @@ class Loaded(NamedTuple):
 
     @property
     def config(self) -> dict[str, Any]:
-        """How it wants images, in timm's terms."""
+        """Its image preprocessing, as timm's data configuration."""
         config = resolve_model_data_config(self.model)
         if self.img_size is not None:
             config["input_size"] = (config["input_size"][0], *self.img_size)
@@ -35,7 +35,7 @@ class Loaded(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image that is opened when it is needed, its name and its class, and where it comes from."""
+    """An image that is opened on demand, with its name, class and source."""
 
     name: str
     group: str
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Images, and in words what they are."""
+    """Images and a description of them."""
 
     description: str
     samples: list[Sample]
@@ -70,7 +70,7 @@ class Samples(NamedTuple):
             yield torch.stack([self.prepared(i, loaded) for i in part.tolist()]).to(device_of(loaded.model))
 
     def prepared(self, index: int, loaded: Loaded) -> Tensor:
-        """An image as ``loaded`` wants it, (in_chans,H,W)."""
+        """An image preprocessed for ``loaded``, (in_chans,H,W)."""
         transform = create_transform(**loaded.config, is_training=False)
         sample = self.samples[index]
         try:
@@ -80,13 +80,13 @@ class Samples(NamedTuple):
             raise ValueError(f"{sample.source}: cannot be read ({error})") from error
 
     def pixels(self, index: int, loaded: Loaded) -> Tensor:
-        """What ``loaded`` sees of an image, (in_chans,H,W) from 0 to 1."""
+        """An image as ``loaded`` sees it, before normalisation: (in_chans,H,W) from 0 to 1."""
         mean, std = (torch.tensor(loaded.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
         return (self.prepared(index, loaded) * std + mean).clamp(0, 1)
 
 
 def load_samples(inputs: Sequence[Path], channels: set[int], crops: bool = False) -> Samples:
-    """Image files and folders; the class of an image in a folder is the name of the folder it lies in.
+    """Image files and folders; the class of an image in a folder is the folder's name.
 
     Without inputs, what comes with scikit-learn: for models of grey images 360 of its handwritten digits, for models of
     colour images its two photographs, or 64 overlapping ``crops`` of them.
@@ -109,7 +109,7 @@ def load_samples(inputs: Sequence[Path], channels: set[int], crops: bool = False
 
 
 def _short_names(paths: list[Path]) -> list[str]:
-    """Different names of different files: as few trailing parts of their paths as tell them apart."""
+    """Different names of different files: the shortest trailing parts of their paths that differ."""
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         for own in ([path.with_suffix("") for path in paths], paths):
             names = ["_".join(path.parts[-depth:]) for path in own]

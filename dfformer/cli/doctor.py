@@ -1,7 +1,7 @@
 """``dfformer doctor``: every backend against the float64 reference, forward and backward.
 
-Checks run in another process with a time limit: one that crashes, hangs or breaks the device's context is reported, and
-the next one runs in a new process. How fast backends are is measured by benchmarks/; of a GPU one line says it here.
+Checks run in another process with a time limit. A check that crashes, hangs or breaks the device's context is reported,
+and the next one runs in a new process. benchmarks/ measures speed; here one line tells it for a GPU.
 """
 
 import argparse
@@ -29,7 +29,7 @@ Shape = tuple[int, int, int, int]  # (B, H, W, C)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Odd, prime, one-row and rectangular planes with channel counts that fill no vector.
+# Odd, prime, one-row and rectangular planes, with channel counts that are no multiple of a vector.
 QUICK_SHAPES: list[Shape] = [(2, 14, 14, 32), (2, 7, 7, 20), (1, 13, 9, 5), (2, 1, 6, 3), (1, 5, 1, 2)]
 # (H, W, C) of DFFormer-S18's stages at 224 (C is the expanded width), and a rectangle.
 PLANES = ((56, 56, 128), (28, 28, 256), (14, 14, 640), (7, 7, 1024), (128, 96, 64))
@@ -48,7 +48,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Device:
-    """Where backends are checked: with which dtypes, and at which batch size beside `QUICK_SHAPES`."""
+    """A device to check, its dtypes, and the batch size of the shapes beside `QUICK_SHAPES`."""
 
     type: str
     dtypes: tuple[torch.dtype, ...]
@@ -77,7 +77,7 @@ class Check(NamedTuple):
     op: str
     dtype: str
     shape: str
-    default: bool = False  # this backend runs the problem when nobody names one
+    default: bool = False  # this backend runs the problem by default
     error_y: float = math.nan
     error_grad: float = math.nan  # the largest of all inputs'
     failure: str = ""  # what is wrong, empty if nothing is
@@ -85,7 +85,7 @@ class Check(NamedTuple):
 
 @dataclass
 class Findings:
-    """Everything that is printed, and written for sending."""
+    """Everything that is printed and written to the report."""
 
     environment: dict[str, str]
     unavailable: dict[str, list[str]] = field(default_factory=dict)  # backend to reasons
@@ -148,7 +148,7 @@ def _isolated_check(worker: "Worker", backend: str, problem: Problem) -> Check:
         check = check._replace(**worker.run(check_backend, backend, problem))
     except WorkerError as lost:
         return check._replace(failure=str(lost))
-    if math.isnan(check.error_y):  # an error may have left the device's context broken
+    if math.isnan(check.error_y):  # an error may have broken the device's context
         worker.end()
     return check
 

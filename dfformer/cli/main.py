@@ -10,7 +10,7 @@ from dfformer.cli.commands import COMMANDS, Command
 from dfformer.utils.suggest import did_you_mean
 from dfformer_kernels import __version__
 
-# Status of a process that wrote into a pipe nobody reads: 128 + SIGPIPE, as of programs that the signal ends.
+# Exit status after writing to a closed pipe: 128 + SIGPIPE, as of programs that the signal kills.
 _BROKEN_PIPE, _INTERRUPTED, _FAILED = 141, 130, 2
 # The least value of numbers that several commands take.
 _LEAST = {"topk": 1, "batch_size": 1, "synthetic_images": 1, "workers": 0}
@@ -122,12 +122,12 @@ def _check_model(name: str) -> None:
 
     import dfformer  # noqa: F401 (registers the models with timm)
 
-    if ":" not in name and not timm.is_model(name):  # timm takes names from elsewhere with a prefix
+    if ":" not in name and not timm.is_model(name):  # timm takes names with a prefix from elsewhere
         raise ValueError(f"--model: got {name!r}, which timm does not know{did_you_mean(name, timm.list_models())}")
 
 
 def _message(error: Exception) -> str:
-    """One line where there is one; of an error in a process that reads images only what it says itself."""
+    """The error in one line if possible; of an error in a data worker, only its own message."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = str(error).strip()

@@ -1,7 +1,7 @@
-"""What a training run is made of: typed, from a YAML recipe and the command line, unknown keys refused.
+"""The settings of a training run: typed, from a YAML recipe and the command line; unknown keys are refused.
 
-The defaults are the authors' recipe for ImageNet-1k (the command in their README, and for what it leaves out the
-defaults of their ``train.py``). A recipe file names the model and says what differs.
+The defaults are the authors' recipe for ImageNet-1k: the command in their README and, for anything it leaves out, the
+defaults of their ``train.py``. A recipe file names the model and the settings that differ.
 """
 
 import re
@@ -34,9 +34,9 @@ class ModelConfig:
 
     Args:
         name: of a model for ``timm.create_model``.
-        args: its other arguments, e.g. drop_path_rate. The number of classes comes from the data, where they tell it.
+        args: its other arguments, e.g. drop_path_rate. The number of classes follows from the data, if it names them.
         checkpoint: weights to start from; a classifier for other classes is left out.
-        grad_checkpointing: forward again during backward instead of keeping what it needs: slower, less memory.
+        grad_checkpointing: recompute activations in backward instead of keeping them: slower, less memory.
         compile: run under torch.compile.
     """
 
@@ -56,7 +56,7 @@ class DataConfig:
             built in; or any map-style dataset timm knows: "torch/cifar10", "hfds/...". To segment, "" for
             root/images/SPLIT and root/annotations/SPLIT, or "synthetic_digits", built in. To detect, "" for
             root/annotations/instances_SPLIT.json and root/SPLIT, or "synthetic_digits".
-        root: where it is.
+        root: its folder.
         train_split: name of the training split; for folders, of the folder.
         val_split: the same for validation.
         download: let timm download a "torch/..." dataset.
@@ -98,11 +98,11 @@ class DataConfig:
 
 @dataclass
 class AugmentConfig:
-    """What is done to training images, by timm.
+    """Augmentation of training images, by timm.
 
     Args:
-        scale: share of the area a random crop has, least and most.
-        ratio: its aspect ratio, least and most.
+        scale: lower and upper bound of a random crop's share of the area.
+        ratio: lower and upper bound of its aspect ratio.
         hflip: probability of a horizontal flip.
         color_jitter: strength; not used together with auto_augment.
         auto_augment: a policy in timm's notation, or none.
@@ -129,11 +129,11 @@ class AugmentConfig:
 
 @dataclass
 class SegmentConfig:
-    """Semantic segmentation: its decoder, its masks, and what is done to training images instead of ``augment``.
+    """Semantic segmentation: its decoder, its masks, and its augmentation, which replaces ``augment``.
 
     Args:
         decoder: arguments of segmentation_models_pytorch's FPN, e.g. decoder_dropout.
-        reduce_zero_label: 0 in a mask is no class but to be ignored, and labels count from 1.
+        reduce_zero_label: 0 in a mask means "ignore", and classes count from 1.
         scale: least and most of a random size, relative to data.img_size, for the image's shorter side.
         most_of_one_class: a crop is drawn again, up to ten times, while one class has a larger share of its pixels.
         hflip: probability of a horizontal flip.
@@ -150,15 +150,14 @@ class SegmentConfig:
 
 @dataclass
 class DetectConfig:
-    """Object detection: its head, its boxes, and what is done to training images instead of ``augment``.
+    """Object detection: its head, its boxes, and its augmentation, which replaces ``augment``.
 
     Args:
         channels: of the feature pyramid and the head.
         anchor_scale: side of the smallest anchors, in strides of their feature map.
         norm_groups: of a group norm after each convolution of the pyramid and the head; 0 for none.
         hflip: probability of a horizontal flip.
-        repair_boxes: cut off what of a box is beyond its image and leave out boxes without area, instead of refusing
-            them.
+        repair_boxes: clip boxes to their image and drop boxes without area, instead of refusing them.
     """
 
     channels: int = 256
@@ -175,9 +174,9 @@ class OptimConfig:
     Args:
         opt: an optimizer timm knows.
         lr: the peak learning rate, for steps of global_batch images. It is used as given, never scaled.
-        global_batch: images an optimiser step, over all processes and accumulated passes.
-        accumulation: forward and backward passes a step; each process passes global_batch / (processes x accumulation)
-            images at a time.
+        global_batch: images per optimizer step, over all processes and accumulated passes.
+        accumulation: forward and backward passes per step; each process handles global_batch / (processes x
+            accumulation) images at a time.
         weight_decay: not applied to biases and norms.
         clip_grad: largest norm of the gradient, or none.
         epochs: of the schedule, warm-up included.
@@ -216,12 +215,12 @@ class TrainConfig:
         task: what is learned: classify, segment or detect.
         model: the model.
         data: the images.
-        augment: what is done to training images, to classify them.
-        segment: what only segmentation has.
-        detect: what only detection has.
+        augment: augmentation of training images, for classification.
+        segment: settings of segmentation only.
+        detect: settings of detection only.
         optim: optimizer and learning-rate schedule.
         output: folder for checkpoints, logs and pictures.
-        resume: go on with what is in output, if anything is.
+        resume: resume the run in output, if there is one.
         seed: of everything random.
         device: "auto" is CUDA where there is one, else the CPU.
         amp: type of mixed precision; float16 needs CUDA, its gradients are scaled.
@@ -251,11 +250,11 @@ class TrainConfig:
     tensorboard: bool = False
 
 
-# What may change between the parts of a run that is interrupted and resumed: it has no influence on the result.
+# Settings that may change when a run is resumed: they do not affect the result.
 FREE_TO_CHANGE = {"output", "resume", "save_steps", "keep", "log_steps", "tensorboard"}
 FREE_TO_CHANGE |= {"data.root", "data.download", "data.workers", "data.check_images", "model.checkpoint"}
 
-_LARGE = 1e9  # more than any run has, so that no number from a file makes one without end
+_LARGE = 1e9  # above any real value: a number from a file must not make a run endless
 _DATASET = re.compile(r"[^/:]*|(torch|hfds)/.+")  # no reader of timm that runs commands, such as webdataset's
 
 _RANGES: dict[str, tuple[float, float]] = {

@@ -1,7 +1,7 @@
 """``dfformer train``: the engine. It owns the loop, processes, precision, checkpoints and logs; a task owns the rest.
 
-Nothing random carries over from one step to the next: what a step draws follows from (seed, step, rank), and its images
-from `dfformer.data.images`. So a run that goes on from a checkpoint, even amid an epoch, does what it would have done.
+No random state carries over from one step to the next: the draws of a step follow from (seed, step, rank), and its
+images from `dfformer.data.images`. So a run resumed within an epoch repeats the uninterrupted one.
 """
 
 import json
@@ -41,7 +41,7 @@ from dfformer.utils.io import write_atomically
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: the loss is no longer a number."""
+    """Training cannot continue: the loss is not finite."""
 
 
 def train_command(arguments: list[str]) -> int:
@@ -138,7 +138,7 @@ class Engine:
             updates_per_epoch=self.steps,
         )
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.amp == "float16")
-        self.step = 0  # done, over all epochs
+        self.step = 0  # steps done, over all epochs
         self.loss_sum = 0.0  # of the steps done in this epoch
         self.history: list[dict[str, float]] = []
         self.resumed_from = self._resume() if config.resume else None
@@ -238,7 +238,7 @@ class Engine:
         return float(total), norm
 
     def _gradients_stay_here(self, stay: bool) -> Any:
-        """For all but the last pass of a step: gradients are added up before processes exchange them."""
+        """For all but the last pass of a step: gradients accumulate locally before processes exchange them."""
         if isinstance(self.runner, DistributedDataParallel):
             return self.runner.no_sync() if stay else nullcontext()
         if self.place.world > 1:
@@ -267,7 +267,7 @@ class Engine:
         )
 
     def _first_bad_module(self, batches: list[Any]) -> str:
-        """The name of the first module that puts out something not finite for the images of this step."""
+        """The name of the first module whose output is not finite for the images of this step."""
         found: list[str] = []
         names = {module: name for name, module in self.model.named_modules()}
 
@@ -335,7 +335,7 @@ class Engine:
             save_state(self.folder, self.step, state, self.config.keep)
 
     def _resume(self) -> Path | None:
-        """Goes back to the latest readable checkpoint, if there is any; returns it."""
+        """Loads the latest readable checkpoint, if there is one; returns its path."""
         found = load_latest_state(self.folder)
         if found is None:
             return None
@@ -377,7 +377,7 @@ class Engine:
 def _built(task: Task) -> nn.Module:
     try:
         return task.build_model()
-    except TypeError as error:  # from models of any library, which do not say it better
+    except TypeError as error:  # any library's model may raise it for its arguments
         raise ValueError(f"model.args, segment.decoder: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""What a training run writes down: steps, epochs, a learning curve, lines on the screen, what an interruption left."""
+"""The logs of a training run: steps, epochs, a learning curve, lines on the screen, messages of an interruption."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ STEPS, EPOCHS = "steps.jsonl", "epochs.csv"
 class Log:
     """``steps.jsonl``, ``epochs.csv``, ``learning_curve.png``, events for TensorBoard on request, lines on the screen.
 
-    Lines that an interrupted run wrote after the step it is resumed from are removed.
+    When a run is resumed, lines logged after the step it resumes from are removed.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Log:
         _write(steps, "".join(f"{line}\n" for line in kept))
         self.steps = steps.open("a", encoding="utf-8", buffering=1)
         _write(folder / "config.json", json.dumps(asdict(config), indent=2))
-        if history:  # a run may end between an epoch's checkpoint and its line
+        if history:  # a run may be killed between writing an epoch's checkpoint and its line
             self._write_epochs(history)
         self.events = _tensorboard(folder, step) if config.tensorboard else None
 

@@ -1,4 +1,4 @@
-"""The files a training run can go on from: written whole or not at all, the newest readable one is taken."""
+"""The files that a training run resumes from: written atomically; the newest readable one is used."""
 
 import errno
 import hashlib
@@ -28,7 +28,7 @@ _held: set[Path] = set()
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a run's folder for this process; the lock goes with the process, however it ends.
+    """Holds a run's folder for this process; the lock ends with the process, however it ends.
 
     A record lock: forked worker processes do not inherit it. Where the file system has no locks there is none.
 
@@ -66,7 +66,7 @@ def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Pat
 
     def write(file: IO[bytes]) -> None:
         file.write(content)
-        file.write(_digest(content))  # torch.load passes over what follows the archive, and would not see a flipped bit
+        file.write(_digest(content))  # torch.load ignores what follows the archive, and would not notice a flipped bit
 
     write_atomically(path, write)
     for old in checkpoints(folder)[:-keep]:
@@ -89,7 +89,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def load_latest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The latest readable checkpoint, passing over damaged ones with a message; None where there is none at all.
+    """The latest readable checkpoint, skipping damaged ones with a message; None if there are no checkpoints.
 
     Raises:
         CheckpointError: there are checkpoints, all damaged.

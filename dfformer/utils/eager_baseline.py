@@ -45,7 +45,7 @@ EAGER: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def eager_baseline(model: ModuleT) -> ModuleT:
-    """A copy of ``model`` that computes what the authors' code does, the way it does: torch.fft for the filter step,
+    """A copy of ``model`` in the authors' formulation: torch.fft for the filter step,
     StarReLU as separate operations, ``F.linear``, nothing recomputed in backward."""
     return with_classes(model, EAGER)
 

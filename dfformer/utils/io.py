@@ -13,10 +13,10 @@ from typing import IO, Any
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A new, empty file in the folder of ``path``, which takes its place when the block ends without an error.
+    """A new, empty file in the folder of ``path``, which replaces ``path`` when the block ends without an error.
 
-    The new content has reached the disk before the old one goes. The file keeps the permissions of the one it replaces;
-    a symbolic link is replaced itself, what it points to is left alone. The folder is made if it is not there.
+    The new content is synced to the disk before the old file is replaced, whose permissions it keeps. A symbolic link
+    is replaced itself, not its target. The folder is created if necessary.
 
     Raises:
         IsADirectoryError: ``path`` is a folder. OSError: the file cannot be written, the disk is full for example.

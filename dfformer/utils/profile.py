@@ -18,7 +18,7 @@ class Profile:
     parameters: int
     macs: int  # linear, convolution, spectral (one multiply and one add each)
     spectral_macs: int  # the part of macs in transforms, filter mixing and products
-    activations: int  # elements put out by linear, convolution and filter layers
+    activations: int  # output elements of linear, convolution and filter layers
     saved_bytes: int  # what one training forward keeps for backward, parameters excluded
     planes: tuple[tuple[int, int, int], ...]  # H, W, C of every stage
 
@@ -33,7 +33,7 @@ def profile(make_model: Callable[[], nn.Module], img_size: tuple[int, int], in_c
     with torch.device("meta"):
         model = make_model().train()
         image = torch.empty(1, in_chans, *img_size)
-        saved = saved_for_backward(model, image)  # before the hooks, which would keep steps from being fused
+        saved = saved_for_backward(model, image)  # before the hooks, which prevent fusing
         with torch.no_grad():
             features = model.forward_intermediates(image, intermediates_only=True)  # type: ignore[operator]
             for module in model.modules():

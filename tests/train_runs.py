@@ -15,7 +15,6 @@ from paths import ROOT
 from PIL import Image
 
 from dfformer.cli.main import main
-from dfformer.models.checkpoint import read_checkpoint
 from dfformer.train import state as train_state
 
 FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))  # set by `make test-full`
@@ -85,7 +84,7 @@ def assert_same_result(folder: Path, expected: Path) -> None:
     assert history(folder) == history(expected)
     assert steps(folder) == steps(expected)
     for name in ("last.safetensors", "best.safetensors"):
-        assert_same(read_checkpoint(folder / name), read_checkpoint(expected / name), name)
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
     (_, actual), (_, wanted) = (found(train_state.load_latest_state(f)) for f in (folder, expected))
     for state in (actual, wanted):
         state.pop("config")  # names the folder

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+_MOST_PIXELS = 16384  # of a side
+
 
 class Argument:
     """What `argparse.ArgumentParser.add_argument` takes."""
@@ -35,8 +37,8 @@ def plane(text: str) -> tuple[int, int]:
         H, W = sizes * 2 if len(sizes) == 1 else sizes
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}, accepted are N or HxW") from None
-    if not 1 <= min(H, W) <= max(H, W) < 2**31:
-        raise argparse.ArgumentTypeError(f"got {text!r}, accepted are sizes from 1 up")
+    if not 1 <= min(H, W) <= max(H, W) <= _MOST_PIXELS:
+        raise argparse.ArgumentTypeError(f"got {text!r}, accepted are sizes from 1 to {_MOST_PIXELS}")
     return H, W
 
 

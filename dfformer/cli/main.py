@@ -2,12 +2,14 @@
 
 import argparse
 import os
+import pickle
 import pkgutil
 import sys
 from collections.abc import Sequence
 
 from dfformer.cli.commands import COMMANDS, Command
 from dfformer.utils.suggest import did_you_mean
+from dfformer.utils.text import without_advice
 from dfformer_kernels import __version__
 
 # Exit status after writing to a closed pipe: 128 + SIGPIPE, as of programs that the signal kills.
@@ -48,7 +50,7 @@ def _run(argv: list[str]) -> int:
             raise
         print(f"{prog}: {error}: pip install 'dfformer[{command.extra}]'", file=sys.stderr)
         return _FAILED
-    except (RuntimeError, ValueError, OSError, MemoryError) as error:
+    except (RuntimeError, ValueError, OSError, MemoryError, pickle.UnpicklingError) as error:
         print(f"{prog}: {_message(error)}", file=sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
@@ -130,7 +132,7 @@ def _message(error: Exception) -> str:
     """The error in one line if possible; of an error in a data worker, only its own message."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    text = str(error).strip()
+    text = without_advice(str(error).strip())
     if "Original Traceback" in text:  # torch's workers send it along
         text = text.splitlines()[-1].partition(": ")[2]
     return text or type(error).__name__

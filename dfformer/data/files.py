@@ -163,6 +163,17 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
 
 
+def image_mode(channels: int) -> str:
+    """PIL's mode of the images that a model of so many channels is given: 1 is grey, 3 are RGB.
+
+    Raises:
+        ValueError: any other number.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"in_chans: the model takes images of {channels} channels, accepted are 1 (grey) and 3 (RGB)")
+    return "L" if channels == 1 else "RGB"
+
+
 def check_image(path: Path, exif_orientation: bool = False) -> ImageInfo:
     """Size and orientation of an image file; ValueError for one that is no image or is cut off.
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from dfformer.data.class_folders import ClassFolders, ClassTar
-from dfformer.data.files import orientation_note, read_image
+from dfformer.data.files import image_mode, orientation_note, read_image
 from dfformer.utils.suggest import did_you_mean
 from dfformer.utils.text import abbreviate, echo
 
@@ -57,9 +57,9 @@ def load_digit_images(seed: int) -> Digits:
 
 
 class DigitImages(Dataset):
-    """The digits as pairs of grey PIL image and label, the way timm's datasets give theirs; split: train or val."""
+    """The digits as pairs of PIL image (``mode``) and label, the way timm's datasets give theirs: train or val."""
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, split: str, mode: str = "L") -> None:
         digits = load_digit_images(seed=0)
         splits = {"train": (digits.train_x, digits.train_y), "val": (digits.test_x, digits.test_y)}
         if split not in splits:
@@ -68,6 +68,7 @@ class DigitImages(Dataset):
         self.images = (255 * images[:, 0]).round().to(torch.uint8).numpy()
         self.labels: list[int] = labels.tolist()
         self.classes = [str(digit) for digit in range(10)]
+        self.mode = mode
         self.transform: Any = None
 
     def __len__(self) -> int:
@@ -78,7 +79,7 @@ class DigitImages(Dataset):
         return []
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = Image.fromarray(self.images[index])
+        image = Image.fromarray(self.images[index]).convert(self.mode)
         return (self.transform(image) if self.transform else image), self.labels[index]
 
 
@@ -95,21 +96,22 @@ def open_dataset(
     Args:
         name: "" for class folders or a .tar of them, "digits", or timm's name of another dataset.
         root: where it is; for "", the folder that has the split, as a folder or a .tar file.
-        channels: of the model's images; 1 converts to grey.
+        channels: of the model's images, see `dfformer.data.files.image_mode`.
         exif_orientation: turn and mirror images as their EXIF orientation says.
 
     Raises:
-        ValueError: no such dataset or split, no images in it, class folders without images, or a streamed dataset.
+        ValueError: no such dataset or split, channels that images do not have, no images in it, class folders without
+            images, or a streamed dataset.
     """
+    mode = image_mode(channels)
     if name == DIGITS:
-        return DigitImages(split)
+        return DigitImages(split, mode)
     if name and "/" not in name:
         raise ValueError(
             f"dataset: got {name!r}, accepted are '' for class folders, {DIGITS!r}, and timm's names such as "
             f"'torch/cifar10'{did_you_mean(name, [DIGITS])}"
         )
     folder = given_root(root)
-    mode = "L" if channels == 1 else "RGB"
     source = _library_dataset(name, folder, split, download) if name else _class_images(folder, split)
     return Images(source, mode, exif_orientation)
 

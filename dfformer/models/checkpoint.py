@@ -7,7 +7,6 @@ rebuild it without being told. Nothing in a file is trusted: docs/security.md sa
 import argparse
 import json
 import pickle
-import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,10 +22,13 @@ from torch import Tensor, nn
 from dfformer.models.metadata import is_ours, read_metadata, write_metadata
 from dfformer.models.mismatch import Mismatch, causes, compare
 from dfformer.utils.io import replacing
+from dfformer.utils.text import abbreviate, reason
 
 # Where training scripts keep the weights inside a checkpoint, the averaged ones first.
 _NESTED_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _METADATA_KEY = "dfformer"
+# What torch says of files it does not read as data, and what they are.
+_OTHER_FORMATS = {"TorchScript": "a TorchScript archive", "legacy .tar": "in the .tar format of torch before 0.4"}
 # Numbers by which a model may exceed its file, for filters of larger images: 1 GiB in float32.
 _MOST_GROWTH = 2**28
 
@@ -58,6 +60,11 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
                               f"{', '.join(_NESTED_KEYS)})")  # fmt: skip
     for name, tensor in content.items():
         _check_stored(path, name, tensor)
+    blocks = sum(metadata.get("model_args", {}).get("depths", ()))
+    if blocks > len(content):  # even their description takes seconds to build
+        raise CheckpointError(
+            f"{path}: model_args.depths: adds up to {blocks} blocks, the file has {len(content)} tensors"
+        )
     return clean_state_dict(content), metadata
 
 
@@ -110,9 +117,13 @@ def load_state(model: nn.Module, state_dict: dict[str, Tensor], path: str | Path
     return mismatch
 
 
-def must_fit(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> Mismatch:
-    """Raises CheckpointError unless a state dict read from ``path`` can be loaded strictly; loads nothing."""
-    mismatch = compare(model, state_dict)
+def must_fit(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path, exactly: bool = False) -> Mismatch:
+    """Raises CheckpointError unless a state dict read from ``path`` can be loaded strictly; loads nothing.
+
+    Args:
+        exactly: refuse filters for another image size and a classifier for other classes too.
+    """
+    mismatch = compare(model, state_dict, exactly)
     if mismatch.missing or mismatch.unexpected or mismatch.wrong_shape:
         cause = "".join(f" {cause};" for cause in causes(model.state_dict(), state_dict))
         raise CheckpointError(f"{path} does not fit this {type(model).__name__}:{cause}\n{mismatch}")
@@ -131,7 +142,7 @@ def build_and_load(build: Callable[[], Model], state_dict: dict[str, Tensor], pa
     except NotImplementedError:  # a few encoders of older timm compute with numbers while they are built
         outline = build()
     except Exception as error:  # whatever a library makes of arguments that do not go together
-        raise CheckpointError(f"{path}: its model cannot be built: {_reason(error)}") from error
+        raise CheckpointError(f"{path}: its model cannot be built: {reason(error)}") from error
     must_fit(outline, state_dict, path)
     numbers = sum(tensor.numel() for tensor in outline.state_dict().values())
     if numbers > sum(tensor.numel() for tensor in state_dict.values()) + _MOST_GROWTH:
@@ -232,9 +243,11 @@ def read_pickle(path: Path) -> Any:
         unsafe = _unsafe_globals(path) if isinstance(error, pickle.UnpicklingError) else []
         if unsafe:
             raise CheckpointError(
-                f"{path}: refused, because loading it would run code: it refers to {', '.join(unsafe)}"
-            ) from error
-        raise CheckpointError(f"{path}: is truncated or not a checkpoint ({_reason(error)})") from error
+                f"{path}: refused, because loading it would run code: it refers to {abbreviate(unsafe, 10)}"
+            ) from None  # torch's own message says how to load it all the same
+        if other := next((kind for words, kind in _OTHER_FORMATS.items() if words in str(error)), None):
+            raise CheckpointError(f"{path}: is {other}, accepted are state dicts written by torch.save") from None
+        raise CheckpointError(f"{path}: is truncated or not a checkpoint ({reason(error)})") from None
 
 
 def _unsafe_globals(path: Path) -> list[str]:
@@ -274,7 +287,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # of its format, its tensors' types, the disk
-        raise CheckpointError(f"{path}: is truncated or not a safetensors file ({_reason(error)})") from error
+        raise CheckpointError(f"{path}: is truncated or not a safetensors file ({reason(error)})") from error
 
 
 def _write_safetensors(state_dict: dict[str, Tensor], path: str | Path, metadata: str | None) -> None:
@@ -299,13 +312,3 @@ def _sort_header(path: Path) -> None:
             raise AssertionError("a header in another order is not longer")
         file.seek(8)
         file.write(content.ljust(size))
-
-
-def _reason(error: BaseException) -> str:
-    """An error of a library in one line, without its advice to load the file without protection."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    told = next((line for line in lines if line and not _ADVICE.search(line)), "")
-    return f"{type(error).__name__}: {told}"[:300].removesuffix(": ")
-
-
-_ADVICE = re.compile(r"weights_only|safe_globals|re-?running|torch\.load|trusted|arbitrary code", re.IGNORECASE)

@@ -77,7 +77,7 @@ FLAG = Kind(lambda value: isinstance(value, bool), "true, false")
 NONE = Kind(lambda value: value is None, "null")
 SHARE = real(0, 1)
 NAME = Kind(_is_name, "names of 1 to 1000 characters, none of them a control character or half of a pair")
-_SIDE = whole(1, 16384)
+_SIDE = whole(1, 4096)  # images of that size take gigabytes
 _CHANNELS = whole(1, 16384)
 
 IMAGE_SIZE = either(_SIDE, list_of(_SIDE, 2, 2))

@@ -127,7 +127,7 @@ class DFFormer(nn.Module):
             self.global_pool, self.head = _pool(global_pool), self._make_head()
             self.apply(_init_weights)
         if dtype is not None:
-            self.to(dtype)
+            _cast(self, dtype)
         for module in self.modules():
             if isinstance(module, SpectralFilter):
                 module.weight_resize, module.resize = True, resize
@@ -276,7 +276,9 @@ class DFFormer(nn.Module):
             self.norm = nn.Identity()
         self.num_classes = num_classes
         like = next(self.parameters())
-        self.head = self._make_head().to(device=device or like.device, dtype=dtype or like.dtype)
+        with torch.device(device or like.device):
+            self.head = self._make_head()
+        _cast(self.head, dtype or like.dtype)
         self.head.apply(_init_weights).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -338,6 +340,17 @@ def _init_weights(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """New parameters and buffers in ``dtype``: ``Module.to`` changes them in place, which fake tensors do not take."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point():
+                setattr(module, name, nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
 
 
 def _pool(pool_type: str) -> nn.Module:

@@ -25,10 +25,10 @@ _FAMILIES = {
     "fpn.encoder.": "a segmentation model",
     "backbone.encoder.": "a detection model",
     "layer1.0.conv1.weight": "a ResNet",
-    "blocks.0.attn.qkv.weight": "a vision transformer",
     "stages.0.blocks.0.conv_dw.weight": "a ConvNeXt of timm",
     "stages.0.blocks.0.norm1.": "a MetaFormer of timm, not of dfformer",
     "layers.0.blocks.0.attn.qkv.weight": "a Swin transformer",
+    "blocks.0.attn.qkv.weight": "a vision transformer",
     "norm0.weight": "a model with fork_feat=True",
 }
 
@@ -50,10 +50,11 @@ class Mismatch(NamedTuple):
         return "\n".join(f"{title} ({len(names)}): {_some(names)}" for title, names in parts.items() if names)
 
 
-def compare(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Mismatch:
-    """How ``state_dict`` differs from ``model``. No difference are filters that are stored for another image size.
+def compare(model: nn.Module, state_dict: Mapping[str, Tensor], exactly: bool = False) -> Mismatch:
+    """How ``state_dict`` differs from ``model``.
 
-    A classifier's last layer for another number of classes is `reinitialised`, not of the wrong shape.
+    Unless ``exactly``, filters that are stored for another image size are no difference, and a classifier's last layer
+    for another number of classes is `reinitialised`, not of the wrong shape.
     """
     own = model.state_dict()
     filters = {
@@ -65,12 +66,13 @@ def compare(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Mismatch:
         name
         for name in own.keys() & state_dict.keys()
         if own[name].shape != state_dict[name].shape
-        and not (name in filters and filters[name].accepts(state_dict[name]))
+        and (exactly or not (name in filters and filters[name].accepts(state_dict[name])))
     }
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier", "head.fc2")
     reinitialised = {f"{classifier}.weight", f"{classifier}.bias"}
     if (
-        not reinitialised <= wrong
+        exactly
+        or not reinitialised <= wrong
         or own[f"{classifier}.weight"].shape[1:] != state_dict[f"{classifier}.weight"].shape[1:]
     ):
         reinitialised = set()
@@ -147,8 +149,8 @@ def _by_tensor(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterab
             theirs, ours = given[name].shape[dimension], own[name].shape[dimension]
             if theirs != ours:
                 yield what.format(theirs, ours)
-    if _has(own, ".act.scale") != _has(given, ".act.scale"):
-        with_star, without = ("model", "checkpoint") if _has(own, ".act.scale") else ("checkpoint", "model")
+    if _has(own, ".mlp.act.scale") != _has(given, ".mlp.act.scale"):  # routings have StarReLU in every variant
+        with_star, without = ("model", "checkpoint") if _has(own, ".mlp.act.scale") else ("checkpoint", "model")
         yield f"activations differ: the {with_star} has StarReLU, the {without} has not"
     if _has(own, "head.") != _has(given, "head."):
         yield f"only the {'model' if _has(own, 'head.') else 'checkpoint'} has a classifier"

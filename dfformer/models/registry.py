@@ -5,6 +5,7 @@ A name belongs to whoever registered it last. Where the authors' code registered
 timm's warnings, and `register_models` takes them back. The functions here always build this package's models.
 """
 
+import pickle
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,7 @@ from torch import nn
 from dfformer.models.layers import SepConv
 from dfformer.models.metaformer import DFFormer
 from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter
+from dfformer.utils.text import reason, without_advice
 
 __all__ = [
     "VARIANTS",
@@ -120,6 +122,10 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
             f"the pretrained weights of {name} could not be downloaded ({error}): fetch {url} where there is a network "
             f"and pass the file with pretrained_cfg_overlay=dict(file='{name}.pth') next to pretrained=True"
         ) from error
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        if without_advice(str(error)) == str(error):
+            raise
+        raise RuntimeError(f"the pretrained weights of {name} were refused: {reason(error)}") from None
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **_images(model.pretrained_cfg, arguments)}
     return model
 

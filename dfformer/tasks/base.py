@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from dfformer.data import images as image_data
 from dfformer.models.checkpoint import load_checkpoint, save_checkpoint
+from dfformer.models.metadata import check_classes
 from dfformer.models.registry import VARIANTS
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ def global_batches(config: "TrainConfig", place: Place, images: int) -> image_da
 class DenseTask(ABC):
     """What segmentation and detection share: sets that check themselves, and a model on an encoder of timm."""
 
-    def __init__(self, config: "TrainConfig", place: Place, train_set: Any, val_set: Any) -> None:
-        self.config, self.place = config, place
+    def __init__(self, config: "TrainConfig", place: Place, train_set: Any, val_set: Any, classes: list[str]) -> None:
+        self.config, self.place, self.classes = config, place, classes
         self.train_set, self.val_set = train_set, val_set
         self.batches = global_batches(config, place, len(train_set))
         model_cfg = timm.get_pretrained_cfg(config.model.name)
@@ -115,6 +116,7 @@ class DenseTask(ABC):
         """The model, whose encoder is created with ``arguments``."""
 
     def check(self) -> None:
+        check_classes(self.classes)
         if self.config.data.check_images:
             image_data.check_images(self.train_set, self.val_set)
 

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from dfformer.data import images as image_data
 from dfformer.data.transforms import evaluation_transform, training_transform
 from dfformer.models.checkpoint import load_checkpoint, save_checkpoint
+from dfformer.models.metadata import check_classes
 from dfformer.tasks.base import Place, global_batches, is_ours, written_args
-from dfformer.tasks.evaluate import Pixels, check_pixel_statistics, count_correct
+from dfformer.tasks.evaluate import Pixels, check_pixel_statistics, count_correct, logits_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,6 +70,7 @@ class Classification:
         )
 
     def check(self) -> None:
+        check_classes(self.classes or [])
         if self.config.data.check_images:
             image_data.check_images(self.train_set, self.val_set)
 
@@ -118,8 +120,8 @@ class Classification:
             images = self.erase(images)
         if self.mix is not None:
             images, mixed = self.mix(images, labels)
-            return F.cross_entropy(model(images), mixed)
-        return F.cross_entropy(model(images), labels, label_smoothing=self.config.augment.smoothing)
+            return F.cross_entropy(logits_of(model, images), mixed)
+        return F.cross_entropy(logits_of(model, images), labels, label_smoothing=self.config.augment.smoothing)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         loader = image_data.evaluation_loader(

@@ -131,12 +131,12 @@ class Detection(DenseTask):
         self.categories = train_set.categories
         where = f"{given.root}, split {given.val_split}"
         check_same_categories(val_set.categories, self.categories, where, f"split {given.train_split}")
-        super().__init__(config, place, train_set, val_set)
+        super().__init__(config, place, train_set, val_set, list(train_set.categories.values()))
         self.detector = {name: getattr(config.detect, name) for name in ("channels", "anchor_scale", "norm_groups")}
 
     def on_encoder(self, arguments: dict[str, Any]) -> Detector:
         name, size = self.config.model.name, self.config.data.size
-        return Detector(name, arguments, len(self.categories), size, self.mean, self.std, **self.detector)
+        return Detector(name, arguments, len(self.classes), size, self.mean, self.std, **self.detector)
 
     def training_loader(self) -> DataLoader:
         tensors = DetectionTensors(self.train_set, self.config.detect.hflip)
@@ -159,7 +159,7 @@ class Detection(DenseTask):
         self.save(
             weights,
             path,
-            list(self.categories.values()),
+            self.classes,
             task="detect",
             category_ids=list(self.categories),
             detector=self.detector,
@@ -177,7 +177,7 @@ class Detection(DenseTask):
         found = [confident(objects, _MIN_SCORE) for objects in detect(model, pixels, self.place.device)]
         title = f"{self.config.model.name}: the first {len(images)} validation images"
         rows = {"truth": truth, f"found, score {_MIN_SCORE:g} and up": _as_arrays(found)}
-        return {"predictions.png": detections(images, rows, list(self.categories.values()), title)}
+        return {"predictions.png": detections(images, rows, self.classes, title)}
 
 
 def _no_target(target: Target) -> None:

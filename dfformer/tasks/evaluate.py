@@ -45,6 +45,8 @@ def data_config(model: nn.Module, img_size: tuple[int, int] | None = None) -> di
     config: dict[str, Any] = resolve_model_data_config(model)
     channels = config["input_size"][0]
     if img_size is not None:
+        if min(img_size) < 1:
+            raise ValueError(f"img_size: got {img_size}, accepted are numbers from 1 up")
         config["input_size"] = (channels, *img_size)
     check_pixel_statistics(config)
     return config
@@ -66,6 +68,18 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """A classifier's output (B,classes), in its own dtype; ValueError for a model that puts out anything else."""
+    output = model(images)
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        got = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(
+            f"the model puts out {got}, accepted are logits (B,classes): is it made with global_pool='', "
+            "features_only or fork_feat?"
+        )
+    return output
+
+
 def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pixels: Pixels) -> dict[str, Tensor]:
     """How many images are right (top1, top5), their summed cross entropy (loss), and how many there are (images).
 
@@ -76,7 +90,7 @@ def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pi
     with torch.inference_mode():
         for images, labels in batches:
             labels = labels.to(sums.device, non_blocking=True)
-            logits = model(pixels(images)).float()
+            logits = logits_of(model, pixels(images)).float()
             right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
             sums += torch.stack([right[:, 0].sum(), right.sum(), loss, (labels >= 0).sum()]).double()

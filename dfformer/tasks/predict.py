@@ -13,10 +13,17 @@ from timm.data import ImageNetInfo
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from dfformer.data.files import image_files, orientation_note, orientation_of, read_class_names, read_image
+from dfformer.data.files import (
+    image_files,
+    image_mode,
+    orientation_note,
+    orientation_of,
+    read_class_names,
+    read_image,
+)
 from dfformer.data.transforms import evaluation_transform
 from dfformer.models.checkpoint import load_model
-from dfformer.tasks.evaluate import data_config
+from dfformer.tasks.evaluate import data_config, logits_of
 from dfformer.tasks.results import is_result
 from dfformer.utils.io import write_json
 from dfformer.utils.text import echo, printable
@@ -55,7 +62,7 @@ class Predictor:
     Attributes:
         prepare: an image (PIL) to what ``apply`` needs of it; called in the processes that read.
         apply: everything else that is done for some images: the model, drawing, writing.
-        channels: of the images; 1 converts to grey.
+        channels: of the images, see `dfformer.data.files.image_mode`.
         batch_size: most images ``apply`` is given at once.
         value: the name of a class's number in JSON.
         finish: called once at the end, after an error too.
@@ -107,6 +114,10 @@ def predict(
 def _classifier(
     model: nn.Module, classes: list[str], topk: int, batch_size: int, img_size: tuple[int, int] | None
 ) -> Predictor:
+    if model.training:
+        raise ValueError("model: is in training mode, accepted is eval mode: model.eval()")
+    if topk < 1:
+        raise ValueError(f"topk: got {topk}, accepted are numbers from 1 up")
     config = data_config(model, img_size)
 
     def apply(batch: list[File]) -> list[Prediction]:
@@ -119,7 +130,10 @@ def _classify(model: nn.Module, batch: list[File], classes: list[str], topk: int
     parameter = next(model.parameters())
     images = torch.stack([file.content for file in batch]).to(parameter.device, parameter.dtype)
     with torch.inference_mode():
-        probabilities, indices = model(images).float().softmax(-1).topk(min(topk, len(classes)))
+        logits = logits_of(model, images).float()
+    if len(classes) != logits.shape[1]:
+        raise ValueError(f"classes: got {len(classes)} names, the model has {logits.shape[1]} classes")
+    probabilities, indices = logits.softmax(-1).topk(min(topk, len(classes)))
     if not probabilities.isfinite().all():
         raise ValueError("the model's output is not finite")
     return [
@@ -134,7 +148,7 @@ class Files(Dataset):
     def __init__(
         self, paths: list[Path], transform: Callable[[Any], Any], channels: int, exif_orientation: bool = False
     ) -> None:
-        self.paths, self.transform, self.mode = paths, transform, "L" if channels == 1 else "RGB"
+        self.paths, self.transform, self.mode = paths, transform, image_mode(channels)
         self.exif_orientation = exif_orientation
 
     def __len__(self) -> int:
@@ -269,6 +283,8 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, list[str]]:
     if arguments.classes:
         classes = read_class_names(arguments.classes)
     num_classes: Any = model.num_classes
+    if not num_classes:
+        raise ValueError(f"{arguments.checkpoint or arguments.model}: num_classes is 0, the model has no classifier")
     classes = classes or _default_classes(num_classes)
     if len(classes) != num_classes:
         raise ValueError(f"--classes: got {len(classes)} names, the model has {num_classes} classes")

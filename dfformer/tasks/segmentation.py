@@ -160,8 +160,7 @@ class Segmentation(DenseTask):
             open_mask_dataset(given.dataset, given.root, split, given.size, count, zero, given.exif_orientation)
             for split, count in splits
         )
-        super().__init__(config, place, train_set, val_set)
-        self.classes = train_set.classes
+        super().__init__(config, place, train_set, val_set, train_set.classes)
         self.pixels = Pixels(self.mean, self.std, place.device)
 
     def on_encoder(self, arguments: dict[str, Any]) -> Segmenter:

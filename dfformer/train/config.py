@@ -373,7 +373,7 @@ def _check_images(config: TrainConfig) -> None:
     data, channels = config.data, config.model.args.get("in_chans", 3)
     default = timm.get_pretrained_cfg(config.model.name)
     for name, numbers in (("img_size", data.size), ("synthetic_images", data.synthetic_images)):
-        most = 16384 if name == "img_size" else 10**7
+        most = 4096 if name == "img_size" else 10**7  # as a checkpoint may say
         if min(numbers) < 1 or max(numbers) > most:
             raise ValueError(f"data.{name}: got {getattr(data, name)}, accepted are numbers from 1 to {most}")
     for name in ("mean", "std"):

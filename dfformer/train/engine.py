@@ -29,15 +29,17 @@ from tqdm import tqdm
 
 from dfformer.analysis.metrics import blocks
 from dfformer.data.images import seed_everything
+from dfformer.models.checkpoint import CheckpointError, must_fit
 from dfformer.models.metaformer import DFFormer
 from dfformer.tasks.base import Place, Task
 from dfformer.tasks.evaluate import autocast
 from dfformer.tasks.table import task_part
 from dfformer.train.config import FREE_TO_CHANGE, TrainConfig, flatten, parse
 from dfformer.train.log import Log, interruption
-from dfformer.train.state import checkpoints, load_latest_state, locked, save_state
+from dfformer.train.state import checkpoints, load_latest_state, locked, optimizer_layout, save_state
 from dfformer.utils.device import usable_device
 from dfformer.utils.io import write_atomically
+from dfformer.utils.text import reason
 
 
 class TrainingError(RuntimeError):
@@ -341,11 +343,17 @@ class Engine:
             return None
         path, state = found
         self._must_be_the_same_run(path, json.loads(state["config"]))
-        sharded.set_model_state_dict(self.model, state["state_dict"], options=_WHOLE)
-        if self.ema:
-            sharded.set_model_state_dict(self.ema.module, state["state_dict_ema"], options=_WHOLE)
-        sharded.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_WHOLE)
-        self.scaler.load_state_dict(state["scaler"])
+        for model, name in ((self.model, "state_dict"), *([(self.ema.module, "state_dict_ema")] if self.ema else [])):
+            must_fit(model, state.get(name, {}), path, exactly=True)
+            sharded.set_model_state_dict(model, state[name], options=_WHOLE)
+        try:
+            own = sharded.get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)
+            if own and optimizer_layout(state["optimizer"]) != optimizer_layout(own):  # empty but in the first process
+                raise ValueError("its parameters, or what is kept of them, are not this model's")
+            sharded.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_WHOLE)
+            self.scaler.load_state_dict(state["scaler"])
+        except Exception as error:  # torch would pass over what is missing, and raise anything for the rest
+            raise CheckpointError(f"{path}: optimizer, scaler: do not fit this run: {reason(error)}") from error
         self.step, self.loss_sum, self.history = state["step"], state["loss_sum"], state["history"]
         return path
 

@@ -42,14 +42,15 @@ def find_recipe(name: str) -> Path:
 
 
 def with_recipe_files(arguments: list[str]) -> list[str]:
-    """``train``'s arguments with the file of each recipe in place of its name."""
-    found = list(arguments)
-    for i, argument in enumerate(arguments):
+    """``train``'s arguments with the files of recipes in place of their names, and these first: others overrule them,
+    wherever they are given."""
+    recipes, others, rest = [], [], iter(arguments)
+    for argument in rest:
         flag, assigned, value = argument.partition("=")
         if flag not in _FLAGS:
-            continue
-        if assigned:
-            found[i] = f"{flag}={find_recipe(value)}"
-        elif i + 1 < len(arguments):
-            found[i + 1] = str(find_recipe(arguments[i + 1]))
-    return found
+            others.append(argument)
+        elif name := value if assigned else next(rest, ""):
+            recipes.append(f"{flag}={find_recipe(name)}")
+        else:
+            others.append(argument)  # for the parser to refuse
+    return recipes + others

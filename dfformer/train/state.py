@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 
 from dfformer.models.checkpoint import CheckpointError, read_pickle
-from dfformer.utils.io import write_atomically
+from dfformer.utils.io import remove_partial, write_atomically
 
 try:
     import fcntl
@@ -48,6 +48,7 @@ def locked(folder: Path) -> Iterator[None]:
                 raise ValueError(f"output: {folder} is in use by another training; give another folder") from error
             print(f"{folder}: cannot be locked against a second training ({error.strerror})", file=sys.stderr)
         _held.add(key)
+        remove_partial(folder)
         try:
             yield
         finally:
@@ -112,6 +113,14 @@ def _checked_state(path: Path, state: Any) -> dict[str, Any]:
         if name not in state or not accepts(state[name]):
             raise CheckpointError(f"{path}: {name}: is missing, or not what a training run writes")
     return state
+
+
+def optimizer_layout(state: dict[str, Any]) -> Any:
+    """What an optimiser's state is of: its groups' parameters, and the names and shapes of what is kept of each."""
+    kept = {
+        name: {key: getattr(value, "shape", ()) for key, value in of.items()} for name, of in state["state"].items()
+    }
+    return kept, [sorted(group["params"]) for group in state["param_groups"]]
 
 
 def _is_number(value: Any) -> bool:

@@ -1,8 +1,14 @@
 """Text for people: names that may hold anything, and lists that may be long."""
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import TextIO
+
+# How libraries advise to load a file without protection.
+_ADVICE = re.compile(
+    r"weights_only|safe_globals|re-?running|torch\.load|trusted|arbitrary code|file an issue", re.IGNORECASE
+)
 
 
 def printable(text: object) -> str:
@@ -22,3 +28,17 @@ def abbreviate(names: Sequence[str], limit: int = 5) -> str:
     """``"a, b, c and 4 more"``."""
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(printable, names[:limit])) + rest
+
+
+def without_advice(text: str) -> str:
+    """``text`` of a library without the sentences that advise to load a file without protection."""
+    if not _ADVICE.search(text):
+        return text
+    sentences = re.split(r"(?<=[.!?])\s+|\n+", text)
+    return " ".join(part.strip() for part in sentences if part.strip() and not _ADVICE.search(part))
+
+
+def reason(error: BaseException) -> str:
+    """An error of a library in one line: what it is and its first line, `without_advice`."""
+    told = without_advice(str(error)).strip()
+    return f"{type(error).__name__}: {told.splitlines()[0] if told else ''}"[:300].removesuffix(": ")

@@ -73,7 +73,7 @@ def test_info_says_why_a_backend_is_missing(
     assert f"no: {reason}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("size", ["0", "12x", "axb", "1x2x3"])
+@pytest.mark.parametrize("size", ["0", "12x", "axb", "1x2x3", "16385", "100000000"])
 def test_bad_sizes(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["info", "--img-size", size])

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from dfformer import DFFormer, DynamicFilter, SepConv
 from dfformer.models.layers import Scale
@@ -119,6 +120,29 @@ def test_dtype_is_that_of_a_model_cast_to_it(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     cast = build().to(dtype)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), cast.parameters(), strict=True))
+
+
+def test_dtype_under_fake_tensors() -> None:
+    """As tools that plan memory build models."""
+    with FakeTensorMode():
+        model = build(dtype=torch.bfloat16)
+        model.reset_classifier(3, dtype=torch.float64)
+        assert {p.dtype for p in model.stages.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in model.get_classifier().parameters()} == {torch.float64}
+
+
+class _BatchNorm(nn.BatchNorm2d):
+    """Over channels that come last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+
+
+def test_dtype_of_norms_with_statistics() -> None:
+    model = build(norm_layers=_BatchNorm, dtype=torch.float64)
+    statistics = [b for b in model.buffers() if b.is_floating_point()]
+    assert statistics
+    assert {t.dtype for t in [*model.parameters(), *statistics]} == {torch.float64}
 
 
 def test_device_comes_before_the_surrounding_one() -> None:

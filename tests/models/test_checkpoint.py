@@ -1,7 +1,13 @@
 """Checkpoints: what loads, what is refused, and what the error says."""
 
+import io
+import json
 import os
 import pickle
+import re
+import tarfile
+import traceback
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import dfformer  # noqa: F401 (registers the models)
+import dfformer
 from dfformer.models.checkpoint import (
     CheckpointError,
     convert,
@@ -22,7 +28,9 @@ from dfformer.models.checkpoint import (
     save_checkpoint,
 )
 from dfformer.models.filter_resize import resize_filter
+from dfformer.models.mismatch import causes
 
+ADVICE = re.compile("weights_only|safe_globals|trusted|arbitrary code|torch.load")
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_size": 64, "num_classes": 5}
 
 
@@ -117,6 +125,71 @@ def test_mismatch_lists_missing_unexpected_and_wrongly_shaped_names(tmp_path: Pa
     assert (mismatch.missing, mismatch.unexpected, len(mismatch.wrong_shape)) == (["norm.bias"], ["extra.weight"], 2)
 
 
+CAUSES: dict[str, tuple[dict[str, Any], str]] = {
+    "depths": ({"depths": (1, 2, 1, 1)}, "depths differ: the checkpoint has 2 blocks in stage 1, the model 1"),
+    "dims": ({"dims": (8, 12, 16, 16)}, "dims differ: the checkpoint has 12 channels in stage 1, the model 8"),
+    "mixers": (
+        {"token_mixers": dfformer.GlobalFilter},
+        "the checkpoint has GlobalFilter in stage 0",
+    ),
+    "num_filters": ({"num_filters": 2}, "num_filters: the checkpoint has 2, the model 4"),
+    "in_chans": ({"in_chans": 1}, "in_chans: the checkpoint has 1, the model 3"),
+    "activation": ({"mlp_act": nn.GELU}, "activations differ: the model has StarReLU, the checkpoint has not"),
+    "no-classifier": ({"num_classes": 0}, "only the model has a classifier"),
+    "dense": ({"fork_feat": True}, "the checkpoint is of a model with fork_feat=True"),
+}
+
+
+@pytest.mark.parametrize(("other", "cause"), CAUSES.values(), ids=CAUSES.keys())
+def test_a_mismatch_names_its_cause(other: dict[str, Any], cause: str, tmp_path: Path) -> None:
+    torch.save(small(**other).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(small(), tmp_path / "other.pth")
+    assert cause in str(raised.value).splitlines()[0]
+
+
+FOREIGN = {
+    "layer1.0.conv1.weight": "a ResNet",
+    "blocks.0.attn.qkv.weight": "a vision transformer",
+    "stages.0.blocks.0.norm1.weight": "a MetaFormer of timm, not of dfformer",
+    "stages.0.blocks.0.conv_dw.weight": "a ConvNeXt of timm",
+    "layers.0.blocks.0.attn.qkv.weight": "a Swin transformer",
+    "fpn.encoder.model.stem.weight": "a segmentation model",
+    "backbone.encoder.stem.weight": "a detection model",
+    "something.weight": "another kind of model: no name is the same",
+}
+
+
+@pytest.mark.parametrize(("name", "family"), FOREIGN.items())
+def test_a_mismatch_names_another_family(name: str, family: str, tmp_path: Path) -> None:
+    torch.save({name: torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=f"the checkpoint is of {family};"):
+        load_checkpoint(small(), tmp_path / "other.pth")
+
+
+def test_a_mismatch_of_a_size_names_the_model_of_that_layout(tmp_path: Path) -> None:
+    """From names and shapes alone: the larger model is never built with memory."""
+    with torch.device("meta"):
+        outline = timm.create_model("cdfformer_s36").state_dict()
+    found = causes(small().state_dict(), outline)
+    assert "the checkpoint looks like cdfformer_s36" in found
+
+
+def test_a_mismatch_lists_ten_names_a_kind(tmp_path: Path) -> None:
+    state_dict = {name: torch.zeros(99) for name in small().state_dict() if name.endswith("norm1.weight")}
+    state_dict |= {f"extra.{n}\n": torch.zeros(1) for n in range(12)}
+    torch.save(state_dict, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(small(), tmp_path / "other.pth")
+    _, missing, unexpected, wrong = str(raised.value).splitlines()
+    absent = len(small().state_dict()) - 4
+    assert missing.startswith(f"missing ({absent}): ")
+    assert missing.endswith(f" and {absent - 10} more")
+    assert unexpected.startswith("unexpected (12): 'extra.0\\n', ")
+    assert unexpected.endswith(" and 2 more")
+    assert (missing.count(", "), unexpected.count(", "), wrong.count("(checkpoint ")) == (9, 9, 4)
+
+
 class Malicious:
     """Unpickled freely, this writes a file."""
 
@@ -127,15 +200,125 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_malicious_pickle_is_refused(tmp_path: Path) -> None:
-    trap = tmp_path / "trap"
-    torch.save({"state_dict": Malicious(trap)}, tmp_path / "evil.pth")
-    with pytest.raises(CheckpointError, match=r"refused, because loading it would run code.*mkdir"):
-        read_checkpoint(tmp_path / "evil.pth")
-    (tmp_path / "evil_plain.pth").write_bytes(pickle.dumps(Malicious(trap)))
-    with pytest.raises(CheckpointError):
-        read_checkpoint(tmp_path / "evil_plain.pth")
-    assert not trap.exists()
+def _advice(path: Path) -> None:
+    """A pickle of numbers that torch does not take for data."""
+    path.write_bytes(pickle.dumps({"a": complex(1)}))
+
+
+def _malicious(path: Path) -> None:
+    torch.save({"a": torch.zeros(1), "b": Malicious(path.with_name("trap"))}, path)
+
+
+def _old_malicious(path: Path) -> None:
+    content = {"a": torch.zeros(1), "b": Malicious(path.with_name("trap"))}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def _old_tar(path: Path) -> None:
+    """As torch wrote before version 0.4: three pickles."""
+    with tarfile.open(path, "w") as tar:
+        for name in ("storages", "tensors", "pickle"):
+            content = pickle.dumps(Malicious(path.with_name("trap")))
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def _torchscript(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("data.pkl", "constants.pkl"):
+            archive.writestr(f"model/{name}", pickle.dumps(Malicious(path.with_name("trap"))))
+        archive.writestr("model/version", "3\n")
+
+
+def _compressed(path: Path) -> None:
+    torch.save({"a": torch.zeros(2**16)}, path)
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+
+
+UNSAFE: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "pickle": ("is truncated or not a checkpoint", _advice),
+    "malicious": ("refused, because loading it would run code: it refers to .*mkdir", _malicious),
+    "plain-malicious": (
+        "is truncated or not a checkpoint",
+        lambda path: path.write_bytes(pickle.dumps(Malicious(path.with_name("trap")))),
+    ),
+    "old-malicious": ("is truncated or not a checkpoint", _old_malicious),
+    "old-tar": ("is in the .tar format of torch before 0.4, accepted are", _old_tar),
+    "torchscript": ("is a TorchScript archive, accepted are", _torchscript),
+    "zip-bomb": ("is compressed, [0-9]+ bytes from [0-9]+", _compressed),
+    "expanded": ("'a' is not a dense", lambda path: torch.save({"a": torch.zeros(1).expand(2**38)}, path)),
+    "sparse": ("'a' is not a dense", lambda path: torch.save({"a": torch.zeros(3).to_sparse()}, path)),
+    "meta": ("'a' is not a dense", lambda path: torch.save({"a": torch.zeros(2**40, device="meta")}, path)),
+}
+
+
+@pytest.mark.parametrize(("message", "write"), UNSAFE.values(), ids=UNSAFE.keys())
+def test_pickles_that_are_refused(message: str, write: Callable[[Path], Any], tmp_path: Path) -> None:
+    """Without running code, and without torch's advice to load them all the same."""
+    path = tmp_path / "evil.pth.tar"
+    write(path)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        read_checkpoint(path)
+    told = "".join(traceback.format_exception_only(raised.value))
+    assert not ADVICE.search(told)
+    assert len(told) < 1000
+    assert not (tmp_path / "trap").exists()
+
+
+def test_pretrained_weights_that_are_refused(tmp_path: Path) -> None:
+    """timm reads these; its advice is not passed on."""
+    torch.save({"state_dict": Malicious(tmp_path / "trap")}, tmp_path / "evil.pth")
+    with pytest.raises(RuntimeError, match="the pretrained weights of dfformer_s18 were refused: ") as raised:
+        small(pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "evil.pth")})
+    assert not ADVICE.search("".join(traceback.format_exception(raised.value)).split("RuntimeError: ")[-1])
+    assert not (tmp_path / "trap").exists()
+
+
+def _entry(first: int, last: int, shape: list[int] | None = None) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": shape or [(last - first) // 4], "data_offsets": [first, last]}
+
+
+HEADERS: dict[str, bytes] = {
+    "huge": (2**63).to_bytes(8, "little") + b"{}",
+    "longer-than-the-file": (2**20).to_bytes(8, "little") + b"{}",
+    **{
+        name: len(text := json.dumps(header).encode()).to_bytes(8, "little") + text + bytes(16)
+        for name, header in {
+            "overlapping": {"a": _entry(0, 16), "b": _entry(8, 16)},
+            "same-place": {"a": _entry(0, 16), "b": _entry(0, 16)},
+            "beyond-the-end": {"a": _entry(0, 64)},
+            "hole": {"a": _entry(0, 4), "b": _entry(12, 16)},
+            "huge-shape": {"a": _entry(0, 16, [2**31, 2**31])},
+            "overflowing-shape": {"a": _entry(0, 16, [2**62, 4])},
+            "negative": {"a": _entry(-4, 12)},
+            "no-dtype": {"a": {"shape": [4], "data_offsets": [0, 16]}},
+            "unknown-dtype": {"a": {**_entry(0, 16), "dtype": "F99"}},
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("content", HEADERS.values(), ids=HEADERS.keys())
+def test_headers_of_safetensors_that_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: is truncated or not a safetensors file"):
+        read_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Whatever the order of arguments; safetensors writes the entries of its metadata in an order of chance."""
+    contents = set()
+    for n in range(8):
+        arguments = dict(reversed(SMALL.items())) if n % 2 else SMALL
+        path = tmp_path / f"{n}.safetensors"
+        save_checkpoint(small(), path, "dfformer_s18", arguments, list("abcde"), {"crop_pct": 0.5})
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
 
 
 BROKEN: dict[str, tuple[str, Callable[[bytes], bytes]]] = {

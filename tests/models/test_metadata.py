@@ -76,7 +76,7 @@ def with_data(**settings: Any) -> dict[str, Any]:
 BAD_ARGS: dict[str, list[Any]] = {
     "depths": [[10**9], [0], [1] * 9, "11", [1.0], [True], [[1]], {}, None],
     "dims": [[2**40], [-8, 8], [], 8],
-    "img_size": [0, -1, 10**6, [16, 16, 16], [16], "16", 16.0, True],
+    "img_size": [0, -1, 4097, 10**6, [16, 16, 16], [16], "16", 16.0, True],
     "in_chans": [0, 10**7, "3"],
     "num_classes": [-1, 10**9, None],
     "drop_rate": [1.5, -0.1, "0.1", [0]],
@@ -240,10 +240,15 @@ def test_an_encoder_larger_than_its_file_is_never_allocated(trap: Path, monkeypa
         patch.setattr(Segmenter, "__init__", outlined)
         with pytest.raises(CheckpointError, match="does not fit this Segmenter"):
             load_segmenter(path)
-    large = {**ARGS, "img_size": 16384, "depths": [8, 1]}
+    large = {**ARGS, "img_size": 4096, "depths": [8, 1], "strides": [1, 2]}
     state_dict = timm.create_model("dfformer_s18", **{**large, "img_size": 16}).state_dict()
     path = write(trap, state_dict, json.dumps(changed(model_args=large, classes=None, data={})))
     with pytest.raises(CheckpointError, match="img_size: the model would have"):
+        load_model(path)
+    deep = {**ARGS, "depths": [128] * 8, "dims": [8] * 8, "strides": [1] * 8, "res_scale_init_values": [None] * 8}
+    path = write(trap, state_dict, json.dumps(changed(model_args=deep, classes=None, data={})))
+    monkeypatch.setattr(torch.nn.Module, "__init__", None)  # nothing is built at all
+    with pytest.raises(CheckpointError, match=r"model_args\.depths: adds up to 1024 blocks, the file has"):
         load_model(path)
 
 

@@ -5,21 +5,31 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 
-declare -A packages=(
-    # the oldest Pillow with wheels for Python 3.11
-    [oldest]="torch==2.10.0 timm==1.0.26 pillow==9.4.0"
-    [newest]="torch timm pillow"
-)
+# What pyproject.toml asks for, with the versions of one end; the extras are what the tests below import.
+requirements() {
+    "$python" - "$1" <<'PYTHON'
+import re, sys, tomllib
+from pathlib import Path
+
+project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+ranges = project["dependencies"]
+if sys.argv[1] == "oldest":
+    ranges = [re.sub(r"^(torch|timm|pillow)>=", r"\1==", entry) for entry in ranges]
+    assert sum("==" in entry for entry in ranges) == 3, ranges
+extras = project["optional-dependencies"]
+print(*ranges, *extras["train"], *extras["dense"], "hypothesis", "pytest", "pytest-timeout", sep="\n")
+PYTHON
+}
+
 # test_timm.py asks of a model what the newest timm has.
-tests=(tests/kernels/test_dispatch.py tests/kernels/test_autotune.py tests/kernels/ops tests/models
-    --ignore=tests/models/test_timm.py)
+tests=(tests/kernels/test_dispatch.py tests/kernels/test_autotune.py tests/kernels/ops tests/models tests/data
+    tests/utils --ignore=tests/models/test_timm.py)
 
 for end in ${1:-oldest newest}; do
     folder=build/range/$end
     [[ -x $folder/bin/python ]] || "$python" -m venv "$folder"
-    # shellcheck disable=SC2086
-    "$folder/bin/python" -m pip install --quiet --upgrade ${packages[$end]} \
-        numpy safetensors hypothesis pytest pytest-timeout
+    requirements "$end" > "$folder/requirements.txt"
+    "$folder/bin/python" -m pip install --quiet --upgrade --requirement "$folder/requirements.txt"
     make core PYTHON="$folder/bin/python"
     echo "== $end: $("$folder/bin/python" -m pip list 2>/dev/null | grep -iE '^(torch|timm|pillow) ' | tr -s ' ' | tr '\n' ' ')"
     PYTHONPATH=$PWD "$folder/bin/python" -m pytest -q "${tests[@]}"

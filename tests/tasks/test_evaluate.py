@@ -16,6 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 from dfformer.cli.main import main
 from dfformer.data import images
 from dfformer.models.checkpoint import load_model, save_checkpoint
+from dfformer.tasks.predict import predict
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_size": 32}
 CLASSES = ["ant", "bee", "cat"]
@@ -89,6 +90,67 @@ def test_the_digits(tmp_path: Path) -> None:
     assert row["images"] == "360"
     assert row["crop_pct"] == "0.9", "the model's own"
     assert float(row["top1"]) < float(row["top5"]) < 1
+
+
+def test_a_model_of_rgb_images_on_grey_data(tmp_path: Path) -> None:
+    """Grey images are RGB images whose channels are equal."""
+    digits = [str(digit) for digit in range(10)]
+    rows = []
+    for channels in (1, 3):
+        checkpoint = write_checkpoint(tmp_path / f"{channels}.safetensors", digits, channels=channels)
+        if channels == 3:  # the grey model's weights, a third for each channel
+            model, _ = load_model(tmp_path / "1.safetensors")
+            weights = model.state_dict()
+            name = "downsample_layers.0.conv.weight"
+            weights[name] = weights[name].repeat(1, 3, 1, 1) / 3
+            arguments = {**SMALL, "num_classes": 10}
+            data = {"input_size": (3, 32, 32), "crop_pct": 0.9, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+            save_checkpoint(weights, checkpoint, "dfformer_s18", arguments, digits, data)
+        table = tmp_path / f"{channels}.csv"
+        assert main(["eval", str(checkpoint), "--dataset", "digits", "--workers", "0", "--csv", str(table)]) == 0
+        with table.open() as file:
+            rows += list(csv.DictReader(file))
+    assert rows[0]["top1"] == rows[1]["top1"]
+    assert float(rows[0]["loss"]) == pytest.approx(float(rows[1]["loss"]), rel=1e-4)
+
+
+NO_CLASSIFIERS: dict[str, tuple[dict[str, Any], str]] = {
+    "four-channels": ({"in_chans": 4}, "in_chans: the model takes images of 4 channels, accepted are 1 (grey) and 3"),
+    "every-position": ({"global_pool": ""}, "the model puts out (1, 1, 1, 3), accepted are logits (B,classes)"),
+    "no-classes": ({"num_classes": 0}, "0"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), NO_CLASSIFIERS.values(), ids=NO_CLASSIFIERS.keys())
+def test_models_that_do_not_classify_images(
+    arguments: dict[str, Any], message: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "m.safetensors"
+    arguments = {**SMALL, "num_classes": 3, **arguments}
+    save_checkpoint(timm.create_model("dfformer_s18", **arguments), checkpoint, "dfformer_s18", arguments)
+    image = str(root / "val" / "ant" / "0.png")
+    for command in (
+        ["predict", "--checkpoint", str(checkpoint), image],
+        ["eval", str(checkpoint), "--root", str(root)],
+    ):
+        assert main([*command, "--workers", "0", "--batch-size", "1"]) != 0
+        assert message in capsys.readouterr().err
+
+
+WRONG_CALLS: dict[str, tuple[dict[str, Any], str]] = {
+    "few-classes": ({"classes": ["a"]}, "classes: got 1 names, the model has 3 classes"),
+    "many-classes": ({"classes": list("abcd")}, "classes: got 4 names, the model has 3 classes"),
+    "topk": ({"topk": 0}, "topk: got 0, accepted are numbers from 1 up"),
+    "size": ({"img_size": (0, 32)}, r"img_size: got \(0, 32\), accepted are numbers from 1 up"),
+    "training": ({}, "model: is in training mode"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_CALLS.values(), ids=WRONG_CALLS.keys())
+def test_wrong_calls_of_predict(arguments: dict[str, Any], message: str, root: Path) -> None:
+    model = timm.create_model("dfformer_s18", **SMALL, num_classes=3).train("training" in message)
+    with pytest.raises(ValueError, match=message):
+        predict(model, [root / "val" / "ant" / "0.png"], **{"classes": CLASSES, **arguments})
 
 
 def test_bfloat16(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

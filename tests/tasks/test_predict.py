@@ -129,7 +129,7 @@ def test_an_image_that_the_model_fails_on(checkpoints: dict[str, str], tmp_path:
     model, classes = load_model(checkpoints["classify"])
     assert classes is not None
     paths, errors = sorted(tmp_path.glob("*.png")), dict[str, str]()
-    failing = FailsOnBlack(model)
+    failing = FailsOnBlack(model).eval()
     found = predict.predict(
         failing, paths, classes, batch_size=4, on_error=lambda path, error: errors.update({path.name: str(error)})
     )

@@ -79,7 +79,7 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
     "400-digits": (["--optim.epochs", DIGITS], "number"),
     "400-digits-of-size": (["--data.img_size", DIGITS], "number"),
     "billion-epochs": (["--optim.epochs", "1000000000"], r"optim\.epochs"),
-    "huge-size": (["--data.img_size", "1000000"], r"data\.img_size"),
+    "huge-size": (["--data.img_size", "4097"], r"data\.img_size: got 4097, accepted are numbers from 1 to 4096"),
     "endless-policy": (["--augment.auto_augment", "rand-m9-n99999999"], r"augment\.auto_augment"),
     "shell": (["--data.dataset", "wds/x", "--data.root", "pipe:touch sprung"], r"data\.dataset"),
 }
@@ -89,6 +89,14 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
 def test_settings_that_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(arguments)
+
+
+def test_the_command_line_overrules_the_recipe_in_any_order(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("optim: {lr: 0.5}\nseed: 3")
+    recipe = ["--recipe", str(tmp_path / "own.yaml")]
+    for arguments in (["--seed", "4", *recipe], [*recipe, "--seed", "4"], ["--seed=4", "--config=" + recipe[1]]):
+        config = parse(arguments)
+        assert (config.seed, config.optim.lr) == (4, 0.5)
 
 
 def test_what_recipes_have() -> None:

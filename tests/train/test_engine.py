@@ -118,6 +118,11 @@ def test_misuses(
     assert message in printed
 
 
+def test_a_model_that_gives_no_logits(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--model.args.global_pool=", "--output", str(tmp_path / "run")]) == 2
+    assert "accepted are logits (B,classes): is it made with global_pool=''" in capsys.readouterr().err
+
+
 def test_unknown_keys_of_a_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.write_text("optim: {learning_rate: 1}")
     assert main(["train", "--recipe", str(recipe)]) == 2
@@ -165,7 +170,22 @@ def _only_text(root: Path) -> str:
     return "this class folder has no images"
 
 
-SPOILERS = [_remove_class, _empty_class, _rename_class, _break_image, _cut_off, _empty_split, _only_text]
+def _unprintable_class(root: Path) -> str:
+    for split in ("train", "val"):
+        (root / split / "bee").rename(root / split / "bee\n")
+    return "classes: got 'bee\\n', accepted are names of 1 to 1000 characters, none of them a control character"
+
+
+SPOILERS = [
+    _unprintable_class,
+    _remove_class,
+    _empty_class,
+    _rename_class,
+    _break_image,
+    _cut_off,
+    _empty_split,
+    _only_text,
+]
 
 
 @pytest.mark.parametrize("spoil", SPOILERS)

@@ -2,17 +2,21 @@
 
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from paths import ROOT
-from train_runs import FULL, assert_same_result, history
+from train_runs import FULL, assert_same_result, found, history
 
 from dfformer.cli.main import main
 from dfformer.models.checkpoint import CheckpointError
@@ -123,6 +127,65 @@ def test_killed_at_random_moments(command: list[str], expected: Path, tmp_path: 
         assert list(run.glob(".checkpoint-*.partial")) or landed > 1
     assert main(arguments) == 0
     assert_same_result(run, expected)
+    assert not list(run.glob(".*.partial")), "what the killed ones left half written is gone"
+
+
+def _without(name: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda state: state.pop(name)
+
+
+SPOILED: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "no-weight": (r"does not fit.*missing \(1\): norm\.bias", lambda state: state["state_dict"].pop("norm.bias")),
+    "wrong-shape": (
+        r"wrongly shaped \(1\): norm\.bias",
+        lambda state: state["state_dict"].update({"norm.bias": torch.zeros(1)}),
+    ),
+    "other-filters": (
+        r"wrongly shaped \(1\): stages\.0\.0\.token_mixer\.complex_weights",
+        lambda state: state["state_dict"].update({"stages.0.0.token_mixer.complex_weights": torch.zeros(8, 5, 4, 2)}),
+    ),
+    "other-classes": (
+        r"wrongly shaped \(2\): head\.fc2",
+        lambda state: state["state_dict"].update({f"head.fc2.{n}": t for n, t in _classifier(5).items()}),
+    ),
+    "no-averages": (r"does not fit.*missing \(", _without("state_dict_ema")),
+    "empty-optimizer": ("optimizer, scaler: do not fit this run: ", lambda state: state["optimizer"].clear()),
+    "half-an-optimizer": (
+        "optimizer, scaler: do not fit this run: ",
+        lambda state: state["optimizer"]["state"].pop("norm.bias"),
+    ),
+    "optimizer-without-moments": (
+        "optimizer, scaler: do not fit",
+        lambda state: state["optimizer"]["state"]["norm.bias"].pop("exp_avg"),
+    ),
+    "wrong-moments": (
+        "optimizer, scaler: do not fit",
+        lambda state: state["optimizer"]["state"]["norm.bias"].update(exp_avg=torch.zeros(3)),
+    ),
+    "bad-optimizer": ("optimizer, scaler: do not fit", lambda state: state["optimizer"].update(param_groups=[1])),
+}
+
+
+def _classifier(classes: int) -> dict[str, torch.Tensor]:
+    return torch.nn.Linear(32, classes).state_dict()
+
+
+@pytest.mark.parametrize(("message", "spoil"), SPOILED.values(), ids=SPOILED.keys())
+def test_a_state_that_does_not_fit(
+    message: str,
+    spoil: Callable[[dict[str, Any]], Any],
+    command: list[str],
+    expected: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its digest is right, and its settings are those of the run; nothing of it is used."""
+    _, state = found(train_state.load_latest_state(expected))
+    spoil(state)
+    train_state.save_state(tmp_path / "run", 6, state, keep=1)
+    assert main([*command, "--output", str(tmp_path / "run"), "--resume", "true"]) == 2
+    told = capsys.readouterr().err
+    assert re.search(message, told, re.DOTALL), told
 
 
 def test_interrupted_from_the_keyboard(command: list[str], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import IO, Any
 import pytest
 
 from dfformer.utils import io
-from dfformer.utils.io import replacing, write_atomically, write_json
+from dfformer.utils.io import remove_partial, replacing, write_atomically, write_json
 
 
 def put(content: bytes) -> Any:
@@ -142,3 +142,14 @@ def test_json_has_no_numbers_that_json_does_not_know(tmp_path: Path) -> None:
 
     content = json.loads(path.read_bytes(), parse_constant=refuse)
     assert content == {"scores": [1.5, None, [None, None]], "name": "\udce9\n"}
+
+
+def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
+    """And nothing else, however similar its name."""
+    kept = ["file.partial", ".hidden", ".a.partial", ".a.0123456789.partial", ".a.0123abcd.partial.txt"]
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / ".never"):
+        raise KeyboardInterrupt
+    for name in (*kept, ".a.0123abcd.partial", ".b.c.89abcdef.partial"):
+        (tmp_path / name).touch()
+    remove_partial(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)

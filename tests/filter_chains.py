@@ -163,6 +163,11 @@ def _filters_too(x: Tensor, logits: Tensor, basis: Tensor) -> Any:
     return back(there(x) * M), M.real
 
 
+def _conjugated_basis(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    routing = logits.softmax(1).to(torch.complex64)
+    return back(there(x) * torch.einsum("bfc,hkf->bhkc", routing, torch.view_as_complex(basis).conj()))
+
+
 def _swapped_parts(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     M = mixed(logits, basis)
     return back(there(x) * torch.complex(M.imag, M.real))
@@ -243,6 +248,7 @@ OTHER: dict[str, tuple[Step, str]] = {
         lambda x, r, b: back(there(x) * mixed(r, b).conj()),
         r"conj of shape \(4, 8, 5, 6\), are not \(H, K, C\)",
     ),
+    "conjugated basis": (_conjugated_basis, "its filters are a lazy conjugate"),
     "conjugated spectrum": (lambda x, r, b: back(there(x).conj() * mixed(r, b)), "stands conj"),
     "parts swapped": (_swapped_parts, "output differs from ours by .* relative"),
     "scaled by a number": (lambda x, r, b: back(there(x) * 0.5 * mixed(r, b)), "stands mul by 0.5"),

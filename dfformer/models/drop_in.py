@@ -15,7 +15,7 @@ from dfformer.models.copies.trial import Trial, device_of, difference, find, for
 from dfformer.models.layers import StarReLU
 from dfformer.models.spectral import DynamicFilter, GlobalFilter, SpectralFilter
 from dfformer_kernels.graph.compare import AGREEMENT, undisturbed
-from dfformer_kernels.graph.trace import DifferentCopyError, UnsupportedCopyError
+from dfformer_kernels.graph.trace import DifferentCopyError, UnsupportedCopyError, has_hooks
 from dfformer_kernels.tolerance import relative_error
 
 _NAME = "complex_weight"  # what the authors and most copies call their filters
@@ -219,8 +219,8 @@ def _check_replaceable(module: nn.Module) -> None:
     tensors = [*module.parameters(), *module.buffers()]
     foreign = {type(t).__name__ for t in tensors} - {"Parameter", "Tensor"}
     lost = {
-        "it has hooks": _has_hooks(vars(module)),
-        "hooks on all modules are registered": _has_hooks(vars(nn.modules.module)),
+        "it has hooks": has_hooks(module),
+        "hooks on all modules are registered": has_hooks(nn.modules.module),
         "its forward was set on the instance": "forward" in vars(module),
         "it has parametrisations": parametrize.is_parametrized(module),
         f"it defines {', '.join(sorted(methods))}": bool(methods),
@@ -232,10 +232,6 @@ def _check_replaceable(module: nn.Module) -> None:
         raise UnsupportedCopyError("it is a script, whose forward cannot be read")
     if foreign or any(t.is_meta for t in tensors):
         raise UnsupportedCopyError(f"its parameters are {', '.join(sorted(foreign)) or 'on the meta device'}")
-
-
-def _has_hooks(attributes: dict[str, Any]) -> bool:
-    return any(name.endswith("_hooks") and isinstance(value, dict) and value for name, value in attributes.items())
 
 
 def _has_official_parts(module: nn.Module) -> bool:

@@ -19,8 +19,9 @@ def fuse(program: nn.Module | ExportedProgram, *inputs: Any, **named: Any) -> Fu
     Args:
         program: a module or an ExportedProgram, changed in place. A module's parameters, names and submodules stay. Its
             layers with a chain become instances of subclasses that run the rewritten graph for inputs of the shapes
-            seen here, of any batch, and the original for others; they are copied and compiled like others, but not
-            pickled: save the state dict. Plain attributes that a forward reads count as constants.
+            seen here, of any batch, and the original for others; call this once for each size. They are copied and
+            compiled like others, but not pickled: save the state dict. Plain attributes that a forward reads count as
+            constants, and autocast that it switches off inside is not.
         inputs, named: what to call a module with, once, for evaluation and without gradients. None for an
             ExportedProgram.
 

@@ -24,6 +24,7 @@ from dfformer_kernels.graph.trace import (
     UnsupportedCopyError,
     differing_call,
     first_line,
+    has_hooks,
     length,
     trace,
     with_forward,
@@ -103,12 +104,17 @@ def fuse_module(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             found += _fuse_call(call, where, recorder.spectral)
         except UnsupportedCopyError as error:
             found.append(Finding(where, reason=str(error)))
+        except Exception as error:  # whatever foreign code raises
+            found.append(Finding(where, reason=f"it cannot be tried ({first_line(error)})"))
     return found
 
 
 def _fuse_call(call: _Call, where: str, spectral: Collection[nn.Module]) -> list[Finding]:
     module = call.module
     given = _arguments(call)
+    inside = [name for name, m in module.named_modules() if name and m in spectral and has_hooks(m)]
+    if inside:
+        raise UnsupportedCopyError(f"{inside[0]} has hooks, which the graph would not call")
     device = next((t.device for t in given.values() if isinstance(t, Tensor)), torch.device("cpu"))
     with compare.undisturbed(device):
         found, graph = _rewritten(module, given, where, spectral)
@@ -193,7 +199,8 @@ def _bound(forward: Callable[..., Any], names: list[str], constants: Mapping[str
 def _call_softmax(graph: fx.Graph, module: nn.Module) -> None:
     """Modules nn.Softmax as calls of the function."""
     for node in graph.nodes:
-        if node.op == "call_module" and type(softmax := module.get_submodule(str(node.target))) is nn.Softmax:
+        softmax = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if type(softmax) is nn.Softmax and not has_hooks(softmax):
             node.op, node.target, node.kwargs = "call_function", torch.softmax, {"dim": softmax.dim}
 
 
@@ -214,6 +221,7 @@ def _fused_class(
             return rewritten(self, *(inputs[name] for name in tensors))
         return original(self, *args, **kwargs)
 
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined] # as inspect's documentation says
     return type(f"Fused{kind.__name__}", (kind,), {"forward": forward, "code": program.code})
 
 

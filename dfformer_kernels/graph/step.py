@@ -74,7 +74,7 @@ class Step(NamedTuple):
             y = call(operator, x, logits, filters, *rest)
         if self.channels_first:
             y = call(aten.permute.default, y, [0, 3, 1, 2])
-            y = call(aten.clone.default, y, memory_format=torch.contiguous_format)
+            y = call(aten.contiguous.default, y)
         return y
 
 
@@ -106,6 +106,8 @@ def _candidates(chain: Chain, values: Values) -> Iterator[Step]:
     for (filters, logits), order in itertools.product(routings, itertools.permutations(range(4))):
         fits = len(shape) == 4 and tuple(shape[axis] for axis in order) == (H, W // 2 + 1, filters, 2)
         if fits and (not dtype.is_complex or order[3] == 3):
+            if values[chain.filters].is_conj():
+                raise NotFusedError("its filters are a lazy conjugate, which has no view as pairs; conj_physical() has")
             yield Step(chain.channels_first, order, dtype.is_complex, logits, C, cast)
 
 

@@ -99,6 +99,11 @@ def _numbers(node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:
     return found
 
 
+def has_hooks(of: nn.Module | types.ModuleType) -> bool:
+    """Whether a module has hooks, or torch's module of modules has those of all."""
+    return any(name.endswith("_hooks") and isinstance(hooks, dict) and hooks for name, hooks in vars(of).items())
+
+
 def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -89,7 +89,7 @@ def test_a_graph_under_a_mode_of_its_own() -> None:
     assert relative_error(program.module()(x), model(x)) < 2e-6
 
 
-@pytest.mark.parametrize("name", ["conjugated filters", "overwritten input", "random weights", "enlarged", "norms"])
+@pytest.mark.parametrize("name", ["conjugated basis", "overwritten input", "random weights", "enlarged", "norms"])
 def test_exported_programs_of_something_else(name: str) -> None:
     model = network(OTHER[name][0]).eval()
     program = exported(model, images())

@@ -7,10 +7,12 @@ import different_copies as different
 import filter_chains as chains
 import filter_copies as copies
 import pytest
+import timm
 import torch
 from filter_chains import OTHER, SAME, Layer, Network, images, network
 from torch import Tensor, nn
 
+from dfformer.utils.eager_baseline import eager_baseline
 from dfformer_kernels import fuse
 from dfformer_kernels.tolerance import gradient_errors, relative_error
 
@@ -153,6 +155,26 @@ def test_other_shapes_run_the_original() -> None:
     assert torch.equal(layer(x), original(x))
 
 
+def test_one_call_for_each_size() -> None:
+    layer = copies.Authors(6).eval()
+    original = copy.deepcopy(layer)
+    sizes = [(8, 8), (12, 10), (5, 7)]
+    for size in sizes:
+        assert len(fuse(layer, torch.randn(2, *size, 6)).fused) == 1
+    for size in sizes:
+        x = torch.randn(1, *size, 6)
+        y, expected = layer(x), original(x)
+        assert relative_error(y, expected) < 2e-6
+        assert not torch.equal(y, expected)  # the operator's rounding
+
+
+def test_hooks_that_a_graph_would_not_call() -> None:
+    model = Holder(Apart(6))
+    model.get_submodule("layer.steps.1").register_forward_hook(lambda module, inputs, y: None)
+    report = fuse(model, torch.randn(2, 8, 8, 6))
+    assert report.left_alone[0].reason == "1 has hooks, which the graph would not call"
+
+
 def test_names_and_defaults_of_inputs() -> None:
     layer = copies.Tokens(6)
     original = copy.deepcopy(layer)
@@ -205,6 +227,19 @@ def test_a_fused_model_compiles_and_trains_with_any_batch() -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for batch in (2, 3, 5):
         assert_same(compiled, original, images(batch=batch))
+
+
+def test_whole_models() -> None:
+    model = timm.create_model("dfformer_s18", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), img_size=32, num_classes=3)
+    model = eager_baseline(model).eval()
+    original, x = copy.deepcopy(model), torch.randn(2, 3, 32, 32)
+    report = fuse(model, x)
+    assert [(f.where, f.operator) for f in report.found] == [
+        (f"stages.{i}.0.token_mixer (_DynamicFilter)", "dynamic_filter") for i in range(4)
+    ]
+    mixer, same = model.stages[1][0].token_mixer, original.stages[1][0].token_mixer
+    x = torch.randn(3, 4, 4, 8)
+    assert relative_error(mixer(x), same(x)) < 2e-6
 
 
 def test_several_layers_and_their_report() -> None:

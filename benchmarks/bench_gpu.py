@@ -105,9 +105,9 @@ def of_backend(backend: str, grad_y: Tensor | None, arguments: list[Tensor]) -> 
 
 
 def of_reference(grad_y: Tensor | None, arguments: list[Tensor]) -> list[Tensor]:
-    if grad_y is None:
-        return [reference.dynamic_filter(*arguments)]
     x, logits, basis, scale, bias = arguments
+    if grad_y is None:
+        return [reference.dynamic_filter(x, logits, basis, scale, bias)]
     return list(reference.dynamic_filter_backward(grad_y, x, logits, basis, scale, bias, [True] * 5))
 
 

@@ -71,9 +71,13 @@ void check_product(std::initializer_list<std::int64_t> sizes) {
             throw std::invalid_argument("shape: got a tensor of more bytes than 64 bits count");
 }
 
+// Softmax, weight_per_sample and channels_first of a problem.
+using Form = std::array<bool, 3>;
+constexpr Form usual_form = {true, false, false};
+
 // `shape` is (B, H, W, C, F). Rejects sizes for which an offset would overflow.
 FilterProblem checked_problem(const std::array<std::int64_t, 5>& shape, int dtype_code,
-                              std::optional<std::pair<double, double>> star_relu) {
+                              std::optional<std::pair<double, double>> star_relu, const Form& form) {
     const auto [B, H, W, C, F] = shape;
     const DType dtype = checked_dtype(dtype_code);
     const auto check = [&](const char* name, std::int64_t size, std::int64_t least, std::int64_t most) {
@@ -90,17 +94,18 @@ FilterProblem checked_problem(const std::array<std::int64_t, 5>& shape, int dtyp
     // 32 bytes per element: the largest complex item, doubled because C is rounded up to whole registers
     check_product({B, H, W, C, 32});
     check_product({B, std::max<std::int64_t>(F, 1), C, 32});
-    check_product({H, W / 2 + 1, std::max(F, C), 32});
+    const auto [softmax, weight_per_sample, channels_first] = form;
+    check_product({weight_per_sample ? B : 1, H, W / 2 + 1, std::max(F, C), 32});
     const auto [scale, bias] = star_relu.value_or(std::pair{0.0, 0.0});
-    return {B, H, W, C, F, dtype, star_relu.has_value(), scale, bias};
+    return {B, H, W, C, F, dtype, star_relu.has_value(), scale, bias, softmax, weight_per_sample, channels_first};
 }
 
 const void* required(const char* name, Address address) { return input(name, address, 1); }
 
 void bind_filter(const std::array<std::int64_t, 5>& shape, int dtype,
                  std::optional<std::pair<double, double>> star_relu, Address x, Address logits, Address filters,
-                 Address y, int threads) {
-    const FilterProblem problem = checked_problem(shape, dtype, star_relu);
+                 Address y, int threads, const Form& form) {
+    const FilterProblem problem = checked_problem(shape, dtype, star_relu, form);
     check_threads(threads);
     FilterTensors tensors{};
     tensors.x = required("x", x);
@@ -115,8 +120,8 @@ std::pair<double, double> bind_filter_backward(const std::array<std::int64_t, 5>
                                                std::optional<std::pair<double, double>> star_relu, Address grad_y,
                                                Address x, Address logits, Address filters, Address grad_x,
                                                Address grad_logits, Address grad_filters, bool need_scalars,
-                                               int threads) {
-    const FilterProblem problem = checked_problem(shape, dtype, star_relu);
+                                               int threads, const Form& form) {
+    const FilterProblem problem = checked_problem(shape, dtype, star_relu, form);
     check_threads(threads);
     if (need_scalars && !problem.star_relu)
         throw std::invalid_argument("need_scalars: got true, accepted without StarReLU is false");
@@ -138,7 +143,7 @@ std::pair<double, double> bind_filter_backward(const std::array<std::int64_t, 5>
 
 std::int64_t bind_filter_workspace(const std::array<std::int64_t, 5>& shape, int dtype, bool backward, int threads) {
     check_threads(threads);
-    return filter_workspace(checked_problem(shape, dtype, std::pair{1.0, 0.0}), backward, threads);
+    return filter_workspace(checked_problem(shape, dtype, std::pair{1.0, 0.0}, usual_form), backward, threads);
 }
 
 // `shape` is (H, W, N).
@@ -187,10 +192,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("star_relu_backward", &bind_star_relu_backward, no_gil, py::arg("grad_y"), py::arg("x"), py::arg("grad_x"),
           py::arg("n"), py::arg("dtype"), py::arg("scale"), py::arg("threads"));
     m.def("filter", &bind_filter, py::arg("shape"), py::arg("dtype"), py::arg("star_relu"), py::arg("x"),
-          py::arg("logits"), py::arg("filters"), py::arg("y"), py::arg("threads"));
+          py::arg("logits"), py::arg("filters"), py::arg("y"), py::arg("threads"), py::arg("form") = usual_form);
     m.def("filter_backward", &bind_filter_backward, py::arg("shape"), py::arg("dtype"), py::arg("star_relu"),
           py::arg("grad_y"), py::arg("x"), py::arg("logits"), py::arg("filters"), py::arg("grad_x"),
-          py::arg("grad_logits"), py::arg("grad_filters"), py::arg("need_scalars"), py::arg("threads"));
+          py::arg("grad_logits"), py::arg("grad_filters"), py::arg("need_scalars"), py::arg("threads"),
+          py::arg("form") = usual_form);
     m.def("filter_workspace", &bind_filter_workspace, py::arg("shape"), py::arg("dtype"), py::arg("backward"),
           py::arg("threads"), "Bytes of workspace that a call allocates.");
     m.attr("cufft_plans_per_device") = cufft::plans_per_device;

@@ -34,16 +34,19 @@ struct StarReLUScalarGrads {
 StarReLUScalarGrads star_relu_backward(const void* grad_y, const void* x, void* grad_x, std::int64_t n, DType dtype,
                                        double scale, int threads);
 
-// The filter step on x (B,H,W,C): y = irfft2(rfft2(u) * M), u = star_relu(x) or x, K = W/2 + 1. M is softmax(logits)
-// times a basis (H,K,F,2) or, if F = 0, a weight (H,K,C,2).
+// The filter step on x (B,H,W,C), or (B,C,H,W) if channels_first: y = irfft2(rfft2(u) * M), u = star_relu(x) or x,
+// K = W/2 + 1. M is softmax(logits), or the logits themselves, times a basis (H,K,F,2). If F = 0 it is a weight
+// (H,K,C,2), or (B,H,K,C,2) if each sample has its own.
 struct FilterProblem {
     std::int64_t B, H, W, C, F;
     DType dtype;
     bool star_relu;
     double scale, bias;  // of StarReLU
+    bool softmax = true, weight_per_sample = false, channels_first = false;
 };
 
-// x, y and their gradients have the problem's dtype; logits, filters and their gradients its arithmetic type.
+// x, y and their gradients have the problem's dtype and format; logits, filters and their gradients its arithmetic
+// type.
 struct FilterTensors {
     const void* x;
     const void* logits;   // (B,F,C); null if F = 0

@@ -117,7 +117,12 @@ class Autotuner:
         size = "x".join(map(str, (1 << (batch - 1).bit_length(), *plane)))
         dtype = str(problem.dtype).removeprefix("torch.")
         parts = [self._gpu.name(problem.device_index), problem.op, size, f"F={problem.filters}", dtype]
-        return ", ".join([*parts, "star_relu"] if problem.star_relu else parts)
+        flags = {
+            "star_relu": problem.star_relu,
+            "weights": not problem.softmax,
+            "per sample": problem.weight_per_sample,
+        }
+        return ", ".join(parts + [name for name, is_so in flags.items() if is_so])
 
     def _remembered(self) -> dict[str, str]:
         if self._winners is None:

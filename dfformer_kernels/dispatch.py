@@ -153,12 +153,13 @@ def _named(requested: str | None) -> str | None:
 # Which one runs
 
 
-def kernel_for(op: str, backend: str | None, tensors: Sequence[Tensor | None]) -> Kernel:
-    """The kernel of ``op`` that runs its ``tensors``, x first, on ``backend`` as `requested_backend` returned it.
+def kernel_for(op: str, backend: str | None, tensors: Sequence[Tensor | None], *options: bool) -> Kernel:
+    """The kernel of ``op`` that runs its ``tensors``, x first, with its ``options``, on ``backend`` as
+    `requested_backend` returned it.
 
     Raises ValueError for an unknown backend, RuntimeError with every reason if none can run this.
     """
-    name, problem = _named(backend), Problem.of(op, tensors)
+    name, problem = _named(backend), Problem.of(op, tensors, *options)
     if name is None and problem.device == "cuda":
         return partial(_run_on_gpu, problem)
     return select(problem, name).kernels[op]

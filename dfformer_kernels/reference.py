@@ -41,20 +41,25 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
 
 
 def dynamic_filter(
-    x: Tensor, logits: Tensor, basis: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+    x: Tensor,
+    logits: Tensor,
+    basis: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    softmax: bool = True,
 ) -> Tensor:
     """The dynamic filter step (paper, section 3.2)::
 
         u = star_relu(x)                              if scale and bias are given, else x
         X = rfft2(u)                                  (B,H,K,C), ortho
-        r = softmax(logits, dim=1)                    (B,F,C)
+        r = softmax(logits, dim=1)                    (B,F,C), or the logits themselves
         M[b,h,k,c] = sum_f r[b,f,c] basis[h,k,f]      (B,H,K,C)
         y = irfft2(X * M)                             (B,H,W,C), ortho
 
     ``x`` (B,H,W,C), ``logits`` (B,F,C), ``basis`` (H,K,F,2).
     """
     u = _activate(x, scale, bias)
-    M = _mixed_filter(_softmax(logits, u.dtype), _complex(basis))
+    M = _mixed_filter(_routing(logits, u.dtype, softmax), _complex(basis))
     return _irfft2(_rfft2(u) * M, x.shape[2]).to(x.dtype)
 
 
@@ -66,18 +71,19 @@ def dynamic_filter_backward(
     scale: Tensor | None,
     bias: Tensor | None,
     needs: Sequence[bool],
+    softmax: bool = True,
 ) -> list[Tensor]:
     """With ``G = rfft2(grad_y)``, ``D[k] = 1`` for k=0 and k=W/2 (W even) else 2, ``P = D G conj(X)``::
 
         grad_u             = irfft2(conj(M) * G)                   then StarReLU's gradients
-        grad_r[b,f,c]      = sum_hk Re(P conj(basis[h,k,f]))       then softmax's gradient
+        grad_r[b,f,c]      = sum_hk Re(P conj(basis[h,k,f]))       then softmax's gradient if there is one
         grad_basis[h,k,f]  = sum_bc r[b,f,c] P
 
     Returns those of (x, logits, basis, scale, bias) that ``needs`` asks for, in that order.
     """
     need_x, need_logits, need_basis, need_scale, need_bias = needs
     u = _activate(x, scale, bias)
-    r, filters = _softmax(logits, u.dtype), _complex(basis)
+    r, filters = _routing(logits, u.dtype, softmax), _complex(basis)
     G = _rfft2(grad_y.to(u.dtype))
     gradients: list[Tensor] = []
     input_gradients: list[Tensor] = []
@@ -92,7 +98,9 @@ def dynamic_filter_backward(
             # Rows first, then their sum: one long chain of float32 additions would lose digits on large planes.
             by_row = _conj(filters).mT @ P
             grad_r = torch.view_as_real(by_row)[..., 0].sum(1)
-            gradients.append((r * (grad_r - (r * grad_r).sum(1, keepdim=True))).to(logits.dtype))
+            if softmax:
+                grad_r = r * (grad_r - (r * grad_r).sum(1, keepdim=True))
+            gradients.append(grad_r.to(logits.dtype))
         if need_basis:
             grad_filters = (P @ r.to(P.dtype).mT[:, None]).sum(0)
             gradients.append(torch.view_as_real(grad_filters).to(basis.dtype))
@@ -102,7 +110,8 @@ def dynamic_filter_backward(
 def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """``y = irfft2(rfft2(u) * weight)``, ``u = star_relu(x)`` if scale and bias are given, else ``x``.
 
-    ``x`` (B,H,W,C), ``weight`` (H,K,C,2). GFNet's global filter (Rao et al., NeurIPS 2021), as GFFormer uses it.
+    ``x`` (B,H,W,C), ``weight`` (H,K,C,2), or (B,H,K,C,2) with one for each sample. GFNet's global filter (Rao et al.,
+    NeurIPS 2021), as GFFormer uses it.
     """
     u = _activate(x, scale, bias)
     return _irfft2(_rfft2(u) * _complex(weight), x.shape[2]).to(x.dtype)
@@ -111,7 +120,8 @@ def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: 
 def global_filter_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """``grad_u = irfft2(conj(weight) G)``, ``grad_weight = sum_b D G conj(X)``; ``G``, ``D`` as for the dynamic filter.
+    """``grad_u = irfft2(conj(weight) G)``, ``grad_weight = sum_b D G conj(X)``, without the sum where each sample has
+    its own; ``G``, ``D`` as for the dynamic filter.
 
     Returns those of (x, weight, scale, bias) that ``needs`` asks for, in that order.
     """
@@ -127,7 +137,7 @@ def global_filter_backward(
         gradients.append(input_gradients.pop(0))
     if need_weight:
         P = _half_spectrum_weight(x.shape[2], u) * G * _conj(_rfft2(u))
-        gradients.append(torch.view_as_real(P.sum(0)).to(weight.dtype))
+        gradients.append(torch.view_as_real(P if weight.dim() == 5 else P.sum(0)).to(weight.dtype))
     return gradients + input_gradients
 
 
@@ -172,8 +182,8 @@ def _complex(pairs: Tensor) -> Tensor:
     return torch.view_as_complex(pairs)
 
 
-def _softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    return logits.to(dtype).softmax(dim=1)
+def _routing(logits: Tensor, dtype: torch.dtype, softmax: bool) -> Tensor:
+    return logits.to(dtype).softmax(dim=1) if softmax else logits.to(dtype)
 
 
 def _mixed_filter(r: Tensor, filters: Tensor) -> Tensor:

@@ -77,7 +77,10 @@ struct FilterOf {
         bool needs_y_spectrum() const { return !backward() || tensors.grad_x || tensors.need_scalars; }
 
         // Offset, in elements, of this tile's first channel in the first pixel of a row.
-        std::int64_t row_offset(std::int64_t row) const { return (task.sample * H + row) * W * problem.C + channel; }
+        std::int64_t row_offset(std::int64_t row) const {
+            if (problem.channels_first) return ((task.sample * problem.C + channel) * H + row) * W;
+            return (task.sample * H + row) * W * problem.C + channel;
+        }
         double half_spectrum_weight(int k) const { return k == 0 || 2 * k == W ? 1 : 2; }
         double normalisation() const { return 0.5 / (double(H) * W); }
     };
@@ -260,7 +263,8 @@ struct FilterOf {
                 filters = static_cast<const T*>(tile.call.basis) + k * tile.H * row;
                 return;
             }
-            const std::int64_t column = 2 * (k * tile.problem.C + tile.channel);
+            const std::int64_t sample = tile.problem.weight_per_sample ? tile.task.sample * tile.H * row : 0;
+            const std::int64_t column = sample + 2 * (k * tile.problem.C + tile.channel);
             filters = static_cast<const T*>(tile.tensors.filters) + column;
             if (tile.tensors.grad_filters) grad_weight = static_cast<T*>(tile.tensors.grad_filters) + column;
         }
@@ -387,7 +391,7 @@ struct FilterOf {
                 parts[2 * i] = point.re;
                 parts[2 * i + 1] = point.im;
             });
-            transpose<1>(parts);
+            transpose(parts);
             for (int f = 0; f < tile.F; f++, sums++) {
                 V sum = tile.task.first_of_slot ? V{} : *sums;
                 unrolled<0, lanes>([&](auto c) UNROLLED_BODY { sum += parts[c] * tile.routing[f][c.value]; });
@@ -396,17 +400,27 @@ struct FilterOf {
         }
     }
 
-    // Transposes v[lanes][lanes] in log2(lanes) rounds of interleaving halves.
-    template <int done>
+    // Transposes v[lanes][lanes]: first within 16 bytes, where shuffles are cheapest, then the 16 bytes.
     FFT_INLINE static void transpose(V* v) {
-        if constexpr (done < lanes) {
-            V turned[lanes];
-            unrolled<0, lanes / 2>([&](auto i) UNROLLED_BODY {
-                turned[2 * i] = interleave<false>(v[i], v[i + lanes / 2]);
-                turned[2 * i + 1] = interleave<true>(v[i], v[i + lanes / 2]);
+        constexpr int unit = 16 / sizeof(T), units = lanes / unit;
+        unrolled<0, units>([&](auto i) UNROLLED_BODY { transpose_cells<1, unit, 1>(v + i.value * unit); });
+        if constexpr (units > 1)
+            unrolled<0, unit>([&](auto i) UNROLLED_BODY { transpose_cells<unit, lanes, unit>(v + i.value); });
+    }
+    // Transposes 2 x 2 or 4 x 4 cells of `size` lanes in each `width` lanes of v[0], v[step], ...
+    template <int size, int width, int step>
+    FFT_INLINE static void transpose_cells(V* v) {
+        const V a = v[0], b = v[step];
+        if constexpr (width == 2 * size) {
+            v[0] = alternate<0, size, width>(a, b);
+            v[step] = alternate<1, size, width>(a, b);
+        } else {
+            const V c = v[2 * step], d = v[3 * step];
+            unrolled<0, 2>([&](auto i) UNROLLED_BODY {
+                const V ab = alternate<i.value, 2 * size, width>(a, b), cd = alternate<i.value, 2 * size, width>(c, d);
+                v[2 * i * step] = alternate<0, size, width>(ab, cd);
+                v[(2 * i + 1) * step] = alternate<1, size, width>(ab, cd);
             });
-            transpose<2 * done>(turned);
-            unrolled<0, lanes>([&](auto i) UNROLLED_BODY { v[i] = turned[i]; });
         }
     }
 
@@ -419,7 +433,7 @@ struct FilterOf {
                        : used > lanes    ? load_first<Arithmetic>(bin + lanes, used - lanes)
                                          : V{};
         const T scale = T(column.tile.normalisation());
-        return {alternate<0>(low, high) * scale, alternate<1>(low, high) * scale};
+        return {alternate<0, 1, lanes>(low, high) * scale, alternate<1, 1, lanes>(low, high) * scale};
     }
 
     static void mix_global(const FilterColumn& column, Line* a, int radix, int first) {
@@ -485,9 +499,10 @@ struct FilterOf {
             weights[f] = tile.used == lanes ? Arithmetic::load(from) : load_first<Arithmetic>(from, tile.used);
             largest = f == 0 || weights[f] > largest ? weights[f] : largest;
         }
-        for (int f = 0; f < tile.F; f++) sum += weights[f] = exp_nonpositive(weights[f] - largest);
+        const bool softmax = tile.problem.softmax;
+        for (int f = 0; f < tile.F && softmax; f++) sum += weights[f] = exp_nonpositive(weights[f] - largest);
         for (int f = 0; f < tile.F; f++) {
-            weights[f] /= sum;
+            if (softmax) weights[f] /= sum;
             tile.routing[f] = weights[f] * T(tile.normalisation());
         }
     }
@@ -501,7 +516,7 @@ struct FilterOf {
             for (int i = 0; i < 2; i++) star_relu_sums[i] += tile.star_relu_sums[2 * pair + i];
     }
 
-    // softmax's gradient: weights (grad_routing - sum_f weights grad_routing)
+    // grad_routing, or with a softmax its gradient: weights (grad_routing - sum_f weights grad_routing)
     static void store_grad_logits(const Tile& tile) {
         V* grads = tile.routing;  // no longer needed
         V mean{};
@@ -514,8 +529,8 @@ struct FilterOf {
         }
         for (int f = 0; f < tile.F; f++) {
             const std::int64_t offset = logits(tile, f) - static_cast<const T*>(tile.tensors.logits);
-            store_first<Arithmetic>(static_cast<T*>(tile.tensors.grad_logits) + offset,
-                                    tile.weights[f] * (grads[f] - mean), tile.used);
+            const V grad = tile.problem.softmax ? tile.weights[f] * (grads[f] - mean) : grads[f];
+            store_first<Arithmetic>(static_cast<T*>(tile.tensors.grad_logits) + offset, grad, tile.used);
         }
     }
 

@@ -150,7 +150,7 @@ class Driver {
     void choose_units() {
         const std::int64_t least = tile_bytes_ <= max_own_tile_bytes ? 2 : 1;
         const std::int64_t most = std::min(TileGroup::max_count, max_pixel_bytes / kernels_.vector_bytes);
-        group_ = std::clamp(max_group_bytes / tile_bytes_, least, most);
+        group_ = problem_.channels_first ? 1 : std::clamp(max_group_bytes / tile_bytes_, least, most);
         if (slot_bytes_)
             units_ = std::clamp<std::int64_t>(max_slots_bytes / slot_bytes_, 1, std::min(max_slots, tiles_));
         else if (by_channel())
@@ -178,7 +178,7 @@ class Driver {
 
     // For grad_weight, a sum over samples, consecutive tiles are those of one channel range. Else they are those of
     // one sample.
-    bool by_channel() const { return problem_.F == 0 && backward_; }
+    bool by_channel() const { return problem_.F == 0 && !problem_.weight_per_sample && backward_; }
 
     // Workspace layout: what threads share (a large basis, a tile), then for each thread a group, scratch and a small
     // basis.
@@ -199,7 +199,8 @@ class Driver {
             const std::int64_t sample = by_channel() ? tile % problem_.B : tile / call_.channel_tiles;
             const std::int64_t channel_tile = by_channel() ? tile / problem_.B : tile % call_.channel_tiles;
             if (group.count && (sample != group.tasks[0].sample || by_channel())) break;
-            group.tasks[group.count] = {sample, channel_tile, unit, tile == first_tile(unit), workspace};
+            const bool first = problem_.weight_per_sample || tile == first_tile(unit);
+            group.tasks[group.count] = {sample, channel_tile, unit, first, workspace};
             workspace += tile_bytes_;
             group.count++;
         }

@@ -76,24 +76,126 @@ struct Filter : FilterOf<typename L::Vec> {
         FFT_INLINE Pair of(std::int64_t i) const { return {RowPair(*this, i), act}; }
     };
 
-    // If all lanes are used the first pass reads the tensor itself.
+    // If all lanes are used the first pass reads the tensor itself, unless its channels come first.
     template <class Act>
     static void transform_rows(const RowPairs& rows, int count, Line* line, Line* scratch, const Act& act) {
         const Plan<T>& plan = rows.tile.row_plan;
         const Pass<T>& first = plan.passes[0];
         const std::int64_t stride = rows.tile.call.row_stride;
-        if (rows.tile.used == lanes)
+        const bool channels_first = rows.tile.problem.channels_first;
+        const bool from_tensor = rows.tile.used == lanes && !channels_first;
+        if (from_tensor)
             run_pass<false, V>(first, count, scratch, RowSource<Act>{rows, act},
                                LineSink<V>{{line, first.inner, stride}});
         else
-            for (int i = 0; i < count; i++) load_pair(RowPair(rows, i), rows.tile, line + i * stride, act);
-        run_passes<false, V>(plan, rows.tile.used == lanes ? 1 : 0, plan.num_passes, count, line, stride, scratch);
+            for (int i = 0; i < count; i++)
+                (channels_first ? load_planes<Act> : load_pair<Act>)(RowPair(rows, i), rows.tile, line + i * stride,
+                                                                     act);
+        run_passes<false, V>(plan, from_tensor ? 1 : 0, plan.num_passes, count, line, stride, scratch);
     }
     template <class Act>
     static void load_pair(const RowPair& pair, const Tile& tile, Line* line, const Act& act) {
         for (int p = 0; p < tile.W; p++) {
             const std::int64_t offset = pair.sample[p] * pair.C;
             line[p] = {act(load(pair.a + offset, tile.used)), act(load(pair.b + offset, tile.used))};
+        }
+    }
+
+    // ---- channels first: a register of memory is one channel's next pixels, one here is one pixel's channels
+
+    static constexpr int half = lanes / 2;
+    static std::int64_t plane(const Tile& tile) { return std::int64_t{tile.H} * tile.W; }
+    FFT_INLINE static V first_halves(V a, V b) { return alternate<0, half, lanes>(a, b); }
+
+    // block[i] = channels of pixel i, where fetch(offset) is pixels of the channel that is so far from the first one.
+    template <class Fetch>
+    FFT_INLINE static void load_block(const Tile& tile, V* block, const Fetch& fetch) {
+        const std::int64_t next = plane(tile);
+        if (tile.used == lanes)
+            unrolled<0, lanes>([&](auto c) UNROLLED_BODY { block[c] = fetch(c * next); });
+        else
+            for (int c = 0; c < lanes; c++) block[c] = c < tile.used ? fetch(c * next) : V{};
+        Base::transpose(block);
+    }
+    template <class Act>
+    static void load_planes(const RowPair& pair, const Tile& tile, Line* line, const Act& act) {
+        V block[lanes];
+        if (2 * tile.W <= lanes) {  // both rows in one register
+            load_block(tile, block, [&](std::int64_t channel) UNROLLED_BODY {
+                return first_halves(load(pair.a + channel, tile.W), load(pair.b + channel, tile.W));
+            });
+            unrolled<0, half>([&](auto i) UNROLLED_BODY {
+                if (i < tile.W) line[tile.row_plan.position[i]] = {act(block[i]), act(block[i + half])};
+            });
+            return;
+        }
+        for (int w = 0; w < tile.W; w += lanes) {
+            const int* position = tile.row_plan.position + w;
+            const int pixels = tile.W - w < lanes ? tile.W - w : lanes;
+            const auto load_row = [&](const Storage* row) UNROLLED_BODY {
+                load_block(tile, block,
+                           [&](std::int64_t channel) UNROLLED_BODY { return load(row + channel, pixels); });
+            };
+            load_row(pair.a + w);
+            unrolled<0, lanes>([&](auto i) UNROLLED_BODY {
+                if (i < pixels) line[position[i]].re = act(block[i]);
+            });
+            load_row(pair.b + w);
+            unrolled<0, lanes>([&](auto i) UNROLLED_BODY {
+                if (i < pixels) line[position[i]].im = act(block[i]);
+            });
+        }
+    }
+
+    struct PlainStore {
+        Storage* to;
+        FFT_INLINE void operator()(std::int64_t offset, V value, int pixels) { store(to + offset, value, pixels); }
+    };
+    struct StarReLUStore {
+        const Storage* x;
+        Storage* grad_x;  // or null
+        V two_scale;
+        typename StarReLU<L>::Sums& sums;
+        FFT_INLINE void operator()(std::int64_t offset, V value, int pixels) {
+            const V grad = StarReLU<L>::backward_lane(value, load(x + offset, pixels), two_scale, sums);
+            if (grad_x) store(grad_x + offset, grad, pixels);
+        }
+    };
+    // Turns a pair's lines back and stores them.
+    template <class Store>
+    static void store_planes(const Tile& tile, const int* rows, const Line* line, Store store) {
+        const std::int64_t next = plane(tile), a = tile.row_offset(rows[0]);
+        const std::int64_t b = rows[1] < 0 ? a : tile.row_offset(rows[1]);
+        const auto each_channel = [&](auto put) UNROLLED_BODY {
+            unrolled<0, lanes>([&](auto c) UNROLLED_BODY {
+                if (c < tile.used) put(c, c * next);
+            });
+        };
+        V block[lanes];
+        if (2 * tile.W <= lanes) {
+            const int* position = tile.row_plan.position;
+            unrolled<0, half>([&](auto i) UNROLLED_BODY {
+                const Line point = i < tile.W ? line[position[i]] : Line{};
+                block[i] = point.re;
+                block[i + half] = point.im;
+            });
+            Base::transpose(block);
+            each_channel([&](auto c, std::int64_t channel) UNROLLED_BODY {
+                store(a + channel, first_halves(block[c], V{}), tile.W);
+                if (rows[1] >= 0) store(b + channel, alternate<1, half, lanes>(block[c], V{}), tile.W);
+            });
+            return;
+        }
+        for (int w = 0; w < tile.W; w += lanes) {
+            const int* position = tile.row_plan.position + w;
+            const int pixels = tile.W - w < lanes ? tile.W - w : lanes;
+            unrolled<0, lanes>([&](auto i) UNROLLED_BODY { block[i] = i < pixels ? line[position[i]].re : V{}; });
+            Base::transpose(block);
+            each_channel([&](auto c, std::int64_t channel) UNROLLED_BODY { store(a + channel + w, block[c], pixels); });
+            if (rows[1] < 0) continue;
+            unrolled<0, lanes>([&](auto i) UNROLLED_BODY { block[i] = i < pixels ? line[position[i]].im : V{}; });
+            Base::transpose(block);
+            each_channel([&](auto c, std::int64_t channel) UNROLLED_BODY { store(b + channel + w, block[c], pixels); });
         }
     }
 
@@ -136,7 +238,10 @@ struct Filter : FilterOf<typename L::Vec> {
         const Tile tile(call, group.tasks[0]), last(call, group.tasks[group.count - 1]);
         const Line* line = tile.y_spectrum + pair * call.row_stride;
         const std::int64_t stride = group.count > 1 ? (last.y_spectrum - tile.y_spectrum) / (group.count - 1) : 0;
-        if (tile.backward() && tile.problem.star_relu)
+        if (tile.problem.channels_first)
+            for (int g = 0; g < group.count; g++)
+                store_pair_of_planes(Tile(call, group.tasks[g]), pair, line + g * stride);
+        else if (tile.backward() && tile.problem.star_relu)
             for (int g = 0; g < group.count; g++)
                 store_pair_star_relu(Tile(call, group.tasks[g]), pair, line + g * stride);
         else
@@ -209,6 +314,25 @@ struct Filter : FilterOf<typename L::Vec> {
                (reinterpret_cast<std::uintptr_t>(pixel) | std::uintptr_t(bytes_of_pixel)) % VECTOR_BYTES == 0;
     }
 
+    static void store_pair_of_planes(const Tile& tile, int pair, const Line* line) {
+        const int* rows = tile.column_plan.pairs + 2 * pair;
+        auto* grad_x = static_cast<Storage*>(tile.tensors.grad_x);
+        if (tile.backward() && tile.problem.star_relu) {
+            typename StarReLU<L>::Sums sums;
+            const auto* x = static_cast<const Storage*>(tile.tensors.x);
+            store_planes(tile, rows, line, StarReLUStore{x, grad_x, V{} + T(2 * tile.problem.scale), sums});
+            store_sums(tile, pair, sums);
+        } else {
+            store_planes(tile, rows, line,
+                         PlainStore{tile.backward() ? grad_x : static_cast<Storage*>(tile.tensors.y)});
+        }
+    }
+    static void store_sums(const Tile& tile, int pair, typename StarReLU<L>::Sums& sums) {
+        sums.flush();
+        tile.star_relu_sums[2 * pair] = lane_sum(sums.scale.sum);
+        tile.star_relu_sums[2 * pair + 1] = lane_sum(sums.bias.sum);
+    }
+
     // grad_x from grad_u, and this pair's terms of StarReLU's grad_scale and grad_bias.
     static void store_pair_star_relu(const Tile& tile, int pair, const Line* __restrict line) {
         const int* __restrict position = tile.row_plan.position;
@@ -232,9 +356,7 @@ struct Filter : FilterOf<typename L::Vec> {
                 store(grad_x + w * C, g, tile.used);
             }
         }
-        sums.flush();
-        tile.star_relu_sums[2 * pair] = lane_sum(sums.scale.sum);
-        tile.star_relu_sums[2 * pair + 1] = lane_sum(sums.bias.sum);
+        store_sums(tile, pair, sums);
     }
 };
 

@@ -115,6 +115,30 @@ struct Float16 {
 };
 
 // Loads and stores of the first n < L::count elements; other lanes are zero, other memory is not touched.
+#if VECTOR_BYTES == 64
+template <class L>
+inline typename L::Vec load_first(const typename L::Scalar* from, int n) {
+    using Vec = typename L::Vec;
+    const unsigned mask = (1u << n) - 1;
+    if constexpr (sizeof(*from) == 8) return bits<Vec>(_mm512_maskz_loadu_pd(mask, from));
+    if constexpr (sizeof(*from) == 4) return bits<Vec>(_mm512_maskz_loadu_ps(mask, from));
+    if constexpr (sizeof(*from) == 2) {
+        const __m256i elements = _mm256_maskz_loadu_epi16(mask, from);
+        return L::load(reinterpret_cast<const typename L::Scalar*>(&elements));
+    }
+}
+template <class L>
+inline void store_first(typename L::Scalar* to, typename L::Vec v, int n) {
+    const unsigned mask = (1u << n) - 1;
+    if constexpr (sizeof(*to) == 8) _mm512_mask_storeu_pd(to, mask, bits<__m512d>(v));
+    if constexpr (sizeof(*to) == 4) _mm512_mask_storeu_ps(to, mask, bits<__m512>(v));
+    if constexpr (sizeof(*to) == 2) {
+        __m256i elements;
+        L::store(reinterpret_cast<typename L::Scalar*>(&elements), v);
+        _mm256_mask_storeu_epi16(to, mask, elements);
+    }
+}
+#else
 template <class L>
 __attribute__((noinline)) typename L::Vec load_first(const typename L::Scalar* from, int n) {
     typename L::Scalar elements[L::count] = {};
@@ -127,6 +151,7 @@ __attribute__((noinline)) void store_first(typename L::Scalar* to, typename L::V
     L::store(elements, v);
     for (int i = 0; i < n; i++) to[i] = elements[i];
 }
+#endif
 
 // exp(x) for x <= 0, to about 1 ulp; zero where the result would be subnormal. x = n ln 2 + r; exp(r) is its Taylor
 // series, 2^n is added to the exponent.
@@ -155,14 +180,17 @@ template <int... I>
 struct CountTo<0, I...> {
     using Type = Indices<I...>;
 };
-// Every second lane of a, then of b, starting at lane `first` (0 or 1).
-template <int first, class Vec, int... I>
+// In each `width` lanes every second `size` lanes of a, then of b, starting with the first (0) or the second (1).
+template <int first, int size, int width, class Vec, int... I>
 inline Vec alternate(Vec a, Vec b, Indices<I...>) {
-    return __builtin_shufflevector(a, b, (2 * I + first)...);
+    constexpr int lanes = sizeof...(I), half = width / 2;
+    return __builtin_shufflevector(
+        a, b,
+        (I / width * width + (I % half / size * 2 + first) * size + I % size + (I % width < half ? 0 : lanes))...);
 }
-template <int first, class Vec>
+template <int first, int size, int width, class Vec>
 inline Vec alternate(Vec a, Vec b) {
-    return alternate<first>(a, b, typename CountTo<sizeof(Vec) / sizeof(a[0])>::Type{});
+    return alternate<first, size, width>(a, b, typename CountTo<sizeof(Vec) / sizeof(a[0])>::Type{});
 }
 // The lower or upper halves of a and b, interleaved.
 template <bool upper, class Vec, int... I>

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfformer_kernels.backends.filter_kernels import filter_kernels
-from dfformer_kernels.problem import Problem
+from dfformer_kernels.problem import Problem, is_channels_first
 from dfformer_kernels.reference import compute_dtype
 
 # The order of DType in csrc/dynamic_filter.h.
@@ -101,29 +101,55 @@ class _FilterStep:
     """The inputs of a filter step as the core takes them: contiguous, parameters in the arithmetic dtype."""
 
     def __init__(
-        self, x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None
+        self,
+        x: Tensor,
+        logits: Tensor | None,
+        filters: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        softmax: bool = True,
     ) -> None:
         arithmetic = compute_dtype(x.dtype)
-        self.x = x.contiguous()
+        self._channels_first = is_channels_first(x)
+        self.x = self.planes(x)
         self.logits = None if logits is None else logits.to(arithmetic).contiguous()
         self.filters = filters.to(arithmetic).contiguous()
         B, H, W, C = x.shape
         F = 0 if logits is None else logits.shape[1]
         star_relu = None if scale is None or bias is None else (scale.item(), bias.item())
+        per_sample = filters.dim() == 5
+        form = (softmax, per_sample, self._channels_first)
+        self.form = () if form == (True, False, False) else (form,)  # the core's default
         self.problem = ((B, H, W, C, F), _DTYPE_CODES[x.dtype], star_relu)
-        if filters.shape != (H, W // 2 + 1, F or C, 2) or (logits is not None and logits.shape != (B, F, C)):
+        expected = (*(B,) * per_sample, H, W // 2 + 1, F or C, 2)
+        if filters.shape != expected or (logits is not None and logits.shape != (B, F, C)):
             raise RuntimeError(
                 f"filters, logits: got {tuple(filters.shape)} and {None if logits is None else tuple(logits.shape)}, "
-                f"accepted beside x {tuple(x.shape)} are (H,K,F,2) and (B,F,C), or (H,K,C,2) and None"
+                f"accepted beside x {tuple(x.shape)} are (H,K,F,2) and (B,F,C), or (H,K,C,2), (B,H,K,C,2) and None"
             )
         self.inputs = (_pointer("x", self.x), _pointer("logits", self.logits), _pointer("filters", self.filters))
 
+    def planes(self, t: Tensor) -> Tensor:
+        """(B,H,W,C) as the core takes it: contiguous, (B,C,H,W) where x's channels come first in memory."""
+        return (t.permute(0, 3, 1, 2) if self._channels_first else t).contiguous()
 
-def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    step = _FilterStep(x, logits, filters, scale, bias)
+    def result(self, planes: Tensor) -> Tensor:
+        """(B,H,W,C) of what the core wrote."""
+        return planes.permute(0, 2, 3, 1) if self._channels_first else planes
+
+
+def _filter(
+    x: Tensor,
+    logits: Tensor | None,
+    filters: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    softmax: bool = True,
+) -> Tensor:
+    step = _FilterStep(x, logits, filters, scale, bias, softmax)
     y = _empty_like(step.x)
-    core().filter(*step.problem, *step.inputs, _pointer("y", y, step.x), _threads())
-    return y
+    core().filter(*step.problem, *step.inputs, _pointer("y", y, step.x), _threads(), *step.form)
+    return step.result(y)
 
 
 def _filter_backward(
@@ -134,10 +160,11 @@ def _filter_backward(
     scale: Tensor | None,
     bias: Tensor | None,
     needs: Sequence[bool],
+    softmax: bool = True,
 ) -> list[Tensor]:
     need_x, need_logits, need_filters, need_scale, need_bias = needs
-    step = _FilterStep(x, logits, filters, scale, bias)
-    grad_y = grad_y.to(x.dtype).contiguous()
+    step = _FilterStep(x, logits, filters, scale, bias, softmax)
+    grad_y = step.planes(grad_y.to(x.dtype))
     grad_x = _empty_like(step.x) if need_x else None
     grad_logits = _empty_like(step.logits) if step.logits is not None and need_logits else None
     grad_filters = _empty_like(step.filters) if need_filters else None
@@ -150,8 +177,9 @@ def _filter_backward(
         _pointer("grad_filters", grad_filters, step.filters),
         need_scale or need_bias,
         _threads(),
+        *step.form,
     )
-    gradients = [] if grad_x is None else [grad_x]
+    gradients = [] if grad_x is None else [step.result(grad_x)]
     if logits is not None and grad_logits is not None:
         gradients.append(grad_logits.to(logits.dtype))
     if grad_filters is not None:

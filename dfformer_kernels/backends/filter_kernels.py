@@ -12,9 +12,10 @@ def filter_kernels(
     """The kernels of ``dynamic_filter``, ``global_filter`` and their backwards, by operator name.
 
     Args:
-        forward: of (x, logits, filters, scale, bias), to y; for a global filter logits is None and its weight filters.
-        backward: of (grad_y, x, logits, filters, scale, bias, needs), to the gradients that needs, a flag for each of
-            the five inputs, asks for.
+        forward: of (x, logits, filters, scale, bias, softmax), to y; for a global filter logits is None and its weight
+            filters.
+        backward: of (grad_y, x, logits, filters, scale, bias, needs, softmax), to the gradients that needs, a flag for
+            each of the five inputs, asks for.
     """
 
     def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:

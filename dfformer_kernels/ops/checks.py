@@ -16,7 +16,12 @@ def check_star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> None:
 
 
 def check_dynamic_filter(
-    x: Tensor, logits: Tensor, basis: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+    x: Tensor,
+    logits: Tensor,
+    basis: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    softmax: bool = True,
 ) -> None:
     op = "dynamic_filter"
     B, H, W, C = _check_plane(op, x)
@@ -31,8 +36,10 @@ def check_dynamic_filter(
 
 
 def check_global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> None:
-    _, H, W, C = _check_plane("global_filter", x)
-    _check_spectral("global_filter", "weight", x, weight, (H, W // 2 + 1, C, 2), "(H,K,C,2), K = W//2 + 1,")
+    B, H, W, C = _check_plane("global_filter", x)
+    samples, batch = ((B,), "B,") if weight.dim() == 5 else ((), "")
+    shape = (*samples, H, W // 2 + 1, C, 2)
+    _check_spectral("global_filter", "weight", x, weight, shape, f"({batch}H,K,C,2), K = W//2 + 1,")
     _check_scalars("global_filter", x, scale, bias)
 
 
@@ -61,6 +68,23 @@ def check_convolution(
     if not all(1 <= size <= most for size, most in zip(weight.shape[2:], largest, strict=True)):
         _fail(op, "weight", f"a kernel of at most {largest}, the padded plane", _shape(weight))
     _check_shapes(op, x, {"bias": (bias, (weight.shape[0],))})
+
+
+def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) -> None:
+    if value not in accepted:
+        _fail(op, name, " or ".join(map(repr, accepted)), repr(value))
+
+
+def check_groups(op: str, logits: Tensor, basis: Tensor) -> None:
+    """Of a grouped basis (G,H,K,F,2), whose mixing comes before the operator's own checks."""
+    if logits.dim() != 3 or logits.shape[1] != basis.shape[3] or logits.shape[2] % basis.shape[0]:
+        accepted = f"shape (B,F,C), F = {basis.shape[3]}, C a multiple of G = {basis.shape[0]} groups of the basis"
+        _fail(op, "logits", accepted, _shape(logits))
+
+
+def check_channels_first(op: str, x: Tensor) -> None:
+    if x.dim() != 4:
+        _fail(op, "x", "shape (B,C,H,W) with H, W >= 1", _shape(x))
 
 
 def check_tensors(op: str, **arguments: object) -> None:

@@ -1,6 +1,6 @@
 """The operators: public functions, custom ops, fakes and autograd, each defined once for all backends.
 
-Every operator maps ``x`` (and its parameters) to a ``y`` of x's shape and dtype, and its backward maps
+Every operator maps ``x`` (and its parameters) to a ``y`` of x's shape, dtype and memory format, and its backward maps
 ``(grad_y, inputs, needs)`` to the gradients that ``needs`` asks for, so one function (`_define`) registers them all:
 
 - ``torch.ops.dfformer.<name>`` and ``<name>_backward``: opaque to torch.compile and torch.export, with fakes;
@@ -12,6 +12,7 @@ transforms go through the reference expression, on any backend.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from dfformer_kernels.ops.registration import (
     refuse_tangents,
     register,
 )
+from dfformer_kernels.problem import empty_like, in_format, is_channels_first
 
 
 def star_relu(x: Tensor, scale: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
@@ -44,7 +46,7 @@ def star_relu(x: Tensor, scale: Tensor, bias: Tensor, *, backend: str | None = N
         ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
     """
     checks.check_tensors("star_relu", x=x, scale=scale, bias=bias)
-    return _call("star_relu", backend, x, scale, bias)
+    return _run("star_relu", backend, x, scale, bias)
 
 
 def dynamic_filter(
@@ -53,51 +55,76 @@ def dynamic_filter(
     basis: Tensor,
     star_relu: tuple[Tensor, Tensor] | None = None,
     *,
+    normalization: str | None = "softmax",
+    data_format: str = "channels_last",
     backend: str | None = None,
 ) -> Tensor:
     """The dynamic filter step ``irfft2(rfft2(u) * (softmax(logits) @ basis))`` ("FFT-based Dynamic Token Mixer for
     Vision", section 3.2), with ``u = star_relu(x)`` where ``star_relu`` is given and ``u = x`` where not.
 
     Args:
-        x: (B,H,W,C), any strides; float32, float64, bfloat16 or float16.
+        x: (B,H,W,C), or (B,C,H,W) with ``data_format="channels_first"``; any strides; float32, float64, bfloat16 or
+            float16.
         logits: (B,F,C), routing before the softmax over F >= 1 filters; any of these dtypes (float64 only with
             float64 ``x``).
-        basis: (H,K,F,2) or complex (H,K,F), K = W//2 + 1; float32, or float64 with float64 ``x``.
+        basis: (H,K,F,2) or complex (H,K,F), K = W//2 + 1, or real-valued (H,K,F); float32, or float64 with float64
+            ``x``. With G groups of channels (G,H,K,F,2) or complex (G,H,K,F): the first C/G channels have the first
+            basis. Groups are mixed as one basis of G F filters.
         star_relu: StarReLU's ``(scale, bias)``, one element each, applied to ``x`` on load.
+        normalization: ``"softmax"``, or None where ``logits`` are the routing weights themselves, after a tanh, a
+            sigmoid, a softmax of your own or nothing.
+        data_format: ``"channels_last"`` or ``"channels_first"``, of ``x`` and the result. No backend copies ``x`` of a
+            dense format first: the CPU core and ``cufft`` read and write either; ``torch.channels_last`` memory counts
+            as channels-last.
         backend: a name from ``backends()``; see ``dfformer_kernels.dispatch`` for what decides when it is None.
 
     Returns:
-        A contiguous (B,H,W,C) tensor of x's dtype. Transforms are orthonormal; arithmetic is float32 (float64 for
-        float64 ``x``). Only the arguments are saved for backward. Gradients are the same bits from run to run.
+        A tensor of x's shape and dtype, in memory as x is if it is dense in one of the two formats. Transforms are
+        orthonormal; arithmetic is float32 (float64 for float64 ``x``). Only the arguments are saved for backward.
+        Gradients are the same bits from run to run.
 
     Raises:
         ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
     """
-    checks.check_tensors("dynamic_filter", x=x, logits=logits, basis=basis)
-    scale, bias = _scalars("dynamic_filter", star_relu)
-    return _call("dynamic_filter", backend, x, logits, _real(basis), scale, bias)
+    op = "dynamic_filter"
+    checks.check_tensors(op, x=x, logits=logits, basis=basis)
+    checks.check_choice(op, "normalization", normalization, ("softmax", None))
+    softmax = normalization is not None
+    basis = _real(basis)
+    if basis.dim() == 3 and basis.shape[2:] == logits.shape[1:2]:  # real-valued
+        basis = torch.stack((basis, torch.zeros_like(basis)), -1)
+    if basis.dim() == 5:
+        logits, basis = _ungrouped(logits, basis, -torch.inf if softmax else 0.0)
+    return _call(op, data_format, backend, x, (logits, basis), star_relu, *() if softmax else (softmax,))
 
 
 def global_filter(
-    x: Tensor, weight: Tensor, star_relu: tuple[Tensor, Tensor] | None = None, *, backend: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    star_relu: tuple[Tensor, Tensor] | None = None,
+    *,
+    data_format: str = "channels_last",
+    backend: str | None = None,
 ) -> Tensor:
     """The global filter step ``irfft2(rfft2(u) * weight)`` (GFNet, arXiv:2107.00645), ``u`` as for `dynamic_filter`.
 
     Args:
-        x: (B,H,W,C), any strides; float32, float64, bfloat16 or float16.
-        weight: (H,K,C,2) or complex (H,K,C), K = W//2 + 1; float32, or float64 with float64 ``x``.
+        x: (B,H,W,C), or (B,C,H,W) with ``data_format="channels_first"``; any strides; float32, float64, bfloat16 or
+            float16.
+        weight: (H,K,C,2) or complex (H,K,C), K = W//2 + 1, or one for each sample, (B,H,K,C,2) or complex (B,H,K,C);
+            float32, or float64 with float64 ``x``.
         star_relu: StarReLU's ``(scale, bias)``, one element each, applied to ``x`` on load.
+        data_format: as for `dynamic_filter`.
         backend: a name from ``backends()``; see ``dfformer_kernels.dispatch`` for what decides when it is None.
 
     Returns:
-        A contiguous (B,H,W,C) tensor of x's dtype.
+        A tensor of x's shape and dtype, in memory as for `dynamic_filter`.
 
     Raises:
         ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
     """
     checks.check_tensors("global_filter", x=x, weight=weight)
-    scale, bias = _scalars("global_filter", star_relu)
-    return _call("global_filter", backend, x, _real(weight), scale, bias)
+    return _call("global_filter", data_format, backend, x, (_real(weight),), star_relu)
 
 
 def _scalars(op: str, star_relu: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
@@ -114,13 +141,41 @@ def _real(filters: Tensor) -> Tensor:
     return torch.view_as_real(filters.resolve_conj()) if filters.is_complex() else filters
 
 
-def _call(name: str, backend: str | None, *tensors: Tensor | None) -> Tensor:
+def _ungrouped(logits: Tensor, basis: Tensor, absent: float) -> tuple[Tensor, Tensor]:
+    """One basis of all groups' filters, and logits that are ``absent`` for the filters of other groups."""
+    checks.check_groups("dynamic_filter", logits, basis)
+    G, _, _, F, _ = basis.shape
+    own = torch.eye(G, dtype=torch.bool, device=logits.device).repeat_interleave(F, 0)
+    own = own.repeat_interleave(logits.shape[2] // G, 1)
+    basis = basis.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    return logits.repeat(1, G, 1).masked_fill(~own, absent), basis
+
+
+def _call(
+    op: str,
+    data_format: str,
+    backend: str | None,
+    x: Tensor,
+    parameters: tuple[Tensor, ...],
+    star_relu: tuple[Tensor, Tensor] | None,
+    *options: bool,
+) -> Tensor:
+    """The filter step on x in either format; to the operator, channels-first is a matter of strides."""
+    checks.check_choice(op, "data_format", data_format, ("channels_last", "channels_first"))
+    tensors = (*parameters, *_scalars(op, star_relu))
+    if data_format == "channels_last":
+        return _run(op, backend, x, *tensors, options=options)
+    checks.check_channels_first(op, x)
+    return _run(op, backend, x.permute(0, 2, 3, 1), *tensors, options=options).permute(0, 3, 1, 2)
+
+
+def _run(op: str, backend: str | None, *tensors: Tensor | None, options: tuple[bool, ...] = ()) -> Tensor:
     backend = requested_backend(backend)
     if is_transformed(tensors):
-        CHECKS[name](*tensors)
+        CHECKS[op](*tensors)
         with without_autocast(tensors[0].device):  # type: ignore[union-attr] # x is there
-            return getattr(reference, name)(*tensors)
-    return getattr(torch.ops.dfformer, name)(*tensors, backend)
+            return getattr(reference, op)(*tensors, *options)
+    return getattr(torch.ops.dfformer, op)(*tensors, backend, *options)
 
 
 CHECKS: dict[str, Callable[..., None]] = {
@@ -130,60 +185,68 @@ CHECKS: dict[str, Callable[..., None]] = {
 }
 
 
-def _define(name: str, inputs: str) -> type[Any]:
+def _define(name: str, inputs: str, options: str = "") -> type[Any]:
     """Registers ``dfformer::<name>`` and ``dfformer::<name>_backward`` and returns their autograd Function, whose
-    ``apply`` takes the inputs in that order and the backend's name or None.
+    ``apply`` takes the inputs in that order, the backend's name or None, and the options or not.
 
-    ``inputs`` is the schema of the tensor arguments, ``x`` first.
+    ``inputs`` is the schema of the tensor arguments, ``x`` first; ``options`` that of flags with defaults, which follow
+    the tensors of a kernel too.
     """
     backward_name = f"{name}_backward"
-    check = CHECKS[name]
+    check, count = CHECKS[name], inputs.count("Tensor")
 
     def forward_impl(*args: Any) -> Tensor:
-        *tensors, backend = args
+        tensors, backend, options = args[:count], args[count], args[count + 1 :]
         check(*tensors)
         refuse_tangents(name, tensors)
-        kernel = kernel_for(name, backend, tensors)
-        if tensors[0].numel() == 0:
+        kernel = kernel_for(name, backend, tensors, *options)
+        x = tensors[0]
+        if x.numel() == 0:
             return forward_fake(*args)
-        with without_autocast(tensors[0].device):
-            return kernel(*tensors).contiguous()
+        with without_autocast(x.device):
+            return in_format(kernel(*tensors, *options), is_channels_first(x))
 
     def forward_fake(*args: Any) -> Tensor:
-        *tensors, _ = args
-        check(*tensors)
-        return torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+        check(*args[:count])
+        return empty_like(args[0])
 
     def backward_impl(*args: Any) -> list[Tensor]:
-        grad_y, *tensors, needs, backend = args
+        grad_y, tensors, needs, backend, options = split(args)
         check_backward(grad_y, tensors, needs)
         refuse_tangents(backward_name, (grad_y, *tensors))
-        kernel = kernel_for(backward_name, backend, tensors)
-        if tensors[0].numel() == 0:
+        kernel = kernel_for(backward_name, backend, tensors, *options)
+        x = tensors[0]
+        if x.numel() == 0:
             return [gradient.zero_() for gradient in backward_fake(*args)]
-        with without_autocast(tensors[0].device):
-            return [gradient.contiguous() for gradient in kernel(grad_y, *tensors, needs)]
+        with without_autocast(x.device):
+            gradients = kernel(grad_y, *tensors, needs, *options)
+        first = needs[0] and is_channels_first(x)
+        return [in_format(gradient, first and i == 0) for i, gradient in enumerate(gradients)]
 
     def backward_fake(*args: Any) -> list[Tensor]:
-        grad_y, *tensors, needs, _ = args
+        grad_y, tensors, needs, *_ = split(args)
         check_backward(grad_y, tensors, needs)
-        contiguous = torch.contiguous_format
-        return [torch.empty_like(t, memory_format=contiguous) for t, need in zip(tensors, needs, strict=True) if need]
+        x, *others = tensors
+        contiguous = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in compress(others, needs[1:]))
+        return [empty_like(x), *contiguous] if needs[0] else list(contiguous)
 
-    def check_backward(grad_y: Tensor, tensors: list[Tensor], needs: list[bool]) -> None:
+    def split(args: Sequence[Any]) -> tuple[Tensor, Sequence[Any], Sequence[bool], str | None, Sequence[bool]]:
+        return args[0], args[1 : count + 1], args[count + 1], args[count + 2], args[count + 3 :]
+
+    def check_backward(grad_y: Tensor, tensors: Sequence[Any], needs: Sequence[bool]) -> None:
         check(*tensors)
         checks.check_grad_y(backward_name, grad_y, tensors[0])
         checks.check_needs(backward_name, needs, len(tensors))
 
-    register(f"{name}({inputs}, str? backend) -> Tensor", forward_impl, forward_fake)
-    backward_schema = f"{backward_name}(Tensor grad_y, {inputs}, bool[] needs, str? backend) -> Tensor[]"
+    register(f"{name}({inputs}, str? backend{options}) -> Tensor", forward_impl, forward_fake)
+    backward_schema = f"{backward_name}(Tensor grad_y, {inputs}, bool[] needs, str? backend{options}) -> Tensor[]"
     register(backward_schema, backward_impl, backward_fake)
-    function = _autograd_function(name)
+    function = _autograd_function(name, count)
     differentiate(name, function)
     return function
 
 
-def _autograd_function(name: str) -> type[Any]:
+def _autograd_function(name: str, count: int) -> type[Any]:
     forward_op = getattr(torch.ops.dfformer, name)
     backward_op = getattr(torch.ops.dfformer, f"{name}_backward")
     differentiable_backward = getattr(reference, f"{name}_backward")
@@ -195,24 +258,26 @@ def _autograd_function(name: str) -> type[Any]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            *tensors, ctx.backend = inputs
-            ctx.save_for_backward(*tensors)
+            ctx.backend, *ctx.options = inputs[count:]
+            ctx.save_for_backward(*inputs[:count])
 
         @staticmethod
         def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
             tensors = ctx.saved_tensors
-            needs = list(ctx.needs_input_grad[: len(tensors)])
+            needs = list(ctx.needs_input_grad[:count])
             if is_differentiated(grad_y, tensors):
                 with without_autocast(grad_y.device):
-                    gradients: Sequence[Tensor] = differentiable_backward(grad_y, *tensors, needs)
+                    gradients: Sequence[Tensor] = differentiable_backward(grad_y, *tensors, needs, *ctx.options)
             else:
-                gradients = backward_op(grad_y, *tensors, needs, ctx.backend)
+                gradients = backward_op(grad_y, *tensors, needs, ctx.backend, *ctx.options)
             remaining = iter(gradients)
-            return (*(next(remaining) if need else None for need in needs), None)
+            return (*(next(remaining) if need else None for need in needs), None, *(None for _ in ctx.options))
 
     return Function
 
 
 StarReLUFunction = _define("star_relu", "Tensor x, Tensor scale, Tensor bias")
-DynamicFilterFunction = _define("dynamic_filter", "Tensor x, Tensor logits, Tensor basis, Tensor? scale, Tensor? bias")
+DynamicFilterFunction = _define(
+    "dynamic_filter", "Tensor x, Tensor logits, Tensor basis, Tensor? scale, Tensor? bias", ", bool softmax=True"
+)
 GlobalFilterFunction = _define("global_filter", "Tensor x, Tensor weight, Tensor? scale, Tensor? bias")

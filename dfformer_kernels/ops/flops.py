@@ -43,7 +43,7 @@ def _dynamic_filter(x: Shape, logits: Shape, *_: Any) -> int:
 
 
 def _dynamic_filter_backward(grad_y: Shape, x: Shape, logits: Shape, *others: Any) -> int:
-    need_x, need_logits, need_basis, need_scale, need_bias = others[-2]
+    need_x, need_logits, need_basis, need_scale, need_bias = others[3]
     mix = MIX * logits[1]
     need_u, need_filters = need_x or need_scale or need_bias, need_logits or need_basis
     return _filter_backward(x, need_u, mix, need_filters, mix * (need_logits + need_basis))
@@ -54,7 +54,7 @@ def _global_filter(x: Shape, *_: Any) -> int:
 
 
 def _global_filter_backward(grad_y: Shape, x: Shape, *others: Any) -> int:
-    need_x, need_weight, need_scale, need_bias = others[-2]
+    need_x, need_weight, need_scale, need_bias = others[3]
     return _filter_backward(x, need_x or need_scale or need_bias, 0, need_weight, BATCH_SUM)
 
 
@@ -67,7 +67,7 @@ def _nothing(*_: Any) -> int:
     return 0
 
 
-# By operator: of its arguments, tensors being their shapes. Backwards end with needs and the backend's name.
+# By operator: of its arguments, tensors being their shapes. Options that are at their defaults are not among them.
 FORMULAS: dict[str, Callable[..., int]] = {
     "star_relu": _nothing,
     "star_relu_backward": _nothing,

@@ -18,7 +18,8 @@ LIBRARY = torch.library.Library("dfformer", "DEF")
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Defines ``torch.ops.dfformer``'s operator of this schema: what it computes on any device, and its fake."""
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    # A result has the memory format of its x: compiled code must hand over the one that it was traced with.
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dfformer::{name}", fake, lib=LIBRARY)
 

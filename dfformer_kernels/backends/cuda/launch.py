@@ -57,7 +57,10 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     capability = torch.cuda.get_device_capability(problem.device_index)
     if capability < _OLDEST:
         return [_too_old(capability)]
-    return layout.unsupported_reasons(Step.of(problem), chip_of(problem.device_index))
+    reasons = [] if problem.softmax else ["its routing is a softmax of the logits"]
+    if problem.weight_per_sample:
+        reasons.append("it has one weight for all samples")
+    return reasons + layout.unsupported_reasons(Step.of(problem), chip_of(problem.device_index))
 
 
 def _too_old(capability: tuple[int, int]) -> str:
@@ -118,7 +121,14 @@ def _load(step: Step, device: int) -> Loaded:
 # The kernels as functions of tensors
 
 
-def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def _filter(
+    x: Tensor,
+    logits: Tensor | None,
+    filters: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    softmax: bool = True,
+) -> Tensor:
     inputs = _Inputs("filter", x, logits, filters, scale, bias)
     y, B = torch.empty_like(inputs.x), len(x)
     with _current(x.device):
@@ -135,6 +145,7 @@ def _filter_backward(
     scale: Tensor | None,
     bias: Tensor | None,
     needs: Sequence[bool],
+    softmax: bool = True,
 ) -> list[Tensor]:
     """Sums over samples and channels are one slot a block, or a group of blocks, and torch's sum over slots: in the
     same order every time, since the number of blocks is the chip's.

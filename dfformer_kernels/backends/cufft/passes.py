@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfformer_kernels.backends import torch_fft
 from dfformer_kernels.backends.filter_kernels import filter_kernels
-from dfformer_kernels.problem import KernelBuildError, Problem
+from dfformer_kernels.problem import KernelBuildError, Problem, empty_like, is_channels_first
 from dfformer_kernels.reference import compute_dtype
 
 # What may move while one more transform is launched, in bytes: 3 us at the 3.35 TB/s of an H100. An assumption.
@@ -74,10 +74,17 @@ def by_sample(shape: Sequence[int], dtype: torch.dtype, star_relu: bool, backwar
     return passes * 2 * H * W * C * dtype.itemsize > transforms * _LAUNCH_BYTES
 
 
-def _filter(x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def _filter(
+    x: Tensor,
+    logits: Tensor | None,
+    filters: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    softmax: bool = True,
+) -> Tensor:
     with torch.cuda.device_of(x):
         X = _spectrum(x, x.dtype, scale, bias, by_sample(x.shape, x.dtype, scale is not None, backward=False))
-        _triton().mix(X, x.shape[2], logits, filters.contiguous())
+        _triton().mix(X, x.shape[2], logits, filters.contiguous(), softmax)
         return _samples(_transforms(x.device.type)[1](X, x.shape[2]), x)
 
 
@@ -89,6 +96,7 @@ def _filter_backward(
     scale: Tensor | None,
     bias: Tensor | None,
     needs: Sequence[bool],
+    softmax: bool = True,
 ) -> list[Tensor]:
     need_x, need_logits, need_filters, need_scale, need_bias = needs
     need_u, W, filters = need_x or need_scale or need_bias, x.shape[2], filters.contiguous()
@@ -101,7 +109,8 @@ def _filter_backward(
         if logits is None:
             gradients = _triton().global_mix_backward(G, X, W, filters, (need_u, need_filters))
         else:
-            gradients = _triton().mix_backward(G, X, W, logits, filters, (need_u, need_logits, need_filters))
+            needed = (need_u, need_logits, need_filters)
+            gradients = _triton().mix_backward(G, X, W, logits, filters, needed, softmax)
         if not need_u:
             return gradients
         del X
@@ -138,10 +147,10 @@ def _spectrum(x: Tensor, dtype: torch.dtype, scale: Tensor | None, bias: Tensor 
 
 
 def _samples(u: Tensor, x: Tensor) -> Tensor:
-    """(B,H,W,C) or (1,H,W,B*C) as (B,H,W,C) of x's dtype."""
-    if u.shape == x.shape and u.dtype == x.dtype:
+    """(B,H,W,C) or (1,H,W,B*C) as (B,H,W,C) of x's dtype and memory format."""
+    if u.shape == x.shape and u.dtype == x.dtype and not is_channels_first(x):
         return u
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = empty_like(x)
     _triton().activate(_by_channel(u, x.shape[0]), y.flatten(1, 2))
     return y
 

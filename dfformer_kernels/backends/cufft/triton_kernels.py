@@ -79,12 +79,12 @@ def _basis(basis, row, rows, f, H, W, F: tl.constexpr):
 
 
 @triton.jit
-def _weight(weight, row, c, C, exists, H, W):
-    """A global filter on these rows and channels, symmetric in the self-conjugate columns."""
+def _weight(weight, row, n, C, w_stride_b, exists, H, W):
+    """A global filter on these rows and columns, symmetric in the self-conjugate columns of its spectrum."""
     turned, special = _turned(row, H, W)
     mirrored = exists & special[:, None]
-    real, imaginary = _load_complex(weight, _offsets(row, c, C, 0, C, 1), exists)
-    mirror_real, mirror_imaginary = _load_complex(weight, _offsets(turned, c, C, 0, C, 1), mirrored)
+    real, imaginary = _load_complex(weight, _offsets(row, n, C, w_stride_b, C, 1), exists)
+    mirror_real, mirror_imaginary = _load_complex(weight, _offsets(turned, n, C, w_stride_b, C, 1), mirrored)
     real = tl.where(special[:, None], (real + mirror_real) * 0.5, real)
     return real, tl.where(special[:, None], (imaginary - mirror_imaginary) * 0.5, imaginary)
 
@@ -105,6 +105,16 @@ def _softmax_scale(logits, n, N, C, stride_b, stride_f, stride_c, F: tl.constexp
     for f in range(F):
         total += tl.exp(_logits(logits, n, N, C, f, stride_b, stride_f, stride_c, COMPUTE) - peak)
     return peak, total
+
+
+@triton.jit
+def _routing(
+    logits, n, N, C, f, stride_b, stride_f, stride_c, peak, total, SOFTMAX: tl.constexpr, COMPUTE: tl.constexpr
+):
+    value = _logits(logits, n, N, C, f, stride_b, stride_f, stride_c, COMPUTE)
+    if SOFTMAX:
+        value = tl.exp(value - peak) / total
+    return value
 
 
 @triton.jit
@@ -164,14 +174,14 @@ def activate_backward_kernel(
 @triton.jit
 def mix_kernel(
     X, logits, basis, H, W, rows, N, C, width, l_stride_b, l_stride_f, l_stride_c,
-    F: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    F: tl.constexpr, SOFTMAX: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``X *= M / (HW)``, ``M[h,k,n] = sum_f softmax(logits)[f,n] basis[h,k,f]``, in place."""
+    """``X *= M / (HW)``, ``M[h,k,n] = sum_f r[f,n] basis[h,k,f]``, in place; r is softmax(logits), or the logits."""
     row, n, exists = _tile(rows, N, ROWS, COLUMNS)
     peak, total = _softmax_scale(logits, n, N, C, l_stride_b, l_stride_f, l_stride_c, F, COMPUTE)
     M_real, M_imaginary = tl.zeros((ROWS, COLUMNS), COMPUTE), tl.zeros((ROWS, COLUMNS), COMPUTE)
     for f in range(F):
-        r = tl.exp(_logits(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, COMPUTE) - peak) / total
+        r = _routing(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, peak, total, SOFTMAX, COMPUTE)
         basis_real, basis_imaginary = _basis(basis, row, rows, f, H, W, F)
         M_real += basis_real[:, None] * r[None, :]
         M_imaginary += basis_imaginary[:, None] * r[None, :]
@@ -183,11 +193,12 @@ def mix_kernel(
 
 @triton.jit
 def global_mix_kernel(
-    X, weight, H, W, rows, N, C, width, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    X, weight, H, W, rows, N, C, width, w_stride_b,
+    COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``X *= weight / (HW)``, in place."""
     row, n, exists = _tile(rows, N, ROWS, COLUMNS)
-    M_real, M_imaginary = _weight(weight, row, n % C, C, exists, H, W)
+    M_real, M_imaginary = _weight(weight, row, n, C, w_stride_b, exists, H, W)
     norm = _one_over(H * W, COMPUTE)
     offset = _points(row, n, rows, width)
     real, imaginary = _load_complex(X, offset, exists)
@@ -197,7 +208,8 @@ def global_mix_kernel(
 @triton.jit
 def mix_backward_kernel(
     G, X, logits, basis, r_slots, basis_slots, H, W, rows, N, C, width, l_stride_b, l_stride_f, l_stride_c,
-    F: tl.constexpr, STORE_G: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    F: tl.constexpr, SOFTMAX: tl.constexpr, STORE_G: tl.constexpr, COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``G *= conj(M) / (HW)`` in place; with ``P = D G conj(X) / (HW)`` of the G before, r_slots (row tiles,F,N) get
     ``sum_hk Re(P conj(basis[h,k,f]))`` and basis_slots (column tiles,rows,F,2) ``sum_n r[f,n] P``.
@@ -216,7 +228,7 @@ def mix_backward_kernel(
     if STORE_G:
         M_real, M_imaginary = tl.zeros((ROWS, COLUMNS), COMPUTE), tl.zeros((ROWS, COLUMNS), COMPUTE)
     for f in range(F):
-        r = tl.exp(_logits(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, COMPUTE) - peak) / total
+        r = _routing(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, peak, total, SOFTMAX, COMPUTE)
         if STORE_G:
             real, imaginary = _basis(basis, row, rows, f, H, W, F)
             M_real += real[:, None] * r[None, :]
@@ -238,23 +250,24 @@ def mix_backward_kernel(
 
 @triton.jit
 def global_mix_backward_kernel(
-    G, X, weight, slots, H, W, rows, B, C, width, samples,
+    G, X, weight, slots, H, W, rows, B, columns, C, width, w_stride_b, samples,
     STORE_G: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``G *= conj(weight) / (HW)`` in place; slots (slices,rows,C,2) get ``sum_b D G conj(X) / (HW)`` of the G before.
 
-    A program has its tile of channels in a slice of ``samples`` samples, one after the other.
+    A program has its tile of channels in a slice of ``samples`` samples, one after the other. Where each sample has a
+    weight of its own, it is one of all columns N = ``columns``, and slots are (1,N/C,rows,C,2).
     """
-    row, c, exists = _tile(rows, C, ROWS, COLUMNS)
+    row, n, exists = _tile(rows, columns, ROWS, COLUMNS)
     norm = _one_over(H * W, COMPUTE)
     _, special = _turned(row, H, W)
     D = tl.where(special, norm, 2 * norm)[:, None]
     if STORE_G:
-        M_real, M_imaginary = _weight(weight, row, c, C, exists, H, W)
+        M_real, M_imaginary = _weight(weight, row, n, C, w_stride_b, exists, H, W)
     sum_real, sum_imaginary = tl.zeros((ROWS, COLUMNS), COMPUTE), tl.zeros((ROWS, COLUMNS), COMPUTE)
     first = tl.program_id(1) * samples
     for b in range(first, tl.minimum(first + samples, B)):
-        offset = _points(row, b * C + c, rows, width)
+        offset = _points(row, b * columns + n, rows, width)
         G_real, G_imaginary = _load_complex(G, offset, exists)
         if X is not None:
             X_real, X_imaginary = _load_complex(X, offset, exists)
@@ -264,7 +277,7 @@ def global_mix_backward_kernel(
             _store_product(G, offset, exists, G_real, G_imaginary, M_real, -M_imaginary, norm)
     if slots is not None:
         slot = tl.program_id(1).to(tl.int64) * rows * C
-        _store_complex(slots, slot + _offsets(row, c, C, 0, C, 1), D * sum_real, D * sum_imaginary, exists)
+        _store_complex(slots, slot + _offsets(row, n, C, w_stride_b, C, 1), D * sum_real, D * sum_imaginary, exists)
 
 
 @triton.jit

@@ -93,7 +93,7 @@ def activate_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, ne
     B, rows, C = x.shape
     need_x, *need_scalars = needs
     tile, grid = _tiles(rows, B * C, _PLANE_TILE, _PLANE_TILE)
-    grad_x = torch.empty((B, rows, C), dtype=x.dtype, device=x.device) if need_x else None
+    grad_x = torch.empty_like(x) if need_x else None
     slots = torch.empty((grid[0], 2), dtype=torch.float64, device=x.device) if any(need_scalars) else None
     strides = (*grad_y.stride(), *x.stride(), *(grad_x if grad_x is not None else x).stride())
     arguments = (grad_y, x, scale, grad_x, slots, rows, B * C, C, *strides, _compute(x), *tile)
@@ -106,27 +106,32 @@ def activate_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, ne
     return gradients
 
 
-def mix(X: Tensor, W: int, logits: Tensor | None, filters: Tensor) -> None:
-    """``X *= M / (HW)`` in place; ``M = softmax(logits) @ filters``, or filters where logits is None.
+def mix(X: Tensor, W: int, logits: Tensor | None, filters: Tensor, softmax: bool = True) -> None:
+    """``X *= M / (HW)`` in place; M is ``softmax(logits) @ filters``, ``logits @ filters``, or filters without logits.
 
     ``X`` is (S,H,K,width,2) with S width = B*C, ``logits`` (B,F,C) with any strides and dtype, ``filters`` the
-    contiguous basis (H,K,F,2) or weight (H,K,C,2).
+    contiguous basis (H,K,F,2), weight (H,K,C,2) or weights (B,H,K,C,2).
     """
     S, H, K, width, _ = X.shape
     N = S * width
     tile, grid = _spectrum_tiles(X, N)
+    sizes = (H, W, H * K, N)
     if logits is None:
-        _launch(
-            kernels.global_mix_kernel, grid, X, filters, H, W, H * K, N, filters.shape[2], width, _compute(X), *tile
-        )
+        of_weight = (filters.shape[-2], width, _sample_stride(filters))
+        _launch(kernels.global_mix_kernel, grid, X, filters, *sizes, *of_weight, _compute(X), *tile)
         return
     _, F, C = logits.shape
-    strides = logits.stride()
-    _launch(kernels.mix_kernel, grid, X, logits, filters, H, W, H * K, N, C, width, *strides, F, _compute(X), *tile)
+    routing = (C, width, *logits.stride(), F, softmax)
+    _launch(kernels.mix_kernel, grid, X, logits, filters, *sizes, *routing, _compute(X), *tile)
+
+
+def _sample_stride(weight: Tensor) -> int:
+    """From one sample's weight to the next, in complex numbers; 0 for one of all samples."""
+    return weight[0].numel() // 2 if weight.dim() == 5 else 0
 
 
 def mix_backward(
-    G: Tensor, X: Tensor | None, W: int, logits: Tensor, basis: Tensor, needs: Sequence[bool]
+    G: Tensor, X: Tensor | None, W: int, logits: Tensor, basis: Tensor, needs: Sequence[bool], softmax: bool = True
 ) -> list[Tensor]:
     """``G *= conj(M) / (HW)`` in place, and the gradients of logits and basis from the G before and X.
 
@@ -140,20 +145,29 @@ def mix_backward(
     tile, grid = _spectrum_tiles(G, N)
     r_slots = _empty(G, triton.cdiv(H * K, tile[0]), F, N) if need_logits else None
     basis_slots = _empty(G, triton.cdiv(N, tile[1]), H, K, F, 2) if need_basis else None
-    arguments = (H, W, H * K, N, C, width, *logits.stride(), F, need_G, _compute(G), *tile)
+    arguments = (H, W, H * K, N, C, width, *logits.stride(), F, softmax, need_G, _compute(G), *tile)
     _launch(kernels.mix_backward_kernel, grid, G, X, logits, basis, r_slots, basis_slots, *arguments)
     gradients = []
     if r_slots is not None:
-        grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        strides = (*logits.stride(), *grad_logits.stride())
-        grid = (triton.cdiv(N, _WIDTH),)
         grad_r = r_slots.sum(0, dtype=torch.float64)  # of which softmax's gradient takes small differences
-        arguments = (grad_r, logits, grad_logits, N, C, *strides, F, tl.float64, _WIDTH)
-        _launch(kernels.softmax_backward_kernel, grid, *arguments, warps=4)
-        gradients.append(grad_logits)
+        gradients.append(_softmax_backward(grad_r, logits) if softmax else _by_sample(grad_r, logits))
     if basis_slots is not None:
         gradients.append(basis_slots.sum(0))
     return gradients
+
+
+def _by_sample(grad_r: Tensor, logits: Tensor) -> Tensor:
+    """(F,B*C) as logits are: (B,F,C) of their dtype."""
+    return grad_r.unflatten(1, (len(logits), -1)).transpose(0, 1).to(logits.dtype)
+
+
+def _softmax_backward(grad_r: Tensor, logits: Tensor) -> Tensor:
+    F, N = grad_r.shape
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    strides = (*logits.stride(), *grad_logits.stride())
+    arguments = (grad_r, logits, grad_logits, N, logits.shape[2], *strides, F, tl.float64, _WIDTH)
+    _launch(kernels.softmax_backward_kernel, (triton.cdiv(N, _WIDTH),), *arguments, warps=4)
+    return grad_logits
 
 
 def global_mix_backward(G: Tensor, X: Tensor | None, W: int, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
@@ -163,14 +177,16 @@ def global_mix_backward(G: Tensor, X: Tensor | None, W: int, weight: Tensor, nee
     is wanted. Returns weight's gradient if it is.
     """
     S, H, K, width, _ = G.shape
-    C = weight.shape[2]
-    B = S * width // C
+    C = weight.shape[-2]
+    # Samples with weights of their own are the columns of a single one.
+    B, columns = (1, S * width) if weight.dim() == 5 else (S * width // C, C)
     need_G, need_weight = needs
-    tile, (tiles,) = _spectrum_tiles(G, C)
+    tile, (tiles,) = _spectrum_tiles(G, columns)
     samples = triton.cdiv(B, min(B, triton.cdiv(_PROGRAMS, tiles), 65535))
     slices = triton.cdiv(B, samples)
-    slots = _empty(G, slices, H, K, C, 2) if need_weight else None
-    arguments = (G, X, weight, slots, H, W, H * K, B, C, width, samples, need_G, _compute(G), *tile)
+    slots = _empty(G, slices, *weight.shape) if need_weight else None
+    sizes = (H, W, H * K, B, columns, C, width, _sample_stride(weight), samples)
+    arguments = (G, X, weight, slots, *sizes, need_G, _compute(G), *tile)
     _launch(kernels.global_mix_backward_kernel, (tiles, slices), *arguments)
     return [] if slots is None else [slots.sum(0)]
 

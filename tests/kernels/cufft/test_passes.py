@@ -21,8 +21,9 @@ from cases import (
 )
 from torch import Tensor
 
+from dfformer_kernels import reference
 from dfformer_kernels.backends.cufft import passes as cufft
-from dfformer_kernels.problem import Problem
+from dfformer_kernels.problem import Problem, is_channels_first
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 triton = pytest.importorskip("triton")
@@ -120,6 +121,32 @@ def test_memory_layout_does_not_matter(op: Op, B: int, layout: str) -> None:
         inputs[name] = LAYOUTS[layout](inputs[name]).requires_grad_()
     grad_y = LAYOUTS[layout](make_grad(op, inputs))
     assert_all_within_bound(*run(op, inputs, grad_y), expected(op, inputs, grad_y))
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+@pytest.mark.parametrize("star_relu", [False, True])
+@pytest.mark.parametrize("name", ["dynamic_filter", "global_filter"])
+def test_weights_without_softmax_and_for_each_sample(name: str, star_relu: bool, channels_first: bool) -> None:
+    """In either memory format, which results have too."""
+    op = OPS[f"{name}+star_relu" if star_relu else name]
+    inputs = make_inputs(op, Case(2, 4, 6, 3, F=20), torch.float32)
+    options = [False] if name == "dynamic_filter" else []
+    if name == "global_filter":
+        inputs["weight"] = torch.stack([inputs["weight"].detach(), 1 + inputs["weight"].detach()]).requires_grad_()
+    exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+    wanted = getattr(reference, name)(*op.schema_order(exact), *options)
+    grad_y = wanted.detach().float() + 0.5
+    wanted_gradients = torch.autograd.grad(wanted, list(exact.values()), grad_y.double())
+    if channels_first:
+        inputs["x"] = LAYOUTS["channels_first"](inputs["x"])
+    arguments = [None if t is None else t.detach() for t in op.schema_order(inputs)]
+    y = cufft.KERNELS[name](*arguments, *options)
+    needs = [t is not None for t in arguments]
+    gradients = cufft.KERNELS[f"{name}_backward"](grad_y, *arguments, needs, *options)
+    for result, exactly in zip([y, *gradients], [wanted, *wanted_gradients], strict=True):
+        assert relative_error(result, exactly) <= BOUND[torch.float32]
+    for result in (y, gradients[0]):
+        assert is_channels_first(result) == channels_first
 
 
 @ALL_OPS

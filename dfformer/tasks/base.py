@@ -1,6 +1,7 @@
 """What every task provides: data, model, loss and measures. The engine trains any of them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -8,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import timm
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from dfformer.data import images as image_data
-from dfformer.models.checkpoint import load_checkpoint, save_checkpoint
+from dfformer.models.checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from dfformer.models.metadata import check_classes
 from dfformer.models.registry import VARIANTS
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dfformer.train.config import TrainConfig
+
+
+SHOWN = 6  # images in predictions.png
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,26 @@ def global_batches(config: "TrainConfig", place: Place, images: int) -> image_da
     )
 
 
+def read_dense_checkpoint(path: str | Path, task: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`read_checkpoint`; CheckpointError unless the file says that it is for ``task``."""
+    state_dict, about = read_checkpoint(path)
+    if about.get("task") != task:
+        raise CheckpointError(f"{path}: is not for the task {task}, or does not say so")
+    return state_dict, about
+
+
+def whole_images(
+    dataset: Any,
+    workers: int,
+    place: Place,
+    collate: image_data.Collate = default_collate,
+    surplus: Callable[[Any], Any] = lambda truth: truth,
+) -> DataLoader:
+    """This process's images and their truth, one by one, as they differ in size; see `evaluation_loader`."""
+    pinned = place.device.type == "cuda"
+    return image_data.evaluation_loader(dataset, 1, workers, pinned, place.rank, place.world, collate, surplus)
+
+
 class DenseTask(ABC):
     """What segmentation and detection share: sets that check themselves, and a model on an encoder of timm."""
 
@@ -125,6 +149,11 @@ class DenseTask(ABC):
         if self.config.model.grad_checkpointing:
             model.set_grad_checkpointing()
         return cast(nn.Module, model)
+
+    def loader(self, tensors: Any, collate: image_data.Collate = default_collate) -> DataLoader:
+        """Training batches of ``tensors``, which are the images of the training set."""
+        pinned = self.place.device.type == "cuda"
+        return image_data.training_loader(tensors, self.batches, self.config.data.workers, pinned, collate)
 
     def save(self, weights: dict[str, Tensor], path: Path, classes: list[str], **about: Any) -> None:
         """Writes a checkpoint; ``about`` is what else it says of the model."""

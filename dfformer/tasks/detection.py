@@ -1,10 +1,9 @@
 """Object detection: any encoder of timm with a RetinaNet of torchvision on it, trained, evaluated and applied."""
 
 import argparse
-import io
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,21 +30,20 @@ from dfformer.data.boxes import (
     collate,
     open_box_dataset,
 )
-from dfformer.models.checkpoint import CheckpointError, build_and_load, read_checkpoint
-from dfformer.tasks.base import DenseTask, Place
+from dfformer.models.checkpoint import build_and_load
+from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
 from dfformer.tasks.detector import Detector
-from dfformer.tasks.evaluate import Timed, progress, write_csv
+from dfformer.tasks.evaluate import Row, Timed, progress, tabulate
 from dfformer.tasks.predict import File, Prediction, Predictor, find_inputs, predict_files, refuse_arguments
-from dfformer.tasks.results import SOFTWARE, plan_results, result_names
+from dfformer.tasks.results import plan_results, result_names, write_results
 from dfformer.utils.io import write_atomically
-from dfformer.utils.text import echo, printable
+from dfformer.utils.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dfformer.train.config import TrainConfig
 
-_SHOWN = 6  # images in predictions.png
 _MIN_SCORE = 0.3  # of what is drawn in training
 _MEASURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 
@@ -59,9 +57,7 @@ def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
     ``data`` (input_size, whose last two are the most for the shorter and for the longer side, mean, std), ``detector``
     (channels, anchor_scale, norm_groups) and ``repair_boxes`` (whether its data needed that).
     """
-    state_dict, about = read_checkpoint(path)
-    if about.get("task") != "detect":
-        raise CheckpointError(f"{path}: is not of detection, or does not say so")
+    state_dict, about = read_dense_checkpoint(path, "detect")
     encoder, pixels = about["architecture"], about["data"]
 
     def build() -> Detector:
@@ -139,9 +135,7 @@ class Detection(DenseTask):
         return Detector(name, arguments, len(self.classes), size, self.mean, self.std, **self.detector)
 
     def training_loader(self) -> DataLoader:
-        tensors = DetectionTensors(self.train_set, self.config.detect.hflip)
-        pinned = self.place.device.type == "cuda"
-        return image_data.training_loader(tensors, self.batches, self.config.data.workers, pinned, collate)
+        return self.loader(DetectionTensors(self.train_set, self.config.detect.hflip), collate)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, targets = batch
@@ -170,7 +164,7 @@ class Detection(DenseTask):
         from dfformer.analysis.dense_figures import detections
 
         model.eval()
-        shown = [self.val_set[index] for index in range(min(_SHOWN, len(self.val_set)))]
+        shown = [self.val_set[index] for index in range(min(SHOWN, len(self.val_set)))]
         images = [np.asarray(image) for image, _ in shown]
         truth = [{"boxes": objects.boxes, "labels": objects.labels} for _, objects in shown]
         pixels = (v2.functional.pil_to_tensor(image) for image, _ in shown)
@@ -185,11 +179,7 @@ def _no_target(target: Target) -> None:
 
 
 def _loader(dataset: BoxDataset, workers: int, place: Place) -> DataLoader:
-    pinned = place.device.type == "cuda"
-    tensors = DetectionTensors(dataset)
-    return image_data.evaluation_loader(
-        tensors, 1, workers, pinned, place.rank, place.world, collate, surplus=_no_target
-    )
+    return whole_images(DetectionTensors(dataset), workers, place, collate, _no_target)
 
 
 def confident(objects: Target, min_score: float) -> Target:
@@ -206,20 +196,19 @@ def _as_arrays(found: list[Target]) -> list[dict[str, np.ndarray]]:
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """The command line's ``eval`` for checkpoints of detection."""
     refuse_arguments(arguments, ("crop_pct", "model", "model_args"), "detection")
-    rows: list[list[Any]] = []
-    for checkpoint in arguments.checkpoints:
+
+    def measure(checkpoint: Path) -> Iterator[Row]:
         model, about = load_detector(checkpoint)
         for shorter, longer in _sizes(about, arguments.img_size):
             model.set_img_size(shorter, longer)
-            row = _evaluate(checkpoint, model, about, (shorter, longer), arguments)
-            rows.append([str(checkpoint), about["architecture"], shorter, longer, arguments.amp, *row])
-            if arguments.csv:
-                columns = ["checkpoint", "model", "shorter_side", "longer_side", "amp", "images", *_MEASURES]
-                columns += ["images_per_second", *(f"map {name}" for name in about["classes"])]
-                write_csv(arguments.csv, columns, rows)
-            measured = f"mAP {row[1]:.2%}  at IoU 0.5 {row[2]:.2%}  at 0.75 {row[3]:.2%}"
-            echo(f"{printable(checkpoint)}  {shorter}x{longer}  {row[0]} images  {measured}  {row[7]:.1f} images/s")
-    return 0
+            row: dict[str, Any] = {"checkpoint": str(checkpoint), "model": about["architecture"]}
+            row |= {"shorter_side": shorter, "longer_side": longer, "amp": arguments.amp}
+            row |= _evaluate(checkpoint, model, about, (shorter, longer), arguments)
+            measured = f"mAP {row['map']:.2%}  at IoU 0.5 {row['map_50']:.2%}  at 0.75 {row['map_75']:.2%}"
+            speed = f"{row['images_per_second']:.1f} images/s"
+            yield row, f"{shorter}x{longer}  {row['images']} images  {measured}  {speed}"
+
+    return tabulate(arguments, measure)
 
 
 def _sizes(about: dict[str, Any], given: list[tuple[int, int]] | None) -> list[tuple[int, int]]:
@@ -229,8 +218,8 @@ def _sizes(about: dict[str, Any], given: list[tuple[int, int]] | None) -> list[t
 
 def _evaluate(
     checkpoint: Path, model: nn.Module, about: dict[str, Any], size: tuple[int, int], arguments: argparse.Namespace
-) -> list[Any]:
-    """Number of images, _MEASURES, images a second and each class's mAP."""
+) -> dict[str, Any]:
+    """Number of images, _MEASURES, images a second and each class's mAP, by column."""
     place = Place(torch.device(arguments.device))
     dataset = open_box_dataset(
         arguments.dataset,
@@ -248,8 +237,9 @@ def _evaluate(
     loader = progress(_loader(dataset, arguments.workers, place), f"{checkpoint.name} {size[0]}x{size[1]}")
     measures = average_precision(timed, loader, place, by_class=True)
     each = dict(zip(measures["classes"], measures["map_per_class"], strict=True))
-    by_class = [each.get(n, float("nan")) for n in range(len(expected))]
-    return [len(dataset), *(measures[name] for name in _MEASURES), len(dataset) / timed.seconds, *by_class]
+    row = {"images": len(dataset), **{name: measures[name] for name in _MEASURES}}
+    row["images_per_second"] = len(dataset) / timed.seconds
+    return row | {f"map {name}": each.get(n, float("nan")) for n, name in enumerate(about["classes"])}
 
 
 def predict_command(arguments: argparse.Namespace) -> int:
@@ -309,7 +299,4 @@ def _write_picture(stem: Path, image: Tensor, objects: Target, classes: list[str
     from dfformer.analysis.dense_figures import detections
 
     row = {f"score {min_score:g} and up": _as_arrays([objects])}
-    figure = detections([image.permute(1, 2, 0).numpy()], row, classes, stem.name)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110, metadata={"Software": SOFTWARE})
-    write_atomically(stem.with_name(f"{stem.name}.png"), lambda file: file.write(picture.getvalue()))
+    write_results(stem, {".png": detections([image.permute(1, 2, 0).numpy()], row, classes, stem.name)})

@@ -5,7 +5,7 @@ import csv
 import io
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from dfformer.models.checkpoint import load_model
 from dfformer.utils.io import write_atomically
 from dfformer.utils.text import abbreviate, echo, printable
 
+Row = tuple[dict[str, Any], str]  # of the table of ``eval``: by column, and as a line to be printed
 AMP_TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -119,13 +120,24 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         raise ValueError("--batch-size: accepted are numbers from 1 up; --workers: from 0 up")
     if arguments.crop_pct is not None and not 0 < arguments.crop_pct <= 1:
         raise ValueError(f"--crop-pct: got {arguments.crop_pct}, accepted are numbers above 0, up to 1")
-    results: list[Result] = []
-    for checkpoint in arguments.checkpoints:
+
+    def measure(checkpoint: Path) -> Iterator[Row]:
         for img_size in arguments.img_size or [None]:
-            results.append(evaluate(checkpoint, img_size, arguments))
+            result = evaluate(checkpoint, img_size, arguments)
+            yield result._asdict(), _line(result)
+
+    return tabulate(arguments, measure)
+
+
+def tabulate(arguments: argparse.Namespace, measure: Callable[[Path], Iterable[Row]]) -> int:
+    """Prints the lines that ``measure`` gives of each checkpoint, and writes the rows to ``arguments.csv``."""
+    rows: list[dict[str, Any]] = []
+    for checkpoint in arguments.checkpoints:
+        for row, line in measure(checkpoint):
+            rows.append(row)
             if arguments.csv:  # after each, so that what is done stays if the next one fails
-                write_csv(arguments.csv, Result._fields, results)
-            echo(_line(results[-1]))
+                write_csv(arguments.csv, list(row), [list(row.values()) for row in rows])
+            echo(f"{printable(checkpoint)}  {line}")
     return 0
 
 
@@ -222,7 +234,7 @@ def _size(config: dict[str, Any]) -> str:
 def _line(result: Result) -> str:
     size = f"{result.height}x{result.width}  crop {result.crop_pct:g}"
     return (
-        f"{printable(result.checkpoint)}  {size}  {result.images} images  "
+        f"{size}  {result.images} images  "
         f"top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  {result.images_per_second:.1f} images/s"
     )
 

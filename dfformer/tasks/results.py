@@ -1,11 +1,20 @@
 """Where ``predict`` writes: results never take the place of an image, of each other, or of anybody else's files."""
 
+import io
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from PIL import Image, PngImagePlugin
 
 from dfformer.data.files import opened
+from dfformer.utils.io import write_atomically
 from dfformer.utils.text import abbreviate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SOFTWARE = "dfformer predict"  # in the text of every PNG it writes; only those may be replaced
 
@@ -66,6 +75,28 @@ def plan_results(paths: Sequence[Path], folder: Path, endings: Sequence[str]) ->
             f"{abbreviate(foreign)}; accepted is another folder"
         )
     return {path: folder / name for path, name in zip(paths, names, strict=True)}
+
+
+def write_results(stem: Path, pictures: "Mapping[str, Image.Image | Figure]") -> None:
+    """Writes each picture to ``stem`` and its ending, as a PNG that `is_result`: all of them, once all are drawn."""
+    contents = {ending: _png(picture) for ending, picture in pictures.items()}
+    for ending, content in contents.items():
+        write_atomically(stem.with_name(stem.name + ending), partial(_write, content))
+
+
+def _png(picture: "Image.Image | Figure") -> bytes:
+    content = io.BytesIO()
+    if isinstance(picture, Image.Image):
+        by = PngImagePlugin.PngInfo()
+        by.add_text("Software", SOFTWARE)
+        picture.save(content, "PNG", pnginfo=by)
+    else:
+        picture.savefig(content, format="png", dpi=110, metadata={"Software": SOFTWARE})
+    return content.getvalue()
+
+
+def _write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -1,15 +1,14 @@
 """Semantic segmentation: any encoder of timm with a feature pyramid decoder, trained, evaluated and applied."""
 
 import argparse
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -33,13 +32,12 @@ from dfformer.data.masks import (
     open_mask_dataset,
 )
 from dfformer.data.transforms import resize_shorter_side
-from dfformer.models.checkpoint import CheckpointError, build_and_load, read_checkpoint
-from dfformer.tasks.base import DenseTask, Place
-from dfformer.tasks.evaluate import Pixels, Timed, check_classes_of_data, progress, write_csv
+from dfformer.models.checkpoint import build_and_load
+from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
+from dfformer.tasks.evaluate import Pixels, Row, Timed, check_classes_of_data, progress, tabulate
 from dfformer.tasks.predict import File, Prediction, Predictor, find_inputs, predict_files, refuse_arguments
-from dfformer.tasks.results import SOFTWARE, plan_results
-from dfformer.utils.io import write_atomically
-from dfformer.utils.text import echo, printable
+from dfformer.tasks.results import plan_results, write_results
+from dfformer.utils.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
 
 _STRIDE = 32  # of the encoder's last feature map
 _VALUES_AT_ONCE = 2e8  # of logits enlarged together: 0.8 GB
-_SHOWN = 6  # images in predictions.png
 
 
 class Segmenter(nn.Module):
@@ -85,9 +82,7 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, dict[str, Any]]:
     That is: ``architecture`` and ``model_args`` of the encoder, ``decoder``, ``classes`` (names), ``data`` (input_size,
     mean, std) and ``reduce_zero_label`` (whether its training masks had 0 for no class).
     """
-    state_dict, about = read_checkpoint(path)
-    if about.get("task") != "segment":
-        raise CheckpointError(f"{path}: is not of segmentation, or does not say so")
+    state_dict, about = read_dense_checkpoint(path, "segment")
     encoder, classes = about["architecture"], len(about["classes"])
     model = build_and_load(lambda: Segmenter(encoder, about["model_args"], classes, about["decoder"]), state_dict, path)
     return model, about
@@ -137,15 +132,8 @@ def _measures(confusion: Tensor) -> dict[str, float]:
     return {"miou": float(miou), "pixel_accuracy": float(confusion.diagonal().sum() / confusion.sum())}
 
 
-def _loader(
-    dataset: MaskDataset, shorter: int, workers: int, device: torch.device, rank: int = 0, world: int = 1
-) -> DataLoader:
-    """Whole images, one by one, as they differ in size."""
-    whole = SegmentationTensors(dataset, EvalTransform(shorter))
-    pinned = device.type == "cuda"
-    return image_data.evaluation_loader(
-        whole, 1, workers, pinned, rank, world, torch.utils.data.default_collate, surplus=ignored_like
-    )
+def _loader(dataset: MaskDataset, shorter: int, workers: int, place: Place) -> DataLoader:
+    return whole_images(SegmentationTensors(dataset, EvalTransform(shorter)), workers, place, surplus=ignored_like)
 
 
 class Segmentation(DenseTask):
@@ -177,8 +165,7 @@ class Segmentation(DenseTask):
             fill=[round(255 * mean) for mean in self.mean],
         )
         tensors = SegmentationTensors(self.train_set, transform)
-        collate, pinned = torch.utils.data.default_collate, self.place.device.type == "cuda"
-        return image_data.training_loader(tensors, self.batches, given.workers, pinned, collate)
+        return self.loader(tensors)
 
     def loss(self, model: nn.Module, batch: ImageAndMask) -> Tensor:
         """The mean over all pixels, in which those to be ignored are 0: the same however a batch is shared out."""
@@ -187,8 +174,8 @@ class Segmentation(DenseTask):
         return F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum") / masks.numel()
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        given, place = self.config.data, self.place
-        loader = _loader(self.val_set, min(given.size), given.workers, place.device, place.rank, place.world)
+        given = self.config.data
+        loader = _loader(self.val_set, min(given.size), given.workers, self.place)
         return _measures(count_pixels(model, loader, self.pixels, len(self.classes)))
 
     def export(self, weights: dict[str, Tensor], path: Path) -> None:
@@ -207,7 +194,7 @@ class Segmentation(DenseTask):
         model.eval()
         whole = SegmentationTensors(self.val_set, EvalTransform(min(self.config.data.size)))
         images, truths, predictions = [], [], []
-        for index in range(min(_SHOWN, len(self.val_set))):
+        for index in range(min(SHOWN, len(self.val_set))):
             image, truth = self.val_set[index]
             with torch.inference_mode():
                 prediction = segment(model, self.pixels(whole[index][0][None]), truth.shape)[0]
@@ -222,25 +209,25 @@ class Segmentation(DenseTask):
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """The command line's ``eval`` for checkpoints of segmentation."""
     refuse_arguments(arguments, ("crop_pct", "model", "model_args"), "segmentation")
-    rows: list[list[Any]] = []
-    for checkpoint in arguments.checkpoints:
+
+    def measure(checkpoint: Path) -> Iterator[Row]:
         model, about = load_segmenter(checkpoint)
         for size in arguments.img_size or [about["data"]["input_size"][1:]]:
             shorter = min(size)
-            row, classes = _evaluate(checkpoint, model, about, shorter, arguments)
-            rows.append([str(checkpoint), about["architecture"], shorter, arguments.amp, *row])
-            if arguments.csv:
-                columns = ["checkpoint", "model", "shorter_side", "amp", "images", "miou", "pixel_accuracy"]
-                write_csv(arguments.csv, [*columns, "images_per_second", *(f"iou {name}" for name in classes)], rows)
-            measured = f"mIoU {row[1]:.2%}  pixel accuracy {row[2]:.2%}  {row[3]:.1f} images/s"
-            echo(f"{printable(checkpoint)}  shorter side {shorter}  {row[0]} images  {measured}")
-    return 0
+            row: dict[str, Any] = {"checkpoint": str(checkpoint), "model": about["architecture"]}
+            row |= {"shorter_side": shorter, "amp": arguments.amp}
+            row |= _evaluate(checkpoint, model, about, shorter, arguments)
+            measured = f"mIoU {row['miou']:.2%}  pixel accuracy {row['pixel_accuracy']:.2%}"
+            speed = f"{row['images_per_second']:.1f} images/s"
+            yield row, f"shorter side {shorter}  {row['images']} images  {measured}  {speed}"
+
+    return tabulate(arguments, measure)
 
 
 def _evaluate(
     checkpoint: Path, model: nn.Module, about: dict[str, Any], shorter: int, arguments: argparse.Namespace
-) -> tuple[list[Any], list[str]]:
-    """Number of images, mean IoU, pixel accuracy, images a second and each class's IoU; and the classes."""
+) -> dict[str, Any]:
+    """Number of images, mean IoU, pixel accuracy, images a second and each class's IoU, by column."""
     device = torch.device(arguments.device)
     dataset = open_mask_dataset(
         arguments.dataset,
@@ -253,12 +240,13 @@ def _evaluate(
     )
     check_classes_of_data(checkpoint, about["classes"], dataset.classes)
     image_data.check_images(dataset)
-    loader = _loader(dataset, shorter, arguments.workers, device)
+    loader = _loader(dataset, shorter, arguments.workers, Place(device))
     timed = Timed(model.to(device), device, arguments.amp)
     pixels = Pixels(about["data"]["mean"], about["data"]["std"], device)
     confusion = count_pixels(timed, progress(loader, f"{checkpoint.name} {shorter}"), pixels, len(dataset.classes))
-    iou = intersection_over_union(confusion).tolist()
-    return [len(dataset), *_measures(confusion).values(), len(dataset) / timed.seconds, *iou], dataset.classes
+    row = {"images": len(dataset), **_measures(confusion), "images_per_second": len(dataset) / timed.seconds}
+    iou = zip(dataset.classes, intersection_over_union(confusion).tolist(), strict=True)
+    return row | {f"iou {name}": value for name, value in iou}
 
 
 _ENDINGS = (".png", "_picture.png")
@@ -298,18 +286,8 @@ def _write_mask(stem: Path, image: np.ndarray, mask: np.ndarray, classes: list[s
 
     palette = Image.fromarray(mask)
     palette.putpalette(class_colours(classes).tobytes())
-    by = PngImagePlugin.PngInfo()
-    by.add_text("Software", SOFTWARE)
-    numbers, picture = io.BytesIO(), io.BytesIO()
-    palette.save(numbers, "PNG", pnginfo=by)
     figure = segmentations([image], {"prediction": [mask]}, classes, stem.name)
-    figure.savefig(picture, format="png", dpi=110, metadata={"Software": SOFTWARE})
-    for ending, content in zip(_ENDINGS, (numbers, picture), strict=True):  # both, once both are there
-        write_atomically(stem.with_name(stem.name + ending), partial(_write, content.getvalue()))
-
-
-def _write(content: bytes, file: IO[bytes]) -> None:
-    file.write(content)
+    write_results(stem, dict(zip(_ENDINGS, (palette, figure), strict=True)))
 
 
 def _shares(path: Path, mask: np.ndarray, classes: list[str], topk: int) -> Prediction:

@@ -34,7 +34,8 @@ from dfformer.models.metaformer import DFFormer
 from dfformer.tasks.base import Place, Task
 from dfformer.tasks.evaluate import autocast
 from dfformer.tasks.table import task_part
-from dfformer.train.config import FREE_TO_CHANGE, TrainConfig, flatten, parse
+from dfformer.train.checks import flatten
+from dfformer.train.config import FREE_TO_CHANGE, TrainConfig, parse
 from dfformer.train.log import Log, interruption
 from dfformer.train.state import checkpoints, load_latest_state, locked, optimizer_layout, save_state
 from dfformer.utils.device import usable_device

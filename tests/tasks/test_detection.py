@@ -262,7 +262,7 @@ def test_misuses(
 
 def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     save_checkpoint({"a": torch.zeros(1)}, tmp_path / "m.safetensors", "dfformer_s18")
-    with pytest.raises(CheckpointError, match="is not of detection"):
+    with pytest.raises(CheckpointError, match="is not for the task detect"):
         detect.load_detector(tmp_path / "m.safetensors")
 
 

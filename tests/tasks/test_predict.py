@@ -19,7 +19,7 @@ from PIL import Image
 
 from dfformer.cli.main import main
 from dfformer.models.checkpoint import load_model, save_checkpoint
-from dfformer.tasks import detection, predict, segmentation
+from dfformer.tasks import detection, predict, results
 from dfformer.tasks.results import result_names
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_size": 32}
@@ -143,18 +143,18 @@ def test_an_image_that_the_model_fails_on(checkpoints: dict[str, str], tmp_path:
         predict.predict(failing, paths, classes)
 
 
-@pytest.mark.parametrize(("task", "module"), [("segment", segmentation), ("detect", detection)])
+@pytest.mark.parametrize("task", ["segment", "detect"])
 def test_a_result_that_cannot_be_written(
-    task: str, module: Any, run: Callable[..., tuple[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: str, run: Callable[..., tuple[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = module.write_atomically
+    write = results.write_atomically
 
     def full(path: Path, content: Any) -> None:
         if path.name == "b.png":
             raise OSError(28, "No space left on device", str(path))
         write(path, content)
 
-    monkeypatch.setattr(module, "write_atomically", full)
+    monkeypatch.setattr(results, "write_atomically", full)
     write_all(tmp_path / "images", dict.fromkeys(("a.png", "b.png", "c.png"), READABLE["plain.png"]))
     status, report = run(task, [tmp_path / "images"])
     assert status == 1
@@ -313,8 +313,8 @@ def test_images_of_the_same_name(
     for folder in ("x", "y"):
         write_all(tmp_path / folder, {"1.png": READABLE["plain.png"]})
     assert run(task, [tmp_path / "x", tmp_path / "y" / "1.png", tmp_path / "x" / "1.png"])[0] == 0
-    results = {path.name for path in (tmp_path / "out").iterdir()} - {"detections.json"}
-    assert results == {f"{folder}_1{ending}.png" for folder in "xy" for ending in endings}
+    written = {path.name for path in (tmp_path / "out").iterdir()} - {"detections.json"}
+    assert written == {f"{folder}_1{ending}.png" for folder in "xy" for ending in endings}
 
 
 def test_ids_of_images() -> None:

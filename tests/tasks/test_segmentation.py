@@ -255,7 +255,7 @@ def test_checkpoints_of_other_tasks(checkpoint: Path, tmp_path: Path, capsys: py
         load_model(checkpoint)
     classifier = tmp_path / "classifier.safetensors"
     save_checkpoint(timm.create_model("dfformer_s18", num_classes=2, **SMALL), classifier, "dfformer_s18", SMALL)
-    with pytest.raises(CheckpointError, match="is not of segmentation"):
+    with pytest.raises(CheckpointError, match="is not for the task segment"):
         load_segmenter(classifier)
     assert main(["eval", str(checkpoint), str(classifier)]) == 2
     assert "checkpoints of several tasks" in capsys.readouterr().err

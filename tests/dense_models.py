@@ -7,6 +7,7 @@ import torch
 
 from dfformer.models.checkpoint import save_checkpoint
 from dfformer.tasks.detection import Detector
+from dfformer.tasks.restorer import Restorer
 from dfformer.tasks.segmentation import Segmenter
 
 DENSE: dict[str, dict[str, Any]] = {
@@ -16,6 +17,7 @@ DENSE: dict[str, dict[str, Any]] = {
         "category_ids": [0, 1],
         "repair_boxes": False,
     },
+    "restore": {"degradation": {"scale": 2, "blur": 0.0, "noise": 0.0}},
 }
 
 
@@ -24,8 +26,11 @@ def dense_checkpoint(task: str, path: Path, architecture: str, arguments: dict[s
     model: torch.nn.Module
     if task == "segment":
         model = Segmenter(architecture, arguments, 2, DENSE[task]["decoder"])
+    elif task == "restore":
+        model = Restorer(architecture, arguments, 2, **pixels)
     else:
         model = Detector(architecture, arguments, 2, (32, 48), **pixels, **DENSE[task]["detector"])
     data = {"input_size": [3, 32, 48], **pixels}
-    save_checkpoint(model, path, architecture, arguments, ["one", "two"], data, task=task, **DENSE[task])
+    classes = None if task == "restore" else ["one", "two"]
+    save_checkpoint(model, path, architecture, arguments, classes, data, task=task, **DENSE[task])
     return path

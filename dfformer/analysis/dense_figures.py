@@ -15,6 +15,7 @@ from dfformer.utils.text import printable
 
 MOST_NAMED = 24  # classes in a legend, those with most pixels
 _MOST_ELONGATED = 8  # times as high as wide, or as wide as high: longer strips are drawn compressed
+_DETAIL = 96  # pixels of a side of what is shown enlarged
 _MOST_PIXELS = 1600  # of a side; a picture has fewer dots
 
 
@@ -77,6 +78,36 @@ def detections(
                 score = f" {100 * there['scores'][n]:.0f}%" if "scores" in there else ""
                 _draw_box(ax, there["boxes"][n], f"{_drawable(classes[label])}{score}", colours[label])
     return figure
+
+
+def restorations(pictures: Sequence[dict[str, np.ndarray]], title: str) -> Figure:
+    """A row an image: all of it, and the detail that changed most in each of its versions (H,W,3) uint8, by name."""
+    columns = 1 + max(map(len, pictures))
+    figure = Figure(figsize=(2.6 * columns, 2.8 * len(pictures) + 0.5), layout="constrained")
+    axes: np.ndarray = figure.subplots(len(pictures), columns, squeeze=False)
+    for cells, versions in zip(axes, pictures, strict=True):
+        first, last, *_ = versions.values()
+        top, left, side = _most_changed(first, last)
+        _show(cells[0], _thinned(last), last.shape, "auto")
+        cells[0].add_patch(
+            Rectangle((left - 0.5, top - 0.5), side, side, fill=False, edgecolor="#e67e22", linewidth=1.5)
+        )
+        for ax, (name, version) in zip(cells[1:], versions.items(), strict=True):
+            detail = version[top : top + side, left : left + side]
+            _show(ax, detail, detail.shape, "nearest")
+            ax.set_title(name, fontsize=9)
+    figure.suptitle(_drawable(title), fontsize=11, parse_math=False)
+    return figure
+
+
+def _most_changed(first: np.ndarray, last: np.ndarray) -> tuple[int, int, int]:
+    """Top, left and side of the square of at most _DETAIL pixels in which two images differ most."""
+    side = min(_DETAIL, *first.shape[:2])
+    change = np.abs(first.astype(np.float64) - last).mean(-1)
+    sums = np.pad(change, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    within = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    top, left = np.unravel_index(within.argmax(), within.shape)
+    return int(top), int(left), side
 
 
 def _grid(

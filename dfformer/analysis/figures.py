@@ -66,23 +66,28 @@ def learning_curve(
     test_accuracy: Sequence[float],
     measure: str = "accuracy",
     images: str = "test",
+    unit: str = "%",
 ) -> Figure:
-    """Loss and accuracies (fractions; or another ``measure``) by epoch; ``images`` says of which the latter are."""
+    """Loss and accuracies by epoch, or another ``measure``: shares of 1, or in another unit than %.
+
+    ``images`` says of which images they are.
+    """
+    factor, most, least = (100, 100.0, LEAST_POINTS) if unit == "%" else (1, np.inf, LEAST_GAIN)
     epochs = np.arange(1, len(loss) + 1)
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(epochs, loss, ".-", color=RIGHT)  # dots: of one epoch there is no line
     left.set(xlabel="epoch", ylabel="training loss", ylim=(min(0, *loss), None))
     if train_accuracy is not None:
-        right.plot(epochs, 100 * np.array(train_accuracy), ".-", color=GREY, label="training (augmented)")
-    right.plot(epochs, 100 * np.array(test_accuracy), ".-", color=WRONG, label=images)
+        right.plot(epochs, factor * np.array(train_accuracy), ".-", color=GREY, label="training (augmented)")
+    right.plot(epochs, factor * np.array(test_accuracy), ".-", color=WRONG, label=images)
     shown = [*test_accuracy, *(train_accuracy if train_accuracy is not None else ())]
-    low, high = at_least(100 * np.array(shown), LEAST_POINTS, 0, 100)
+    low, high = at_least(factor * np.array(shown), least, 0, most)
     margin = 0.05 * (high - low)
-    right.set(xlabel="epoch", ylabel=f"{measure} (%)", ylim=(low - margin, high + margin))
+    right.set(xlabel="epoch", ylabel=f"{measure} ({unit})", ylim=(low - margin, high + margin))
     right.annotate(
-        f"{100 * test_accuracy[-1]:.1f} %",
-        (epochs[-1], 100 * test_accuracy[-1]),
+        f"{factor * test_accuracy[-1]:.1f} {unit}",
+        (epochs[-1], factor * test_accuracy[-1]),
         xytext=(3, 0),
         textcoords="offset points",
         va="center",

@@ -161,7 +161,7 @@ COMMANDS = {
             Argument(
                 "--dataset",
                 default="",
-                help="digits, synthetic_digits, or timm's name; default: the task's folders in root",
+                help="digits, synthetic_digits, photographs, or timm's name; default: the task's folders in root",
             ),
             Argument("--synthetic-images", type=int, default=200, help="of synthetic_digits (default: 200)"),
             Argument("--split", default="val", help="default: val"),
@@ -185,7 +185,7 @@ COMMANDS = {
         extra="train",
     ),
     "predict": Command(
-        "classify images, segment them or detect objects",
+        "classify images, segment, detect objects, restore",
         "dfformer.cli.by_task:predict_command",
         (
             Argument("inputs", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them"),
@@ -206,7 +206,7 @@ COMMANDS = {
                 "--output",
                 type=Path,
                 default=Path("predictions"),
-                help="folder for masks, boxes and pictures (default: predictions)",
+                help="folder for masks, boxes, restored images and pictures (default: predictions)",
             ),
         ),
         details="Classifies images, or does what else the checkpoint is for.",

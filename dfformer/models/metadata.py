@@ -141,6 +141,8 @@ DETECTOR: dict[str, Kind] = {
     "anchor_scale": real(0.1, 1000),
     "norm_groups": whole(0, 16384),
 }
+# What a restorer undoes; see `dfformer.data.pairs.Degradation`.
+DEGRADATION: dict[str, Kind] = {"scale": whole(1, 4), "blur": real(0, 5), "noise": real(0, 255)}
 _DICT = Kind(lambda value: isinstance(value, dict), "mappings")
 _CLASSES = list_of(NAME, 1, 1_000_000)
 _CATEGORY_IDS = list_of(whole(-(2**53), 2**53), 1, 1_000_000)
@@ -166,7 +168,16 @@ _TASKS: dict[str, tuple[dict[str, Kind], tuple[str, ...]]] = {
         },
         ("architecture", "model_args", "classes", "data", "detector", "repair_boxes", "category_ids"),
     ),
+    "restore": (
+        {**_ABOUT, "classes": NONE, "degradation": _DICT},
+        ("architecture", "model_args", "data", "degradation"),
+    ),
 }
+
+
+# The settings that tasks have of their own, by the names of both.
+_OWN = {"decoder": DECODER, "detector": DETECTOR, "degradation": DEGRADATION}
+_COMPLETE = ("detector", "degradation")  # those of which all must be there
 
 
 def is_ours(architecture: str) -> bool:
@@ -217,8 +228,8 @@ def check_metadata(about: Mapping[str, Any]) -> None:
     check_architecture(architecture)
     check_model_args(architecture, about.get("model_args", {}))
     check_settings(about.get("data", {}), DATA, "data.")
-    check_settings(about.get("decoder", {}), DECODER, "decoder.")
-    check_settings(about.get("detector", {}), DETECTOR, "detector.")
+    for name, own in _OWN.items():
+        check_settings(about.get(name, {}), own, f"{name}.")
     _check_channels(about.get("model_args", {}).get("in_chans", 3), about.get("data", {}))
     if task != "classify":
         _check_dense(about)
@@ -236,10 +247,11 @@ def _check_dense(about: Mapping[str, Any]) -> None:
     for name in ("input_size", "mean", "std"):
         if name not in about["data"]:
             raise ValueError(f"data.{name}: is missing, a checkpoint for the task {about['task']} has it")
+    for own in _COMPLETE:
+        for name in _OWN[own] if own in about else ():
+            if name not in about[own]:
+                raise ValueError(f"{own}.{name}: is missing, a checkpoint for the task {about['task']} has it")
     if about["task"] == "detect":
-        for name in DETECTOR:
-            if name not in about["detector"]:
-                raise ValueError(f"detector.{name}: is missing, a checkpoint for the task detect has it")
         different = len(set(about["category_ids"]))
         if not different == len(about["category_ids"]) == len(about["classes"]):
             raise ValueError(f"category_ids: got {different} different numbers for {len(about['classes'])} classes")

@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from dfformer.data import images as image_data
 from dfformer.models.checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
-from dfformer.models.metadata import check_classes
-from dfformer.models.registry import VARIANTS
+from dfformer.models.metadata import check_classes, is_ours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +43,7 @@ class Task(Protocol):
     """What the engine asks of a task."""
 
     metric: str  # the measure in what `validate` returns, by which the best weights are chosen: larger is better
+    unit: str  # in which it is shown: "%" for a share of 1
     batches: image_data.GlobalBatches
 
     def check(self) -> None:
@@ -69,11 +69,6 @@ class Task(Protocol):
 def written_args(args: dict[str, Any]) -> dict[str, Any]:
     """Of a model's arguments those that a checkpoint of it says: the weights it started from are of no use then."""
     return {name: value for name, value in args.items() if name != "pretrained"}
-
-
-def is_ours(name: str) -> bool:
-    """Whether a model's name for timm is one of this package's."""
-    return name.split(".")[0] in VARIANTS
 
 
 def global_batches(config: "TrainConfig", place: Place, images: int) -> image_data.GlobalBatches:
@@ -104,26 +99,37 @@ def whole_images(
 
 
 class DenseTask(ABC):
-    """What segmentation and detection share: sets that check themselves, and a model on an encoder of timm."""
+    """What the tasks share that have whole images: sets that check themselves, and a model on an encoder of timm."""
 
-    def __init__(self, config: "TrainConfig", place: Place, train_set: Any, val_set: Any, classes: list[str]) -> None:
+    unit = "%"
+    norm_each_map = True  # of this package's encoders, as the authors' have for dense prediction
+
+    def __init__(
+        self,
+        config: "TrainConfig",
+        place: Place,
+        train_set: Any,
+        val_set: Any,
+        classes: list[str],
+        epoch: int | None = None,
+    ) -> None:
+        """``epoch``: samples an epoch takes of the training set, if not each image once."""
         self.config, self.place, self.classes = config, place, classes
         self.train_set, self.val_set = train_set, val_set
-        self.batches = global_batches(config, place, len(train_set))
+        self.batches = global_batches(config, place, len(train_set) if epoch is None else epoch)
         model_cfg = timm.get_pretrained_cfg(config.model.name)
         self.mean, self.std = config.data.mean or list(model_cfg.mean), config.data.std or list(model_cfg.std)
         self.model_args = self._encoder_args()
 
     def _encoder_args(self) -> dict[str, Any]:
-        """Arguments of ``timm.create_model(config.model.name, features_only=True, ...)``.
-
-        This package's models get a norm for each feature map, as the authors' have for dense prediction.
-        """
+        """Arguments of ``timm.create_model(config.model.name, features_only=True, ...)``."""
         model = self.config.model
         if (channels := model.args.get("in_chans", 3)) != 3:
             raise ValueError(f"model.args.in_chans: got {channels}, the images are RGB: 3")
-        ours = {"img_size": list(self.config.data.size), "fork_feat": True} if is_ours(model.name) else {}
-        return {**model.args, **ours}
+        if not is_ours(model.name):
+            return model.args
+        norms = {"fork_feat": True} if self.norm_each_map else {}
+        return {**model.args, "img_size": list(self.config.data.size), **norms}
 
     def _encoder_weights(self) -> dict[str, Any]:
         """What to add to them to load ``model.checkpoint``, the weights of a classifier, into the encoder."""
@@ -155,7 +161,8 @@ class DenseTask(ABC):
         pinned = self.place.device.type == "cuda"
         return image_data.training_loader(tensors, self.batches, self.config.data.workers, pinned, collate)
 
-    def save(self, weights: dict[str, Tensor], path: Path, classes: list[str], **about: Any) -> None:
+    def save(self, weights: dict[str, Tensor], path: Path, **about: Any) -> None:
         """Writes a checkpoint; ``about`` is what else it says of the model."""
         images = {"input_size": [3, *self.config.data.size], "mean": self.mean, "std": self.std}
-        save_checkpoint(weights, path, self.config.model.name, written_args(self.model_args), classes, images, **about)
+        arguments = written_args(self.model_args), self.classes or None, images
+        save_checkpoint(weights, path, self.config.model.name, *arguments, **about)

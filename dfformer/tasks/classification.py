@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from dfformer.data import images as image_data
 from dfformer.data.transforms import evaluation_transform, training_transform
 from dfformer.models.checkpoint import load_checkpoint, save_checkpoint
-from dfformer.models.metadata import check_classes
-from dfformer.tasks.base import Place, global_batches, is_ours, written_args
+from dfformer.models.metadata import check_classes, is_ours
+from dfformer.tasks.base import Place, global_batches, written_args
 from dfformer.tasks.evaluate import Pixels, check_pixel_statistics, count_correct, logits_of
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Batch = tuple[Tensor, Tensor]
 class Classification:
     """Images with one label each; cross entropy, mixup and cutmix; top-1 and top-5."""
 
-    metric = "top1"
+    metric, unit = "top1", "%"
 
     def __init__(self, config: "TrainConfig", place: Place) -> None:
         self.config, self.place = config, place

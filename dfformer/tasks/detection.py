@@ -153,7 +153,6 @@ class Detection(DenseTask):
         self.save(
             weights,
             path,
-            self.classes,
             task="detect",
             category_ids=list(self.categories),
             detector=self.detector,

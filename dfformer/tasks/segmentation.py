@@ -182,7 +182,6 @@ class Segmentation(DenseTask):
         self.save(
             weights,
             path,
-            self.classes,
             task="segment",
             decoder=self.config.segment.decoder,
             reduce_zero_label=self.config.segment.reduce_zero_label,

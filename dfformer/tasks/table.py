@@ -22,6 +22,12 @@ _TASKS: dict[str, dict[str, str]] = {
         "evaluation": "dfformer.tasks.detection:evaluate_command",
         "prediction": "dfformer.tasks.detection:predict_command",
     },
+    "restore": {
+        "loading": "dfformer.tasks.restoration:load_restorer",
+        "training": "dfformer.tasks.restoration:Restoration",
+        "evaluation": "dfformer.tasks.restoration:evaluate_command",
+        "prediction": "dfformer.tasks.restoration:predict_command",
+    },
 }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 from timm.optim import list_optimizers
 
-from dfformer.models.metadata import DECODER, FLAG, check_model_args, check_settings
+from dfformer.models.metadata import DECODER, DEGRADATION, FLAG, check_model_args, check_settings
 from dfformer.tasks.table import check_task
 from dfformer.utils.suggest import did_you_mean
 
@@ -33,6 +33,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "detect.channels": (1, 16384),
     "detect.anchor_scale": (0.1, 1000),
     "detect.norm_groups": (0, 16384),
+    "restore.crops": (1, 10**6),
     "optim.lr": (0, _LARGE),
     "optim.global_batch": (1, _LARGE),
     "optim.accumulation": (1, _LARGE),
@@ -94,6 +95,7 @@ def _check_names(config: "TrainConfig") -> None:
     check_settings({"pretrained": args.pop("pretrained", False)}, {"pretrained": FLAG}, "model.args.")
     check_model_args(model, args, "model.args.")
     check_settings(config.segment.decoder, DECODER, "segment.decoder.")
+    check_settings({name: getattr(config.restore, name) for name in DEGRADATION}, DEGRADATION, "restore.")
     if not _DATASET.fullmatch(config.data.dataset):
         raise ValueError(
             f"data.dataset: got {config.data.dataset[:100]!r}, accepted of timm's are 'torch/NAME' and 'hfds/NAME'"

@@ -49,14 +49,15 @@ class DataConfig:
         dataset: to classify, "" for root/train and root/val with a folder a class, or .tar files of that; "digits",
             built in; or any map-style dataset timm knows: "torch/cifar10", "hfds/...". To segment, "" for
             root/images/SPLIT and root/annotations/SPLIT, or "synthetic_digits", built in. To detect, "" for
-            root/annotations/instances_SPLIT.json and root/SPLIT, or "synthetic_digits".
+            root/annotations/instances_SPLIT.json and root/SPLIT, or "synthetic_digits". To restore, "" for
+            root/targets/SPLIT and, unless inputs are made, root/inputs/SPLIT, or "photographs", built in.
         root: its folder.
         train_split: name of the training split; for folders, of the folder.
         val_split: the same for validation.
         download: let timm download a "torch/..." dataset.
         img_size: one number or [H, W], in training and validation. To segment, of the crops in training; whole images
             are validated, their shorter side as long as its. To detect, the most for the shorter and for the longer
-            side.
+            side. To restore, of the crops in training, and of the tiles that whole images are validated in.
         mean: of the pixels, 0 to 1, a value a channel; the model's if not given.
         std: the same.
         interpolation: when resizing for validation; the model's if not given.
@@ -162,6 +163,25 @@ class DetectConfig:
 
 
 @dataclass
+class RestoreConfig:
+    """Restoration: what is undone, and what is done to training images instead of ``augment``: crops, mirrored.
+
+    Inputs are made from the targets, blurred, then made smaller, then with noise; or they are files, see ``data``.
+
+    Args:
+        scale: how many times as high and wide as its input a target is.
+        blur: standard deviation of the Gaussian, in pixels of the target.
+        noise: standard deviation of the noise, in levels of 0 to 255.
+        crops: how many an epoch takes of each training image.
+    """
+
+    scale: int = 1
+    blur: float = 0.0
+    noise: float = 0.0
+    crops: int = 1
+
+
+@dataclass
 class OptimConfig:
     """Optimizer and learning-rate schedule.
 
@@ -206,12 +226,13 @@ class TrainConfig:
     """A training run.
 
     Args:
-        task: what is learned: classify, segment or detect.
+        task: what is learned: classify, segment, detect or restore.
         model: the model.
         data: the images.
         augment: augmentation of training images, for classification.
         segment: settings of segmentation only.
         detect: settings of detection only.
+        restore: settings of restoration only.
         optim: optimizer and learning-rate schedule.
         output: folder for checkpoints, logs and pictures.
         resume: resume the run in output, if there is one.
@@ -231,6 +252,7 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     segment: SegmentConfig = field(default_factory=SegmentConfig)
     detect: DetectConfig = field(default_factory=DetectConfig)
+    restore: RestoreConfig = field(default_factory=RestoreConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     output: str = "runs/train"
     resume: bool = False

@@ -171,7 +171,7 @@ class Engine:
         started = len(self.history)
         if started < self.epochs:
             self._announce()
-        log = Log(self.folder, self.step, self.history, self.config, self.task.metric) if self.first else None
+        log = Log(self.folder, self.step, self.history, self.config, self.task) if self.first else None
         loader = self.task.training_loader()
         with closing(log) if log else nullcontext():
             while len(self.history) < self.epochs:
@@ -191,7 +191,9 @@ class Engine:
         if log:
             best = max(self.history, key=self._score)
             done = "this run was already complete" if started == self.epochs else "done"
-            score = f"best {self.task.metric} {self._score(best):.2%} after epoch {best['epoch']}"
+            factor = 100 if self.task.unit == "%" else 1
+            value = f"{factor * self._score(best):.2f} {self.task.unit}"
+            score = f"best {self.task.metric} {value} after epoch {best['epoch']}"
             print(f"{done}: {score}; see {self.folder}")
         return self.history
 

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dfformer.analysis.figures import learning_curve
+from dfformer.tasks.base import Task
 from dfformer.train.config import TrainConfig
 from dfformer.train.state import checkpoints
 from dfformer.utils.io import write_atomically
@@ -28,10 +29,10 @@ class Log:
     """
 
     def __init__(
-        self, folder: Path, step: int, history: list[dict[str, float]], config: TrainConfig, metric: str
+        self, folder: Path, step: int, history: list[dict[str, float]], config: TrainConfig, task: Task
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.metric = folder, metric
+        self.folder, self.metric, self.unit = folder, task.metric, task.unit
         steps = folder / STEPS
         kept = [line for line in _whole_lines(steps) if json.loads(line)["step"] <= step]
         _write(steps, "".join(f"{line}\n" for line in kept))
@@ -58,7 +59,9 @@ class Log:
         writer.writerows(history)
         _write(self.folder / EPOCHS, text.getvalue())
         measure = [row.get(f"ema_{self.metric}", row[self.metric]) for row in history]
-        figure = learning_curve([row["train_loss"] for row in history], None, measure, self.metric, "validation")
+        figure = learning_curve(
+            [row["train_loss"] for row in history], None, measure, self.metric, "validation", self.unit
+        )
         write_atomically(self.folder / "learning_curve.png", lambda file: figure.savefig(file, dpi=130))
 
     def _add_events(self, values: dict[str, float]) -> None:

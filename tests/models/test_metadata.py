@@ -16,12 +16,14 @@ import dfformer  # noqa: F401 (registers the models)
 from dfformer.models.checkpoint import CheckpointError, load_model, read_checkpoint, read_task, save_checkpoint
 from dfformer.models.metadata import DATA, MODEL_ARGS, parse_json
 from dfformer.tasks.detection import load_detector
+from dfformer.tasks.restoration import load_restorer
 from dfformer.tasks.segmentation import Segmenter, load_segmenter
 
 ARGS: dict[str, Any] = {"depths": [1, 1], "dims": [8, 8], "strides": [4, 2], "res_scale_init_values": [None, 1.0]}
 ARGS |= {"img_size": 16, "num_classes": 2}
 ABOUT: dict[str, Any] = {"architecture": "dfformer_s18", "model_args": ARGS, "classes": ["ant", "bee"]}
 ABOUT |= {"data": {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.2] * 3}, "task": "classify"}
+RESTORER_ARGS: dict[str, Any] = {"strides": (2, 2), "res_scale_init_values": (None, 1.0), "img_size": (32, 48)}
 DENSE_ARGS: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "fork_feat": True, "img_size": (32, 48)}
 
 
@@ -222,6 +224,31 @@ def test_dense_checkpoints(task: str, trap: Path) -> None:
             load(path)
         assert str(raised.value).startswith(f"{path}: {key}: "), (key, str(raised.value))
     assert not (trap / "sprung").exists()
+
+
+def test_checkpoints_of_restoration(trap: Path) -> None:
+    path = trap / "restorer.safetensors"
+    dense_checkpoint("restore", path, "dfformer_s18", {"depths": (1, 1), "dims": (8, 8), **RESTORER_ARGS})
+    state_dict, about = read_checkpoint(path)
+    load_restorer(path)
+    undone = DENSE["restore"]["degradation"]
+    refused: list[tuple[str, dict[str, Any]]] = [
+        ("degradation.scale", {"degradation": {**undone, "scale": 10**6}}),
+        ("degradation.noise", {"degradation": {"scale": 2, "blur": 0.0}}),
+        ("degradation.gamma", {"degradation": {**undone, "gamma": 2}}),
+        ("degradation", {"degradation": None}),
+        ("classes", {"classes": ["one"]}),
+        ("decoder", {"decoder": {}}),
+        ("data.mean", {"data": {"input_size": [3, 32, 48], "std": [1] * 3}}),
+        ("model_args.img_size", {"model_args": {**about["model_args"], "img_size": 10**6}}),
+        ("model_args.downsample_norm", {"model_args": {**about["model_args"], "downsample_norm": None}}),
+        ("its model cannot be built", {"architecture": "resnet18", "model_args": {"img_size": 32}}),
+    ]
+    for key, changes in refused:
+        safetensors.torch.save_file(state_dict, path, {"dfformer": json.dumps({**about, **changes})})
+        with pytest.raises(CheckpointError) as raised:
+            load_restorer(path)
+        assert str(raised.value).startswith(f"{path}: {key}: "), (key, str(raised.value))
 
 
 def test_an_encoder_larger_than_its_file_is_never_allocated(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:

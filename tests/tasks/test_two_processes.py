@@ -1,4 +1,4 @@
-"""Segmentation and detection in two processes: the losses and measures of one."""
+"""Segmentation, detection and restoration in two processes: the losses and measures of one."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from train_runs import FULL, history, steps, torchrun
 
 from dfformer.cli.main import main
+from dfformer.data.synthetic_digits import SyntheticDigits
 
 SMALL: dict[str, Any] = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
 RECIPE: dict[str, Any] = {
@@ -16,17 +17,37 @@ RECIPE: dict[str, Any] = {
     "data": {"dataset": "synthetic_digits", "img_size": 64, "synthetic_images": [8, 3], "workers": 0},
     "segment": {"decoder": {"decoder_pyramid_channels": 8, "decoder_segmentation_channels": 32, "decoder_dropout": 0}},
     "detect": {"channels": 8, "anchor_scale": 2.0, "norm_groups": 2},
+    "restore": {"scale": 2},
     "optim": {"lr": 1e-3, "global_batch": 4, "epochs": 1, "cooldown_epochs": 0, "warmup_epochs": 0.5, "clip_grad": 1.0},
     "log_steps": 1,
 }
-KINDS = [("segment", "ddp"), ("detect", "ddp"), *([("segment", "fsdp"), ("detect", "fsdp")] if FULL else [])]
+KINDS = [
+    ("segment", "ddp"),
+    ("detect", "ddp"),
+    ("restore", "ddp"),
+    *([("segment", "fsdp"), ("detect", "fsdp")] if FULL else []),
+]
+
+
+def targets(folder: Path) -> Path:
+    """Synthetic images as files, of which smaller ones are made."""
+    for split, count in (("train", 8), ("val", 3)):
+        images = SyntheticDigits(split, 64, count)
+        (folder / "targets" / split).mkdir(parents=True)
+        for n in range(count):
+            images[n].image.save(folder / "targets" / split / f"{n}.png")
+    return folder
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("task", "kind"), KINDS)
 def test_two_processes_train_as_one(task: str, kind: str, tmp_path: Path) -> None:
     recipe, one, two = tmp_path / "recipe.yaml", tmp_path / "one", tmp_path / "two"
-    recipe.write_text(json.dumps({"task": task, **RECIPE}))  # which is YAML too
+    settings = RECIPE
+    if task == "restore":
+        settings = {**RECIPE, "data": {**RECIPE["data"], "dataset": "", "root": str(targets(tmp_path))}}
+        settings["model"] = {**RECIPE["model"], "args": {**SMALL, "strides": [2, 2, 2, 2]}}
+    recipe.write_text(json.dumps({"task": task, **settings}))  # which is YAML too
     command = ["train", "--recipe", str(recipe)]
     assert main([*command, "--output", str(one)]) == 0
     torchrun(2, [*command, "--output", str(two), "--distributed", kind])

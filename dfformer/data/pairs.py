@@ -1,0 +1,224 @@
+"""Degraded images and what they should be: pairs of files, or targets whose inputs are made on the fly."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from dfformer.data import photographs
+from dfformer.data.files import check_each, check_image, image_files, read_image
+from dfformer.data.images import given_root
+
+LEAST_SIDE = 16  # of a whole image, in pixels: what the measures need
+
+InputAndTarget = tuple[Tensor, Tensor]  # uint8 (3,H/scale,W/scale) and uint8 (3,H,W)
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """What is done to a target to get its input: blurred, then made smaller, then noise; 8 bits a channel come out.
+
+    Args:
+        scale: how many times as high and wide targets are; bicubic with antialiasing, Pillow's.
+        blur: standard deviation of the Gaussian, in pixels of the target.
+        noise: standard deviation of the white Gaussian noise, in levels of 0 to 255.
+    """
+
+    scale: int = 1
+    blur: float = 0.0
+    noise: float = 0.0
+
+    def __call__(self, target: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """uint8 (3,H,W) to uint8 (3,H/scale,W/scale); noise is drawn from the global generator if none is given."""
+        pixels = target.float()
+        if self.blur:
+            side = 2 * math.ceil(3 * self.blur) + 1
+            pixels = v2.functional.gaussian_blur(pixels, [side, side], [self.blur, self.blur])
+        if self.scale > 1:
+            size = [side // self.scale for side in pixels.shape[1:]]
+            pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+        if self.noise:
+            pixels = pixels + self.noise * torch.randn(pixels.shape, generator=generator)
+        return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+class PairDataset(Protocol):
+    """Pairs of RGB images: the input, or None where it is to be made, and the target."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | None, Image.Image]: ...
+
+    def check(self) -> list[bool]:
+        """Of each image, whether it has an EXIF orientation that is not applied.
+
+        Raises ValueError naming the files that cannot be used, and why.
+        """
+
+
+class PairFolder:
+    """``root/targets/SPLIT/NAME.png`` and, unless inputs are made, ``root/inputs/SPLIT/NAME.png``, in folders too.
+
+    Args:
+        scale: how many times as high and wide as its input a target is.
+        made: inputs are to be made from the targets; ``root/inputs`` must then not be there.
+        least: smallest size (H,W) of a target.
+        exif_orientation: turn and mirror images as their EXIF orientation says.
+    """
+
+    def __init__(
+        self, root: Path, split: str, scale: int, made: bool, least: tuple[int, int], exif_orientation: bool
+    ) -> None:
+        self.scale, self.least, self.exif_orientation = scale, least, exif_orientation
+        targets, inputs = root / "targets" / split, root / "inputs" / split
+        self.targets = _images_below(targets)
+        self.inputs: list[Path] = []
+        if not made:
+            found = {_stem(path, inputs): path for path in _images_below(inputs)}
+            wanted = [_stem(path, targets) for path in self.targets]
+            if missing := [name for name in wanted if name not in found]:
+                raise ValueError(f"{inputs}: has no image {missing[0]}, of which there is a target")
+            self.inputs = [found[name] for name in wanted]
+        elif inputs.is_dir():
+            raise ValueError(f"restore: {inputs} has inputs, so restore.blur and restore.noise must be 0")
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | None, Image.Image]:
+        paths = [*self.inputs[index : index + 1], self.targets[index]]
+        *source, target = (read_image(path, "RGB", exif_orientation=self.exif_orientation) for path in paths)
+        if source:
+            self._check_sizes(source[0].size, target.size, paths[0])
+        return (source[0] if source else None), target
+
+    def check(self) -> list[bool]:
+        turned = check_each(self._check, range(len(self)))
+        return [] if self.exif_orientation else turned
+
+    def _check(self, index: int) -> bool:
+        target, path = check_image(self.targets[index], self.exif_orientation), self.targets[index]
+        if target.size[1] < self.least[0] or target.size[0] < self.least[1]:
+            raise ValueError(
+                "{}: is {}x{}, accepted are images from {}x{} up".format(path, *target.size, *self.least[::-1])
+            )
+        if not self.inputs:
+            return target.turned
+        source = check_image(self.inputs[index], self.exif_orientation)
+        self._check_sizes(source.size, target.size, self.inputs[index])
+        return target.turned or source.turned
+
+    def _check_sizes(self, source: tuple[int, int], target: tuple[int, int], path: Path) -> None:
+        if tuple(self.scale * side for side in source) != target:
+            raise ValueError(
+                "{}: is {}x{}, its target {}x{}; accepted with restore.scale={} is {}x{}".format(
+                    path, *source, *target, self.scale, *(side // self.scale for side in target)
+                )
+            )
+
+
+def _images_below(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is not a folder")
+    if not (images := image_files([folder])):
+        raise ValueError(f"{folder}: no images")
+    return images
+
+
+def _stem(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder).with_suffix(""))
+
+
+class Photographs:
+    """The built-in photographs, whose inputs are made."""
+
+    def __init__(self, split: str) -> None:
+        self.images = list(photographs.photographs(split).values())
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | None, Image.Image]:
+        return None, self.images[index]
+
+    def check(self) -> list[bool]:
+        """Nothing can be wrong with them."""
+        return []
+
+
+def open_pair_dataset(
+    name: str,
+    root: str | None,
+    split: str,
+    degradation: Degradation,
+    least: tuple[int, int] = (LEAST_SIDE, LEAST_SIDE),
+    exif_orientation: bool = False,
+) -> PairDataset:
+    """The dataset ``name``: "" for a folder, "photographs" for those of scikit-image and scikit-learn."""
+    if name == photographs.NAME:
+        if degradation == Degradation():
+            raise ValueError(
+                "restore: the photographs have no inputs: give restore.scale, restore.blur or restore.noise"
+            )
+        return Photographs(split)
+    if name:
+        raise ValueError(f"dataset: got {name!r}, accepted to restore are '' (a folder) and {photographs.NAME!r}")
+    folder = given_root(root)
+    made = bool(degradation.blur or degradation.noise or not (folder / "inputs").is_dir())
+    if made and degradation == Degradation():
+        raise ValueError(f"{folder}: has no folder inputs, so inputs are made: give restore.scale, .blur or .noise")
+    return PairFolder(folder, split, degradation.scale, made, least, exif_orientation)
+
+
+class RestorationTensors(Dataset):
+    """``dataset`` as pairs of tensors, whole, or ``repeats`` random crops of each image, at random mirrored.
+
+    Args:
+        degradation: makes the inputs that ``dataset`` does not have. The noise of a whole image is a function of its
+            index.
+        crop: the size (H,W) of the crops, of targets; None for whole images, less what ``scale`` does not divide.
+    """
+
+    def __init__(
+        self, dataset: PairDataset, degradation: Degradation, crop: tuple[int, int] | None = None, repeats: int = 1
+    ) -> None:
+        self.dataset, self.degradation, self.crop, self.repeats = dataset, degradation, crop, repeats
+
+    def __len__(self) -> int:
+        return self.repeats * len(self.dataset)
+
+    def __getitem__(self, index: int) -> InputAndTarget:
+        source, target = self.dataset[index % len(self.dataset)]
+        scale = self.degradation.scale
+        cells = [side // scale for side in target.size]  # wide and high, in pixels of the input
+        taken = [side // scale for side in self.crop[::-1]] if self.crop else cells
+        left, top = (_below(cell - side + 1) if self.crop else 0 for cell, side in zip(cells, taken, strict=True))
+        box = (left, top, left + taken[0], top + taken[1])
+        pair = [target.crop(tuple(scale * edge for edge in box))]  # type: ignore[arg-type]
+        if source is not None:
+            pair.append(source.crop(box))
+        if self.crop:
+            for flip in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM):
+                if _below(2):
+                    pair = [image.transpose(flip) for image in pair]
+        pixels = [v2.functional.pil_to_tensor(image) for image in pair]
+        if source is None:
+            generator = None if self.crop else torch.Generator().manual_seed(index)
+            pixels.append(self.degradation(pixels[0], generator))
+        return pixels[1], pixels[0]
+
+
+def _below(count: int) -> int:
+    return int(torch.randint(count, ()))
+
+
+def nothing_like(target: Tensor) -> Tensor:
+    """A target without pixels, that does not count."""
+    return target[:, :0]

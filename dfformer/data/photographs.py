@@ -1,0 +1,42 @@
+"""The photographs that come inside scikit-image and scikit-learn: a few to train on, others to validate."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dfformer.data.files import read_image
+
+NAME = "photographs"
+# Of scikit-image by file, of scikit-learn by name. The two of a motorcycle are of one scene: in one split.
+_SPLITS: dict[str, tuple[str, ...]] = {
+    "train": (
+        *("china", "astronaut.png", "brick.png", "coins.png", "grass.png", "gravel.png"),
+        *("motorcycle_left.png", "motorcycle_right.png", "rocket.jpg"),
+    ),
+    "val": ("flower", "camera.png", "chelsea.png", "coffee.png"),
+}
+
+
+def photographs(split: str) -> dict[str, Image.Image]:
+    """RGB photographs by name; nothing is downloaded.
+
+    Args:
+        split: train or val, which have no scene in common.
+    """
+    if split not in _SPLITS:
+        raise ValueError(f"split: got {split!r}, the photographs have train and val")
+    return {name: _photograph(name) for name in _SPLITS[split]}
+
+
+@cache
+def _photograph(name: str) -> Image.Image:
+    try:
+        import skimage
+        from sklearn.datasets import load_sample_image
+    except ImportError as error:
+        raise RuntimeError(f"the photographs need {error.name}: pip install 'dfformer[train,dense]'") from error
+    if "." in name:
+        return read_image(Path(skimage.__file__).parent / "data" / name, "RGB")
+    return Image.fromarray(np.array(load_sample_image(f"{name}.jpg")))

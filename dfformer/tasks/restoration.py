@@ -1,0 +1,240 @@
+"""Restoration of images: noise, blur and small size undone by a U of MetaFormer blocks, trained, evaluated, applied."""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+try:
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+except ImportError as error:
+    raise RuntimeError(f"restoration needs {error.name}: pip install 'dfformer[dense]'") from error
+from torchvision.transforms import v2
+
+from dfformer.data import images as image_data
+from dfformer.data.pairs import Degradation, InputAndTarget, RestorationTensors, nothing_like, open_pair_dataset
+from dfformer.models.checkpoint import build_and_load, load_checkpoint
+from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
+from dfformer.tasks.evaluate import Row, Timed, progress, tabulate
+from dfformer.tasks.predict import File, Prediction, Predictor, find_inputs, predict_files, refuse_arguments
+from dfformer.tasks.restorer import Restorer, enlarged, tiled
+from dfformer.tasks.results import plan_results, write_results
+from dfformer.utils.text import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from dfformer.train.config import TrainConfig
+
+_TILES_AT_ONCE = 16
+
+
+def load_restorer(path: str | Path) -> tuple[Restorer, dict[str, Any]]:
+    """The model of a checkpoint of restoration, in eval mode, and what the file says about it.
+
+    That is: ``architecture`` and ``model_args`` of the encoder, ``data`` (input_size, whose last two are the tile's,
+    mean, std) and ``degradation`` (scale, blur, noise: what it was trained to undo; see
+    `dfformer.data.pairs.Degradation`).
+    """
+    state_dict, about = read_dense_checkpoint(path, "restore")
+    pixels, scale = about["data"], about["degradation"]["scale"]
+
+    def build() -> Restorer:
+        return Restorer(about["architecture"], about["model_args"], scale, pixels["mean"], pixels["std"])
+
+    return build_and_load(build, state_dict, path), about
+
+
+def restore(
+    model: nn.Module, image: Tensor, scale: int, tile: tuple[int, int], device: torch.device, at_once: int = 16
+) -> Tensor:
+    """uint8 (3,H,W) to uint8 (3,scale*H,scale*W) on the CPU, by tiles (see `tiled`).
+
+    Raises ValueError for an output that is not finite.
+    """
+    with torch.inference_mode():
+        restored = tiled(model, image.to(device).float() / 255, scale, tile, at_once).cpu()
+    if not restored.isfinite().all():
+        raise ValueError("the model's output is not finite")
+    return _eight_bits(restored)
+
+
+def enlarged_only(image: Tensor, scale: int) -> Tensor:
+    """What `restore` is compared with: uint8 (3,H,W) enlarged bicubically."""
+    return _eight_bits(enlarged(image[None] / 255, scale)[0])
+
+
+def _eight_bits(pixels: Tensor) -> Tensor:
+    return (255 * pixels).round().clamp(0, 255).to(torch.uint8)
+
+
+def quality(image: Tensor, target: Tensor) -> tuple[float, float]:
+    """PSNR in dB, and SSIM, of uint8 images (3,H,W), over all channels and up to the border."""
+    pair = image[None].double(), target[None].double()
+    psnr = peak_signal_noise_ratio(*pair, data_range=255.0)
+    ssim = structural_similarity_index_measure(*pair, data_range=255.0)
+    return float(psnr), float(ssim)  # type: ignore[arg-type]
+
+
+def mean_quality(
+    model: nn.Module, batches: Iterable[InputAndTarget], place: Place, scale: int, tile: tuple[int, int], at_once: int
+) -> dict[str, float]:
+    """The mean over all processes' images of `quality`, of what is restored and of the input alone.
+
+    Images whose target has no pixels do not count. The model is left in eval mode.
+    """
+    model.eval()
+    sums = torch.zeros(5, dtype=torch.float64)
+    for (source,), (target,) in batches:
+        restored = restore(model, source, scale, tile, place.device, at_once)
+        if target.numel():
+            both = *quality(restored, target), *quality(enlarged_only(source, scale), target)
+            sums += torch.tensor([*both, 1.0], dtype=torch.float64)
+    sums = place.add_up(sums.to(place.device)).cpu()
+    return dict(zip(("psnr", "ssim", "input_psnr", "input_ssim"), (sums[:4] / sums[4]).tolist(), strict=True))
+
+
+class Restoration(DenseTask):
+    """Images and what they should be; mean absolute error; PSNR and SSIM of whole images, by tiles."""
+
+    metric, unit = "psnr", "dB"
+    norm_each_map = False
+
+    def __init__(self, config: "TrainConfig", place: Place) -> None:
+        given, wanted = config.data, config.restore
+        self.degradation = Degradation(wanted.scale, wanted.blur, wanted.noise)
+        if any(side % wanted.scale for side in given.size):
+            raise ValueError(
+                f"data.img_size: got {given.img_size}, accepted are multiples of restore.scale={wanted.scale}"
+            )
+        if min(given.size) <= 3 * wanted.blur:
+            raise ValueError(f"restore.blur: got {wanted.blur}, accepted are numbers below a third of data.img_size")
+        if config.model.args.get("pretrained"):
+            raise ValueError("model.args.pretrained: got True, accepted to restore is a restorer as model.checkpoint")
+        if config.distributed == "fsdp":  # images differ in size, so processes would wait for each other's tiles
+            raise ValueError("distributed: got fsdp, accepted to restore is ddp")
+        whole = given.dataset, given.root
+        exif = given.exif_orientation
+        train_set = open_pair_dataset(*whole, given.train_split, self.degradation, given.size, exif)
+        val_set = open_pair_dataset(*whole, given.val_split, self.degradation, exif_orientation=exif)
+        self.crops = RestorationTensors(train_set, self.degradation, given.size, wanted.crops)
+        super().__init__(config, place, train_set, val_set, [], len(self.crops))
+
+    def _encoder_weights(self) -> dict[str, Any]:
+        return {}  # `on_encoder` loads a whole restorer's
+
+    def on_encoder(self, arguments: dict[str, Any]) -> Restorer:
+        model = self.config.model
+        restorer = Restorer(model.name, arguments, self.degradation.scale, self.mean, self.std)
+        if model.checkpoint:
+            load_checkpoint(restorer, model.checkpoint)
+        return restorer
+
+    def training_loader(self) -> DataLoader:
+        return self.loader(self.crops)
+
+    def loss(self, model: nn.Module, batch: InputAndTarget) -> Tensor:
+        source, target = (pixels.to(self.place.device, non_blocking=True).float() / 255 for pixels in batch)
+        return F.l1_loss(model(source), target)
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        given, scale = self.config.data, self.degradation.scale
+        loader = _loader(RestorationTensors(self.val_set, self.degradation), given.workers, self.place)
+        return mean_quality(model, loader, self.place, scale, given.size, _TILES_AT_ONCE)
+
+    def export(self, weights: dict[str, Tensor], path: Path) -> None:
+        self.save(weights, path, task="restore", degradation=vars(self.degradation))
+
+    def pictures(self, model: nn.Module) -> "dict[str, Figure]":
+        from dfformer.analysis.dense_figures import restorations
+
+        model.eval()
+        scale, shown = self.degradation.scale, []
+        whole = RestorationTensors(self.val_set, self.degradation)
+        for source, target in (whole[index] for index in range(min(SHOWN, len(whole)))):
+            restored = restore(model, source, scale, self.config.data.size, self.place.device)
+            before = enlarged_only(source, scale)
+            named = {
+                f"input\n{quality(before, target)[0]:.2f} dB": before,
+                f"restored\n{quality(restored, target)[0]:.2f} dB": restored,
+                "truth": target,
+            }
+            shown.append({name: _array(pixels) for name, pixels in named.items()})
+        title = f"{self.config.model.name}: details of the first {len(shown)} validation images"
+        return {"predictions.png": restorations(shown, title)}
+
+
+def _array(pixels: Tensor) -> np.ndarray:
+    return pixels.permute(1, 2, 0).numpy()
+
+
+def _loader(tensors: RestorationTensors, workers: int, place: Place) -> DataLoader:
+    return whole_images(tensors, workers, place, surplus=nothing_like)
+
+
+def evaluate_command(arguments: argparse.Namespace) -> int:
+    """The command line's ``eval`` for checkpoints of restoration."""
+    refuse_arguments(arguments, ("crop_pct", "model", "model_args"), "restoration")
+
+    def measure(checkpoint: Path) -> Iterator[Row]:
+        model, about = load_restorer(checkpoint)
+        for tile in arguments.img_size or [tuple(about["data"]["input_size"][1:])]:
+            row: dict[str, Any] = {"checkpoint": str(checkpoint), "model": about["architecture"]}
+            row |= {"tile_height": tile[0], "tile_width": tile[1], "amp": arguments.amp}
+            row |= _evaluate(checkpoint, model, about, tile, arguments)
+            measured = f"PSNR {row['psnr']:.2f} dB  SSIM {row['ssim']:.4f}"
+            before = f"(input {row['input_psnr']:.2f} dB, {row['input_ssim']:.4f})"
+            speed = f"{row['images_per_second']:.1f} images/s"
+            yield row, f"tiles {tile[0]}x{tile[1]}  {row['images']} images  {measured}  {before}  {speed}"
+
+    return tabulate(arguments, measure)
+
+
+def _evaluate(
+    checkpoint: Path, model: nn.Module, about: dict[str, Any], tile: tuple[int, int], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Number of images, PSNR and SSIM of the restored and of the inputs, images a second, by column."""
+    place, degradation = Place(torch.device(arguments.device)), Degradation(**about["degradation"])
+    exif = arguments.exif_orientation
+    dataset = open_pair_dataset(arguments.dataset, arguments.root, arguments.split, degradation, exif_orientation=exif)
+    image_data.check_images(dataset)
+    loader = _loader(RestorationTensors(dataset, degradation), arguments.workers, place)
+    timed = Timed(model.to(place.device), place.device, arguments.amp)
+    bar = progress(loader, f"{checkpoint.name} {tile[0]}x{tile[1]}")
+    measures = mean_quality(timed, bar, place, degradation.scale, tile, arguments.batch_size)
+    return {"images": len(dataset), **measures, "images_per_second": len(dataset) / timed.seconds}
+
+
+_ENDINGS = (".png", "_picture.png")
+
+
+def predict_command(arguments: argparse.Namespace) -> int:
+    """The command line's ``predict`` for a checkpoint of restoration: the restored image, and a picture beside it."""
+    from dfformer.analysis.dense_figures import restorations
+
+    refuse_arguments(arguments, ("model", "classes", "pretrained", "model_args"), "restoration")
+    model, about = load_restorer(arguments.checkpoint)
+    device, scale = torch.device(arguments.device), about["degradation"]["scale"]
+    model.to(device)
+    tile = arguments.img_size or tuple(about["data"]["input_size"][1:])
+    inputs = find_inputs(arguments, arguments.output)
+    results = plan_results(inputs.paths, arguments.output, _ENDINGS)
+
+    def apply(batch: list[File]) -> list[Prediction]:
+        [file] = batch
+        restored = restore(model, file.content, scale, tile, device, arguments.batch_size)
+        before, after, stem = _array(enlarged_only(file.content, scale)), _array(restored), results[file.path]
+        figure = restorations([{"input": before, "restored": after}], stem.name)
+        write_results(stem, dict(zip(_ENDINGS, (Image.fromarray(after), figure), strict=True)))
+        change = float(np.abs(after.astype(np.float64) - before).mean() / 255)
+        return [Prediction(str(file.path), ["mean change"], [change])]
+
+    note = f"restored images and pictures: {printable(arguments.output)}"
+    return predict_files(arguments, inputs, Predictor(v2.functional.pil_to_tensor, apply, value="share", note=note))

@@ -68,10 +68,7 @@ def learning_curve(
     images: str = "test",
     unit: str = "%",
 ) -> Figure:
-    """Loss and accuracies by epoch, or another ``measure``: shares of 1, or in another unit than %.
-
-    ``images`` says of which images they are.
-    """
+    """Loss and accuracies of ``images`` by epoch, or another ``measure``: shares of 1, or in another unit than %."""
     factor, most, least = (100, 100.0, LEAST_POINTS) if unit == "%" else (1, np.inf, LEAST_GAIN)
     epochs = np.arange(1, len(loss) + 1)
     figure = Figure(figsize=(8, 3.4), layout="constrained")

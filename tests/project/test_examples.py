@@ -30,6 +30,16 @@ PRINTED = {
     "kernels_repository.py": [
         rf"wrote version {VERSION} to kernels_repository/build for torch-cpu, torch-cuda, torch-rocm"
     ],
+    "yolo_style.py": [
+        r"strides \[8, 16, 32\], widths \[24, 32, 48\]",
+        r"loss [1-9]\.\d\d, after 30 steps 0\.\d\d",
+        r"found (\d), score 0\.[5-9]\d; there is \1, IoU 0\.[6-9]\d",
+    ],
+    "detr_style.py": [r"strides \[16\], widths \[32\]", r"loss [6-9]\.\d\d, after 30 steps [1-3]\.\d\d"],
+    "smp_decoders.py": [
+        rf"{decoder}: logits \(2, 11, 96, 128\), 68 of 68 encoder parameters learn"
+        for decoder in ("fpn", "linknet", "manet", "segformer", "unet", "upernet")
+    ],
     "measure_step.py": [
         r"relative error [1-9]\.\de-0[7-9]",
         *(rf"{name}: forward {MS}, with backward {MS}" for name in ("torch\\.fft", "dynamic_filter")),

@@ -21,12 +21,8 @@ RECIPE: dict[str, Any] = {
     "optim": {"lr": 1e-3, "global_batch": 4, "epochs": 1, "cooldown_epochs": 0, "warmup_epochs": 0.5, "clip_grad": 1.0},
     "log_steps": 1,
 }
-KINDS = [
-    ("segment", "ddp"),
-    ("detect", "ddp"),
-    ("restore", "ddp"),
-    *([("segment", "fsdp"), ("detect", "fsdp")] if FULL else []),
-]
+DENSE = ("segment", "detect")
+KINDS = [*((task, "ddp") for task in (*DENSE, "restore")), *((task, "fsdp") for task in DENSE if FULL)]
 
 
 def targets(folder: Path) -> Path:

@@ -19,6 +19,7 @@ from cases import (
     make_grad,
     make_inputs,
 )
+from small_models import FULL
 from torch import Tensor
 
 from dfformer_kernels import reference
@@ -80,7 +81,11 @@ def run(op: Op, inputs: Inputs, grad_y: Tensor, needs: list[bool] | None = None)
     return y, dict(zip(wanted, gradients, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Triton's interpreter takes seconds for a large plane, and it has no tile that a plane of 28x28 has not.
+PLANES = [case for case in CASES if FULL or case.H * case.W <= 1000]
+
+
+@pytest.mark.parametrize("case", PLANES, ids=str)
 @ALL_OPS
 def test_float32_on_every_plane(op: Op, case: Case) -> None:
     inputs = make_inputs(op, case, torch.float32)
@@ -163,7 +168,7 @@ def test_only_the_gradients_asked_for_in_order(op: Op) -> None:
                 assert torch.equal(gradient, every[name]), name
 
 
-@pytest.mark.parametrize("case", [Case(3, 8, 9, 200, F=3), Case(65, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize("case", [Case(2, 8, 9, 70, F=3), Case(65, 2, 3, 4)], ids=str)
 @pytest.mark.parametrize("op", FILTERS.values(), ids=FILTERS)
 def test_several_tiles_and_the_same_bits_again(op: Op, case: Case) -> None:
     inputs = make_inputs(op, case, torch.float32)
@@ -208,7 +213,7 @@ def test_samples_are_transforms_of_their_own_where_that_moves_less(
     assert shape[0] == 1 or wanted == (saved_a_sample > (3 if backward else 2) * launch)
 
 
-@pytest.mark.parametrize("case", [Case(3, 4, 6, 3), Case(2, 7, 8, 200, F=5), Case(5, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize("case", [Case(3, 4, 6, 3), Case(2, 5, 8, 130, F=3), Case(5, 2, 3, 4)], ids=str)
 @pytest.mark.parametrize("op", FILTERS.values(), ids=FILTERS)
 def test_each_sample_a_transform_of_its_own(op: Op, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on large planes."""

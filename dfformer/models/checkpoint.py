@@ -112,7 +112,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
 def load_state(model: nn.Module, state_dict: dict[str, Tensor], path: str | Path, strict: bool = True) -> Mismatch:
     """`load_checkpoint` of what was read from ``path`` before."""
     mismatch = must_fit(model, state_dict, path) if strict else compare(model, state_dict)
-    left_out = {*mismatch.wrong_shape, *mismatch.reinitialised}
+    left_out = {*mismatch.wrong_shape, *mismatch.wrong_type, *mismatch.reinitialised}
     model.load_state_dict({name: t for name, t in state_dict.items() if name not in left_out}, strict=False)
     return mismatch
 
@@ -124,7 +124,7 @@ def must_fit(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Pat
         exactly: refuse filters for another image size and a classifier for other classes too.
     """
     mismatch = compare(model, state_dict, exactly)
-    if mismatch.missing or mismatch.unexpected or mismatch.wrong_shape:
+    if any(mismatch._replace(reinitialised=[])):
         cause = "".join(f" {cause};" for cause in causes(model.state_dict(), state_dict))
         raise CheckpointError(f"{path} does not fit this {type(model).__name__}:{cause}\n{mismatch}")
     return mismatch
@@ -143,7 +143,8 @@ def build_and_load(build: Callable[[], Model], state_dict: dict[str, Tensor], pa
         outline = build()
     except Exception as error:  # whatever a library makes of arguments that do not go together
         raise CheckpointError(f"{path}: its model cannot be built: {reason(error)}") from error
-    must_fit(outline, state_dict, path)
+    if must_fit(outline, state_dict, path).reinitialised:
+        raise CheckpointError(f"{path}: num_classes: the checkpoint has another, and a fresh classifier tells nothing")
     numbers = sum(tensor.numel() for tensor in outline.state_dict().values())
     if numbers > sum(tensor.numel() for tensor in state_dict.values()) + _MOST_GROWTH:
         raise CheckpointError(f"{path}: img_size: the model would have {numbers} numbers, far more than the file")

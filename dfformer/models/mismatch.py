@@ -34,11 +34,12 @@ _FAMILIES = {
 
 
 class Mismatch(NamedTuple):
-    """How a state dict differs from a model: names, and for ``wrong_shape`` also both shapes."""
+    """How a state dict differs from a model: names, with both shapes of ``wrong_shape`` and types of ``wrong_type``."""
 
     missing: list[str]
     unexpected: list[str]
     wrong_shape: dict[str, str]
+    wrong_type: dict[str, str]  # integers or complex numbers where the model has real ones, or the other way round
     reinitialised: list[str]  # the classifier, when the number of classes differs
 
     def __str__(self) -> str:
@@ -46,6 +47,7 @@ class Mismatch(NamedTuple):
             "missing": self.missing,
             "unexpected": self.unexpected,
             "wrongly shaped": [f"{name} ({shapes})" for name, shapes in self.wrong_shape.items()],
+            "of another kind of number": [f"{name} ({types})" for name, types in self.wrong_type.items()],
         }
         return "\n".join(f"{title} ({len(names)}): {_some(names)}" for title, names in parts.items() if names)
 
@@ -82,6 +84,11 @@ def compare(model: nn.Module, state_dict: Mapping[str, Tensor], exactly: bool = 
         wrong_shape={
             name: f"checkpoint {tuple(state_dict[name].shape)}, model {tuple(own[name].shape)}"
             for name in sorted(wrong - reinitialised)
+        },
+        wrong_type={
+            name: f"checkpoint {state_dict[name].dtype}, model {own[name].dtype}".replace("torch.", "")
+            for name in sorted(own.keys() & state_dict.keys())
+            if own[name].is_floating_point() != state_dict[name].is_floating_point()
         },
         reinitialised=sorted(reinitialised),
     )

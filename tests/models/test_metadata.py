@@ -13,7 +13,14 @@ import torch
 from dense_models import DENSE, dense_checkpoint
 
 import dfformer  # noqa: F401 (registers the models)
-from dfformer.models.checkpoint import CheckpointError, load_model, read_checkpoint, read_task, save_checkpoint
+from dfformer.models.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_model,
+    read_checkpoint,
+    read_task,
+    save_checkpoint,
+)
 from dfformer.models.metadata import DATA, MODEL_ARGS, parse_json
 from dfformer.tasks.detection import load_detector
 from dfformer.tasks.restoration import load_restorer
@@ -289,6 +296,26 @@ def test_the_caller_may_choose_another_model_and_trusted_arguments(tmp_path: Pat
     loaded, classes = load_model(path, "resnet10t")
     assert classes == ["a", "b"]
     assert torch.equal(loaded.get_parameter("fc.weight"), model.get_parameter("fc.weight"))
+
+
+def test_a_fresh_classifier_is_no_answer(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    path = write(tmp_path, weights, json.dumps(changed(classes=None)))
+    with pytest.raises(CheckpointError, match="num_classes: the checkpoint has another, and"):
+        load_model(path, num_classes=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64], ids=str)
+def test_numbers_of_another_kind(dtype: torch.dtype, tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """As of a quantised checkpoint: torch would copy the integers, and drop the imaginary part."""
+    kinds = {name: tensor.to(dtype) if name == "norm.weight" else tensor for name, tensor in weights.items()}
+    path = write(tmp_path, kinds, json.dumps(ABOUT))
+    expected = f"of another kind of number .1.: norm.weight .checkpoint {str(dtype)[6:]}, model float32"
+    with pytest.raises(CheckpointError, match=expected):
+        load_model(path)
+    model = timm.create_model("dfformer_s18", **ARGS)
+    mismatch = load_checkpoint(model, path, strict=False)
+    assert list(mismatch.wrong_type) == ["norm.weight"]
+    assert model.get_parameter("norm.weight").eq(1).all(), "left as it was"
 
 
 def test_everything_in_the_tables_can_be_saved_and_loaded(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from torchvision.transforms import v2
 
+from dfformer.utils.text import reason
+
 LONGEST = 4  # times the shorter side: what whole images are resized to at most
 _MOST_ELONGATED = 64  # times as long as wide: timm would enlarge such a strip to gigabytes before it crops
 
@@ -56,7 +58,13 @@ class _CutStrip:
 
 def training_transform(input_size: tuple[int, int, int], **augment: Any) -> Any:
     """`timm.data.create_transform` for training, to uint8, its augmentation running with any version of Pillow."""
-    transform = create_transform(input_size, is_training=True, use_prefetcher=True, **augment)
+    try:
+        transform = create_transform(input_size, is_training=True, use_prefetcher=True, **augment)
+    except Exception as error:  # timm asserts and converts as it goes along
+        policy = augment.get("auto_augment")
+        raise ValueError(
+            f"augment: got auto_augment={policy!r}, of which timm makes nothing: {reason(error)}"
+        ) from error
     for op in _augment_ops(transform):
         if op.name.startswith("Posterize"):
             op.aug_fn = _posterize

@@ -37,6 +37,14 @@ def test_every_strength_of_every_operation(policy: str, mode: str) -> None:
             assert op(image).size == image.size, op.name
 
 
+@pytest.mark.parametrize("policy", ["magic", "rand-m9-q3", "rand-m-5", "rand-m9-mstd-1"])
+def test_policies_that_timm_does_not_have(policy: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"augment: got auto_augment='{policy}', of which timm makes nothing: Assertion"
+    ):
+        training_transform((3, 16, 16), auto_augment=policy)
+
+
 def test_the_recipes_augmentation_of_many_images() -> None:
     transform = training_transform((3, 16, 16), auto_augment="rand-m9-mstd0.5-inc1")
     image = noise((20, 20))

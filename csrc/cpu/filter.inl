@@ -155,15 +155,16 @@ struct Filter : FilterOf<typename L::Vec> {
         const Storage* x;
         Storage* grad_x;  // or null
         V two_scale;
-        typename StarReLU<L>::Sums& sums;
+        typename StarReLU<L>::Sums sums;
         FFT_INLINE void operator()(std::int64_t offset, V value, int pixels) {
             const V grad = StarReLU<L>::backward_lane(value, load(x + offset, pixels), two_scale, sums);
             if (grad_x) store(grad_x + offset, grad, pixels);
         }
     };
-    // Turns a pair's lines back and stores them.
+    // Turns a pair's lines back and stores them; returns `store`, which has sums: by reference they would leave the
+    // registers.
     template <class Store>
-    static void store_planes(const Tile& tile, const int* rows, const Line* line, Store store) {
+    static Store store_planes(const Tile& tile, const int* rows, const Line* line, Store store) {
         const std::int64_t next = plane(tile), a = tile.row_offset(rows[0]);
         const std::int64_t b = rows[1] < 0 ? a : tile.row_offset(rows[1]);
         const auto each_channel = [&](auto put) UNROLLED_BODY {
@@ -184,7 +185,7 @@ struct Filter : FilterOf<typename L::Vec> {
                 store(a + channel, first_halves(block[c], V{}), tile.W);
                 if (rows[1] >= 0) store(b + channel, alternate<1, half, lanes>(block[c], V{}), tile.W);
             });
-            return;
+            return store;
         }
         for (int w = 0; w < tile.W; w += lanes) {
             const int* position = tile.row_plan.position + w;
@@ -197,6 +198,7 @@ struct Filter : FilterOf<typename L::Vec> {
             Base::transpose(block);
             each_channel([&](auto c, std::int64_t channel) UNROLLED_BODY { store(b + channel + w, block[c], pixels); });
         }
+        return store;
     }
 
     static void rows(const FilterCall& call, const TileGroup& group, void* scratch_, int first, int last) {
@@ -318,10 +320,10 @@ struct Filter : FilterOf<typename L::Vec> {
         const int* rows = tile.column_plan.pairs + 2 * pair;
         auto* grad_x = static_cast<Storage*>(tile.tensors.grad_x);
         if (tile.backward() && tile.problem.star_relu) {
-            typename StarReLU<L>::Sums sums;
             const auto* x = static_cast<const Storage*>(tile.tensors.x);
-            store_planes(tile, rows, line, StarReLUStore{x, grad_x, V{} + T(2 * tile.problem.scale), sums});
-            store_sums(tile, pair, sums);
+            const V two_scale = V{} + T(2 * tile.problem.scale);
+            StarReLUStore stored = store_planes(tile, rows, line, StarReLUStore{x, grad_x, two_scale, {}});
+            store_sums(tile, pair, stored.sums);
         } else {
             store_planes(tile, rows, line,
                          PlainStore{tile.backward() ? grad_x : static_cast<Storage*>(tile.tensors.y)});

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dfformer.models.layers import channels_last
 from dfformer.models.spectral import DynamicFilter, SpectralFilter
 
 SHARES = (0.2, 0.5, 0.9, 0.99)  # of the contributions to a feature
@@ -90,7 +91,7 @@ def stored_filters(layer: SpectralFilter, plane: tuple[int, int]) -> Tensor:
 @torch.no_grad()
 def routing(layer: DynamicFilter, x: Tensor) -> Tensor:
     """Shares (B,F,C), summing to 1, of the basis in each channel's filter, for the layer's input ``x`` (B,H,W,dim)."""
-    logits = layer.reweight(x.mean(dim=(1, 2))).unflatten(1, (layer.num_filters, -1))
+    logits = layer.reweight(channels_last(x, layer.data_format).mean(dim=(1, 2))).unflatten(1, (layer.num_filters, -1))
     return logits.float().softmax(dim=1).cpu()
 
 
@@ -101,7 +102,7 @@ def mix(shares: Tensor, basis: Tensor) -> Tensor:
 
 def applied_filters(layer: SpectralFilter, x: Tensor) -> Tensor:
     """The filters (B,H,K,C) that ``layer`` applies to its expanded input, for its input ``x`` (B,H,W,dim)."""
-    filters = stored_filters(layer, (x.shape[1], x.shape[2]))
+    filters = stored_filters(layer, layer.plane_of(x))
     return mix(routing(layer, x), filters) if isinstance(layer, DynamicFilter) else filters.expand(len(x), -1, -1, -1)
 
 
@@ -115,7 +116,7 @@ def most_different(filters: Tensor, count: int) -> list[int]:
 @torch.no_grad()
 def expanded(layer: SpectralFilter, x: Tensor) -> Tensor:
     """The input of the filter step: ``act1(pwconv1(x))``, (B,H,W,C) for the layer's input ``x`` (B,H,W,dim)."""
-    return layer.act1(layer.pwconv1(x)).float().cpu()
+    return layer.act1(layer.pwconv1(channels_last(x, layer.data_format))).float().cpu()
 
 
 def filtered(u: Tensor, filters: Tensor) -> Tensor:

@@ -154,8 +154,7 @@ def _prepared(model: nn.Module, img_size: tuple[int, int], fused: bool) -> _Sour
     source = _Source(model, _random_images(TRACED_BATCH, (in_chans, *img_size), parameter.device), fused, {})
 
     def store(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        _, H, W, _ = inputs[0].shape
-        plane = (H, W)
+        plane = module.plane_of(inputs[0])
         if plane != module.size and module.weight_resize:
             resized = resize_filter(module.complex_weights, module.size, plane, module.resize)
             module.complex_weights, module.size = nn.Parameter(resized), plane

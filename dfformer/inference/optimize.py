@@ -117,7 +117,7 @@ def _fix_filters(model: nn.Module, img_size: tuple[int, int]) -> None:
     planes: dict[SpectralFilter, tuple[int, int]] = {}
 
     def note_plane(module: SpectralFilter, inputs: tuple[Tensor, ...]) -> None:
-        planes[module] = (inputs[0].shape[1], inputs[0].shape[2])
+        planes[module] = module.plane_of(inputs[0])
 
     spectral = [m for m in model.modules() if isinstance(m, SpectralFilter)]
     handles = [m.register_forward_pre_hook(note_plane) for m in spectral]

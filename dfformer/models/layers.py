@@ -15,6 +15,24 @@ from dfformer_kernels import convolution, linear, mlp, star_relu
 from dfformer_kernels.ops.linear import prefers_convolution
 
 Activation = Callable[[], nn.Module]
+DATA_FORMATS = ("channels_last", "channels_first")
+
+
+def checked_data_format(data_format: str) -> str:
+    """``data_format``; ValueError for anything but "channels_last" and "channels_first"."""
+    if data_format not in DATA_FORMATS:
+        raise ValueError(f"data_format: got {data_format!r}, accepted are {', '.join(map(repr, DATA_FORMATS))}")
+    return data_format
+
+
+def channels_last(x: Tensor, data_format: str) -> Tensor:
+    """``x`` of ``data_format`` as (B,H,W,C), a view."""
+    return x.permute(0, 2, 3, 1) if data_format == "channels_first" else x
+
+
+def from_channels_last(y: Tensor, data_format: str) -> Tensor:
+    """``y`` (B,H,W,C) in ``data_format``, a view: channels-first it has torch.channels_last memory."""
+    return y.permute(0, 3, 1, 2) if data_format == "channels_first" else y
 
 
 @torch.fx.wrap

@@ -1,4 +1,4 @@
-"""The spectral token mixers: channels-last (B,H,W,dim) in and out, with the official parameter names.
+"""The spectral token mixers: (B,H,W,dim) in and out, or (B,dim,H,W), with the official parameter names.
 
 A token mixer is built as ``mixer(dim=..., size=plane)``.
 """
@@ -13,7 +13,16 @@ from torch.nn import functional as F
 
 from dfformer.models.exact import fusible, is_exact
 from dfformer.models.filter_resize import check_rule, resize_filter, scriptable_resize
-from dfformer.models.layers import Activation, Mlp, StarReLU, build_activation, call_linear
+from dfformer.models.layers import (
+    Activation,
+    Mlp,
+    StarReLU,
+    build_activation,
+    call_linear,
+    channels_last,
+    checked_data_format,
+    from_channels_last,
+)
 from dfformer_kernels import dynamic_filter, global_filter
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.reference import compute_dtype
@@ -86,6 +95,7 @@ class SpectralFilter(nn.Module):
         size: int | tuple[int, int],
         weight_resize: bool,
         resize: str,
+        data_format: str,
         reweight: Callable[[], nn.Module] | None = None,
         **placed: Any,
     ) -> None:
@@ -95,6 +105,7 @@ class SpectralFilter(nn.Module):
         self.size = (int(H), int(W))
         self.weight_resize = weight_resize
         self.resize = resize
+        self.data_format = checked_data_format(data_format)
         # In the authors' order, which optimizers' states follow.
         self.complex_weights = nn.Parameter(torch.randn(H, W // 2 + 1, filters, 2, **placed) * 0.02)
         self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
@@ -104,6 +115,11 @@ class SpectralFilter(nn.Module):
         self.act2 = build_activation(act2_layer, **placed)
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
         self._resized: tuple[tuple[int, int], str, Tensor, Tensor] | None = None
+
+    def plane_of(self, x: Tensor) -> tuple[int, int]:
+        """The plane (H, W) of an input."""
+        _, H, W, _ = channels_last(x, self.data_format).shape
+        return H, W
 
     def load(self, x: Tensor) -> tuple[Tensor, Scalars]:
         """``pwconv1(x)`` and the StarReLU that is left to the filter step; any other activation is applied here."""
@@ -175,7 +191,8 @@ class SpectralFilter(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        return f"size={self.size}, weight_resize={self.weight_resize}, resize={self.resize!r}"
+        resized = f"weight_resize={self.weight_resize}, resize={self.resize!r}"
+        return f"size={self.size}, {resized}, data_format={self.data_format!r}"
 
 
 @fusible
@@ -196,6 +213,7 @@ class DynamicFilter(SpectralFilter):
         size: the plane (H, W), or one number for a square.
         weight_resize: resize the filters to planes of any other size, instead of raising.
         resize: ``"bicubic"`` (the authors' rule) or ``"fourier"``; see `dfformer.models.filter_resize.resize_filter`.
+        data_format: ``"channels_first"`` for x and results (B,dim,H,W), which have torch.channels_last memory best.
         device, dtype: of the parameters.
 
     ``complex_weights`` is (H, W//2 + 1, F, 2). ``x`` is (B,H,W,dim) in the parameters' dtype, or any under autocast.
@@ -213,6 +231,7 @@ class DynamicFilter(SpectralFilter):
         size: int | tuple[int, int] = 14,
         weight_resize: bool = False,
         resize: str = "bicubic",
+        data_format: str = "channels_last",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -223,15 +242,16 @@ class DynamicFilter(SpectralFilter):
         def reweight() -> Mlp:
             return Mlp(dim, hidden, num_filters * C, **placed)
 
-        stored = (size, weight_resize, resize)
+        stored = (size, weight_resize, resize, data_format)
         super().__init__(dim, C, num_filters, act1_layer, act2_layer, bias, *stored, reweight, **placed)
         self.num_filters = num_filters
 
     def forward(self, x: Tensor) -> Tensor:
-        _, H, W, _ = x.shape
+        x = channels_last(x, self.data_format)
         logits = self.reweight(x.mean(dim=(1, 2))).unflatten(1, (self.num_filters, -1))
         y, star_relu = self.load(x)
-        return self.store(self.filter(y, logits, self.filters_for((H, W)), star_relu))
+        y = self.store(self.filter(y, logits, self.filters_for((x.shape[1], x.shape[2])), star_relu))
+        return from_channels_last(y, self.data_format)
 
     def filter(self, x: Tensor, logits: Tensor, basis: Tensor, star_relu: Scalars) -> Tensor:
         """The filter step, see `dfformer_kernels.dynamic_filter`."""
@@ -255,17 +275,19 @@ class GlobalFilter(SpectralFilter):
         size: int | tuple[int, int] = 14,
         weight_resize: bool = False,
         resize: str = "bicubic",
+        data_format: str = "channels_last",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         C = int(expansion_ratio * dim)
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, C, C, act1_layer, act2_layer, bias, size, weight_resize, resize, **placed)
+        super().__init__(dim, C, C, act1_layer, act2_layer, bias, size, weight_resize, resize, data_format, **placed)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, H, W, _ = x.shape
+        x = channels_last(x, self.data_format)
         y, star_relu = self.load(x)
-        return self.store(self.filter(y, self.filters_for((H, W)), star_relu))
+        y = self.store(self.filter(y, self.filters_for((x.shape[1], x.shape[2])), star_relu))
+        return from_channels_last(y, self.data_format)
 
     def filter(self, x: Tensor, weight: Tensor, star_relu: Scalars) -> Tensor:
         """The filter step, see `dfformer_kernels.global_filter`."""
@@ -277,7 +299,7 @@ class AFNO2D(nn.Module):
     """Adaptive Fourier neural operator (arXiv:2111.13587) between two projections, the paper's ablation.
 
     A block-diagonal two-layer MLP on every frequency, shared by all: no parameter depends on the plane, so ``size`` is
-    any plane's. Spectral arithmetic is float32 (float64 for float64 ``x``).
+    any plane's. Spectral arithmetic is float32 (float64 for float64 ``x``). ``data_format``: see `DynamicFilter`.
     """
 
     def __init__(
@@ -292,6 +314,7 @@ class AFNO2D(nn.Module):
         sparsity_threshold: float = 0.01,
         hard_thresholding_fraction: float = 1,
         hidden_size_factor: int = 1,
+        data_format: str = "channels_last",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -300,6 +323,7 @@ class AFNO2D(nn.Module):
         C = int(expansion_ratio * dim)
         if C % num_blocks:
             raise ValueError(f"num_blocks: got {num_blocks}, which does not divide the {C} expanded channels")
+        self.data_format = checked_data_format(data_format)
         width, hidden = C // num_blocks, C // num_blocks * hidden_size_factor
         self.num_blocks = num_blocks
         self.sparsity_threshold = sparsity_threshold
@@ -314,12 +338,14 @@ class AFNO2D(nn.Module):
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = channels_last(x, self.data_format)
         if torch.jit.is_scripting():
             x = self.act1(self.pwconv1(x))
-            return self.pwconv2(self.act2(x + self.filter(x)))
+            y = self.pwconv2(self.act2(x + self.filter(x)))
         else:
             x = self.act1(call_linear(self.pwconv1, x))
-            return call_linear(self.pwconv2, self.act2(x + self.filter(x)))
+            y = call_linear(self.pwconv2, self.act2(x + self.filter(x)))
+        return from_channels_last(y, self.data_format)
 
     def filter(self, x: Tensor) -> Tensor:
         """The neural operator of x (B,H,W,C), in x's dtype."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfformer.models.layers import channels_last
 from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter
 
 
@@ -75,7 +76,7 @@ def _conv_macs(module: Any, x: Tensor, y: Tensor) -> int:
 
 
 def _spectral_macs(module: Any, x: Tensor, y: Tensor) -> int:
-    B, H, W, _ = x.shape
+    B, H, W, _ = channels_last(x, module.data_format).shape
     C, K, N = module.pwconv1.out_features, W // 2 + 1, H * W
     transforms = 2 * round(1.25 * N * math.log2(N)) if N > 1 else 0
     if isinstance(module, AFNO2D):

@@ -118,6 +118,25 @@ def test_gradients(layer_class: Callable[..., nn.Module], resize: str, plane: tu
     assert torch.autograd.gradcheck(run, (x, *layer.parameters()))
 
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("layer_class", [DynamicFilter, GlobalFilter, AFNO2D])
+def test_channels_first_is_channels_last_turned(
+    layer_class: Callable[..., nn.Module], memory: torch.memory_format
+) -> None:
+    last, first = layer_class(8, size=PLANE), layer_class(8, size=PLANE, data_format="channels_first")
+    first.load_state_dict(last.state_dict())
+    x = image(*PLANE, dim=8)
+    y = first(x.permute(0, 3, 1, 2).contiguous(memory_format=memory))
+    assert torch.equal(y, last(x).permute(0, 3, 1, 2))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layer_class", [DynamicFilter, GlobalFilter, AFNO2D])
+def test_an_unknown_data_format_raises(layer_class: Callable[..., nn.Module]) -> None:
+    with pytest.raises(ValueError, match="data_format: got 'NCHW', accepted are 'channels_last', 'channels_first'"):
+        layer_class(8, data_format="NCHW")
+
+
 def naive_afno(layer: AFNO2D, x: Tensor) -> Tensor:
     """AFNO2D in complex numbers, one frequency at a time: a block-diagonal MLP on each kept one, 0 for the others."""
     u = layer.act1(layer.pwconv1(x))

@@ -37,7 +37,6 @@ IMAGE_SUFFIXES = frozenset(
 # Pillow knows more formats; some of them run other programs (EPS) or cannot be decoded.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # the last marker of a complete file
-_SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # whose 16-bit pixels some versions of Pillow give as 32-bit integers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -148,7 +147,7 @@ def _converted(image: Image.Image, mode: str, exif_orientation: bool) -> Image.I
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """``image``, or for 16 bits a channel and floats the same picture in 8 bits."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BIT_FORMATS):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # 16 bits too
         highest = 65535.0
     elif image.mode == "F":
         highest = 1.0

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from accuracy.images import VIEWS
 from accuracy.training import Result
@@ -33,11 +34,12 @@ def learning_figure(results: Sequence[Result]) -> Figure:
     picture = _panels(results, {False: "by epochs", True: "by seconds of training"}, draw)
     for ax in picture.axes:
         ax.set(yscale="log", ylabel="error on part of the test images, %")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
     for ax, label in zip(picture.axes, _row_labels(picture, ("epochs", "seconds of one thread")), strict=True):
         ax.set_xlabel(label)
-    picture.suptitle("Who learns faster: mean over seeds, band from the best to the worst", fontsize=12)
+    picture.suptitle("Who learns faster: mean over seeds, with a band from the best to the worst", fontsize=12)
     return picture
 
 

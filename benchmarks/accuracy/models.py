@@ -13,7 +13,7 @@ import dfformer  # noqa: F401 (registers the models)
 from accuracy.images import SIZE
 from dfformer.models.spectral import DynamicFilter
 
-# Widths of which attention's heads, of 32 channels, are whole; planes of 12, 6, 6 and 3 for images of 24 pixels.
+# Widths of which attention's heads, of 32 channels, are whole; planes of 11, 6, 6 and 3 for images of 24 pixels.
 SHAPE: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 64)}
 STRIDES = (2, 2, 1, 2)
 OURS = ("dfformer", "cdfformer", "gfformer")

@@ -16,6 +16,7 @@ from accuracy.figures import learning_figure, sizes_figure
 from accuracy.images import SCALES, SIZE, VIEWS
 from accuracy.models import CHANGES, MODELS
 from accuracy.training import LOOKS, Case, Result, accuracy, train
+from paths import ROOT
 from torch import nn
 
 from dfformer.models.spectral import DynamicFilter
@@ -139,3 +140,9 @@ def test_pictures() -> None:
     finer = {line.get_label(): line for line in sizes.axes[0].lines}
     assert list(finer["dfformer, fourier"].get_ydata()) == [20, 85, 20, 20]
     assert list(finer["convformer"].get_ydata()) == [40, 80, 40, 40]
+
+
+def test_the_committed_results() -> None:
+    folder = ROOT / "benchmarks/results"
+    results = [Result(**row) for row in json.loads((folder / "accuracy.json").read_text())["rows"]]
+    assert bench_accuracy.markdown(bench_accuracy.summary(results)) == (folder / "accuracy.md").read_text()

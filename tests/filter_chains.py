@@ -110,7 +110,50 @@ def attention_map_too(x: Tensor, logits: Tensor, basis: Tensor) -> Any:
     ), routing
 
 
-# The function, whether it is channels-first, whether it has a softmax.
+# With weights of another kind, or filters from anywhere.
+
+
+def dropped_weights(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    routing = F.dropout(logits.softmax(1), 0.5, True)
+    return back(there(x) * torch.einsum("bfc,hkf->bhkc", routing.to(torch.complex64), torch.view_as_complex(basis)))
+
+
+def filters_too(x: Tensor, logits: Tensor, basis: Tensor) -> Any:
+    M = mixed(logits, basis)
+    return back(there(x) * M), M.real
+
+
+def conjugated_basis(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    routing = logits.softmax(1).to(torch.complex64)
+    return back(there(x) * torch.einsum("bfc,hkf->bhkc", routing, torch.view_as_complex(basis).conj()))
+
+
+def swapped_parts(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    M = mixed(logits, basis)
+    return back(there(x) * torch.complex(M.imag, M.real))
+
+
+def softmax_over_channels(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    M = torch.einsum("bfc,hkf->bhkc", logits.softmax(2).to(torch.complex64), torch.view_as_complex(basis))
+    return back(there(x) * M)
+
+
+def sharpened(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    M = torch.einsum("bfc,hkf->bhkc", logits.softmax(1).square().to(torch.complex64), torch.view_as_complex(basis))
+    return back(there(x) * M)
+
+
+def filters_of_all_images(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    M = torch.einsum("bfc,hkf->hkc", logits.softmax(1).to(torch.complex64), torch.view_as_complex(basis))
+    return back(there(x) * M)
+
+
+def by_sigmoid(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    M = torch.einsum("bfc,hkf->bchk", logits.sigmoid().to(torch.complex64), torch.view_as_complex(basis))
+    return torch.fft.irfft2(torch.fft.rfft2(x) * M, s=x.shape[2:])
+
+
+# The function, whether it is channels-first, whether its filters are mixed by the operator.
 SAME: dict[str, tuple[Step, bool, bool]] = {
     "einsum": (by_einsum, False, True),
     "broadcast and sum": (by_broadcast_sum, True, True),
@@ -126,6 +169,15 @@ SAME: dict[str, tuple[Step, bool, bool]] = {
     "a filter a channel, channels-first": (one_a_channel_first, True, False),
     "scaled basis": (scaled_basis, False, True),
     "softmax is a result too": (attention_map_too, False, True),
+    "sigmoid": (by_sigmoid, True, True),
+    "dropout of the weights": (dropped_weights, False, True),
+    "softmax over channels": (softmax_over_channels, False, True),
+    "sharpened softmax": (sharpened, False, True),
+    "mixed filters are a result too": (filters_too, False, True),
+    "conjugated basis": (conjugated_basis, False, False),
+    "parts swapped": (swapped_parts, False, False),
+    "offset": (lambda x, r, b: back(there(x) * (1 + mixed(r, b))), False, False),
+    "filters of all images": (filters_of_all_images, False, False),
 }
 
 
@@ -134,11 +186,6 @@ SAME: dict[str, tuple[Step, bool, bool]] = {
 
 def _dropped_spectrum(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     return back(there(x) * F.dropout(torch.ones_like(x[:, :, :5]), 0.0) * mixed(logits, basis))
-
-
-def _thrown_weights(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
-    routing = F.dropout(logits.softmax(1), 0.5, True)
-    return back(there(x) * torch.einsum("bfc,hkf->bhkc", routing.to(torch.complex64), torch.view_as_complex(basis)))
 
 
 def _overwritten(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
@@ -158,21 +205,6 @@ def _spectrum_too(x: Tensor, logits: Tensor, basis: Tensor) -> Any:
     return back(X * mixed(logits, basis)), X.abs()
 
 
-def _filters_too(x: Tensor, logits: Tensor, basis: Tensor) -> Any:
-    M = mixed(logits, basis)
-    return back(there(x) * M), M.real
-
-
-def _conjugated_basis(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
-    routing = logits.softmax(1).to(torch.complex64)
-    return back(there(x) * torch.einsum("bfc,hkf->bhkc", routing, torch.view_as_complex(basis).conj()))
-
-
-def _swapped_parts(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
-    M = mixed(logits, basis)
-    return back(there(x) * torch.complex(M.imag, M.real))
-
-
 def _two_spectra(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     return back((there(x) + there(x.relu())) * mixed(logits, basis))
 
@@ -181,29 +213,9 @@ def _two_softmaxes(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     return back(there(x) * mixed(logits, basis) * mixed(logits * 2, basis))
 
 
-def _over_channels(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
-    M = torch.einsum("bfc,hkf->bhkc", logits.softmax(2).to(torch.complex64), torch.view_as_complex(basis))
-    return back(there(x) * M)
-
-
-def _over_batch(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
-    M = torch.einsum("bfc,hkf->bhkc", logits.softmax(0).to(torch.complex64), torch.view_as_complex(basis))
-    return back(there(x) * M)
-
-
-def _sharpened(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
-    M = torch.einsum("bfc,hkf->bhkc", logits.softmax(1).square().to(torch.complex64), torch.view_as_complex(basis))
-    return back(there(x) * M)
-
-
 def _one_image(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     """The first image's filters for all."""
     return back(there(x) * mixed(logits, basis)[:1])
-
-
-def _all_images(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
-    M = torch.einsum("bfc,hkf->hkc", logits.softmax(1).to(torch.complex64), torch.view_as_complex(basis))
-    return back(there(x) * M)
 
 
 def _full(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
@@ -243,31 +255,22 @@ OTHER: dict[str, tuple[Step, str]] = {
     "odd width without a size": (_odd_width, "plane of 8 x 6, where the input has 8 x 7"),
     "spectrum is a result": (_spectrum_too, "also needed by abs"),
     "routed by the spectrum": (_spectrum_routing, "also needed by abs"),
-    "filters are a result": (_filters_too, "also needed by real"),
     "conjugated filters": (
         lambda x, r, b: back(there(x) * mixed(r, b).conj()),
-        r"conj of shape \(4, 8, 5, 6\), are not \(H, K, C\)",
+        "its filters are a lazy conjugate",
     ),
-    "conjugated basis": (_conjugated_basis, "its filters are a lazy conjugate"),
     "conjugated spectrum": (lambda x, r, b: back(there(x).conj() * mixed(r, b)), "stands conj"),
-    "parts swapped": (_swapped_parts, "output differs from ours by .* relative"),
     "scaled by a number": (lambda x, r, b: back(there(x) * 0.5 * mixed(r, b)), "stands mul by 0.5"),
     "scaled by a tensor": (lambda x, r, b: back(there(x) * b[0, 0, 0, 0] * mixed(r, b)), "output differs from ours"),
     "divided": (lambda x, r, b: back(there(x) * mixed(r, b) / 8), "stands truediv by 8"),
     "absolute": (lambda x, r, b: back(there(x).abs() * mixed(r, b)), "stands abs"),
-    "offset": (lambda x, r, b: back(there(x) * (1 + mixed(r, b))), "its filters, add of shape"),
     "residual spectrum": (lambda x, r, b: back(there(x) * mixed(r, b) + there(x)), "takes 2 spectra"),
     "squared": (lambda x, r, b: back(there(x) * (m := mixed(r, b)) * m), "output differs from ours"),
     "random spectrum": (_dropped_spectrum, "dropout"),
-    "random weights": (_thrown_weights, "its filters, einsum of shape"),
     "overwritten input": (_overwritten, r"may be overwritten in between \(zero_\)"),
     "two spectra": (_two_spectra, "takes 2 spectra"),
     "two softmaxes": (_two_softmaxes, "mixed by 2 softmaxes"),
-    "softmax over channels": (_over_channels, "softmax runs over axis 2"),
-    "softmax over the batch": (_over_batch, r"softmax runs over axis 0"),
-    "sharpened softmax": (_sharpened, "its filters, einsum of shape"),
     "one image's filters": (_one_image, "output differs from ours"),
-    "all images' filters": (_all_images, "output differs from ours"),
     "one row of filters": (_single_row, "output differs from ours"),
     "shifted": (lambda x, r, b: back(torch.fft.fftshift(there(x), dim=1) * mixed(r, b)), "stands fftshift"),
 }

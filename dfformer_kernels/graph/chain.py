@@ -1,8 +1,8 @@
 """Finds rfft2 -> multiplication -> irfft2 in a graph: what it is made of, or why it is not the filter step.
 
 The walk goes back from the inverse transform through nodes that are linear in each tensor. It ends at the forward
-transform's input, at a softmax's input and at one tensor of filters. What it has passed is then a polynomial of these
-three, so that agreement on random inputs (`step.difference`) proves it to be ours.
+transform's input, at filters, and at a softmax's input or the weights that mix the filters. What it has passed is then
+a polynomial of these (and of the softmax), so that agreement on random inputs (`step.match`) proves it to be ours.
 """
 
 import itertools
@@ -14,6 +14,7 @@ from torch import fx
 
 from dfformer_kernels.graph.trace import ancestors
 from dfformer_kernels.graph.vocabulary import (
+    CASTS,
     FRESH,
     IN_PLACE,
     Transform,
@@ -38,7 +39,7 @@ class NotFusedError(Exception):
 
 class Chain(NamedTuple):
     """A step in a graph. ``nodes`` are those it replaces, in the graph's order, ``inverse`` last; they take ``x``,
-    ``filters`` and, where there is a softmax, ``logits``.
+    ``filters`` and, where these are mixed, ``routing``: the logits of ``softmax``, or weights where it is None.
     """
 
     nodes: list[fx.Node]
@@ -46,7 +47,7 @@ class Chain(NamedTuple):
     inverse: fx.Node
     softmax: fx.Node | None
     x: fx.Node
-    logits: fx.Node | None
+    routing: fx.Node | None
     filters: fx.Node
     channels_first: bool
 
@@ -58,32 +59,50 @@ def inverse_transforms(graph: fx.Graph, values: Values) -> list[fx.Node]:
     return [node for node, kind in inverse.items() if kind == "c2r" or node not in needed]
 
 
-def find(graph: fx.Graph, inverse: fx.Node, values: Values) -> list[Chain]:
-    """The chain that ends at ``inverse``, once for each node that may be the filters: views of one another, the one
-    next to the multiplication first.
+def find(graph: fx.Graph, inverse: fx.Node, values: Values) -> tuple[list[Chain], list[str]]:
+    """The chain that ends at ``inverse``, once for each choice of its filters and routing: views of one another, those
+    next to the multiplication first; with a softmax inside, then with what it gives as weights. And why there are not
+    more.
 
-    Raises NotFusedError with the first difference from a filter step that the graph shows.
+    Raises NotFusedError, with the first difference from a filter step that the graph shows, where there is none.
     """
     transform = transform_of(inverse, values)
     if transform is None or transform.kind != "c2r":
         raise NotFusedError(f"{name_of(inverse)} takes a full spectrum, where rfft2 and irfft2 were looked for")
-    passed = _passed(inverse, values)
+    chains: list[Chain] = []
+    reasons: list[str] = []
+    for with_softmax in (True, False):
+        try:
+            chains += _chains(graph, inverse, values, with_softmax)
+        except NotFusedError as error:
+            reasons.append(str(error))
+    if not chains:
+        raise NotFusedError(reasons[0])
+    return chains, reasons
+
+
+def _chains(graph: fx.Graph, inverse: fx.Node, values: Values, with_softmax: bool) -> list[Chain]:
+    passed = _passed(inverse, values, with_softmax)
     forward, softmax = _ends(inverse, passed, values)
+    if with_softmax and softmax is None:
+        return []
     order = {node: i for i, node in enumerate(graph.nodes)}
     nodes = _dependent(sorted(passed, key=order.__getitem__), forward, softmax)
-    x, logits = first_input(forward), None if softmax is None else first_input(softmax)
+    x = first_input(forward)
     channels_first = _check_transforms(nodes, forward, inverse, values)
     _check_use(nodes, forward, inverse, softmax)
     chains = []
-    for filters, pure in _filters(nodes, (forward, softmax), passed, values, order):
-        replaced = sorted({*nodes, *pure}, key=order.__getitem__)
+    for outside, between in _outside(nodes, (forward, softmax), passed, values, order):
+        replaced = sorted({*nodes, *between}, key=order.__getitem__)
         _check_in_place(replaced, set(nodes) - {softmax})
-        _check_between(graph, replaced, [n for n in (x, logits, filters) if n is not None])
-        chains.append(Chain(replaced, forward, inverse, softmax, x, logits, filters, channels_first))
+        _check_between(graph, replaced, [x, *outside, *([first_input(softmax)] if softmax else [])])
+        for filters in outside:
+            routing = first_input(softmax) if softmax else next((n for n in outside if n is not filters), None)
+            chains.append(Chain(replaced, forward, inverse, softmax, x, routing, filters, channels_first))
     return chains
 
 
-def _passed(inverse: fx.Node, values: Values) -> set[fx.Node]:
+def _passed(inverse: fx.Node, values: Values, with_softmax: bool) -> set[fx.Node]:
     """The nodes on the way back from ``inverse``, up to forward transforms, softmaxes and what is not linear."""
     passed = {inverse}
     waiting = list(_tensors(inverse, values))
@@ -91,7 +110,7 @@ def _passed(inverse: fx.Node, values: Values) -> set[fx.Node]:
         node = waiting.pop()
         if node in passed:
             continue
-        if _is_forward(node, values) or is_softmax(node):
+        if _is_forward(node, values) or (with_softmax and is_softmax(node)):
             passed.add(node)
         elif is_linear(node, values):
             passed.add(node)
@@ -145,31 +164,35 @@ def _dependent(passed: list[fx.Node], forward: fx.Node, softmax: fx.Node | None)
     return [node for node in passed if node in found]
 
 
-def _filters(
+def _outside(
     nodes: list[fx.Node],
     ends: tuple[fx.Node, fx.Node | None],
     passed: set[fx.Node],
     values: Values,
     order: dict[fx.Node, int],
-) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
-    """The one other tensor that ``nodes`` take and what is between; then, as long as it is made of one, that one."""
+) -> Iterator[tuple[set[fx.Node], set[fx.Node]]]:
+    """The other tensors that ``nodes`` take, and what is between; then what those are made of, and so on, wherever it
+    is filters alone, or without a softmax filters and weights."""
     inside, between = set(nodes), set[fx.Node]()
     outside = {n for node in nodes if node not in ends for n in _tensors(node, values)} - inside
     if not outside:
         raise NotFusedError("it multiplies its spectrum with no filters")
-    one = False
-    while len(outside) == 1 or not one:
-        if len(outside) == 1:
-            one = True
-            yield next(iter(outside)), set(between)
-        last = max((n for n in outside if n in passed), key=order.__getitem__, default=None)
+    names = ", ".join(sorted(_described(n) for n in outside))
+    most = 2 if ends[1] is None else 1
+    found = False
+    while True:
+        if len(outside) <= most:
+            found = True
+            yield set(outside), set(between)
+        # weights are real, so their cast to complex goes first
+        inner = [(name_of(n) in CASTS, order[n], n) for n in outside if n in passed]
+        last = max(inner)[2] if inner else None
         if last is None:
             break
         between.add(last)
         outside = outside - {last} | set(_tensors(last, values))
-    if not one:
-        names = ", ".join(sorted(_described(n) for n in outside))
-        raise NotFusedError(f"its spectrum meets {len(outside)} tensors ({names}), where one of filters was looked for")
+    if not found:
+        raise NotFusedError(f"its spectrum meets more than filters and their weights ({names})")
 
 
 def _check_transforms(nodes: list[fx.Node], forward: fx.Node, inverse: fx.Node, values: Values) -> bool:

@@ -10,10 +10,11 @@ from dfformer_kernels.graph.report import Finding, FuseReport
 
 def fuse(program: nn.Module | ExportedProgram, *inputs: Any, **named: Any) -> FuseReport:
     """Puts `dynamic_filter` and `global_filter` where ``program`` computes them by torch.fft: rfft2, multiplication
-    with filters, mixed by a softmax or one a channel, and irfft2. Any layout, norm and way of mixing; any class.
+    with filters, and irfft2. The filters are mixed by a softmax or by other weights, or there is one a channel, for all
+    images or for each. Any layout, norm and way of mixing; any class.
 
     A chain of calls is replaced if nothing else needs its intermediate results, if its axes, sizes and norms are those
-    of the step, if it is a polynomial of the signal, the filters and the softmax, and if outputs and gradients agree
+    of the step, if it is a polynomial of the signal, the filters and their weights, and if outputs and gradients agree
     with ours in double precision on random inputs. Of anything else the report says why it was left alone.
 
     Args:

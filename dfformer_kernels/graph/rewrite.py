@@ -20,7 +20,7 @@ def rewrite(graph: fx.Graph, values: Values, operators: Operators, where: Callab
     found = []
     for inverse in inverse_transforms(graph, values):
         try:
-            chain, step = match(find(graph, inverse, values), values)
+            chain, step = match(*find(graph, inverse, values), values)
         except (NotFusedError, ValueError) as error:
             found.append(Finding(where(inverse), reason=str(error)))
             continue
@@ -46,7 +46,7 @@ def _emit(graph: fx.Graph, chain: Chain, step: Step, operators: Operators) -> No
         return node
 
     with graph.inserting_before(inverse):
-        last = step.build(call, operators, chain.x, chain.logits, chain.filters)
+        last = step.build(call, operators, chain.x, chain.routing, chain.filters)
     inverse.op, inverse.target = "call_function", last.target
     inverse.args, inverse.kwargs, inverse.meta = last.args, last.kwargs, last.meta
     graph.erase_node(last)

@@ -18,74 +18,95 @@ from dfformer_kernels.tolerance import relative_error
 _AGREEMENT = 1e-9
 
 Call = Callable[..., Any]  # of a function and its arguments: runs it, or makes a node of it
-# By the operators' names: what to call, and the arguments after the tensors.
-Operators = Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]
+# For each kind of step: what to call, and its arguments after the tensors.
+Operators = Mapping[str, tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]]
 
-PYTHON: Operators = {"dynamic_filter": (dynamic_filter, ()), "global_filter": (global_filter, ())}
+PYTHON: Operators = {
+    "softmax": (dynamic_filter, (), {}),
+    "weights": (dynamic_filter, (), {"normalization": None}),
+    "filters": (global_filter, (), {}),
+}
 # For graphs of ATen's operators: no StarReLU, no backend by name.
 ATEN: Operators = {
-    "dynamic_filter": (torch.ops.dfformer.dynamic_filter.default, (None, None, None)),
-    "global_filter": (torch.ops.dfformer.global_filter.default, (None, None, None)),
+    "softmax": (torch.ops.dfformer.dynamic_filter.default, (None, None, None), {}),
+    "weights": (torch.ops.dfformer.dynamic_filter.default, (None, None, None, False), {}),
+    "filters": (torch.ops.dfformer.global_filter.default, (None, None, None), {}),
 }
-_REFERENCE: Operators = {name: (reference.KERNELS[name], ()) for name in PYTHON}
+_REFERENCE: Operators = {
+    "softmax": (reference.dynamic_filter, (), {}),
+    "weights": (reference.dynamic_filter, (None, None, False), {}),
+    "filters": (reference.global_filter, (), {}),
+}
+# Of several that agree, the one that makes the least before the operator runs.
+_PREFERRED = tuple(PYTHON)
 
 
 class Step(NamedTuple):
     """How a chain's tensors become the operators' arguments.
 
-    ``filters``: the order of axes that makes (H,K,F,2) or (H,K,C,2) of the filters. ``logits``: the order that makes
-    (B,F), (B,F,C) or (B,F,1) of the logits, followed by axes of size 1; None for a filter of each channel. ``dtype``:
-    that the filters are cast to, None for their own.
+    ``kind`` is a key of `Operators`. ``filters``: the order of axes that makes (H,K,F,2), (H,K,C,2) or (B,H,K,C,2) of
+    the filters. ``routing``: the order that makes (B,F), (B,F,C) or (B,F,1) of it, followed by axes of size 1; empty
+    where filters are not mixed. ``dtype``: that the filters are cast to, None for their own.
     """
 
+    kind: str
     channels_first: bool
     filters: tuple[int, ...]
     is_complex: bool
-    logits: tuple[int, ...] | None
+    routing: tuple[int, ...]
     channels: int
     dtype: torch.dtype | None
 
     @property
     def operator(self) -> str:
-        return "global_filter" if self.logits is None else "dynamic_filter"
+        return PYTHON[self.kind][0].__name__
 
-    def build(self, call: Call, operators: Operators, x: Any, logits: Any, filters: Any) -> Any:
+    @property
+    def cost(self) -> tuple[int, int, bool]:
+        """What is preferred has less: pairs need no view as pairs."""
+        return len(self.filters), _PREFERRED.index(self.kind), self.is_complex
+
+    def build(self, call: Call, operators: Operators, x: Any, routing: Any, filters: Any) -> Any:
         """The result, in x's layout and contiguous, by calls of an operator and of ATen's views."""
         aten = torch.ops.aten
-        operator, rest = operators[self.operator]
+        operator, rest, named = operators[self.kind]
         if self.channels_first:
             x = call(aten.permute.default, x, [0, 2, 3, 1])
         if self.is_complex:
             filters = call(aten.view_as_real.default, filters)
-        if self.filters != (0, 1, 2, 3):
+        if self.filters != tuple(range(len(self.filters))):
             filters = call(aten.permute.default, filters, list(self.filters))
         if self.dtype is not None:
             filters = call(aten._to_copy.default, filters, dtype=self.dtype)
-        if self.logits is None:
-            y = call(operator, x, filters, *rest)
+        if not self.routing:
+            y = call(operator, x, filters, *rest, **named)
         else:
-            if self.logits != tuple(range(len(self.logits))):
-                logits = call(aten.permute.default, logits, list(self.logits))
-            for axis in reversed(range(3, len(self.logits))):
-                logits = call(aten.squeeze.dim, logits, axis)
-            if len(self.logits) == 2:
-                logits = call(aten.unsqueeze.default, logits, 2)
-            logits = call(aten.expand.default, logits, [-1, -1, self.channels])
-            y = call(operator, x, logits, filters, *rest)
+            if self.routing != tuple(range(len(self.routing))):
+                routing = call(aten.permute.default, routing, list(self.routing))
+            for axis in reversed(range(3, len(self.routing))):
+                routing = call(aten.squeeze.dim, routing, axis)
+            if len(self.routing) == 2:
+                routing = call(aten.unsqueeze.default, routing, 2)
+            routing = call(aten.expand.default, routing, [-1, -1, self.channels])
+            y = call(operator, x, routing, filters, *rest, **named)
         if self.channels_first:
             y = call(aten.permute.default, y, [0, 3, 1, 2])
             y = call(aten.contiguous.default, y)
         return y
 
 
-def match(chains: list[Chain], values: Values) -> tuple[Chain, Step]:
+def match(chains: list[Chain], reasons: list[str], values: Values) -> tuple[Chain, Step]:
     """The first of ``chains`` that is a step, and that step: outputs and gradients agree on random inputs.
 
-    Raises NotFusedError where there is none.
+    Raises NotFusedError where there is none, with the first of ``reasons`` or of its own.
     """
-    reasons = []
-    fitting = [(chain, step) for chain in chains for step in _candidates(chain, values)]
-    for chain, step in sorted(fitting, key=lambda pair: pair[1].is_complex):  # pairs need no view as pairs
+    fitting: list[tuple[Chain, Step]] = []
+    for chain in chains:
+        try:
+            fitting += [(chain, step) for step in _candidates(chain, values)]
+        except NotFusedError as error:
+            reasons.append(str(error))
+    for chain, step in sorted(fitting, key=lambda pair: pair[1].cost):
         reason = _difference(step, _results(chain, values))
         if not reason:
             return chain, step
@@ -102,13 +123,15 @@ def _candidates(chain: Chain, values: Values) -> Iterator[Step]:
     dtype = values.dtype(chain.filters)
     cast = None if torch.empty(0, dtype=dtype).real.dtype == compute else compute
     shape = values.shape(chain.filters) + ((2,) if dtype.is_complex else ())
-    routings = [(C, None)] if chain.softmax is None else list(_routings(chain, values, B, C))
-    for (filters, logits), order in itertools.product(routings, itertools.permutations(range(4))):
-        fits = len(shape) == 4 and tuple(shape[axis] for axis in order) == (H, W // 2 + 1, filters, 2)
-        if fits and (not dtype.is_complex or order[3] == 3):
+    kind = "filters" if chain.routing is None else "weights" if chain.softmax is None else "softmax"
+    routings = [(C, ())] if chain.routing is None else list(_routings(chain, values, B, C))
+    samples = (B,) if kind == "filters" and len(shape) == 5 else ()
+    for (filters, routing), order in itertools.product(routings, itertools.permutations(range(len(shape)))):
+        fits = tuple(shape[axis] for axis in order) == (*samples, H, W // 2 + 1, filters, 2)
+        if fits and (not dtype.is_complex or order[-1] == len(shape) - 1):
             if values[chain.filters].is_conj():
                 raise NotFusedError("its filters are a lazy conjugate, which has no view as pairs; conj_physical() has")
-            yield Step(chain.channels_first, order, dtype.is_complex, logits, C, cast)
+            yield Step(kind, chain.channels_first, order, dtype.is_complex, routing, C, cast)
 
 
 def _map_shape(chain: Chain, values: Values) -> tuple[int, int, int, int]:
@@ -128,26 +151,35 @@ def _check_dtypes(chain: Chain, values: Values, compute: torch.dtype) -> None:
     x = values.dtype(chain.x)
     if not x.is_floating_point or values.dtype(chain.inverse) != x:
         raise NotFusedError(f"it makes {values.dtype(chain.inverse)} of {x}")
-    if chain.logits is not None and reference.compute_dtype(values.dtype(chain.logits)) not in (torch.float32, compute):
-        raise NotFusedError(f"its logits are {values.dtype(chain.logits)} beside {x}")
+    if chain.routing is not None and reference.compute_dtype(values.dtype(chain.routing)) not in (
+        torch.float32,
+        compute,
+    ):
+        raise NotFusedError(f"its logits are {values.dtype(chain.routing)} beside {x}")
 
 
-def _routings(chain: Chain, values: Values, B: int, C: int) -> Iterator[tuple[int, tuple[int, ...] | None]]:
-    """F, and orders of the axes of the logits that make (B,F,C,1..) or (B,F,1,1..) of them."""
-    assert chain.softmax is not None
-    assert chain.logits is not None
-    shape = values.shape(chain.logits)
-    axis = softmax_axis(chain.softmax)
-    if axis is None:
-        raise NotFusedError("its softmax does not say over which axis")
-    axis %= len(shape)
-    others = [a for a in range(1, len(shape)) if a != axis]
-    orders = [(channels, *(a for a in others if a != channels)) for channels in others] or [()]
-    orders = [o for o in orders if all(shape[a] == 1 or (a == o[0] and shape[a] == C) for a in o)]
-    if axis != 0 and shape[0] == B:
-        yield from ((shape[axis], (0, axis, *order)) for order in orders)
-    if axis == 0 or shape[0] != B or not orders:
-        raise NotFusedError(f"its softmax runs over axis {axis} of {shape}, ours over F of (B, F, C) = ({B}, F, {C})")
+def _routings(chain: Chain, values: Values, B: int, C: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """F, and orders of the axes of the routing that make (B,F), or (B,F,C,1..) or (B,F,1,1..) of it."""
+    assert chain.routing is not None
+    shape = values.shape(chain.routing)
+    axes = range(1, len(shape))
+    if chain.softmax is not None:
+        axis = softmax_axis(chain.softmax)
+        if axis is None:
+            raise NotFusedError("its softmax does not say over which axis")
+        axes = [axis % len(shape)]  # type: ignore[assignment]
+    orders = [(axis, *rest) for axis in axes for rest in itertools.permutations({*range(1, len(shape))} - {axis})]
+    fitting = [
+        order
+        for order in orders
+        if 0 not in order and all(shape[a] == 1 or (i == 0 and shape[a] == C) for i, a in enumerate(order[1:]))
+    ]
+    if fitting and shape[0] == B and not values.dtype(chain.routing).is_complex:
+        yield from ((shape[axis], (0, axis, *rest)) for axis, *rest in fitting)
+    elif chain.softmax is not None:
+        raise NotFusedError(
+            f"its softmax runs over axis {axes[0]} of {shape}, ours over F of (B, F, C) = ({B}, F, {C})"
+        )
 
 
 class _Results(NamedTuple):
@@ -161,7 +193,7 @@ class _Results(NamedTuple):
 
 def _results(chain: Chain, values: Values) -> _Results:
     generator = torch.Generator().manual_seed(0)
-    nodes = [node for node in (chain.x, chain.logits, chain.filters) if node is not None]
+    nodes = [node for node in (chain.x, chain.routing, chain.filters) if node is not None]
     with _undisturbed():
         inputs = [_random(values.shape(node), values.dtype(node).is_complex, generator) for node in nodes]
         computed: dict[fx.Node, Any] = dict(zip(nodes, inputs, strict=True))
@@ -180,13 +212,13 @@ def _difference(step: Step, theirs: _Results) -> str:
     """How the step differs from the chain on the same random inputs; "" if it does not."""
     with _undisturbed():
         inputs = [t.detach().requires_grad_() for t in theirs.inputs]
-        x, *logits, filters = inputs
+        x, *routing, filters = inputs
         wide = step._replace(dtype=None)
-        y = wide.build(_called, _REFERENCE, x, logits[0] if logits else None, filters)
+        y = wide.build(_called, _REFERENCE, x, routing[0] if routing else None, filters)
         if not relative_error(y, theirs.y) <= _AGREEMENT:  # also for NaN
             return _named_difference(y.detach(), theirs.y.detach())
         gradients = _gradients(y, inputs, theirs.grad_y)
-    names = ["input", "logits", "filters"] if logits else ["input", "filters"]
+    names = ["input", "routing", "filters"] if routing else ["input", "filters"]
     for name, ours, expected in zip(names, gradients, theirs.gradients, strict=True):
         if not relative_error(ours, expected) <= _AGREEMENT:
             return f"the gradient of its {name} differs from ours"

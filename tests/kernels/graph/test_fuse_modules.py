@@ -36,11 +36,11 @@ def assert_same(ours: Any, theirs: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.parametrize("name", SAME)
 def test_every_way_of_writing_the_step_is_fused(name: str) -> None:
-    step, channels_first, has_softmax = SAME[name]
-    model = network(step, channels_first, chains.FILTERS if has_softmax else chains.C)
+    step, channels_first, mixed = SAME[name]
+    model = network(step, channels_first, chains.FILTERS if mixed else chains.C)
     original = copy.deepcopy(model)
     report = fuse(model, images(channels_first))
-    operator = "dynamic_filter" if has_softmax else "global_filter"
+    operator = "dynamic_filter" if mixed else "global_filter"
     assert [(f.where, f.operator, f.reason) for f in report.found] == [("layers.0 (Layer)", operator, "")]
     code = str(model.layers[0].code)
     assert "torch.fft" not in code
@@ -67,6 +67,7 @@ PUBLIC: dict[str, tuple[Any, list[Any], list[str]]] = {
     "channels-first": (lambda: copies.ChannelsFirst(6, (6, 9)), [(6, 6, 9)], ["dynamic_filter"]),
     "two maps": (lambda: copies.MaxPoolFusion(6), [(6, 8, 8), (6, 8, 8)], ["dynamic_filter"]),
     "routed by a vector": (lambda: copies.Conditioned(6), [(6, 8, 8), (5,)], ["dynamic_filter"]),
+    "attention routing": (lambda: copies.AttentionRouting(6), [(6, 8, 8)], ["dynamic_filter"]),
     "autocast off inside": (lambda: copies.SqueezeRouting(6), [(6, 8, 8)], ["dynamic_filter"]),
     "tokens": (lambda: copies.Tokens(6), [(64, 6)], ["global_filter"]),
     "tokens and numbers": (lambda: copies.TokensOfPlane(6), [(64, 6), 8, 8], ["global_filter"]),

@@ -26,8 +26,9 @@ from common import earlier_run, in_turns, names, provenance, write_csv, write_js
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dfformer.export.dft_matmul import _matrices
-from dfformer.export.export import BOUND, FORMATS, export
+from dfformer.export.export import BOUND, export
+from dfformer.export.formats import FORMATS
+from dfformer_kernels.dft_matmul import matrices as dft_matrices
 from dfformer_kernels.tolerance import relative_error
 
 IMG_SIZE, BATCHES = 224, (1, 8)
@@ -138,7 +139,7 @@ def _error(run: Run, model: Run, x: Tensor) -> float:
 def transforms(H: int, W: int, C: int) -> dict[str, Any]:
     """rfft2 of one sample in onnxruntime: two DFT operators, or two matrix products with constants."""
     x, K = torch.randn(1, H, W, C), W // 2 + 1
-    matrices = [m.float() for m in _matrices(H, W)]
+    matrices = dft_matrices(H, W, torch.float32)
     X = torch.fft.rfft2(x.double(), dim=(1, 2), norm="ortho")
     dft = _session(
         [("DFT", ["x", "", "axis_W"], {"onesided": 1}), ("DFT", ["0", "", "axis_H"], {})],

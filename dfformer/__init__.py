@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import dfformer_kernels.ops.flops  # noqa: F401 (registers what torch's flop counter counts)
+from dfformer.export.dft_matmul import with_dft_matmul
 from dfformer.inference.optimize import optimize_for_inference
 from dfformer.models.checkpoint import load_checkpoint, load_model
 from dfformer.models.drop_in import replace_dynamic_filters, restore_dynamic_filters
@@ -63,6 +64,7 @@ __all__ = [
     "register_models",
     "replace_dynamic_filters",
     "restore_dynamic_filters",
+    "with_dft_matmul",
 ]
 
 

@@ -9,13 +9,20 @@ __version__ = "0.1.0"
 from dfformer_kernels.dispatch import backends, use_backend
 from dfformer_kernels.graph.fuse import FusePass, fuse
 from dfformer_kernels.ops.conv2d import convolution
-from dfformer_kernels.ops.filter import DynamicFilterFunction, dynamic_filter, global_filter, star_relu
+from dfformer_kernels.ops.filter import (
+    DynamicFilterFunction,
+    MatmulTransforms,
+    dynamic_filter,
+    global_filter,
+    star_relu,
+)
 from dfformer_kernels.ops.linear import linear
 from dfformer_kernels.ops.mlp import mlp
 
 __all__ = [
     "DynamicFilterFunction",
     "FusePass",
+    "MatmulTransforms",
     "backends",
     "convolution",
     "dynamic_filter",

@@ -213,15 +213,19 @@ COMMANDS = {
         extra="train",
     ),
     "export": Command(
-        "write a model as ONNX, .pt2 or .safetensors",
+        "write a model for another runtime, as ONNX for one",
         "dfformer.export.export:export_command",
         (
-            Argument("output", type=Path, help="a name ending in .pt2, .onnx or .safetensors, or a new folder (hub)"),
+            Argument("output", type=Path, help="a name with the format's ending, or a new folder (hub)"),
             _CHECKPOINT,
             _MODEL,
             _PRETRAINED,
             Argument("--img-size", type=plane, metavar="N or HxW", help="of the images; default: the model's"),
-            Argument("--format", help="pt2, onnx, safetensors, aoti (a .pt2 too) or hub; default: by output's name"),
+            Argument(
+                "--format",
+                help="pt2, aoti (a .pt2 too), onnx, openvino (.xml), executorch (.pte), coreml (.mlpackage), "
+                "safetensors or hub; default: by output's name",
+            ),
             Argument(
                 "--fused",
                 action="store_true",

@@ -58,7 +58,8 @@ def optimize_for_inference(
     Returns:
         A module that is called like ``model``; the optimised copy itself, with its other methods, is its ``model``,
         and its ``left_alone`` lists the modules that were not optimised, with the reasons. It can be compiled,
-        exported, pickled and deep-copied.
+        exported, pickled and deep-copied. Packed weights are no parameters: what averages or prunes parameters does
+        not see them, and is for the model it was made from.
 
     Raises:
         ValueError: an unknown dtype.
@@ -84,6 +85,8 @@ def optimize_for_inference(
 class InferenceModel(nn.Module):
     """What `optimize_for_inference` returns."""
 
+    serves_only = True
+
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, left_alone: list[LeftAlone]) -> None:
         super().__init__()
         self.dtype = dtype
@@ -92,14 +95,14 @@ class InferenceModel(nn.Module):
         self.pretrained_cfg = getattr(model, "pretrained_cfg", {})  # says how images are prepared
         super().train(False)
 
-    @torch.no_grad()
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.dtype is None:
-            return self.model(x, *args, **kwargs)
-        if not x.is_floating_point():
-            raise TypeError(f"x: got {x.dtype}, accepted are floating-point images")
-        results = self.model(x.to(self.dtype), *args, **kwargs)
-        return tree_map_only(Tensor, lambda t: t.to(x.dtype) if t.is_floating_point() else t, results)
+        with torch.no_grad():
+            if self.dtype is None:
+                return self.model(x, *args, **kwargs)
+            if not x.is_floating_point():
+                raise TypeError(f"x: got {x.dtype}, accepted are floating-point images")
+            results = self.model(x.to(self.dtype), *args, **kwargs)
+            return tree_map_only(Tensor, lambda t: t.to(x.dtype) if t.is_floating_point() else t, results)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "InferenceModel":
         super()._apply(fn, recurse)

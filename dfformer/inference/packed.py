@@ -1,10 +1,13 @@
 """Layers whose weights no longer change, kept in the layout that oneDNN's products want."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from dfformer.models.exact import fusible, is_exact
 from dfformer.models.layers import Scale, StarReLU
@@ -14,6 +17,7 @@ from dfformer_kernels.ops.registration import is_transformed
 
 # Rows that oneDNN lays a weight out for: any number runs.
 PACKED_FOR_ROWS = 784
+_NOT_HERE = "a served layer's weights change by load_state_dict alone; prune, average or replace those it was made from"
 
 
 @fusible
@@ -25,6 +29,7 @@ class PackedLinear(nn.Module):
     then on the layer multiplies by the weight itself; a copy of the layer packs again.
     """
 
+    serves_only = True  # no checkpoint can have it
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -42,6 +47,14 @@ class PackedLinear(nn.Module):
         self._given_out, self._packed = True, None
         return self._weight
 
+    @weight.setter
+    def weight(self, weight: Tensor) -> None:
+        raise AttributeError(f"weight: {_NOT_HERE}")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Raises TypeError: what prunes or parametrises a layer makes it a parameter that no product would read."""
+        raise TypeError(f"{name}: {_NOT_HERE}")
+
     def forward(self, x: Tensor) -> Tensor:
         if self.may_use_packed(x):
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
@@ -49,15 +62,14 @@ class PackedLinear(nn.Module):
 
     def may_use_packed(self, x: Tensor) -> bool:
         """Whether a call with x multiplies by the packed weight. Graphs leave products to their compiler."""
-        if self._packed is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if type(x) is not Tensor or self._packed is None:  # first, because nothing else may be asked of what FX traces
             return False
-        if (torch.is_grad_enabled() and x.requires_grad) or is_transformed(
-            (x,)
-        ):  # the packed product has no derivative
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
+        if (torch.is_grad_enabled() and x.requires_grad) or is_transformed((x,)):
+            return False  # the packed product has no derivative
         return (
-            type(x) is Tensor
-            and x.is_cpu
+            x.is_cpu
             and x.dtype == self._weight.dtype
             and x.numel() > 0
             and x.shape[-1] == self._weight.shape[1]
@@ -148,6 +160,7 @@ class ServedBlock(nn.Module):
     ``x = r1(x) + l1(mixer(norm1(x)))``, ``x = r2(x) + l2(mlp(norm2(x)))``; holds the block's modules by name.
     """
 
+    serves_only = True
     norm1: nn.Module
     token_mixer: nn.Module
     layer_scale1: nn.Module
@@ -166,6 +179,13 @@ class ServedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = _add_residual(self.layer_scale1(self.token_mixer(self.norm1(x))), x, self.res_scale1)
         return _add_residual(self.layer_scale2(self.mlp(self.norm2(x))), x, self.res_scale2)
+
+
+if torch.backends.mkldnn.is_available():
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _packed_flops(x: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+        return 2 * math.prod(out_shape) * x[-1]
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:

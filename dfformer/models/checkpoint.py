@@ -177,8 +177,10 @@ def save_checkpoint(
         more: what else the task needs to rebuild it (JSON types).
 
     Raises:
-        ValueError: names an argument that `read_checkpoint` would not take back.
+        ValueError: names an argument that `read_checkpoint` would not take back, or a model made to serve.
     """
+    if isinstance(model, nn.Module) and any(getattr(m, "serves_only", False) for m in model.modules()):
+        raise ValueError("model: is optimised for inference, accepted is the one it was made from")
     metadata = {"architecture": architecture, "model_args": model_args or {}, "classes": classes, "data": data or {}}
     state_dict = model.state_dict() if isinstance(model, nn.Module) else model
     _write_safetensors(state_dict, path, write_metadata(metadata | {"task": task, **more}))

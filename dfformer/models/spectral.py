@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dfformer.models.exact import fusible, is_exact
 from dfformer.models.filter_resize import check_rule, resize_filter, scriptable_resize
@@ -23,7 +22,7 @@ from dfformer.models.layers import (
     checked_data_format,
     from_channels_last,
 )
-from dfformer_kernels import dynamic_filter, global_filter
+from dfformer_kernels import afno, dft_matmul, dynamic_filter, global_filter
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.reference import compute_dtype
 
@@ -357,44 +356,12 @@ class AFNO2D(nn.Module):
 def afno_filter(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept_fraction: float, threshold: float
 ) -> Tensor:
-    """``irfft2(softshrink(mlp(rfft2(x)[:, :, :kept])))`` of x (B,H,W,C), the MLP being `afno_mlp`."""
+    """``irfft2(softshrink(mlp(rfft2(x)[:, :, :kept])))`` of x (B,H,W,C), the MLP being `dfformer_kernels.afno.mlp`."""
     if x.numel() == 0:  # which not every FFT library takes
         return x
     if torch.jit.is_scripting():
-        return _afno_filter(x, w1, b1, w2, b2, kept_fraction, threshold)
+        return afno.filter(x, w1, b1, w2, b2, kept_fraction, threshold)
     else:
+        step = afno.filter_matmul if dft_matmul.in_onnx_export() else afno.filter
         with without_autocast(x.device):
-            return _afno_filter(x, w1, b1, w2, b2, kept_fraction, threshold)
-
-
-def _afno_filter(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept_fraction: float, threshold: float
-) -> Tensor:
-    _, H, W, _ = x.shape
-    K = W // 2 + 1
-    kept = int(K * kept_fraction)
-    X = torch.fft.rfft2(x.to(compute_dtype(x.dtype)), dim=(1, 2), norm="ortho")[:, :, :kept]
-    real, imag = afno_mlp(X.real, X.imag, w1, b1, w2, b2)
-    Z = torch.view_as_complex(F.softshrink(torch.stack([real, imag], dim=-1), threshold))
-    return torch.fft.irfft2(F.pad(Z, (0, 0, 0, K - kept)), s=(H, W), dim=(1, 2), norm="ortho").to(x.dtype)
-
-
-def afno_mlp(real: Tensor, imag: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
-    """The complex two-layer MLP with ReLU on (...,C) real and imaginary parts, block-diagonal in C.
-
-    ``w1`` (2,blocks,width,hidden), ``b1`` (2,blocks,hidden), ``w2`` (2,blocks,hidden,width), ``b2`` (2,blocks,width).
-    """
-    blocks = (w1.shape[1], w1.shape[2])
-    real, imag = real.unflatten(-1, blocks), imag.unflatten(-1, blocks)
-    real, imag = _complex_linear(real, imag, w1, b1)
-    real, imag = _complex_linear(F.relu(real), F.relu(imag), w2, b2)
-    return real.flatten(-2), imag.flatten(-2)
-
-
-def _complex_linear(real: Tensor, imag: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    w, b = w.to(real.dtype), b.to(real.dtype)
-    apply = "...bi,bio->...bo"
-    return (
-        torch.einsum(apply, real, w[0]) - torch.einsum(apply, imag, w[1]) + b[0],
-        torch.einsum(apply, imag, w[0]) + torch.einsum(apply, real, w[1]) + b[1],
-    )
+            return step(x, w1, b1, w2, b2, kept_fraction, threshold)

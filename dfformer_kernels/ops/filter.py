@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from dfformer_kernels import reference
+from dfformer_kernels import dft_matmul, reference
 from dfformer_kernels.dispatch import kernel_for, requested_backend, without_autocast
 from dfformer_kernels.ops import checks
 from dfformer_kernels.ops.registration import (
@@ -175,6 +176,8 @@ def _run(op: str, backend: str | None, *tensors: Tensor | None, options: tuple[b
         CHECKS[op](*tensors)
         with without_autocast(tensors[0].device):  # type: ignore[union-attr] # x is there
             return getattr(reference, op)(*tensors, *options)
+    if dft_matmul.in_onnx_export():
+        return _matrix_products(op, tensors, options)
     return getattr(torch.ops.dfformer, op)(*tensors, backend, *options)
 
 
@@ -281,3 +284,33 @@ DynamicFilterFunction = _define(
     "dynamic_filter", "Tensor x, Tensor logits, Tensor basis, Tensor? scale, Tensor? bias", ", bool softmax=True"
 )
 GlobalFilterFunction = _define("global_filter", "Tensor x, Tensor weight, Tensor? scale, Tensor? bias")
+
+
+def _matrix_products(op: str, tensors: Sequence[Any], options: Sequence[bool]) -> Tensor:
+    CHECKS[op](*tensors, *options)
+    with without_autocast(tensors[0].device):
+        return dft_matmul.KERNELS[op](*tensors, *options)
+
+
+def _decomposition(op: str, count: int) -> Callable[..., Tensor]:
+    """Of an operator's arguments: ``count`` tensors, the backend's name, options."""
+    return lambda *args: _matrix_products(op, args[:count], args[count + 1 :])
+
+
+# As `torch.export.ExportedProgram.run_decompositions` takes them.
+MATMUL_DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.dfformer.star_relu.default: _decomposition("star_relu", 3),
+    torch.ops.dfformer.dynamic_filter.default: _decomposition("dynamic_filter", 5),
+    torch.ops.dfformer.global_filter.default: _decomposition("global_filter", 4),
+}
+
+
+class MatmulTransforms(TorchFunctionMode):
+    """In this context operators transform with matrix products (`dfformer_kernels.dft_matmul`).
+
+    What is traced in it has torch's own operators only, all real.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operator = getattr(func, "default", func)  # of torch.ops.dfformer.star_relu, say
+        return MATMUL_DECOMPOSITIONS.get(operator, func)(*args, **(kwargs or {}))

@@ -22,7 +22,8 @@ from timm.data import resolve_model_data_config
 
 from dfformer import load_model
 from dfformer.analysis.metrics import spectral_layers, stored_filters
-from dfformer.export.export import DESCRIPTION, export
+from dfformer.export.export import export
+from dfformer.export.formats import DESCRIPTION
 
 RUNTIME = "onnxruntime-web@1.30.0"
 RUNTIME_FILES = ("ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")

@@ -1,0 +1,142 @@
+"""The operators with transforms as products with constant matrices: for runtimes that have no FFT, or a slow one.
+
+All is real. On planes of a vision model the products are cheap: 3 H W (H + W) multiply-adds a channel for both
+directions, on (2H,2H) and (W+2,W) matrices. A half spectrum is held as (B,2,H,K,C), real parts then imaginary parts.
+Dtypes are as in `dfformer_kernels.reference`. A plane's matrices are constants of a trace.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfformer_kernels import reference
+from dfformer_kernels.reference import compute_dtype
+
+
+def dynamic_filter(
+    x: Tensor,
+    logits: Tensor,
+    basis: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    softmax: bool = True,
+) -> Tensor:
+    """See `dfformer_kernels.reference.dynamic_filter`."""
+    (H, K, filters, _), C = basis.shape, x.shape[3]
+    u = _activate(x, scale, bias)
+    r = logits.to(u.dtype).softmax(dim=1) if softmax else logits.to(u.dtype)
+    parts = basis.to(u.dtype).permute(3, 0, 1, 2).reshape(2 * H * K, filters)  # (B,F,C) to real then imaginary parts
+    return _filtered(u, (parts @ r).reshape(-1, 2, H, K, C)).to(x.dtype)
+
+
+def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """See `dfformer_kernels.reference.global_filter`."""
+    u = _activate(x, scale, bias)
+    return _filtered(u, weight.to(u.dtype).movedim(-1, -4)).to(x.dtype)
+
+
+KERNELS: dict[str, Callable[..., Tensor]] = {
+    "star_relu": reference.star_relu,
+    "dynamic_filter": dynamic_filter,
+    "global_filter": global_filter,
+}
+
+
+def in_onnx_export() -> bool:
+    """Whether torch.onnx.export is tracing this call; ONNX runtimes' own DFT is slow."""
+    tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()  # asked first, because it takes no time
+    return tracing and torch.onnx.is_in_onnx_export()
+
+
+def rfft2(u: Tensor) -> Tensor:
+    """The orthonormal transform of real (B,H,W,C): (B,2,H,K,C)."""
+    _, H, W, C = u.shape
+    matrices = _matrices_for(H, W, u)
+    columns = (matrices.forward_columns @ u).reshape(-1, 2 * H, (W // 2 + 1) * C)
+    return (matrices.forward_rows @ columns).reshape(-1, 2, H, W // 2 + 1, C)
+
+
+def irfft2(Z: Tensor, W: int) -> Tensor:
+    """Its inverse: (B,2,H,K,C) to (B,H,W,C). Ignores imaginary parts where the convention says so."""
+    _, _, H, K, C = Z.shape
+    matrices = _matrices_for(H, W, Z)
+    rows = (matrices.inverse_rows @ Z.reshape(-1, 2 * H, K * C)).reshape(-1, H, 2 * K, C)
+    return matrices.inverse_columns @ rows
+
+
+def _activate(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    u = x.to(compute_dtype(x.dtype))
+    return u if scale is None or bias is None else reference.star_relu(u, scale, bias)
+
+
+def _filtered(u: Tensor, M: Tensor) -> Tensor:
+    """``irfft2(rfft2(u) * M)``, ``M`` (B,2,H,K,C) or (2,H,K,C)."""
+    X = rfft2(u)
+    (X_real, X_imag), (M_real, M_imag) = X.unbind(-4), M.unbind(-4)
+    Z = torch.stack([X_real * M_real - X_imag * M_imag, X_real * M_imag + X_imag * M_real], dim=1)
+    return irfft2(Z, u.shape[2])
+
+
+class Matrices(NamedTuple):
+    """The orthonormal transforms of (H,W) planes. Along H, real and imaginary parts go in and out together."""
+
+    forward_columns: Tensor  # (2K, W): real parts of the kept columns, then imaginary parts
+    forward_rows: Tensor  # (2H, 2H): from (row, part) to (part, row)
+    inverse_rows: Tensor  # (2H, 2H): from (part, row) to (row, part)
+    inverse_columns: Tensor  # (W, 2K)
+
+
+def _matrices_for(H: int, W: int, like: Tensor) -> Matrices:
+    return _matrices_on(int(H), int(W), like.dtype, like.device)
+
+
+@torch.compiler.assume_constant_result
+def _matrices_on(H: int, W: int, dtype: torch.dtype, device: torch.device) -> Matrices:
+    key = (H, W, dtype, device)
+    if key in _KEPT:
+        return _KEPT[key]
+    made = matrices(H, W, dtype)
+    if device.type != "cpu":
+        made = Matrices(*(m.to(device) for m in made))
+    if type(made.forward_rows) is Tensor:  # not what stands for one in a trace
+        if len(_KEPT) == 64:
+            _KEPT.clear()
+        _KEPT[key] = made
+    return made
+
+
+# So that a trace takes the same constants for all layers of a stage.
+_KEPT: dict[tuple[int, int, torch.dtype, torch.device], Matrices] = {}
+
+
+def matrices(H: int, W: int, dtype: torch.dtype = torch.float64) -> Matrices:
+    """The matrices of (H,W) planes on the CPU, float32 or float64. numpy makes them, because no trace records that."""
+    cos, sin = _cos_sin(W // 2 + 1, W)
+    weight = np.full((W // 2 + 1, 1), 2.0)  # how many columns of the whole spectrum it stands for
+    weight[0] = 1
+    if W % 2 == 0:
+        weight[-1] = 1
+    row_cos, row_sin = _cos_sin(H, H)
+    rows = np.stack([np.stack([row_cos, row_sin], -1), np.stack([-row_sin, row_cos], -1)])  # part, row, row, part
+    forward_rows = rows.reshape(2 * H, 2 * H)
+    made = (
+        np.concatenate([cos, -sin]),
+        forward_rows,
+        forward_rows.T,  # the transform is unitary
+        np.concatenate([weight * cos, -weight * sin]).T,
+    )
+    numbers = np.float32 if dtype == torch.float32 else np.float64
+    with torch.inference_mode(False):  # an inference tensor could not serve autograd later
+        return Matrices(*(torch.from_numpy(np.ascontiguousarray(m, numbers)) for m in made))
+
+
+def _cos_sin(frequencies: int, N: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of ``2 pi k n / N``, (frequencies, N), orthonormal; sin is exactly 0 where ``2 k n`` divides by N."""
+    turns = np.outer(np.arange(frequencies), np.arange(N)) % N
+    angle = turns * (2 * math.pi / N)
+    sin = np.where(2 * turns % N == 0, 0.0, np.sin(angle))
+    return np.cos(angle) / math.sqrt(N), sin / math.sqrt(N)

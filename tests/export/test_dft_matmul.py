@@ -1,0 +1,153 @@
+"""Transforms as matrix products: against the operators, and in the ONNX that torch makes of any model with them."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from export_models import ERROR, MIXERS, Detector, detector, images, mixed, spread, tiny
+from torch import Tensor, nn
+
+import dfformer
+from dfformer.utils.eager_baseline import eager_baseline
+from dfformer_kernels import MatmulTransforms, dynamic_filter, global_filter
+from dfformer_kernels.tolerance import BOUND, relative_error
+
+# Even and odd sides, wide and tall ones, and the smallest.
+PLANES = [(8, 8), (7, 5), (4, 9), (12, 6), (1, 2), (1, 1)]
+# Of what TensorRT 8.4 runs (docs/operators.md of onnx-tensorrt, which has no DFT and no Shrink), what models need; and
+# LayerNormalization, which came with opset 17.
+TENSORRT = {
+    "Add", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "Conv", "Div", "Einsum", "Erf", "Expand",
+    "Flatten", "Gather", "Gemm", "GlobalAveragePool", "Identity", "LayerNormalization", "MatMul", "Mul", "Neg",
+    "Pad", "Pow", "ReduceMean", "Relu", "Reshape", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt",
+    "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("plane", PLANES, ids=str)
+@pytest.mark.parametrize("mixer", MIXERS)
+@torch.no_grad()
+def test_matrix_products_are_the_transforms(mixer: str, plane: tuple[int, int]) -> None:
+    """In float64 to its rounding, on spectra that are not Hermitian where the convention matters."""
+    torch.manual_seed(0)
+    layer = spread(MIXERS[mixer](dim=8, size=plane).double())
+    x = torch.randn(3, *plane, 8, dtype=torch.float64)
+    assert relative_error(dfformer.with_dft_matmul(layer)(x), eager_baseline(layer)(x)) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    x, logits, basis = torch.randn(2, 6, 5, 8).to(dtype), torch.randn(2, 3, 8).to(dtype), torch.randn(6, 3, 3, 2)
+    with MatmulTransforms():
+        y = dynamic_filter(x, logits, basis)
+    assert y.dtype == dtype
+    assert relative_error(y, dynamic_filter(x.double(), logits.double(), basis.double())) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("kind", ["routing", "grouped", "given", "channels_first"])
+def test_general_steps(kind: str) -> None:
+    x, logits, basis = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 8), torch.randn(6, 3, 3, 2)
+    weight = torch.randn(2, 6, 3, 8, 2)
+    step: Callable[[], Tensor] = {
+        "routing": lambda: dynamic_filter(x, logits, basis, normalization=None),
+        "grouped": lambda: dynamic_filter(x, logits, torch.stack([basis, -basis])),
+        "given": lambda: global_filter(x, weight),
+        "channels_first": lambda: global_filter(x.permute(0, 3, 1, 2), weight, data_format="channels_first"),
+    }[kind]
+    with MatmulTransforms():
+        y = step()
+    assert relative_error(y, step()) < BOUND[torch.float32]
+
+
+def test_bad_arguments_are_named() -> None:
+    with MatmulTransforms(), pytest.raises(ValueError, match="logits"):
+        dynamic_filter(torch.randn(2, 6, 5, 8), torch.randn(2, 3, 7), torch.randn(6, 3, 3, 2))
+
+
+def test_copy_is_the_model() -> None:
+    """Of its class, with its names and gradients; the model goes on with the operators."""
+    model, x = mixed(), images(2)
+    copied = dfformer.with_dft_matmul(model)
+    assert isinstance(copied, dfformer.DFFormer)
+    assert copied.state_dict().keys() == model.state_dict().keys()
+    gradients = []
+    for each in (model, copied, copy.deepcopy(copied)):
+        each(x).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]))
+    assert relative_error(gradients[1], gradients[0]) < ERROR
+    assert relative_error(gradients[2], gradients[0]) < ERROR
+    assert _operators(torch.export.export(model, (x,)))
+    assert not _operators(torch.export.export(copied, (x,)))
+
+
+def test_program() -> None:
+    """What torch.export made of a model, too; its matrices are constants, once for each plane."""
+    model = tiny()
+    program = torch.export.export(model, (images(2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    converted = dfformer.with_dft_matmul(program)
+    assert _operators(program)
+    assert not _operators(converted)
+    x = images(5)
+    assert relative_error(converted.module()(x), model(x)) < ERROR
+    shapes = sorted(tuple(constant.shape) for constant in converted.constants.values())
+    assert shapes == [(9, 10), (10, 9), (22, 22), (22, 22)]  # of an 11x9 plane
+
+
+def _operators(program: torch.export.ExportedProgram) -> bool:
+    return any(str(node.target).startswith("dfformer.") for node in program.graph.nodes)
+
+
+def test_forward_on_the_instance_is_refused() -> None:
+    model = tiny()
+    model.forward = model.forward_features
+    with pytest.raises(ValueError, match="model: its forward was set on the instance"):
+        dfformer.with_dft_matmul(model)
+
+
+# torch.onnx.export by itself
+
+
+@pytest.fixture(scope="module")
+def swapped() -> Detector:
+    model = detector()
+    report = dfformer.replace_dynamic_filters(model)
+    assert [row.refusal for row in report] == [""]
+    return model
+
+
+def to_onnx(model: nn.Module, x: Tensor, path: Path, dynamo: bool) -> Any:
+    """An onnxruntime session of ``model``, for batches of any size, as anybody would export it."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing, and that the older exporter is deprecated
+        if dynamo:
+            shapes = ({0: torch.export.Dim("batch")},)
+            torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, dynamic_shapes=shapes)
+        else:
+            axes = {"images": {0: "batch"}}
+            torch.onnx.export(model, (x,), path, dynamo=False, input_names=["images"], dynamic_axes=axes)
+    return onnxruntime.InferenceSession(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dynamo"), [("detector", True), ("detector", False), ("classifier", False)]
+)  # test_formats.py has a classifier of the newer exporter
+def test_onnx_of_torch(kind: str, dynamo: bool, swapped: Detector, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    model, shape = (swapped, (3, 32, 32)) if kind == "detector" else (mixed(), (1, 24, 20))
+    path = tmp_path / "model.onnx"
+    session = to_onnx(model, images(2, *shape), path, dynamo)
+    for batch in (1, 3):
+        x = images(batch, *shape)
+        outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        expected = torch.utils._pytree.tree_leaves(model(x))
+        for actual, wanted in zip(outputs, expected, strict=True):
+            assert relative_error(torch.from_numpy(actual), wanted) < ERROR
+    if dynamo:
+        used = {node.op_type for node in onnx.load(path).graph.node}
+        assert used <= TENSORRT
+        assert [(entry.domain, entry.version >= 17) for entry in onnx.load(path).opset_import] == [("", True)]

@@ -1,0 +1,198 @@
+"""What exported files compute and say of themselves, by their own runtimes: one file a format for all questions."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import require_compiler
+from export_models import ERROR, SIZE, images, mixed, tiny
+from paths import ROOT
+from torch import Tensor, nn
+
+from dfformer import optimize_for_inference
+from dfformer.export.export import export
+from dfformer.export.formats import FORMATS
+from dfformer_kernels.tolerance import relative_error
+
+FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
+pytestmark = [
+    # what other people's exporters do on import and while they convert
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::ResourceWarning", "ignore::RuntimeWarning"),
+]
+
+
+def optimised() -> nn.Module:
+    return optimize_for_inference(mixed())
+
+
+class Case(NamedTuple):
+    format: str
+    make: Callable[[], nn.Module] = mixed
+    fused: bool = False
+
+
+CASES = {
+    "pt2": Case("pt2", optimised),
+    "pt2 fused": Case("pt2", optimised, fused=True),
+    "aoti": Case("aoti", tiny),
+    "onnx": Case("onnx"),
+    "openvino": Case("openvino"),
+    "executorch": Case("executorch", tiny if not FULL else mixed),
+    "coreml": Case("coreml"),
+}
+if FULL:
+    CASES |= {"aoti fused": Case("aoti", fused=True), "onnx optimised": Case("onnx", optimised)}
+
+
+class Exported(NamedTuple):
+    case: Case
+    model: nn.Module
+    path: Path
+    error: float
+
+
+@pytest.fixture(scope="module", params=CASES)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    case = CASES[request.param]
+    chosen = FORMATS[case.format]
+    for module in chosen.needs:
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            pytest.skip(f"{case.format} needs {module}: pip install 'dfformer[{chosen.extra}]'")
+    if case.format == "aoti":
+        require_compiler()
+    path = tmp_path_factory.mktemp("exported") / f"model{chosen.suffix}"
+    model = case.make()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    error = export(model, path, SIZE, case.format, fused=case.fused, architecture="dfformer_s18", classes=["ä", "<b>"])
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    return Exported(case, model, path, error)
+
+
+def test_outputs(exported: Exported) -> None:
+    """For batches that the command does not try, and not only once."""
+    chosen = FORMATS[exported.case.format]
+    if not chosen.runs_here:
+        assert math.isnan(exported.error)
+        pytest.skip(f"nothing runs {exported.case.format} on this platform")
+    assert exported.error < ERROR
+    run = chosen.load(exported.path)
+    for batch in (2, 7, 1):
+        x = images(batch)
+        (y,) = torch.utils._pytree.tree_leaves(run(x))
+        with torch.no_grad():
+            assert relative_error(y, exported.model(x)) < ERROR
+
+
+def test_files(exported: Exported) -> None:
+    beside = {"openvino": {"model.bin"}}.get(exported.case.format, set())
+    assert {path.name for path in exported.path.parent.iterdir()} >= {exported.path.name, *beside}
+    assert not list(exported.path.parent.glob(".*"))
+
+
+def _in_pt2(path: Path) -> str:
+    found = {"dfformer": ""}
+    torch.export.load(path, extra_files=found)
+    return found["dfformer"]
+
+
+def _in_onnx(path: Path) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["dfformer"]
+
+
+def _in_openvino(path: Path) -> Any:
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    assert model.input("images").partial_shape.to_string() == "[?,1,24,20]"
+    assert model.output("logits").partial_shape.to_string() == "[?,5]"
+    return model.get_rt_info(["dfformer"]).value
+
+
+def _in_executorch(path: Path) -> Any:
+    from executorch.runtime import Runtime
+
+    return Runtime.get().load_program(path).load_method("dfformer").execute([])[0]
+
+
+def _in_coreml(path: Path) -> Any:
+    import coremltools
+
+    model = coremltools.models.MLModel(str(path), skip_model_load=True)
+    assert [port.name for port in (*model.get_spec().description.input, *model.get_spec().description.output)] == [
+        "images", "logits"
+    ]  # fmt: skip
+    return model.user_defined_metadata["dfformer"]
+
+
+SAYS: dict[str, Callable[[Path], Any]] = {
+    "pt2": _in_pt2,
+    "aoti": lambda path: torch._inductor.aoti_load_package(str(path)).get_metadata()["dfformer"],
+    "onnx": _in_onnx,
+    "openvino": _in_openvino,
+    "executorch": _in_executorch,
+    "coreml": _in_coreml,
+}
+
+
+def test_description(exported: Exported) -> None:
+    """What a program needs to prepare images and name classes is in the file."""
+    description = json.loads(SAYS[exported.case.format](exported.path))
+    assert description["architecture"] == "dfformer_s18"
+    assert description["classes"] == ["ä", "<b>"]
+    assert description["data"]["input_size"] == [1, *SIZE]
+
+
+LOADERS = {
+    "pt2": "run = torch.export.load(path).module()",
+    "aoti": "import torch._inductor\nrun = torch._inductor.aoti_load_package(path)",
+    "onnx": """import onnxruntime
+session = onnxruntime.InferenceSession(path)
+run = lambda x: torch.from_numpy(session.run(None, {'images': x.numpy()})[0])""",
+}
+ABSENT = "sys.modules.update(dfformer=None, dfformer_kernels=None)"
+PRESENT = f"sys.path.insert(0, {str(ROOT)!r}); import dfformer_kernels"
+
+
+def run_apart(name: str, path: Path, first: str, x: Tensor) -> Tensor:
+    """The output of an exported file in a process of its own, that ran ``first`` before."""
+    folder = path.parent
+    np.save(folder / "input.npy", x.numpy())
+    script = f"""
+import sys, numpy, torch
+{first}
+path = {str(path)!r}
+{LOADERS[name]}
+with torch.no_grad():
+    numpy.save({str(folder / "output.npy")!r}, run(torch.from_numpy(numpy.load({str(folder / "input.npy")!r}))).numpy())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=folder, capture_output=True, text=True)
+    return torch.from_numpy(np.load(folder / "output.npy"))
+
+
+def test_process_without_this_package(exported: Exported) -> None:
+    """Runs the file, unless it is fused: then it says what is missing."""
+    name, fused = exported.case.format, exported.case.fused
+    if name not in LOADERS:
+        pytest.skip("has nothing of Python in it")
+    x = images(4)
+    if fused:
+        with pytest.raises(subprocess.CalledProcessError) as failed:
+            run_apart(name, exported.path, ABSENT, x)
+        assert "dfformer" in failed.value.stderr
+    y = run_apart(name, exported.path, PRESENT if fused else ABSENT, x)
+    with torch.no_grad():
+        assert relative_error(y, exported.model(x)) < ERROR

@@ -195,6 +195,8 @@ class RestorationTensors(Dataset):
         return self.repeats * len(self.dataset)
 
     def __getitem__(self, index: int) -> InputAndTarget:
+        if not 0 <= index < len(self):  # where a loop over them ends
+            raise IndexError(f"index: got {index}, there are {len(self)} pairs")
         source, target = self.dataset[index % len(self.dataset)]
         scale = self.degradation.scale
         cells = [side // scale for side in target.size]  # wide and high, in pixels of the input

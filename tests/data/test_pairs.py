@@ -62,7 +62,8 @@ def test_whole_pairs(root: Path) -> None:
     without_inputs(root)
     degradation = Degradation(scale=5, noise=9.0)
     whole = RestorationTensors(open_pair_dataset("", str(root), "train", degradation), degradation)
-    (source, target), (again, _), (other, _) = whole[0], whole[0], whole[1]
+    (source, target), (other, _) = whole  # and no more
+    again, _ = whole[0]
     assert (source.shape, target.shape) == ((3, 4, 7), (3, 20, 35))
     assert torch.equal(source, again)
     assert not torch.equal(source, other)

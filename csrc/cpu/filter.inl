@@ -132,15 +132,17 @@ struct Filter : FilterOf<typename L::Vec> {
         for (int w = 0; w < tile.W; w += lanes) {
             const int* position = tile.row_plan.position + w;
             const int pixels = tile.W - w < lanes ? tile.W - w : lanes;
-            const auto load_row = [&](const Storage* row) UNROLLED_BODY {
-                load_block(tile, block,
-                           [&](std::int64_t channel) UNROLLED_BODY { return load(row + channel, pixels); });
+            const auto load_row = [&](const Storage* row, const Storage* next) UNROLLED_BODY {
+                load_block(tile, block, [&](std::int64_t channel) UNROLLED_BODY {
+                    __builtin_prefetch(next + channel, 0, 2);
+                    return load(row + channel, pixels);
+                });
             };
-            load_row(pair.a + w);
+            load_row(pair.a + w, pair.next_a + w);
             unrolled<0, lanes>([&](auto i) UNROLLED_BODY {
                 if (i < pixels) line[position[i]].re = act(block[i]);
             });
-            load_row(pair.b + w);
+            load_row(pair.b + w, pair.next_b + w);
             unrolled<0, lanes>([&](auto i) UNROLLED_BODY {
                 if (i < pixels) line[position[i]].im = act(block[i]);
             });

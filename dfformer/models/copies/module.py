@@ -51,22 +51,19 @@ def filter_step(x: Tensor, weight: Tensor, logits: Tensor | None, form: Form) ->
     Returns:
         x's shape and dtype, contiguous.
     """
-    if form.channels_first:
-        x = x.permute(0, 2, 3, 1)
-    H, W = x.shape[1:3]
+    data_format = "channels_first" if form.channels_first else "channels_last"
+    C, H, W = x.shape[1:] if form.channels_first else (x.shape[3], *x.shape[1:3])
     with without_autocast(x.device):
         basis = as_basis(weight, form.storage).to(compute_dtype(x.dtype))
         if tuple(basis.shape[:2]) != (H, W // 2 + 1):
             basis = resize_filter(basis.contiguous(), form.size, (H, W), form.resize)
     if logits is None:
-        y = global_filter(x, basis)
-    else:
-        if form.normalised:
-            logits = logits.float().clamp_min(torch.finfo(torch.float32).tiny).log()
-        logits = logits.movedim(form.filter_axis, 1)
-        logits = logits.flatten(2) if logits.dim() > 2 else logits[..., None]
-        y = dynamic_filter(x, logits.expand(-1, -1, x.shape[-1]), basis)
-    return y.permute(0, 3, 1, 2).contiguous() if form.channels_first else y
+        return global_filter(x, basis, data_format=data_format).contiguous()
+    logits = logits.movedim(form.filter_axis, 1)
+    logits = logits.flatten(2) if logits.dim() > 2 else logits[..., None]
+    normalization = None if form.normalised else "softmax"
+    y = dynamic_filter(x, logits.expand(-1, -1, C), basis, normalization=normalization, data_format=data_format)
+    return y.contiguous()
 
 
 class FilterStep(nn.Module):

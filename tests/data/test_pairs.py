@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_whole_pairs(root: Path) -> None:
     """What the scale does not divide is cut off; the noise of an image is always the same."""
     without_inputs(root)
     degradation = Degradation(scale=5, noise=9.0)
-    whole = RestorationTensors(open_pair_dataset("", str(root), "train", degradation), degradation)
+    whole: Any = RestorationTensors(open_pair_dataset("", str(root), "train", degradation), degradation)
     (source, target), (other, _) = whole  # and no more
     again, _ = whole[0]
     assert (source.shape, target.shape) == ((3, 4, 7), (3, 20, 35))

@@ -1,5 +1,7 @@
 """The tables of docs/gpu.md say what the code says."""
 
+import csv
+from itertools import product
 from pathlib import Path
 
 import gpu_resources
@@ -26,6 +28,52 @@ def test_operators_are_counted_by_what_they_read_and_write() -> None:
     with gpu_traffic.MovedBytes() as moved:
         torch.add(x.view(60)[:60], x.t().reshape(60))  # two views, a copy (2 x), a sum (3 x)
     assert moved.total == 5 * x.nbytes
+
+
+def test_what_a_compiler_makes_one_kernel() -> None:
+    x, w = torch.empty(8, 4, device="meta"), torch.empty(4, 4, device="meta")
+    with gpu_traffic.Calls() as recorded:
+        a = x * 2  # 2 x
+        b = a + x  # 3 x
+        y = b @ w  # 2 x + w
+    assert [size for _, size in gpu_traffic.eager(recorded.calls)] == [
+        2 * x.nbytes,
+        3 * x.nbytes,
+        2 * x.nbytes + w.nbytes,
+    ]
+    kept = {y.untyped_storage()._cdata}
+    # a is never in memory
+    assert [*gpu_traffic.compiled(recorded.calls, kept)] == [
+        ("all else", 2 * x.nbytes),
+        ("matrix products", 2 * x.nbytes + w.nbytes),
+    ]
+
+
+def test_the_table_of_whole_models() -> None:
+    with gpu_traffic.RESULTS.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["dtype"] == "bfloat16"]
+    columns = [*product(gpu_traffic.MODELS, ("inference", "training"))]
+
+    def gigabytes(mode: str, column: int, kind: str = "") -> str:
+        of = [r for r in rows if r["mode"] == mode and (r["model"], r["direction"]) == columns[column]]
+        return f"{sum(float(r['gigabytes']) for r in of if kind in r['kind']):.1f}"
+
+    assert cells("eager")[1:] == [gigabytes("eager", column) for column in range(4)]
+    assert cells("compiled")[1:] == [gigabytes("compiled", column) for column in range(4)]
+    for number, kind in enumerate(("filter steps", "StarReLU", "matrix products"), start=1):
+        assert cells("compiled", number)[1:3] == [gigabytes("compiled", column, kind) for column in range(2)]
+
+
+def test_a_model_is_counted_whole() -> None:
+    rows = [*gpu_traffic.model_rows("dfformer_s18", torch.bfloat16, training=False, batch=1)]
+    [eager, compiled] = [row for row in rows if row.kind == "filter steps"]
+    assert eager.kernels == compiled.kernels == 18
+    # x and y in bfloat16 of 3, 3, 9 and 3 blocks, and the small rest
+    moved = 4 * (3 * 56**2 * 64 * 2 + 3 * 28**2 * 128 * 2 + 9 * 14**2 * 320 * 2 + 3 * 7**2 * 512 * 2)
+    assert moved < 1e9 * eager.gigabytes < 2 * moved
+    assert sum(row.gigabytes for row in rows if row.mode == "compiled") < sum(
+        row.gigabytes for row in rows if row.mode == "eager"
+    )
 
 
 @pytest.mark.parametrize("side", [56, 28, 14, 7, 64, 96, 128])
@@ -90,7 +138,7 @@ def test_what_the_page_says_of_large_samples(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_the_page_says_of_torch() -> None:
-    for backward, words in ((False, "73 to 80 bytes forward"), (True, "198 to 225 backward")):
+    for backward, words in ((False, "75 to 88 bytes forward"), (True, "218 to 259 backward")):
         moved = [gpu_traffic.bytes_per_element("torch", shape, torch.float32, backward) for shape in gpu_traffic.SHAPES]
         assert words.startswith(f"{min(moved):.0f} to {max(moved):.0f}")
         assert words in " ".join(PAGE.split())

@@ -1,4 +1,4 @@
-"""Times the files that `dfformer export` writes, and the two ways an ONNX file can transform.
+"""Times the files that `dfformer export` writes, and the two ways an ONNX file can transform, alone and in a detector.
 
     python benchmarks/bench_export.py [--only onnx,pt2] [--threads N] [--output FOLDER]
 
@@ -6,7 +6,7 @@ DFFormer-S18 is exported in each way, and its files take turns with the model in
 of the same commit, machine and threads take part too, so that a run can be made in parts with ``--only``. Everything is
 checked before it is timed.
 
-Writes export.csv, export_transforms.csv and export.json.
+Writes export.csv, export_transforms.csv, export_detector.csv and export.json.
 """
 
 import argparse
@@ -23,9 +23,10 @@ import onnxruntime
 import timm
 import torch
 from common import earlier_run, in_turns, names, provenance, write_csv, write_json
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dfformer import replace_dynamic_filters, with_dft_matmul
 from dfformer.export.export import BOUND, export
 from dfformer.export.formats import FORMATS
 from dfformer_kernels.dft_matmul import matrices as dft_matrices
@@ -36,9 +37,11 @@ ROUNDS, SECONDS = 5, 0.5  # of calls in turn; for each in a round
 # format and fused, by the name in the table
 WAYS = {"onnx": ("onnx", False), "pt2": ("pt2", False), "aoti": ("aoti", False)}
 WAYS |= {f"{name} --fused": (name, True) for name in ("pt2", "aoti")}
-MODEL, TRANSFORMS = "model", "transforms"
+MODEL, TRANSFORMS, DETECTOR = "model", "transforms", "detector"
 # Planes and channels: of the model at 224, of its first stage at 512 and 1024, and one with a large prime side.
 PLANES = [(14, 14, 640), (28, 28, 256), (56, 56, 128), (128, 128, 128), (256, 256, 128), (251, 251, 32)]
+
+DETECTOR_PLANES = [(20, 20, 256), (40, 40, 128), (80, 80, 64)]  # of the three levels of a detector at 640x640
 
 Run = Callable[[Tensor], Any]
 
@@ -54,7 +57,7 @@ class Row(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    words = [*WAYS, TRANSFORMS]
+    words = [*WAYS, TRANSFORMS, DETECTOR]
     parser = argparse.ArgumentParser(description="Times exported models.")
     parser.add_argument("--only", type=names(words), default=words, help=f"of {', '.join(words)}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -84,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _report(args.output / "export.csv", rows)
     if TRANSFORMS in args.only:
         _report(args.output / "export_transforms.csv", [transforms(*plane) for plane in PLANES])
+    if DETECTOR in args.only:
+        _report(args.output / "export_detector.csv", [detector(*plane) for plane in DETECTOR_PLANES])
     keep()
 
 
@@ -134,6 +139,63 @@ def _error(run: Run, model: Run, x: Tensor) -> float:
     if not error <= BOUND:  # so that NaN fails
         raise ValueError(f"a file is wrong for {len(x)} images: error {error:.1e}, bound {BOUND}")
     return error
+
+
+class Copy(nn.Module):
+    """The dynamic filter as detectors have it: channels-first, one square size."""
+
+    def __init__(self, size: tuple[int, int], C: int) -> None:
+        super().__init__()
+        self.route = nn.Linear(C, 4 * C)
+        self.complex_weight = nn.Parameter(torch.randn(size[0], size[1] // 2 + 1, 4, 2) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        routing = self.route(x.mean((2, 3))).view(B, 4, C).softmax(1)
+        X = torch.fft.rfft2(x, dim=(2, 3), norm="ortho")
+        weight = torch.view_as_complex(self.complex_weight)
+        return torch.fft.irfft2(
+            X * torch.einsum("bfc,hkf->bchk", routing.to(weight.dtype), weight), s=(H, W), dim=(2, 3), norm="ortho"
+        )
+
+
+@torch.no_grad()
+def detector(H: int, W: int, C: int) -> dict[str, Any]:
+    """One level of a swapped detector in onnxruntime, one image: its transforms as DFT operators, or as products."""
+    model = nn.Sequential(
+        nn.Conv2d(3, C, 8, stride=8), Copy((H, W), C), nn.BatchNorm2d(C), nn.SiLU(), nn.Conv2d(C, 6, 1)
+    )
+    report = replace_dynamic_filters(model.eval())
+    if not report.originals:
+        raise ValueError(f"the copy was not swapped:\n{report}")
+    x = torch.randn(1, 3, 8 * H, 8 * W)
+    program = torch.export.export(model, (x,))
+    with_dft = program.run_decompositions({torch.ops.dfformer.dynamic_filter.default: _dft_filter})
+    runs = {name: _exported(each) for name, each in (("dft", with_dft), ("products", with_dft_matmul(program)))}
+    row: dict[str, Any] = {"H": H, "W": W, "C": C}
+    row |= {f"{name}_error": _error(run, model, x) for name, run in runs.items()}
+    return row | {
+        f"{name}_ms": ms
+        for name, ms in in_turns({name: partial(run, x) for name, run in runs.items()}, ROUNDS, SECONDS).items()
+    }
+
+
+def _dft_filter(x: Tensor, logits: Tensor, basis: Tensor, *_: Any) -> Tensor:
+    """The dynamic filter without StarReLU, in what torch.onnx.export has operators for: real and imaginary parts."""
+    X = torch.view_as_real(torch.fft.fft(torch.fft.rfft(x, dim=2, norm="ortho"), dim=1, norm="ortho"))
+    (a, b), (c, d) = X.unbind(-1), torch.einsum("bfc,hkft->bhkct", logits.softmax(1), basis).unbind(-1)
+    Z = torch.view_as_complex(torch.stack([a * c - b * d, a * d + b * c], -1))
+    return torch.fft.irfft(torch.fft.ifft(Z, dim=1, norm="ortho"), n=x.shape[2], dim=2, norm="ortho")
+
+
+def _exported(program: torch.export.ExportedProgram) -> Run:
+    exported = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert exported is not None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    content = exported.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
 def transforms(H: int, W: int, C: int) -> dict[str, Any]:

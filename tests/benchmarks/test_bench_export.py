@@ -16,7 +16,13 @@ def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
     shape: dict[str, Any] = {"depths": (1,), "dims": (8,), "strides": (4,), "res_scale_init_values": (None,)}
     monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, **shape, **kwargs))
-    for name, value in {"IMG_SIZE": 32, "ROUNDS": 1, "SECONDS": 0, "PLANES": [(4, 6, 3), (5, 3, 2)]}.items():
+    for name, value in {
+        "IMG_SIZE": 32,
+        "ROUNDS": 1,
+        "SECONDS": 0,
+        "PLANES": [(4, 6, 3), (5, 3, 2)],
+        "DETECTOR_PLANES": [(32, 32, 16)],
+    }.items():
         monkeypatch.setattr(bench_export, name, value)
 
 
@@ -38,6 +44,12 @@ def test_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_export, "provenance", lambda *args: {"machine": "another"})
     with pytest.raises(SystemExit, match="this is another"):
         bench_export.main(["--output", str(tmp_path)])
+
+
+def test_products_are_faster_than_dft_in_a_detector(tmp_path: Path) -> None:
+    bench_export.main(["--only", "detector", "--threads", "1", "--output", str(tmp_path)])
+    (row,) = read(tmp_path / "export_detector.csv")
+    assert float(row["products_ms"]) < float(row["dft_ms"])
 
 
 def test_a_wrong_file_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

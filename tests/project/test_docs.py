@@ -16,6 +16,7 @@ import torch
 from conftest import require
 from dense_models import dense_checkpoint
 from paths import ROOT
+from PIL import Image
 from torch import nn
 
 from dfformer import DynamicFilter
@@ -138,3 +139,10 @@ def test_site(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     api = (tmp_path / "api" / "index.html").read_text("utf-8")
     assert "replace_dynamic_filters" in api
+
+
+def test_pictures_have_all_their_colours() -> None:
+    """A palette of 256 makes bands of what is smooth."""
+    pictures = [path for folder in ("docs/images", "benchmarks/results") for path in (ROOT / folder).glob("*.png")]
+    assert [path.name for path in pictures if Image.open(path).mode == "P"] == []
+    assert len(pictures) > 10

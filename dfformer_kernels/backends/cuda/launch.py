@@ -172,14 +172,15 @@ def _filter_backward(
         )
     gradients = [] if grad_x is None else [grad_x]
     if logits is not None and grad_logits is not None:
-        gradients.append(grad_logits.to(logits.dtype))
+        gradients.append(_dense(grad_logits, logits.dtype))
     if filter_slots is not None:
         gradients.append(filter_slots.sum(0))
     if scalar_slots is not None:
-        sums = scalar_slots.sum(0).split(1)
+        sums = scalar_slots.sum(0).unbind()
         for parameter, need, total in zip((scale, bias), (need_scale, need_bias), sums, strict=True):
             if parameter is not None and need:
-                gradients.append(total.to(parameter.dtype).view(parameter.shape))
+                total = total if parameter.dtype == torch.float32 else total.to(parameter.dtype)
+                gradients.append(total.view(parameter.shape))
     return gradients
 
 
@@ -189,8 +190,10 @@ class _Inputs:
     def __init__(
         self, step: str, x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None
     ) -> None:
-        op = f"global_{step}" if logits is None else f"dynamic_{step}"
-        self.problem = Problem.of(op, (x, logits, filters, scale, bias))
+        if logits is None:
+            self.problem = Problem.of(f"global_{step}", (x, filters, scale, bias))
+        else:
+            self.problem = Problem.of(f"dynamic_{step}", (x, logits, filters, scale, bias))
         self.x = x.contiguous()
         filters = filters.contiguous()
         self.filters = filters.clone() if filters.data_ptr() % 16 else filters  # read four floats at once
@@ -201,7 +204,9 @@ class _Inputs:
 
 
 def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return (t if t.dtype == dtype else t.to(dtype)).contiguous()
+    if t.dtype == dtype:  # each call that can be left out is a microsecond
+        return t if t.is_contiguous() else t.contiguous()
+    return t.to(dtype).contiguous()
 
 
 def _addresses(device: torch.device, dtype: torch.dtype, *tensors: Tensor | None) -> list[int]:

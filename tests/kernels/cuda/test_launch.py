@@ -682,7 +682,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name not in ("empty_like", "new_empty", "empty", "view", "split", "slice", "detach", "fill_"):
+        if name not in ("empty_like", "new_empty", "empty", "view", "unbind", "detach", "fill_"):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 

@@ -8,6 +8,8 @@ processor an ordinary float32 product is that convolution; everything else is ``
 import platform
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,10 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1,K,M,1), channels-last
         y = F.conv2d(image, weight[:, :, None, None], bias)  # (1,N,M,1)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+        shape = (*x.shape[:-1], weight.shape[0])
+        strides = [*accumulate(reversed(shape[1:]), mul, initial=1)][::-1]
+        # Reshaped in place: a result that is a view could not be written to where there are gradients.
+        return y.contiguous(memory_format=torch.channels_last).as_strided_(shape, strides)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:

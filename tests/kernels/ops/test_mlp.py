@@ -143,6 +143,21 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (6, 1), (1, 6), (2, 3, 4)], ids=str)
+def test_linears_result_is_contiguous_and_may_be_changed_in_place(shape: tuple[int, ...], gradients: bool) -> None:
+    x, weight = torch.randn(shape), torch.randn(3, shape[-1], requires_grad=True)
+    with torch.set_grad_enabled(gradients):
+        y = linear(x, weight)
+    assert y.stride() == torch.empty(*shape[:-1], 3).stride()
+    factor = torch.ones((), requires_grad=True)
+    expected = F.linear(x, weight).sum()
+    y.mul_(factor).sum().backward()
+    assert factor.grad is not None
+    assert torch.allclose(factor.grad, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("library")
 def test_second_derivatives_of_either_library() -> None:
     inputs = [torch.randn(shape, requires_grad=True) for shape in ((2, 3, 4), (5, 4), (5,))]
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from cases import OPS, Inputs, Op, assert_all_within_bound, expected, gradients, make_grad
+from extent import FULL
 from torch import Tensor
 
 from dfformer_kernels import reference
 
-FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 X86 = platform.machine() == "x86_64"
 ISAS = ["avx512", "avx2", "generic"] if X86 else ["neon"]
 VECTOR_BYTES = {"avx512": 64, "avx2": 32, "generic": 16, "neon": 16}

@@ -1,18 +1,17 @@
 """Narrow models with a block a stage, and a training step, for the tests of whole models."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 import torch
+from extent import FULL
 from torch import Tensor, nn
 
 from dfformer import VARIANTS
 from dfformer_kernels.tolerance import BOUND
 
-FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 DIMS, CLASSES = [16, 24, 32, 40], 7
 # Reduced depth and width leave the token mixers as the difference between the models: one of each, and one activation
 # that the filter step does not compute; with DFFORMER_TEST_FULL=1 the other activations and sizes too.

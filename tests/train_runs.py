@@ -17,9 +17,6 @@ from PIL import Image
 from dfformer.cli.main import main
 from dfformer.train import state as train_state
 
-FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))  # set by `make test-full`
-
-
 # A run of a second: 2 epochs of 3 steps, with everything random switched on.
 TINY: dict[str, Any] = {
     "model": {

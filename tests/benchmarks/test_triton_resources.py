@@ -1,16 +1,15 @@
 """Every Triton kernel compiled for every kind of GPU: nothing spilled, shared memory within the limit."""
 
-import os
 from itertools import product
 
 import gpu_resources
 import pytest
 import torch
+from extent import FULL
 
 pytest.importorskip("triton")
 resources = pytest.importorskip("triton_resources")
 
-FULL = os.environ.get("DFFORMER_TEST_FULL") == "1"
 SHAPES = resources.SHAPES if FULL else [(56, 56, 64), (9, 15, 5)]
 DTYPES = resources.DTYPES if FULL else [torch.float32, torch.bfloat16]
 

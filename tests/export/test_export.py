@@ -1,7 +1,6 @@
 """`dfformer export`: what is exported, what is refused, and the command line. test_formats.py has the files."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import timm
 import torch
 from export_models import ERROR, detector, images, spread, tiny
+from extent import FULL
 from timm.data import resolve_model_data_config
 from torch import nn
 
@@ -25,7 +25,6 @@ ARGS: dict[str, Any] = {
     "depths": (1, 1), "dims": (8, 16), "strides": (4, 2), "res_scale_init_values": (None, 1.0), "img_size": 32,
     "num_classes": 3,
 }  # fmt: skip
-FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import require_compiler
 from export_models import ERROR, SIZE, images, mixed, tiny
+from extent import FULL
 from paths import ROOT
 from torch import Tensor, nn
 
@@ -23,7 +23,6 @@ from dfformer.export.export import export
 from dfformer.export.formats import FORMATS
 from dfformer_kernels.tolerance import relative_error
 
-FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 pytestmark = [
     # what other people's exporters do on import and while they convert
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),

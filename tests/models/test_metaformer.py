@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from small_models import CLASSES, DIMS, ERROR, EVERY_KIND, FULL, gradients, images, small, step
+from extent import FULL
+from small_models import CLASSES, DIMS, ERROR, EVERY_KIND, gradients, images, small, step
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn

@@ -5,7 +5,6 @@ test-timm``) on all models whole, at the image sizes of timm's tests.
 """
 
 import inspect
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from extent import FULL
 from timm.data import create_transform, resolve_model_data_config
 from timm.layers import create_feature_extractor, get_graph_node_names
 from timm.models import FeatureDictNet, build_model_with_cfg, save_for_hf
@@ -23,7 +23,6 @@ from torchvision.models import feature_extraction
 from dfformer import VARIANTS, DFFormer
 from dfformer_kernels.tolerance import relative_error
 
-FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 CONVFORMER = "convformer_s18"
 NAMES = list(VARIANTS) if FULL else ["dfformer_s18", "cdfformer_s18", "gfformer_s18", "dfformer_s18_afno"]
 EVERY_MODEL = pytest.mark.parametrize("name", [*NAMES, CONVFORMER])

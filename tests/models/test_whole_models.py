@@ -10,7 +10,8 @@ import pytest
 import torch
 from cases import Operators
 from conftest import require_compiler
-from small_models import CLASSES, ERROR, EVERY_KIND, FULL, KINDS, gradients, images, small, step
+from extent import FULL
+from small_models import CLASSES, ERROR, EVERY_KIND, KINDS, gradients, images, small, step
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode

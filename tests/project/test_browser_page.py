@@ -1,7 +1,6 @@
 """The page that reads a drawn digit: what it computes, in a browser, with the runtime that npm brings."""
 
 import importlib.util
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import timm
 import torch
 from conftest import require
+from extent import FULL
 from paths import ROOT
 
 from dfformer.analysis.figures import full_spectrum
@@ -20,7 +20,6 @@ from dfformer.analysis.metrics import applied_filters, capture, spectral_layers,
 from dfformer.data.images import DIGITS_MEAN, DIGITS_STD
 from dfformer.models.checkpoint import load_model, save_checkpoint
 
-FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 ARGS: dict[str, Any] = {
     "depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16), "strides": (2, 1, 1, 2), "img_size": 32, "in_chans": 1,
     "num_classes": 10,

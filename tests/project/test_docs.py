@@ -1,6 +1,5 @@
 """What the documentation says works as written."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ import timm
 import torch
 from conftest import require
 from dense_models import dense_checkpoint
+from extent import FULL
 from paths import ROOT
 from PIL import Image
 from torch import nn
@@ -23,7 +23,6 @@ from dfformer import DynamicFilter
 from dfformer.cli.main import parse
 from dfformer.train import config as train_config
 
-FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # A fenced block, and the comment in front of it that says why it is run with the long lists only.

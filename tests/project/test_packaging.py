@@ -13,6 +13,7 @@ from zipfile import ZipFile
 import pytest
 import yaml
 from conftest import require, require_compiler
+from extent import FULL
 from paths import ROOT
 
 from dfformer_kernels import __version__
@@ -20,7 +21,6 @@ from dfformer_kernels.backends.cuda import sources
 from dfformer_kernels.backends.cuda.sources import cuda_sources
 from dfformer_kernels.problem import KernelBuildError
 
-FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 
 

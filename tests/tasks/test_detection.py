@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extent import FULL
 from paths import ROOT
 from PIL import Image
-from train_runs import FULL, assert_same_result, history, steps
+from train_runs import assert_same_result, history, steps
 
 from dfformer.cli.main import main
 from dfformer.data import boxes

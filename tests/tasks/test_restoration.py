@@ -13,11 +13,12 @@ import pytest
 import torch
 from conftest import require
 from dense_models import dense_checkpoint
+from extent import FULL
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
 from torchvision.transforms import v2
-from train_runs import FULL, assert_same_result, history
+from train_runs import assert_same_result, history
 
 from dfformer.cli.main import main
 from dfformer.models.checkpoint import CheckpointError

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from extent import FULL
 from paths import ROOT
 from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms import v2
-from train_runs import FULL, assert_same_result, history, steps
+from train_runs import assert_same_result, history, steps
 
 from dfformer.cli.main import main
 from dfformer.data.transforms import resize_shorter_side

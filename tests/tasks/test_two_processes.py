@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_runs import FULL, history, steps, torchrun
+from extent import FULL
+from train_runs import history, steps, torchrun
 
 from dfformer.cli.main import main
 from dfformer.data.synthetic_digits import SyntheticDigits

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import require, require_compiler
+from extent import FULL
 from paths import ROOT
 from PIL import Image
 from torch import nn
-from train_runs import FULL, NOTHING_RANDOM, assert_same_result, history, steps, torchrun
+from train_runs import NOTHING_RANDOM, assert_same_result, history, steps, torchrun
 
 from dfformer import VARIANTS
 from dfformer.cli.main import main

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from extent import FULL
 from paths import ROOT
-from train_runs import FULL, assert_same_result, found, history
+from train_runs import assert_same_result, found, history
 
 from dfformer.cli.main import main
 from dfformer.models.checkpoint import CheckpointError

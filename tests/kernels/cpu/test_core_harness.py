@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from conftest import require, require_compiler
-from native_core import FULL
+from extent import FULL
 from paths import NATIVE
 
 RUN = NATIVE / "run.sh"

@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 from conftest import require
-from native_core import FULL, ISAS, X86, run_script
+from extent import FULL
+from native_core import ISAS, X86, run_script
 from paths import ROOT
 
 CSRC = ROOT / "csrc"

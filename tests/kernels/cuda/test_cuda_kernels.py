@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import OPS, Case, Inputs, assert_within_bound, expected, make_grad, make_inputs
 from conftest import require, require_compiler
+from extent import FULL
 from paths import ROOT
 from torch import Tensor
 
@@ -146,7 +147,7 @@ KERNELS = [
     Kernel(7, 8, 3, 16, 2, 32, HALVES, REGISTERS, star_relu=False, planes=1),
     Kernel(16, 6, 5, 0, 2, 32, HALVES, ROLLED, planes=1, B=3),
 ]
-if os.environ.get("DFFORMER_TEST_FULL"):
+if FULL:
     SIDES = (3, 4, 5, 11, 13, 18, 20, 21, 22, 25, 26, 27, 35, 36, 39, 40, 44, 49, 50, 52, 60, 63, 72, 80, 96, 112, 128)
     KERNELS += [Kernel(side, side, 2, 4, 2, 128, PAIRS, ROLLED, B=1) for side in SIDES]
     KERNELS += [

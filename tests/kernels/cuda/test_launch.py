@@ -23,6 +23,7 @@ import torch
 from cases import CASES, Case, Op, make_grad, make_inputs
 from cases import OPS as ALL_OPS
 from conftest import require, require_compiler
+from extent import FULL
 from paths import ROOT
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -519,7 +520,7 @@ def test_the_committed_table_is_complete_and_clean() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.skipif(not os.environ.get("DFFORMER_TEST_FULL"), reason="minutes; DFFORMER_TEST_FULL=1 runs it")
+@pytest.mark.skipif(not FULL, reason="minutes; DFFORMER_TEST_FULL=1 runs it")
 @pytest.mark.parametrize("arch", CHIPS)
 def test_the_committed_table_is_what_the_compiler_says(arch: str, tmp_path: Path) -> None:
     gpu_resources.write([gpu_resources.cuda_row(step, CHIPS[arch]) for step in gpu_resources.steps()], tmp_path / "csv")
@@ -528,7 +529,7 @@ def test_the_committed_table_is_what_the_compiler_says(arch: str, tmp_path: Path
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.skipif(not os.environ.get("DFFORMER_TEST_FULL"), reason="minutes; DFFORMER_TEST_FULL=1 runs it")
+@pytest.mark.skipif(not FULL, reason="minutes; DFFORMER_TEST_FULL=1 runs it")
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_the_operator_tests_planes_compile_without_spills(backward: bool) -> None:
     for case, per_channel in product(CASES, (False, True)):
@@ -779,7 +780,7 @@ ON_THE_HOST = [
     ("dynamic_filter", Case(3, 5, 9, 40, F=3), torch.float16),
     ("global_filter+star_relu", Case(3, 10, 6, 40), torch.bfloat16),
 ]
-if os.environ.get("DFFORMER_TEST_FULL"):
+if FULL:
     ON_THE_HOST += product(OPS, CASES, [torch.float32])
 
 

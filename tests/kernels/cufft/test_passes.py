@@ -19,7 +19,7 @@ from cases import (
     make_grad,
     make_inputs,
 )
-from small_models import FULL
+from extent import FULL
 from torch import Tensor
 
 from dfformer_kernels import reference

@@ -5,16 +5,15 @@ of one point, one row, one channel and one sample bring such values; the interpr
 DFFORMER_TEST_FULL=1 compiles every combination of a kernel, a target and one integer set apart.
 """
 
-import os
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from extent import FULL
 
 triton_resources = pytest.importorskip("triton_resources", reason="it compiles with Triton")
 
-FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 TARGETS = tuple(triton_resources.TARGETS)
 VALUES = {"one": 1, "divisible": 32, "neither": 7}
 

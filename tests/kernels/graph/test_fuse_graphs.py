@@ -9,8 +9,8 @@ import filter_copies as copies
 import pytest
 import torch
 from conftest import require_compiler
+from extent import FULL
 from filter_chains import OTHER, SAME, images, network
-from small_models import FULL
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import dfformer
 from dfformer.analysis.palette import BLUE, GREY, MODELS
+from dfformer.models.spectral import SpectralFilter
 from dfformer.utils.eager_baseline import eager_baseline
 from dfformer.utils.profile import saved_for_backward
 from dfformer_kernels.tolerance import relative_error
@@ -56,13 +57,23 @@ class Provider:
     sized: bool = False  # built for an image size
     checked: bool = False  # against the authors' formulation, with the same weights
     compiled: bool = False  # also run under torch.compile
-    eager_baseline: bool = False  # the authors' formulation
+    variant: Callable[[nn.Module], nn.Module] | None = None  # made of the model, and timed in its place
     prepare: Callable[[nn.Module, torch.dtype], nn.Module] | None = None  # for inference only; instead of autocast
+
+
+def filters_replaced(model: nn.Module) -> nn.Module:
+    """The authors' formulation after `dfformer.replace_dynamic_filters`: only its filter layers are this package's."""
+    authors = eager_baseline(model)
+    for name, module in model.named_modules():
+        if isinstance(module, SpectralFilter):
+            authors.set_submodule(name, module)
+    return authors
 
 
 AUTHORS, CONVFORMER = "authors", "convformer_s18"
 PROVIDERS = {
-    AUTHORS: Provider("dfformer_s18", GREY, "X", sized=True, compiled=True, eager_baseline=True),
+    AUTHORS: Provider("dfformer_s18", GREY, "X", sized=True, compiled=True, variant=eager_baseline),
+    "authors swapped": Provider("dfformer_s18", GREY, "P", sized=True, checked=True, variant=filters_replaced),
     "dfformer_s18": Provider("dfformer_s18", *MODELS["dfformer"], sized=True, checked=True, compiled=True),
     "cdfformer_s18": Provider("cdfformer_s18", *MODELS["cdfformer"], sized=True, checked=True),
     "gfformer_s18": Provider("gfformer_s18", *MODELS["gfformer"], sized=True, checked=True),
@@ -258,7 +269,7 @@ class Entry:
         torch.manual_seed(0)
         options = {"img_size": problem.size} if provider.sized else {}
         model = timm.create_model(provider.architecture, num_classes=CLASSES, drop_path_rate=0.0, **options)
-        model = eager_baseline(model) if provider.eager_baseline else model
+        model = provider.variant(model) if provider.variant else model
         # All in the memory format that convolutions need not reorder.
         self.model = model.to(device, memory_format=torch.channels_last).train(problem.task == TRAINING)
         self.dtype = DTYPES[problem.dtype]

@@ -1,2 +1,4 @@
-"""Puts the operators into other people's graphs: reads a graph, finds the filter step in it, proves it, rewrites it.
-May import the operators and what they share; neither dispatch nor backends, and nothing of dfformer."""
+"""Puts the operators into other people's programs: reads a graph, finds the filter step, checks it and rewrites it.
+
+It may import the operators and what they share, but neither dispatch nor backends, and nothing from dfformer.
+"""

@@ -1,8 +1,9 @@
-"""Finds rfft2 -> multiplication -> irfft2 in a graph: what it is made of, or why it is not the filter step.
+"""Finds the chain rfft2 -> multiplication -> irfft2 in a graph, or the reason why a graph has no filter step.
 
-The walk goes back from the inverse transform through nodes that are linear in each tensor. It ends at the forward
-transform's input, at filters, and at a softmax's input or the weights that mix the filters. What it has passed is then
-a polynomial of these (and of the softmax), so that agreement on random inputs (`step.match`) proves it to be ours.
+The search walks back from the inverse transform through nodes that are linear in each tensor. It ends at the input of
+the forward transform, at the filters, and at the input of a softmax or the weights that mix the filters. The nodes
+passed therefore compute a polynomial of these tensors (and of the softmax). So agreement with our step on random
+inputs (`step.match`) proves that the two are the same.
 """
 
 import itertools
@@ -27,19 +28,21 @@ from dfformer_kernels.graph.vocabulary import (
     transform_of,
 )
 
-# What may be asked of a spectrum besides its values, as its input and the graph know the answers.
+# A program may ask these of a spectrum, because its input and the graph hold the answers.
 _QUESTIONS = ("shape", "size", "dtype", "device")
 _ASSERTION = "_assert_tensor_metadata"
 _GRADIENT_MODES = ("_set_grad_enabled", "set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 
 
 class NotFusedError(Exception):
-    """Why a chain is left alone, as a clause that completes "left alone: "."""
+    """A chain is left alone; the message is the clause that completes "left alone: "."""
 
 
 class Chain(NamedTuple):
-    """A step in a graph. ``nodes`` are those it replaces, in the graph's order, ``inverse`` last; they take ``x``,
-    ``filters`` and, where these are mixed, ``routing``: the logits of ``softmax``, or weights where it is None.
+    """A candidate for the filter step in a graph.
+
+    ``nodes`` are the nodes to replace, in the graph's order, with ``inverse`` last. Their inputs are ``x``, ``filters``
+    and, if filters are mixed, ``routing``: the logits of ``softmax``, or the weights if ``softmax`` is None.
     """
 
     nodes: list[fx.Node]
@@ -53,18 +56,20 @@ class Chain(NamedTuple):
 
 
 def inverse_transforms(graph: fx.Graph, values: Values) -> list[fx.Node]:
-    """Where a chain may end: transforms to real numbers, and inverse complex ones that none of these needs."""
+    """The nodes where a chain may end: complex-to-real transforms, and inverse complex transforms that feed none."""
     inverse = {node: t.kind for node in graph.nodes if (t := transform_of(node, values)) and t.inverse}
     needed = {n for node, kind in inverse.items() if kind == "c2r" for n in ancestors(node)}
     return [node for node, kind in inverse.items() if kind == "c2r" or node not in needed]
 
 
 def find(graph: fx.Graph, inverse: fx.Node, values: Values) -> tuple[list[Chain], list[str]]:
-    """The chain that ends at ``inverse``, once for each choice of its filters and routing: views of one another, those
-    next to the multiplication first; with a softmax inside, then with what it gives as weights. And why there are not
-    more.
+    """The candidates for the chain that ends at ``inverse``, and the reasons why others were ruled out.
 
-    Raises NotFusedError, with the first difference from a filter step that the graph shows, where there is none.
+    Candidates differ in which tensors they take as filters and routing. These may be views of one another; those next
+    to the multiplication come first. Candidates that include the softmax come before those that take its output as
+    weights.
+
+    Raises NotFusedError, with the first difference from a filter step, if there is no candidate.
     """
     transform = transform_of(inverse, values)
     if transform is None or transform.kind != "c2r":
@@ -103,7 +108,7 @@ def _chains(graph: fx.Graph, inverse: fx.Node, values: Values, with_softmax: boo
 
 
 def _passed(inverse: fx.Node, values: Values, with_softmax: bool) -> set[fx.Node]:
-    """The nodes on the way back from ``inverse``, up to forward transforms, softmaxes and what is not linear."""
+    """The nodes passed on the way back from ``inverse``, up to forward transforms, softmaxes and non-linear nodes."""
     passed = {inverse}
     waiting = list(_tensors(inverse, values))
     while waiting:
@@ -128,7 +133,7 @@ def _tensors(node: fx.Node, values: Values) -> Iterator[fx.Node]:
 
 
 def _ends(inverse: fx.Node, passed: set[fx.Node], values: Values) -> tuple[fx.Node, fx.Node | None]:
-    """The forward transform, and the softmax if there is one."""
+    """The forward transform, and the softmax or None."""
     forwards = [node for node in passed if _is_forward(node, values)]
     softmaxes = [node for node in passed if is_softmax(node)]
     if not forwards:
@@ -156,7 +161,7 @@ def _described(node: fx.Node) -> str:
 
 
 def _dependent(passed: list[fx.Node], forward: fx.Node, softmax: fx.Node | None) -> list[fx.Node]:
-    """Of the nodes passed those that come from the spectrum or the softmax."""
+    """The passed nodes that depend on the spectrum or the softmax."""
     found = {forward, softmax}
     for node in passed:
         if node not in found and any(n in found for n in node.all_input_nodes):
@@ -171,8 +176,11 @@ def _outside(
     values: Values,
     order: dict[fx.Node, int],
 ) -> Iterator[tuple[set[fx.Node], set[fx.Node]]]:
-    """The other tensors that ``nodes`` take, and what is between; then what those are made of, and so on, wherever it
-    is filters alone, or without a softmax filters and weights."""
+    """Each way to cut the chain off from the rest of the graph: the tensors it then takes, and the nodes between.
+
+    The first cut is next to ``nodes``; every further one replaces a tensor by those that it is computed from. Only cuts
+    are yielded that leave filters alone or, without a softmax, filters and weights.
+    """
     inside, between = set(nodes), set[fx.Node]()
     outside = {n for node in nodes if node not in ends for n in _tensors(node, values)} - inside
     if not outside:
@@ -184,7 +192,7 @@ def _outside(
         if len(outside) <= most:
             found = True
             yield set(outside), set(between)
-        # weights are real, so their cast to complex goes first
+        # A cast to complex belongs to the real weights, so it is replaced first.
         inner = [(name_of(n) in CASTS, order[n], n) for n in outside if n in passed]
         last = max(inner)[2] if inner else None
         if last is None:
@@ -196,7 +204,7 @@ def _outside(
 
 
 def _check_transforms(nodes: list[fx.Node], forward: fx.Node, inverse: fx.Node, values: Values) -> bool:
-    """Whether maps are channels-first; refuses other axes, norms that do not cancel and other sizes."""
+    """Whether ``x`` is channels-first. Refuses other axes, norms that do not cancel, and other sizes."""
     x = first_input(forward)
     rank = len(values.shape(x))
     transforms = {node: t for node in nodes if (t := transform_of(node, values))}
@@ -240,7 +248,7 @@ def _same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
 
 
 def _check_use(nodes: list[fx.Node], forward: fx.Node, inverse: fx.Node, softmax: fx.Node | None) -> None:
-    """Refuses an intermediate that something else needs."""
+    """Refuses a chain whose intermediate results are used outside of it."""
     inside = set(nodes)
     shared = None if any(name_of(node) in IN_PLACE for node in nodes) else softmax
     for node in nodes:
@@ -263,7 +271,7 @@ def _check_in_place(nodes: list[fx.Node], own: set[fx.Node]) -> None:
 
 
 def _check_between(graph: fx.Graph, nodes: list[fx.Node], inputs: Iterable[fx.Node]) -> None:
-    """Refuses a chain during which its inputs may be overwritten or gradients are switched on or off."""
+    """Refuses a chain if its inputs may be overwritten, or gradients switched on or off, while it runs."""
     inside, inputs = set(nodes), list(inputs)
     from_first = itertools.dropwhile(lambda node: node is not nodes[0], graph.nodes)
     between = [n for n in itertools.takewhile(lambda node: node is not nodes[-1], from_first) if n not in inside]
@@ -277,7 +285,7 @@ def _check_between(graph: fx.Graph, nodes: list[fx.Node], inputs: Iterable[fx.No
 
 
 def _may_share_memory(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """What ``nodes`` may be views of, themselves included."""
+    """``nodes``, and all nodes that they may be views of."""
     found: set[fx.Node] = set()
     waiting = list(nodes)
     while waiting:

@@ -1,4 +1,4 @@
-"""Whether two modules compute the same: outputs, gradients, buffers and the use of random numbers."""
+"""Compares two modules: their outputs, gradients, buffers and use of random numbers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from torch.overrides import TorchFunctionMode
 
 from dfformer_kernels.tolerance import relative_error
 
-# Two ways of computing the same float32 formula differ by 1e-6; another formula is far away.
+# Two ways to compute the same formula in float32 differ by about 1e-6; different formulas differ by far more.
 AGREEMENT = 1e-4
-# Gradients are sums that partly cancel.
+# Wider, because gradients are sums whose terms partly cancel.
 _GRADIENT_AGREEMENT = 1e-3
 _RANDOM = "use of random numbers"
 INVERSE_TRANSFORMS = (torch.fft.irfft2, torch.fft.irfftn)
@@ -20,7 +20,7 @@ INVERSE_TRANSFORMS = (torch.fft.irfft2, torch.fft.irfftn)
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Random numbers, autocast and gradient mode inside have nothing to do with those outside."""
+    """Isolates random numbers, autocast and the gradient mode inside from those outside."""
     devices = [device] if device.type == "cuda" else []
     modes = torch.autocast(device.type, enabled=False), torch.inference_mode(False), torch.enable_grad()
     with torch.random.fork_rng(devices), modes[0], modes[1], modes[2]:
@@ -29,13 +29,13 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def tensors(result: Any) -> list[Tensor]:
-    """The tensors of a result that is one, or a tuple or list of them."""
+    """The tensors of a result that is a tensor, or a tuple or list of tensors; otherwise none."""
     found = [result] if isinstance(result, Tensor) else list(result) if isinstance(result, tuple | list) else []
     return found if all(isinstance(t, Tensor) for t in found) else []
 
 
 def results(module: nn.Module, inputs: Sequence[Any]) -> dict[str, Tensor]:
-    """Outputs, gradients of a fixed random function of them, and what the buffers are afterwards."""
+    """The outputs, the gradients of a fixed random function of them, and the buffers after the call, by name."""
     inputs = [x.clone().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in inputs]
     torch.manual_seed(1)
     with _ContiguousInverse():
@@ -56,7 +56,7 @@ def results(module: nn.Module, inputs: Sequence[Any]) -> dict[str, Tensor]:
 
 
 def difference(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> str:
-    """How `results` differ, "" if in nothing."""
+    """How two `results` differ; "" if they agree."""
     if theirs.keys() != ours.keys():
         return f"its {min(theirs.keys() ^ ours.keys())} is not in both"
     scale = max((_rms(t) for name, t in theirs.items() if name.startswith("gradient")), default=0.0)
@@ -70,7 +70,7 @@ def difference(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> str:
 
 
 def _error(actual: Tensor, expected: Tensor, scale: float) -> float:
-    """The relative error, where ``expected`` is more than rounding next to values of ``scale``."""
+    """The relative error; if ``expected`` is mere rounding error beside ``scale``, the error relative to ``scale``."""
     if actual.shape != expected.shape or not scale:
         return relative_error(actual, expected)
     return _rms(actual.double() - expected) / max(_rms(expected), 1e-3 * scale)
@@ -81,7 +81,7 @@ def _rms(t: Tensor) -> float:
 
 
 class _ContiguousInverse(TorchFunctionMode):
-    """irfft2's result contiguous, as our step's is: dropout behind it draws by position in memory."""
+    """Makes the result of irfft2 contiguous like our step's, because dropout draws in the order of memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

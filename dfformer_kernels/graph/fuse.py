@@ -9,22 +9,24 @@ from dfformer_kernels.graph.report import Finding, FuseReport
 
 
 def fuse(program: nn.Module | ExportedProgram, *inputs: Any, **named: Any) -> FuseReport:
-    """Puts `dynamic_filter` and `global_filter` where ``program`` computes them by torch.fft: rfft2, multiplication
-    with filters, and irfft2. The filters are mixed by a softmax or by other weights, or there is one a channel, for all
-    images or for each. Any layout, norm and way of mixing; any class.
+    """Replaces rfft2, multiplication with filters and irfft2 in ``program`` by `dynamic_filter` and `global_filter`.
 
-    A chain of calls is replaced if nothing else needs its intermediate results, if its axes, sizes and norms are those
-    of the step, if it is a polynomial of the signal, the filters and their weights, and if outputs and gradients agree
-    with ours in double precision on random inputs. Of anything else the report says why it was left alone.
+    The filters may be mixed by a softmax or by other weights. Or each channel has one filter, the same for all images
+    or one for each. The module may be of any class, and have any layout, norm or way to mix filters.
+
+    A chain of calls is replaced if four things hold. Nothing else uses its intermediate results. Its axes, sizes and
+    norms are those of the step. It is a polynomial of the signal, the filters and their weights. And its outputs and
+    gradients agree with ours in double precision on random inputs. For every other chain the report says why it was
+    left alone.
 
     Args:
-        program: a module or an ExportedProgram, changed in place. A module's parameters, names and submodules stay. Its
-            layers with a chain become instances of subclasses that run the rewritten graph for inputs of the shapes
-            seen here, of any batch, and the original for others; call this once for each size. They are copied and
-            compiled like others, but not pickled: save the state dict. Plain attributes that a forward reads count as
-            constants, and autocast that it switches off inside is not.
-        inputs, named: what to call a module with, once, for evaluation and without gradients. None for an
-            ExportedProgram.
+        program: a module or an ExportedProgram, changed in place. A module keeps its parameters, names and submodules.
+            Layers that contain a chain become instances of subclasses. These run the rewritten graph for inputs of the
+            shapes seen here, with any batch size, and the original forward for others; call this function once for each
+            size. Such layers can be copied and compiled, but not pickled: save the state dict. Python attributes that a
+            forward reads become constants. If a forward switches autocast off, its rewritten graph does not.
+        inputs, named: the arguments to call a module with. It is called once, for evaluation and without gradients. An
+            ExportedProgram takes none.
 
     Raises:
         TypeError: ``program`` is neither, or inputs are given for an exported program.
@@ -35,7 +37,7 @@ def fuse(program: nn.Module | ExportedProgram, *inputs: Any, **named: Any) -> Fu
         return FuseReport(_fuse_exported(program))
     if not isinstance(program, nn.Module):
         raise TypeError(f"fuse: program must be a module or an ExportedProgram, got {type(program).__name__}")
-    from dfformer_kernels.graph.module import fuse_module  # not on import: most programs fuse nothing
+    from dfformer_kernels.graph.module import fuse_module  # imported late, because most programs fuse nothing
 
     return FuseReport(fuse_module(program, inputs, named))
 
@@ -43,8 +45,8 @@ def fuse(program: nn.Module | ExportedProgram, *inputs: Any, **named: Any) -> Fu
 class FusePass:
     """`fuse` for torch.compile: ``torch.compile(model, options={"pre_grad_custom_pass": FusePass()})``.
 
-    It rewrites, in place, the graphs it is called with, as Dynamo gives them to inductor and to any other backend.
-    ``report`` has the findings of all of them.
+    It rewrites in place the graphs it is called with, in the form that Dynamo passes to Inductor or another backend.
+    ``report`` holds the findings for all of them.
     """
 
     def __init__(self) -> None:
@@ -56,7 +58,7 @@ class FusePass:
 
 def _fuse_exported(program: ExportedProgram) -> list[Finding]:
     found = []
-    for module in program.graph_module.modules():  # what runs under a mode of its own is a graph of its own
+    for module in program.graph_module.modules():  # code under a mode of its own is a separate graph
         if isinstance(module, fx.GraphModule):
             found += _rewritten(module.graph)
             module.recompile()
@@ -73,7 +75,7 @@ def _rewritten(graph: fx.Graph) -> list[Finding]:
 
 
 def _where(node: fx.Node) -> str:
-    """The innermost module that a node comes from, as far as its graph tells."""
+    """The innermost module that a node comes from, if its graph records one."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack:
         return node.name

@@ -1,8 +1,8 @@
-"""The chains of a module: where they are is seen while it runs, and each is rewritten in the forward of the innermost
-module that transforms there and back.
+"""Fuses the chains of a module: finds them while the module runs, then rewrites the forward that contains each.
 
-Such a module becomes one of a class derived from its own. For inputs of the shapes that were tried, of any batch, its
-forward is the rewritten graph; for any other it is the original. All else stays what it was.
+That is the forward of the innermost module that transforms both there and back. This module's class becomes a subclass
+of its own. For inputs of the shapes that were tried, with any batch size, the subclass runs the rewritten graph;
+otherwise it runs the original forward. Nothing else changes.
 """
 
 import copy
@@ -46,7 +46,10 @@ class _Call:
 
 
 class _Recorder(TorchFunctionMode):
-    """Sees which modules transform, or take or give spectra; ``owners`` are the innermost calls there and back."""
+    """Records which modules transform, or take or return spectra.
+
+    ``owners`` holds the innermost calls that transform both there and back.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -56,7 +59,7 @@ class _Recorder(TorchFunctionMode):
         self._model = model
 
     def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Runs the model once, for evaluation."""
+        """Runs the model once, in evaluation mode."""
         modes = [(module, module.training) for module in self._model.modules()]
         with ExitStack() as stack:
             for module, _ in modes:
@@ -93,7 +96,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def fuse_module(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Finding]:
-    """Fuses what it finds in ``model`` when it is called like that, in place."""
+    """Calls ``model`` with these arguments, and fuses in place the chains that run."""
     recorder = _Recorder(model)
     recorder.record(args, kwargs)
     names = {module: name or "the model" for name, module in model.named_modules()}
@@ -104,7 +107,7 @@ def fuse_module(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             found += _fuse_call(call, where, recorder.spectral)
         except UnsupportedCopyError as error:
             found.append(Finding(where, reason=str(error)))
-        except Exception as error:  # whatever foreign code raises
+        except Exception as error:  # foreign code may raise anything
             found.append(Finding(where, reason=f"it cannot be tried ({first_line(error)})"))
     return found
 
@@ -129,7 +132,7 @@ def _fuse_call(call: _Call, where: str, spectral: Collection[nn.Module]) -> list
 
 
 def _arguments(call: _Call) -> dict[str, Any]:
-    """The inputs by name, also those left at their defaults."""
+    """All inputs by name, including those left at their defaults."""
     kind = type(call.module)
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
@@ -145,7 +148,7 @@ def _arguments(call: _Call) -> dict[str, Any]:
 
 
 def _trial_inputs(given: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """Random inputs of the same shapes for so many times the batch."""
+    """Random inputs of the same shapes, with ``times`` the batch size."""
     tensors = [value for value in given.values() if isinstance(value, Tensor) and value.dim()]
     batch = len(tensors[0]) if tensors else 0
     inputs = {}
@@ -161,7 +164,10 @@ def _trial_inputs(given: Mapping[str, Any], times: int) -> dict[str, Any]:
 def _rewritten(
     module: nn.Module, given: Mapping[str, Any], where: str, spectral: Collection[nn.Module]
 ) -> tuple[list[Finding], fx.Graph | None]:
-    """The findings, and the graph if something was fused: the same in both modes and for two batches."""
+    """The findings, and the graph if something was fused.
+
+    The graph is the same for training and evaluation, and for two batch sizes.
+    """
     graph: fx.Graph | None = None
     found: list[Finding] = []
     seen: list[Any] = []
@@ -197,7 +203,7 @@ def _bound(forward: Callable[..., Any], names: list[str], constants: Mapping[str
 
 
 def _call_softmax(graph: fx.Graph, module: nn.Module) -> None:
-    """Modules nn.Softmax as calls of the function."""
+    """Replaces calls of nn.Softmax modules by calls of the function."""
     for node in graph.nodes:
         softmax = module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if type(softmax) is nn.Softmax and not has_hooks(softmax):
@@ -207,7 +213,7 @@ def _call_softmax(graph: fx.Graph, module: nn.Module) -> None:
 def _fused_class(
     kind: type[nn.Module], graph: fx.Graph, module: nn.Module, given: Mapping[str, Any]
 ) -> type[nn.Module]:
-    """A class whose forward is ``graph`` for inputs like those ``given``, and that of ``kind`` for others."""
+    """A subclass of ``kind`` that runs ``graph`` for inputs like those ``given``, and kind's own forward for others."""
     program = fx.GraphModule(module, graph)
     rewritten, original = type(program).forward, kind.forward
     parameters = inspect.signature(original).parameters
@@ -221,12 +227,12 @@ def _fused_class(
             return rewritten(self, *(inputs[name] for name in tensors))
         return original(self, *args, **kwargs)
 
-    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined] # as inspect's documentation says
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined] # inspect documents this
     return type(f"Fused{kind.__name__}", (kind,), {"forward": forward, "code": program.code})
 
 
 def _kind(value: Tensor) -> tuple[Any, ...]:
-    """What a tensor must have in common with that of the trial: autocast may make it shorter, but not longer."""
+    """What a tensor must share with the trial's. Dtypes may differ, as under autocast, but not to or from float64."""
     return value.dim(), value.shape[1:], value.dtype == torch.float64
 
 
@@ -237,11 +243,11 @@ def _fits(value: Any, expected: Any) -> bool:
 
 
 def _difference(module: nn.Module, kind: type[nn.Module], inputs: list[Any], training: bool) -> str:
-    """How a copy of ``module`` of that class differs from another."""
+    """How a copy of ``module`` differs when its class is ``kind``; "" if it does not."""
     try:
         theirs = compare.results(copy.deepcopy(module).train(training), inputs)
         fused = copy.deepcopy(module).train(training)
         fused.__class__ = kind
         return compare.difference(theirs, compare.results(fused, inputs))
-    except Exception as error:  # whatever foreign code raises
+    except Exception as error:  # foreign code may raise anything
         return f"it cannot be tried ({first_line(error)})"

@@ -1,11 +1,11 @@
-"""What was found in a program, and what became of it."""
+"""The report of `fuse`: what was found in a program, and what was done about it."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An inverse transform: where it is, and the operator that took its chain's place ("" if none did, and why)."""
+    """An inverse transform: where it is, the operator that replaced its chain, or "" and the reason why none did."""
 
     where: str
     operator: str = ""
@@ -17,7 +17,7 @@ class Finding:
 
 @dataclass
 class FuseReport:
-    """What `fuse` found, in the program's order; ``print`` shows it, a line each."""
+    """The findings of `fuse`, in the program's order; ``print`` shows one line for each."""
 
     found: list[Finding] = field(default_factory=list)
 

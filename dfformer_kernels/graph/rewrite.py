@@ -1,4 +1,4 @@
-"""Rewrites a graph in place: an operator for every chain that is proven to be its step, a finding for each chain."""
+"""Rewrites a graph in place: replaces each chain that is proven to be the step; reports a finding for every chain."""
 
 import operator
 from collections.abc import Callable
@@ -16,7 +16,7 @@ _VALUES = ("val", "example_value")  # where export and Dynamo keep a node's valu
 
 
 def rewrite(graph: fx.Graph, values: Values, operators: Operators, where: Callable[[fx.Node], str]) -> list[Finding]:
-    """Puts ``operators`` in place of the chains of ``graph``; ``where`` names a node for the report."""
+    """Replaces the chains of ``graph`` by calls of ``operators``; ``where`` names a node for the report."""
     found = []
     for inverse in inverse_transforms(graph, values):
         try:
@@ -32,7 +32,7 @@ def rewrite(graph: fx.Graph, values: Values, operators: Operators, where: Callab
 
 
 def _emit(graph: fx.Graph, chain: Chain, step: Step, operators: Operators) -> None:
-    """Makes ``chain.inverse`` the last node of the step: its name, which a program's signature may hold, stays."""
+    """Turns ``chain.inverse`` into the last node of the step. It keeps its name, which a signature may refer to."""
     inverse = chain.inverse
     key = next((key for key in _VALUES if key in inverse.meta), None)
 
@@ -53,7 +53,7 @@ def _emit(graph: fx.Graph, chain: Chain, step: Step, operators: Operators) -> No
 
 
 def _erase(graph: fx.Graph, chain: Chain, values: Values) -> None:
-    """Erases the nodes of ``chain`` and what only they needed; questions about its spectrum are asked of its input."""
+    """Erases the nodes of ``chain`` and those that only they used; questions about its spectrum go to its input."""
     questions = [user for user in chain.forward.users if is_question(user)]
     if questions:
         with graph.inserting_before(chain.forward):
@@ -67,5 +67,5 @@ def _erase(graph: fx.Graph, chain: Chain, values: Values) -> None:
 
 
 def unevaluated_spectrum(x: Tensor, channels_first: bool) -> Tensor:
-    """The shape and dtype of a map's spectrum, on the meta device."""
+    """A tensor on the meta device with the shape and dtype of x's spectrum."""
     return torch.fft.rfft2(torch.empty_like(x, device="meta"), dim=(2, 3) if channels_first else (1, 2))

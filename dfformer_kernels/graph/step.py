@@ -1,4 +1,4 @@
-"""Our step in place of a chain: how its tensors are laid out, the same computation by the operators, and the proof."""
+"""Replaces a chain by our step: how its tensors are laid out, the call of the operator, and the proof of equality."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +14,11 @@ from dfformer_kernels.graph.vocabulary import Values, evaluate, softmax_axis
 from dfformer_kernels.ops.filter import dynamic_filter, global_filter
 from dfformer_kernels.tolerance import relative_error
 
-# In double precision, of the same formula and of any other.
+# The largest relative difference between two evaluations of the same formula in double precision.
 _AGREEMENT = 1e-9
 
-Call = Callable[..., Any]  # of a function and its arguments: runs it, or makes a node of it
-# For each kind of step: what to call, and its arguments after the tensors.
+Call = Callable[..., Any]  # takes a function and its arguments; runs it, or adds a node that calls it
+# For each kind of step, the function to call and its arguments after the tensors.
 Operators = Mapping[str, tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]]
 
 PYTHON: Operators = {
@@ -26,7 +26,7 @@ PYTHON: Operators = {
     "weights": (dynamic_filter, (), {"normalization": None}),
     "filters": (global_filter, (), {}),
 }
-# For graphs of ATen's operators: no StarReLU, no backend by name.
+# For graphs of ATen operators. StarReLU and the backend's name are None.
 ATEN: Operators = {
     "softmax": (torch.ops.dfformer.dynamic_filter.default, (None, None, None), {}),
     "weights": (torch.ops.dfformer.dynamic_filter.default, (None, None, None, False), {}),
@@ -37,16 +37,16 @@ _REFERENCE: Operators = {
     "weights": (reference.dynamic_filter, (None, None, False), {}),
     "filters": (reference.global_filter, (), {}),
 }
-# Of several that agree, the one that makes the least before the operator runs.
+# In order of preference: if several kinds agree, the one with the least work before the operator wins.
 _PREFERRED = tuple(PYTHON)
 
 
 class Step(NamedTuple):
     """How a chain's tensors become the operators' arguments.
 
-    ``kind`` is a key of `Operators`. ``filters``: the order of axes that makes (H,K,F,2), (H,K,C,2) or (B,H,K,C,2) of
-    the filters. ``routing``: the order that makes (B,F), (B,F,C) or (B,F,1) of it, followed by axes of size 1; empty
-    where filters are not mixed. ``dtype``: that the filters are cast to, None for their own.
+    ``kind`` is a key of `Operators`. ``filters`` permutes the filters' axes to (H,K,F,2), (H,K,C,2) or (B,H,K,C,2).
+    ``routing`` permutes the routing's axes to (B,F), (B,F,C) or (B,F,1), followed by axes of size 1; it is empty if
+    filters are not mixed. The filters are cast to ``dtype``, unless it is None.
     """
 
     kind: str
@@ -63,11 +63,11 @@ class Step(NamedTuple):
 
     @property
     def cost(self) -> tuple[int, int, bool]:
-        """What is preferred has less: pairs need no view as pairs."""
+        """The sort key, smallest preferred; complex filters come last, because they need a view as pairs."""
         return len(self.filters), _PREFERRED.index(self.kind), self.is_complex
 
     def build(self, call: Call, operators: Operators, x: Any, routing: Any, filters: Any) -> Any:
-        """The result, in x's layout and contiguous, by calls of an operator and of ATen's views."""
+        """Calls an operator and ATen's views; the result is contiguous, in x's layout."""
         aten = torch.ops.aten
         operator, rest, named = operators[self.kind]
         if self.channels_first:
@@ -96,9 +96,9 @@ class Step(NamedTuple):
 
 
 def match(chains: list[Chain], reasons: list[str], values: Values) -> tuple[Chain, Step]:
-    """The first of ``chains`` that is a step, and that step: outputs and gradients agree on random inputs.
+    """The chain that is a step at the lowest cost, and that step: outputs and gradients agree on random inputs.
 
-    Raises NotFusedError where there is none, with the first of ``reasons`` or of its own.
+    Raises NotFusedError if there is none, with the first of ``reasons``, to which reasons found here are added.
     """
     fitting: list[tuple[Chain, Step]] = []
     for chain in chains:
@@ -115,7 +115,7 @@ def match(chains: list[Chain], reasons: list[str], values: Values) -> tuple[Chai
 
 
 def _candidates(chain: Chain, values: Values) -> Iterator[Step]:
-    """The steps that fit by shape."""
+    """The steps whose shapes fit."""
     x = values.dtype(chain.x)
     B, H, W, C = _map_shape(chain, values)
     compute = reference.compute_dtype(x)
@@ -159,7 +159,7 @@ def _check_dtypes(chain: Chain, values: Values, compute: torch.dtype) -> None:
 
 
 def _routings(chain: Chain, values: Values, B: int, C: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """F, and orders of the axes of the routing that make (B,F), or (B,F,C,1..) or (B,F,1,1..) of it."""
+    """F, and each permutation of the routing's axes to (B,F), (B,F,C,1..) or (B,F,1,1..)."""
     assert chain.routing is not None
     shape = values.shape(chain.routing)
     axes = range(1, len(shape))
@@ -183,7 +183,7 @@ def _routings(chain: Chain, values: Values, B: int, C: int) -> Iterator[tuple[in
 
 
 class _Results(NamedTuple):
-    """A chain on random inputs: these, its output, a random gradient for that, and the gradients of the inputs."""
+    """A chain evaluated on random inputs: the inputs, its output, a random ``grad_y``, and the inputs' gradients."""
 
     inputs: list[Tensor]
     y: Tensor
@@ -209,7 +209,7 @@ def _results(chain: Chain, values: Values) -> _Results:
 
 
 def _difference(step: Step, theirs: _Results) -> str:
-    """How the step differs from the chain on the same random inputs; "" if it does not."""
+    """How the step differs from the chain on the same random inputs; "" if they agree."""
     with _undisturbed():
         inputs = [t.detach().requires_grad_() for t in theirs.inputs]
         x, *routing, filters = inputs
@@ -251,6 +251,6 @@ def _random(shape: tuple[int, ...], is_complex: bool, generator: torch.Generator
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Gradients are on inside, autocast and inference mode off."""
+    """Switches gradients on inside, and autocast and inference mode off."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         yield

@@ -1,8 +1,7 @@
-"""Reads the forward of somebody's module as a graph (torch.fx) and runs it on trial inputs at the same time.
+"""Traces the forward of any module as a graph (torch.fx), and runs it on trial inputs at the same time.
 
-Every node's value is known while the graph is being read, so that branches and assertions on shapes follow the trial
-inputs; a branch on a tensor's values cannot be followed for all inputs and is refused. Modules below the traced one
-stay calls of modules.
+Every node's value is known during the trace, so branches and assertions on shapes follow the trial inputs. A branch on
+the values of a tensor is refused, because other inputs could take the other branch. Submodules remain calls of modules.
 """
 
 import inspect
@@ -18,16 +17,18 @@ from torch import Tensor, fx, nn
 
 
 class UnsupportedCopyError(Exception):
-    """Why a module is left alone, as a clause that completes "left alone: "."""
+    """A module is left alone; the message is the clause that completes "left alone: "."""
 
 
 class DifferentCopyError(UnsupportedCopyError):
-    """The same of a module that does have both transforms, but computes something else than our step."""
+    """A module is left alone that has both transforms, but does not compute our step."""
 
 
 class Trace(NamedTuple):
-    """The graph of a module's forward, the value of every node for the trial inputs, and the numbers that Python code
-    saw: the graph holds for inputs that give the same."""
+    """The graph of a module's forward, the value of every node for the trial inputs, and the numbers that Python saw.
+
+    The graph is valid for all inputs that lead to the same numbers.
+    """
 
     graph: fx.Graph
     values: dict[fx.Node, Any]
@@ -47,7 +48,7 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def differing_call(ours: fx.Graph, theirs: fx.Graph) -> str:
-    """The first call that is not in both graphs, "" for equal programs, whatever their nodes are called."""
+    """The first call that is not in both graphs; "" if the graphs are equal up to the names of nodes."""
     for a, b in itertools.zip_longest(_calls(ours), _calls(theirs), fillvalue=("its end", "")):
         if a != b:
             return a[0]
@@ -64,8 +65,9 @@ def _calls(graph: fx.Graph) -> list[tuple[str, str]]:
 
 
 def trace(module: nn.Module, inputs: Sequence[Any], through: Collection[nn.Module] = ()) -> Trace:
-    """Traces ``module``, which may be changed by it (buffers, attributes set in forward), on ``inputs``; of the modules
-    below those in ``through`` are traced too.
+    """Traces ``module`` on ``inputs``, and submodules in ``through`` with it.
+
+    This may change ``module``: its buffers, and attributes that its forward sets.
 
     Raises:
         UnsupportedCopyError: its forward cannot be written as a graph, or does more than compute a result.
@@ -77,7 +79,7 @@ def trace(module: nn.Module, inputs: Sequence[Any], through: Collection[nn.Modul
             graph = tracer.trace(module)
     except UnsupportedCopyError:
         raise
-    except Exception as error:  # whatever foreign code raises
+    except Exception as error:  # foreign code may raise anything
         raise UnsupportedCopyError(f"its forward cannot be traced ({first_line(error)})") from error
     changed = [name for name, value in vars(module).items() if before.get(name, before) is not value]
     changed = [name for name in changed if not name.startswith("_tensor_constant")]
@@ -88,7 +90,7 @@ def trace(module: nn.Module, inputs: Sequence[Any], through: Collection[nn.Modul
 
 
 def _numbers(node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:
-    """A node's value and those it is computed from, up to tensors' shapes, as far as they are numbers."""
+    """The numbers among a node's value and the values it is computed from; the search ends at tensors."""
     found, waiting = [], [node]
     while waiting:
         value = values.get(current := waiting.pop())
@@ -100,7 +102,7 @@ def _numbers(node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:
 
 
 def has_hooks(of: nn.Module | types.ModuleType) -> bool:
-    """Whether a module has hooks, or torch's module of modules has those of all."""
+    """Whether a module has hooks, or torch.nn.modules.module has global ones."""
     return any(name.endswith("_hooks") and isinstance(hooks, dict) and hooks for name, hooks in vars(of).items())
 
 
@@ -150,11 +152,11 @@ class _Tracer(fx.Tracer):
 
 
 class _Known(fx.Proxy):
-    """A node whose value for the trial inputs is known."""
+    """A node with a known value for the trial inputs."""
 
     def __getattr__(self, k: str) -> Any:
         value = getattr(_value(self), k)
-        if isinstance(value, str | bool | None):  # x.device.type for torch.autocast, x.is_cuda
+        if isinstance(value, str | bool | None):  # e.g. x.device.type for torch.autocast, x.is_cuda
             return value
         return (
             super().__getattr__(k)
@@ -193,18 +195,18 @@ def _number(proxy: fx.Proxy) -> Any:
 
 
 def _wrapped_functions() -> tuple[Callable[..., Any], ...]:
-    """Functions on tensors that look into their arguments' types and so must stay calls."""
+    """Functions that inspect the types of their arguments, so the graph must call them as a whole."""
     einops = sys.modules.get("einops")
     return () if einops is None else (einops.rearrange, einops.reduce, einops.repeat)
 
 
 def length(of: Any) -> Any:
-    """``len``, which Python wants to be a number while a graph is being read."""
+    """``len`` for traced code, where Python's own would have to return an int."""
     return of.tracer.create_proxy("call_function", len, (of,), {}) if isinstance(of, fx.Proxy) else len(of)
 
 
 def inputs_of(module: nn.Module) -> tuple[list[str], dict[str, Any]]:
-    """The names of forward's arguments: those it needs, and the optional ones with their defaults.
+    """The arguments of forward: the names of the required ones, and the optional ones with their defaults.
 
     Raises UnsupportedCopyError for a forward with ``*args``, or with arguments that can only be given by name.
     """
@@ -220,7 +222,7 @@ def inputs_of(module: nn.Module) -> tuple[list[str], dict[str, Any]]:
     return needed, optional
 
 
-# Forwards of so many inputs that give them to a function.
+# By number of inputs: a forward that passes its inputs to a function.
 _FORWARDS: dict[int, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     1: lambda function: lambda self, x: function(self, x),
     2: lambda function: lambda self, x, y: function(self, x, y),
@@ -229,9 +231,9 @@ _FORWARDS: dict[int, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 
 
 def with_forward(module: nn.Module, inputs: int, function: Callable[..., Any]) -> None:
-    """Makes ``module`` of a class whose forward takes so many inputs and gives them to ``function``.
+    """Gives ``module`` a subclass of its class whose forward takes ``inputs`` inputs and passes them to ``function``.
 
-    Raises UnsupportedCopyError for none, or for more than can be given.
+    Raises UnsupportedCopyError if ``inputs`` is 0, or larger than this module supports.
     """
     if inputs not in _FORWARDS:
         raise UnsupportedCopyError(f"its forward takes {inputs} inputs")
@@ -240,14 +242,14 @@ def with_forward(module: nn.Module, inputs: int, function: Callable[..., Any]) -
 
 
 def without_optional_inputs(module: nn.Module) -> None:
-    """Makes ``module`` of a class whose forward takes only the inputs it needs, if it takes others now."""
+    """Gives ``module`` a subclass of its class whose forward takes only the required inputs, if some are optional."""
     needed, optional = inputs_of(module)
     if optional:
         with_forward(module, len(needed), type(module).forward)
 
 
 def with_function(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    """Makes ``module`` of a class whose methods see ``function`` under a global ``name`` they lack."""
+    """Gives ``module`` a subclass of its class whose methods see ``function`` as a global called ``name``."""
     kind = type(module)
     methods: dict[str, Any] = {}
     for base in reversed(kind.__mro__):

@@ -1,4 +1,4 @@
-"""What the nodes of a graph compute: torch's functions and methods, and ATen's operators, under one name each."""
+"""What the nodes of a graph compute: one name for each of torch's functions and methods and ATen's operators."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-# Linear in each of their tensors: of views, casts and products only polynomials of the inputs can be made.
+# These are linear in each tensor argument, so views, casts and products only compute polynomials of their inputs.
 _VIEWS = """view reshape _unsafe_view permute transpose t T mT movedim moveaxis swapaxes swapdims flatten unflatten
     unsqueeze squeeze expand expand_as view_as broadcast_to contiguous clone alias select slice narrow stack cat
     rearrange real imag complex view_as_complex view_as_real"""
 CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "cfloat", "_to_copy", "convert_element_type"}
 _PRODUCTS = "einsum matmul bmm mm tensordot sum"
 _LINEAR = {*_VIEWS.split(), *CASTS, *_PRODUCTS.split()}
-# Of sums and products, which are linear where no argument is a number, those that write into their first argument.
+# Sums and products that write into their first argument. They are linear if no argument is a number.
 IN_PLACE = {"imul", "mul_", "iadd", "add_", "isub", "sub_"}
 _ARITHMETIC = {"mul", "multiply", "add", "sub", *IN_PLACE}
-# Those with results in memory of their own, whatever goes in; of others it is not known here.
+# The results of these never share memory with an input. Other operators may return views.
 _LAYERS = """linear addmm baddbmm conv1d conv2d convolution mean amax amin adaptive_avg_pool2d adaptive_max_pool2d
     softmax batch_norm layer_norm group_norm native_layer_norm _native_batch_norm_legit_functional"""
 FRESH = {*_LAYERS.split(), *_PRODUCTS.split()}
@@ -32,8 +32,10 @@ _WIDE_METHODS = {"float": "double", "half": "double", "bfloat16": "double", "cfl
 
 
 class Transform(NamedTuple):
-    """A discrete Fourier transform: ``kind`` is "r2c", "c2c" or "c2r"; ``exponents`` are those of the length of each
-    axis in its scale, -0.5 for "ortho"; ``resizes`` where a size is given.
+    """A discrete Fourier transform.
+
+    ``kind`` is "r2c", "c2c" or "c2r". The transform scales by the length of each axis to the power ``exponent``, -0.5
+    for "ortho". ``resizes`` tells whether the call gives a size.
     """
 
     kind: str
@@ -45,9 +47,9 @@ class Transform(NamedTuple):
 
 
 def name_of(node: fx.Node) -> str:
-    """What a node calls, by its name in torch: "mul" for ``*``, `torch.mul`, ``.mul()`` and ``aten.mul.Tensor``.
+    """The name in torch of what a node calls: "mul" for ``*``, `torch.mul`, ``.mul()`` and ``aten.mul.Tensor``.
 
-    Functions that are not torch's have their module's name in front.
+    Names of functions outside torch are prefixed with their module's name.
     """
     target: Any = node.target
     if node.op != "call_function":
@@ -62,7 +64,7 @@ def name_of(node: fx.Node) -> str:
 
 
 def is_linear(node: fx.Node, values: "Values") -> bool:
-    """Whether a node is linear in each tensor it takes, and takes no number as a factor or a term."""
+    """Whether a node is linear in each of its tensors, with no number as a factor or a term."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = name_of(node)
@@ -74,7 +76,7 @@ def is_linear(node: fx.Node, values: "Values") -> bool:
 
 
 def is_mutating(node: fx.Node) -> bool:
-    """Whether a call is known to write into a tensor."""
+    """Whether a node is known to write into a tensor."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = name_of(node)
@@ -91,7 +93,7 @@ def is_softmax(node: fx.Node) -> bool:
 
 
 def softmax_axis(node: fx.Node) -> int | None:
-    """The axis a softmax runs over, None if it is not said."""
+    """The axis of a softmax; None if the call does not give it as a number."""
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     return dim if type(dim) is int else None
 
@@ -103,7 +105,7 @@ def is_complex_transform(node: fx.Node) -> bool:
 
 
 def transform_of(node: fx.Node, values: "Values") -> Transform | None:
-    """The transform that a node computes, its axes counted from the front; None for any other."""
+    """The transform that a node computes, with axes counted from the front; None if it computes no transform."""
     if node.op != "call_function" or not isinstance(first_input(node), fx.Node):
         return None
     name = name_of(node)
@@ -131,7 +133,7 @@ def _aten_transform(name: str, args: tuple[Any, ...], rank: int) -> Transform | 
     inverse = kind == "c2r" or (kind == "c2c" and not last)
     exponent = {0: 0.0, 1: -0.5, 2: -1.0}[normalization]
     if kind == "r2c" and not last:
-        return None  # the whole spectrum
+        return None  # the full spectrum
     norm = "ortho" if exponent == -0.5 else "backward" if (exponent == -1.0) is inverse else "forward"
     return Transform(kind, inverse, _from_front(axes, rank), exponent, kind == "c2r", norm)
 
@@ -153,7 +155,7 @@ def _bound(node: fx.Node, names: tuple[str, ...], synonyms: dict[str, str]) -> l
 
 
 class Values:
-    """What is known of each node's value: a tensor, real or fake, or a number, which may be symbolic."""
+    """The known values of nodes: a real or fake tensor, or a number, which may be symbolic."""
 
     def __init__(self, known: Mapping[fx.Node, Any] | None = None) -> None:
         self._known = known
@@ -167,7 +169,7 @@ class Values:
         return isinstance(self[node], Tensor)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """With numbers for symbols: those of the example that the graph was made with."""
+        """The shape of a node's value; symbolic sizes are those of the example that the graph was made with."""
         value = self[node]
         return tuple(example(size) for size in value.shape) if isinstance(value, Tensor) else ()
 
@@ -177,9 +179,9 @@ class Values:
 
 
 def example(value: Any) -> Any:
-    """A number in place of a symbolic one: that of the example. Adds no guard.
+    """The value of a symbolic number in the example that the graph was made with. Adds no guard.
 
-    Raises ValueError for one that has none, as the number of non-zero elements.
+    Raises ValueError if the number depends on data, as the count of non-zero elements does.
     """
     if isinstance(value, tuple | list):
         return tuple(example(v) for v in value)
@@ -192,7 +194,7 @@ def example(value: Any) -> Any:
 
 
 def evaluate(node: fx.Node, computed: Mapping[fx.Node, Any], values: Values) -> Any:
-    """The value of a node in double precision on the CPU, whatever the graph says of either."""
+    """The value of a node in double precision on the CPU, even if the graph asks for another dtype or device."""
 
     def of_node(argument: fx.Node) -> Any:
         return computed[argument] if argument in computed else example(values[argument])

@@ -1,4 +1,4 @@
-"""Argument checks of the operators: every kind of bad input raises at once, naming argument, given and accepted."""
+"""Argument checks of the operators: bad input raises at once, naming the argument, what was given and what fits."""
 
 from collections.abc import Sequence
 
@@ -76,7 +76,7 @@ def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) 
 
 
 def check_groups(op: str, logits: Tensor, basis: Tensor) -> None:
-    """Of a grouped basis (G,H,K,F,2), whose mixing comes before the operator's own checks."""
+    """Checks a grouped basis (G,H,K,F,2), because groups are merged before the operator's own checks."""
     if logits.dim() != 3 or logits.shape[1] != basis.shape[3] or logits.shape[2] % basis.shape[0]:
         accepted = f"shape (B,F,C), F = {basis.shape[3]}, C a multiple of G = {basis.shape[0]} groups of the basis"
         _fail(op, "logits", accepted, _shape(logits))
@@ -118,7 +118,7 @@ def _check_plane(op: str, x: Tensor) -> torch.Size:
 
 
 def _check_companion(op: str, name: str, x: Tensor, t: Tensor) -> None:
-    """A tensor that may be stored in another dtype than x, but float64 only goes with float64."""
+    """Checks a tensor whose dtype may differ from x's, except that float64 requires float64 ``x``."""
     _check_device(op, name, x, t)
     if t.dtype == x.dtype:
         return
@@ -128,7 +128,7 @@ def _check_companion(op: str, name: str, x: Tensor, t: Tensor) -> None:
 
 
 def _check_matrix(op: str, name: str, factor: Tensor, weight_name: str, weight: Tensor, x: Tensor) -> None:
-    """A weight (N,K) for a factor (...,K), of x's dtype and device."""
+    """Checks a weight (N,K) for a factor (...,K), of x's dtype and device."""
     if factor.dim() < 1:
         _fail(op, name, "shape (...,K)", _shape(factor))
     _check_same_kind(op, weight_name, x, weight)
@@ -143,7 +143,7 @@ def _check_same_kind(op: str, name: str, x: Tensor, t: Tensor) -> None:
 
 
 def _check_shapes(op: str, x: Tensor, given: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    """Tensors, where there are any, of x's dtype and device and of these shapes."""
+    """Checks that tensors other than None have x's dtype and device and these shapes."""
     for name, (t, shape) in given.items():
         if t is None:
             continue

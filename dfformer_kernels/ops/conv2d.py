@@ -1,8 +1,8 @@
 """A convolution that is opaque to Inductor's layout pass.
 
 Inductor takes every 4-D tensor that a convolution depends on for (B,C,H,W), and on a CPU gives each of them that
-layout's channels-last strides. Of a (B,H,W,C) tensor that makes H the last dimension in memory: copies there and back
-around every layer (docs/model_speed.md). It does not look into a custom operator.
+layout's channels-last strides. For a (B,H,W,C) tensor, this makes H the last dimension in memory and adds two copies
+around every layer (docs/model_speed.md). Inductor does not look into a custom operator.
 """
 
 from collections.abc import Sequence
@@ -30,19 +30,20 @@ def convolution(
     *,
     groups: int = 1,
 ) -> Tensor:
-    """``F.conv2d(x, weight, bias, stride, padding, groups=groups)``, in torch.compile's graphs an operator of its own.
+    """``F.conv2d(x, weight, bias, stride, padding, groups=groups)``; under torch.compile, a custom operator.
 
     Args:
-        x: (B,C,H,W), float32, float64, bfloat16 or float16; best in channels-last memory, which is what the operator
-            returns.
-        weight: (N, C / groups, h, w), bias: (N,), of x's dtype; under autocast, of any.
+        x: (B,C,H,W), float32, float64, bfloat16 or float16. Channels-last memory is fastest, and is the memory format
+            of the custom operator's result.
+        weight: (N, C / groups, h, w), of x's dtype; under autocast, of any dtype.
+        bias: (N,), like ``weight``, or None.
         stride, padding: one number, or one each along H and W.
 
     Returns:
         (B,N,H',W'). Saves ``x`` and ``weight`` for backward.
 
     Raises:
-        ValueError, TypeError: a bad argument, by name, where it is an operator of its own; else what torch raises.
+        ValueError, TypeError: a bad argument, by name (custom operator); otherwise what ``F.conv2d`` raises.
     """
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return F.conv2d(x, weight, bias, stride, padding, groups=groups)
@@ -53,7 +54,7 @@ def convolution(
 
 
 def output_plane(plane: Pair, kernel: Pair, stride: Pair, padding: Pair) -> tuple[int, int]:
-    """The plane (H', W') that a convolution makes of ``plane`` (H, W)."""
+    """The output plane (H', W') of a convolution on ``plane`` (H, W)."""
     sizes = zip(plane, kernel, stride, padding, strict=True)
     H, W = ((size + 2 * pad - width) // step + 1 for size, width, step, pad in sizes)
     return H, W
@@ -78,7 +79,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding:
 
 
 class _Gradient:
-    """Of the operator: (x, weight, bias, stride, padding, groups)."""
+    """The gradient of the operator, whose inputs are (x, weight, bias, stride, padding, groups)."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

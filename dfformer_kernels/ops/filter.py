@@ -1,14 +1,14 @@
 """The operators: public functions, custom ops, fakes and autograd, each defined once for all backends.
 
-Every operator maps ``x`` (and its parameters) to a ``y`` of x's shape, dtype and memory format, and its backward maps
-``(grad_y, inputs, needs)`` to the gradients that ``needs`` asks for, so one function (`_define`) registers them all:
+Every operator maps ``x`` (and its parameters) to a ``y`` of x's shape, dtype and memory format. Its backward maps
+``(grad_y, inputs, needs)`` to the gradients that ``needs`` asks for. So one function (`_define`) registers them all:
 
 - ``torch.ops.dfformer.<name>`` and ``<name>_backward``: opaque to torch.compile and torch.export, with fakes;
 - a ``torch.autograd.Function`` whose methods are also the custom op's autograd formula;
-- autocast: the dtypes of the arguments decide, arithmetic is float32 (float64 for float64 x) whatever autocast says.
+- autocast has no effect: the dtypes of the arguments decide, and arithmetic is float32 (float64 for float64 ``x``).
 
-Saved for backward: the inputs and nothing else. Second derivatives, forward-mode derivatives and torch.func's
-transforms go through the reference expression, on any backend.
+Only the inputs are saved for backward. Second derivatives, forward-mode derivatives and torch.func's transforms
+evaluate the reference expression, on every backend.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def star_relu(x: Tensor, scale: Tensor, bias: Tensor, *, backend: str | None = N
     Args:
         x: any shape; float32, float64, bfloat16 or float16.
         scale, bias: one element each, of any of these dtypes (float64 only with float64 ``x``).
-        backend: a name from ``backends()``; see ``dfformer_kernels.dispatch`` for what decides when it is None.
+        backend: a name from ``backends()``; if None, ``dfformer_kernels.dispatch`` describes how one is chosen.
 
     Returns:
         A contiguous tensor of x's shape and dtype. Only the three arguments are saved for backward.
@@ -60,29 +60,30 @@ def dynamic_filter(
     data_format: str = "channels_last",
     backend: str | None = None,
 ) -> Tensor:
-    """The dynamic filter step ``irfft2(rfft2(u) * (softmax(logits) @ basis))`` ("FFT-based Dynamic Token Mixer for
-    Vision", section 3.2), with ``u = star_relu(x)`` where ``star_relu`` is given and ``u = x`` where not.
+    """The dynamic filter step ``irfft2(rfft2(u) * (softmax(logits) @ basis))``.
+
+    It is section 3.2 of "FFT-based Dynamic Token Mixer for Vision". ``u = star_relu(x)`` if ``star_relu`` is given,
+    otherwise ``u = x``.
 
     Args:
         x: (B,H,W,C), or (B,C,H,W) with ``data_format="channels_first"``; any strides; float32, float64, bfloat16 or
             float16.
-        logits: (B,F,C), routing before the softmax over F >= 1 filters; any of these dtypes (float64 only with
-            float64 ``x``).
-        basis: (H,K,F,2) or complex (H,K,F), K = W//2 + 1, or real-valued (H,K,F); float32, or float64 with float64
-            ``x``. With G groups of channels (G,H,K,F,2) or complex (G,H,K,F): the first C/G channels have the first
-            basis. Groups are mixed as one basis of G F filters.
-        star_relu: StarReLU's ``(scale, bias)``, one element each, applied to ``x`` on load.
-        normalization: ``"softmax"``, or None where ``logits`` are the routing weights themselves, after a tanh, a
-            sigmoid, a softmax of your own or nothing.
-        data_format: ``"channels_last"`` or ``"channels_first"``, of ``x`` and the result. No backend copies ``x`` of a
-            dense format first: the CPU core and ``cufft`` read and write either; ``torch.channels_last`` memory counts
-            as channels-last.
-        backend: a name from ``backends()``; see ``dfformer_kernels.dispatch`` for what decides when it is None.
+        logits: (B,F,C), the routing logits for F >= 1 filters; any of these dtypes (float64 only with float64 ``x``).
+        basis: (H,K,F,2), complex (H,K,F) or real (H,K,F), with K = W//2 + 1; float32, or float64 with float64 ``x``.
+            With G groups of channels (G,H,K,F,2) or complex (G,H,K,F): the first C/G channels use the first basis.
+            Groups are computed as one basis of G F filters.
+        star_relu: StarReLU's ``(scale, bias)``, one element each, applied to ``x`` as it is read.
+        normalization: ``"softmax"``, or None if ``logits`` already are the routing weights, e.g. after a tanh or a
+            sigmoid.
+        data_format: ``"channels_last"`` or ``"channels_first"``, of ``x`` and the result. No backend copies an ``x``
+            that is dense in either format: the CPU core and ``cufft`` read and write both. ``torch.channels_last``
+            memory counts as channels-last.
+        backend: a name from ``backends()``; if None, ``dfformer_kernels.dispatch`` describes how one is chosen.
 
     Returns:
-        A tensor of x's shape and dtype, in memory as x is if it is dense in one of the two formats. Transforms are
-        orthonormal; arithmetic is float32 (float64 for float64 ``x``). Only the arguments are saved for backward.
-        Gradients are the same bits from run to run.
+        A tensor of x's shape and dtype. It has x's memory format if x is dense in one of the two formats. Transforms
+        are orthonormal; arithmetic is float32 (float64 for float64 ``x``). Only the arguments are saved for backward.
+        Gradients are bitwise the same from run to run.
 
     Raises:
         ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
@@ -107,19 +108,19 @@ def global_filter(
     data_format: str = "channels_last",
     backend: str | None = None,
 ) -> Tensor:
-    """The global filter step ``irfft2(rfft2(u) * weight)`` (GFNet, arXiv:2107.00645), ``u`` as for `dynamic_filter`.
+    """The global filter step ``irfft2(rfft2(u) * weight)`` (GFNet, arXiv:2107.00645); ``u`` as in `dynamic_filter`.
 
     Args:
         x: (B,H,W,C), or (B,C,H,W) with ``data_format="channels_first"``; any strides; float32, float64, bfloat16 or
             float16.
-        weight: (H,K,C,2) or complex (H,K,C), K = W//2 + 1, or one for each sample, (B,H,K,C,2) or complex (B,H,K,C);
-            float32, or float64 with float64 ``x``.
-        star_relu: StarReLU's ``(scale, bias)``, one element each, applied to ``x`` on load.
+        weight: (H,K,C,2) or complex (H,K,C), with K = W//2 + 1; or one weight for each sample, (B,H,K,C,2) or complex
+            (B,H,K,C); float32, or float64 with float64 ``x``.
+        star_relu: StarReLU's ``(scale, bias)``, one element each, applied to ``x`` as it is read.
         data_format: as for `dynamic_filter`.
-        backend: a name from ``backends()``; see ``dfformer_kernels.dispatch`` for what decides when it is None.
+        backend: a name from ``backends()``; if None, ``dfformer_kernels.dispatch`` describes how one is chosen.
 
     Returns:
-        A tensor of x's shape and dtype, in memory as for `dynamic_filter`.
+        A tensor of x's shape and dtype, with the memory format that `dynamic_filter` would return.
 
     Raises:
         ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
@@ -143,7 +144,7 @@ def _real(filters: Tensor) -> Tensor:
 
 
 def _ungrouped(logits: Tensor, basis: Tensor, absent: float) -> tuple[Tensor, Tensor]:
-    """One basis of all groups' filters, and logits that are ``absent`` for the filters of other groups."""
+    """One basis of the filters of all groups, and logits that are ``absent`` for the filters of other groups."""
     checks.check_groups("dynamic_filter", logits, basis)
     G, _, _, F, _ = basis.shape
     own = torch.eye(G, dtype=torch.bool, device=logits.device).repeat_interleave(F, 0)
@@ -161,7 +162,7 @@ def _call(
     star_relu: tuple[Tensor, Tensor] | None,
     *options: bool,
 ) -> Tensor:
-    """The filter step on x in either format; to the operator, channels-first is a matter of strides."""
+    """Runs the filter step on x in either format; the operator sees channels-first as strides only."""
     checks.check_choice(op, "data_format", data_format, ("channels_last", "channels_first"))
     tensors = (*parameters, *_scalars(op, star_relu))
     if data_format == "channels_last":
@@ -189,11 +190,11 @@ CHECKS: dict[str, Callable[..., None]] = {
 
 
 def _define(name: str, inputs: str, options: str = "") -> type[Any]:
-    """Registers ``dfformer::<name>`` and ``dfformer::<name>_backward`` and returns their autograd Function, whose
-    ``apply`` takes the inputs in that order, the backend's name or None, and the options or not.
+    """Registers ``dfformer::<name>`` and ``dfformer::<name>_backward``, and returns their autograd Function.
 
-    ``inputs`` is the schema of the tensor arguments, ``x`` first; ``options`` that of flags with defaults, which follow
-    the tensors of a kernel too.
+    Its ``apply`` takes the inputs in that order, then the backend's name or None, then optionally the options.
+    ``inputs`` is the schema of the tensor arguments, ``x`` first. ``options`` is the schema of the flags, which have
+    defaults; kernels take them after the tensors.
     """
     backward_name = f"{name}_backward"
     check, count = CHECKS[name], inputs.count("Tensor")
@@ -293,11 +294,11 @@ def _matrix_products(op: str, tensors: Sequence[Any], options: Sequence[bool]) -
 
 
 def _decomposition(op: str, count: int) -> Callable[..., Tensor]:
-    """Of an operator's arguments: ``count`` tensors, the backend's name, options."""
+    """A function of an operator's arguments (``count`` tensors, the backend's name, options)."""
     return lambda *args: _matrix_products(op, args[:count], args[count + 1 :])
 
 
-# As `torch.export.ExportedProgram.run_decompositions` takes them.
+# In the form that `torch.export.ExportedProgram.run_decompositions` takes.
 MATMUL_DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.dfformer.star_relu.default: _decomposition("star_relu", 3),
     torch.ops.dfformer.dynamic_filter.default: _decomposition("dynamic_filter", 5),
@@ -306,11 +307,11 @@ MATMUL_DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
 
 
 class MatmulTransforms(TorchFunctionMode):
-    """In this context operators transform with matrix products (`dfformer_kernels.dft_matmul`).
+    """In this context the operators transform with matrix products (`dfformer_kernels.dft_matmul`).
 
-    What is traced in it has torch's own operators only, all real.
+    A trace made inside contains only torch's own operators, on real tensors.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        operator = getattr(func, "default", func)  # of torch.ops.dfformer.star_relu, say
+        operator = getattr(func, "default", func)  # e.g. of torch.ops.dfformer.star_relu
         return MATMUL_DECOMPOSITIONS.get(operator, func)(*args, **(kwargs or {}))

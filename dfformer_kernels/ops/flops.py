@@ -1,7 +1,8 @@
-"""How many floating point operations each operator does, for ``torch.utils.flop_counter.FlopCounterMode``.
+"""FLOP formulas of the operators, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-Importing this registers them (``import dfformer`` does). A multiply-add counts 2. A real 2-D transform of N points
-counts 2.5 N log2 N a channel, the usual figure. Pointwise arithmetic outside of spectra counts nothing, as in torch.
+Importing this module registers them (``import dfformer`` does so). A multiply-add counts as 2. A real 2-D transform of
+N points counts as 2.5 N log2 N per channel, the usual figure. Pointwise arithmetic outside of spectra counts as 0, as
+in torch.
 """
 
 import math
@@ -15,22 +16,22 @@ from dfformer_kernels.ops.conv2d import output_plane
 
 Shape = Sequence[int]
 
-# For each kept frequency and channel
-MIX = 4  # a complex number times a real one, added to a sum; for each filter of the basis
+# FLOPs for each kept frequency and channel
+MIX = 4  # a complex number times a real weight, added to a sum; once for each filter of the basis
 PRODUCT = 6  # of two complex numbers
-WEIGHTED_PRODUCT = PRODUCT + 2  # times how many columns of the whole spectrum it stands for
+WEIGHTED_PRODUCT = PRODUCT + 2  # times the number of columns of the full spectrum that it stands for
 BATCH_SUM = 2
 
 
 def _filter(x: Shape, transforms: int, spectral: int) -> int:
-    """Of transforms of x (B,H,W,C), and of arithmetic on each kept frequency and channel."""
+    """FLOPs of ``transforms`` transforms of x (B,H,W,C), plus ``spectral`` for each kept frequency and channel."""
     B, H, W, C = x
     N = max(H * W, 1)
     return round(B * C * (transforms * 2.5 * N * math.log2(N) + H * (W // 2 + 1) * spectral))
 
 
 def _filter_backward(x: Shape, need_u: bool, mix: int, need_filters: bool, sums: int) -> int:
-    """``grad_u = irfft2(conj(M) G)``, and the sums of ``P = D G conj(X)`` that the filters' gradients are."""
+    """FLOPs of ``grad_u = irfft2(conj(M) G)`` and of the filters' gradients, which are sums of ``P = D G conj(X)``."""
     return _filter(
         x,
         transforms=1 + need_u + need_filters,
@@ -67,7 +68,7 @@ def _nothing(*_: Any) -> int:
     return 0
 
 
-# By operator: of its arguments, tensors being their shapes. Options that are at their defaults are not among them.
+# Each formula takes its operator's arguments, with shapes for tensors. Options with default values are not passed.
 FORMULAS: dict[str, Callable[..., int]] = {
     "star_relu": _nothing,
     "star_relu_backward": _nothing,

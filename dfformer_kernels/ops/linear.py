@@ -1,8 +1,9 @@
-"""Linear layers by the library that is fast on this processor.
+"""Linear layers through the library that is fast on this processor.
 
-PyTorch's x86 builds send float32 products to MKL, which runs at about half its rate on processors that Intel did not
-make. oneDNN does not, and a 1x1 convolution of a channels-last view is PyTorch's public way to it. So on such a
-processor an ordinary float32 product is that convolution; everything else is ``F.linear``.
+PyTorch's x86 builds compute float32 matrix products with MKL, which runs at about half speed on processors that are
+not Intel's. oneDNN runs at full speed there, and PyTorch's public way to reach it is a 1x1 convolution of a
+channels-last view. On such a processor, a float32 product therefore becomes that convolution; all other products use
+``F.linear``.
 """
 
 import platform
@@ -20,8 +21,9 @@ from torch.nn import functional as F
 from dfformer_kernels.ops.registration import is_transformed
 
 _TENSORS = (Tensor, nn.Parameter)
-# From here on the convolution is faster, although it reorders the weight at every call. GFLOP/s of MKL and of it on two
-# cores of an AMD EPYC (AVX-512): 49 rows 100, 60; 196 rows 145, 170; 784 rows 170, 173; 6272 rows 157, 196.
+# From this number of rows the convolution is faster, although it reorders the weight at every call. GFLOP/s of MKL and
+# of the convolution, on two cores of an AMD EPYC (AVX-512): 49 rows 100, 60; 196 rows 145, 170; 784 rows 170, 173; 6272
+# rows 157, 196.
 MANY_ROWS = 128
 
 
@@ -30,14 +32,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: (..., K), any floating dtype.
-        weight: (N, K), of x's dtype; under autocast, of any.
-        bias: (N,), likewise, or None.
+        weight: (N, K), of x's dtype; under autocast, of any dtype.
+        bias: (N,), like ``weight``, or None.
 
     Returns:
         (..., N). Saves ``x`` and ``weight`` for backward.
 
     Raises:
-        RuntimeError: what ``F.linear`` raises for shapes, dtypes or devices that do not go together.
+        RuntimeError: as ``F.linear``, for shapes, dtypes or devices that do not match.
     """
     if not prefers_convolution(x, weight) or is_transformed((x, weight, bias)):
         return F.linear(x, weight, bias)
@@ -45,17 +47,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_backward(grad_y: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    """The gradients of ``linear`` without bias that ``needs`` asks for, of (x, weight).
+    """The gradients that ``needs`` asks for, of (x, weight), for ``linear`` without bias.
 
-    ``grad_y`` (M,N), ``x`` (M,K), ``weight`` (N,K). MKL's products on every processor: oneDNN's gradient of the
-    convolution for x ran at a sixth of their rate (25088 rows, two cores of an AMD EPYC), the others at theirs.
+    ``grad_y`` (M,N), ``x`` (M,K), ``weight`` (N,K). MKL computes these products on every processor. oneDNN's gradient
+    of the convolution for x ran at a sixth of MKL's rate (25088 rows, two cores of an AMD EPYC), its others at the
+    same rate.
     """
     need_x, need_weight = needs
     return ([grad_y @ weight] if need_x else []) + ([grad_y.t() @ x] if need_weight else [])
 
 
 class _Convolution(torch.autograd.Function):
-    """``linear`` as a convolution by oneDNN."""
+    """``linear`` as a convolution in oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,7 +67,7 @@ class _Convolution(torch.autograd.Function):
         y = F.conv2d(image, weight[:, :, None, None], bias)  # (1,N,M,1)
         shape = (*x.shape[:-1], weight.shape[0])
         strides = [*accumulate(reversed(shape[1:]), mul, initial=1)][::-1]
-        # Reshaped in place: a result that is a view could not be written to where there are gradients.
+        # Reshaped in place: with gradients, a caller could not write to a result that is a view.
         return y.contiguous(memory_format=torch.channels_last).as_strided_(shape, strides)
 
     @staticmethod
@@ -80,7 +83,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def prefers_convolution(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``linear`` of these tensors is a convolution by oneDNN here, outside of torch.func's transforms."""
+    """Whether ``linear`` computes these tensors as a convolution in oneDNN, outside of torch.func's transforms."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not mkl_is_slow():
         return False
     return (
@@ -101,7 +104,7 @@ def prefers_convolution(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def mkl_is_slow() -> bool:
-    """Whether this is an x86 processor of another maker than Intel, with oneDNN in this build of torch."""
+    """Whether this is an x86 processor that is not Intel's, and this build of torch has oneDNN."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return x86 and torch.backends.mkldnn.is_available() and "GenuineIntel" not in _processor()
 

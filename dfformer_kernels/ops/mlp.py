@@ -13,10 +13,10 @@ from dfformer_kernels.ops.filter import star_relu as apply_star_relu
 from dfformer_kernels.ops.linear import linear, linear_backward
 from dfformer_kernels.ops.registration import is_differentiated, is_transformed
 
-# Hidden activations computed at a time without gradients on a CPU: they stay in the caches of two cores.
+# Without gradients, the CPU computes this much of the hidden activations at a time: it fits the caches of two cores.
 CHUNK_BYTES = 4 * 2**20
 
-# Asked for once: not every Dynamo of the supported range traces the question.
+# Evaluated at import, because some supported versions of Dynamo cannot trace `is_autocast_available`.
 _AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d))
 
 
@@ -25,12 +25,14 @@ def mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: T
 
     Args:
         x: (..., K), float32, float64, bfloat16 or float16.
-        weight1: (hidden, K), weight2: (N, hidden), of x's dtype; under autocast, of any.
+        weight1: (hidden, K), of x's dtype; under autocast, of any dtype.
+        weight2: (N, hidden), like ``weight1``.
         star_relu: StarReLU's ``(scale, bias)``, one element each.
 
     Returns:
-        (..., N). Saves its arguments and the hidden activations before StarReLU for backward: StarReLU costs less to
-        compute again than to keep. Without gradients on a CPU the hidden activations exist a few rows at a time.
+        (..., N). For backward it saves the arguments and the hidden activations before StarReLU, because StarReLU is
+        cheaper to recompute than to store. On a CPU without gradients, hidden activations are computed and discarded a
+        few rows at a time.
 
     Raises:
         ValueError, TypeError: a bad argument, by name.
@@ -51,7 +53,7 @@ def mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: T
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast casts the arguments of ``F.linear`` to; None where it leaves them."""
+    """The dtype that autocast would cast the arguments of ``F.linear`` to; None if it would not cast them."""
     device = x.device.type
     if x.dtype == torch.float64 or device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return None
@@ -59,7 +61,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def chunks(rows: int, row_bytes: int) -> Iterator[slice]:
-    """About equally long runs of ``rows`` whose hidden activations, ``row_bytes`` a row, are at most CHUNK_BYTES."""
+    """Splits ``rows`` about evenly so that each slice has at most CHUNK_BYTES of hidden activations.
+
+    A row has ``row_bytes`` of them.
+    """
     count = max(-(-rows * row_bytes // CHUNK_BYTES), 1)
     size = max(-(-rows // count), 1)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
@@ -105,7 +110,7 @@ def _in_chunks(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2:
 
 
 def _gradients(grad_y: Tensor, hidden: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    """Of ``tensors`` (x, weight1, scale, bias, weight2), those that ``needs`` asks for."""
+    """The gradients that ``needs`` asks for, of ``tensors`` (x, weight1, scale, bias, weight2)."""
     x, weight1, scale, bias, weight2 = tensors
     need_x, need_weight1, need_scale, need_bias, need_weight2 = needs
     shape, grad_y, x, hidden = x.shape, _rows(grad_y), _rows(x), _rows(hidden)

@@ -1,8 +1,8 @@
-"""Registers operators with torch.library, and says when torch's transformations need an expression of torch's own.
+"""Registers operators with torch.library, and decides when a call needs the reference expression instead.
 
-An operator is opaque to torch.compile and torch.export. Public registration costs time: with it, and with the questions
+An operator is opaque to torch.compile and torch.export. Public registration costs time: with it, and with the checks
 below, a filter step on a 7x7 plane took 85 to 93 us instead of 51 to 62 forward, and 541 to 555 instead of 387 to 403
-with a backward (one thread of a busy Intel Xeon, in turns with a registration on torch's private dispatch keys).
+with a backward (one thread of a busy Intel Xeon, alternating with a registration on torch's private dispatch keys).
 """
 
 from collections.abc import Callable, Iterable
@@ -16,16 +16,16 @@ LIBRARY = torch.library.Library("dfformer", "DEF")
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines ``torch.ops.dfformer``'s operator of this schema: what it computes on any device, and its fake."""
+    """Defines the operator ``torch.ops.dfformer.<name>`` of this schema, with one implementation for all devices."""
     name = schema.partition("(")[0]
-    # A result has the memory format of its x: compiled code must hand over the one that it was traced with.
+    # The result has the memory format of x, so compiled code must pass x with the strides it was traced with.
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dfformer::{name}", fake, lib=LIBRARY)
 
 
 def differentiate(name: str, function: Any) -> None:
-    """Makes ``function``'s ``setup_context`` and ``backward`` the operator's gradient."""
+    """Registers ``function``'s ``setup_context`` and ``backward`` as the operator's gradient."""
     torch.library.register_autograd(
         f"dfformer::{name}", function.backward, setup_context=function.setup_context, lib=LIBRARY
     )
@@ -34,28 +34,30 @@ def differentiate(name: str, function: Any) -> None:
 def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a transform of torch.func is active, or one of ``tensors`` has a forward-mode tangent.
 
-    Opaque operators drop tangents without a word and have no batching rules, so the caller evaluates the reference
-    expression instead, which has all of them.
+    Opaque operators silently drop tangents and have no batching rules. The caller then evaluates the reference
+    expression, which supports both.
     """
-    if torch._C._are_functorch_transforms_active():  # there is no public question for this, and Dynamo knows this one
+    if torch._C._are_functorch_transforms_active():  # no public function tells, and Dynamo can trace this one
         return True
     return not torch.compiler.is_compiling() and _have_tangents(tensors)
 
 
 def is_differentiated(grad_y: Tensor, tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a backward must be an expression of torch's own: its gradients are differentiated, or many are asked for
-    at once (``torch.autograd.grad(..., is_grads_batched=True)``).
+    """Whether a backward must evaluate the reference expression.
+
+    It must if its gradients are themselves differentiated, or batched
+    (``torch.autograd.grad(..., is_grads_batched=True)``).
     """
     if torch.is_grad_enabled():
         return True
     if torch.compiler.is_compiling():
         return False
-    # No public question for this either.
+    # No public function tells this either.
     return torch._C._functorch.is_legacy_batchedtensor(grad_y) or is_transformed((grad_y, *tensors))
 
 
 def refuse_tangents(name: str, tensors: Iterable[Tensor | None]) -> None:
-    """Raises NotImplementedError where an operator, called through torch.ops, would lose a forward-mode tangent."""
+    """Raises NotImplementedError if an operator, called through torch.ops, would lose a forward-mode tangent."""
     if _have_tangents(tensors):
         raise NotImplementedError(
             f"torch.ops.dfformer.{name} has no forward-mode derivative; call the function in dfformer_kernels instead"
@@ -63,6 +65,6 @@ def refuse_tangents(name: str, tensors: Iterable[Tensor | None]) -> None:
 
 
 def _have_tangents(tensors: Iterable[Tensor | None]) -> bool:
-    if forward_ad._current_level < 0:  # no level is open; the public question takes as long for each of the tensors
+    if forward_ad._current_level < 0:  # no level is open; cheaper than unpack_dual on each tensor
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)

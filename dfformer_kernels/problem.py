@@ -57,8 +57,17 @@ def is_channels_first(x: Tensor) -> bool:
 
 
 def in_format(t: Tensor, channels_first: bool) -> Tensor:
-    """(B,H,W,C) in memory as (B,C,H,W) or (B,H,W,C); t itself where it is."""
-    return t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) if channels_first else t.contiguous()
+    """(B,H,W,C) in memory as (B,C,H,W) or (B,H,W,C), in t's memory where it is so there."""
+    if channels_first:
+        return not_a_view(t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1))
+    return t.contiguous()
+
+
+def not_a_view(t: Tensor) -> Tensor:
+    """A tensor of its own in t's memory: where there are gradients, torch lets nobody write into an operator's result
+    that is a view.
+    """
+    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
 
 
 def empty_like(x: Tensor) -> Tensor:

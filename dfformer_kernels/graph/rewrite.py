@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from dfformer_kernels.graph.chain import Chain, NotFusedError, find, inverse_transforms, is_question
 from dfformer_kernels.graph.report import Finding
 from dfformer_kernels.graph.step import Operators, Step, match
-from dfformer_kernels.graph.vocabulary import Values, is_linear, name_of
+from dfformer_kernels.graph.vocabulary import Values, is_linear, is_mutating, name_of
 
 _VALUES = ("val", "example_value")  # where export and Dynamo keep a node's value
 
@@ -62,7 +62,7 @@ def _erase(graph: fx.Graph, chain: Chain, values: Values) -> None:
             question.replace_input_with(chain.forward, chain.x if name_of(question) == "device" else unevaluated)
     for node in reversed(graph.nodes):
         pure = is_linear(node, values) or is_question(node) or node.op == "get_attr" or node.target is operator.getitem
-        if not node.users and (pure or node in chain.nodes):
+        if not node.users and ((pure and not is_mutating(node)) or node in chain.nodes):
             graph.erase_node(node)
 
 

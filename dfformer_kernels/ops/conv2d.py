@@ -16,6 +16,7 @@ from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.ops import checks
 from dfformer_kernels.ops.mlp import autocast_dtype
 from dfformer_kernels.ops.registration import differentiate, refuse_tangents, register
+from dfformer_kernels.problem import not_a_view
 
 Pair = Sequence[int]
 _DILATION, _NOT_TRANSPOSED, _NO_OUTPUT_PADDING = (1, 1), False, (0, 0)
@@ -69,7 +70,7 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, p
     refuse_tangents("convolution", (x, weight, bias))
     with without_autocast(x.device):
         y = F.conv2d(x.contiguous().permute(0, 3, 1, 2), weight, bias, stride, padding, groups=groups)
-    return y.permute(0, 2, 3, 1).contiguous()
+    return not_a_view(y.permute(0, 2, 3, 1).contiguous())
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, groups: int) -> Tensor:

@@ -18,7 +18,7 @@ from dfformer_kernels import FusePass, fuse
 from dfformer_kernels.tolerance import gradient_errors, relative_error
 
 MIXED = ["einsum", "broadcast and sum", "pairs", "in place", "sigmoid"]
-EXPORTED = [*MIXED, "a filter a channel, channels-first", "offset"]
+EXPORTED = [*MIXED, "a filter a channel, channels-first", "offset", "between writes"]
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,9 @@ def eager(fuse_pass: FusePass) -> Callable[..., Any]:
     return backend
 
 
-@pytest.mark.parametrize("name", ["einsum", "tensordot", "one-dimensional transforms", "windows", "a filter a channel"])
+@pytest.mark.parametrize(
+    "name", ["einsum", "tensordot", "one-dimensional transforms", "windows", "a filter a channel", "between writes"]
+)
 def test_compiled_graphs(name: str) -> None:
     step, channels_first, mixed = SAME[name]
     model = network(step, channels_first, 3 if mixed else 6).eval()

@@ -55,6 +55,14 @@ CASES = {
 ALL_CASES = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+def test_the_result_may_be_changed_in_place() -> None:
+    case = CASES["grouped"]
+    x, weight, bias = case.tensors(torch.float64)
+    case.operator(x, weight, bias).relu_().sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.autograd.grad(case.operator(x, weight, bias).relu().sum(), x)[0])
+
+
 @ALL_DTYPES
 @ALL_CASES
 def test_result_and_gradients_are_torchs(case: Case, dtype: torch.dtype) -> None:

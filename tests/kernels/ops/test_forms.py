@@ -151,6 +151,21 @@ def test_a_result_has_the_memory_format_of_x(memory: torch.memory_format) -> Non
     assert y.is_contiguous(memory_format=memory)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_result_may_be_changed_in_place(backend: str) -> None:
+    """Channels-first too, whose memory a backend may make as (B,C,H,W)."""
+    require_backend(backend)
+    x, (logits, basis) = make(FORMS["softmax"], (6, 7))
+    x = x.permute(0, 3, 1, 2).contiguous().requires_grad_()
+    for function, parameters in (
+        (dynamic_filter, (logits, basis)),
+        (global_filter, (basis[..., :1, :].expand(-1, -1, C, -1),)),
+    ):
+        y, changed = (function(x, *parameters, data_format="channels_first", backend=backend) for _ in range(2))
+        ours, theirs = (torch.autograd.grad(t.sum(), x)[0] for t in (changed.relu_(), y.relu()))
+        assert torch.equal(ours, theirs)
+
+
 OPTIONS = {"dynamic_filter": ("softmax", [False]), "global_filter": ("weight_per_sample", [])}
 
 

@@ -158,6 +158,16 @@ def test_linears_result_is_contiguous_and_may_be_changed_in_place(shape: tuple[i
 
 
 @pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("shape", [(), (1,), (1, 3), (4, 3)], ids=str)
+def test_linears_bias_may_be_broadcast(shape: tuple[int, ...]) -> None:
+    x, weight, bias = torch.randn(4, 2), torch.randn(3, 2), torch.randn(shape, requires_grad=True)
+    y = linear(x, weight, bias)
+    assert torch.allclose(y, F.linear(x, weight, bias))
+    y.sum().backward()
+    assert bias.grad is not None
+
+
+@pytest.mark.usefixtures("library")
 def test_second_derivatives_of_either_library() -> None:
     inputs = [torch.randn(shape, requires_grad=True) for shape in ((2, 3, 4), (5, 4), (5,))]
 

@@ -199,6 +199,19 @@ def _dropped_spectrum(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     return back(there(x) * F.dropout(torch.ones_like(x[:, :, :5]), 0.0) * mixed(logits, basis))
 
 
+def _activated(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    x = x.clone()
+    X = there(x)
+    return F.relu(x, True) + back(X * mixed(logits, basis))
+
+
+def _multiplied(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    x = x.clone()
+    X = there(x)
+    x.__imul__(basis[0, 0, 0, 0])
+    return x + back(X * mixed(logits, basis))
+
+
 def _overwritten(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     x = x * 1
     X = there(x)
@@ -279,6 +292,8 @@ OTHER: dict[str, tuple[Step, str]] = {
     "squared": (lambda x, r, b: back(there(x) * (m := mixed(r, b)) * m), "output differs from ours"),
     "random spectrum": (_dropped_spectrum, "dropout"),
     "overwritten input": (_overwritten, r"may be overwritten in between \(zero_\)"),
+    "overwritten by an activation": (_activated, r"may be overwritten in between \(relu\)"),
+    "overwritten by another name": (_multiplied, r"may be overwritten in between \(__imul__\)"),
     "two spectra": (_two_spectra, "takes 2 spectra"),
     "two softmaxes": (_two_softmaxes, "mixed by 2 softmaxes"),
     "one image's filters": (_one_image, "output differs from ours"),

@@ -229,16 +229,17 @@ def _check_plane(
     before, after = values[first_input(forward)].shape, values[inverse].shape
     kept = (*(before[a] for a in axes[:1]), before[axes[1]] // 2 + 1)
     spectrum = values[forward].shape
-    if not all(_same(spectrum[a], n) for a, n in zip(axes, kept, strict=True)):
+    if not all(same(spectrum[a], n) for a, n in zip(axes, kept, strict=True)):
         raise NotFusedError("it crops or pads the plane before it transforms")
     if any(t.resizes for t in transforms.values() if t.kind == "c2c"):
         raise NotFusedError("it gives a size to a complex transform")
-    if len(after) != 4 or not all(_same(before[a], after[a]) for a in axes):
+    if len(after) != 4 or not all(same(before[a], after[a]) for a in axes):
         theirs, ours = (" x ".join(str(shape[a]) for a in axes) for shape in (after, before))
         raise NotFusedError(f"it goes back to a plane of {theirs}, where the input has {ours}")
 
 
-def _same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+def same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal whatever symbols in them stand for."""
     equal = a == b
     if isinstance(equal, bool):
         return equal

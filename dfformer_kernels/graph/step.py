@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from dfformer_kernels import reference
-from dfformer_kernels.graph.chain import Chain, NotFusedError
-from dfformer_kernels.graph.vocabulary import Values, evaluate, softmax_axis
+from dfformer_kernels.graph.chain import Chain, NotFusedError, same
+from dfformer_kernels.graph.vocabulary import Values, evaluate, example, softmax_axis
 from dfformer_kernels.ops.filter import dynamic_filter, global_filter
 from dfformer_kernels.tolerance import relative_error
 
@@ -122,20 +122,22 @@ def _candidates(chain: Chain, values: Values) -> Iterator[Step]:
     _check_dtypes(chain, values, compute)
     dtype = values.dtype(chain.filters)
     cast = None if torch.empty(0, dtype=dtype).real.dtype == compute else compute
-    shape = values.shape(chain.filters) + ((2,) if dtype.is_complex else ())
+    shape = (*values[chain.filters].shape, *((2,) if dtype.is_complex else ()))
     kind = "filters" if chain.routing is None else "weights" if chain.softmax is None else "softmax"
     routings = [(C, ())] if chain.routing is None else list(_routings(chain, values, B, C))
     samples = (B,) if kind == "filters" and len(shape) == 5 else ()
     for (filters, routing), order in itertools.product(routings, itertools.permutations(range(len(shape)))):
-        fits = tuple(shape[axis] for axis in order) == (*samples, H, W // 2 + 1, filters, 2)
+        expected = (*samples, H, W // 2 + 1, filters, 2)
+        fits = len(shape) == len(expected) and all(map(same, [shape[axis] for axis in order], expected))
         if fits and (not dtype.is_complex or order[-1] == len(shape) - 1):
             if values[chain.filters].is_conj():
                 raise NotFusedError("its filters are a lazy conjugate, which has no view as pairs; conj_physical() has")
-            yield Step(kind, chain.channels_first, order, dtype.is_complex, routing, C, cast)
+            yield Step(kind, chain.channels_first, order, dtype.is_complex, routing, example(C), cast)
 
 
 def _map_shape(chain: Chain, values: Values) -> tuple[int, int, int, int]:
-    B, *rest = values.shape(chain.x)
+    """B, H, W, C, which may be symbols."""
+    B, *rest = values[chain.x].shape
     C, H, W = rest if chain.channels_first else (rest[2], *rest[:2])
     return B, H, W, C
 
@@ -144,7 +146,7 @@ def _other_shape(chain: Chain, values: Values) -> str:
     B, H, W, C = _map_shape(chain, values)
     name, filters = ("C", C) if chain.softmax is None else ("F", next(_routings(chain, values, B, C))[0])
     theirs = f"{chain.filters.name} of shape {values.shape(chain.filters)}"
-    return f"its filters, {theirs}, are not (H, K, {name}) = {(H, W // 2 + 1, filters)}"
+    return f"its filters, {theirs}, are not (H, K, {name}) = {example((H, W // 2 + 1, filters))}"
 
 
 def _check_dtypes(chain: Chain, values: Values, compute: torch.dtype) -> None:
@@ -161,7 +163,7 @@ def _check_dtypes(chain: Chain, values: Values, compute: torch.dtype) -> None:
 def _routings(chain: Chain, values: Values, B: int, C: int) -> Iterator[tuple[int, tuple[int, ...]]]:
     """F, and each permutation of the routing's axes to (B,F), (B,F,C,1..) or (B,F,1,1..)."""
     assert chain.routing is not None
-    shape = values.shape(chain.routing)
+    shape = values[chain.routing].shape
     axes = range(1, len(shape))
     if chain.softmax is not None:
         axis = softmax_axis(chain.softmax)
@@ -172,13 +174,13 @@ def _routings(chain: Chain, values: Values, B: int, C: int) -> Iterator[tuple[in
     fitting = [
         order
         for order in orders
-        if 0 not in order and all(shape[a] == 1 or (i == 0 and shape[a] == C) for i, a in enumerate(order[1:]))
+        if 0 not in order and all(same(shape[a], 1) or (i == 0 and same(shape[a], C)) for i, a in enumerate(order[1:]))
     ]
-    if fitting and shape[0] == B and not values.dtype(chain.routing).is_complex:
+    if fitting and same(shape[0], B) and not values.dtype(chain.routing).is_complex:
         yield from ((shape[axis], (0, axis, *rest)) for axis, *rest in fitting)
     elif chain.softmax is not None:
         raise NotFusedError(
-            f"its softmax runs over axis {axes[0]} of {shape}, ours over F of (B, F, C) = ({B}, F, {C})"
+            f"its softmax runs over axis {axes[0]} of {tuple(shape)}, ours over F of (B, F, C) = ({B}, F, {C})"
         )
 
 

@@ -1,5 +1,6 @@
 """What the nodes of a graph compute: one name for each of torch's functions and methods and ATen's operators."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -83,9 +84,18 @@ def is_mutating(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is not None:
         return bool(schema.is_mutable)
-    inplace = node.kwargs.get("inplace", False) is not False or "out" in node.kwargs
+    given = _named_arguments(node)
+    inplace = given.get("inplace", False) is not False or "out" in given
     operators = ("iadd", "imul", "isub", "itruediv", "ifloordiv", "ipow", "imatmul", "setitem")
-    return inplace or name in operators or (name.endswith("_") and not name.startswith("_"))
+    return inplace or name.strip("_") in operators or (name.endswith("_") and not name.endswith("__"))
+
+
+def _named_arguments(node: fx.Node) -> Mapping[str, Any]:
+    """What a call gives, by name, also what it gives by position to a function that says its arguments' names."""
+    try:
+        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a method's name, or a function of no Python
+        return node.kwargs
 
 
 def is_softmax(node: fx.Node) -> bool:

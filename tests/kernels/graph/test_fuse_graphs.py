@@ -90,6 +90,25 @@ def test_a_graph_under_a_mode_of_its_own() -> None:
     assert relative_error(program.module()(x), model(x)) < 2e-6
 
 
+def test_an_exported_program_of_filters_cut_to_the_batch() -> None:
+    """They are all of them for the example, but the program is for smaller batches too."""
+
+    class OfEachSample(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 8, 5, 6, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            filters = torch.view_as_complex(self.weight)[: x.shape[0]]
+            return torch.fft.irfft2(torch.fft.rfft2(x, dim=(1, 2)) * filters, dim=(1, 2))
+
+    model = OfEachSample()
+    program = export(model, (images(batch=4),), dynamic_shapes=({0: Dim("batch", max=4)},))
+    assert len(fuse(program).fused) == 1
+    x = images(batch=3)
+    assert relative_error(program.module()(x), model(x)) < 2e-6
+
+
 @pytest.mark.parametrize("name", ["one image's filters", "overwritten input", "squared", "enlarged", "norms"])
 def test_exported_programs_of_something_else(name: str) -> None:
     model = network(OTHER[name][0]).eval()
@@ -147,6 +166,8 @@ def test_compiled_graphs_of_something_else() -> None:
         (product_without_gradient, "gradients are switched on or off inside it"),
         (OTHER["spectrum is a result"][0], "also needed by abs"),
         (OTHER["scaled by a number"][0], "stands mul by 0.5"),
+        (OTHER["overwritten by an activation"][0], "may be overwritten in between (relu)"),
+        (OTHER["overwritten by another name"][0], "may be overwritten in between (__imul__)"),
     ):
         torch.compiler.reset()
         model, fuse_pass = network(step).eval(), FusePass()

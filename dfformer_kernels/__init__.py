@@ -1,4 +1,4 @@
-"""The dynamic filter step as fused operators: correct, deterministic, fast where there is a backend for the device.
+"""The dynamic filter step as fused operators: correct, deterministic, and fast on devices that have a backend.
 
 >>> from dfformer_kernels import dynamic_filter
 >>> y = dynamic_filter(x, logits, basis)  # x (B,H,W,C), logits (B,F,C), basis (H,W//2+1,F,2)

@@ -1,6 +1,6 @@
-"""The adaptive Fourier neural operator (arXiv:2111.13587) in torch's own operators, no fused one.
+"""The adaptive Fourier neural operator (arXiv:2111.13587) in torch's own operators; there is no fused one.
 
-Arguments as `dfformer.models.spectral.afno_filter` has them.
+The arguments are those of `dfformer.models.spectral.afno_filter`.
 """
 
 import torch
@@ -24,7 +24,7 @@ def filter(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept_fract
 def filter_matmul(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept_fraction: float, threshold: float
 ) -> Tensor:
-    """`filter` with transforms as matrix products."""
+    """`filter`, with transforms as matrix products."""
     W = x.shape[2]
     K = W // 2 + 1
     kept = int(K * kept_fraction)
@@ -39,7 +39,7 @@ def mlp(real: Tensor, imag: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tens
     ``w1`` (2,blocks,width,hidden), ``b1`` (2,blocks,hidden), ``w2`` (2,blocks,hidden,width), ``b2`` (2,blocks,width).
     """
     shape, blocks, width = real.shape, w1.shape[1], w1.shape[2]
-    # Rows of blocks: Core ML knows no more than five dimensions, and its einsum no ellipsis.
+    # Batch dimensions are flattened: Core ML supports at most five dimensions, and no ellipsis in einsum.
     real, imag = real.reshape(-1, blocks, width), imag.reshape(-1, blocks, width)
     real, imag = _complex_linear(real, imag, w1, b1)
     real, imag = _complex_linear(F.relu(real), F.relu(imag), w2, b2)

@@ -1,8 +1,8 @@
-"""Which backend is fastest on a GPU, for those who ask with ``DFFORMER_AUTOTUNE=1``: measured once, then remembered.
+"""Measures which backend is fastest on a GPU, if ``DFFORMER_AUTOTUNE=1`` is set, and remembers the result.
 
-A measurement holds for a class of problems, which differ in the batch size by less than a factor of 2. The winner is
-kept in memory and in a file of the cache directory that names the versions it was measured with; other versions use
-other files.
+A measurement holds for a class of problems whose batch sizes differ by less than a factor of 2. The winner is
+kept in memory and in a file of the cache directory. The file names the versions it was measured with, so other versions
+use other files.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from dfformer_kernels.problem import KernelBuildError, Problem
 
 
 class Gpu:
-    """What the choice depends on outside this package."""
+    """The parts of the choice that depend on the machine: timing and versions."""
 
     def name(self, device: int) -> str:
         return torch.cuda.get_device_name(device)
 
     def seconds(self, call: Callable[[], object], device: int) -> float:
-        """The median time of ten calls, after one more."""
+        """The median time of ten calls, after one call to warm up."""
         with torch.cuda.device(device):
             call()
             events = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
@@ -42,22 +42,22 @@ class Gpu:
             return statistics.median(a.elapsed_time(b) for a, b in pairwise(events)) / 1e3
 
     def versions(self) -> dict[str, str]:
-        """What a measurement may depend on."""
+        """The device and versions that a measurement may depend on."""
         versions = {name: _version(name) for name in ("dfformer", "torch", "triton")}
         return versions | {"cuda": str(torch.version.cuda), "hip": str(torch.version.hip)}
 
 
 class Autotuner:
-    """The choices made so far. Any thread may ask; one at a time measures."""
+    """The choices made so far. Any thread may ask for a choice; only one thread measures at a time."""
 
     def __init__(self, gpu: Gpu | None = None) -> None:
         self._gpu = gpu or Gpu()
         self._chosen: dict[Problem, str] = {}
-        self._winners: dict[str, str] | None = None  # by class; None until the file is read
+        self._winners: dict[str, str] | None = None  # by class of problems; None until the file has been read
         self._lock = threading.RLock()
 
     def choice(self, problem: Problem) -> str | None:
-        """The name of the backend that runs ``problem``; None until `measure` has found it."""
+        """The name of the fastest backend for ``problem``; None until `measure` has found it."""
         return self._chosen.get(problem)
 
     def measure(
@@ -66,10 +66,11 @@ class Autotuner:
         calls: Mapping[str, Callable[[], object]],
         on_build_error: Callable[[str, KernelBuildError], None],
     ) -> str:
-        """The name of the fastest of ``calls``, which run ``problem`` on a GPU, by backend in order of preference.
+        """The name of the fastest of ``calls``, which run ``problem`` on a GPU.
 
-        One that cannot build its kernel is told to ``on_build_error``; one that runs out of memory, where another needs
-        less, has no time. If none has one it is the first. Errors of any other kind are the caller's.
+        ``calls`` are by backend, in order of preference. A backend that cannot build its kernel is reported to
+        ``on_build_error``. A backend that runs out of memory is left out, because another may need less. If no backend
+        could be timed, the result is the first. Other errors propagate.
 
         Raises RuntimeError while a CUDA graph is captured.
         """
@@ -82,7 +83,7 @@ class Autotuner:
             return chosen
 
     def forget(self, problem: Problem) -> None:
-        """The choice for ``problem``, which turned out not to run it, and that for its class."""
+        """Forgets the choice for ``problem`` and its class, because the chosen backend failed to run it."""
         with self._lock:
             self._chosen.pop(problem, None)
             if self._winners:
@@ -105,7 +106,7 @@ class Autotuner:
                 except KernelBuildError as error:
                     on_build_error(name, error)
                 except torch.OutOfMemoryError:
-                    continue  # with more memory free this one runs
+                    continue  # it may run when more memory is free
             if not seconds:
                 return None
             winners[class_] = min(seconds, key=lambda name: seconds[name])
@@ -130,7 +131,7 @@ class Autotuner:
         return self._winners
 
     def _read(self) -> dict[str, str]:
-        """What the file says; nothing, with a warning, if it is not one that `_save` could have written."""
+        """The choices in the file. Warns and returns none if `_save` could not have written the file."""
         name = self._file()
         data = disk.read(name)
         if data is None:
@@ -146,7 +147,7 @@ class Autotuner:
         return winners
 
     def _save(self, winners: dict[str, str]) -> None:
-        """With what other processes have found in the meantime."""
+        """Writes the choices, together with those that other processes have written in the meantime."""
         self._winners = self._read() | winners
         content = {"versions": self._gpu.versions(), "winners": dict(sorted(self._winners.items()))}
         disk.write(self._file(), json.dumps(content, indent=1).encode())

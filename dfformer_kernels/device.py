@@ -1,4 +1,4 @@
-"""What every backend of a GPU does alike: it refuses to prepare anything during capture, and makes room in memory."""
+"""What the GPU backends share: they refuse to prepare anything during capture, and release unused memory."""
 
 from collections.abc import Callable, Hashable
 from typing import TypeVar
@@ -11,8 +11,9 @@ _MOST_REMEMBERED = 1 << 14
 
 
 def refuse_capture(what: str) -> None:
-    """Raises RuntimeError while torch's current stream is being captured into a CUDA graph: ``what`` would have to be
-    compiled, loaded, planned or measured first, which a capture does not allow.
+    """Raises RuntimeError while torch's current stream is being captured into a CUDA graph.
+
+    ``what`` would first have to be compiled, loaded, planned or measured, which a capture does not allow.
     """
     if _capturing():
         raise RuntimeError(
@@ -26,28 +27,29 @@ def _capturing() -> bool:
 
 
 class Prepared:
-    """What has run and can therefore be captured. Of very many, the first ones are forgotten."""
+    """What has run before, and can therefore be captured. The oldest entries are forgotten when there are very many."""
 
     def __init__(self) -> None:
         self._keys: dict[Hashable, None] = {}
 
     def is_new(self, key: Hashable, what: str) -> bool:
-        """Whether ``key`` has not been added; RuntimeError for such a one during capture, see `refuse_capture`."""
+        """Whether ``key`` has not been added. During capture a new key raises RuntimeError, see `refuse_capture`."""
         if key in self._keys:
             return False
         refuse_capture(what)
         return True
 
     def add(self, key: Hashable) -> None:
-        """After it has run."""
+        """Adds ``key``, after it has run."""
         if len(self._keys) >= _MOST_REMEMBERED:
             self._keys.pop(next(iter(self._keys)), None)
         self._keys[key] = None
 
 
 def with_memory_released(call: Callable[[], T]) -> T:
-    """``call()``; where it raises torch.OutOfMemoryError once more, after torch has given its unused device memory
-    back. The driver and the libraries do not allocate through torch, whose cache may hold all that is left.
+    """``call()``. If it raises torch.OutOfMemoryError, it is called again after torch has released unused memory.
+
+    The driver and the libraries do not allocate through torch, whose cache may hold all remaining memory.
     """
     try:
         return call()

@@ -1,8 +1,8 @@
-"""The operators with transforms as products with constant matrices: for runtimes that have no FFT, or a slow one.
+"""The operators with transforms as products with constant matrices, for runtimes that have no FFT, or a slow one.
 
-All is real. On planes of a vision model the products are cheap: 3 H W (H + W) multiply-adds a channel for both
-directions, on (2H,2H) and (W+2,W) matrices. A half spectrum is held as (B,2,H,K,C), real parts then imaginary parts.
-Dtypes are as in `dfformer_kernels.reference`. A plane's matrices are constants of a trace.
+All arithmetic is real. On the planes of a vision model the products are cheap: 3 H W (H + W) multiply-adds per channel
+for both directions, with (2H,2H) and (W+2,W) matrices. A half spectrum is (B,2,H,K,C), real parts before imaginary
+parts. Dtypes are as in `dfformer_kernels.reference`. A trace contains a plane's matrices as constants.
 """
 
 import math
@@ -47,8 +47,8 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
 
 
 def in_onnx_export() -> bool:
-    """Whether torch.onnx.export is tracing this call; ONNX runtimes' own DFT is slow."""
-    tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()  # asked first, because it takes no time
+    """Whether torch.onnx.export is tracing this call. The DFT operators of ONNX runtimes are slow."""
+    tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()  # checked first, because it takes no time
     return tracing and torch.onnx.is_in_onnx_export()
 
 
@@ -61,7 +61,7 @@ def rfft2(u: Tensor) -> Tensor:
 
 
 def irfft2(Z: Tensor, W: int) -> Tensor:
-    """Its inverse: (B,2,H,K,C) to (B,H,W,C). Ignores imaginary parts where the convention says so."""
+    """The inverse of `rfft2`: (B,2,H,K,C) to (B,H,W,C). Ignores the imaginary parts that the convention ignores."""
     _, _, H, K, C = Z.shape
     matrices = _matrices_for(H, W, Z)
     rows = (matrices.inverse_rows @ Z.reshape(-1, 2 * H, K * C)).reshape(-1, H, 2 * K, C)
@@ -82,7 +82,7 @@ def _filtered(u: Tensor, M: Tensor) -> Tensor:
 
 
 class Matrices(NamedTuple):
-    """The orthonormal transforms of (H,W) planes. Along H, real and imaginary parts go in and out together."""
+    """The orthonormal transforms of (H,W) planes. The matrices along H map real and imaginary parts together."""
 
     forward_columns: Tensor  # (2K, W): real parts of the kept columns, then imaginary parts
     forward_rows: Tensor  # (2H, 2H): from (row, part) to (part, row)
@@ -102,21 +102,21 @@ def _matrices_on(H: int, W: int, dtype: torch.dtype, device: torch.device) -> Ma
     made = matrices(H, W, dtype)
     if device.type != "cpu":
         made = Matrices(*(m.to(device) for m in made))
-    if type(made.forward_rows) is Tensor:  # not what stands for one in a trace
+    if type(made.forward_rows) is Tensor:  # and not a tracer's stand-in for one
         if len(_KEPT) == 64:
             _KEPT.clear()
         _KEPT[key] = made
     return made
 
 
-# So that a trace takes the same constants for all layers of a stage.
+# Kept so that a trace uses the same constants for all layers of a stage.
 _KEPT: dict[tuple[int, int, torch.dtype, torch.device], Matrices] = {}
 
 
 def matrices(H: int, W: int, dtype: torch.dtype = torch.float64) -> Matrices:
-    """The matrices of (H,W) planes on the CPU, float32 or float64. numpy makes them, because no trace records that."""
+    """The matrices of (H,W) planes on the CPU, float32 or float64. numpy computes them, which no trace records."""
     cos, sin = _cos_sin(W // 2 + 1, W)
-    weight = np.full((W // 2 + 1, 1), 2.0)  # how many columns of the whole spectrum it stands for
+    weight = np.full((W // 2 + 1, 1), 2.0)  # how many columns of the full spectrum it stands for
     weight[0] = 1
     if W % 2 == 0:
         weight[-1] = 1
@@ -135,7 +135,7 @@ def matrices(H: int, W: int, dtype: torch.dtype = torch.float64) -> Matrices:
 
 
 def _cos_sin(frequencies: int, N: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of ``2 pi k n / N``, (frequencies, N), orthonormal; sin is exactly 0 where ``2 k n`` divides by N."""
+    """cos and sin of ``2 pi k n / N``, (frequencies, N), orthonormal; sin is exactly 0 if N divides ``2 k n``."""
     turns = np.outer(np.arange(frequencies), np.arange(N)) % N
     angle = turns * (2 * math.pi / N)
     sin = np.where(2 * turns % N == 0, 0.0, np.sin(angle))

@@ -1,8 +1,8 @@
-"""Files kept from one process to the next: compiled kernels, and which backend was fastest.
+"""Keeps files from one process to the next: compiled kernels, and which backend was fastest.
 
-They lie in ``DFFORMER_CACHE_DIR``, else ``$XDG_CACHE_HOME/dfformer``, else ``~/.cache/dfformer``. Any number of
-processes may read and write at once: a file appears complete or not at all. Losing one costs time, never a result, so
-a directory that cannot be written is a warning.
+The directory is ``DFFORMER_CACHE_DIR``, else ``$XDG_CACHE_HOME/dfformer``, else ``~/.cache/dfformer``. Any number of
+processes may read and write at once: a file appears complete or not at all. A lost file costs time, but never changes
+a result, so a directory that cannot be written only causes a warning.
 """
 
 import os
@@ -19,7 +19,7 @@ def directory() -> Path:
 
 
 def read(name: str) -> bytes | None:
-    """What was last written under ``name``; None if nothing was, or it cannot be read."""
+    """The data last written under ``name``; None if there are none, or they cannot be read."""
     try:
         return (directory() / name).read_bytes()
     except OSError:
@@ -27,7 +27,7 @@ def read(name: str) -> bytes | None:
 
 
 def write(name: str, data: bytes) -> None:
-    """Keeps ``data`` under ``name``, or warns once per directory that this is impossible."""
+    """Writes ``data`` under ``name``; if that is impossible, warns once per directory."""
     folder = directory()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def write(name: str, data: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
         Path(temporary).replace(folder / name)
-    except OSError as error:  # the disk is full, say
+    except OSError as error:  # e.g. the disk is full
         Path(temporary).unlink(missing_ok=True)
         _warn_unwritable(folder, str(error))
 

@@ -1,11 +1,11 @@
-"""The one policy: which backend runs a problem, and every reason when none does.
+"""Decides which backend runs a problem, and collects all unsupported reasons if none can.
 
-Precedence: the ``backend=`` argument, then the innermost ``use_backend`` block, then the environment variable
-``DFFORMER_BACKEND``. Where none of them names one it is the first backend of the table that supports the problem; on a
-GPU, with ``DFFORMER_AUTOTUNE=1``, the fastest of those that do (`autotune`).
+The ``backend=`` argument takes precedence, then the innermost ``use_backend`` context, then the environment variable
+``DFFORMER_BACKEND``. Naming a backend disables the search. If none is named, the first backend of the table that
+supports the problem runs it, or, on a GPU with ``DFFORMER_AUTOTUNE=1``, the fastest that supports it (`autotune`).
 
-On a GPU a kernel that cannot be compiled or loaded (`KernelBuildError`) makes way for the next backend, with a warning
-that says why, unless its backend was named. Every other error is the caller's.
+On a GPU, a kernel may fail to compile or load (`KernelBuildError`). Then the next backend runs the problem, with a
+warning that gives the reason, unless the backend was named. All other errors propagate.
 """
 
 import os
@@ -32,13 +32,13 @@ Kernel = Callable[..., Any]  # (tensors) -> Tensor forward, (grad_y, tensors, ne
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run the operators; ``kernels`` maps operators' names to functions with the reference's signatures."""
+    """A way to run the operators; ``kernels`` maps operators' names to functions with the reference's signatures."""
 
     name: str
     device: str | None  # device type, None for any
     kernels: Mapping[str, Kernel]
     unavailable_reasons: Callable[[], list[str]]  # why it cannot run anything on this machine
-    # Why its kernels cannot run this problem, which is on its device, though they run others.
+    # Why its kernels cannot run this problem, although it is on its device.
     kernel_unsupported_reasons: Callable[[Problem], list[str]] = lambda problem: []
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
@@ -61,7 +61,7 @@ _BY_NAME = {backend.name: backend for backend in TABLE}
 
 
 def backends() -> dict[str, list[str]]:
-    """Every backend in order of preference, with the reasons it cannot run on this machine (empty: it can)."""
+    """Every backend in order of preference, with the reasons why it cannot run on this machine; empty if it can."""
     return {backend.name: list(backend.unavailable_reasons()) for backend in TABLE}
 
 
@@ -76,7 +76,7 @@ def checked_name(argument: str, name: str) -> str:
     return name
 
 
-# Which one is asked for
+# Which backend is named
 
 
 @dataclass(eq=False)
@@ -85,26 +85,28 @@ class _Block:
     is_open: bool = True
 
 
-# The `use_backend` blocks of this context, outermost first. Generators and tasks that share or copy a context end them
-# in any order, and in other contexts.
+# The `use_backend` contexts that are open here, outermost first. Generators and tasks that share or copy a context may
+# close them in any order, and in other contexts.
 _blocks: ContextVar[tuple[_Block, ...]] = ContextVar("dfformer_use_backend_blocks", default=())
-# The innermost one's backend, by itself: what compiled code is specialised on.
+# The innermost one's backend, kept separately because compiled code is specialised on it.
 _requested: ContextVar[str | None] = ContextVar("dfformer_use_backend", default=None)
 
-# In place of a name, in code compiled by a Dynamo that cannot read a context variable: the operator reads it.
+# Stands for a name in code compiled by a Dynamo that cannot read context variables: the operator reads it instead.
 _AT_RUN_TIME = "context"
 _DYNAMO_READS_CONTEXT = TorchVersion(torch.__version__) >= "2.14"
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs every operator in the block, and its backward whenever and wherever that happens, on the named backend.
+    """Runs every operator inside on the named backend, and its backward too, even if that runs later or elsewhere.
 
-    The choice is the current context's: that of this thread or asyncio task, not of others. A new thread begins without
-    one. ``contextvars.copy_context().run`` takes it along. Code compiled with torch before 2.14 looks the choice up
-    when it runs, backward included.
+    The choice holds for the current context, i.e. for this thread or asyncio task, but not for others. A new thread
+    starts without a choice; ``contextvars.copy_context().run`` passes it on. Code compiled with torch before 2.14 looks
+    up the choice when it runs, and again for its backward.
 
-    Raises ValueError for an unknown name; an operator the backend cannot run raises RuntimeError with every reason.
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: an operator inside cannot run on this backend; the message has all unsupported reasons.
     """
     block = _Block(checked_name("name", name))
     _set_blocks((*_blocks.get(), block))
@@ -127,8 +129,9 @@ def _forget_closed_blocks() -> None:
 
 
 def requested_backend(backend: str | None) -> str | None:
-    """The backend asked for by the argument or a `use_backend` block, which an operator keeps for its backward; None
-    leaves it to the environment or the table when it runs.
+    """The backend named by the argument or by `use_backend`, which an operator keeps for its backward.
+
+    With None, the environment or the table decides when the operator runs.
     """
     if backend is not None:
         return backend
@@ -139,9 +142,7 @@ def requested_backend(backend: str | None) -> str | None:
 
 
 def _named(requested: str | None) -> str | None:
-    """The backend's name, checked: of what `requested_backend` returned, else the environment's; None if there is
-    none.
-    """
+    """The checked name of the backend, from `requested_backend` or else the environment; None if none is named."""
     if requested == _AT_RUN_TIME:
         requested = requested_backend(None)
     if requested is not None:
@@ -150,14 +151,14 @@ def _named(requested: str | None) -> str | None:
     return checked_name("DFFORMER_BACKEND", name) if name else None
 
 
-# Which one runs
+# Which backend runs
 
 
 def kernel_for(op: str, backend: str | None, tensors: Sequence[Tensor | None], *options: bool) -> Kernel:
-    """The kernel of ``op`` that runs its ``tensors``, x first, with its ``options``, on ``backend`` as
-    `requested_backend` returned it.
+    """The kernel that runs ``op`` on ``tensors``, x first, with ``options``.
 
-    Raises ValueError for an unknown backend, RuntimeError with every reason if none can run this.
+    ``backend`` is what `requested_backend` returned. Raises ValueError for an unknown backend, and RuntimeError with
+    all unsupported reasons if no backend can run this.
     """
     name, problem = _named(backend), Problem.of(op, tensors, *options)
     if name is None and problem.device == "cuda":
@@ -166,7 +167,7 @@ def kernel_for(op: str, backend: str | None, tensors: Sequence[Tensor | None], *
 
 
 def chosen(problem: Problem) -> Backend | None:
-    """What runs ``problem`` where no argument or context names a backend; None while it has yet to be measured."""
+    """The backend that runs ``problem`` if no argument or context names one; None if it has yet to be measured."""
     name = _named(None)
     if name is None and problem.device == "cuda" and _autotunes():
         name = autotuner.choice(problem)
@@ -178,20 +179,20 @@ def chosen(problem: Problem) -> Backend | None:
 def select(problem: Problem, name: str | None = None) -> Backend:
     """The backend that runs ``problem``: the named one, or the first of the table that supports it.
 
-    Raises RuntimeError with every reason if there is none.
+    Raises RuntimeError with all unsupported reasons if there is none.
     """
     return candidates(problem, name)[0]
 
 
 def candidates(problem: Problem, name: str | None = None) -> tuple[Backend, ...]:
-    """All backends that support ``problem``, in order of preference; of those with that name where one is given.
+    """All backends that support ``problem``, in order of preference; only the one called ``name`` if it is given.
 
-    Raises RuntimeError with every reason if there are none. Backends of other devices are not asked, which could load
-    their libraries, unless for that error.
+    Raises RuntimeError with all unsupported reasons if there are none. Backends of other devices are only asked for
+    that message, because asking them may load their libraries.
     """
     asked = TABLE if name is None else (_BY_NAME[name],)
     here = [backend for backend in asked if backend.device in (None, problem.device)]
-    # A backend that was named tries again to build its kernel.
+    # A named backend tries again to build its kernel.
     supporting = [b for b in here if not b.unsupported_reasons(problem) and (name or not _build_error(b, problem))]
     if not supporting:
         lines = [
@@ -206,7 +207,7 @@ def candidates(problem: Problem, name: str | None = None) -> tuple[Backend, ...]
 
 
 def _run_on_gpu(problem: Problem, *args: Any) -> Any:
-    """The operator on the first candidate, or the fastest, whose kernel can be built."""
+    """Runs the operator on the first, or the fastest, candidate whose kernel can be built."""
     while True:
         backend = _fastest(problem, args) if _autotunes() else select(problem)
         try:
@@ -245,7 +246,7 @@ def _any_batch(problem: Problem) -> Problem:
 
 
 def _rule_out(name: str, problem: Problem, error: KernelBuildError) -> None:
-    """From now on the next backend runs such problems, in this process."""
+    """Makes the next backend run such problems from now on, in this process."""
     _build_errors[name, _any_batch(problem)] = str(error)
     select.cache_clear()
     autotuner.forget(problem)
@@ -274,7 +275,7 @@ _NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off inside, where it is on; entering ``torch.autocast`` when it is not would cost microseconds."""
+    """Switches autocast off inside, if it is on; entering ``torch.autocast`` needlessly would cost microseconds."""
     # The meta device has no autocast, and asking for it raises.
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return _NOTHING

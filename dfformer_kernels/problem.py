@@ -1,6 +1,4 @@
-"""What backends are asked: the problem an operator poses, the memory formats of x and y, and the error of a backend
-that has no kernel for a problem after all.
-"""
+"""The problem that an operator poses to backends, the memory formats of x and y, and the error of a failed build."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,13 +9,17 @@ from torch import Tensor
 
 
 class KernelBuildError(RuntimeError):
-    """A kernel, or a plan of cuFFT, cannot be compiled or loaded; says which, and why. Another backend may do."""
+    """A kernel or a cuFFT plan cannot be compiled or loaded; the message says which, and why.
+
+    Another backend may be able to run the problem.
+    """
 
 
 class Problem(NamedTuple):
-    """What a backend needs to know to accept or refuse: operator name, device type, dtype and shape of ``x``, F of a
-    dynamic filter, whether StarReLU is part of it, device index, whether the routing is a softmax of the logits, and
-    whether each sample has a weight of its own.
+    """What a backend needs to know to accept or refuse a problem.
+
+    In order: operator name; device type, dtype and shape of ``x``; F of a dynamic filter; whether StarReLU is included;
+    device index; whether the routing is a softmax of the logits; whether each sample has a weight of its own.
     """
 
     op: str
@@ -32,7 +34,7 @@ class Problem(NamedTuple):
 
     @staticmethod
     def of(op: str, tensors: Sequence[Tensor | None], softmax: bool = True) -> "Problem":
-        """Of the operator's tensor arguments, x first, or those of its backward without grad_y; checked before."""
+        """The problem of an operator's checked tensor arguments, x first (for a backward, without grad_y)."""
         x, second, *_ = tensors
         assert x is not None
         assert second is not None
@@ -41,36 +43,37 @@ class Problem(NamedTuple):
         return _problem(op, x.device, x.dtype, x.shape, filters, tensors[-1] is not None, softmax, per_sample)
 
 
-@lru_cache(maxsize=1024)  # at every call: to find it takes half the time of making it
+@lru_cache(maxsize=1024)  # used at every call: a look-up takes half as long as making it
 def _problem(
     op: str, device: torch.device, dtype: torch.dtype, shape: torch.Size, filters: int, star_relu: bool, *form: bool
 ) -> Problem:
     return Problem(op, device.type, dtype, tuple(shape), filters, star_relu, device.index or 0, *form)
 
 
-# The two memory formats of x (B,H,W,C), which y and grad_x have as x has them.
+# The two memory formats of x (B,H,W,C). y and grad_x have the format of x.
 
 
 def is_channels_first(x: Tensor) -> bool:
-    """Whether x (B,H,W,C) lies in memory as (B,C,H,W) does, and not as a contiguous (B,H,W,C) too."""
+    """Whether x (B,H,W,C) is contiguous as (B,C,H,W), and not also as (B,H,W,C)."""
     return x.dim() == 4 and not x.is_contiguous() and x.permute(0, 3, 1, 2).is_contiguous()
 
 
 def in_format(t: Tensor, channels_first: bool) -> Tensor:
-    """(B,H,W,C) in memory as (B,C,H,W) or (B,H,W,C), in t's memory where it is so there."""
+    """``t`` (B,H,W,C), contiguous as (B,C,H,W) or as (B,H,W,C); copied only if it is not."""
     if channels_first:
         return not_a_view(t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1))
     return t.contiguous()
 
 
 def not_a_view(t: Tensor) -> Tensor:
-    """A tensor of its own in t's memory: where there are gradients, torch lets nobody write into an operator's result
-    that is a view.
+    """A tensor that shares t's memory but is not a view.
+
+    With gradients, torch does not let a caller write into an operator's result if it is a view.
     """
     return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Memory for a result of x's shape, dtype and format; contiguous where x has neither format."""
+    """An empty tensor with x's shape, dtype and memory format; contiguous if x has neither format."""
     format_ = torch.preserve_format if is_channels_first(x) else torch.contiguous_format
     return torch.empty_like(x, memory_format=format_)

@@ -1,10 +1,11 @@
-"""The executable specification of every operator, in torch.fft: any device, any floating dtype, any plane.
+"""The executable specification of every operator, in torch.fft, for any device, floating dtype and plane.
 
-It is the ``torch`` backend, what every other backend is compared with, and (because each gradient is itself written as
-a differentiable expression) what second derivatives are computed from. Clarity comes before speed here.
+It is the ``torch`` backend, and every other backend is compared with it. Second derivatives come from it as well,
+because each gradient is itself a differentiable expression. Here clarity is more important than speed.
 
-Notation: ``B,H,W,C`` batch, height, width, channels; ``F`` filters in the basis; ``K = W//2 + 1``. The arithmetic is
-float64 for float64 ``x`` and float32 otherwise; results have the dtype of the tensor they belong to.
+Notation: ``B,H,W,C`` are batch, height, width and channels; ``F`` is the number of filters; ``K = W//2 + 1``.
+Arithmetic is float64 for float64 ``x`` and float32 otherwise. A gradient has the dtype of its tensor, ``y`` that of
+``x``.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype arithmetic is done in for tensors stored as ``dtype``."""
+    """The dtype of arithmetic on tensors stored as ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -32,7 +33,7 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
     grad_y = grad_y.to(compute_dtype(x.dtype))
     r = x.to(grad_y.dtype).relu()
     gradients = (
-        # a select, so that an infinite grad_y does not make 0 * inf where x <= 0
+        # Selected, because with an infinite grad_y a product would be 0 * inf where x <= 0.
         lambda: torch.where(r == 0, 0, 2 * scale.to(r.dtype).reshape(()) * r * grad_y).to(x.dtype),
         lambda: (r.square() * grad_y).sum().to(scale.dtype).reshape(scale.shape),
         lambda: grad_y.sum().to(bias.dtype).reshape(bias.shape),
@@ -110,8 +111,8 @@ def dynamic_filter_backward(
 def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """``y = irfft2(rfft2(u) * weight)``, ``u = star_relu(x)`` if scale and bias are given, else ``x``.
 
-    ``x`` (B,H,W,C), ``weight`` (H,K,C,2), or (B,H,K,C,2) with one for each sample. GFNet's global filter (Rao et al.,
-    NeurIPS 2021), as GFFormer uses it.
+    ``x`` (B,H,W,C); ``weight`` (H,K,C,2), or (B,H,K,C,2) with one weight for each sample. This is GFNet's global filter
+    (Rao et al., NeurIPS 2021), as GFFormer uses it.
     """
     u = _activate(x, scale, bias)
     return _irfft2(_rfft2(u) * _complex(weight), x.shape[2]).to(x.dtype)
@@ -120,8 +121,9 @@ def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: 
 def global_filter_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """``grad_u = irfft2(conj(weight) G)``, ``grad_weight = sum_b D G conj(X)``, without the sum where each sample has
-    its own; ``G``, ``D`` as for the dynamic filter.
+    """``grad_u = irfft2(conj(weight) G)``, ``grad_weight = sum_b D G conj(X)``.
+
+    ``G`` and ``D`` are as for the dynamic filter. There is no sum over b if each sample has a weight of its own.
 
     Returns those of (x, weight, scale, bias) that ``needs`` asks for, in that order.
     """
@@ -174,7 +176,7 @@ def _activate_backward(
 
 
 def _complex(pairs: Tensor) -> Tensor:
-    """Real and imaginary parts (...,2) as complex numbers (...): a view where torch allows one, else of a copy."""
+    """Real and imaginary parts (...,2) as complex numbers (...): a view if torch allows one, else a view of a copy."""
     *outer, inner = pairs.stride()
     # Parameters that are slices of one flat buffer may begin at an odd element.
     if inner != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in outer):
@@ -193,20 +195,20 @@ def _mixed_filter(r: Tensor, filters: Tensor) -> Tensor:
 def _rfft2(u: Tensor) -> Tensor:
     if u.requires_grad and torch.is_grad_enabled():
         # The gradient of rfft2 is a two-dimensional complex transform. On strided float64 planes of some sizes (2x64,
-        # 5x509), MKL's writes outside its result (torch 2.14.1). Those of one-dimensional transforms do not.
+        # 5x509), MKL's version writes outside its result (torch 2.14.1). One-dimensional transforms do not.
         return torch.fft.fft(torch.fft.rfft(u, dim=2, norm="ortho"), dim=1, norm="ortho")
     return torch.fft.rfft2(u, dim=(1, 2), norm="ortho")
 
 
 def _irfft2(Z: Tensor, W: int) -> Tensor:
-    # A filtered spectrum is not Hermitian in the columns k=0 and k=W/2, and libraries differ in what a 2-D c2r then
-    # returns. The convention: inverse along H, drop those columns' imaginary part, c2r along W (which ignores it).
+    # A filtered spectrum is not Hermitian in the columns k=0 and k=W/2, and libraries differ in what a 2-D c2r returns
+    # for it. The convention is to invert along H, then run c2r along W, which ignores those columns' imaginary part.
     return torch.fft.irfft(torch.fft.ifft(Z, dim=1, norm="ortho"), n=W, dim=2, norm="ortho")
 
 
 def _conj(Z: Tensor) -> Tensor:
-    # Not Tensor.conj(): torch.compile runs a custom operator's first call in a mode in which that lazy flag is ignored
-    # (torch 2.14), and products silently come out unconjugated.
+    # Not Tensor.conj(): torch.compile runs a custom operator's first call in a mode that ignores this lazy flag
+    # (torch 2.14), and products would silently lack the conjugation.
     return torch.conj_physical(Z)
 
 

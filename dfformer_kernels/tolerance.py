@@ -1,17 +1,17 @@
-"""How close to the float64 reference a result must be: one policy for tests, ``dfformer doctor`` and benchmarks."""
+"""How close a result must be to the float64 reference: one policy for tests, ``dfformer doctor`` and benchmarks."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# Largest allowed ||actual - expected|| / ||expected|| by storage dtype, for the same inputs in float64. float32 allows
-# the rounding of two transforms; the 16-bit types one rounding of the result (their unit roundoff).
+# The largest allowed ||actual - expected|| / ||expected|| by storage dtype, where expected is computed in float64 from
+# the same inputs. float32 allows for the rounding of two transforms; the 16-bit types for one rounding of the result.
 BOUND = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """``||actual - expected|| / ||expected||`` in float64; NaN if either has one, infinite on a shape mismatch."""
+    """``||actual - expected|| / ||expected||`` in float64; NaN if either contains NaN, infinite if shapes differ."""
     if actual.shape != expected.shape:
         return float("inf")
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
@@ -22,10 +22,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def gradient_errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
-    """The relative errors of gradients, all one-element ones taken together as one vector.
+    """The relative errors of gradients, where all one-element gradients together count as one vector.
 
-    A scalar's gradient is a sum over a whole tensor. When it happens to cancel, no float32 computation has any relative
-    accuracy in it, the reference's own included; beside the other scalars' it is judged by a fair scale.
+    A scalar's gradient is a sum over a whole tensor. If the sum happens to cancel, no float32 computation of it has any
+    relative accuracy, not even the reference's. Beside the other scalars' gradients, it has a fair scale.
     """
     pairs = list(zip(actual, expected, strict=True))
     errors = [relative_error(a, e) for a, e in pairs if e.numel() != 1]

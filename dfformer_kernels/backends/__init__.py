@@ -1,4 +1,4 @@
-"""The ways to run the filter step: one file or folder a backend, chosen by `dfformer_kernels.dispatch` alone.
+"""The backends that run the filter step, one file or folder for each; only `dfformer_kernels.dispatch` chooses one.
 
-Backends import problem, reference and disk_cache; nothing else of this package.
+They import what they share, problem, reference and disk_cache, but neither dispatch, autotune nor ops.
 """

@@ -47,7 +47,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def unavailable_reasons() -> list[str]:
-    """Why nothing can run on this backend here; empty if the compiled core is there."""
+    """Why nothing can run on this backend here; empty if the compiled core is installed."""
     core, reason = _load()
     return [] if core else [reason]
 
@@ -61,7 +61,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def core() -> ModuleType:
-    """The compiled core; RuntimeError with the reason if it is absent."""
+    """The compiled core; raises RuntimeError with the reason if it is not installed."""
     module, reason = _load()
     if module is None:
         raise RuntimeError(reason)
@@ -98,7 +98,7 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
 
 
 class _FilterStep:
-    """The inputs of a filter step as the core takes them: contiguous, parameters in the arithmetic dtype."""
+    """The inputs of a filter step in the form that the core takes: contiguous, parameters in the arithmetic dtype."""
 
     def __init__(
         self,
@@ -130,11 +130,11 @@ class _FilterStep:
         self.inputs = (_pointer("x", self.x), _pointer("logits", self.logits), _pointer("filters", self.filters))
 
     def planes(self, t: Tensor) -> Tensor:
-        """(B,H,W,C) as the core takes it: contiguous, (B,C,H,W) where x's channels come first in memory."""
+        """``t`` (B,H,W,C) in the core's form: contiguous, as (B,C,H,W) if x is channels-first in memory."""
         return (t.permute(0, 3, 1, 2) if self._channels_first else t).contiguous()
 
     def result(self, planes: Tensor) -> Tensor:
-        """(B,H,W,C) of what the core wrote."""
+        """The core's result as (B,H,W,C)."""
         return planes.permute(0, 2, 3, 1) if self._channels_first else planes
 
 
@@ -192,8 +192,9 @@ def _filter_backward(
 
 
 def filter_workspace_bytes(shape: Sequence[int], num_filters: int, dtype: torch.dtype, backward: bool = False) -> int:
-    """Bytes of workspace that a filter step on x of ``shape`` (B,H,W,C) allocates with torch's current number of
-    threads. ``num_filters`` is F, 0 for a global filter.
+    """Bytes of workspace that a filter step on x of ``shape`` (B,H,W,C) allocates.
+
+    They depend on torch's current number of threads. ``num_filters`` is F, or 0 for a global filter.
     """
     return core().filter_workspace((*shape, num_filters), _DTYPE_CODES[dtype], backward, _threads())
 
@@ -210,14 +211,14 @@ def _empty_like(t: Tensor) -> Tensor:
 
 
 def _threads() -> int:
-    # OpenMP's thread pool does not survive a fork: a child that opened a parallel region would hang.
+    # OpenMP's thread pool does not survive a fork: a child would hang at its first parallel region.
     return 1 if _in_forked_child else torch.get_num_threads()
 
 
 def _pointer(name: str, t: Tensor | None, like: Tensor | None = None) -> int:
     """The address of a contiguous CPU tensor of the dtype and size of ``like``; 0 for None.
 
-    The core trusts addresses, so this is the last check.
+    This is the last check, because the core trusts addresses.
     """
     if t is None:
         return 0

@@ -1,4 +1,4 @@
-"""The filter steps of a backend for which a global filter is a dynamic one without logits."""
+"""The filter steps of backends that treat a global filter as a dynamic filter without logits."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +12,10 @@ def filter_kernels(
     """The kernels of ``dynamic_filter``, ``global_filter`` and their backwards, by operator name.
 
     Args:
-        forward: of (x, logits, filters, scale, bias, softmax), to y; for a global filter logits is None and its weight
-            filters.
-        backward: of (grad_y, x, logits, filters, scale, bias, needs, softmax), to the gradients that needs, a flag for
-            each of the five inputs, asks for.
+        forward: maps (x, logits, filters, scale, bias, softmax) to y. For a global filter, ``logits`` is None and
+            ``filters`` is its weight.
+        backward: maps (grad_y, x, logits, filters, scale, bias, needs, softmax) to gradients. ``needs`` has a flag for
+            each of the five inputs.
     """
 
     def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:

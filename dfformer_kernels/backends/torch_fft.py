@@ -1,6 +1,6 @@
 """The ``torch`` backend: the reference expression on torch.fft, on any device.
 
-On a GPU torch.fft plans what it has not transformed before, which a CUDA graph cannot capture.
+On a GPU, torch.fft plans the first transform of each kind, which a CUDA graph cannot capture.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ _ran = Prepared()
 
 
 def run(kernel: Callable[..., Any], name: str, *args: Any) -> Any:
-    """``kernel(*args)``; RuntimeError where it would have to plan during capture."""
+    """``kernel(*args)``; raises RuntimeError if it would have to plan during capture."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     if not any(t.device.type == "cuda" for t in tensors):
         return kernel(*args)
-    # Strides are part of a plan, and a tensor that is asked for is a transform more.
+    # A plan depends on strides, and each gradient that is asked for may need another transform.
     layouts = tuple((t.device, t.dtype, t.shape, t.stride()) for t in tensors)
     others = tuple(tuple(a) if isinstance(a, list) else a for a in args if not isinstance(a, Tensor))
     key = (name, layouts, others)

@@ -1,8 +1,8 @@
-"""cuFFT's 2-D real transforms through the compiled core: unscaled both ways, in any size.
+"""cuFFT's 2-D real transforms through the compiled core: unscaled in both directions, of any size.
 
-Planes lie side by side with N fastest: real ones (H,W,N), their spectra (H,K,N,2) with K = W//2 + 1 and real and
-imaginary parts last. One sample of a channels-last tensor is such an array (N = C). Of several arrays each is a
-transform of its own.
+N planes lie side by side, with N fastest. Real planes are (H,W,N), and their spectra (H,K,N,2) with K = W//2 + 1 and
+real and imaginary parts last. One sample of a channels-last tensor is such an array (N = C). If there are several
+arrays, each is a separate transform.
 """
 
 import math
@@ -27,8 +27,8 @@ _DTYPE_CODES = {torch.float32: 0, torch.float64: 1}  # as in csrc/dynamic_filter
 _SONAMES = {"12": "libcufft.so.11", "13": "libcufft.so.12"}  # by torch's major version of CUDA
 
 
-# cuFFT's results for a lack of device memory, and those of planning that are the library's or the plan's fault. Others,
-# such as an illegal access of an earlier kernel, only happen to be reported by the call.
+# cuFFT's results that mean a lack of device memory, and those of planning that are the fault of the library or plan.
+# A call may also report others that it did not cause, such as an illegal access of an earlier kernel.
 _NO_MEMORY = ("CUFFT_ALLOC_FAILED", "CUFFT_INTERNAL_ERROR")
 _NO_PLAN = tuple(
     f"CUFFT_{name}"
@@ -46,7 +46,7 @@ _NO_PLAN = tuple(
 
 
 class Cuda:
-    """Where transforms run, as far as they need to know; tests put host memory in its place."""
+    """The device that transforms run on; tests replace it by host memory."""
 
     device_type = "cuda"
 
@@ -67,7 +67,7 @@ _cuda = Cuda()
 
 
 def unavailable_reasons() -> list[str]:
-    """Why there are no transforms here; empty if libcufft could be opened. Whether there is a device is not asked."""
+    """Why transforms cannot run here; empty if libcufft could be opened. Does not check for a device."""
     return list(_open())
 
 
@@ -75,18 +75,18 @@ def rfft2(u: Tensor) -> Tensor:
     """``Z[h,k,n] = sum_pq u[p,q,n] exp(-2 pi i (h p / H + k q / W))`` on the device's current stream.
 
     Args:
-        u: (...,H,W,N) float32 or float64, contiguous, on a CUDA device. One that is not aligned to two elements is
-            copied. H*W*N is even if there are several.
+        u: (...,H,W,N) float32 or float64, contiguous, on a CUDA device. It is copied if it is not aligned to two
+            elements. H*W*N must be even if there are several arrays.
 
     Returns:
         (...,H,K,N,2), K = W//2 + 1, of u's dtype.
 
     Raises:
         ValueError: for any other u.
-        torch.OutOfMemoryError: if memory is lacking even after torch's unused memory was released.
-        KernelBuildError: if it cannot be planned.
-        RuntimeError: if libcufft is not there, with the name of any other error it returned, or if it would have to be
-            planned while a CUDA graph is captured.
+        torch.OutOfMemoryError: if memory is short even after torch's unused memory was released.
+        KernelBuildError: if the transform cannot be planned.
+        RuntimeError: if libcufft is missing or returns another error, which is named, or if the transform would have
+            to be planned while a CUDA graph is captured.
     """
     _check("u", u, "(...,H,W,N)", u.dim() >= 3)
     *several, H, W, N = u.shape
@@ -96,15 +96,15 @@ def rfft2(u: Tensor) -> Tensor:
 def irfft2(Z: Tensor, W: int) -> Tensor:
     """``u[p,q,n] = sum_hk Z[h,k,n] exp(2 pi i (h p / H + k q / W))`` over all W frequencies k, on the current stream.
 
-    Those beyond K are the conjugates of ``Z[-h,-k,n]``. What the result is where columns k = 0 and k = W/2 are not
-    conjugate to themselves is up to the library.
+    Frequencies beyond K are the conjugates of ``Z[-h,-k,n]``. If columns k = 0 and k = W/2 are not self-conjugate, the
+    result depends on the library.
 
     Args:
         Z: (...,H,K,N,2), K = W//2 + 1, as `rfft2` returns it. **Overwritten.**
         W: width of the planes.
 
     Returns:
-        (...,H,W,N) of Z's dtype: H*W times the planes that `rfft2` made Z of.
+        (...,H,W,N) of Z's dtype: H*W times the planes that `rfft2` made Z from.
 
     Raises:
         As `rfft2`.
@@ -116,7 +116,7 @@ def irfft2(Z: Tensor, W: int) -> Tensor:
 
 
 def clear_plans(device: torch.device) -> None:
-    """Frees what cuFFT keeps on the device for transforms to come; what a captured CUDA graph refers to stays."""
+    """Frees the memory that cuFFT keeps on the device for later transforms, except what captured CUDA graphs use."""
     with _cuda.guard(device):
         cpu.core().cufft_clear(_cuda.index(device))
 
@@ -138,7 +138,7 @@ def _transform(source: Tensor, result: Tensor, shape: tuple[int, int, int], inve
     count = (result if inverse else source).numel() // math.prod(shape)
     if count > 1 and math.prod(shape) % 2:
         raise ValueError(f"libcufft: of {count} real arrays {shape} every second one begins at an odd element")
-    if source.data_ptr() % (2 * source.itemsize):  # cuFFT wants real arrays aligned like complex ones, too
+    if source.data_ptr() % (2 * source.itemsize):  # cuFFT requires the alignment of complex numbers for real arrays
         source = source.clone()
     with _cuda.guard(device):
         transform = (_cuda.index(device), shape, _DTYPE_CODES[source.dtype], inverse, _cuda.capturing())
@@ -153,13 +153,13 @@ def _transform(source: Tensor, result: Tensor, shape: tuple[int, int, int], inve
                 _cuda.stream(device),
             )
             run = partial(_called, core.cufft_run, *transform, *buffers)
-            # An inverse that failed may have overwritten its input.
+            # A failed inverse is not repeated, because it may have overwritten its input.
             run() if inverse else with_memory_released(run)
     return result
 
 
 def _called(call: Callable[..., T], *args: object, no_plan: tuple[str, ...] = ()) -> T:
-    """``call(*args)`` of the core, whose error names cuFFT's result; KernelBuildError for those of ``no_plan``."""
+    """``call(*args)`` of the core. Its error names cuFFT's result; results in ``no_plan`` raise KernelBuildError."""
     try:
         return call(*args)
     except RuntimeError as error:
@@ -174,7 +174,7 @@ def _called(call: Callable[..., T], *args: object, no_plan: tuple[str, ...] = ()
 
 @cache
 def _open() -> tuple[str, ...]:
-    """Opens libcufft; the reasons if it cannot be."""
+    """Opens libcufft; returns the reasons if that fails."""
     if reasons := cpu.unavailable_reasons():
         return tuple(reasons)
     if torch.version.cuda is None:
@@ -194,7 +194,7 @@ def _open() -> tuple[str, ...]:
 
 
 def _candidates(soname: str) -> list[str]:
-    """What to open, in this order: by its name the copy that torch has loaded or the system's, then that of a wheel."""
+    """The libraries to try, in order: by name, torch's loaded copy or the system's; then the one of a wheel."""
     spec = find_spec("nvidia")
     folders = (spec.submodule_search_locations or []) if spec else []
     return [soname, *(str(path) for folder in folders for path in sorted(Path(folder).glob(f"*/lib/{soname}")))]

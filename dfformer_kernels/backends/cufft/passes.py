@@ -1,9 +1,9 @@
-"""The ``cufft`` backend: Triton kernels around cuFFT's transforms (torch.fft's where there is no libcufft), any plane.
+"""The ``cufft`` backend: Triton kernels around cuFFT's transforms (torch.fft's without libcufft), for any plane.
 
-Samples lie side by side: planes are (1,H,W,B*C), spectra (1,H,K,B*C,2), so that one transform takes all channels of
-all samples. A pass over memory brings ``x`` there, applying StarReLU and converting to float32 on the way, and one
-takes the result back. Or each sample is a transform of its own, where `by_sample` says so: planes are (B,H,W,C), as x
-and y are, and those of the arithmetic dtype need passes for StarReLU only.
+Samples lie side by side: planes are (1,H,W,B*C) and spectra (1,H,K,B*C,2), so one transform takes all channels of all
+samples. A pass over memory copies ``x`` there, applies StarReLU and converts to float32 on the way; another copies the
+result back. Alternatively, if `by_sample` chooses so, each sample is a separate transform. Planes are then (B,H,W,C)
+like x and y, and if x has the arithmetic dtype, only StarReLU needs passes.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,13 +21,13 @@ from dfformer_kernels.backends.filter_kernels import filter_kernels
 from dfformer_kernels.problem import KernelBuildError, Problem, empty_like, is_channels_first
 from dfformer_kernels.reference import compute_dtype
 
-# What may move while one more transform is launched, in bytes: 3 us at the 3.35 TB/s of an H100. An assumption.
+# Assumed bytes that memory moves while another transform is launched: 3 us at the 3.35 TB/s of an H100.
 _LAUNCH_BYTES = 10_000_000
-_MAX_EXTENT = 2**30  # of H*W, and of B*C: 32-bit indices in the Triton kernels, whose offsets are 64-bit
+_MAX_EXTENT = 2**30  # of H*W and of B*C, which are 32-bit indices in the Triton kernels; offsets are 64-bit
 
 
 def unavailable_reasons() -> list[str]:
-    """Why nothing can run on this backend here; empty if there are a GPU and Triton."""
+    """Why nothing can run on this backend here; empty if the machine has a GPU and Triton."""
     reasons = [] if torch.cuda.is_available() else ["there is no CUDA or ROCm device"]
     if find_spec("triton") is None:
         reasons.append("the package triton is not installed")
@@ -58,16 +58,17 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
 
 
 def by_sample(shape: Sequence[int], dtype: torch.dtype, star_relu: bool, backward: bool) -> bool:
-    """Whether each sample of x (B,H,W,C) is a transform of its own: where that moves fewer bytes, launches included.
+    """Whether each sample of x (B,H,W,C) is a separate transform: it is if that moves fewer bytes, launches included.
 
-    It saves the passes that only bring samples side by side or back: of x and y, or of grad_y, x and grad_x, with
-    StarReLU those of y and grad_y alone, since StarReLU's own passes remain. Beyond the first sample it takes two
-    launches each forward, three backward. One sample is the same either way; passes that convert 16 bits remain.
+    It saves the passes that only copy samples side by side or back: those of x and y, or of grad_y, x and grad_x. With
+    StarReLU it saves those of y and grad_y alone, because StarReLU's own passes remain. Each sample beyond the first
+    takes two more launches forward, three backward. A single sample is the same either way. Passes that convert 16-bit
+    types remain as well.
     """
     B, H, W, C = shape
     if B == 1:
         return True
-    if dtype != compute_dtype(dtype) or H * W * C % 2:  # cuFFT wants real arrays to begin at even elements
+    if dtype != compute_dtype(dtype) or H * W * C % 2:  # cuFFT requires real arrays to begin at even elements
         return False
     transforms = 3 if backward else 2
     passes = 1 if star_relu else transforms
@@ -132,11 +133,12 @@ KERNELS: dict[str, Callable[..., Any]] = {
 
 
 def _spectrum(x: Tensor, dtype: torch.dtype, scale: Tensor | None, bias: Tensor | None, per_sample: bool) -> Tensor:
-    """``rfft2(u)``, u = x or StarReLU of it, in the dtype that arithmetic on ``dtype`` is done in: (B,H,K,C,2) if
-    ``per_sample``, else with samples side by side (1,H,K,B*C,2).
+    """``rfft2(u)`` with u = x or StarReLU of it, in the dtype of arithmetic on ``dtype``.
+
+    The result is (B,H,K,C,2) if ``per_sample``, else (1,H,K,B*C,2) with samples side by side.
     """
     B, H, W, C = x.shape
-    planes = x.flatten(1, 2)  # a view, but for memory in which no row follows the one above
+    planes = x.flatten(1, 2)  # a view, unless the rows of a plane are not evenly spaced
     if per_sample and scale is None and x.dtype == compute_dtype(dtype) and planes.is_contiguous():
         u = planes.view(x.shape)
     else:
@@ -173,12 +175,12 @@ def _product(sizes: Sequence[int]) -> int:
 def traffic(
     op: str, shape: Sequence[int], dtype: torch.dtype, star_relu: bool = False, backward: bool = False
 ) -> list[tuple[str, int]]:
-    """The passes of a filter step on x (B,H,W,C), or of its whole backward, and the bytes each moves, as a model.
+    """A model of the passes of a filter step on x (B,H,W,C), or of its whole backward, and of the bytes each moves.
 
-    Of a transform it counts its input and its output once, whatever the library does in between. A global filter's
-    weight is as large as a sample's spectrum and counts, as does its gradient (once, though small planes have slots of
-    it); a dynamic filter's parameters and slots are small and do not. Each pass is one launch, but a transform of
-    several samples one for each where `by_sample` says so.
+    A transform counts its input and its output once, and nothing that the library does in between. A global filter's
+    weight counts, because it is as large as a sample's spectrum, and so does its gradient (once, though small planes
+    have slots of it). A dynamic filter's parameters and slots are small and do not count. Each pass is one launch,
+    except that a transform of several samples is one launch for each if `by_sample` chooses so.
     """
     B, H, W, C = shape
     stored, wide = dtype.itemsize, compute_dtype(dtype).itemsize
@@ -207,7 +209,7 @@ def _triton() -> ModuleType:
 
 @cache
 def _transforms(device_type: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int], Tensor]]:
-    """``rfft2`` and ``irfft2``, unscaled: cuFFT's where libcufft can be opened, torch.fft's where not (ROCm)."""
+    """``rfft2`` and ``irfft2``, unscaled: cuFFT's if libcufft can be opened, otherwise torch.fft's (ROCm)."""
     if device_type == "cuda":
         libcufft = import_module("dfformer_kernels.backends.cufft.libcufft")
         if not libcufft.unavailable_reasons():

@@ -1,27 +1,27 @@
-"""Triton kernels around a 2-D transform: what goes in, filtering, what comes out.
+"""Triton kernels around a 2-D transform: they prepare its input, filter the spectrum and convert the result.
 
 Planes are (B,R,C) with R = H*W rows and any strides. Spectra are those of N = B*C planes, ``width`` of them side by
-side, (N/width,H,K,width,2), contiguous, K = W//2 + 1, not scaled: with real transforms unscaled both ways, 1/(HW) is
-the filter's. A program works on a tile of rows and columns n, where n is channel n % C of sample n // C; both are
-counted in 32 bits, offsets in 64. Partial sums go to slots, one for each tile, and are then added up in a fixed order:
-no atomics. Arithmetic is float64 for float64 planes or spectra and float32 otherwise.
+side: (N/width,H,K,width,2), contiguous, with K = W//2 + 1. Transforms are unscaled in both directions, and filtering
+multiplies by 1/(HW). A program works on a tile of rows and columns n, where n is channel n % C of sample n // C. Rows
+and columns are counted in 32 bits, offsets in 64. Partial sums go to slots, one for each tile, which are then added in
+a fixed order, without atomics. Arithmetic is float64 for float64 planes or spectra and float32 otherwise.
 
-An integer argument of value 1 is a Python constant in a kernel: it has no methods.
+An integer argument of value 1 is a Python constant in a kernel, so it has no methods.
 
-Columns k = 0 and k = W/2 of a real plane's spectrum are conjugate to themselves turned around; those of a filtered one
-need not be, and libraries differ in what their inverse then returns. The convention (inverse along H, drop the
-imaginary part) equals filtering those two columns by (M[h] + conj(M[-h])) / 2, which keeps them Hermitian: as here.
+Columns k = 0 and k = W/2 of a real plane's spectrum are Hermitian. Those of a filtered spectrum need not be, and
+libraries differ in what their inverse then returns. The convention (invert along H, drop the imaginary part) is
+equivalent to filtering these two columns by (M[h] + conj(M[-h])) / 2, which keeps them Hermitian. These kernels do so.
 """
 
 import triton
 import triton.language as tl
 
-# Kernels' helpers
+# Helpers of the kernels
 
 
 @triton.jit
 def _tile(rows, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A program's rows, columns and which of its elements exist; neighbouring programs have neighbouring columns."""
+    """A program's rows and columns, and which elements exist. Neighbouring programs have neighbouring columns."""
     across = tl.cdiv(N, COLUMNS)
     row = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
     n = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
@@ -41,7 +41,7 @@ def _offsets(row, n, C, stride_b, stride_row, stride_c):
 
 @triton.jit
 def _points(row, n, rows, width):
-    """Where points of spectra are, counted in complex numbers."""
+    """The offsets of points of spectra, in complex numbers."""
     columns = (n // width).to(tl.int64) * rows * width + n % width
     return row.to(tl.int64)[:, None] * width + columns[None, :]
 
@@ -97,7 +97,7 @@ def _logits(logits, n, N, C, f, stride_b, stride_f, stride_c, COMPUTE: tl.conste
 
 @triton.jit
 def _softmax_scale(logits, n, N, C, stride_b, stride_f, stride_c, F: tl.constexpr, COMPUTE: tl.constexpr):
-    """Largest logit and sum of the exponentials: ``r[f] = exp(logits[f] - peak) / total``."""
+    """The largest logit and the sum of exponentials, for ``r[f] = exp(logits[f] - peak) / total``."""
     peak = _logits(logits, n, N, C, 0, stride_b, stride_f, stride_c, COMPUTE)
     for f in range(1, F):
         peak = tl.maximum(peak, _logits(logits, n, N, C, f, stride_b, stride_f, stride_c, COMPUTE))
@@ -142,7 +142,7 @@ def activate_kernel(
     row, n, exists = _tile(rows, N, ROWS, COLUMNS)
     value = tl.load(x + _offsets(row, n, C, x_stride_b, x_stride_row, x_stride_c), exists, 0).to(COMPUTE)
     if scale is not None:
-        # not maximum(x, 0), which would turn a NaN into 0
+        # Not maximum(x, 0), which would turn NaN into 0.
         r = tl.where(value < 0, 0.0, value)
         value = tl.load(scale).to(COMPUTE) * r * r + tl.load(bias).to(COMPUTE)
     tl.store(y + _offsets(row, n, C, y_stride_b, y_stride_row, y_stride_c), value.to(y.dtype.element_ty), exists)
@@ -160,13 +160,13 @@ def activate_backward_kernel(
     r = tl.load(x + _offsets(row, n, C, x_stride_b, x_stride_row, x_stride_c), exists, 0).to(COMPUTE)
     r = tl.where(r < 0, 0.0, r)
     if grad_x is not None:
-        # a select, so that an infinite grad_y does not make 0 * inf where x <= 0
+        # Selected, because with an infinite grad_y a product would be 0 * inf where x <= 0.
         value = tl.where(r == 0, 0.0, 2 * tl.load(scale).to(COMPUTE) * r * g)
         offset = _offsets(row, n, C, o_stride_b, o_stride_row, o_stride_c)
         tl.store(grad_x + offset, value.to(grad_x.dtype.element_ty), exists)
     if slots is not None:
         slot = slots + 2 * tl.program_id(0).to(tl.int64)
-        # a row's sum in float32, all that is longer in float64: terms cancel
+        # Sums over a row are float32; longer sums are float64, because terms cancel.
         tl.store(slot, tl.sum(tl.sum(r * r * g, 1).to(tl.float64), 0))
         tl.store(slot + 1, tl.sum(tl.sum(g, 1).to(tl.float64), 0))
 
@@ -211,8 +211,10 @@ def mix_backward_kernel(
     F: tl.constexpr, SOFTMAX: tl.constexpr, STORE_G: tl.constexpr, COMPUTE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``G *= conj(M) / (HW)`` in place; with ``P = D G conj(X) / (HW)`` of the G before, r_slots (row tiles,F,N) get
-    ``sum_hk Re(P conj(basis[h,k,f]))`` and basis_slots (column tiles,rows,F,2) ``sum_n r[f,n] P``.
+    """``G *= conj(M) / (HW)`` in place, and partial sums for the gradients of logits and basis.
+
+    With ``P = D G conj(X) / (HW)`` of the original G, r_slots (row tiles,F,N) get ``sum_hk Re(P conj(basis[h,k,f]))``,
+    and basis_slots (column tiles,rows,F,2) get ``sum_n r[f,n] P``.
     """
     row, n, exists = _tile(rows, N, ROWS, COLUMNS)
     norm = _one_over(H * W, COMPUTE)
@@ -253,10 +255,10 @@ def global_mix_backward_kernel(
     G, X, weight, slots, H, W, rows, B, columns, C, width, w_stride_b, samples,
     STORE_G: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``G *= conj(weight) / (HW)`` in place; slots (slices,rows,C,2) get ``sum_b D G conj(X) / (HW)`` of the G before.
+    """``G *= conj(weight) / (HW)`` in place; slots (slices,rows,C,2) get ``sum_b D G conj(X) / (HW)`` of the old G.
 
-    A program has its tile of channels in a slice of ``samples`` samples, one after the other. Where each sample has a
-    weight of its own, it is one of all columns N = ``columns``, and slots are (1,N/C,rows,C,2).
+    A program has a tile of channels, and goes through a slice of ``samples`` samples, one after the other. If each
+    sample has a weight of its own, all columns N = ``columns`` count as one sample, and slots are (1,N/C,rows,C,2).
     """
     row, n, exists = _tile(rows, columns, ROWS, COLUMNS)
     norm = _one_over(H * W, COMPUTE)

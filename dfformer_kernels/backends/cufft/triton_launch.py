@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels on torch's tensors: tiles, grids, slots of sums, and what is compiled when."""
+"""Launches the Triton kernels on torch tensors: chooses tiles and grids, allocates slots, and compiles."""
 
 import subprocess
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from dfformer_kernels.device import Prepared, with_memory_released
 from dfformer_kernels.problem import KernelBuildError
 
 _PLANE_TILE = 2048  # elements of a program
-_SPECTRUM_TILE = {4: 1024, 8: 256}  # by bytes of an element: the most that spill nothing
-_WIDTH = 128  # columns of a tile, where there are as many
+_SPECTRUM_TILE = {4: 1024, 8: 256}  # by bytes of an element: the most without spilled registers
+_WIDTH = 128  # columns of a tile, if there are as many
 _HEIGHT = 64  # most rows of a spectrum's tile: long sums in float32 would lose digits
-_WARPS = 8  # of a program: half as many registers as with Triton's 4, and no spills
+_WARPS = 8  # of a program: a thread needs half as many registers as with Triton's default of 4, so none spill
 _PROGRAMS = 1024  # enough to occupy any GPU
 
 _prepared = Prepared()
-# What compiling and loading raise: in Triton's own code, in LLVM and ptxas, and for want of a C compiler.
+# The errors of compiling and loading: of Triton's own code, of LLVM and ptxas, and of a missing C compiler.
 _UNBUILDABLE = (
     *(triton.TritonError, subprocess.SubprocessError),
     *(RuntimeError, ValueError, AssertionError, OSError, ImportError),
@@ -31,10 +31,12 @@ _UNBUILDABLE = (
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = _WARPS) -> None:
     """``kernel[grid](*args)`` on the current stream of args' device, which is the current device.
 
-    Raises KernelBuildError where it cannot be compiled or loaded, torch.OutOfMemoryError where the driver lacks memory
-    for it, RuntimeError where it has yet to be compiled or loaded during capture.
+    Raises:
+        KernelBuildError: the kernel cannot be compiled or loaded.
+        torch.OutOfMemoryError: the driver has too little memory to load it.
+        RuntimeError: it would have to be compiled or loaded during capture.
     """
-    # All that Triton may specialise a kernel on, and more: any value of an integer.
+    # Everything that Triton may specialise a kernel on, and more: the key holds every integer's value.
     key = (kernel.__name__, *(_kind(a) if isinstance(a, Tensor) else a for a in args))
     if new := _prepared.is_new(key, f"a variant of the Triton kernel {kernel.__name__}"):
         _build(kernel, grid, args, warps)
@@ -50,7 +52,7 @@ def _kind(t: Tensor) -> tuple[Any, ...]:
 def _build(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], warps: int) -> None:
     try:
         compiled = kernel.warmup(*args, grid=grid, num_warps=warps)
-        if compiled is not None:  # by Triton's interpreter
+        if compiled is not None:  # it is None in Triton's interpreter
             with_memory_released(lambda: _load(compiled))
     except _UNBUILDABLE as error:
         if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or _of_driver(error):
@@ -60,7 +62,7 @@ def _build(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], warps: int) 
 
 def _load(compiled: Any) -> None:
     try:
-        compiled[1, 1, 1]  # ready to be launched on a grid
+        compiled[1, 1, 1]  # loads it, without a launch
     except RuntimeError as error:
         if _of_driver(error) and "out of memory" in str(error):
             raise torch.OutOfMemoryError(str(error)) from error
@@ -68,7 +70,7 @@ def _load(compiled: Any) -> None:
 
 
 def _of_driver(error: BaseException) -> bool:
-    """Whether Triton reports what the driver returned."""
+    """Whether Triton's error reports an error of the driver."""
     return str(error).startswith("Triton Error [")
 
 
@@ -126,17 +128,17 @@ def mix(X: Tensor, W: int, logits: Tensor | None, filters: Tensor, softmax: bool
 
 
 def _sample_stride(weight: Tensor) -> int:
-    """From one sample's weight to the next, in complex numbers; 0 for one of all samples."""
+    """The stride from one sample's weight to the next, in complex numbers; 0 if all samples share a weight."""
     return weight[0].numel() // 2 if weight.dim() == 5 else 0
 
 
 def mix_backward(
     G: Tensor, X: Tensor | None, W: int, logits: Tensor, basis: Tensor, needs: Sequence[bool], softmax: bool = True
 ) -> list[Tensor]:
-    """``G *= conj(M) / (HW)`` in place, and the gradients of logits and basis from the G before and X.
+    """``G *= conj(M) / (HW)`` in place, and the gradients of logits and basis from the original G and X.
 
-    ``G`` and ``X`` are (S,H,K,width,2) with S width = B*C. ``needs`` is for (G, logits, basis); X may be None where
-    only G is wanted. Returns the two others that are.
+    ``G`` and ``X`` are (S,H,K,width,2) with S width = B*C. ``needs`` is for (G, logits, basis). X may be None if only G
+    is needed. Returns those gradients of logits and basis that ``needs`` asks for.
     """
     S, H, K, width, _ = G.shape
     N = S * width
@@ -149,7 +151,7 @@ def mix_backward(
     _launch(kernels.mix_backward_kernel, grid, G, X, logits, basis, r_slots, basis_slots, *arguments)
     gradients = []
     if r_slots is not None:
-        grad_r = r_slots.sum(0, dtype=torch.float64)  # of which softmax's gradient takes small differences
+        grad_r = r_slots.sum(0, dtype=torch.float64)  # float64: softmax's gradient takes differences
         gradients.append(_softmax_backward(grad_r, logits) if softmax else _by_sample(grad_r, logits))
     if basis_slots is not None:
         gradients.append(basis_slots.sum(0))
@@ -157,7 +159,7 @@ def mix_backward(
 
 
 def _by_sample(grad_r: Tensor, logits: Tensor) -> Tensor:
-    """(F,B*C) as logits are: (B,F,C) of their dtype."""
+    """Converts (F,B*C) to the shape (B,F,C) and dtype of logits."""
     return grad_r.unflatten(1, (len(logits), -1)).transpose(0, 1).to(logits.dtype)
 
 
@@ -171,14 +173,14 @@ def _softmax_backward(grad_r: Tensor, logits: Tensor) -> Tensor:
 
 
 def global_mix_backward(G: Tensor, X: Tensor | None, W: int, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    """``G *= conj(weight) / (HW)`` in place, and weight's gradient from the G before and X.
+    """``G *= conj(weight) / (HW)`` in place, and weight's gradient from the original G and X.
 
-    ``G`` and ``X`` are (S,H,K,width,2) with S width = B*C. ``needs`` is for (G, weight); X may be None where only G
-    is wanted. Returns weight's gradient if it is.
+    ``G`` and ``X`` are (S,H,K,width,2) with S width = B*C. ``needs`` is for (G, weight). X may be None if only G is
+    needed. Returns weight's gradient if ``needs`` asks for it.
     """
     S, H, K, width, _ = G.shape
     C = weight.shape[-2]
-    # Samples with weights of their own are the columns of a single one.
+    # Samples with weights of their own count as the columns of a single sample.
     B, columns = (1, S * width) if weight.dim() == 5 else (S * width // C, C)
     need_G, need_weight = needs
     tile, (tiles,) = _spectrum_tiles(G, columns)
@@ -197,14 +199,14 @@ def _spectrum_tiles(spectrum: Tensor, columns: int) -> tuple[tuple[int, int], tu
 
 
 def _tiles(rows: int, N: int, elements: int, most_rows: int) -> tuple[tuple[int, int], tuple[int]]:
-    """(rows, columns) of a tile, and the grid; they depend on the problem only, and with them the order of sums."""
+    """(rows, columns) of a tile, and the grid. They, and so the order of sums, depend only on the problem."""
     columns = min(triton.next_power_of_2(N), _WIDTH)
     height = min(triton.next_power_of_2(rows), elements // columns, most_rows)
     return (height, columns), (triton.cdiv(rows, height) * triton.cdiv(N, columns),)
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    """Memory for sums: of the dtype that arithmetic on ``like`` is done in."""
+    """An empty tensor for sums, with the dtype of arithmetic on ``like``."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.empty(shape, dtype=dtype, device=like.device)
 

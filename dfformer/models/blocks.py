@@ -1,4 +1,4 @@
-"""What a MetaFormer is built from: strided convolutions, blocks and stages, channels-last between them."""
+"""The parts of a MetaFormer: strided convolutions, blocks and stages, with channels-last tensors between them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +15,11 @@ from dfformer.models.layers import Activation, Mlp, Scale, call_convolution
 from dfformer_kernels.ops.registration import is_transformed
 
 TokenMixer = Callable[..., nn.Module]  # called as mixer(dim=, size=)
-NormLayer = Callable[[int], nn.Module]  # called with the channels; maps (..., channels) to the same
+NormLayer = Callable[[int], nn.Module]  # called with the number of channels; maps (..., channels) to the same shape
 
 
 def norm(dim: int, bias: bool = False) -> nn.LayerNorm:
-    """The family's norm, over the channels."""
+    """The norm of this model family, over the channels."""
     return nn.LayerNorm(dim, eps=1e-6, bias=bias)
 
 
@@ -27,7 +27,11 @@ biased_norm = partial(norm, bias=True)
 
 
 class Downsampling(nn.Module):
-    """A strided convolution with a norm: after it in the stem (image in), before it between stages (B,H,W,C in)."""
+    """A strided convolution with a norm.
+
+    In the stem, the input is an image and the norm comes last. Between stages, the input is (B,H,W,C) and the norm
+    comes first.
+    """
 
     def __init__(
         self,
@@ -53,10 +57,10 @@ class Downsampling(nn.Module):
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """A channels-last image makes the convolution return what the rest of the network wants without a copy."""
+    """``x`` in channels-last memory, so that the convolution's result has it too and needs no copy."""
     if torch.jit.is_scripting():
         return x.contiguous(memory_format=torch.channels_last)
-    elif is_transformed((x,)):  # torch.func.vmap knows no memory formats
+    elif is_transformed((x,)):  # torch.func.vmap does not support memory formats
         return x
     else:
         return x.contiguous(memory_format=torch.channels_last)
@@ -72,10 +76,10 @@ class MetaFormerBlock(nn.Module):
         token_mixer: called as ``token_mixer(dim=dim, size=size)``.
         mlp_act: activation of the MLP.
         drop_path: probability, in training, that a sample skips a branch.
-        res_scale_init_value: of the learned scale of each channel ``r``; None for no scale.
-        layer_scale_init_value: of the learned scale of each channel ``l``; None for no scale.
+        res_scale_init_value: initial value of the learned scale ``r`` of each channel; None for no scale.
+        layer_scale_init_value: initial value of the learned scale ``l`` of each channel; None for no scale.
         norm_layer: called with ``dim``.
-        mlp_bias: whether the MLP's two layers have one.
+        mlp_bias: whether the MLP's two layers have biases.
         proj_drop: dropout after each of the MLP's two layers.
     """
 
@@ -121,7 +125,7 @@ class MetaFormerBlock(nn.Module):
 
 
 class MetaFormerStage(nn.Sequential):
-    """The blocks of a stage; with ``grad_checkpointing`` each is computed again in backward."""
+    """The blocks of a stage; with ``grad_checkpointing`` each is recomputed in backward."""
 
     def __init__(self, *blocks: Any) -> None:
         super().__init__(*blocks)

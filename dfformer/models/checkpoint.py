@@ -1,7 +1,7 @@
-"""Checkpoints: official ``.pth`` and ``.safetensors`` in, ``.safetensors`` out, never a free unpickle.
+"""Checkpoints: reads official ``.pth`` and ``.safetensors`` files, writes ``.safetensors``, and never unpickles freely.
 
-A file written by `save_checkpoint` also says what model it is for, so that `load_model` (and ``dfformer predict``) can
-rebuild it without being told. Nothing in a file is trusted: docs/security.md says what that means.
+A file written by `save_checkpoint` also describes its model, so that `load_model` (and ``dfformer predict``) can
+rebuild it. Nothing in a file is trusted; docs/security.md explains what that means.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from dfformer.models.mismatch import Mismatch, causes, compare
 from dfformer.utils.io import replacing
 from dfformer.utils.text import abbreviate, reason
 
-# Where training scripts keep the weights inside a checkpoint, the averaged ones first.
+# The keys under which training scripts store weights inside a checkpoint, averaged weights first.
 _NESTED_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _METADATA_KEY = "dfformer"
-# What torch says of files it does not read as data, and what they are.
+# What torch's error says about files that it does not read as data, and what they are.
 _OTHER_FORMATS = {"TorchScript": "a TorchScript archive", "legacy .tar": "in the .tar format of torch before 0.4"}
-# Numbers by which a model may exceed its file, for filters of larger images: 1 GiB in float32.
+# The most elements by which a model may exceed its file, for filters of larger images: 1 GiB in float32.
 _MOST_GROWTH = 2**28
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,13 +40,14 @@ class CheckpointError(RuntimeError):
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict of a checkpoint file and what `save_checkpoint` said about the model ({} for other files).
+    """The state dict of a checkpoint file, and the description of its model by `save_checkpoint` ({} for other files).
 
-    ``.pth`` files are read with ``weights_only=True``. DDP's and torch.compile's name prefixes are removed. What the
-    file says has passed `dfformer.models.metadata.check_metadata`.
+    ``.pth`` files are read with ``weights_only=True``. The name prefixes of DDP and torch.compile are removed. The
+    description has passed `dfformer.models.metadata.check_metadata`.
 
     Raises:
-        FileNotFoundError; CheckpointError: truncated, unsafe, no state dict in it, or it says what it must not.
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is truncated or unsafe, has no state dict, or its description is not accepted.
     """
     path = Path(path)
     if not path.is_file():
@@ -61,7 +62,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     for name, tensor in content.items():
         _check_stored(path, name, tensor)
     blocks = sum(metadata.get("model_args", {}).get("depths", ()))
-    if blocks > len(content):  # even their description takes seconds to build
+    if blocks > len(content):  # building so many takes seconds even on the meta device
         raise CheckpointError(
             f"{path}: model_args.depths: adds up to {blocks} blocks, the file has {len(content)} tensors"
         )
@@ -73,14 +74,14 @@ def _is_named_tensor(entry: tuple[Any, Any]) -> bool:
 
 
 def _check_stored(path: Path, name: str, tensor: Tensor) -> None:
-    """A file of a few bytes must not become a tensor of gigabytes."""
+    """Raises CheckpointError for a tensor larger than its stored data: a small file must not become gigabytes."""
     dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError(f"{path}: {name!r} is not a dense tensor whose numbers are all in the file")
 
 
 def read_task(path: str | Path) -> str:
-    """The task a checkpoint says it is for; classify for files that do not say."""
+    """The task that a checkpoint was trained for; "classify" if the file does not say."""
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         return "classify"
     with _opened(Path(path)) as file:
@@ -90,11 +91,11 @@ def read_task(path: str | Path) -> str:
 def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> Mismatch:
     """Loads a checkpoint file into ``model``.
 
-    Filters stored for another image size are resized to the model's. When only the number of classes differs, the
-    classifier's last layer (``head.fc2``) stays as initialised, timm's rule.
+    Filters stored for another image size are resized to the model's. If only the number of classes differs, the
+    classifier's last layer (``head.fc2``) stays as initialised, as in timm.
 
     Args:
-        model: of `dfformer`; any device and dtype.
+        model: a model of `dfformer`, on any device and of any dtype.
         path: see `read_checkpoint`.
         strict: raise unless everything else matches; if False, load what fits.
 
@@ -102,15 +103,15 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
         What did not match.
 
     Raises:
-        CheckpointError: the file cannot be read, or (strict) does not fit: the likely cause, and up to ten names each
-            of missing, unexpected and wrongly shaped tensors.
+        CheckpointError: the file cannot be read, or (strict) does not fit. The message has the likely cause, and up to
+            ten names each of missing, unexpected and wrongly shaped tensors.
     """
     state_dict, _ = read_checkpoint(path)
     return load_state(model, state_dict, path, strict)
 
 
 def load_state(model: nn.Module, state_dict: dict[str, Tensor], path: str | Path, strict: bool = True) -> Mismatch:
-    """`load_checkpoint` of what was read from ``path`` before."""
+    """`load_checkpoint` for a state dict that was already read from ``path``."""
     mismatch = must_fit(model, state_dict, path) if strict else compare(model, state_dict)
     left_out = {*mismatch.wrong_shape, *mismatch.wrong_type, *mismatch.reinitialised}
     model.load_state_dict({name: t for name, t in state_dict.items() if name not in left_out}, strict=False)
@@ -121,7 +122,7 @@ def must_fit(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Pat
     """Raises CheckpointError unless a state dict read from ``path`` can be loaded strictly; loads nothing.
 
     Args:
-        exactly: refuse filters for another image size and a classifier for other classes too.
+        exactly: also refuse filters for another image size, and a classifier for another number of classes.
     """
     mismatch = compare(model, state_dict, exactly)
     if any(mismatch._replace(reinitialised=[])):
@@ -133,15 +134,15 @@ def must_fit(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Pat
 def build_and_load(build: Callable[[], Model], state_dict: dict[str, Tensor], path: str | Path) -> Model:
     """The model that ``build`` creates, with the weights read from ``path``, in eval mode.
 
-    It is first built without memory, on the meta device: a file that describes a model other than its weights', or one
-    far larger, is refused before anything is allocated.
+    It is first built without memory, on the meta device. So a file whose description does not fit its weights, or asks
+    for a far larger model, is refused before anything is allocated.
     """
     try:
         with torch.device("meta"):
             outline = build()
-    except NotImplementedError:  # a few encoders of older timm compute with numbers while they are built
+    except NotImplementedError:  # a few encoders of older timm compute with tensors' values while they are built
         outline = build()
-    except Exception as error:  # whatever a library makes of arguments that do not go together
+    except Exception as error:  # libraries raise anything for arguments that do not match
         raise CheckpointError(f"{path}: its model cannot be built: {reason(error)}") from error
     if must_fit(outline, state_dict, path).reinitialised:
         raise CheckpointError(f"{path}: num_classes: the checkpoint has another, and a fresh classifier tells nothing")
@@ -163,21 +164,21 @@ def save_checkpoint(
     task: str = "classify",
     **more: Any,
 ) -> None:
-    """Writes ``model`` as ``.safetensors``, atomically, with what `load_model` needs to rebuild it.
+    """Writes ``model`` atomically as ``.safetensors``, with the description that `load_model` needs to rebuild it.
 
     The same content gives the same bytes.
 
     Args:
-        model: or its state dict.
-        architecture: its name for ``timm.create_model``.
-        model_args: the other arguments it was created with (JSON types).
+        model: the model or its state dict.
+        architecture: the model's name for ``timm.create_model``.
+        model_args: the other arguments that it was created with (JSON types).
         classes: names of the classes.
         data: entries for timm's pretrained_cfg: input_size, mean, std, interpolation, crop_pct, crop_mode.
-        task: what it was trained for, see `dfformer.tasks.table`.
-        more: what else the task needs to rebuild it (JSON types).
+        task: the task that it was trained for, see `dfformer.tasks.table`.
+        more: other settings that the task needs to rebuild it (JSON types).
 
     Raises:
-        ValueError: names an argument that `read_checkpoint` would not take back, or a model made to serve.
+        ValueError: an argument, by name, that `read_checkpoint` would not accept, or a model optimised for inference.
     """
     if isinstance(model, nn.Module) and any(getattr(m, "serves_only", False) for m in model.modules()):
         raise ValueError("model: is optimised for inference, accepted is the one it was made from")
@@ -189,13 +190,13 @@ def save_checkpoint(
 def load_model(
     path: str | Path, architecture: str | None = None, **model_args: Any
 ) -> tuple[nn.Module, list[str] | None]:
-    """The model a checkpoint is for, loaded, in eval mode, and its classes' names if the file has them.
+    """Builds and loads the model of a checkpoint; returns it in eval mode, and its class names if the file has them.
 
     Args:
         path: see `read_checkpoint`.
-        architecture: name for ``timm.create_model``; required unless the file was written by `save_checkpoint` for a
-            model of this package: a file does not choose among the models of others.
-        model_args: override the arguments the file records, e.g. ``img_size``. They are passed on as they are.
+        architecture: name for ``timm.create_model``. It is required unless `save_checkpoint` wrote the file for a model
+            of this package, because a file may not choose among other packages' models.
+        model_args: override the arguments that the file records, e.g. ``img_size``. They are passed on unchecked.
     """
     state_dict, metadata = read_checkpoint(path)
     if metadata.get("task", "classify") != "classify":
@@ -215,7 +216,7 @@ def load_model(
 
 
 def own_architecture(path: str | Path, metadata: Mapping[str, Any]) -> str:
-    """The model of this package that a checkpoint says it is for; CheckpointError if it does not."""
+    """The model of this package that a checkpoint is for; CheckpointError if the file names none."""
     name = metadata.get("architecture")
     if name is None:
         raise CheckpointError(f"{path}: does not say which model it is for; pass the architecture, e.g. dfformer_s18")
@@ -247,7 +248,7 @@ def read_pickle(path: Path) -> Any:
         if unsafe:
             raise CheckpointError(
                 f"{path}: refused, because loading it would run code: it refers to {abbreviate(unsafe, 10)}"
-            ) from None  # torch's own message says how to load it all the same
+            ) from None  # torch's own message explains how to load the file unsafely
         if other := next((kind for words, kind in _OTHER_FORMATS.items() if words in str(error)), None):
             raise CheckpointError(f"{path}: is {other}, accepted are state dicts written by torch.save") from None
         raise CheckpointError(f"{path}: is truncated or not a checkpoint ({reason(error)})") from None
@@ -256,16 +257,16 @@ def read_pickle(path: Path) -> Any:
 def _unsafe_globals(path: Path) -> list[str]:
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # as above, and of formats it does not know
+    except Exception:  # as above, and for unknown formats
         return []
 
 
 def _refuse_bomb(path: Path) -> None:
-    """torch.save does not compress. What does may unpack to any size."""
+    """Refuses compressed archives: they may unpack to any size, and torch.save does not compress."""
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-    except Exception:  # not a zip file, or one torch will not like either
+    except Exception:  # not a zip file, or one that torch will refuse too
         return
     if unpacked > path.stat().st_size:
         raise CheckpointError(f"{path}: is compressed, {unpacked} bytes from {path.stat().st_size}: not a checkpoint")
@@ -289,7 +290,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except Exception as error:  # of its format, its tensors' types, the disk
+    except Exception as error:  # its format, its tensors' types or the disk may be at fault
         raise CheckpointError(f"{path}: is truncated or not a safetensors file ({reason(error)})") from error
 
 
@@ -305,7 +306,7 @@ def _write_safetensors(state_dict: dict[str, Tensor], path: str | Path, metadata
 
 
 def _sort_header(path: Path) -> None:
-    """safetensors writes metadata in an order of chance; the same checkpoint shall be the same bytes."""
+    """Sorts the header: safetensors writes metadata in random order, and equal checkpoints must be equal bytes."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

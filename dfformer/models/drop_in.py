@@ -1,4 +1,4 @@
-"""Drop-in replacement of the authors' DynamicFilter and GlobalFilter, and copies of them, in somebody else's model."""
+"""Replaces the authors' DynamicFilter and GlobalFilter, and copies of them, in somebody else's model."""
 
 import copy
 from collections.abc import Callable, Hashable
@@ -18,20 +18,20 @@ from dfformer_kernels.graph.compare import AGREEMENT, undisturbed
 from dfformer_kernels.graph.trace import DifferentCopyError, UnsupportedCopyError, has_hooks
 from dfformer_kernels.tolerance import relative_error
 
-_NAME = "complex_weight"  # what the authors and most copies call their filters
+_NAME = "complex_weight"  # the name of the filters in the authors' layers and most copies
 _LOOKED_FOR = (
     "modules with filters of their own, a parameter (H, W//2 + 1, F, 2) or complex (H, W//2 + 1, F), "
     "whose forward multiplies them with torch.fft.rfft2's result and calls irfft2"
 )
-# What of nn.Module a class may define without losing it when it is replaced; of its special methods, what it may not.
+# Attributes of nn.Module that a replaced class may define without a loss, and special methods that it may not.
 _KEPT = {"forward", "extra_repr", "call_super_init", "dump_patches"}
 _SPECIAL = {"__call__", "__setattr__", "__getattr__", "__delattr__", "__getstate__", "__setstate__"}
 
-_Build = Callable[[nn.Module], nn.Module]  # a replacement on a module's own parts
+_Build = Callable[[nn.Module], nn.Module]  # builds a replacement from a module's own parts
 
 
 class Replacement(NamedTuple):
-    """One look-alike: its name in the model, its class, ours, and why it was left alone ("" if it was swapped)."""
+    """A look-alike: its name in the model, its class, the replacement's class, and why it was left alone, or ""."""
 
     name: str
     original: str
@@ -44,7 +44,7 @@ class Replacement(NamedTuple):
 
 
 class ReplacementReport(list[Replacement]):
-    """What `replace_dynamic_filters` found, one `Replacement` a name; ``print`` shows it as a table."""
+    """What `replace_dynamic_filters` found: one `Replacement` for each name. ``print`` shows a table."""
 
     def __init__(self, model: nn.Module, found: list[Replacement], originals: dict[str, nn.Module]) -> None:
         super().__init__(found)
@@ -71,24 +71,25 @@ class ReplacementReport(list[Replacement]):
 
 
 def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
-    """Swaps every DynamicFilter or GlobalFilter look-alike in ``model`` for ours, in place, sharing its parameters.
+    """Replaces every look-alike of DynamicFilter or GlobalFilter in ``model`` by ours, in place, with its parameters.
 
-    A look-alike is a module with filters of its own, ``(H, W//2 + 1, F, 2)`` or complex ``(H, W//2 + 1, F)``, whose
-    forward multiplies torch.fft.rfft2's result with them, mixed by a softmax or one a channel, and calls irfft2;
-    whatever its class is called, its maps' layout is and it does before and after. The authors' own layers become
-    `DynamicFilter` and `GlobalFilter`. Of the others, `FusedCopy` keeps the forward but for that chain.
+    A look-alike is a module with filters of its own, ``(H, W//2 + 1, F, 2)`` or complex ``(H, W//2 + 1, F)``. Its
+    forward calls torch.fft.rfft2, multiplies the result with the filters, mixed by a softmax or one per channel, and
+    calls irfft2. The name of its class, the layout of its maps, and what it does before and after do not matter. The
+    authors' own layers become `DynamicFilter` and `GlobalFilter`. Any other becomes a `FusedCopy`, which keeps its
+    forward except for that chain.
 
-    Each formula is tried first on random inputs and weights, against a copy of the layer: outputs, gradients, buffers
+    Each formula is first compared with a copy of the layer on random inputs and weights: outputs, gradients, buffers
     and use of random numbers, in evaluation and training, on the plane of its filters and on others that it runs on.
-    Where it differs, or has hooks, parametrisations or methods that the replacement would lose, it is left alone.
-    Filters follow the plane of the input afterwards, also where the original had a fixed size.
+    A layer is left alone if it differs, or has hooks, parametrisations or methods that the replacement would lose.
+    After replacement, filters are resized to the plane of the input, even if the original had a fixed size.
 
     Returns:
-        What was found, by name; a layer with several names is in it by each. Empty if nothing was, in which case its
-        ``str`` says what was looked for. ``report.undo()`` puts the originals back.
+        The report, with an entry for each name of each layer. If it is empty, its ``str`` says what the search looked
+        for. ``report.undo()`` restores the originals.
 
     Raises:
-        ValueError: ``model`` itself is a look-alike, so there is no parent to swap it in.
+        ValueError: ``model`` itself is a look-alike, so it has no parent in which to replace it.
     """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -114,7 +115,7 @@ def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
 
 
 def restore_dynamic_filters(model: nn.Module, report: ReplacementReport) -> None:
-    """Undoes `replace_dynamic_filters` in ``model``, which is the report's or a copy of it (an EMA's, for example).
+    """Undoes `replace_dynamic_filters` in ``model``, which is the report's model or a copy of it, such as an EMA.
 
     The original layers get the parameters, buffers and submodules that the replacements have now.
 
@@ -162,9 +163,9 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _replacement(module: nn.Module, known: dict[Hashable, _Build]) -> tuple[nn.Module | None, str]:
-    """What replaces ``module``, or why nothing does; neither where it is no look-alike.
+    """The replacement of ``module``, or the reason why there is none; (None, "") if it is no look-alike.
 
-    ``known`` is how modules of the same formula were replaced, and learns this one's.
+    ``known`` says how modules of each formula were replaced; this one's is added.
     """
     try:
         _check_replaceable(module)
@@ -184,7 +185,7 @@ def _replacement(module: nn.Module, known: dict[Hashable, _Build]) -> tuple[nn.M
 
 
 def _transforms_of(kind: type) -> set[str]:
-    """The names of torch.fft's functions that a class's methods mention."""
+    """The names of torch.fft functions that occur in a class's methods."""
     methods = [m for base in kind.__mro__ for m in vars(base).values() if isinstance(m, FunctionType)]
     return {name for m in methods for name in m.__code__.co_names if hasattr(torch.fft, name) and "fft" in name} - {
         "fft"
@@ -192,7 +193,7 @@ def _transforms_of(kind: type) -> set[str]:
 
 
 def _tried(module: nn.Module) -> _Build:
-    """What makes the replacement of ``module`` and others of its formula, tried against it."""
+    """A function that builds the replacement of ``module`` and others of its formula, compared with it."""
     trial = Trial(module)
     hypothesis, resize, fused = find(trial)
 
@@ -211,7 +212,7 @@ def _tried(module: nn.Module) -> _Build:
 
 
 def _check_replaceable(module: nn.Module) -> None:
-    """Raises UnsupportedCopyError where a replacement would lose something that no trial shows."""
+    """Raises UnsupportedCopyError if a replacement would lose something that no trial shows."""
     kind = type(module)
     bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
     defined = {name for base in bases for name in vars(base)}
@@ -276,7 +277,7 @@ def _build_official(module: nn.Module, size: tuple[int, int], resize: str) -> Dy
 
 
 def _shared_activation(act: nn.Module) -> nn.Module:
-    """Our StarReLU on the same scalars if ``act`` has two and computes it, else ``act``."""
+    """Our StarReLU with the same scalars if ``act`` has two and computes StarReLU, else ``act``."""
     parameters = dict(act.named_parameters())
     if parameters.keys() != {"scale", "bias"} or any(p.numel() != 1 for p in parameters.values()):
         return act
@@ -297,7 +298,7 @@ def _shared_activation(act: nn.Module) -> nn.Module:
 
 
 def _give_back(replacement: nn.Module, original: nn.Module) -> nn.Module:
-    """``original`` with what ``replacement`` has by the same names."""
+    """``original`` with the parameters, buffers and submodules that ``replacement`` has under the same names."""
     for name, child in list(original.named_children()):
         ours = getattr(replacement, name, child)
         if type(ours) is StarReLU and type(child) is not StarReLU:

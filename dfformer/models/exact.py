@@ -1,8 +1,8 @@
-"""The one rule for reading a module's parameters past its call: nobody may be able to tell the difference.
+"""The rule for reading a module's parameters without calling it: it must make no difference.
 
-A fused step computes what several modules would. It may do so only for modules whose call is nothing but their class's
-own forward. Whatever else lives in a module (a hook, an adapter, a parametrisation, a patched forward, a quantised or
-offloaded weight) is honoured by calling the module.
+A fused step computes what several modules would. It may do so only for modules whose call does nothing but run their
+class's own forward. If a module has anything else (a hook, an adapter, a parametrisation, a patched forward, a
+quantised or offloaded weight), the step calls the module.
 """
 
 from typing import Any, TypeGuard, TypeVar
@@ -21,7 +21,7 @@ _FORWARDS: dict[type[nn.Module], Any] = {}
 
 
 def fusible(kind: type[ModuleT]) -> type[ModuleT]:
-    """Class decorator: a fused step knows this class's ``forward``; another one patched on the class is noticed."""
+    """Class decorator: records this class's ``forward`` for fused steps, so that a patched one is noticed."""
     _FORWARDS[kind] = kind.forward
     return kind
 
@@ -40,7 +40,7 @@ def reasons_against(module: nn.Module, kind: type[nn.Module], x: Any = None) -> 
 
     Args:
         kind: the class whose forward the step knows.
-        x: what the module is about to be called with; None to ask only about the module.
+        x: the input that the module is about to be called with; None to check only the module.
     """
     reasons = []
     if type(module) is not kind:
@@ -62,7 +62,7 @@ def reasons_against(module: nn.Module, kind: type[nn.Module], x: Any = None) -> 
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody sees or changes what goes in and out of a call of this module: its own hooks or global ones."""
+    """Whether hooks, its own or global ones, could see or change the inputs and outputs of this module."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -76,5 +76,5 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _is_plain(t: Any) -> bool:
-    """Whether ``t`` is a dense tensor that torch's own operators compute with, or stands for one while exporting."""
+    """Whether ``t`` is a dense tensor that torch's own operators compute with, or a stand-in for one in an export."""
     return type(t) in _PLAIN and t.layout == torch.strided and not t.is_quantized

@@ -13,8 +13,8 @@ from torch.nn import Parameter
 
 RULES = ("bicubic", "fourier")
 
-# The matrices are the same for all layers of a stage and from step to step. Bounded by emptying: a training run with
-# random crops sees a few hundred sizes.
+# The matrices are the same for all layers of a stage and from step to step. A full cache is emptied: a training run
+# with random crops sees a few hundred sizes.
 _MAX_CACHED = 256
 _cached: dict[tuple[object, ...], Tensor] = {}
 
@@ -27,22 +27,22 @@ def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, in
         size, new_size: the planes, in pixels.
         rule: one of
 
-            ``"bicubic"``: the authors' (``resize_complex_weight``): the array is an image, enlarged or shrunk with
-            ``align_corners=True``. The filter keeps its shape over the range of frequencies in *cycles per pixel*.
-            It is what official checkpoints are adapted with, and right when objects keep their size in pixels:
-            training on crops, testing on larger or wider images. It ignores that rows wrap around, so the two sides
+            ``"bicubic"``: the authors' rule (``resize_complex_weight``). The array is treated as an image and resized
+            with ``align_corners=True``. The filter keeps its shape over the range of frequencies in *cycles per pixel*.
+            Official checkpoints are adapted by this rule. It is right if objects keep their size in pixels, e.g. when
+            training on crops and testing on larger or wider images. It ignores that rows wrap around, so the two sides
             of the highest frequency along H are blended.
 
-            ``"fourier"``: the array is a spectrum: frequencies in *cycles per image* keep their gain, rows wrap
-            around, new ones get gain 0 and lost ones are dropped. Right when the same scene is sampled more finely or
-            coarsely, where it filters a band-limited image exactly as before. Enlarging removes all detail above the
-            stored band, so fine-tune after a large step.
+            ``"fourier"``: the array is treated as a spectrum. Frequencies in *cycles per image* keep their gain, rows
+            wrap around, new frequencies get gain 0 and lost ones are dropped. It is right if the same scene is sampled
+            more finely or coarsely: it filters a band-limited image exactly as before. Enlarging removes all detail
+            above the stored band, so fine-tune after a large step.
 
     Returns:
         (new_H, new_W//2 + 1, ...), in weight's dtype.
 
     Raises:
-        ValueError: an unknown rule, or a ``size`` that is not weight's.
+        ValueError: the rule is unknown, or ``size`` is not the weight's.
     """
     check_rule(rule)
     (H, W), (new_H, new_W) = size, new_size
@@ -88,14 +88,14 @@ def _matrix(build: Callable[[int, int], Tensor], old: int, new: int, like: Tenso
     if key not in _cached:
         if len(_cached) >= _MAX_CACHED:
             _cached.clear()
-        with torch.inference_mode(False), _untraced():  # what is kept must serve training too
+        with torch.inference_mode(False), _untraced():  # cached matrices must also work in training
             _cached[key] = build(old, new).to(device, dtype)
     return _cached[key]
 
 
 @contextmanager
 def _untraced() -> Iterator[None]:
-    """What happens inside is no part of a graph that torch.jit.trace may be recording: the next call finds it done."""
+    """Keeps the code inside out of a graph that torch.jit.trace may be recording, because the result is cached."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined] # absent from torch's stubs
     try:
@@ -119,12 +119,12 @@ def _bicubic(old: int, new: int) -> Tensor:
 
 
 def _fourier_rows(old: int, new: int) -> Tensor:
-    """(new, old) float64: frequencies keep their gain; the highest one of an even plane stands for both signs."""
+    """(new, old) float64: frequencies keep their gain; the highest of an even plane counts for both signs."""
     return _folded_frequencies(new, old) if new < old else _folded_frequencies(old, new).sign().T
 
 
 def _folded_frequencies(small: int, large: int) -> Tensor:
-    """(small, large): frequencies of the small plane, averaged over both signs at its highest when that is shared."""
+    """(small, large): frequencies of the small plane; its highest, if shared by both signs, is their average."""
     signed = torch.arange(large, device="cpu")
     signed = torch.where(signed > large // 2, signed - large, signed)  # an even large's highest counts as positive
     index = torch.arange(small, device="cpu")[:, None]
@@ -134,7 +134,7 @@ def _folded_frequencies(small: int, large: int) -> Tensor:
 
 
 def _fourier_columns(old: int, new: int) -> Tensor:
-    """(new, old) float64: the first min(old, new) frequencies keep their gain, the others get none."""
+    """(new, old) float64: the first min(old, new) frequencies keep their gain, the others get gain 0."""
     return torch.eye(new, old, dtype=torch.float64, device="cpu")
 
 

@@ -1,6 +1,6 @@
-"""The layers that are not spectral: channels-last (B,H,W,C) in and out, with the official parameter names.
+"""The layers that are not spectral, on channels-last (B,H,W,C), with the official parameter names.
 
-Projections and convolutions are exactly ``nn.Linear`` and ``nn.Conv2d``, so that tools that look for them find them.
+Projections and convolutions are exactly ``nn.Linear`` and ``nn.Conv2d``, so tools that look for these find them.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ DATA_FORMATS = ("channels_last", "channels_first")
 
 
 def checked_data_format(data_format: str) -> str:
-    """``data_format``; ValueError for anything but "channels_last" and "channels_first"."""
+    """``data_format``; ValueError unless it is "channels_last" or "channels_first"."""
     if data_format not in DATA_FORMATS:
         raise ValueError(f"data_format: got {data_format!r}, accepted are {', '.join(map(repr, DATA_FORMATS))}")
     return data_format
@@ -31,13 +31,13 @@ def channels_last(x: Tensor, data_format: str) -> Tensor:
 
 
 def from_channels_last(y: Tensor, data_format: str) -> Tensor:
-    """``y`` (B,H,W,C) in ``data_format``, a view: channels-first it has torch.channels_last memory."""
+    """``y`` (B,H,W,C) in ``data_format``, as a view; a channels-first result has torch.channels_last memory."""
     return y.permute(0, 3, 1, 2) if data_format == "channels_first" else y
 
 
 @torch.fx.wrap
 def star_relu_step(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """See `dfformer_kernels.star_relu`; one node of a symbolic trace, and compiles with torch.jit.script."""
+    """See `dfformer_kernels.star_relu`. It is one node in a symbolic trace, and torch.jit.script can compile it."""
     if torch.jit.is_scripting():
         return torch.ops.dfformer.star_relu(x, scale, bias, None)
     else:
@@ -48,7 +48,7 @@ def star_relu_step(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 class StarReLU(nn.Module):
     """``scale * relu(x)^2 + bias`` with learnable scalars (MetaFormer Baselines for Vision, arXiv:2210.13452).
 
-    Any shape and floating dtype; the result has x's dtype. Saves only its input for backward.
+    ``x`` may have any shape and floating dtype; the result has x's dtype. Only the input is saved for backward.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Scale(nn.Module):
 class Mlp(nn.Module):
     """``fc2(act(fc1(x)))`` without biases, on (..., dim).
 
-    Where all three are unmodified, without biases, and ``act`` is StarReLU, they run as one autograd Function that
+    If all three are unmodified and without biases, and ``act`` is StarReLU, they run as one autograd Function that
     saves less (`dfformer_kernels.mlp`).
     """
 
@@ -125,7 +125,7 @@ class Mlp(nn.Module):
 class SepConv(nn.Module):
     """Inverted separable convolution: expand, StarReLU, depthwise convolution, project.
 
-    ``x`` is (B,H,W,dim). ``size`` is accepted for the sake of the spectral mixers and ignored: any plane works.
+    ``x`` is (B,H,W,dim), with any plane. ``size`` is accepted and ignored, because spectral mixers need it.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class MlpHead(nn.Module):
 def build_activation(
     layer: Activation, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The activation, moved only where a device or dtype is given: under fake tensors torch cannot move a module."""
+    """The activation. It is moved only if a device or dtype is given: torch cannot move modules of fake tensors."""
     act = layer()
     return act if device is None and dtype is None else act.to(device=device, dtype=dtype)
 
@@ -198,15 +198,18 @@ def _is_without_bias(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
 
 
 def call_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``; of an unmodified ``nn.Linear`` on the fastest library (`dfformer_kernels.linear`)."""
+    """``layer(x)``; an unmodified ``nn.Linear`` runs on the fastest library (`dfformer_kernels.linear`)."""
     if is_exact(layer, nn.Linear, x) and prefers_convolution(x, layer.weight):
         return linear(x, layer.weight, layer.bias)
     return layer(x)
 
 
 def call_convolution(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``; in torch.compile's graphs, of an unmodified ``nn.Conv2d`` without dilation and padded with zeros,
-    an operator that leaves channels-last layers so (`dfformer_kernels.convolution`)."""
+    """``layer(x)``; under torch.compile, some convolutions become a custom operator (`dfformer_kernels.convolution`).
+
+    These are unmodified ``nn.Conv2d`` without dilation and with zero padding. The operator keeps the memory format of
+    the surrounding channels-last layers.
+    """
     if torch.compiler.is_compiling() and is_exact(layer, nn.Conv2d, x) and _is_plain_convolution(layer):
         stride, padding = layer.stride, cast(tuple[int, int], layer.padding)
         return convolution(x, layer.weight, layer.bias, stride, padding, groups=layer.groups)

@@ -1,6 +1,7 @@
-"""What a checkpoint may say of its model. The text comes with the file and is not trusted: what is not in the tables
-here, by name, type and bounds, is an error. Recipes' model arguments are held to the same tables, so that whatever can
-be trained can be saved and loaded.
+"""What a checkpoint may say about its model.
+
+The text comes with the file and is not trusted: anything that the tables here do not list, by name, type and bounds,
+is an error. Model arguments in recipes must pass the same tables, so every trained model can be saved and loaded.
 """
 
 import json
@@ -18,15 +19,15 @@ from dfformer.models.registry import VARIANTS
 from dfformer.utils.suggest import did_you_mean
 
 _MOST_TEXT = 16 * 2**20  # characters; the names of ImageNet-21k's classes take 0.5 million
-_MOST_DIGITS = 18  # of a whole number
-_ARCHITECTURE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")  # timm's NAME or NAME.TAG: neither a hub's nor a path
+_MOST_DIGITS = 18  # of an integer
+_ARCHITECTURE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")  # timm's NAME or NAME.TAG; no hub's name, no path
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
 
 
 class Kind(NamedTuple):
-    """The values that a setting accepts, and how to say so."""
+    """The values that a setting accepts, and their description for messages."""
 
     accepts: Callable[[Any], bool]
     words: str
@@ -59,7 +60,7 @@ def list_of(kind: Kind, shortest: int, longest: int) -> Kind:
 
 
 def either(*kinds: Kind) -> Kind:
-    """What any of ``kinds`` accepts."""
+    """Values that any of ``kinds`` accepts."""
     return Kind(lambda value: any(kind.accepts(value) for kind in kinds), " or ".join(kind.words for kind in kinds))
 
 
@@ -118,7 +119,7 @@ TIMM_ARGS: dict[str, Kind] = {
     "window_size": IMAGE_SIZE,
     "dynamic_img_size": FLAG,
 }
-# Of a model's images; no other entries of timm's pretrained_cfg.
+# The accepted entries of timm's pretrained_cfg, all about images.
 DATA: dict[str, Kind] = {
     "input_size": list_of(_SIDE, 3, 3),
     "mean": list_of(real(-1e6, 1e6), 1, 1024),
@@ -127,7 +128,7 @@ DATA: dict[str, Kind] = {
     "crop_pct": real(0.01, 1),
     "crop_mode": choice("center", "squash", "border"),
 }
-# Arguments of segmentation_models_pytorch's FPN: none that loads weights or changes what comes out.
+# Arguments of segmentation_models_pytorch's FPN, without those that load weights or change the kind of output.
 DECODER: dict[str, Kind] = {
     "encoder_depth": whole(3, 5),
     "decoder_pyramid_channels": _CHANNELS,
@@ -141,7 +142,7 @@ DETECTOR: dict[str, Kind] = {
     "anchor_scale": real(0.1, 1000),
     "norm_groups": whole(0, 16384),
 }
-# What a restorer undoes; see `dfformer.data.pairs.Degradation`.
+# The degradation that a restorer undoes; see `dfformer.data.pairs.Degradation`.
 DEGRADATION: dict[str, Kind] = {"scale": whole(1, 4), "blur": real(0, 5), "noise": real(0, 255)}
 _DICT = Kind(lambda value: isinstance(value, dict), "mappings")
 _CLASSES = list_of(NAME, 1, 1_000_000)
@@ -152,7 +153,7 @@ _ABOUT: dict[str, Kind] = {
     "classes": either(NONE, _CLASSES),
     "data": _DICT,
 }
-# By task: what a checkpoint may say, and which of it must be there.
+# By task: the keys that a checkpoint may have, and those that it must have.
 _TASKS: dict[str, tuple[dict[str, Kind], tuple[str, ...]]] = {
     "classify": (_ABOUT, ()),
     "segment": (
@@ -175,9 +176,9 @@ _TASKS: dict[str, tuple[dict[str, Kind], tuple[str, ...]]] = {
 }
 
 
-# The settings that tasks have of their own, by the names of both.
+# The settings that belong to single tasks: each table by its key in a checkpoint.
 _OWN = {"decoder": DECODER, "detector": DETECTOR, "degradation": DEGRADATION}
-_COMPLETE = ("detector", "degradation")  # those of which all must be there
+_COMPLETE = ("detector", "degradation")  # those whose settings must all be present
 
 
 def is_ours(architecture: str) -> bool:
@@ -186,7 +187,7 @@ def is_ours(architecture: str) -> bool:
 
 
 def check_settings(values: Mapping[Any, Any], table: Mapping[str, Kind], prefix: str = "") -> None:
-    """Raises ValueError for the first of ``values`` that ``table`` does not have or does not accept."""
+    """Raises ValueError for the first of ``values`` that ``table`` does not list or accept."""
     for name, value in values.items():
         if name not in table:
             hint = did_you_mean(name, table) if isinstance(name, str) else ""
@@ -201,21 +202,21 @@ def check_model_args(architecture: str, args: Mapping[str, Any], prefix: str = "
 
 
 def check_architecture(architecture: str) -> None:
-    """Raises ValueError unless timm has this model: registered, so neither on a hub nor in a folder."""
+    """Raises ValueError unless this model is registered with timm, so it is neither on a hub nor in a folder."""
     if not _is_architecture(architecture) or not timm.is_model(architecture):
         hint = did_you_mean(architecture[:200], timm.list_models())
         raise ValueError(f"architecture: timm knows no model {shortened(architecture)}{hint}")
 
 
 def check_classes(classes: list[str]) -> None:
-    """Raises ValueError for the first name of a class that a checkpoint cannot keep."""
+    """Raises ValueError for the first class name that a checkpoint cannot store."""
     for name in classes:
         if not NAME.accepts(name):
             raise ValueError(f"classes: got {shortened(name)}, accepted are {NAME.words}")
 
 
 def check_metadata(about: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming the key, for anything that a checkpoint must not say, or does not say and must."""
+    """Raises ValueError, naming the key, if a checkpoint has a key that is not accepted or lacks a required one."""
     task = about.get("task", "classify")
     if not isinstance(task, str) or task not in _TASKS:
         raise ValueError(f"task: got {shortened(task)}, accepted are {', '.join(_TASKS)}")
@@ -258,7 +259,7 @@ def _check_dense(about: Mapping[str, Any]) -> None:
 
 
 def read_metadata(text: str) -> dict[str, Any]:
-    """What a checkpoint says, from its JSON; ValueError for anything else."""
+    """The contents of a checkpoint's JSON description; ValueError if it is not accepted."""
     about = parse_json(text)
     if not isinstance(about, dict):
         raise ValueError(f"is not a mapping: {shortened(about)}")
@@ -267,7 +268,7 @@ def read_metadata(text: str) -> dict[str, Any]:
 
 
 def write_metadata(about: Mapping[str, Any]) -> str:
-    """The JSON of ``about``, the same for the same content; ValueError for what `read_metadata` would not take."""
+    """``about`` as JSON, the same for equal contents; ValueError if `read_metadata` would not accept it."""
     try:
         text = json.dumps(about, sort_keys=True, allow_nan=False)
     except (TypeError, RecursionError) as error:
@@ -277,10 +278,10 @@ def write_metadata(about: Mapping[str, Any]) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Strict JSON from an untrusted source: no key twice, no NaN, no infinity, no endless number, not too deep.
+    """Parses strict JSON from an untrusted source: no repeated keys, NaN, infinity or very long numbers, not too deep.
 
     Raises:
-        ValueError: the text is anything else.
+        ValueError: the text breaks one of these rules.
     """
     if len(text) > _MOST_TEXT:
         raise ValueError(f"has {len(text)} characters, accepted are {_MOST_TEXT}")
@@ -293,7 +294,7 @@ def parse_json(text: str) -> Any:
 
 
 def shortened(value: Any) -> str:
-    """``repr(value)`` in a few words, whatever it is."""
+    """``repr(value)``, shortened for messages; works for any value."""
     return _short.repr(value)
 
 

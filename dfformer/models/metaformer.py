@@ -28,42 +28,42 @@ from dfformer_kernels.ops.conv2d import output_plane
 # (kernel size, padding) of the stem and of the downsampling convolutions.
 STEM, DOWNSAMPLE = (7, 2), (3, 1)
 POOLS = ("avg", "max", "avgmax", "")
-# Arguments of a token mixer that the model decides itself.
+# Arguments of a token mixer that the model sets itself.
 _SET_BY_MODEL = {"dim", "size", "weight_resize", "resize", "device", "dtype"}
 
 
 class DFFormer(nn.Module):
-    """A MetaFormer of four stages ("FFT-based Dynamic Token Mixer for Vision", section 3.3), every model of the family.
+    """A MetaFormer of four stages ("FFT-based Dynamic Token Mixer for Vision", section 3.3): all models of the family.
 
     Args:
-        img_size: (H, W) of the images, or one number; sets the planes the spectral filters are stored for. Images of
+        img_size: (H, W) of the images, or one number; the filters are stored for the planes of this size. Images of
             any other size and aspect ratio work too: the filters are resized on the fly.
         in_chans: image channels.
         num_classes: 0 for no classifier.
         global_pool: "avg", "max", "avgmax", or "" to classify every position of the last feature map.
         depths, dims: blocks and channels of each stage.
-        token_mixers: one for all stages or one a stage; called as ``mixer(dim=, size=plane)``.
+        token_mixers: one for all stages or one for each; called as ``mixer(dim=, size=plane)``.
         mlp_act: activation of the MLPs.
         drop_rate: dropout before the last linear layer of the head.
         drop_path_rate: stochastic depth of the last block; the others' grows linearly from 0.
-        res_scale_init_values: of the scale on the residual connection, one for all stages or one a stage; None for
-            no scale.
-        strides: of the stem and of the downsampling convolutions.
+        res_scale_init_values: initial values of the scales on the residual connections, one for all stages or one for
+            each; None for no scale.
+        strides: strides of the stem and of the downsampling convolutions.
         resize: the rule for resizing filters, see `dfformer.models.filter_resize.resize_filter`.
         fork_feat: for dense prediction, as in the authors' checkpoints: no head, and a norm for each stage's feature
             map (``norm0`` .. ``norm3``). ``timm.create_model(..., features_only=True, fork_feat=True)`` returns the
             normalised maps.
-        mlp_bias: whether the MLPs' layers have one.
+        mlp_bias: whether the MLPs' layers have biases.
         proj_drop_rate: dropout after both layers of the MLPs.
-        layer_scale_init_values: of the scale on both branches of a block; as ``res_scale_init_values``.
+        layer_scale_init_values: like ``res_scale_init_values``, for the scales on both branches of a block.
         downsample_norm: norm of the stem and of the downsampling convolutions; None for none.
-        norm_layers: norms of the blocks, one for all stages or one a stage.
+        norm_layers: norms of the blocks, one for all stages or one for each.
         output_norm: norm before the classifier, and of the maps with ``fork_feat``.
         use_mlp_head: classify by an MLP, as the official models do; False for a linear layer.
         device, dtype: of the parameters; None for torch's defaults.
-        mixer_args: other arguments, of the token mixers that take them, such as ``num_filters`` of `DynamicFilter`.
+        mixer_args: other arguments, such as ``num_filters`` of `DynamicFilter`; they go to the mixers that take them.
 
-    Norms are called with the channels and map (..., channels), as ``torch.nn.LayerNorm`` does.
+    Norms are called with the number of channels and normalise (..., channels), as ``torch.nn.LayerNorm`` does.
 
     ``forward`` maps (B,in_chans,H,W) images to (B,num_classes) logits, or to (B,C) without a classifier.
 
@@ -182,13 +182,13 @@ class DFFormer(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B,in_chans,H,W) to the last stage's (B,H',W',C), neither pooled nor normalised."""
+        """Maps (B,in_chans,H,W) to the last stage's (B,H',W',C), neither pooled nor normalised."""
         for downsample, stage in zip(self.downsample_layers, self.stages):  # noqa: B905 (jit.script takes no strict)
             x = stage(downsample(x))
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B,H',W',C) to logits; with ``pre_logits`` to what the head is given, pooled and normalised (B,C)."""
+        """Maps (B,H',W',C) to logits; with ``pre_logits`` to the head's input, pooled and normalised (B,C)."""
         x = self.global_pool(x)
         x = self._last_norm(x) if self.fork_feat else self.norm(x)
         return x if pre_logits else self.head(x)
@@ -228,7 +228,7 @@ class DFFormer(nn.Module):
     ) -> list[int]:
         """Removes the stages after the last index, and on request the norm and the head; returns the indices.
 
-        Of ``fork_feat``'s norms those of stages that are left but not taken stop learning: nothing would teach them.
+        With ``fork_feat``, norms of stages that remain but are not selected no longer train, because nothing uses them.
         """
         taken, last = self._taken(indices)
         stages = len(self.stages)
@@ -239,7 +239,7 @@ class DFFormer(nn.Module):
                 delattr(self, f"norm{i}")
             for i in range(last + 1):
                 self.get_submodule(f"norm{i}").requires_grad_(i in taken)
-        if pruned:  # the norm and the head were for features that are gone
+        if pruned:  # the norm and the head were for the removed features
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head or pruned:
             self.reset_classifier(0, "")
@@ -262,7 +262,7 @@ class DFFormer(nn.Module):
         """Replaces the head by a new one for ``num_classes``, or by nothing for 0.
 
         Args:
-            num_classes: of the new head.
+            num_classes: number of classes of the new head.
             global_pool: the new pooling, see `DFFormer`; None to keep it.
             reset_other: remove the norm before the head too.
             device, dtype: of the new head; None for those of the model.
@@ -282,21 +282,23 @@ class DFFormer(nn.Module):
         self.head.apply(_init_weights).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute every block again in backward instead of saving its activations."""
+        """Makes every block recompute its activations in backward instead of saving them."""
         self.grad_checkpointing = enable
         for module in self.modules():
             if isinstance(module, MetaFormerStage):
                 module.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups for layer-wise learning rates: a stage (coarse) or a block each, a stage's convolution with
-        its first block."""
+        """Parameter groups for layer-wise learning rates: one for each stage (coarse) or block.
+
+        A stage's convolution is in the group of its first block.
+        """
         stage = r"^(?:downsample_layers|stages)\.(\d+)"
         blocks = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^downsample_layers\.0", "blocks": stage if coarse else blocks}
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone: norms, residual scales, StarReLU's scalars, biases."""
+        """Parameters that should have no weight decay: norms, residual scales, StarReLU's scalars, biases."""
         return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
 
     def _taken(self, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
@@ -318,7 +320,7 @@ class DFFormer(nn.Module):
 
     @torch.jit.ignore
     def _last_norm(self, x: Tensor) -> Tensor:
-        """The last stage's norm of ``fork_feat``; its name depends on the number of stages."""
+        """Applies the last stage's norm of ``fork_feat``; its name depends on the number of stages."""
         y: Tensor = self._stage_norm(len(self.stages) - 1)(x)
         return y
 
@@ -327,7 +329,7 @@ class DFFormer(nn.Module):
             return nn.Identity()
         if self.use_mlp_head:
             return MlpHead(self.num_features, self.num_classes, drop_rate=self.drop_rate)
-        # the last layer has the name that timm knows as the classifier
+        # The last layer has the name that timm expects of the classifier.
         layers = [("drop", nn.Dropout(self.drop_rate)), ("fc2", nn.Linear(self.num_features, self.num_classes))]
         return nn.Sequential(OrderedDict(layers))
 
@@ -343,7 +345,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """New parameters and buffers in ``dtype``: ``Module.to`` changes them in place, which fake tensors do not take."""
+    """Casts to new parameters and buffers; ``Module.to`` changes them in place, which fake tensors do not allow."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point():
@@ -360,7 +362,7 @@ def _pool(pool_type: str) -> nn.Module:
 
 
 def _per_stage(depths: Sequence[int], **arguments: Any) -> dict[str, list[Any]]:
-    """A list of one value a stage for each argument; what is no list or tuple is for all stages."""
+    """For each argument a list with one value per stage; an argument that is no list or tuple holds for all stages."""
     stages = len(depths)
     lists = {name: list(v) if isinstance(v, list | tuple) else [v] * stages for name, v in arguments.items()}
     for name, values in lists.items():
@@ -370,7 +372,7 @@ def _per_stage(depths: Sequence[int], **arguments: Any) -> dict[str, list[Any]]:
 
 
 def _with_arguments(mixers: list[TokenMixer], arguments: dict[str, Any]) -> list[TokenMixer]:
-    """Each mixer with those of ``arguments`` that it takes; TypeError for one that none takes."""
+    """Each mixer with those of ``arguments`` that it takes; TypeError for an argument that no mixer takes."""
     if not arguments:
         return mixers
     taken = [arguments.keys() & (inspect.signature(mixer).parameters.keys() - _SET_BY_MODEL) for mixer in mixers]

@@ -1,4 +1,4 @@
-"""How the weights of a checkpoint differ from a model, and what the most likely cause is."""
+"""Compares the weights of a checkpoint with a model, and names the most likely cause of a difference."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,14 +13,14 @@ from dfformer.models.spectral import SpectralFilter
 _MOST_LISTED = 10  # names of a kind
 _BLOCK = re.compile(r"\bstages[._](\d+)\.(\d+)\.")
 _CHANNELS = re.compile(r"\bstages[._](\d+)\.0\.norm1\.weight$")
-# In the names of a block's tensors, what tells its token mixer; the first that is found counts.
+# Parts of tensor names that tell a block's token mixer; the first match counts.
 _MIXERS = {
     "token_mixer.reweight.": "DynamicFilter",
     "token_mixer.complex_weights": "GlobalFilter",
     "token_mixer.dwconv.": "SepConv",
     "token_mixer.w1": "AFNO2D",
 }
-# A tensor's name that only such models have.
+# A tensor name that only such models have.
 _FAMILIES = {
     "fpn.encoder.": "a segmentation model",
     "backbone.encoder.": "a detection model",
@@ -39,7 +39,7 @@ class Mismatch(NamedTuple):
     missing: list[str]
     unexpected: list[str]
     wrong_shape: dict[str, str]
-    wrong_type: dict[str, str]  # integers or complex numbers where the model has real ones, or the other way round
+    wrong_type: dict[str, str]  # integers or complex numbers for the model's real ones, or vice versa
     reinitialised: list[str]  # the classifier, when the number of classes differs
 
     def __str__(self) -> str:
@@ -55,8 +55,8 @@ class Mismatch(NamedTuple):
 def compare(model: nn.Module, state_dict: Mapping[str, Tensor], exactly: bool = False) -> Mismatch:
     """How ``state_dict`` differs from ``model``.
 
-    Unless ``exactly``, filters that are stored for another image size are no difference, and a classifier's last layer
-    for another number of classes is `reinitialised`, not of the wrong shape.
+    Unless ``exactly``, filters stored for another image size do not count as a difference, and a classifier's last
+    layer for another number of classes is `reinitialised`, not of the wrong shape.
     """
     own = model.state_dict()
     filters = {
@@ -95,7 +95,7 @@ def compare(model: nn.Module, state_dict: Mapping[str, Tensor], exactly: bool = 
 
 
 class _Layout(NamedTuple):
-    """What the names and shapes of weights say of a MetaFormer, by stage."""
+    """What the names and shapes of weights tell about a MetaFormer, by stage."""
 
     depths: dict[int, int]
     dims: dict[int, int]
@@ -119,7 +119,7 @@ class _Layout(NamedTuple):
 
 
 def causes(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """Sentences on why the weights ``given`` do not fit a model whose weights are ``own``; the surest first."""
+    """Sentences on why the weights ``given`` do not fit a model with weights ``own``, the most certain first."""
     family = next((f for part, f in _FAMILIES.items() if _has(given, part) and not _has(own, part)), None)
     if family:
         return [f"the checkpoint is of {family}"]
@@ -146,7 +146,7 @@ def _by_stage(what: str, unit: str, given: Mapping[int, Any], own: Mapping[int, 
 
 
 def _by_tensor(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterable[str]:
-    """Causes that single tensors tell."""
+    """Causes that show in single tensors."""
     for ending, dimension, what in (
         ("downsample_layers.0.conv.weight", 1, "in_chans: the checkpoint has {}, the model {}"),
         ("token_mixer.complex_weights", 2, "num_filters: the checkpoint has {}, the model {}"),
@@ -179,7 +179,7 @@ def _variant(layout: _Layout) -> str | None:
 
 
 def _some(names: list[str]) -> str:
-    """At most ten, each on the line it is in: names come with the file and may hold anything."""
+    """At most ten names, without line breaks: names come with the file and may contain anything."""
     listed = [name[:200] if name.isprintable() else repr(name[:200]) for name in names[:_MOST_LISTED]]
     rest = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
     return ", ".join(listed) + rest

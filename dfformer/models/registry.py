@@ -1,8 +1,8 @@
-"""The models by name: a function each, registered with timm when ``dfformer`` is imported.
+"""The models by name: one function for each, registered with timm when ``dfformer`` is imported.
 
-A name belongs to whoever registered it last. Where the authors' code registered these names before, importing
-``dfformer`` takes them over and says so in one warning; where it is imported afterwards, it takes them over, with
-timm's warnings, and `register_models` takes them back. The functions here always build this package's models.
+A name belongs to whoever registered it last. If the authors' code has already registered these names, importing
+``dfformer`` takes them over, with one warning. If the authors' code is imported later, it takes them over, with timm's
+warnings, and `register_models` takes them back. The functions here always build this package's models.
 """
 
 import pickle
@@ -58,7 +58,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 _CONV_THEN_DYNAMIC = (SepConv, SepConv, DynamicFilter, DynamicFilter)
 
-# Arguments of DFFormer by model name.
+# DFFormer's arguments by model name.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{f"dfformer_{size}": {**args, "token_mixers": DynamicFilter} for size, args in _SIZES.items()},
     **{f"cdfformer_{size}": {**args, "token_mixers": _CONV_THEN_DYNAMIC} for size, args in _SIZES.items()},
@@ -131,11 +131,11 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 
 def _images(cfg: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """The images a model was created for, as entries of its pretrained_cfg, where timm.data looks for them.
+    """Entries of pretrained_cfg for the images that a model was created for; timm.data looks for them there.
 
-    Height and width follow ``img_size``, unless ``pretrained_cfg_overlay`` or the saved model's configuration says
-    otherwise. Statistics follow ``in_chans`` as timm's adapted first convolution does: one channel stands for the mean
-    of the three colours, others repeat them.
+    Height and width follow ``img_size``, unless ``pretrained_cfg_overlay`` or the saved model's configuration gives
+    them. Statistics follow ``in_chans`` as timm's adapted first convolution does: a single channel has the mean of the
+    three colours, other numbers of channels repeat them.
     """
     channels, *size = cfg["input_size"]
     in_chans, img_size = arguments.get("in_chans", channels), arguments.get("img_size")
@@ -151,7 +151,7 @@ def _images(cfg: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _feature_class(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The extractor of ``features_only``, and its arguments; takes ``feature_cls`` out of ``arguments``."""
+    """The feature extractor for ``features_only``, and its arguments; removes ``feature_cls`` from ``arguments``."""
     if not arguments.get("features_only"):
         return {}
     fork_feat = arguments.get("fork_feat", False)
@@ -169,7 +169,7 @@ def _feature_class(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_order_of_execution(model: DFFormer) -> nn.Module:
-    """The stages' modules as children in the order they run in, which is what these two extractors of timm rely on."""
+    """The stages' modules as children in the order of execution, which these two extractors of timm rely on."""
     flat = nn.Module()
     for i, (downsample, stage) in enumerate(zip(model.downsample_layers, model.stages, strict=True)):
         flat.add_module(f"downsample_layers_{i}", downsample)
@@ -228,7 +228,7 @@ def cdfformer_b36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @_entry_point
 def gfformer_s18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """GFFormer-S18: global filters, one learned filter a channel."""
+    """GFFormer-S18: global filters, one learned filter per channel."""
     return _create("gfformer_s18", pretrained, **kwargs)
 
 
@@ -265,12 +265,11 @@ def dfformer_s18_afno(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def register_models() -> None:
     """Registers every model of `VARIANTS` with timm; importing ``dfformer`` calls it.
 
-    Call it again to take the names back from code that registered models of its own under them. One warning names
-    that code.
+    Call it again to take the names back from other code that registered them. One warning names that code.
     """
     registered = {f.__name__: model_entrypoint(f.__name__) for f in _entry_points if is_model(f.__name__)}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # timm's, one a name
+        warnings.simplefilter("ignore")  # timm warns for each name
         for function in _entry_points:
             if registered.get(function.__name__) is not function:
                 register_model(function)

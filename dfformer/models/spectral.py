@@ -1,6 +1,6 @@
-"""The spectral token mixers: (B,H,W,dim) in and out, or (B,dim,H,W), with the official parameter names.
+"""The spectral token mixers, on (B,H,W,dim) or (B,dim,H,W), with the official parameter names.
 
-A token mixer is built as ``mixer(dim=..., size=plane)``.
+A token mixer is created as ``mixer(dim=..., size=plane)``.
 """
 
 from collections.abc import Callable
@@ -26,10 +26,10 @@ from dfformer_kernels import afno, dft_matmul, dynamic_filter, global_filter
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.reference import compute_dtype
 
-Scalars = tuple[Tensor, Tensor] | None  # StarReLU's scale and bias, where the filter step applies it on load
+Scalars = tuple[Tensor, Tensor] | None  # StarReLU's scale and bias if the filter step applies it, else None
 
 
-# Each of these functions is one node of a symbolic trace, and compiles with torch.jit.script.
+# Each of these functions is one node in a symbolic trace, and torch.jit.script can compile it.
 
 
 @torch.fx.wrap
@@ -58,9 +58,9 @@ def _unpacked(star_relu: Scalars) -> tuple[Tensor | None, Tensor | None]:
 
 @torch.fx.wrap
 def fitted_filters(weight: Tensor, size: tuple[int, int], H: int, W: int, weight_resize: bool, rule: str) -> Tensor:
-    """Filters (H, W//2 + 1, ..., 2) for planes of (H, W), in the dtype arithmetic is done in, from ones for ``size``.
+    """Filters (H, W//2 + 1, ..., 2) for planes of (H, W), in the dtype of the arithmetic, from filters for ``size``.
 
-    Raises ValueError where they would have to be resized and ``weight_resize`` is False.
+    Raises ValueError if they would have to be resized and ``weight_resize`` is False.
     """
     dtype = compute_dtype(weight.dtype)
     if weight.shape[0] == H and weight.shape[1] == W // 2 + 1:
@@ -77,10 +77,10 @@ def fitted_filters(weight: Tensor, size: tuple[int, int], H: int, W: int, weight
 
 
 class SpectralFilter(nn.Module):
-    """What `DynamicFilter` and `GlobalFilter` share: two projections, the stored filters and their resizing.
+    """The base of `DynamicFilter` and `GlobalFilter`: two projections, the stored filters and their resizing.
 
-    ``complex_weights`` is (H, W//2 + 1, ..., 2) for planes of ``size`` (H, W). Loading a state dict whose filters were
-    stored for another plane resizes them, by ``resize``'s rule. See `dfformer.models.filter_resize` for the rules.
+    ``complex_weights`` is (H, W//2 + 1, ..., 2) for planes of ``size`` (H, W). If a state dict has filters for another
+    plane, loading resizes them by the rule ``resize``; see `dfformer.models.filter_resize`.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class SpectralFilter(nn.Module):
         self.weight_resize = weight_resize
         self.resize = resize
         self.data_format = checked_data_format(data_format)
-        # In the authors' order, which optimizers' states follow.
+        # In the authors' order, because the state of an optimiser depends on it.
         self.complex_weights = nn.Parameter(torch.randn(H, W // 2 + 1, filters, 2, **placed) * 0.02)
         self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
         self.act1 = build_activation(act1_layer, **placed)
@@ -121,7 +121,7 @@ class SpectralFilter(nn.Module):
         return H, W
 
     def load(self, x: Tensor) -> tuple[Tensor, Scalars]:
-        """``pwconv1(x)`` and the StarReLU that is left to the filter step; any other activation is applied here."""
+        """``pwconv1(x)``, and the StarReLU for the filter step to apply; any other activation is applied here."""
         if torch.jit.is_scripting():
             return self.act1(self.pwconv1(x)), None
         else:
@@ -136,29 +136,29 @@ class SpectralFilter(nn.Module):
         return self.pwconv2(y) if torch.jit.is_scripting() else call_linear(self.pwconv2, y)
 
     def filters_for(self, plane: tuple[int, int]) -> Tensor:
-        """The filters for planes of ``plane`` (H, W), in the dtype arithmetic is done in."""
+        """The filters for planes of ``plane`` (H, W), in the dtype of the arithmetic."""
         weight = self.complex_weights
         H, W = plane
         if not torch.jit.is_scripting():
-            if torch.jit.is_tracing():  # sizes are tensors there; a trace is for one plane
+            if torch.jit.is_tracing():  # sizes are tensors then; a trace is for one plane
                 H, W = int(H), int(W)
             if self._may_keep_resized(weight, (H, W)):
                 return self._kept_resized(weight, (H, W)).to(compute_dtype(weight.dtype))
         return fitted_filters(weight, self.size, H, W, self.weight_resize, self.resize)
 
     def _may_keep_resized(self, weight: Tensor, plane: tuple[int, int]) -> bool:
-        # In eval mode the resized filters are kept until the parameter's values change. Comparing values is the only
-        # test that also sees `param.data` being written to, and cheap on a CPU; on other devices the two products cost
-        # less than waiting for the answer.
+        # In eval mode the resized filters are kept until the parameter's values change. Only a comparison of values
+        # also notices writes to `param.data`. It is cheap on a CPU; on other devices the two products cost less than
+        # waiting for its result.
         return (
-            type(plane[0]) is int  # not a stand-in of a symbolic trace
+            type(plane[0]) is int  # not a symbolic trace's stand-in
             and not self.training
             and self.weight_resize
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and not (torch.is_grad_enabled() and weight.requires_grad)
             and weight.device.type == "cpu"
-            and type(weight) is nn.Parameter  # not a fake tensor, not what torch.func put in its place
+            and type(weight) is nn.Parameter  # neither a fake tensor nor torch.func's stand-in
             and tuple(weight.shape[:2]) != (plane[0], plane[1] // 2 + 1)
         )
 
@@ -177,14 +177,14 @@ class SpectralFilter(nn.Module):
         return {**self.__dict__, "_resized": None}
 
     def accepts(self, stored: Tensor) -> bool:
-        """Whether ``stored`` is filters like this layer's, for any plane."""
+        """Whether ``stored`` holds filters like this layer's, for any plane."""
         return stored.dim() == 4 and stored.numel() > 0 and stored.shape[2:] == self.complex_weights.shape[2:]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         name = prefix + "complex_weights"
         stored = state_dict.get(name)
         if isinstance(stored, Tensor) and stored.shape != self.complex_weights.shape and self.accepts(stored):
-            # What is stored does not say whether the plane's width was even, and neither rule needs to know.
+            # Stored filters do not tell whether the plane's width was even, and neither rule needs to know.
             stored_size = (stored.shape[0], 2 * (stored.shape[1] - 1) or 1)
             state_dict = {**state_dict, name: resize_filter(stored, stored_size, self.size, self.resize)}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -196,7 +196,7 @@ class SpectralFilter(nn.Module):
 
 @fusible
 class DynamicFilter(SpectralFilter):
-    """The dynamic filter token mixer (paper, section 3.2), a drop-in for the authors'.
+    """The dynamic filter token mixer (paper, section 3.2), a drop-in replacement for the authors'.
 
     ``y = pwconv2(act2(irfft2(rfft2(act1(pwconv1(x))) * M)))``, where ``M`` mixes a basis of ``num_filters`` filters
     with weights that an MLP computes from the mean of ``x``.
@@ -205,17 +205,17 @@ class DynamicFilter(SpectralFilter):
         dim: channels of ``x``.
         expansion_ratio: ``pwconv1`` expands to ``C = int(expansion_ratio * dim)`` channels.
         reweight_expansion_ratio: hidden width of the routing MLP, relative to ``dim``.
-        act1_layer: activation after ``pwconv1``; an unmodified StarReLU is left to the fused step.
+        act1_layer: activation after ``pwconv1``; the fused step applies an unmodified StarReLU.
         act2_layer: activation before ``pwconv2``.
-        bias: whether ``pwconv1`` and ``pwconv2`` have one.
-        num_filters: filters in the basis, F.
+        bias: whether ``pwconv1`` and ``pwconv2`` have biases.
+        num_filters: number of filters in the basis, F.
         size: the plane (H, W), or one number for a square.
         weight_resize: resize the filters to planes of any other size, instead of raising.
         resize: ``"bicubic"`` (the authors' rule) or ``"fourier"``; see `dfformer.models.filter_resize.resize_filter`.
-        data_format: ``"channels_first"`` for x and results (B,dim,H,W), which have torch.channels_last memory best.
+        data_format: ``"channels_first"`` for x and results (B,dim,H,W); torch.channels_last memory is then fastest.
         device, dtype: of the parameters.
 
-    ``complex_weights`` is (H, W//2 + 1, F, 2). ``x`` is (B,H,W,dim) in the parameters' dtype, or any under autocast.
+    ``complex_weights`` is (H, W//2 + 1, F, 2). ``x`` is (B,H,W,dim) in the parameters' dtype; under autocast, in any.
     """
 
     def __init__(
@@ -259,9 +259,9 @@ class DynamicFilter(SpectralFilter):
 
 @fusible
 class GlobalFilter(SpectralFilter):
-    """The static counterpart (GFNet, arXiv:2107.00645; GFFormer in the paper): one filter a channel, learned directly.
+    """The global filter token mixer (GFNet, arXiv:2107.00645; GFFormer in the paper): one learned filter per channel.
 
-    Arguments as for `DynamicFilter`. ``complex_weights`` is (H, W//2 + 1, C, 2).
+    The arguments are those of `DynamicFilter`. ``complex_weights`` is (H, W//2 + 1, C, 2).
     """
 
     def __init__(
@@ -297,8 +297,8 @@ class GlobalFilter(SpectralFilter):
 class AFNO2D(nn.Module):
     """Adaptive Fourier neural operator (arXiv:2111.13587) between two projections, the paper's ablation.
 
-    A block-diagonal two-layer MLP on every frequency, shared by all: no parameter depends on the plane, so ``size`` is
-    any plane's. Spectral arithmetic is float32 (float64 for float64 ``x``). ``data_format``: see `DynamicFilter`.
+    One block-diagonal two-layer MLP runs on every frequency. No parameter depends on the plane, so ``size`` is
+    ignored. Spectral arithmetic is float32 (float64 for float64 ``x``). ``data_format``: see `DynamicFilter`.
     """
 
     def __init__(
@@ -357,7 +357,7 @@ def afno_filter(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept_fraction: float, threshold: float
 ) -> Tensor:
     """``irfft2(softshrink(mlp(rfft2(x)[:, :, :kept])))`` of x (B,H,W,C), the MLP being `dfformer_kernels.afno.mlp`."""
-    if x.numel() == 0:  # which not every FFT library takes
+    if x.numel() == 0:  # not every FFT library accepts this
         return x
     if torch.jit.is_scripting():
         return afno.filter(x, w1, b1, w2, b2, kept_fraction, threshold)

@@ -25,8 +25,11 @@ class CopyLimitError(Exception):
 
 
 class Expected(NamedTuple):
-    """What the trial inputs say about the transforms: the batch, the plane, that of the stored filters and how they
-    are stored, and the rule that resizes them."""
+    """What the trial inputs tell about the transforms.
+
+    In order: the batch, the plane, the plane of the stored filters, how they are stored, and the rule that resizes
+    them.
+    """
 
     batch: int
     plane: tuple[int, int]
@@ -36,7 +39,7 @@ class Expected(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """A graph with our step in it, and the step's modules by name."""
+    """A graph that contains our step, and the modules of the step by name."""
 
     graph: fx.Graph
     forms: dict[str, Form]
@@ -45,16 +48,16 @@ class Fused(NamedTuple):
         return {name: FilterStep(form) for name, form in self.forms.items()}
 
     def differs_in(self, other: "Fused") -> str:
-        """The first call that is not in both, "" for equal programs, whatever their nodes are called."""
+        """The first call that is not in both graphs; "" if they are equal up to the names of nodes."""
         return differing_call(self.graph, other.graph) or ("" if self.forms == other.forms else "its layout")
 
 
 def fuse(traced: Trace, module: nn.Module, expected: Expected) -> Fused:
-    """Puts our step in place of every chain of ``traced``, the forward of ``module``.
+    """Replaces every chain of ``traced``, the forward of ``module``, by our step.
 
     Raises:
-        CopyLimitError: the copy does not take this plane.
-        UnsupportedCopyError: there is none, or the first one that computes something else, with the difference.
+        CopyLimitError: the copy does not accept this plane.
+        UnsupportedCopyError: there is no chain, or one computes something else; the message has the difference.
     """
     inverses = [node for node in traced.graph.nodes if node.target in INVERSE_TRANSFORMS]
     if not inverses:
@@ -76,7 +79,7 @@ def fuse(traced: Trace, module: nn.Module, expected: Expected) -> Fused:
 
 
 def with_optional_inputs(fused: Fused, optional: dict[str, Any]) -> Fused:
-    """Takes the copy's optional inputs too, at the defaults that its forward was traced with."""
+    """Adds the copy's optional inputs, which must have the defaults that its forward was traced with."""
     graph = fused.graph
     for name, default in optional.items():
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]
@@ -88,7 +91,7 @@ def with_optional_inputs(fused: Fused, optional: dict[str, Any]) -> Fused:
 
 
 def check_default(value: Any, name: str, default: Any) -> None:
-    """Raises ValueError where an optional input of a replaced copy is used."""
+    """Raises ValueError if an optional input of a replaced copy is used."""
     if value is not default and value != default:
         raise ValueError(
             f"{name}: got {value!r}, accepted is its default {default!r}, for which this layer was replaced; "
@@ -97,7 +100,7 @@ def check_default(value: Any, name: str, default: Any) -> None:
 
 
 def _erase(traced: Trace, replaced: set[fx.Node]) -> None:
-    """Erases what nothing depends on: of ``replaced`` all, of the rest what has no effects of its own."""
+    """Erases unused nodes: all of ``replaced``, and others that have no side effects."""
     for node in reversed(traced.graph.nodes):
         in_place = str(getattr(node.target, "__name__", node.target)).endswith("_") or node.op == "call_module"
         if not node.users and node.op not in ("placeholder", "output") and (node in replaced or not in_place):
@@ -112,7 +115,7 @@ def _free_name(module: nn.Module, taken: dict[str, Form]) -> str:
 def _chain(
     traced: Trace, module: nn.Module, expected: Expected, inverse: fx.Node
 ) -> tuple[Form, fx.Node, fx.Node, fx.Node | None]:
-    """The step that gives ``inverse``'s value, and the nodes of its input, weight and logits."""
+    """The form of the step that computes ``inverse``, and the nodes of its input, weight and logits."""
     sources = ancestors(inverse)
     forwards = [node for node in traced.graph.nodes if node in sources and node.target in FORWARD_TRANSFORMS]
     weights = [node for node in traced.graph.nodes if node in sources and _is_stored_filter(node, module)]
@@ -141,14 +144,14 @@ def _is_stored_filter(node: fx.Node, module: nn.Module) -> bool:
 
 
 def is_filter_shape(weight: Any) -> bool:
-    """Whether a parameter is (H,K,F,2), or complex (H,K,F), in any order of its axes that we know."""
+    """Whether a parameter is (H,K,F,2), or complex (H,K,F), in any of the known orders of axes."""
     if not isinstance(weight, Tensor):
         return False
     return weight.dim() == 3 if weight.is_complex() else weight.dim() == 4 and weight.shape[3] == 2
 
 
 def _layout(traced: Trace, expected: Expected, forward: fx.Node, inverse: fx.Node) -> tuple[Form, fx.Node]:
-    """The form of a pair of transforms, without its routing, and the node they take."""
+    """The form of a pair of transforms, without its routing, and the node that they transform."""
     there, back = _arguments(forward, _FFT), _arguments(inverse, _FFT)
     x = there["input"]
     value = traced.values[x]
@@ -170,7 +173,7 @@ def _layout(traced: Trace, expected: Expected, forward: fx.Node, inverse: fx.Nod
         if node.target in _VIEWS:
             _check_view(traced.values[node.all_input_nodes[0]].shape, traced.values[node].shape, plane)
     while x.op == "call_method" and x.target in _CASTS and value.dtype == torch.float32:
-        x = x.args[0]  # our step takes any dtype and computes in float32
+        x = x.args[0]  # our step accepts any dtype and computes in float32
     return Form(channels_first, expected.size, expected.storage, expected.resize), x
 
 
@@ -188,8 +191,11 @@ def _check_view(before: torch.Size, after: torch.Size, plane: tuple[int, int]) -
 def _routings(
     traced: Trace, module: nn.Module, ancestors: set[fx.Node], form: Form, weight: fx.Node
 ) -> Iterator[tuple[Form, fx.Node | None]]:
-    """The form and logits there may be: the inputs of softmaxes over F; the logarithm of anything else that sums to 1
-    over F; none, for one filter a channel."""
+    """The possible forms with their logits.
+
+    Logits may be the inputs of softmaxes over F, or the logarithm of another tensor that sums to 1 over F. There are
+    none if each channel has one filter.
+    """
     filters = traced.values[weight].shape[STORAGE[form.storage][2]]
     candidates = []
     for node in traced.graph.nodes:
@@ -216,7 +222,7 @@ def _is_softmax(node: fx.Node, module: nn.Module) -> bool:
 def _difference(
     traced: Trace, form: Form, expected: Expected, inverse: fx.Node, nodes: tuple[fx.Node, fx.Node, fx.Node | None]
 ) -> str:
-    """How the copy's filtered signal differs from our step's on the same tensors; "" if it does not."""
+    """How the copy's filtered signal differs from our step's on the same tensors; "" if they agree."""
     theirs = traced.values[inverse]
     x, weight = traced.values[nodes[0]], traced.values[nodes[1]]
     logits = None if nodes[2] is None else traced.values[nodes[2]]
@@ -237,7 +243,7 @@ def _difference(
     if relative_error(gain * ours, theirs) <= AGREEMENT:
         return f"its output differs from ours by a factor, {gain:.4g} in the trial"
     H, W = expected.plane
-    if expected.size not in ((H, W), (H, W ^ 1)):  # an even width and the next have as many frequencies
+    if expected.size not in ((H, W), (H, W ^ 1)):  # an even width and the next one have equally many frequencies
         return _other_resizing(traced, expected)
     return "its output differs from ours: its spectrum is not multiplied with its filters, mixed by a softmax, alone"
 

@@ -1,4 +1,4 @@
-"""What stands in for a copy of the dynamic filter: its own forward, with our step in place of the transforms."""
+"""The replacement of a copy of the dynamic filter: its own forward, with our step in place of the transforms."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from dfformer_kernels import dynamic_filter, global_filter
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.reference import compute_dtype
 
-# The orders of axes that filters are stored in, and how to make (H,K,F,2) of them.
+# The orders of axes that filters are stored in, and the permutation of each to (H,K,F,2).
 STORAGE: dict[str, tuple[int, ...]] = {"(H,K,F,2)": (0, 1, 2, 3), "(F,H,K,2)": (1, 2, 0, 3)}
 
 
@@ -23,11 +23,11 @@ def as_basis(weight: Tensor, storage: str) -> Tensor:
 
 
 class Form(NamedTuple):
-    """How a copy lays out what goes into its transforms.
+    """How a copy lays out the inputs of its transforms.
 
-    ``channels_first``: maps are (B,C,H,W), else (B,H,W,C). ``size``: the plane (H, W) of the stored filters, W up to
-    its parity. ``storage``: a key of `STORAGE`. ``filter_axis``: the axis of the logits that the softmax runs over;
-    ``normalised``: the routing comes after its softmax.
+    With ``channels_first``, maps are (B,C,H,W), else (B,H,W,C). ``size`` is the plane (H, W) of the stored filters, W
+    up to its parity. ``storage`` is a key of `STORAGE`. ``filter_axis`` is the axis of the logits that the softmax runs
+    over. With ``normalised``, the routing is taken after its softmax.
     """
 
     channels_first: bool
@@ -44,9 +44,9 @@ def filter_step(x: Tensor, weight: Tensor, logits: Tensor | None, form: Form) ->
 
     Args:
         x: (B,H,W,C) or (B,C,H,W).
-        weight: as stored.
-        logits: B in front and F at ``form.filter_axis``, the other axes C channels or one for all; None for one filter
-            a channel.
+        weight: the stored filters.
+        logits: the first axis is B, ``form.filter_axis`` is F, and the others are C or 1; None for one filter per
+            channel.
 
     Returns:
         x's shape and dtype, contiguous.
@@ -81,15 +81,15 @@ class FilterStep(nn.Module):
 
 
 class FusedCopy(fx.GraphModule):
-    """A copy's forward as a graph with `FilterStep` in it; ``print(module.code)`` shows it.
+    """A copy's forward as a graph that contains `FilterStep`; ``print(module.code)`` shows it.
 
-    It has the copy's own parameters, buffers, submodules (hence the same state dict, in the same order) and plain
-    attributes.
+    It has the copy's own parameters, buffers and submodules, so its state dict is the same, in the same order. It also
+    has the copy's other attributes.
     """
 
     @classmethod
     def of(cls, original: nn.Module, graph: fx.Graph, steps: dict[str, "FilterStep"]) -> "FusedCopy":
-        """``original``'s parts around ``graph``, whose other targets are ``steps``."""
+        """A module with the parts of ``original`` that runs ``graph``; the graph's other targets are ``steps``."""
         targets = [str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")]
         root = {target: steps[target] if target in steps else _attribute(original, target) for target in targets}
         fused = cls(root, copy.deepcopy(graph), class_name=cls.__name__)
@@ -126,7 +126,7 @@ def _load(reduced: tuple[Callable[..., nn.Module], tuple[Any, ...]], parts: "_Pa
 
 
 class _Parts(NamedTuple):
-    """Everything a module holds."""
+    """Everything that a module holds."""
 
     parameters: dict[str, nn.Parameter | None]
     buffers: dict[str, Tensor | None]

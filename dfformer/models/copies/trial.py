@@ -1,4 +1,4 @@
-"""Runs somebody's module and what would replace it on trial inputs: outputs, gradients, both modes, several planes."""
+"""Compares somebody's module with its replacement on trial inputs: outputs, gradients, both modes, several planes."""
 
 import copy
 import itertools
@@ -35,9 +35,9 @@ from dfformer_kernels.graph.trace import (
 
 Plane = tuple[int, int]
 
-_MOST_CHANNELS = 8  # tried for an input
-_LARGEST_DOUBLED = 40 * 40  # pixels of a plane that is also tried at twice its height and width
-# Shapes of inputs, or the numbers that some copies of tokens are given.
+_MOST_CHANNELS = 8  # numbers of channels tried for an input
+_LARGEST_DOUBLED = 40 * 40  # pixels; a smaller plane is also tried at twice its height and width
+# Shapes of inputs, or the numbers that some copies on tokens take.
 _LAYOUTS: dict[str, Callable[[int, int, int, int], Any]] = {
     "(B,H,W,C)": lambda B, H, W, C: (B, H, W, C),
     "(B,C,H,W)": lambda B, H, W, C: (B, C, H, W),
@@ -46,15 +46,15 @@ _LAYOUTS: dict[str, Callable[[int, int, int, int], Any]] = {
     "H": lambda B, H, W, C: H,
     "W": lambda B, H, W, C: W,
 }
-_NUMBERS = {"h": "H", "height": "H", "w": "W", "width": "W"}  # names of inputs that are numbers
+_NUMBERS = {"h": "H", "height": "H", "w": "W", "width": "W"}  # names of inputs that take numbers
 
 
 class OtherPlaneError(DifferentCopyError):
-    """The difference is on another plane than that of the filters, so that another rule of resizing may fit."""
+    """The modules differ on another plane than that of the filters, so another resizing rule may fit."""
 
 
 class Hypothesis(NamedTuple):
-    """What a copy takes: filters stored like that, for that plane, and inputs of those layouts and channels."""
+    """An assumption about a copy: the storage and plane of its filters, and the layouts and channels of its inputs."""
 
     storage: str
     size: Plane
@@ -66,7 +66,7 @@ class Hypothesis(NamedTuple):
         return [torch.randn(shape) if isinstance(shape, tuple) else shape for shape in given]
 
     def indistinguishable(self) -> list["Hypothesis"]:
-        """This one, and the one of the other layout of maps if its inputs look the same on the stored plane."""
+        """This hypothesis, and that of the other map layout if its inputs have the same shape on the stored plane."""
         other = {"(B,H,W,C)": "(B,C,H,W)", "(B,C,H,W)": "(B,H,W,C)"}
         swapped = self._replace(layouts=tuple(other.get(layout, layout) for layout in self.layouts))
         shapes = [[getattr(x, "shape", x) for x in h.inputs(self.size, 2)] for h in (self, swapped)]
@@ -82,18 +82,17 @@ class Case(NamedTuple):
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module with parameters or buffers has the first of them."""
+    """The device of a module's first parameter or buffer."""
     return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
 class Trial:
-    """A float32 copy of a module with random weights in place of its own: its formula is judged, not its values, and
-    weights of zero would hide it."""
+    """A float32 copy of a module with random weights: its formula is compared, and zero weights would hide it."""
 
     def __init__(self, module: nn.Module) -> None:
         try:
             self.module = copy.deepcopy(module).float()
-        except Exception as error:  # whatever foreign code raises
+        except Exception as error:  # foreign code may raise anything
             raise UnsupportedCopyError(f"it cannot be copied for a trial ({first_line(error)})") from error
         self.names, self.optional = inputs_of(module)
         without_optional_inputs(self.module)
@@ -108,9 +107,9 @@ class Trial:
         return copy.deepcopy(self.module).train(training)
 
     def hypotheses(self) -> Iterator[Hypothesis]:
-        """What the module runs on, most likely first.
+        """The hypotheses under which the module runs, most likely first.
 
-        Raises UnsupportedCopyError if there is nothing.
+        Raises UnsupportedCopyError if there are none.
         """
         failures: list[str] = []
         found = False
@@ -129,12 +128,12 @@ class Trial:
             raise UnsupportedCopyError(f"it runs on no trial input ({tried})")
 
     def _problem(self, hypothesis: Hypothesis) -> Exception | None:
-        """Why the module does not run on such inputs."""
+        """The error of the module on such inputs; None if it runs."""
         self._probe = self._probe or self.copy(training=False)
         try:
             with torch.no_grad():
                 result = self._probe(*self.on_device(hypothesis.inputs(hypothesis.size, 2)))
-        except Exception as error:  # whatever foreign code raises
+        except Exception as error:  # foreign code may raise anything
             return error
         return None if tensors(result) else TypeError("its result is no tensor")
 
@@ -142,7 +141,7 @@ class Trial:
         return [x.to(self.device) if isinstance(x, Tensor) else x for x in inputs]
 
     def _define(self, error: Exception) -> bool:
-        """Some copies call a function to resize their filters that they never define; it is the authors'."""
+        """Some copies resize their filters by a function that they never define; this defines it as the authors do."""
         if isinstance(error, NameError) and error.name:
             with_function(self.module, error.name, _authors_resize)
         elif isinstance(error, AttributeError) and (missing := re.search(r"has no attribute '(\w+)'$", str(error))):
@@ -170,7 +169,7 @@ class Trial:
                     yield Hypothesis(storage, size, layouts, cs)
 
     def _layouts(self) -> Iterator[tuple[str, ...]]:
-        """The first input's, with the same for the others, then with vectors for them."""
+        """Layouts of the inputs: first all like the first input, then vectors for the others."""
         for first, other in itertools.product(("(B,H,W,C)", "(B,C,H,W)", "(B,N,C)"), ("", "(B,C)")):
             rest = [_NUMBERS.get(name.lower(), other or first) for name in self.names[1:]]
             if not other or "(B,C)" in rest:
@@ -178,7 +177,7 @@ class Trial:
 
 
 def _randomise(t: Tensor) -> None:
-    """Values that no formula treats specially: positive for vectors and buffers (variances, grids, masks)."""
+    """Fills ``t`` with values that no formula treats specially: positive for vectors and buffers (variances, masks)."""
     if not (t.is_floating_point() or t.is_complex()):
         return
     if is_filter_shape(t):
@@ -190,7 +189,7 @@ def _randomise(t: Tensor) -> None:
 
 
 def _channels(module: nn.Module, filters: int) -> list[int]:
-    """Numbers of channels an input may have, most likely first."""
+    """The numbers of channels that an input may have, most likely first."""
     names = ("in_features", "in_channels", "num_features", "num_channels", "dim", "channels", "normalized_shape")
     values: list[Any] = [getattr(m, name, None) for m in module.modules() for name in names]
     values = [v[-1] if isinstance(v, tuple) and v else v for v in values]
@@ -206,7 +205,7 @@ def _authors_resize(weight: Any, H: Any, K: Any) -> Any:
 
 
 def cases(trial: Trial, hypothesis: Hypothesis) -> Iterator[Case]:
-    """The stored plane in both modes and of two batches, then planes of twice and about half its size."""
+    """The stored plane, in both modes and for two batch sizes; then planes of twice and about half its size."""
     H, W = hypothesis.size
     for batch, training in ((2, False), (2, True), (3, False)):
         yield Case(trial.on_device(hypothesis.inputs((H, W), batch)), (H, W), training)
@@ -216,9 +215,9 @@ def cases(trial: Trial, hypothesis: Hypothesis) -> Iterator[Case]:
 
 
 def match(trial: Trial, hypothesis: Hypothesis, resize: str) -> Fused:
-    """The trial module's forward with our step in it, the same graph in all `cases` that the module itself runs.
+    """The trial module's forward with our step, as one graph for all `cases` that the module itself runs.
 
-    Raises UnsupportedCopyError with the difference.
+    Raises UnsupportedCopyError if the cases differ; the message has the difference.
     """
     fused: Fused | None = None
     for case in cases(trial, hypothesis):
@@ -247,20 +246,22 @@ def _runs(trial: Trial, case: Case) -> bool:
     try:
         with torch.no_grad():
             return bool(tensors(trial.copy(case.training)(*case.inputs)))
-    except Exception:  # whatever foreign code raises
+    except Exception:  # foreign code may raise anything
         return False
 
 
 def difference(trial: Trial, hypothesis: Hypothesis, replace: Callable[[nn.Module], nn.Module]) -> str:
-    """How ``replace`` of a trial module differs from it, in outputs, gradients or buffers, in the `cases` that the
-    module itself runs; "" if in nothing."""
+    """How the trial module and its replacement differ in outputs, gradients or buffers; "" if they agree.
+
+    They are compared in the `cases` that the module itself runs.
+    """
     for case in cases(trial, hypothesis):
         if case.plane != hypothesis.size and not _runs(trial, case):
             continue
         try:
             theirs = compare.results(trial.copy(case.training), case.inputs)
             ours = compare.results(replace(trial.copy(case.training)).train(case.training), case.inputs)
-        except Exception as error:  # whatever foreign code raises
+        except Exception as error:  # foreign code may raise anything
             return f"it cannot be tried ({first_line(error)})"
         if case.plane[1] % 2 and theirs["output 0"].shape != ours["output 0"].shape:
             continue  # irfft2 without s returns even widths only
@@ -270,8 +271,11 @@ def difference(trial: Trial, hypothesis: Hypothesis, replace: Callable[[nn.Modul
 
 
 def formula_of(module: nn.Module) -> Hashable:
-    """Equal for modules that compute the same function of their inputs and parameters, as far as can be seen: of the
-    same classes, plain attributes and shapes all the way down. Nothing is equal to what has other attributes."""
+    """A key that is equal for modules that compute the same function of their inputs and parameters.
+
+    Such modules and all their submodules have the same classes, simple attributes and shapes. A module with attributes
+    of other kinds has a key of its own.
+    """
     inherited = vars(nn.Module())
     parts: list[Hashable] = []
     for name, child in module.named_modules():
@@ -290,9 +294,9 @@ def _frozen(value: Any) -> Hashable:
 
 
 def find(trial: Trial) -> tuple[Hypothesis, str, Fused]:
-    """How our step fits into the trial module: what that takes, and the rule that resizes its filters.
+    """How our step fits into the trial module: the hypothesis, the rule that resizes its filters, and the graph.
 
-    Raises UnsupportedCopyError with the first difference that stayed.
+    Raises UnsupportedCopyError with the first difference that remained.
     """
     errors: list[UnsupportedCopyError] = []
     for hypothesis in itertools.islice(trial.hypotheses(), 4):

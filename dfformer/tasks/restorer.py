@@ -135,6 +135,8 @@ def _weights(start: int, side: int, total: int, scale: int) -> Tensor:
     inside = torch.arange(scale * side) + 0.5
     overlap = scale * max(1, math.ceil(_OVERLAP * side))
     weights = torch.ones(scale * side)
+    if side == 1:  # such tiles do not overlap
+        return weights
     for at_border, distance in ((start == 0, inside), (start + side == total, scale * side - inside)):
         if not at_border:
             weights = weights * (2 * distance / overlap - 0.5).clamp(0, 1)

@@ -86,6 +86,15 @@ def test_tiles_are_the_whole_image_where_the_model_is_local(scale: int, size: tu
             assert (tiled(far, image, scale, (32, 48)) - far(image[None])[0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("tile", [(1, 1), (2, 5), (4, 3)], ids=str)
+@pytest.mark.parametrize("scale", [1, 2, 3])
+def test_the_smallest_tiles(scale: int, tile: tuple[int, int]) -> None:
+    """Of one pixel of the input there are some that no other tile overlaps."""
+    image = torch.rand(3, 5, 7)
+    model = nn.Upsample(scale_factor=scale)
+    torch.testing.assert_close(tiled(model, image, scale, tile), model(image[None])[0])
+
+
 def test_tiles_of_different_results_join_without_a_step() -> None:
     """As of a filter that sees all of its tile: here each tile is one colour."""
     torch.manual_seed(0)

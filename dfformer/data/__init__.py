@@ -1,4 +1,4 @@
-"""Images, masks and boxes from files, and synthetic ones: what tasks read.
+"""The tasks' data: images, masks and boxes, from files or synthetic.
 
-Imports utils; never models.
+Imports utils, but never models.
 """

@@ -18,23 +18,23 @@ from dfformer.data.files import check_each, check_image, read_image
 from dfformer.data.images import given_root
 from dfformer.utils.text import abbreviate
 
-# What each entry of an annotation file must have, and of which type.
+# The required fields of each entry of an annotation file, with their types.
 _FIELDS: dict[str, dict[str, type]] = {
     "categories": {"id": int, "name": str},
     "images": {"id": int, "file_name": str, "width": int, "height": int},
     "annotations": {"id": int, "image_id": int, "category_id": int, "bbox": list},
 }
-_ROUNDING = 1.0  # pixel by which a box may go beyond its image before that is taken for a mistake
-_LEAST_SIDE = 0.01  # pixel; a smaller box may be empty once it is float32, flipped or resized
-_LARGEST = 1e9  # of the numbers in a box
+_ROUNDING = 1.0  # pixels by which a box may extend beyond its image before that counts as a mistake
+_LEAST_SIDE = 0.01  # pixels; a smaller box may become empty as float32, or when flipped or resized
+_LARGEST = 1e9  # number in a box
 
 
 class Objects(NamedTuple):
     """The ``n`` objects of an image.
 
-    ``boxes`` (n,4) float32 are (left, top, right, bottom) in pixels, ``labels`` (n,) int64 numbers of classes,
-    ``crowd`` (n,) int64 is 1 for a box around many objects, ``area`` (n,) float32 that of the object itself, by which
-    COCO's measures tell small from large.
+    ``boxes`` (n,4) float32 are (left, top, right, bottom) in pixels. ``labels`` (n,) int64 are class numbers. ``crowd``
+    (n,) int64 is 1 for a box around many objects. ``area`` (n,) float32 is the area of the object itself, by which
+    COCO's metrics distinguish small from large objects.
     """
 
     boxes: np.ndarray
@@ -53,7 +53,7 @@ class BoxDataset(Protocol):
     def __getitem__(self, index: int) -> tuple[Image.Image, Objects]: ...
 
     def check(self) -> list[bool]:
-        """Of each image, whether it has an EXIF orientation that is not applied.
+        """For each image, whether it has an EXIF orientation that is not applied.
 
         Raises ValueError naming the files that cannot be used, and why.
         """
@@ -63,9 +63,9 @@ class CocoImages:
     """``root/annotations/instances_SPLIT.json`` in COCO's format, with the images it lists in ``root/SPLIT``.
 
     Args:
-        repair_boxes: cut off what is beyond the image and leave out boxes without area, instead of refusing them.
-        training: leave out images without objects, crowds not counted.
-        exif_orientation: turn and mirror images, whose boxes are as viewers show them, as their EXIF orientation says.
+        repair_boxes: clip boxes to the image and leave out boxes without area, instead of refusing them.
+        training: leave out images without objects; crowds do not count as objects.
+        exif_orientation: apply images' EXIF orientation, for boxes that refer to images as viewers show them.
 
     Raises:
         ValueError, FileNotFoundError: naming the file, the entry and what is wrong with it.
@@ -115,7 +115,7 @@ class CocoImages:
         return info.turned
 
     def _path(self, index: int) -> Path:
-        """The file of an image; ValueError for one that is not in the split's folder, links followed."""
+        """The file of an image; ValueError if it is not in the split's folder after links are followed."""
         number, name, *_ = self.images[index]
         path, given = self.folder / name, Path(name)
         outside = given.anchor or ".." in given.parts or "\0" in name
@@ -137,7 +137,7 @@ _TURNED = "; if the image has an EXIF orientation, exif_orientation applies it"
 
 
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lists of an annotation file, whose entries have what is needed of them and ids of their own."""
+    """The lists of an annotation file, checked: entries have the required fields and unique ids."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: does not exist")
     try:
@@ -163,7 +163,7 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
 def _boxes(
     annotations: list[dict[str, Any]], sizes: dict[int, tuple[int, int]], categories: dict[int, str], repair: bool
 ) -> tuple[dict[int, list[tuple[Any, ...]]], list[str]]:
-    """By image, its objects as (box, label, crowd, area); and what is wrong with annotations."""
+    """The objects of each image as (box, label, crowd, area), and the faults of annotations."""
     label = {category: n for n, category in enumerate(categories)}
     found: dict[int, list[tuple[Any, ...]]] = {image: [] for image in sizes}
     problems = []
@@ -191,12 +191,12 @@ def _boxes(
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that a pixel may have: not NaN, not infinite, not one of hundreds of digits."""
+    """Whether a value can be a coordinate: not NaN, not infinite, without hundreds of digits."""
     return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST
 
 
 def _clip(bbox: list[float], size: tuple[int, int]) -> tuple[tuple[float, ...], float]:
-    """A box (left, top, width, height) as the corners of what of it is in the image, and how far it goes beyond."""
+    """The corners of a box (left, top, width, height), clipped to the image, and how far it extends beyond."""
     left, top, width, height = bbox
     corners = (left, top, left + width, top + height)
     clipped = tuple(min(max(value, 0), limit) for value, limit in zip(corners, size * 2, strict=True))
@@ -214,7 +214,7 @@ def _stack(objects: list[tuple[Any, ...]]) -> Objects:
 
 
 class SyntheticBoxes:
-    """Synthetic images of ten digits."""
+    """Synthetic images of digits, of ten classes."""
 
     categories: dict[int, str] = dict(enumerate(synthetic_digits.CLASSES))  # noqa: RUF012 (nobody changes it)
 
@@ -230,7 +230,7 @@ class SyntheticBoxes:
         return sample.image, Objects(sample.boxes, sample.labels, np.zeros_like(sample.labels), area)
 
     def check(self) -> list[bool]:
-        """Nothing can be wrong with them."""
+        """Finds nothing, because synthetic images have no faults."""
         return []
 
 
@@ -264,11 +264,11 @@ def check_same_categories(found: dict[int, str], expected: dict[int, str], where
     )
 
 
-Target = dict[str, Tensor]  # boxes, labels, iscrowd, area: what torchvision and torchmetrics call the parts of Objects
+Target = dict[str, Tensor]  # boxes, labels, iscrowd, area: Objects by the names of torchvision and torchmetrics
 
 
 class DetectionTensors(Dataset):
-    """``dataset`` as pairs of an image uint8 (3,H,W) and its target; for training without crowds, randomly flipped.
+    """``dataset`` as pairs of an image uint8 (3,H,W) and its target. In training, without crowds and randomly flipped.
 
     Args:
         hflip: probability of a horizontal flip; None for evaluation.
@@ -292,6 +292,6 @@ class DetectionTensors(Dataset):
 
 
 def collate(samples: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
-    """Images differ in size and targets in length: lists of them."""
+    """Collates into lists, because images differ in size and targets in length."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)

@@ -1,4 +1,4 @@
-"""Classes as folders of images, on disk or in a .tar file: the folders at the top are the classes."""
+"""Class folders, on disk or in a .tar file: one top-level folder of images per class."""
 
 import io
 import tarfile
@@ -11,7 +11,7 @@ from dfformer.utils.text import abbreviate
 
 
 class Member(NamedTuple):
-    """An image inside a .tar file: its path there, and where its bytes are."""
+    """An image inside a .tar file: its path there, and the position of its bytes."""
 
     path: PurePosixPath
     offset: int
@@ -30,7 +30,7 @@ class ClassFolders:
         names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
         depth = len(folder.parts)
         self.classes, self.labels = _labelled([path.parts[depth:] for path in files], folder, names)
-        self.files = [str(path) for path in files]  # smaller than paths: worker processes may copy the list
+        self.files = [str(path) for path in files]  # strings are smaller, and workers may copy the list
 
     def __len__(self) -> int:
         return len(self.files)
@@ -40,14 +40,14 @@ class ClassFolders:
         return Path(self.files[index]), self.labels[index], self.files[index]
 
     def check(self) -> list[bool]:
-        """Of each image, whether it has an EXIF orientation. Raises ValueError naming those that cannot be read."""
+        """For each image, whether it has an EXIF orientation. Raises ValueError naming those that cannot be read."""
         return [info.turned for info in check_each(check_image, [Path(name) for name in self.files])]
 
 
 class ClassTar:
-    """The same in an uncompressed .tar file. A .tar inside it counts as the folder of its name.
+    """Class folders in an uncompressed .tar file. A .tar inside it counts as a folder of its name.
 
-    A single folder around the classes that is named like the file is left out of account.
+    A single folder around the classes with the name of the file is ignored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,12 +71,12 @@ class ClassTar:
         return content, self.labels[index], f"{self.path}/{member.path}"
 
     def check(self) -> list[bool]:
-        """Nothing is read before it is used."""
+        """Finds nothing, because images in a .tar are only read when they are used."""
         return []
 
 
 def _members(file: IO[bytes], inside: PurePosixPath, start: int) -> Iterator[Member]:
-    """The images of a .tar file that begins at ``start`` of another one, below the folder ``inside``."""
+    """The images of a .tar file that begins at byte ``start`` of another, below the folder ``inside``."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for entry in tar:
             path = inside / PurePosixPath(entry.name.lstrip("/"))

@@ -1,4 +1,4 @@
-"""Image files: where they are, and what is in them. Files are untrusted: whatever is wrong with one names it."""
+"""Finds and reads image files. They are untrusted: any fault of a file is an error that names it."""
 
 import os
 import re
@@ -34,7 +34,7 @@ IMAGE_SUFFIXES = frozenset(
         ".webp",
     ]
 )
-# Pillow knows more formats; some of them run other programs (EPS) or cannot be decoded.
+# Pillow supports more formats, but some run other programs (EPS) or cannot be decoded.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # the last marker of a complete file
 
@@ -43,7 +43,7 @@ Result = TypeVar("Result")
 
 
 class ImageInfo(NamedTuple):
-    """The size (W,H) of an image, and whether its EXIF orientation says that it is to be turned or mirrored."""
+    """The size (W,H) of an image, and whether its EXIF orientation rotates or mirrors it."""
 
     size: tuple[int, int]
     turned: bool
@@ -54,10 +54,10 @@ def _raise(error: OSError) -> None:
 
 
 def image_files(inputs: Iterable[Path], on_unreadable: Callable[[OSError], Any] = _raise) -> list[Path]:
-    """The images among ``inputs``: files, and folders of them at any depth, symbolic links followed.
+    """The images among ``inputs``: files, and images at any depth in folders, with symbolic links followed.
 
-    Hidden files and folders below a folder are left out, as are files whose names do not end like an image's. What is
-    named like an image is listed even if it cannot be read, and each file once.
+    Hidden files and folders inside a folder are left out, and so are files without the suffix of an image. Files with
+    such a suffix are listed even if they cannot be read. Each file is listed once.
 
     Args:
         on_unreadable: called with the error for a folder that cannot be listed; by default it is raised.
@@ -72,7 +72,7 @@ def image_files(inputs: Iterable[Path], on_unreadable: Callable[[OSError], Any] 
 
 def _below(folder: Path, above: frozenset[Path], on_unreadable: Callable[[OSError], Any]) -> Iterator[Path]:
     real = folder.resolve()
-    if real in above:  # a link back
+    if real in above:  # a link to a parent
         return
     try:
         with os.scandir(folder) as listing:
@@ -91,22 +91,22 @@ def _below(folder: Path, above: frozenset[Path], on_unreadable: Callable[[OSErro
 
 
 def natural_key(text: str) -> tuple[list[Any], str]:
-    """For sorting: numbers in a name count as numbers, letters of either case as the same."""
+    """A sort key: numbers in a name compare as numbers, and case does not matter."""
     parts = re.split(r"(\d+)", text.lower())
     return [int(part) if n % 2 else part for n, part in enumerate(parts)], text
 
 
 @contextmanager
 def opened(file: Path | IO[bytes], name: Path | str = "") -> Iterator[Image.Image]:
-    """An image that is not decoded yet. Anything raised while it is open becomes a ValueError that names it."""
+    """Opens an image without decoding it. Any error while it is open becomes a ValueError that names it."""
     name = str(name or file)
     Image.init()
     try:
         if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
-            raise ValueError("is not a regular file")  # opening a pipe would wait for ever
+            raise ValueError("is not a regular file")  # opening a pipe would wait forever
         with Image.open(file, formats=[known for known in _FORMATS if known in Image.OPEN]) as image:
             yield image
-    except Exception as error:  # decoders raise anything at all for a damaged file
+    except Exception as error:  # decoders raise anything for a damaged file
         message = str(error) or type(error).__name__
         raise ValueError(message if name in message else f"{name}: {message}") from error
 
@@ -114,18 +114,18 @@ def opened(file: Path | IO[bytes], name: Path | str = "") -> Iterator[Image.Imag
 def read_image(
     file: Path | IO[bytes] | Image.Image, mode: str, name: Path | str = "", exif_orientation: bool = False
 ) -> Image.Image:
-    """The image of a file, decoded; of several frames the first.
+    """The decoded image of a file; the first frame if it has several.
 
-    16 bits a channel and floats from 0 to 1 are scaled to 8 bits; transparency is dropped, as timm and torchvision do.
+    16 bits a channel and floats from 0 to 1 are scaled to 8 bits. Transparency is dropped, as in timm and torchvision.
 
     Args:
-        file: or an image that is open already.
+        file: a file, or an image that is already open.
         mode: "RGB" or "L".
-        name: of the file, for errors.
-        exif_orientation: turn and mirror the image as its EXIF orientation says.
+        name: name of the file for errors.
+        exif_orientation: apply the image's EXIF orientation.
 
     Raises:
-        ValueError: naming the file: no image, damaged, or pixels of another kind.
+        ValueError: the file, which the message names, is no image, is damaged or has unsupported pixels.
     """
     if isinstance(file, Image.Image):
         return _converted(file, mode, exif_orientation)
@@ -141,13 +141,13 @@ def _converted(image: Image.Image, mode: str, exif_orientation: bool) -> Image.I
         turned.format = image.format
     turned = _eight_bits(turned)
     if turned.mode in ("P", "PA") and "transparency" in turned.info:
-        turned = turned.convert("RGBA")  # Pillow warns of going to RGB at once
+        turned = turned.convert("RGBA")  # Pillow warns about a direct conversion to RGB
     return turned.convert(mode)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """``image``, or for 16 bits a channel and floats the same picture in 8 bits."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # 16 bits too
+    """``image``, converted to 8 bits if it has 16 bits a channel or floats."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # these have 16 bits too
         highest = 65535.0
     elif image.mode == "F":
         highest = 1.0
@@ -156,14 +156,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     else:
         return image
     values = np.asarray(image).astype(np.float64)
-    if not ((values >= 0) & (values <= highest)).all():  # NaN neither
+    if not ((values >= 0) & (values <= highest)).all():  # also for NaN
         accepted = "accepted are floats from 0 to 1, or 8 or 16 bits a channel"
         raise ValueError(f"pixels: got values from {values.min():.6g} to {values.max():.6g}, {accepted}")
     return Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
 
 
 def image_mode(channels: int) -> str:
-    """PIL's mode of the images that a model of so many channels is given: 1 is grey, 3 are RGB.
+    """PIL's mode of images for a model with this number of input channels: 1 is grey, 3 is RGB.
 
     Raises:
         ValueError: any other number.
@@ -174,9 +174,9 @@ def image_mode(channels: int) -> str:
 
 
 def check_image(path: Path, exif_orientation: bool = False) -> ImageInfo:
-    """Size and orientation of an image file; ValueError for one that is no image or is cut off.
+    """The size and orientation of an image file; ValueError if it is no image or is truncated.
 
-    The header and the end of the file are read, and all of it where the end does not show that it is complete.
+    Only the header and the end of the file are read, unless the end does not show that the file is complete.
     """
     with opened(path) as image:
         marker = _ENDS.get(image.format or "")
@@ -189,10 +189,10 @@ def check_image(path: Path, exif_orientation: bool = False) -> ImageInfo:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1, as it is, where there is none or none that can be read."""
+    """The EXIF orientation, 1 to 8; 1, which changes nothing, if there is none or it cannot be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a damaged note in a file whose pixels are read all the same
+    except Exception:  # damaged EXIF data in a file whose pixels are still readable
         return 1
     return orientation if orientation in range(1, 9) else 1
 
@@ -204,7 +204,7 @@ def _tail(path: Path) -> bytes:
 
 
 def check_each(check: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """What ``check`` returns for each of a dataset's images; one ValueError with those it raises, if it does."""
+    """The results of ``check`` for each of a dataset's images; its errors are collected into one ValueError."""
     problems: list[str] = []
 
     def attempt(item: Item) -> Result | None:
@@ -222,7 +222,7 @@ def check_each(check: Callable[[Item], Result], items: Sequence[Item]) -> list[R
 
 
 def orientation_note(turned: Sequence[bool], option: str) -> str:
-    """What to tell whoever has images with an EXIF orientation that is not applied; "" for none."""
+    """A note about images with an EXIF orientation that is not applied; "" if there are none."""
     if not any(turned):
         return ""
     return (
@@ -232,7 +232,7 @@ def orientation_note(turned: Sequence[bool], option: str) -> str:
 
 
 def read_class_names(path: Path) -> list[str]:
-    """A class name a line, UTF-8 with or without a byte order mark, lines ending in any system's way."""
+    """Reads one class name per line, from UTF-8 with or without a byte order mark, and any line endings."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
 """Images for training and evaluation: timm's datasets and the built-in digits, checked before anything starts.
 
-All randomness of a training image comes from (seed, epoch, index), and the order of an epoch from (seed, epoch). So the
-same images come whatever the number of processes and workers, and wherever an interrupted run goes on.
+All randomness of a training image comes from (seed, epoch, index), and the order of an epoch from (seed, epoch). So
+training sees the same images for any number of processes and workers, and after an interruption at any step.
 """
 
 import io
@@ -28,7 +28,7 @@ from dfformer.utils.suggest import did_you_mean
 from dfformer.utils.text import abbreviate, echo
 
 DIGITS = "digits"
-DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of the digits, scaled to 0..1
+DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of the digits' pixels, scaled to 0..1
 
 
 @dataclass
@@ -57,7 +57,7 @@ def load_digit_images(seed: int) -> Digits:
 
 
 class DigitImages(Dataset):
-    """The digits as pairs of PIL image (``mode``) and label, the way timm's datasets give theirs: train or val."""
+    """The digits, train or val, as pairs of PIL image (``mode``) and label, like timm's datasets."""
 
     def __init__(self, split: str, mode: str = "L") -> None:
         digits = load_digit_images(seed=0)
@@ -75,7 +75,7 @@ class DigitImages(Dataset):
         return len(self.labels)
 
     def check(self) -> list[bool]:
-        """Nothing can be wrong with them."""
+        """Finds nothing, because the built-in digits have no faults."""
         return []
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
@@ -95,13 +95,13 @@ def open_dataset(
 
     Args:
         name: "" for class folders or a .tar of them, "digits", or timm's name of another dataset.
-        root: where it is; for "", the folder that has the split, as a folder or a .tar file.
-        channels: of the model's images, see `dfformer.data.files.image_mode`.
-        exif_orientation: turn and mirror images as their EXIF orientation says.
+        root: the dataset's location; for "", the folder that contains the split, as a folder or a .tar file.
+        channels: number of channels of the model's images, see `dfformer.data.files.image_mode`.
+        exif_orientation: apply images' EXIF orientation.
 
     Raises:
-        ValueError: no such dataset or split, channels that images do not have, no images in it, class folders without
-            images, or a streamed dataset.
+        ValueError: the dataset or split does not exist, is streamed or has no images, a class folder has no images, or
+            images cannot have this number of channels.
     """
     mode = image_mode(channels)
     if name == DIGITS:
@@ -117,7 +117,7 @@ def open_dataset(
 
 
 def given_root(root: str | None) -> Path:
-    """Where data are; ValueError if nothing says that."""
+    """The folder of the data; ValueError if it is not given."""
     if root is None:
         raise ValueError("root: give the folder of the data: --data.root in training, else --root")
     return Path(root)
@@ -142,7 +142,7 @@ class LibraryDataset:
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.reader: Any = getattr(dataset, "reader", None)  # of Hugging Face's
+        self.reader: Any = getattr(dataset, "reader", None)  # Hugging Face's datasets have one
         self.classes = class_names(self.reader or dataset)
 
     def __len__(self) -> int:
@@ -156,12 +156,12 @@ class LibraryDataset:
                 return (*self.dataset[index], name)
             except Exception as error:  # torchvision decodes here
                 raise ValueError(f"{name}: {error or type(error).__name__}") from error
-        file, label = self.reader[index]  # timm's own dataset would give the next image for one that is damaged
+        file, label = self.reader[index]  # timm's dataset would silently return the next image for a damaged one
         with file:
             return io.BytesIO(file.read()), label, self.reader.filename(index, absolute=True) or name
 
     def check(self) -> list[bool]:
-        """Nothing is read before it is used."""
+        """Finds nothing, because images are only read when they are used."""
         return []
 
 
@@ -185,11 +185,11 @@ def _library_dataset(name: str, root: Path, split: str, download: bool) -> Libra
 class Images(Dataset):
     """``source`` as pairs of image and label, with a settable ``transform`` of the image.
 
-    An image that cannot be read is a ValueError that names it.
+    An image that cannot be read raises a ValueError that names it.
 
     Args:
-        mode: PIL's, to which images are converted.
-        exif_orientation: turn and mirror them as their EXIF orientation says.
+        mode: the PIL mode that images are converted to.
+        exif_orientation: apply images' EXIF orientation.
     """
 
     def __init__(self, source: ClassFolders | ClassTar | LibraryDataset, mode: str, exif_orientation: bool) -> None:
@@ -209,7 +209,7 @@ class Images(Dataset):
             raise ValueError(f"{name}: {error or type(error).__name__}") from error
 
     def check(self) -> list[bool]:
-        """Of each image in a folder, whether it is turned otherwise than its EXIF orientation says.
+        """For each image in a folder, whether it has an EXIF orientation that is not applied.
 
         Raises ValueError naming the files that cannot be read.
         """
@@ -218,7 +218,7 @@ class Images(Dataset):
 
 
 def class_names(dataset: Any) -> list[str] | None:
-    """Names of the classes of a dataset, or of one of timm's readers, in the order of their labels; or None."""
+    """The class names of a dataset, or of one of timm's readers, in the order of their labels; None if unknown."""
     mapping = getattr(dataset, "class_to_idx", None) or getattr(dataset, "class_name_to_idx", None)
     if mapping:
         return sorted(mapping, key=mapping.__getitem__)
@@ -227,7 +227,7 @@ def class_names(dataset: Any) -> list[str] | None:
 
 
 def check_same_classes(train: Any, val: Any, where: str) -> None:
-    """Raises ValueError unless both splits have the same classes: labels are positions in the sorted list of them."""
+    """Raises ValueError unless both splits have the same classes, because labels are positions in the sorted list."""
     expected, found = class_names(train), class_names(val)
     if expected is None or found is None or expected == found:
         return
@@ -240,7 +240,7 @@ def check_same_classes(train: Any, val: Any, where: str) -> None:
 
 
 def check_images(*datasets: Any) -> None:
-    """Reads what can be wrong with the files of datasets, and says if images are turned otherwise than EXIF says.
+    """Checks the files of datasets, and reports images with an EXIF orientation that is not applied.
 
     Raises:
         ValueError: naming the files that cannot be used, and why.
@@ -251,7 +251,7 @@ def check_images(*datasets: Any) -> None:
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seeds Python, numpy and torch (all devices) from several numbers at once."""
+    """Seeds Python, numpy and torch (all devices) from several numbers together."""
     state = np.random.SeedSequence(numbers).generate_state(3)
     random.seed(int(state[0]))
     np.random.seed(state[1])  # noqa: NPY002 (timm's augmentation draws from the global generator)
@@ -259,7 +259,7 @@ def seed_everything(*numbers: int) -> None:
 
 
 class SeededImages(Dataset):
-    """``dataset`` indexed by (epoch, index), its augmentation drawn from (seed, epoch, index)."""
+    """``dataset`` indexed by (epoch, index), with augmentation seeded by (seed, epoch, index)."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
@@ -273,15 +273,16 @@ class SeededImages(Dataset):
 
 
 class GlobalBatches:
-    """Batches of (epoch, index) for one of several processes: slices of global batches that do not depend on how many.
+    """Batches of (epoch, index) for one of several processes.
 
-    Set ``epoch`` and ``first_step`` before iterating. The last images of an epoch, too few for a batch, are left out.
+    They are slices of global batches, which do not depend on the number of processes. Set ``epoch`` and ``first_step``
+    before iterating. If the last images of an epoch are too few for a batch, they are left out.
 
     Args:
-        images: in the dataset.
-        global_batch: images an optimiser step, over all processes and passes.
-        accumulation: passes a step; as many batches come.
-        rank, world: this process and how many there are.
+        images: number of images in the dataset.
+        global_batch: images per optimiser step, over all processes and passes.
+        accumulation: passes per step; each has a batch of its own.
+        rank, world: the number of this process, and the number of processes.
     """
 
     def __init__(self, images: int, global_batch: int, accumulation: int, rank: int, world: int, seed: int) -> None:
@@ -317,8 +318,10 @@ Collate = Callable[[list[Any]], Any]
 def training_loader(
     dataset: Any, batches: GlobalBatches, workers: int, pin_memory: bool, collate: Collate = fast_collate
 ) -> DataLoader:
-    """Pairs of an image and its truth in the order of ``batches``, put together by ``collate``: timm's gives uint8
-    images (B,channels,H,W) and labels (B,)."""
+    """Pairs of an image and its target in the order of ``batches``, collated by ``collate``.
+
+    timm's returns uint8 images (B,channels,H,W) and labels (B,).
+    """
     return DataLoader(
         SeededImages(dataset, batches.seed),
         batch_sampler=batches,
@@ -334,7 +337,7 @@ def _no_label(truth: Any) -> int:
 
 
 class _Padded(Dataset):
-    """``dataset`` going on past its end with images again, without truth: equally many for each process."""
+    """``dataset``, extended by repeated images without target, so that all processes get equally many."""
 
     def __init__(self, dataset: Any, surplus: Callable[[Any], Any]) -> None:
         self.dataset, self.surplus = dataset, surplus
@@ -354,10 +357,10 @@ def evaluation_loader(
     collate: Collate = fast_collate,
     surplus: Callable[[Any], Any] = _no_label,
 ) -> DataLoader:
-    """Images and their truth in the dataset's order, every ``world``-th from ``rank`` on.
+    """Images and their targets in the dataset's order, every ``world``-th from ``rank`` on.
 
-    All processes get equally many; of what that needs beyond the dataset ``surplus`` changes the truth, by default to
-    the label -1, so that it is not counted.
+    All processes get equally many. For repeated images at the end, ``surplus`` changes the target, by default to the
+    label -1, so that they do not count.
     """
     each = -(-len(dataset) // world)
     return DataLoader(

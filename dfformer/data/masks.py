@@ -17,7 +17,7 @@ from dfformer.data.files import check_each, check_image, image_files, opened, re
 from dfformer.data.images import given_root
 from dfformer.data.transforms import resize_shorter_side
 
-IGNORED = 255  # in masks: a pixel that counts neither in the loss nor in a measure
+IGNORED = 255  # in masks: a pixel that counts neither in the loss nor in the metrics
 BACKGROUND = "background"
 _CROPS_TRIED = 10
 
@@ -34,21 +34,21 @@ class MaskDataset(Protocol):
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]: ...
 
     def check(self) -> list[bool]:
-        """Of each image, whether it has an EXIF orientation that is not applied.
+        """For each image, whether it has an EXIF orientation that is not applied.
 
         Raises ValueError naming the files that cannot be used, and why.
         """
 
 
 class MaskFolder:
-    """``root/images/SPLIT/NAME.jpg`` with ``root/annotations/SPLIT/NAME.png``, also in folders below those.
+    """``root/images/SPLIT/NAME.jpg`` with ``root/annotations/SPLIT/NAME.png``, also in folders inside these.
 
     Masks have one channel of 8 bits. The classes are the lines of ``root/classes.txt``, or those of ADE20K's own
     ``root/objectInfo150.txt``.
 
     Args:
-        reduce_zero_label: 0 in a mask is no class, and labels count from 1. 255 is no class in any case.
-        exif_orientation: turn and mirror images, whose masks are as viewers show them, as their EXIF orientation says.
+        reduce_zero_label: 0 in a mask stands for no class, and labels count from 1. 255 always stands for no class.
+        exif_orientation: apply images' EXIF orientation, for masks that refer to images as viewers show them.
     """
 
     def __init__(self, root: Path, split: str, reduce_zero_label: bool, exif_orientation: bool = False) -> None:
@@ -64,7 +64,7 @@ class MaskFolder:
         self.masks = [masks / path.relative_to(images).with_suffix(".png") for path in self.images]
         _check_one_image_each(self.images, self.masks)
         self.first_label = int(reduce_zero_label)
-        self.to_class = np.full(256, IGNORED, dtype=np.uint8)  # what each value of a mask becomes
+        self.to_class = np.full(256, IGNORED, dtype=np.uint8)  # the class of each value of a mask
         labels = np.arange(self.first_label, min(self.first_label + len(self.classes), IGNORED))
         self.to_class[labels] = labels - self.first_label
 
@@ -117,7 +117,7 @@ def _check_one_image_each(images: list[Path], masks: list[Path]) -> None:
 
 
 class SyntheticMasks:
-    """Synthetic images of digits: the background and ten digits."""
+    """Synthetic images of digits; the classes are the background and ten digits."""
 
     classes: list[str] = [BACKGROUND, *synthetic_digits.CLASSES]  # noqa: RUF012 (nobody changes it)
 
@@ -132,7 +132,7 @@ class SyntheticMasks:
         return sample.image, sample.mask
 
     def check(self) -> list[bool]:
-        """Nothing can be wrong with them."""
+        """Finds nothing, because synthetic images have no faults."""
         return []
 
 
@@ -157,7 +157,7 @@ def _class_names(root: Path) -> list[str]:
     own, ade20k = root / "classes.txt", root / "objectInfo150.txt"
     if own.is_file():
         names = read_class_names(own)
-    elif ade20k.is_file():  # a table with a heading, the name last
+    elif ade20k.is_file():  # a table with a header line and the name in the last column
         names = [line.split("\t")[-1].strip() for line in read_class_names(ade20k)[1:]]
     else:
         raise ValueError(f"{root}: has neither {own.name}, a class name a line, nor ADE20K's {ade20k.name}")
@@ -167,7 +167,7 @@ def _class_names(root: Path) -> list[str]:
 
 
 class SegmentationTensors(Dataset):
-    """``dataset`` as pairs of tensors, an image and its mask, as ``transform`` made them."""
+    """``dataset`` as pairs of tensors that ``transform`` returned, an image and its mask."""
 
     def __init__(self, dataset: MaskDataset, transform: Callable[[Any, Any], ImageAndMask]) -> None:
         self.dataset, self.transform = dataset, transform
@@ -185,11 +185,11 @@ class TrainTransform:
     """A random crop of ``size`` (H,W), at a random scale.
 
     Args:
-        scale: least and most of the image's shorter side before the crop, relative to that of ``size``.
+        scale: range of the image's shorter side before the crop, relative to that of ``size``.
         most_of_one_class: a crop is drawn again, up to ten times, while one class has a larger share of its pixels.
         hflip: probability of a horizontal flip.
-        photometric: random brightness, contrast, saturation, hue, and order of the channels.
-        fill: colour of what a crop has beyond its image; its mask is IGNORED there.
+        photometric: whether to change brightness, contrast, saturation, hue and the order of channels at random.
+        fill: colour of a crop outside of its image; its mask is IGNORED there.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """The whole image, its shorter side ``shorter`` pixels long (see `resize_shorter_side`); the mask as it is."""
+    """The whole image, with a shorter side of ``shorter`` pixels (see `resize_shorter_side`), and the original mask."""
 
     def __init__(self, shorter: int) -> None:
         self.shorter = shorter

@@ -1,4 +1,4 @@
-"""Degraded images and what they should be: pairs of files, or targets whose inputs are made on the fly."""
+"""Degraded images and their targets: pairs of files, or targets whose inputs are made on the fly."""
 
 import math
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from dfformer.data import photographs
 from dfformer.data.files import check_each, check_image, image_files, read_image
 from dfformer.data.images import given_root
 
-LEAST_SIDE = 16  # of a whole image, in pixels: what the measures need
+LEAST_SIDE = 16  # of a whole image, in pixels, which the metrics need
 
 InputAndTarget = tuple[Tensor, Tensor]  # uint8 (3,H/scale,W/scale) and uint8 (3,H,W)
 
 
 @dataclass(frozen=True)
 class Degradation:
-    """What is done to a target to get its input: blurred, then made smaller, then noise; 8 bits a channel come out.
+    """Makes the input of a target: blurs it, shrinks it, and adds noise, in this order; returns 8 bits a channel.
 
     Args:
-        scale: how many times as high and wide targets are; bicubic with antialiasing, Pillow's.
+        scale: the factor between the sides of target and input; shrinking is Pillow's antialiased bicubic.
         blur: standard deviation of the Gaussian, in pixels of the target.
         noise: standard deviation of the white Gaussian noise, in levels of 0 to 255.
     """
@@ -36,7 +36,7 @@ class Degradation:
     noise: float = 0.0
 
     def __call__(self, target: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """uint8 (3,H,W) to uint8 (3,H/scale,W/scale); noise is drawn from the global generator if none is given."""
+        """Maps uint8 (3,H,W) to uint8 (3,H/scale,W/scale). Without ``generator``, noise is from the global one."""
         pixels = target.float()
         if self.blur:
             side = 2 * math.ceil(3 * self.blur) + 1
@@ -50,27 +50,27 @@ class Degradation:
 
 
 class PairDataset(Protocol):
-    """Pairs of RGB images: the input, or None where it is to be made, and the target."""
+    """Pairs of RGB images: the input, or None if it is to be made, and the target."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image | None, Image.Image]: ...
 
     def check(self) -> list[bool]:
-        """Of each image, whether it has an EXIF orientation that is not applied.
+        """For each image, whether it has an EXIF orientation that is not applied.
 
         Raises ValueError naming the files that cannot be used, and why.
         """
 
 
 class PairFolder:
-    """``root/targets/SPLIT/NAME.png`` and, unless inputs are made, ``root/inputs/SPLIT/NAME.png``, in folders too.
+    """``root/targets/SPLIT/NAME.png`` and, unless inputs are made, ``root/inputs/SPLIT/NAME.png``; also in subfolders.
 
     Args:
-        scale: how many times as high and wide as its input a target is.
-        made: inputs are to be made from the targets; ``root/inputs`` must then not be there.
+        scale: the factor between the sides of target and input.
+        made: whether to make inputs from the targets; ``root/inputs`` must then not exist.
         least: smallest size (H,W) of a target.
-        exif_orientation: turn and mirror images as their EXIF orientation says.
+        exif_orientation: apply images' EXIF orientation.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ def _stem(path: Path, folder: Path) -> str:
 
 
 class Photographs:
-    """The built-in photographs, whose inputs are made."""
+    """The built-in photographs; their inputs are made from them."""
 
     def __init__(self, split: str) -> None:
         self.images = list(photographs.photographs(split).values())
@@ -149,7 +149,7 @@ class Photographs:
         return None, self.images[index]
 
     def check(self) -> list[bool]:
-        """Nothing can be wrong with them."""
+        """Finds nothing, because the built-in photographs have no faults."""
         return []
 
 
@@ -178,12 +178,11 @@ def open_pair_dataset(
 
 
 class RestorationTensors(Dataset):
-    """``dataset`` as pairs of tensors, whole, or ``repeats`` random crops of each image, at random mirrored.
+    """``dataset`` as pairs of tensors: whole images, or ``repeats`` random crops of each, flipped at random.
 
     Args:
-        degradation: makes the inputs that ``dataset`` does not have. The noise of a whole image is a function of its
-            index.
-        crop: the size (H,W) of the crops, of targets; None for whole images, less what ``scale`` does not divide.
+        degradation: makes the inputs that ``dataset`` lacks. The noise of a whole image depends only on its index.
+        crop: the size (H,W) of target crops; None for whole images, cut to multiples of ``scale``.
     """
 
     def __init__(
@@ -195,7 +194,7 @@ class RestorationTensors(Dataset):
         return self.repeats * len(self.dataset)
 
     def __getitem__(self, index: int) -> InputAndTarget:
-        if not 0 <= index < len(self):  # where a loop over them ends
+        if not 0 <= index < len(self):  # ends a loop over the dataset
             raise IndexError(f"index: got {index}, there are {len(self)} pairs")
         source, target = self.dataset[index % len(self.dataset)]
         scale = self.degradation.scale
@@ -222,5 +221,5 @@ def _below(count: int) -> int:
 
 
 def nothing_like(target: Tensor) -> Tensor:
-    """A target without pixels, that does not count."""
+    """A target without pixels, which does not count."""
     return target[:, :0]

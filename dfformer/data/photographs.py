@@ -1,4 +1,4 @@
-"""The photographs that come inside scikit-image and scikit-learn: a few to train on, others to validate."""
+"""The photographs that come inside scikit-image and scikit-learn, some for training, others for validation."""
 
 from functools import cache
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 from dfformer.data.files import read_image
 
 NAME = "photographs"
-# Of scikit-image by file, of scikit-learn by name. The two of a motorcycle are of one scene: in one split.
+# scikit-image's by file, scikit-learn's by name. The two motorcycle images show one scene, so they are in one split.
 _SPLITS: dict[str, tuple[str, ...]] = {
     "train": (
         *("china", "astronaut.png", "brick.png", "coins.png", "grass.png", "gravel.png"),

@@ -11,17 +11,17 @@ from dfformer.data.images import DigitImages
 NAME = "synthetic_digits"
 CLASSES = [str(digit) for digit in range(10)]
 MOST_DIGITS = 4
-MOST_HIDDEN = 0.1  # of a digit's pixels, by digits pasted later
+MOST_HIDDEN = 0.1  # largest share of a digit's pixels that later digits may cover
 _DIGIT_SIDES = (0.3, 0.6)  # least and most, as shares of the image's shorter side
-_CROP_SIDES = (96, 192)  # of a photograph, in its pixels: least and most of the shorter side
-_TRAINING_COLUMNS = 0.7  # of a photograph, from the left; validation has the rest
-_DIMMED = 0.5  # photographs are, so that light ink of any colour can be told from them
+_CROP_SIDES = (96, 192)  # least and most of a crop's shorter side, in pixels of its photograph
+_TRAINING_COLUMNS = 0.7  # share of a photograph's columns, from the left; validation uses the rest
+_DIMMED = 0.5  # brightness of photographs, so that light ink of any colour stands out
 _INK = (140, 255)  # least and most of each channel
-_TRIES = 20  # to find a digit a place
+_TRIES = 20  # attempts to find a place for a digit
 
 
 class SyntheticImage(NamedTuple):
-    """An image with exact truth about it.
+    """An image with exact annotations.
 
     ``image`` is RGB; ``mask`` (H,W) uint8 has 0 for the background and 1 + digit; ``boxes`` (n,4) float32 are
     (left, top, right, bottom), tight around the visible pixels of each digit, right and bottom exclusive; ``labels``
@@ -35,7 +35,7 @@ class SyntheticImage(NamedTuple):
 
 
 class SyntheticDigits:
-    """``count`` images of 1 to 4 of scikit-learn's digits in light inks on crops of its two photographs, dimmed.
+    """``count`` images of 1 to 4 of scikit-learn's digits in light ink on dimmed crops of its two photographs.
 
     Size, place and ink of each digit are random; an image is a function of (seed, split, index). Training and
     validation share no digit and no part of the photographs.
@@ -60,7 +60,7 @@ class SyntheticDigits:
             raise IndexError(f"index: got {index}, there are {self.count} images")
         rng = np.random.default_rng([self.seed, self.split == "train", index])
         pixels = _DIMMED * np.asarray(self._background(rng), dtype=np.float32)
-        owner = np.zeros(self.size, dtype=np.uint8)  # 1 + number of the digit seen at a pixel
+        owner = np.zeros(self.size, dtype=np.uint8)  # 1 + number of the digit visible at a pixel
         areas: list[int] = []
         labels: list[int] = []
         for _ in range(rng.integers(1, MOST_DIGITS + 1)):
@@ -89,18 +89,18 @@ class SyntheticDigits:
         return photo.resize(self.size[::-1], Image.Resampling.BICUBIC, box)
 
     def _digit(self, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        """What share of each pixel a digit covers, (side,side), and which one it is."""
+        """The share of each pixel that a digit covers, (side,side), and its class."""
         index = rng.integers(len(self.digits))
         side = round(rng.uniform(*_DIGIT_SIDES) * min(self.size))
         grey = Image.fromarray(self.digits.images[index]).resize((side, side), Image.Resampling.BICUBIC)
-        # enlarged from 8x8 strokes are blurred: steeper, with half of the grey values at the edge of the ink
+        # Enlarged from 8x8, strokes are blurred. This makes them steeper, with half grey at the edge of the ink.
         coverage = np.clip(2 * np.asarray(grey, dtype=np.float32) / 255 - 0.5, 0, 1)
         return coverage, self.digits.labels[index]
 
 
 @cache
 def _photographs() -> list[Image.Image]:
-    from sklearn.datasets import load_sample_images  # scikit-learn is there: it gave the digits
+    from sklearn.datasets import load_sample_images  # scikit-learn is installed, because the digits come from it
 
     return [Image.fromarray(pixels) for pixels in load_sample_images().images]
 
@@ -108,7 +108,7 @@ def _photographs() -> list[Image.Image]:
 def _place(
     rng: np.random.Generator, ink: np.ndarray, owner: np.ndarray, areas: list[int]
 ) -> tuple[slice, slice] | None:
-    """Where a digit hides none of those before it too much; None if that is not found."""
+    """A place where a digit does not hide too much of an earlier one; None if none is found."""
     for _ in range(_TRIES):
         top, left = (int(rng.integers(total - len(ink), endpoint=True)) for total in owner.shape)
         place = slice(top, top + len(ink)), slice(left, left + len(ink))

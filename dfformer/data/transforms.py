@@ -1,4 +1,4 @@
-"""What is done to images before a model sees them: timm's transforms, and the one rule of resizing whole images."""
+"""Transforms of images for models: timm's, and the one rule for resizing whole images."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,14 +9,14 @@ from torchvision.transforms import v2
 
 from dfformer.utils.text import reason
 
-LONGEST = 4  # times the shorter side: what whole images are resized to at most
-_MOST_ELONGATED = 64  # times as long as wide: timm would enlarge such a strip to gigabytes before it crops
+LONGEST = 4  # the most that a resized image's longer side may be, in shorter sides
+_MOST_ELONGATED = 64  # ratio of sides; timm would enlarge a longer strip to gigabytes before it crops
 
 
 def shorter_side_size(size: tuple[int, int], shorter: int) -> list[int]:
-    """The size (H,W) of an image of ``size`` resized until its shorter side has ``shorter`` pixels.
+    """The size (H,W) of an image of ``size`` after resizing its shorter side to ``shorter`` pixels.
 
-    The longer side gets at most LONGEST times as many, and each side at least one.
+    The longer side has at most LONGEST times as many, and each side at least one.
     """
     longer = shorter * max(size) // min(size)
     if longer > LONGEST * shorter:
@@ -26,14 +26,14 @@ def shorter_side_size(size: tuple[int, int], shorter: int) -> list[int]:
 
 
 def resize_shorter_side(image: Any, shorter: int) -> Any:
-    """An image (...,H,W) or PIL image, resized to `shorter_side_size`, antialiased."""
+    """Resizes an image (...,H,W) or PIL image to `shorter_side_size`, with antialiasing."""
     return v2.functional.resize(image, shorter_side_size(v2.functional.get_size(image), shorter))
 
 
 def evaluation_transform(config: dict[str, Any], as_uint8: bool = False) -> v2.Compose:
-    """timm's for a model's data ``config``: resize, centre crop, and normalise unless ``as_uint8``.
+    """timm's transform for a model's data ``config``: resize, centre crop, and normalise unless ``as_uint8``.
 
-    The ends of very long strips are cut off first, which the centre crop does not keep.
+    The ends of very long strips are cut off first; the centre crop would not keep them.
     """
     H, W = config["input_size"][-2:]
     most = _MOST_ELONGATED * max(H / W, W / H)
@@ -57,10 +57,10 @@ class _CutStrip:
 
 
 def training_transform(input_size: tuple[int, int, int], **augment: Any) -> Any:
-    """`timm.data.create_transform` for training, to uint8, its augmentation running with any version of Pillow."""
+    """`timm.data.create_transform` for training, to uint8, with augmentation that runs with any version of Pillow."""
     try:
         transform = create_transform(input_size, is_training=True, use_prefetcher=True, **augment)
-    except Exception as error:  # timm asserts and converts as it goes along
+    except Exception as error:  # timm's own checks raise anything
         policy = augment.get("auto_augment")
         raise ValueError(
             f"augment: got auto_augment={policy!r}, of which timm makes nothing: {reason(error)}"
@@ -75,14 +75,14 @@ def _augment_ops(transform: Any) -> Iterator[auto_augment.AugmentOp]:
     if isinstance(transform, auto_augment.AugmentOp):
         yield transform
     parts = transform if isinstance(transform, list | tuple) else []
-    for name in ("transforms", "ops", "policy"):  # of Compose; of RandAugment and AugMix; of AutoAugment
+    for name in ("transforms", "ops", "policy"):  # attributes of Compose; of RandAugment and AugMix; of AutoAugment
         parts = [*parts, *getattr(transform, name, [])]
     for part in parts:
         yield from _augment_ops(part)
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
-    """timm's, which at its strongest keeps 0 bits: black, as Pillow made it up to version 12 and refuses since."""
+    """timm's posterize, whose strongest setting keeps 0 bits: black, as in Pillow up to 12; later ones refuse it."""
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     posterized: Image.Image = auto_augment.posterize(image, bits_to_keep, **options)

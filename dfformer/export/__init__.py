@@ -1,4 +1,4 @@
-"""Models as files for other runtimes, and transforms as matrix products.
+"""Exports models as files for other runtimes, with transforms as matrix products.
 
 Imports models, inference and utils.
 """

@@ -17,18 +17,18 @@ ModelT = TypeVar("ModelT", bound=nn.Module | ExportedProgram)
 def with_dft_matmul(model: ModelT) -> ModelT:
     """``model`` with matrix products in place of this package's operators, for exporters that know only torch's.
 
-    The products are all real, and their matrices constants of a trace; see `dfformer_kernels.dft_matmul`.
+    The products are real, and their matrices are constants of a trace; see `dfformer_kernels.dft_matmul`.
 
     Args:
-        model: any module that calls the operators somewhere in its forward, also after `replace_dynamic_filters`; or
-            what `torch.export` made of one. It is not changed.
+        model: any module whose forward calls the operators, e.g. after `replace_dynamic_filters`, or a program from
+            `torch.export`. It is not changed.
 
     Returns:
-        A copy whose forward, of the same arguments, uses the products; or another program. A copy can be traced,
+        A copy whose forward takes the same arguments and uses the products, or a new program. A copy can be traced,
         compiled, trained and deep-copied, but not pickled.
 
     Raises:
-        ValueError: ``model``'s forward was set on the instance, where a copy's would run the original's layers.
+        ValueError: ``model``'s forward was set on the instance, so that a copy's would run the original's layers.
     """
     if isinstance(model, ExportedProgram):
         return model.run_decompositions(MATMUL_DECOMPOSITIONS)
@@ -37,7 +37,7 @@ def with_dft_matmul(model: ModelT) -> ModelT:
     copied = with_classes(model, {AFNO2D: _AFNO2D})
     kind = type(copied)
 
-    @functools.wraps(kind.forward)  # exporters read its arguments
+    @functools.wraps(kind.forward)  # exporters read its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with MatmulTransforms():
             return kind.forward(self, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""``dfformer export``: models as files that other programs run, each run and compared before it is said to be there."""
+"""``dfformer export``: writes models as files for other programs; each is run and compared before it gets its name."""
 
 import argparse
 import copy
@@ -24,15 +24,15 @@ from dfformer.models.metadata import is_ours
 from dfformer.models.spectral import SpectralFilter
 from dfformer_kernels.tolerance import relative_error
 
-# Largest relative error of an exported file's outputs: some fifty layers in float32, in another order of additions.
+# The largest relative error of a file's outputs: it runs some fifty layers in float32, with sums in another order.
 BOUND = 1e-4
-# A file is checked with two batch sizes it was not traced with, the one that programs like to specialise among them.
+# A file is checked with two batch sizes that it was not traced with; one is 1, which exporters often specialise.
 CHECKED_BATCHES = (1, 3)
 _DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct")
 
 
 class ExportError(RuntimeError):
-    """A file was written, but does not compute what the model computes."""
+    """An exported file does not compute what the model computes."""
 
 
 def export(
@@ -49,21 +49,23 @@ def export(
     """Writes ``model`` in inference mode to ``path``, loads the file, and compares it at two batch sizes.
 
     Args:
-        model: of `dfformer`, also one made with ``features_only=True`` or by `optimize_for_inference` (not for
-            safetensors), or another with this package's layers in it; float32, on any device. It is not changed.
-        path: a name with the format's suffix. Replaced only by a file that passed.
-        img_size: (H, W) of the images, or one number; filters are resized to it once, here.
-        format: ``"pt2"`` (`torch.export`), ``"aoti"`` (compiled by AOTInductor for this processor or the model's GPU; a
-            ``.pt2`` too), ``"onnx"``, ``"openvino"`` (``.xml``, with a ``.bin`` beside it), ``"executorch"`` (``.pte``,
-            of at most MOST_IMAGES images at a time), ``"coreml"`` (``.mlpackage``, likewise), ``"safetensors"``
-            (weights, see `load_model`) or ``"hub"`` (a new folder for Hugging Face's hub). Default: by path's suffix.
+        model: a model of `dfformer`, which may be made with ``features_only=True`` or by `optimize_for_inference` (not
+            for safetensors), or any other model that contains this package's layers. It is float32, on any device, and
+            is not changed.
+        path: a name with the format's suffix. An existing file is replaced only if the new one passes.
+        img_size: (H, W) of the images, or one number; filters are resized to it once.
+        format: ``"pt2"`` (`torch.export`), ``"aoti"`` (compiled by AOTInductor for this processor or the model's GPU,
+            also a ``.pt2``), ``"onnx"``, ``"openvino"`` (``.xml``, with a ``.bin`` beside it), ``"executorch"``
+            (``.pte``, for at most MOST_IMAGES images at a time), ``"coreml"`` (``.mlpackage``, likewise),
+            ``"safetensors"`` (weights, see `load_model`) or ``"hub"`` (a new folder for Hugging Face's hub). By
+            default, the suffix of ``path`` decides.
         fused: for pt2 and aoti, keep this package's operators; ``import dfformer_kernels`` before loading.
-        architecture, model_args, classes: as for `save_checkpoint`; required for safetensors and hub, and written with
-            the data configuration into all formats as JSON, see docs/export.md.
+        architecture, model_args, classes: as for `save_checkpoint`; required for safetensors and hub. All formats
+            contain them and the data configuration as JSON, see docs/export.md.
 
     Returns:
-        The largest relative error, ``||file - model|| / ||model||``; NaN if nothing on this platform runs the file
-        (coreml outside of macOS).
+        The largest relative error, ``||file - model|| / ||model||``; NaN if this platform cannot run the file (coreml
+        outside of macOS).
 
     Raises:
         ValueError: a bad argument, by name. ModuleNotFoundError: the format needs an extra.
@@ -102,7 +104,7 @@ def export(
                 )
         if path.is_dir():
             shutil.rmtree(path)
-        for part in sorted(written.parent.iterdir()):  # an .xml comes after its .bin
+        for part in sorted(written.parent.iterdir()):  # in this order an .xml follows its .bin
             part.replace(path.parent / part.name)
     return error
 

@@ -1,8 +1,8 @@
 """The formats of `dfformer.export.export`: how each is written, and how its runtime loads and runs it.
 
-Everything but ``safetensors`` and ``hub`` begins with one `torch.export` of the model, for images of one size. It is
-traced with transforms as matrix products (`dfformer.export.dft_matmul`), so that the file needs nothing of this
-package; or, ``fused``, with this package's operators.
+All formats except ``safetensors`` and ``hub`` begin with one `torch.export` of the model, for images of one size. By
+default it is traced with transforms as matrix products (`dfformer.export.dft_matmul`), so that the file does not need
+this package. If ``fused``, it is traced with this package's operators.
 """
 
 import json
@@ -19,18 +19,18 @@ from dfformer.export.dft_matmul import with_dft_matmul
 from dfformer.export.hub import load_hub, save_hub
 from dfformer.models.checkpoint import load_model, save_checkpoint
 
-Run = Callable[[Tensor], Any]  # of images
+Run = Callable[[Tensor], Any]  # takes images
 
-# Programs are traced with one batch size, and checked with others.
+# Programs are traced with this batch size, and checked with others.
 TRACED_BATCH = 2
-# Of formats that plan their memory ahead.
+# The largest batch in formats that plan their memory ahead.
 MOST_IMAGES = 8
-# Where a file keeps its description: a key of the format's metadata; a file in a .pt2, a method of a .pte.
+# The name of a file's description: a key of the format's metadata, a file in a .pt2, a method of a .pte.
 DESCRIPTION = "dfformer"
 
 
 class Source(NamedTuple):
-    """What is exported."""
+    """The model to export, with example images and a description."""
 
     model: nn.Module  # in eval mode, its filters stored for the images' planes
     images: Tensor  # (TRACED_BATCH, in_chans, H, W)
@@ -47,14 +47,16 @@ class Source(NamedTuple):
     @torch.no_grad()
     def traced(self, most_images: int | None = None) -> torch.export.ExportedProgram:
         model = self.model if self.fused else with_dft_matmul(self.model)
-        model(self.images)  # makes the matrices that the trace takes for constants
+        model(self.images)  # creates the matrices that become constants of the trace
         batch = torch.export.Dim("batch", max=most_images)
         return torch.export.export(model, (self.images,), dynamic_shapes=({0: batch},))
 
 
 class Format(NamedTuple):
-    """``write`` puts a file, and what else belongs to it, into the path's folder. ``load`` returns a function of
-    images."""
+    """A format. ``write`` writes the file, and others that belong to it, into the path's folder.
+
+    ``load`` returns a function of images.
+    """
 
     suffix: str  # "": a folder
     write: Callable[[Source, Path], None]
@@ -63,7 +65,7 @@ class Format(NamedTuple):
     extra: str = "export"
     takes_fused: bool = False
     runs_here: bool = True  # this platform has a runtime for it
-    traced: bool = True  # or weights with what they are of, for images of any size
+    traced: bool = True  # otherwise it holds weights and their description, for images of any size
 
 
 def _write_pt2(source: Source, path: Path) -> None:
@@ -77,7 +79,7 @@ def _load_pt2(path: Path) -> Run:
 def _write_aoti(source: Source, path: Path) -> None:
     configs = {
         "aot_inductor.metadata": {DESCRIPTION: source.description_text()},
-        "layout_optimization": False,  # it takes (B,H,W,C) for (B,C,H,W) (dfformer_kernels/ops/conv2d.py)
+        "layout_optimization": False,  # it would take (B,H,W,C) for (B,C,H,W) (dfformer_kernels/ops/conv2d.py)
     }
     torch._inductor.aoti_compile_and_package(source.traced(), package_path=str(path), inductor_configs=configs)
 
@@ -117,7 +119,7 @@ def _write_openvino(source: Source, path: Path) -> None:
 def _load_openvino(path: Path) -> Run:
     import openvino
 
-    # Without the hint some processors compute in bfloat16.
+    # Without this hint, some processors compute in bfloat16.
     model = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: [torch.from_numpy(y) for y in model([images.cpu().numpy()]).to_tuple()]
 
@@ -128,7 +130,7 @@ def _write_executorch(source: Source, path: Path) -> None:
 
     program = source.traced(MOST_IMAGES)
     for node in program.graph.nodes:
-        if "memory_format" in node.kwargs:  # its kernels take tensors of one layout
+        if "memory_format" in node.kwargs:  # ExecuTorch's kernels support a single layout
             node.update_kwarg("memory_format", torch.contiguous_format)
     described = {DESCRIPTION: source.description_text()}
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=described)
@@ -140,7 +142,7 @@ def _load_executorch(path: Path) -> Run:
 
     program = Runtime.get().load_program(path)
     forward = program.load_method("forward")
-    # What a call returns lies in memory that the next call writes to.
+    # Cloned, because the next call overwrites the memory of the outputs.
     return lambda images: [y.clone() for y in forward.execute([images.cpu().contiguous()])]
 
 
@@ -149,7 +151,7 @@ def _write_coreml(source: Source, path: Path) -> None:
 
     program = source.traced(MOST_IMAGES).run_decompositions({})
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
-        node.replace_all_uses_with(node.args[0])  # it does not know views of everything
+        node.replace_all_uses_with(node.args[0])  # the converter does not support every alias
     program.graph.eliminate_dead_code()
     model = coremltools.convert(
         program,
@@ -188,7 +190,7 @@ def _load_hub(path: Path) -> Run:
     return lambda images: model.to(images.device)(images)
 
 
-# Of formats with the same suffix the first is the default.
+# The first of the formats with the same suffix is the default.
 FORMATS = {
     "pt2": Format(".pt2", _write_pt2, _load_pt2, takes_fused=True),
     "aoti": Format(".pt2", _write_aoti, _load_aoti, takes_fused=True),

@@ -1,4 +1,4 @@
-"""A folder as Hugging Face's hub has one for a timm model: weights, config.json, and a model card."""
+"""Writes a folder in the form of a timm model on Hugging Face's hub: weights, config.json and a model card."""
 
 import json
 from functools import partial
@@ -51,14 +51,14 @@ def save_hub(model: Any, folder: Path, description: dict[str, Any]) -> None:
     """Writes ``model`` with the ``description`` of `dfformer.export.export`; changes its ``pretrained_cfg``."""
     architecture, model_args, data = (description[key] for key in ("architecture", "model_args", "data"))
     channels, H, W = data["input_size"]
-    # Not where the architecture's own weights come from, nor their licence: these may be other weights.
+    # The source and licence of the architecture's official weights are left out, because these may be other weights.
     kept = {key: model.pretrained_cfg[key] for key in ("classifier", "first_conv") if key in model.pretrained_cfg}
     model.pretrained_cfg = kept | {"architecture": architecture, "num_classes": model.num_classes} | data
     labels = {"label_names": description["classes"]} if description["classes"] else {}
     save_for_hf(model, str(folder), model_config=labels, model_args=model_args, safe_serialization=True)
     config = folder / "config.json"
     content = json.loads(config.read_text(encoding="utf-8"))
-    content["model_args"].pop("num_classes", None)  # it stands beside them, from where transformers passes it once more
+    content["model_args"].pop("num_classes", None)  # transformers passes it from outside model_args
     write_json(config, content)
     counts = profile(partial(timm.create_model, architecture, **model_args), (H, W), channels)
     card = CARD.format(
@@ -76,5 +76,5 @@ def save_hub(model: Any, folder: Path, description: dict[str, Any]) -> None:
 
 
 def load_hub(folder: Path) -> nn.Module:
-    """What ``hf-hub:`` loads once the folder is on the hub."""
+    """The model that ``hf-hub:`` will load once the folder is on the hub."""
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

@@ -1,4 +1,4 @@
-"""Models made ready to serve: folded, packed and fused modules.
+"""Optimises models for serving: folds, packs and fuses modules.
 
 Imports models and utils.
 """

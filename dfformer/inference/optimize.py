@@ -1,4 +1,4 @@
-"""A model made ready to serve: everything that is fixed once training is over is computed once."""
+"""Optimises a model for serving: everything that is fixed after training is computed once."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter, Spectr
 
 DTYPES = (None, torch.float32, torch.bfloat16)
 
-# What reads the norm before it in a block, by its path in the reader: projections that can take over the norm's scale,
-# and what has to be itself for that.
+# For each module that follows a norm in a block, the paths of the projections that can take over the norm's scale, and
+# of the modules that must be unmodified for that.
 _READERS: dict[type[nn.Module], dict[str, type[nn.Module]]] = {
     DynamicFilter: {"pwconv1": nn.Linear, "reweight": Mlp, "reweight.fc1": nn.Linear},
     GlobalFilter: {"pwconv1": nn.Linear},
@@ -42,24 +42,23 @@ class LeftAlone(NamedTuple):
 def optimize_for_inference(
     model: nn.Module, dtype: torch.dtype | None = None, img_size: int | tuple[int, int] | None = None
 ) -> "InferenceModel":
-    """A copy of ``model`` that serves faster and cannot be trained; ``model`` stays as it is.
+    """A copy of ``model`` that serves faster but cannot be trained; ``model`` is not changed.
 
-    The scales of norms and of StarReLU go into the projections after them, whose weights are kept in the layout that
-    oneDNN's products want (which takes their size in memory once more), and residuals are added in one pass. A module
-    with anything else in it (a hook, an adapter, a parametrisation, another forward) is left alone.
+    The scales of norms and of StarReLU are folded into the projections after them. Weights are also kept in oneDNN's
+    packed format, which takes their memory once more. Residuals are added in one pass. A module that has anything else
+    (a hook, an adapter, a parametrisation, another forward) is left alone.
 
     Args:
-        model: any module with blocks of this family in it, e.g. a classifier or a segmentation model around one.
+        model: any module that contains blocks of this family, e.g. a classifier or a segmentation model.
         dtype: torch.bfloat16 for weights and activations of that dtype (filters and spectra stay float32); None for
-            the model's own. Images are cast to it, results back to the dtype of the images.
-        img_size: (H, W) of the images to come, or one number: filters are resized for it now, and other sizes that
-            would need other filters are refused. None to resize them as images come.
+            the model's own. Images are cast to it, and results back to the dtype of the images.
+        img_size: (H, W) of the images, or one number. Filters are resized to it now, and sizes that need other filters
+            are refused. None to resize filters for each image size.
 
     Returns:
-        A module that is called like ``model``; the optimised copy itself, with its other methods, is its ``model``,
-        and its ``left_alone`` lists the modules that were not optimised, with the reasons. It can be compiled,
-        exported, pickled and deep-copied. Packed weights are no parameters: what averages or prunes parameters does
-        not see them, and is for the model it was made from.
+        A module that is called like ``model``. Its attribute ``model`` is the optimised copy with its other methods,
+        and ``left_alone`` lists the modules that were not optimised, with the reasons. It can be compiled, exported,
+        pickled and deep-copied. Packed weights are not parameters, so average or prune the original model instead.
 
     Raises:
         ValueError: an unknown dtype.
@@ -67,7 +66,7 @@ def optimize_for_inference(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype}, accepted are {', '.join(map(str, DTYPES))}")
     left_alone: list[LeftAlone] = []
-    # Tensors made in inference mode could not be changed by load_state_dict later.
+    # load_state_dict could not change tensors that were created in inference mode.
     with torch.inference_mode(False), torch.no_grad():
         served = deepcopy(model).eval().requires_grad_(False)
         if img_size is not None:
@@ -83,7 +82,7 @@ def optimize_for_inference(
 
 
 class InferenceModel(nn.Module):
-    """What `optimize_for_inference` returns."""
+    """The result of `optimize_for_inference`."""
 
     serves_only = True
 
@@ -92,7 +91,7 @@ class InferenceModel(nn.Module):
         self.dtype = dtype
         self.model = model
         self.left_alone = left_alone
-        self.pretrained_cfg = getattr(model, "pretrained_cfg", {})  # says how images are prepared
+        self.pretrained_cfg = getattr(model, "pretrained_cfg", {})  # it describes how images are prepared
         super().train(False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +105,7 @@ class InferenceModel(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "InferenceModel":
         super()._apply(fn, recurse)
-        if self.dtype is not None:  # `.float()`, say, changes what images are cast to
+        if self.dtype is not None:  # e.g. `.float()` changes the dtype that images are cast to
             self.dtype = fn(torch.zeros((), dtype=self.dtype)).dtype
         return self
 
@@ -137,7 +136,7 @@ def _fix_filters(model: nn.Module, img_size: tuple[int, int]) -> None:
 
 
 def _fold_norms(name: str, block: Any, shared: set[int], left_alone: list[LeftAlone]) -> None:
-    """``W (g * n) = (W * g) n``: the norms' scales into the projections that read them."""
+    """Folds the norms' scales into the projections that read them: ``W (g * n) = (W * g) n``."""
     for child, reader in (("norm1", block.token_mixer), ("norm2", block.mlp)):
         norm = getattr(block, child)
         reasons = [f"its block: {reason}" for reason in reasons_against(block, MetaFormerBlock)]
@@ -172,13 +171,13 @@ def _against_folding(norm: nn.Module, reader: nn.Module, shared: set[int]) -> li
 
 
 def _shared(model: nn.Module) -> set[int]:
-    """The identities of parameters that the model has under several names."""
+    """The ids of parameters that the model has under several names."""
     counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return {identity for identity, count in counts.items() if count > 1}
 
 
 def _replaced(module: nn.Module, name: str, left_alone: list[LeftAlone]) -> nn.Module:
-    """What serves in the module's place, its children replaced likewise."""
+    """The optimised replacement of a module; its children are replaced in the same way."""
     kind = next((kind for kind in _SERVED if isinstance(module, kind)), None)
     if kind is not None:
         reasons = reasons_against(module, kind)
@@ -195,7 +194,7 @@ def _replaced(module: nn.Module, name: str, left_alone: list[LeftAlone]) -> nn.M
     return module
 
 
-# Each returns what serves, or the module itself with the reasons against it.
+# Each function returns the optimised module, or the module itself with the reasons against optimising it.
 
 
 def _served_linear(module: Any) -> tuple[nn.Module, list[str]]:
@@ -203,7 +202,7 @@ def _served_linear(module: Any) -> tuple[nn.Module, list[str]]:
 
 
 def _served_mlp(module: Any) -> tuple[nn.Module, list[str]]:
-    """``W (s r + b) = (s W) r + b (W 1)``."""
+    """Folds StarReLU into ``fc2``: ``W (s r + b) = (s W) r + b (W 1)``."""
     fc1, act, fc2 = module.fc1, module.act, module.fc2
     reasons = _of_children(module, {"fc1": nn.Linear, "act": StarReLU, "fc2": nn.Linear})
     if reasons:
@@ -221,7 +220,7 @@ def _served_block(block: Any) -> tuple[nn.Module, list[str]]:
 
 
 def _served_mixer(mixer: Any) -> tuple[nn.Module, list[str]]:
-    """Only its projections are replaced."""
+    """Replaces only the mixer's projections."""
     return mixer, _of_children(mixer, {"pwconv1": nn.Linear, "pwconv2": nn.Linear})
 
 
@@ -238,7 +237,7 @@ _SERVED: dict[type[nn.Module], Callable[[Any], tuple[nn.Module, list[str]]]] = {
 
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
-    """All weights but the filters."""
+    """Casts all weights except the filters."""
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.to(dtype)

@@ -1,4 +1,4 @@
-"""Layers whose weights no longer change, kept in the layout that oneDNN's products want."""
+"""Layers whose weights no longer change, and are kept in oneDNN's packed format."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from dfformer_kernels import linear
 from dfformer_kernels.ops.mlp import chunks
 from dfformer_kernels.ops.registration import is_transformed
 
-# Rows that oneDNN lays a weight out for: any number runs.
+# The number of rows that oneDNN packs a weight for; products of any number of rows can use it.
 PACKED_FOR_ROWS = 784
 _NOT_HERE = "a served layer's weights change by load_state_dict alone; prune, average or replace those it was made from"
 
@@ -24,12 +24,12 @@ _NOT_HERE = "a served layer's weights change by load_state_dict alone; prune, av
 class PackedLinear(nn.Module):
     """A linear layer without gradients: ``x @ weight.T + bias`` of x (...,K), weight (N,K), bias (N,).
 
-    On an x86 CPU its weight is also kept packed, which takes its memory once more. It owns the weight: that is neither
-    a parameter nor a buffer. Whoever asks for it, by ``weight`` or ``state_dict()``, could change it unseen, so from
-    then on the layer multiplies by the weight itself; a copy of the layer packs again.
+    On an x86 CPU the weight is also kept packed, which takes its memory once more. The layer owns its weight, which is
+    neither a parameter nor a buffer. A caller who gets it, by ``weight`` or ``state_dict()``, could change it unseen.
+    From then on the layer multiplies by the weight itself; a copy of the layer packs again.
     """
 
-    serves_only = True  # no checkpoint can have it
+    serves_only = True  # checkpoints cannot contain it
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -52,7 +52,7 @@ class PackedLinear(nn.Module):
         raise AttributeError(f"weight: {_NOT_HERE}")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Raises TypeError: what prunes or parametrises a layer makes it a parameter that no product would read."""
+        """Raises TypeError: pruning or a parametrisation would add a parameter that no product would read."""
         raise TypeError(f"{name}: {_NOT_HERE}")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,8 +61,8 @@ class PackedLinear(nn.Module):
         return linear(x, self._weight, self.bias)
 
     def may_use_packed(self, x: Tensor) -> bool:
-        """Whether a call with x multiplies by the packed weight. Graphs leave products to their compiler."""
-        if type(x) is not Tensor or self._packed is None:  # first, because nothing else may be asked of what FX traces
+        """Whether a call with x uses the packed weight. In graphs, the compiler chooses how to multiply."""
+        if type(x) is not Tensor or self._packed is None:  # first, because an FX proxy has no other properties
             return False
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
@@ -82,8 +82,8 @@ class PackedLinear(nn.Module):
         self._packed = None
         if self._given_out or not weight.is_cpu or not _has_onednn(weight.dtype):
             return
-        # Private, as is the product: oneDNN multiplies few rows faster by a packed weight than by a plain one (49 x 512
-        # by 2048: 231 GFLOP/s to 193, two cores of an Intel Xeon).
+        # A private operator, as is the product: with a packed weight, oneDNN multiplies few rows faster (49 x 512 by
+        # 2048: 231 GFLOP/s instead of 193, two cores of an Intel Xeon).
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
@@ -120,7 +120,7 @@ class PackedLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._weight = self._weight.clone()  # a shallow copy's would be the original's, which may have been given out
+        self._weight = self._weight.clone()  # a shallow copy would share the original's, which a caller may hold
         self._pack()
 
     def extra_repr(self) -> str:
@@ -129,9 +129,9 @@ class PackedLinear(nn.Module):
 
 
 class PackedMlp(nn.Module):
-    """``fc2(relu(fc1(x))^2)`` without gradients, StarReLU's scale and bias being in ``fc2``.
+    """``fc2(relu(fc1(x))^2)`` without gradients, with StarReLU's scale and bias folded into ``fc2``.
 
-    On a CPU it runs on as many rows at a time as leave the hidden activations in cache.
+    On a CPU it runs a few rows at a time, so that the hidden activations stay in cache.
     """
 
     def __init__(self, fc1: PackedLinear, fc2: PackedLinear) -> None:
@@ -155,9 +155,9 @@ class PackedMlp(nn.Module):
 
 
 class ServedBlock(nn.Module):
-    """A MetaFormer block whose residual branches write their sum where the branch's result is.
+    """A MetaFormer block that adds each residual in place to the branch's result.
 
-    ``x = r1(x) + l1(mixer(norm1(x)))``, ``x = r2(x) + l2(mlp(norm2(x)))``; holds the block's modules by name.
+    ``x = r1(x) + l1(mixer(norm1(x)))``, ``x = r2(x) + l2(mlp(norm2(x)))``. It has the block's modules by name.
     """
 
     serves_only = True
@@ -189,14 +189,14 @@ if torch.backends.mkldnn.is_available():
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies by packed weights of this dtype here."""
+    """Whether oneDNN supports packed weights of this dtype on this machine."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _add_residual(y: Tensor, x: Tensor, scale: nn.Module) -> Tensor:
-    """``y + scale(x)`` in one pass, where ``scale`` is an unmodified Scale."""
+    """``y + scale(x)``, in one pass if ``scale`` is an unmodified Scale."""
     if is_exact(scale, Scale, x) and scale.scale.dtype == x.dtype == y.dtype:
         return torch.addcmul(y, x, scale.scale)
     return y + scale(x)

@@ -111,7 +111,7 @@ class Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self._kept: list[Any] = []  # storages, so that no two have the same address
+        self._kept: list[Any] = []  # storages, so that no two have the same id
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -124,8 +124,9 @@ class Calls(TorchDispatchMode):
         found: dict[int, int] = {}
         for t in tree_leaves(values):
             if isinstance(t, Tensor):
-                self._kept.append(t.untyped_storage())
-                found[t.untyped_storage()._cdata] = t.numel() * t.element_size()
+                storage = t.untyped_storage()
+                self._kept.append(storage)
+                found[id(storage)] = t.numel() * t.element_size()
         return found
 
 
@@ -174,7 +175,7 @@ def model_rows(name: str, dtype: torch.dtype, training: bool, batch: int = BATCH
         if training:
             y.backward(torch.empty_like(y))
     results = [y, *(p.grad for p in model.parameters() if p.grad is not None)]
-    kept = {t.untyped_storage()._cdata for t in results}
+    kept = {id(t.untyped_storage()) for t in results}
     operations: Counter[str] = Counter()
     for operator, count in flops.get_flop_counts()["Global"].items():
         operations[UNFUSED.get(operator.__name__, REST)] += count

@@ -271,7 +271,7 @@ class Entry:
         model = timm.create_model(provider.architecture, num_classes=CLASSES, drop_path_rate=0.0, **options)
         model = provider.variant(model) if provider.variant else model
         # All in the memory format that convolutions need not reorder.
-        self.model = model.to(device, memory_format=torch.channels_last).train(problem.task == TRAINING)
+        self.model = model.to(device).to(memory_format=torch.channels_last).train(problem.task == TRAINING)
         self.dtype = DTYPES[problem.dtype]
         self.timed = provider.prepare(self.model, self.dtype) if provider.prepare else self.model
         if problem.mode == COMPILED:

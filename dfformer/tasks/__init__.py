@@ -1,4 +1,4 @@
-"""What models are trained for: classification, segmentation, detection, restoration; their evaluation and prediction.
+"""The tasks: classification, segmentation, detection and restoration, with their evaluation and prediction.
 
 Imports data, models, inference, analysis.figures and utils.
 """

@@ -1,4 +1,4 @@
-"""What every task provides: data, model, loss and measures. The engine trains any of them."""
+"""The interface of tasks: data, model, loss and metrics. The engine can train any task."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -26,48 +26,48 @@ SHOWN = 6  # images in predictions.png
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process is: its device, its rank and how many there are."""
+    """This process's device and rank, and the number of processes."""
 
     device: torch.device
     rank: int = 0
     world: int = 1
 
     def add_up(self, values: Tensor) -> Tensor:
-        """``values`` of all processes added up, in place."""
+        """Adds up ``values`` of all processes, in place."""
         if self.world > 1:
             distributed.all_reduce(values)
         return values
 
 
 class Task(Protocol):
-    """What the engine asks of a task."""
+    """What the engine requires of a task."""
 
-    metric: str  # the measure in what `validate` returns, by which the best weights are chosen: larger is better
-    unit: str  # in which it is shown: "%" for a share of 1
+    metric: str  # key of `validate`'s result by which the best weights are selected; larger is better
+    unit: str  # of the displayed metric; "%" for a fraction
     batches: image_data.GlobalBatches
 
     def check(self) -> None:
-        """Reads what can be wrong with the data, and raises ValueError naming it."""
+        """Checks the data, and raises ValueError naming what is wrong."""
 
     def build_model(self) -> nn.Module: ...
 
     def training_loader(self) -> DataLoader: ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The mean loss of a batch as its loader gave it. Draws what is random from the global generators."""
+        """The mean loss of a batch from the loader. Random numbers come from the global generators."""
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Measures over all validation images, the same in all processes, each of which goes through its part."""
+        """Metrics over all validation images. Each process handles a part; all return the same result."""
 
     def export(self, weights: dict[str, Tensor], path: Path) -> None:
         """Writes weights for use."""
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
-        """By file name, what the trained model makes of some validation images. Called in all processes."""
+        """Pictures of predictions on some validation images, by file name. Called in all processes."""
 
 
 def written_args(args: dict[str, Any]) -> dict[str, Any]:
-    """Of a model's arguments those that a checkpoint of it says: the weights it started from are of no use then."""
+    """The model arguments that a checkpoint stores: all but those that name the weights training started from."""
     return {name: value for name, value in args.items() if name != "pretrained"}
 
 
@@ -79,7 +79,7 @@ def global_batches(config: "TrainConfig", place: Place, images: int) -> image_da
 
 
 def read_dense_checkpoint(path: str | Path, task: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`read_checkpoint`; CheckpointError unless the file says that it is for ``task``."""
+    """`read_checkpoint`; raises CheckpointError unless the file is for ``task``."""
     state_dict, about = read_checkpoint(path)
     if about.get("task") != task:
         raise CheckpointError(f"{path}: is not for the task {task}, or does not say so")
@@ -93,16 +93,16 @@ def whole_images(
     collate: image_data.Collate = default_collate,
     surplus: Callable[[Any], Any] = lambda truth: truth,
 ) -> DataLoader:
-    """This process's images and their truth, one by one, as they differ in size; see `evaluation_loader`."""
+    """This process's images and targets, one by one because sizes differ; see `evaluation_loader`."""
     pinned = place.device.type == "cuda"
     return image_data.evaluation_loader(dataset, 1, workers, pinned, place.rank, place.world, collate, surplus)
 
 
 class DenseTask(ABC):
-    """What the tasks share that have whole images: sets that check themselves, and a model on an encoder of timm."""
+    """The base of tasks on whole images: datasets that check themselves, and a model on an encoder of timm."""
 
     unit = "%"
-    norm_each_map = True  # of this package's encoders, as the authors' have for dense prediction
+    norm_each_map = True  # in this package's encoders, as in the authors' for dense prediction
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class DenseTask(ABC):
         classes: list[str],
         epoch: int | None = None,
     ) -> None:
-        """``epoch``: samples an epoch takes of the training set, if not each image once."""
+        """``epoch``: number of samples in an epoch; by default, each image once."""
         self.config, self.place, self.classes = config, place, classes
         self.train_set, self.val_set = train_set, val_set
         self.batches = global_batches(config, place, len(train_set) if epoch is None else epoch)
@@ -132,18 +132,18 @@ class DenseTask(ABC):
         return {**model.args, "img_size": list(self.config.data.size), **norms}
 
     def _encoder_weights(self) -> dict[str, Any]:
-        """What to add to them to load ``model.checkpoint``, the weights of a classifier, into the encoder."""
+        """Additional arguments that load ``model.checkpoint``, a classifier's weights, into the encoder."""
         model = self.config.model
         if not model.checkpoint:
             return {}
         arguments = {name: value for name, value in self.model_args.items() if name != "fork_feat"}
         classifier = timm.create_model(model.name, **arguments)
-        load_checkpoint(classifier, model.checkpoint)  # strict, where timm would pass over what is missing
+        load_checkpoint(classifier, model.checkpoint)  # strict; timm would ignore missing weights
         return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": classifier.state_dict()}}
 
     @abstractmethod
     def on_encoder(self, arguments: dict[str, Any]) -> Any:
-        """The model, whose encoder is created with ``arguments``."""
+        """The task's model, on an encoder created with ``arguments``."""
 
     def check(self) -> None:
         check_classes(self.classes)
@@ -157,12 +157,12 @@ class DenseTask(ABC):
         return cast(nn.Module, model)
 
     def loader(self, tensors: Any, collate: image_data.Collate = default_collate) -> DataLoader:
-        """Training batches of ``tensors``, which are the images of the training set."""
+        """Training batches of ``tensors``, the prepared training set."""
         pinned = self.place.device.type == "cuda"
         return image_data.training_loader(tensors, self.batches, self.config.data.workers, pinned, collate)
 
     def save(self, weights: dict[str, Tensor], path: Path, **about: Any) -> None:
-        """Writes a checkpoint; ``about`` is what else it says of the model."""
+        """Writes a checkpoint; ``about`` has further entries of its description."""
         images = {"input_size": [3, *self.config.data.size], "mean": self.mean, "std": self.std}
         arguments = written_args(self.model_args), self.classes or None, images
         save_checkpoint(weights, path, self.config.model.name, *arguments, **about)

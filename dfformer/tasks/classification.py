@@ -79,7 +79,7 @@ class Classification:
         img_size = config.data.size
         if "img_size" in self.model_args:
             raise ValueError("model.args.img_size: give it as data.img_size")
-        if is_ours(config.model.name):  # timm's MetaFormers take any size without being told
+        if is_ours(config.model.name):  # timm's MetaFormers accept any size and have no such argument
             self.model_args["img_size"] = list(img_size)
         model = timm.create_model(config.model.name, **self.model_args)
         if config.model.checkpoint:

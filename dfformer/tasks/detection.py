@@ -1,4 +1,4 @@
-"""Object detection: any encoder of timm with a RetinaNet of torchvision on it, trained, evaluated and applied."""
+"""Object detection with torchvision's RetinaNet on any encoder of timm: training, evaluation and prediction."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 
 try:
-    import pycocotools  # noqa: F401 (torchmetrics misses it only when it measures, after an epoch)
+    import pycocotools  # noqa: F401 (torchmetrics would only report it missing after an epoch)
     from torchmetrics.detection import MeanAveragePrecision
 except ImportError as error:
     raise RuntimeError(f"detection needs {error.name}: pip install 'dfformer[dense]'") from error
@@ -44,18 +44,18 @@ if TYPE_CHECKING:
 
     from dfformer.train.config import TrainConfig
 
-_MIN_SCORE = 0.3  # of what is drawn in training
+_MIN_SCORE = 0.3  # of boxes drawn during training
 _MEASURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 
 Batch = tuple[list[Tensor], list[Target]]
 
 
 def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
-    """The model of a checkpoint of detection, in eval mode, and what the file says about it.
+    """The model of a detection checkpoint, in eval mode, and the file's description of it.
 
-    That is: ``architecture`` and ``model_args`` of the encoder, ``classes`` (names) and ``category_ids`` (COCO's),
-    ``data`` (input_size, whose last two are the most for the shorter and for the longer side, mean, std), ``detector``
-    (channels, anchor_scale, norm_groups) and ``repair_boxes`` (whether its data needed that).
+    The description has ``architecture`` and ``model_args`` of the encoder, ``classes`` (names), ``category_ids``
+    (COCO's), ``data`` (mean, std and input_size, whose last two numbers limit the shorter and the longer side),
+    ``detector`` (channels, anchor_scale, norm_groups) and ``repair_boxes`` (whether its data needed repairs).
     """
     state_dict, about = read_dense_checkpoint(path, "detect")
     encoder, pixels = about["architecture"], about["data"]
@@ -73,8 +73,10 @@ def _on(device: torch.device, images: list[Tensor]) -> list[Tensor]:
 
 
 def detect(model: nn.Module, images: Iterable[Tensor], device: torch.device) -> list[Target]:
-    """Boxes, labels and scores, best first, on the CPU, of images uint8 (3,H,W): each by itself, as padding to the size
-    of others would change what is found."""
+    """Boxes, labels and scores of images uint8 (3,H,W), best first, on the CPU.
+
+    Each image goes through the model alone, because padding to the size of others would change the result.
+    """
     with torch.inference_mode():
         found = [model(_on(device, [image]))[0] for image in images]
     return [{name: values.cpu() for name, values in objects.items()} for objects in found]
@@ -83,7 +85,7 @@ def detect(model: nn.Module, images: Iterable[Tensor], device: torch.device) -> 
 def average_precision(
     model: nn.Module, batches: Iterable[Batch], place: Place, by_class: bool = False
 ) -> dict[str, Any]:
-    """COCO's measures over all processes, by torchmetrics' names; what there is no object for is NaN.
+    """COCO's metrics over all processes, by torchmetrics' names; a metric without any objects is NaN.
 
     Images whose target is None do not count. The model is left in eval mode.
     """
@@ -147,7 +149,7 @@ class Detection(DenseTask):
     def validate(self, model: nn.Module) -> dict[str, float]:
         loader = _loader(self.val_set, self.config.data.workers, self.place)
         measures = average_precision(model, loader, self.place)
-        return {name: measures[name] for name in _MEASURES[:3]}  # the others are NaN where there is no such object
+        return {name: measures[name] for name in _MEASURES[:3]}  # the others are NaN if there are no such objects
 
     def export(self, weights: dict[str, Tensor], path: Path) -> None:
         self.save(
@@ -182,7 +184,7 @@ def _loader(dataset: BoxDataset, workers: int, place: Place) -> DataLoader:
 
 
 def confident(objects: Target, min_score: float) -> Target:
-    """What of the objects found in an image is worth showing, best first: at one place the best of all classes."""
+    """The detections of an image to show, best first; of overlapping boxes only the best, over all classes."""
     kept = nms(objects["boxes"], objects["scores"], iou_threshold=0.5)
     kept = kept[objects["scores"][kept] >= min_score]
     return {name: values[kept] for name, values in objects.items()}
@@ -193,7 +195,7 @@ def _as_arrays(found: list[Target]) -> list[dict[str, np.ndarray]]:
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``eval`` for checkpoints of detection."""
+    """The command line's ``eval`` for detection checkpoints."""
     refuse_arguments(arguments, ("crop_pct", "model", "model_args"), "detection")
 
     def measure(checkpoint: Path) -> Iterator[Row]:
@@ -211,14 +213,14 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
 
 def _sizes(about: dict[str, Any], given: list[tuple[int, int]] | None) -> list[tuple[int, int]]:
-    """The most for the shorter and for the longer side: as given, or as in training."""
+    """The limits of the shorter and the longer side: as given, or as in training."""
     return [(min(size), max(size)) for size in given] if given else [tuple(about["data"]["input_size"][1:])]
 
 
 def _evaluate(
     checkpoint: Path, model: nn.Module, about: dict[str, Any], size: tuple[int, int], arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Number of images, _MEASURES, images a second and each class's mAP, by column."""
+    """The number of images, _MEASURES, images a second and each class's mAP, by column."""
     place = Place(torch.device(arguments.device))
     dataset = open_box_dataset(
         arguments.dataset,
@@ -242,7 +244,7 @@ def _evaluate(
 
 
 def predict_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``predict`` for a checkpoint of detection: pictures, and detections.json in COCO's format."""
+    """The command line's ``predict`` for a detection checkpoint: pictures, and detections.json in COCO's format."""
     refuse_arguments(arguments, ("model", "classes", "pretrained", "model_args"), "detection")
     if not 0 <= arguments.min_score <= 1:
         raise ValueError(f"--min-score: got {arguments.min_score}, accepted are numbers from 0 to 1")
@@ -272,10 +274,10 @@ def predict_command(arguments: argparse.Namespace) -> int:
 
 
 def _image_ids(paths: list[Path]) -> dict[Path, int | str]:
-    """COCO's own files are named by the number of the image; other names stay names, and none comes twice."""
+    """A unique id for each image: the number if its name is one, as in COCO's own files, else the name."""
     names = result_names(paths)
     numbers = {name: int(name) for name in names if name.isascii() and name.isdecimal()}
-    count = Counter(numbers.values())  # 7 and 007 are one number
+    count = Counter(numbers.values())  # 7 and 007 are the same number
     ids = [numbers[name] if count[numbers.get(name, -1)] == 1 else name for name in names]
     return dict(zip(paths, ids, strict=True))
 
@@ -294,7 +296,7 @@ def _coco_results(image: int | str, objects: Target, category_ids: list[int]) ->
 
 
 def _write_picture(stem: Path, image: Tensor, objects: Target, classes: list[str], min_score: float) -> None:
-    """``NAME.png`` with what is shown."""
+    """Writes ``NAME.png``, the image with its boxes."""
     from dfformer.analysis.dense_figures import detections
 
     row = {f"score {min_score:g} and up": _as_arrays([objects])}

@@ -1,4 +1,4 @@
-"""The model of detection: torchvision's RetinaNet on any encoder of timm."""
+"""The detection model: torchvision's RetinaNet on any encoder of timm."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,14 +14,14 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
 _STRIDES = (8, 16, 32, 64, 128)  # of the pyramid's maps; the first three are the encoder's
-_MOST_FOUND = 100  # objects an image, COCO's number
+_MOST_FOUND = 100  # objects per image, as in COCO
 
 NormLayer = Callable[[int], nn.Module]
-Boxes = dict[str, Tensor]  # boxes, labels and whatever else is known of the objects of an image
+Boxes = dict[str, Tensor]  # boxes, labels and other properties of the objects in an image
 
 
 class Pyramid(nn.Module):
-    """Images (B,3,H,W) to five maps of ``channels`` channels with strides 8 to 128, by name."""
+    """Maps images (B,3,H,W) to five feature maps of ``channels`` channels with strides 8 to 128, by name."""
 
     def __init__(self, encoder: str, encoder_args: dict[str, Any], channels: int, norm: NormLayer | None) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class Pyramid(nn.Module):
 
 
 class _Float32Head(RetinaNetHead):
-    """Whose outputs are float32 under autocast too: half a mantissa is too little for coordinates."""
+    """A head whose outputs are float32 even under autocast, because 16 bits are not precise enough for coordinates."""
 
     def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
         return {name: output.float() for name, output in super().forward(maps).items()}
 
 
 class _Resize(GeneralizedRCNNTransform):
-    """torchvision's, but the shorter side of a long strip keeps a pixel where theirs would be 0."""
+    """torchvision's resize, except that the shorter side of a long strip keeps one pixel instead of 0."""
 
     def resize(self, image: Tensor, target: Boxes | None = None) -> tuple[Tensor, Boxes | None]:
         H, W = image.shape[-2:]
@@ -64,17 +64,17 @@ class _Resize(GeneralizedRCNNTransform):
 
 
 class Detector(RetinaNet):
-    """torchvision's RetinaNet on an encoder of timm: images, a list of (3,H,W) of 0 to 1, to losses or detections.
+    """torchvision's RetinaNet on an encoder of timm: maps a list of images (3,H,W) of 0 to 1 to losses or detections.
 
     Args:
         encoder: its name for ``timm.create_model``; its last three feature maps must have strides 8, 16 and 32.
-        encoder_args: other arguments for it.
-        classes: how many.
-        img_size: most for the shorter and for the longer side, to which images are resized.
+        encoder_args: other arguments of the encoder.
+        classes: number of classes.
+        img_size: limits of the shorter and the longer side, to which images are resized.
         mean, std: of the pixels.
-        channels: of the pyramid and the head.
+        channels: channels of the pyramid and the head.
         anchor_scale: side of the smallest anchors, in strides of their map.
-        norm_groups: of a group norm after each of the pyramid's and the head's convolutions; 0 for none.
+        norm_groups: groups of a group norm after each convolution of the pyramid and the head; 0 for no norm.
     """
 
     def __init__(

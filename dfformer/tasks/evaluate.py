@@ -1,4 +1,4 @@
-"""``dfformer eval``: top-1 and top-5 of checkpoints at any resolution, and how fast they run, as a table and CSV."""
+"""``dfformer eval``: top-1, top-5 and speed of checkpoints at any resolution, as a table and CSV."""
 
 import argparse
 import csv
@@ -22,12 +22,12 @@ from dfformer.models.checkpoint import load_model
 from dfformer.utils.io import write_atomically
 from dfformer.utils.text import abbreviate, echo, printable
 
-Row = tuple[dict[str, Any], str]  # of the table of ``eval``: by column, and as a line to be printed
+Row = tuple[dict[str, Any], str]  # of ``eval``'s table: values by column, and the line to print
 AMP_TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Pixels:
-    """uint8 images (B,C,H,W) from a loader to normalised float32 ones on ``device``, channels-last in memory."""
+    """Maps uint8 images (B,C,H,W) to normalised float32 images on ``device``, in channels-last memory."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self.mean, self.std = (torch.tensor(values, device=device).view(1, -1, 1, 1) * 255 for values in (mean, std))
@@ -38,10 +38,10 @@ class Pixels:
 
 
 def data_config(model: nn.Module, img_size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """How ``model`` wants its images, in timm's terms; ``img_size`` (H,W) instead of its own.
+    """How images for ``model`` are prepared, in timm's terms; ``img_size`` (H,W) replaces the model's own.
 
     Raises:
-        ValueError: mean and std are not for its number of channels.
+        ValueError: mean and std do not fit the number of channels.
     """
     config: dict[str, Any] = resolve_model_data_config(model)
     channels = config["input_size"][0]
@@ -54,7 +54,7 @@ def data_config(model: nn.Module, img_size: tuple[int, int] | None = None) -> di
 
 
 def check_pixel_statistics(config: dict[str, Any]) -> None:
-    """Raises ValueError unless mean and std have a number for each channel."""
+    """Raises ValueError unless mean and std have one number per channel."""
     channels = config["input_size"][0]
     for name in ("mean", "std"):
         if len(config[name]) != channels:
@@ -64,13 +64,13 @@ def check_pixel_statistics(config: dict[str, Any]) -> None:
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
-    """Mixed precision by one of the names of AMP_TYPES."""
+    """Mixed precision, by a name in AMP_TYPES."""
     dtype = AMP_TYPES[amp]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """A classifier's output (B,classes), in its own dtype; ValueError for a model that puts out anything else."""
+    """A classifier's output (B,classes), in its own dtype; ValueError if a model returns anything else."""
     output = model(images)
     if not isinstance(output, Tensor) or output.ndim != 2:
         got = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
@@ -82,7 +82,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pixels: Pixels) -> dict[str, Tensor]:
-    """How many images are right (top1, top5), their summed cross entropy (loss), and how many there are (images).
+    """The number of correct images (top1, top5), the summed cross entropy (loss), and the number of images (images).
 
     Images labelled -1 do not count. The model is left in eval mode.
     """
@@ -99,7 +99,7 @@ def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pi
 
 
 class Result(NamedTuple):
-    """A line of the table. Accuracies are fractions; seconds are of forward passes, waiting for images not counted."""
+    """A line of the table. Accuracies are fractions; seconds are of forward passes, without waiting for images."""
 
     checkpoint: str
     model: str
@@ -130,19 +130,19 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
 
 def tabulate(arguments: argparse.Namespace, measure: Callable[[Path], Iterable[Row]]) -> int:
-    """Prints the lines that ``measure`` gives of each checkpoint, and writes the rows to ``arguments.csv``."""
+    """Prints the lines that ``measure`` returns for each checkpoint, and writes the rows to ``arguments.csv``."""
     rows: list[dict[str, Any]] = []
     for checkpoint in arguments.checkpoints:
         for row, line in measure(checkpoint):
             rows.append(row)
-            if arguments.csv:  # after each, so that what is done stays if the next one fails
+            if arguments.csv:  # after each, so that earlier results remain if the next one fails
                 write_csv(arguments.csv, list(row), [list(row.values()) for row in rows])
             echo(f"{printable(checkpoint)}  {line}")
     return 0
 
 
 def evaluate(checkpoint: Path, img_size: tuple[int, int] | None, arguments: argparse.Namespace) -> Result:
-    """One checkpoint at one image size (H, W), or at the model's own."""
+    """Evaluates a checkpoint at an image size (H, W), or at the model's own."""
     device = torch.device(arguments.device)
     overrides = {**arguments.model_args, **({"img_size": img_size} if img_size else {})}
     model, classes = load_model(checkpoint, arguments.model, **overrides)
@@ -182,7 +182,7 @@ def evaluate(checkpoint: Path, img_size: tuple[int, int] | None, arguments: argp
 
 
 class Timed(nn.Module):
-    """The model, with the time spent in it added up."""
+    """Wraps a model and adds up the time spent in it."""
 
     def __init__(self, model: nn.Module, device: torch.device, amp: str) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ def _check_classes(classes: list[str] | None, model: Any, dataset: Any, checkpoi
 
 
 def check_classes_of_data(checkpoint: Path, classes: list[str], found: list[str]) -> None:
-    """Raises ValueError unless the classes of a checkpoint are those of the data, in the same order."""
+    """Raises ValueError unless a checkpoint has the classes of the data, in the same order."""
     if classes != found:
         different = abbreviate(sorted(set(classes) ^ set(found)))
         raise ValueError(
@@ -223,7 +223,7 @@ def check_classes_of_data(checkpoint: Path, classes: list[str], found: list[str]
 
 
 def progress(loader: DataLoader, name: str) -> Iterable[Any]:
-    """The batches of ``loader``, with a bar where someone looks."""
+    """The batches of ``loader``, with a progress bar on a terminal."""
     return tqdm(loader, desc=name, unit="batch", leave=False, disable=not sys.stderr.isatty())
 
 
@@ -240,7 +240,7 @@ def _line(result: Result) -> str:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a table whole or not at all; characters that are not Unicode become escapes."""
+    """Writes a table atomically; characters that are not Unicode become escapes."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(columns)

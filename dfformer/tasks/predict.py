@@ -1,4 +1,4 @@
-"""``dfformer predict``: classify image files, as a table and as JSON; and what that shares with other tasks."""
+"""``dfformer predict``: classifies image files, as a table and as JSON; with what other tasks share."""
 
 import argparse
 import sys
@@ -30,7 +30,7 @@ from dfformer.utils.text import echo, printable
 
 
 class Prediction(NamedTuple):
-    """The top classes of one image, best first: class name and probability, or what else a task gives each class."""
+    """The top classes of an image, best first: names with probabilities, or with another value of the task."""
 
     path: str
     classes: list[str]
@@ -38,14 +38,14 @@ class Prediction(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """An image without a prediction, and why."""
+    """An image without a prediction, and the reason."""
 
     path: str
     error: str
 
 
 class File(NamedTuple):
-    """An image file: what was prepared from it or the error, and whether an EXIF orientation was not applied."""
+    """An image file: its prepared content or the error, and whether an EXIF orientation was not applied."""
 
     path: Path
     content: Any
@@ -60,12 +60,12 @@ class Predictor:
     """What ``predict`` does for a task.
 
     Attributes:
-        prepare: an image (PIL) to what ``apply`` needs of it; called in the processes that read.
-        apply: everything else that is done for some images: the model, drawing, writing.
-        channels: of the images, see `dfformer.data.files.image_mode`.
-        batch_size: most images ``apply`` is given at once.
-        value: the name of a class's number in JSON.
-        finish: called once at the end, after an error too.
+        prepare: maps an image (PIL) to the input of ``apply``; runs in the processes that read images.
+        apply: does everything else for a batch: runs the model, draws, writes.
+        channels: number of channels of the images, see `dfformer.data.files.image_mode`.
+        batch_size: the most images in a batch for ``apply``.
+        value: the name in JSON of the number of each class.
+        finish: called once at the end, even after an error.
         note: printed at the end.
     """
 
@@ -92,12 +92,12 @@ def predict(
     """Classifies image files with ``model`` (in eval mode), prepared as its ``pretrained_cfg`` says.
 
     Args:
-        classes: a name a class.
-        topk: how many to return; at most all.
+        classes: the name of each class.
+        topk: number of classes to return; limited to all classes.
         img_size: (H, W) to evaluate at, instead of the model's.
-        workers: processes that read images; 0 reads them in this one.
-        on_error: called for a file that fails, and the rest goes on; without it a ValueError is raised.
-        exif_orientation: turn and mirror images as their EXIF orientation says.
+        workers: number of processes that read images; 0 reads them in this one.
+        on_error: called for a file that fails, and prediction continues; without it a ValueError is raised.
+        exif_orientation: apply images' EXIF orientation.
     """
     predictor = _classifier(model, classes, topk, batch_size, img_size)
     predictions: list[Prediction] = []
@@ -159,14 +159,14 @@ class Files(Dataset):
         try:
             image = read_image(path, self.mode, exif_orientation=self.exif_orientation)
             return File(path, self.transform(image), orientation_of(image) != 1)
-        except Exception as error:  # whatever it is, it is of this file
-            return File(path, ValueError(_message(path, error)), False)  # any error might not reach this process
+        except Exception as error:  # any error concerns this file alone
+            return File(path, ValueError(_message(path, error)), False)  # not every error can be pickled
 
 
 def _outcomes(
     paths: list[Path], predictor: Predictor, workers: int, exif_orientation: bool
 ) -> Iterator[tuple[Prediction | Failure, bool]]:
-    """For each file what came of it, and whether an EXIF orientation was not applied."""
+    """The outcome of each file, and whether an EXIF orientation was not applied."""
     files = Files(paths, predictor.prepare, predictor.channels, exif_orientation)
     for batch in DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=list):
         readable = [file for file in batch if not isinstance(file.content, Exception)]
@@ -177,7 +177,7 @@ def _outcomes(
 
 
 def _guarded(apply: Apply, batch: list[File]) -> list[Prediction | Failure]:
-    """What ``apply`` makes of a batch; if that fails, of each image alone, so that one costs no other its result."""
+    """``apply`` of a batch; if it fails, of each image alone, so that a faulty image does not affect the others."""
     try:
         return [*apply(batch)] if batch else []
     except Exception as error:
@@ -198,7 +198,7 @@ def predict_command(arguments: argparse.Namespace) -> int:
 
 
 def refuse_arguments(arguments: argparse.Namespace, names: Sequence[str], task: str) -> None:
-    """Raises ValueError for given arguments that are of no use to a ``task``, whose checkpoints say all of that."""
+    """Raises ValueError for given arguments that a ``task`` does not use, because its checkpoints contain them."""
     values = {name: getattr(arguments, name) for name in names}
     given = [name for name, value in values.items() if value not in (None, {}) and value is not False]
     if given:
@@ -207,17 +207,17 @@ def refuse_arguments(arguments: argparse.Namespace, names: Sequence[str], task: 
 
 
 class Inputs(NamedTuple):
-    """The image files that were asked for, and the folders that could not be listed."""
+    """The requested image files, and the folders that could not be listed."""
 
     paths: list[Path]
     unreadable: list[Failure]
 
 
 def find_inputs(arguments: argparse.Namespace, output: Path | None = None) -> Inputs:
-    """The images of ``arguments.inputs``; earlier results in the folder ``output`` are none of them.
+    """The images of ``arguments.inputs``, without earlier results in the folder ``output``.
 
     Raises:
-        ValueError: there are none, or ``arguments.json`` would take the place of one.
+        ValueError: there are no images, or ``arguments.json`` would replace one.
     """
     unreadable: list[Failure] = []
 
@@ -237,13 +237,13 @@ def find_inputs(arguments: argparse.Namespace, output: Path | None = None) -> In
 
 
 def predict_files(arguments: argparse.Namespace, inputs: Inputs, predictor: Predictor) -> int:
-    """What ``predict`` does for every task: the JSON is written first, then everything is printed.
+    """Runs ``predict`` for any task: writes the JSON first, then prints everything.
 
-    Returns 1 if any image failed, after all the others are done. If the run ends early, the JSON says so of each image
+    Returns 1 if any image failed, after all others are done. If the run ends early, the JSON says so for each image
     that was not reached.
     """
     paths, option = inputs.paths, arguments.exif_orientation
-    workers = min(arguments.workers, len(paths) // predictor.batch_size)  # for a few images none pays
+    workers = min(arguments.workers, len(paths) // predictor.batch_size)  # none for a few images
     predictions: list[Prediction] = []
     failures, turned = list(inputs.unreadable), []
     try:
@@ -313,7 +313,7 @@ def _table(predictions: Sequence[Prediction]) -> list[str]:
 def _write(
     report: Path | None, predictor: Predictor, predictions: list[Prediction], failures: list[Failure]
 ) -> list[str]:
-    """Writes what belongs to all images together; returns what could not be written, and why."""
+    """Writes the files about all images together; returns those that could not be written, and why."""
     writing: list[Callable[[], None]] = [predictor.finish]
     if report is not None:
         content = _report(predictions, failures, predictor.value)

@@ -1,4 +1,4 @@
-"""Restoration of images: noise, blur and small size undone by a U of MetaFormer blocks, trained, evaluated, applied."""
+"""Image restoration: a U of MetaFormer blocks removes noise or blur, or enlarges; training, evaluation, prediction."""
 
 import argparse
 from collections.abc import Iterable, Iterator
@@ -37,11 +37,11 @@ _TILES_AT_ONCE = 16
 
 
 def load_restorer(path: str | Path) -> tuple[Restorer, dict[str, Any]]:
-    """The model of a checkpoint of restoration, in eval mode, and what the file says about it.
+    """The model of a restoration checkpoint, in eval mode, and the file's description of it.
 
-    That is: ``architecture`` and ``model_args`` of the encoder, ``data`` (input_size, whose last two are the tile's,
-    mean, std) and ``degradation`` (scale, blur, noise: what it was trained to undo; see
-    `dfformer.data.pairs.Degradation`).
+    The description has ``architecture`` and ``model_args`` of the encoder, ``data`` (mean, std and input_size, whose
+    last two numbers are the tile's) and ``degradation`` (the scale, blur and noise that the model was trained to undo,
+    see `dfformer.data.pairs.Degradation`).
     """
     state_dict, about = read_dense_checkpoint(path, "restore")
     pixels, scale = about["data"], about["degradation"]["scale"]
@@ -55,9 +55,9 @@ def load_restorer(path: str | Path) -> tuple[Restorer, dict[str, Any]]:
 def restore(
     model: nn.Module, image: Tensor, scale: int, tile: tuple[int, int], device: torch.device, at_once: int = 16
 ) -> Tensor:
-    """uint8 (3,H,W) to uint8 (3,scale*H,scale*W) on the CPU, by tiles (see `tiled`).
+    """Restores uint8 (3,H,W) to uint8 (3,scale*H,scale*W) on the CPU, tile by tile (see `tiled`).
 
-    Raises ValueError for an output that is not finite.
+    Raises ValueError if an output is not finite.
     """
     with torch.inference_mode():
         restored = tiled(model, image.to(device).float() / 255, scale, tile, at_once).cpu()
@@ -67,7 +67,7 @@ def restore(
 
 
 def enlarged_only(image: Tensor, scale: int) -> Tensor:
-    """What `restore` is compared with: uint8 (3,H,W) enlarged bicubically."""
+    """The baseline for `restore`: uint8 (3,H,W), enlarged bicubically."""
     return _eight_bits(enlarged(image[None] / 255, scale)[0])
 
 
@@ -76,7 +76,7 @@ def _eight_bits(pixels: Tensor) -> Tensor:
 
 
 def quality(image: Tensor, target: Tensor) -> tuple[float, float]:
-    """PSNR in dB, and SSIM, of uint8 images (3,H,W), over all channels and up to the border."""
+    """PSNR in dB and SSIM of uint8 images (3,H,W), over all channels and up to the border."""
     pair = image[None].double(), target[None].double()
     psnr = peak_signal_noise_ratio(*pair, data_range=255.0)
     ssim = structural_similarity_index_measure(*pair, data_range=255.0)
@@ -86,7 +86,7 @@ def quality(image: Tensor, target: Tensor) -> tuple[float, float]:
 def mean_quality(
     model: nn.Module, batches: Iterable[InputAndTarget], place: Place, scale: int, tile: tuple[int, int], at_once: int
 ) -> dict[str, float]:
-    """The mean over all processes' images of `quality`, of what is restored and of the input alone.
+    """The mean `quality` of restored images and of the inputs alone, over the images of all processes.
 
     Images whose target has no pixels do not count. The model is left in eval mode.
     """
@@ -102,7 +102,7 @@ def mean_quality(
 
 
 class Restoration(DenseTask):
-    """Images and what they should be; mean absolute error; PSNR and SSIM of whole images, by tiles."""
+    """Images and their targets; mean absolute error; PSNR and SSIM of whole images, in tiles."""
 
     metric, unit = "psnr", "dB"
     norm_each_map = False
@@ -118,7 +118,7 @@ class Restoration(DenseTask):
             raise ValueError(f"restore.blur: got {wanted.blur}, accepted are numbers below a third of data.img_size")
         if config.model.args.get("pretrained"):
             raise ValueError("model.args.pretrained: got True, accepted to restore is a restorer as model.checkpoint")
-        if config.distributed == "fsdp":  # images differ in size, so processes would wait for each other's tiles
+        if config.distributed == "fsdp":  # images differ in size, so processes would wait for one another
             raise ValueError("distributed: got fsdp, accepted to restore is ddp")
         whole = given.dataset, given.root
         exif = given.exif_orientation
@@ -128,7 +128,7 @@ class Restoration(DenseTask):
         super().__init__(config, place, train_set, val_set, [], len(self.crops))
 
     def _encoder_weights(self) -> dict[str, Any]:
-        return {}  # `on_encoder` loads a whole restorer's
+        return {}  # `on_encoder` loads the weights of a whole restorer
 
     def on_encoder(self, arguments: dict[str, Any]) -> Restorer:
         model = self.config.model
@@ -180,7 +180,7 @@ def _loader(tensors: RestorationTensors, workers: int, place: Place) -> DataLoad
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``eval`` for checkpoints of restoration."""
+    """The command line's ``eval`` for restoration checkpoints."""
     refuse_arguments(arguments, ("crop_pct", "model", "model_args"), "restoration")
 
     def measure(checkpoint: Path) -> Iterator[Row]:
@@ -200,7 +200,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 def _evaluate(
     checkpoint: Path, model: nn.Module, about: dict[str, Any], tile: tuple[int, int], arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Number of images, PSNR and SSIM of the restored and of the inputs, images a second, by column."""
+    """The number of images, PSNR and SSIM of restored images and of inputs, and images a second, by column."""
     place, degradation = Place(torch.device(arguments.device)), Degradation(**about["degradation"])
     exif = arguments.exif_orientation
     dataset = open_pair_dataset(arguments.dataset, arguments.root, arguments.split, degradation, exif_orientation=exif)
@@ -216,7 +216,7 @@ _ENDINGS = (".png", "_picture.png")
 
 
 def predict_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``predict`` for a checkpoint of restoration: the restored image, and a picture beside it."""
+    """The command line's ``predict`` for a restoration checkpoint: the restored image, and a picture for comparison."""
     from dfformer.analysis.dense_figures import restorations
 
     refuse_arguments(arguments, ("model", "classes", "pretrained", "model_args"), "restoration")

@@ -1,4 +1,4 @@
-"""The model of restoration: a U of MetaFormer blocks that adds a correction to its input, tile by tile."""
+"""The restoration model: a U of MetaFormer blocks that adds a correction to its input, tile by tile."""
 
 import math
 from collections.abc import Sequence
@@ -13,28 +13,28 @@ from torch.nn import functional as F
 
 from dfformer.models.metadata import is_ours
 
-# What the stem's convolution needs on each side of an image to give 1 / stride of its pixels, for strides 1, 2 and 4.
+# Border of the image, in pixels, that the stem's convolution needs to return 1 / stride of the pixels; strides 1, 2, 4.
 _BORDER = 1
 _OVERLAP = 1 / 4  # of neighbouring tiles, as a share of a tile's side
 
 
 class Restorer(nn.Module):
-    """Images (B,3,H,W) of 0 to 1, of any size, to restored ones (B,3,scale*H,scale*W), which are not clipped.
+    """Maps images (B,3,H,W) of 0 to 1, of any size, to restored images (B,3,scale*H,scale*W), which are not clipped.
 
     The encoder is a model of this package without norms between its stages, so that contrast is not lost. The decoder
-    has the same stages from the last but one up to the first: each is given the one below, enlarged by a transposed
-    convolution, plus the encoder's map of its size. The output is the bicubically enlarged input plus a correction,
-    which starts at zero.
+    has the same stages, from the last but one to the first. The input of each is the output of the stage below,
+    enlarged by a transposed convolution, plus the encoder's map of the same size. The output is the bicubically
+    enlarged input plus a correction, which is initially zero.
 
     Args:
-        encoder: its name for ``timm.create_model``, one of this package's.
-        encoder_args: other arguments for it. ``img_size`` is that of the output; ``strides`` are 1, 2 or 4 in the
-            stem, then 2.
-        scale: how many times as high and wide the output is.
+        encoder: its name for ``timm.create_model``, one of this package's models.
+        encoder_args: other arguments of the encoder. ``img_size`` is the size of the output; ``strides`` are 1, 2 or 4
+            in the stem, and 2 afterwards.
+        scale: factor between the sides of output and input.
         mean, std: of the pixels.
 
     Raises:
-        ValueError: another encoder, or other strides.
+        ValueError: the encoder or its strides are not supported.
     """
 
     mean: Tensor
@@ -80,23 +80,23 @@ class Restorer(nn.Module):
 
 
 def enlarged(images: Tensor, scale: int) -> Tensor:
-    """(B,3,H,W) to float32 (B,3,scale*H,scale*W): bicubic, as Pillow's."""
+    """Enlarges (B,3,H,W) to float32 (B,3,scale*H,scale*W), bicubically as in Pillow."""
     images = images.float()
     return images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bicubic", antialias=True)
 
 
 def tiled(model: nn.Module, image: Tensor, scale: int, tile: tuple[int, int], at_once: int = 16) -> Tensor:
-    """``model`` of an image (3,H,W) of any size, tile by tile: (3,scale*H,scale*W).
+    """Runs ``model`` on an image (3,H,W) of any size, tile by tile; returns (3,scale*H,scale*W).
 
-    Neighbouring tiles overlap by at least a quarter of a tile. The outer quarter of an overlap is not used, and between
-    the inner halves the weights go from one tile to the other in straight lines, so the result is that of the whole
-    image where the model's receptive field reaches no further than a sixteenth of a tile. A dynamic filter sees all of
-    its tile and nothing else: its result depends on the tiles, and is continuous across them.
+    Neighbouring tiles overlap by at least a quarter of a tile. The outer quarter of an overlap is not used; between,
+    the result is blended linearly from one tile to the next. If the model's receptive field reaches no further than a
+    sixteenth of a tile, the result equals that of the whole image. A dynamic filter sees its whole tile and nothing
+    else, so its result depends on the tiles, and is continuous across them.
 
     Args:
-        scale: the model's.
-        tile: (H,W) of what the model returns at a time; an image that is smaller is one tile.
-        at_once: most tiles in a batch.
+        scale: the model's scale.
+        tile: (H,W) of the model's output at a time; a smaller image is one tile.
+        at_once: the most tiles in a batch.
     """
     sides = [min(side, max(1, most // scale)) for side, most in zip(image.shape[1:], tile, strict=True)]
     starts = [_starts(total, side) for total, side in zip(image.shape[1:], sides, strict=True)]
@@ -122,7 +122,7 @@ def tiled(model: nn.Module, image: Tensor, scale: int, tile: tuple[int, int], at
 
 
 def _starts(total: int, side: int) -> list[int]:
-    """Where tiles of ``side`` begin that cover ``total`` evenly."""
+    """The starts of tiles of ``side`` that cover ``total`` evenly."""
     if total == side:
         return [0]
     step = max(1, side - math.ceil(_OVERLAP * side))
@@ -131,7 +131,7 @@ def _starts(total: int, side: int) -> list[int]:
 
 
 def _weights(start: int, side: int, total: int, scale: int) -> Tensor:
-    """Of the rows or columns of a tile's output; at the border of the image they stay 1."""
+    """The weights of the rows or columns of a tile's output; at the border of the image they are 1."""
     inside = torch.arange(scale * side) + 0.5
     overlap = scale * max(1, math.ceil(_OVERLAP * side))
     weights = torch.ones(scale * side)

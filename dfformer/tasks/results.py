@@ -1,4 +1,4 @@
-"""Where ``predict`` writes: results never take the place of an image, of each other, or of anybody else's files."""
+"""Where ``predict`` writes: results never replace an image, each other, or other people's files."""
 
 import io
 import unicodedata
@@ -16,7 +16,7 @@ from dfformer.utils.text import abbreviate
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SOFTWARE = "dfformer predict"  # in the text of every PNG it writes; only those may be replaced
+SOFTWARE = "dfformer predict"  # in the metadata of every PNG it writes; only such files may be replaced
 
 
 def is_result(path: Path) -> bool:
@@ -31,8 +31,9 @@ def is_result(path: Path) -> bool:
 def result_names(paths: Sequence[Path], endings: Sequence[str] = ("",)) -> list[str]:
     """A name for the results of each image, such that no two of ``name + ending`` are the same.
 
-    It is the name of the file without its suffix. Where that is not enough it has its suffix and as many of the folders
-    above as are needed, joined by ``_``. Names that differ only in case are the same: to some systems they are.
+    The name is that of the file without its suffix. If that is not unique, it also has the suffix, and as many parent
+    folders as needed, joined by ``_``. Names that differ only in case count as equal, because some systems treat them
+    so.
     """
     levels = [0] * len(paths)
     while True:
@@ -49,7 +50,7 @@ def result_names(paths: Sequence[Path], endings: Sequence[str] = ("",)) -> list[
 
 
 def _candidate(path: Path, level: int, number: int) -> str:
-    """With each level a longer name; in the end a number of its own."""
+    """A name that gets longer with each level, and finally has a number of its own."""
     parts = path.parts[len(path.anchor) > 0 :]
     depth, with_suffix = divmod(level, 2)
     if depth >= len(parts):
@@ -58,7 +59,7 @@ def _candidate(path: Path, level: int, number: int) -> str:
 
 
 def plan_results(paths: Sequence[Path], folder: Path, endings: Sequence[str]) -> dict[Path, Path]:
-    """For each image the path of its results in ``folder``, to which ``endings`` are added.
+    """For each image, the path of its results in ``folder``, to which ``endings`` are appended.
 
     Raises:
         ValueError: a result would replace an image, or a file that ``predict`` did not write.
@@ -78,7 +79,7 @@ def plan_results(paths: Sequence[Path], folder: Path, endings: Sequence[str]) ->
 
 
 def write_results(stem: Path, pictures: "Mapping[str, Image.Image | Figure]") -> None:
-    """Writes each picture to ``stem`` and its ending, as a PNG that `is_result`: all of them, once all are drawn."""
+    """Writes each picture to ``stem`` plus its ending, as a PNG that `is_result` accepts, once all are drawn."""
     contents = {ending: _png(picture) for ending, picture in pictures.items()}
     for ending, content in contents.items():
         write_atomically(stem.with_name(stem.name + ending), partial(_write, content))
@@ -100,7 +101,7 @@ def _write(content: bytes, file: IO[bytes]) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """The file behind ``path``, whatever it is called; None if there is none."""
+    """The identity of the file behind ``path``, the same for all its names; None if there is no file."""
     try:
         status = path.stat()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Semantic segmentation: any encoder of timm with a feature pyramid decoder, trained, evaluated and applied."""
+"""Semantic segmentation with a feature pyramid on any encoder of timm: training, evaluation and prediction."""
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,16 +45,18 @@ if TYPE_CHECKING:
     from dfformer.train.config import TrainConfig
 
 _STRIDE = 32  # of the encoder's last feature map
-_VALUES_AT_ONCE = 2e8  # of logits enlarged together: 0.8 GB
+_VALUES_AT_ONCE = 2e8  # the most logits enlarged together: 0.8 GB
 
 
 class Segmenter(nn.Module):
-    """Images (B,3,H,W) of any size to logits (B,classes,H,W): segmentation_models_pytorch's FPN on an encoder of timm.
+    """segmentation_models_pytorch's FPN on an encoder of timm: maps images (B,3,H,W) to logits (B,classes,H,W).
+
+    Images may have any size.
 
     Args:
         encoder: its name for ``timm.create_model``; its feature maps must have strides 4, 8, 16 and 32, or 2 to 32.
-        encoder_args: other arguments for it.
-        classes: how many.
+        encoder_args: other arguments of the encoder.
+        classes: number of classes.
         decoder: arguments of the FPN.
     """
 
@@ -66,7 +68,7 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         H, W = images.shape[-2:]
-        # The decoder's maps double in size, and its group norms take no map of one pixel; zeros are the mean colour.
+        # The decoder's maps double in size, and its group norms need more than one pixel. Zeros are the mean colour.
         right = -W % _STRIDE + (_STRIDE if max(H, W) <= _STRIDE else 0)
         logits: Tensor = self.fpn(F.pad(images, (0, right, 0, -H % _STRIDE)))
         return logits[..., :H, :W]
@@ -77,10 +79,10 @@ class Segmenter(nn.Module):
 
 
 def load_segmenter(path: str | Path) -> tuple[Segmenter, dict[str, Any]]:
-    """The model of a checkpoint of segmentation, in eval mode, and what the file says about it.
+    """The model of a segmentation checkpoint, in eval mode, and the file's description of it.
 
-    That is: ``architecture`` and ``model_args`` of the encoder, ``decoder``, ``classes`` (names), ``data`` (input_size,
-    mean, std) and ``reduce_zero_label`` (whether its training masks had 0 for no class).
+    The description has ``architecture`` and ``model_args`` of the encoder, ``decoder``, ``classes`` (names), ``data``
+    (input_size, mean, std) and ``reduce_zero_label`` (whether 0 stood for no class in its training masks).
     """
     state_dict, about = read_dense_checkpoint(path, "segment")
     encoder, classes = about["architecture"], len(about["classes"])
@@ -89,7 +91,7 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, dict[str, Any]]:
 
 
 def segment(model: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
-    """Classes uint8 (B,H,W) of normalised ``images`` (B,3,h,w), for pictures of ``size`` (H, W)."""
+    """Classes uint8 (B,H,W) of normalised ``images`` (B,3,h,w), at ``size`` (H, W)."""
     logits = model(images).float()
     if not logits.isfinite().all():
         raise ValueError("the model's output is not finite")
@@ -107,7 +109,7 @@ def segment(model: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def count_pixels(model: nn.Module, batches: Iterable[ImageAndMask], pixels: Pixels, classes: int) -> Tensor:
-    """How many pixels of each class (row) were taken for each (column), over all processes; leaves eval mode on."""
+    """The confusion matrix in pixels, true classes in rows, over all processes. The model is left in eval mode."""
     model.eval()
     device = pixels.mean.device
     confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORED, validate_args=False).to(device)
@@ -119,13 +121,13 @@ def count_pixels(model: nn.Module, batches: Iterable[ImageAndMask], pixels: Pixe
 
 
 def intersection_over_union(confusion: Tensor) -> Tensor:
-    """Of each class; NaN for one that is neither there nor predicted."""
+    """The IoU of each class; NaN for a class that neither occurs nor is predicted."""
     right = confusion.diagonal()
     return right / (confusion.sum(0) + confusion.sum(1) - right)
 
 
 def _measures(confusion: Tensor) -> dict[str, float]:
-    """The mean IoU over the classes that have one, and the share of pixels that are right."""
+    """The mean IoU over the classes that have one, and the share of correct pixels."""
     if not confusion.any():
         raise ValueError("validation: the masks have no pixel with a class, all are to be ignored")
     miou = intersection_over_union(confusion).nanmean()
@@ -168,7 +170,7 @@ class Segmentation(DenseTask):
         return self.loader(tensors)
 
     def loss(self, model: nn.Module, batch: ImageAndMask) -> Tensor:
-        """The mean over all pixels, in which those to be ignored are 0: the same however a batch is shared out."""
+        """The mean over all pixels, where ignored ones count as 0. So it does not depend on how a batch is split."""
         masks = batch[1].to(self.place.device, non_blocking=True).long()
         logits = model(self.pixels(batch[0]))
         return F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum") / masks.numel()
@@ -206,7 +208,7 @@ class Segmentation(DenseTask):
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``eval`` for checkpoints of segmentation."""
+    """The command line's ``eval`` for segmentation checkpoints."""
     refuse_arguments(arguments, ("crop_pct", "model", "model_args"), "segmentation")
 
     def measure(checkpoint: Path) -> Iterator[Row]:
@@ -226,7 +228,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 def _evaluate(
     checkpoint: Path, model: nn.Module, about: dict[str, Any], shorter: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Number of images, mean IoU, pixel accuracy, images a second and each class's IoU, by column."""
+    """The number of images, mean IoU, pixel accuracy, images a second and each class's IoU, by column."""
     device = torch.device(arguments.device)
     dataset = open_mask_dataset(
         arguments.dataset,
@@ -252,7 +254,7 @@ _ENDINGS = (".png", "_picture.png")
 
 
 def predict_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``predict`` for a checkpoint of segmentation: a mask and a picture for each image."""
+    """The command line's ``predict`` for a segmentation checkpoint: a mask and a picture for each image."""
     refuse_arguments(arguments, ("model", "classes", "pretrained", "model_args"), "segmentation")
     model, about = load_segmenter(arguments.checkpoint)
     model.to(arguments.device)
@@ -275,12 +277,12 @@ def predict_command(arguments: argparse.Namespace) -> int:
 
 
 def _with_resized(image: Image.Image, shorter: int) -> tuple[np.ndarray, Tensor]:
-    """An image as its pixels (H,W,3), and as the tensor that is predicted from."""
+    """An image as pixels (H,W,3), and as the input tensor of the model."""
     return np.asarray(image), resize_shorter_side(v2.functional.pil_to_tensor(image), shorter)
 
 
 def _write_mask(stem: Path, image: np.ndarray, mask: np.ndarray, classes: list[str]) -> None:
-    """``NAME.png``, whose values are the classes' numbers, and ``NAME_picture.png``."""
+    """Writes ``NAME.png``, whose values are the classes' numbers, and ``NAME_picture.png``."""
     from dfformer.analysis.dense_figures import class_colours, segmentations
 
     palette = Image.fromarray(mask)

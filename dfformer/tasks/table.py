@@ -1,4 +1,4 @@
-"""The tasks models are trained for and where the parts of each are: a module is imported when its part is wanted."""
+"""The tasks, and where the parts of each are. A module is only imported when its part is needed."""
 
 import pkgutil
 from typing import Any, Literal
@@ -32,7 +32,7 @@ _TASKS: dict[str, dict[str, str]] = {
 
 
 def check_task(task: str) -> None:
-    """Raises ValueError for a task that is not there."""
+    """Raises ValueError for an unknown task."""
     if task not in _TASKS:
         raise ValueError(f"task: got {task!r}, accepted are {', '.join(_TASKS)}")
 

@@ -177,7 +177,7 @@ void bind_cufft_run(int device, const std::array<std::int64_t, 3>& shape, int dt
 
 }  // namespace
 
-// Without the GIL too: what calls share are the plans' caches, behind mutexes, and the instruction set, atomic.
+// The module needs no GIL: calls share only the plans' caches, which have mutexes, and the instruction set, an atomic.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() =
         "The compiled core. It takes raw addresses: call it through dfformer_kernels.backends.cpu and .cufft only.";

@@ -30,7 +30,7 @@ struct StarReLUScalarGrads {
 };
 
 // grad_x = 2 * scale * relu(x) * grad_y;  grad_scale = sum(grad_y * relu(x)^2);  grad_bias = sum(grad_y)
-// grad_x may be null, or grad_y. The sums are reduced in a fixed order: the same bits for any `threads`.
+// grad_x may be null or equal grad_y. The sums are reduced in a fixed order: the same bits for any `threads`.
 StarReLUScalarGrads star_relu_backward(const void* grad_y, const void* x, void* grad_x, std::int64_t n, DType dtype,
                                        double scale, int threads);
 
@@ -56,7 +56,7 @@ struct FilterTensors {
     void* grad_x;
     void* grad_logits;
     void* grad_filters;
-    bool need_scalars;  // whether StarReLU's gradients are wanted
+    bool need_scalars;  // whether to compute StarReLU's gradients
 };
 
 // Both throw std::bad_alloc if the workspace cannot be allocated.

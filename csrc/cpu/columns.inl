@@ -8,13 +8,13 @@
 //              grad_routing[f] = sum_hk D Re(Q conj(basis[h,k,f])),   grad_basis[h,k,f] = sum_bc D routing[f] Q
 //
 // Two rows are transformed as one complex line: Z = fft(row a + i row b). Twice the spectra of rows a and b at column k
-// are Z[k] + conj(Z[-k]) and -i (Z[k] - conj(Z[-k])). So the column pass reads columns k and -k and nothing else, and
-// writes its results back to them: a tile's workspace is as large as the tile. Nothing is normalised on the way. The
-// factor 2 and the transforms' 1/sqrt(H W) are folded into the routing weights.
+// are Z[k] + conj(Z[-k]) and -i (Z[k] - conj(Z[-k])). So the column pass reads only columns k and -k, and writes its
+// results back to them: a tile's workspace is as large as the tile. Transforms are not normalised. The factor 2 and
+// the 1/sqrt(H W) of both transforms are folded into the routing weights.
 
 namespace {
 
-// What does not depend on the storage type.
+// The part that does not depend on the storage type.
 template <class V>
 struct FilterOf {
     using T = typename ScalarOf<V>::Type;
@@ -23,7 +23,7 @@ struct FilterOf {
     using Sum = decltype(Accumulator<V>::sum);
     static constexpr int lanes = Arithmetic::count;
 
-    // Lines that take a pass together stay in L1 for the next pass.
+    // Lines that go through a pass together stay in L1 for the next pass.
     static constexpr std::int64_t bytes_at_once = 16384;
     static constexpr int max_columns = 8;
 
@@ -87,7 +87,7 @@ struct FilterOf {
 
     // ---- columns
 
-    // Columns [first, first + count) in the row plan's order: neighbours in memory.
+    // Columns [first, first + count) in the row plan's order, which are neighbours in memory.
     struct ColumnGroup {
         int count;
         int k[max_columns];
@@ -156,7 +156,7 @@ struct FilterOf {
     template <class Mix, class Sink>
     struct Mixing {
         const Pass<T>& pass;
-        int position;  // in the column, of the first point
+        int position;  // of the first point in the column
         Mix mix;
         Sink sink;
 
@@ -272,7 +272,8 @@ struct FilterOf {
         std::int64_t weight(int position) const { return frequency[position] * row; }
     };
 
-    // F = 4 forward, the most frequent case, is inlined into the pass. The others share one pass that calls a function.
+    // Forward with F = 4, the most frequent case, is inlined into the pass. All other cases share a pass that calls a
+    // function.
     struct InlineMix {
         const Tile& tile;
         const ColumnGroup& group;
@@ -311,7 +312,7 @@ struct FilterOf {
 
     static Line conj_times(Line a, Line b) { return {a.re * b.re + a.im * b.im, a.re * b.im - a.im * b.re}; }
 
-    // sum_f routing[f] bin[f]; fixed_F is F where that is known, else 0
+    // sum_f routing[f] bin[f]; fixed_F is F if it is known at compile time, else 0.
     template <int fixed_F>
     FFT_INLINE static Line mixed(const V* routing, const T* bin, int F = fixed_F) {
         Line M = {routing[0] * bin[0], routing[0] * bin[1]};
@@ -327,7 +328,7 @@ struct FilterOf {
             a[r] = a[r] * mixed<0>(column.tile.routing, column.bin(first + r), column.tile.F);
     }
 
-    // grad_routing adds the terms of so many points in the arithmetic type, then their sum in float64.
+    // grad_routing adds the terms of this many points in the arithmetic type, and then their sum in float64.
     static constexpr int points_together = 8;
 
     template <int fixed_F>
@@ -361,7 +362,7 @@ struct FilterOf {
         }
     }
 
-    // The terms of one filter, where F is not known at compile time.
+    // The terms of one filter, if F is not known at compile time.
     static void add_grad_routing(const FilterColumn& column, const Line* a, int points, int first, int f) {
         if (!column.tile.needs_x_spectrum()) return;
         V grad{};

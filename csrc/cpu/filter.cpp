@@ -79,7 +79,7 @@ struct Team {
     }
 };
 
-// One call: everything that follows from its sizes, then the call itself.
+// One call: everything that depends only on its sizes, then the call itself.
 //
 // Tiles are numbered so that consecutive ones can form a group, and are split into units: ranges that one thread
 // processes in order. grad_basis is a sum over all tiles, so a unit is the tiles of one slot. grad_weight is a sum over
@@ -157,7 +157,7 @@ class Driver {
             units_ = call_.channel_tiles;
         else if (can_be_shared() && tiles_ % threads_ && tiles_ < 8 * threads_)
             units_ = tiles_;
-        else  // the same number for each thread, each of one group or less
+        else  // the same number for each thread, of at most one group each
             units_ = std::min(tiles_, threads_ * ((tiles_ - 1) / (threads_ * group_) + 1));
         group_ = std::min(group_, (tiles_ - 1) / units_ + 1);
         call_.num_slots = units_;
@@ -176,12 +176,12 @@ class Driver {
         if (own_units_ == units_) threads_ = static_cast<int>(std::min<std::int64_t>(threads_, units_));
     }
 
-    // For grad_weight, a sum over samples, consecutive tiles are those of one channel range. Else they are those of
-    // one sample.
+    // For grad_weight, a sum over samples, consecutive tiles belong to one channel range. Otherwise they belong to one
+    // sample.
     bool by_channel() const { return problem_.F == 0 && !problem_.weight_per_sample && backward_; }
 
-    // Workspace layout: what threads share (a large basis, a tile), then for each thread a group, scratch and a small
-    // basis.
+    // Workspace layout: first what threads share (a large basis, a tile), then for each thread a group, scratch and a
+    // small basis.
     std::int64_t shared_bytes() const {
         return (shares_basis() ? basis_bytes_ : 0) + (own_units_ < units_ ? tile_bytes_ : 0);
     }

@@ -76,7 +76,7 @@ struct Filter : FilterOf<typename L::Vec> {
         FFT_INLINE Pair of(std::int64_t i) const { return {RowPair(*this, i), act}; }
     };
 
-    // If all lanes are used the first pass reads the tensor itself, unless its channels come first.
+    // If all lanes are used, the first pass reads the tensor directly, unless it is channels-first.
     template <class Act>
     static void transform_rows(const RowPairs& rows, int count, Line* line, Line* scratch, const Act& act) {
         const Plan<T>& plan = rows.tile.row_plan;
@@ -101,13 +101,13 @@ struct Filter : FilterOf<typename L::Vec> {
         }
     }
 
-    // ---- channels first: a register of memory is one channel's next pixels, one here is one pixel's channels
+    // ---- channels-first: in memory a register holds pixels of one channel, here it holds channels of one pixel
 
     static constexpr int half = lanes / 2;
     static std::int64_t plane(const Tile& tile) { return std::int64_t{tile.H} * tile.W; }
     FFT_INLINE static V first_halves(V a, V b) { return alternate<0, half, lanes>(a, b); }
 
-    // block[i] = channels of pixel i, where fetch(offset) is pixels of the channel that is so far from the first one.
+    // block[i] = the channels of pixel i. fetch(offset) returns pixels of the channel at that offset from the first.
     template <class Fetch>
     FFT_INLINE static void load_block(const Tile& tile, V* block, const Fetch& fetch) {
         const std::int64_t next = plane(tile);
@@ -163,8 +163,8 @@ struct Filter : FilterOf<typename L::Vec> {
             if (grad_x) store(grad_x + offset, grad, pixels);
         }
     };
-    // Turns a pair's lines back and stores them; returns `store`, which has sums: by reference they would leave the
-    // registers.
+    // Transforms a pair's lines back and stores them. Returns `store`, which has sums: passed by reference, they would
+    // not stay in registers.
     template <class Store>
     static Store store_planes(const Tile& tile, const int* rows, const Line* line, Store store) {
         const std::int64_t next = plane(tile), a = tile.row_offset(rows[0]);
@@ -307,8 +307,8 @@ struct Filter : FilterOf<typename L::Vec> {
         }
     }
 
-    // Results too large to be cached when they are read next use non-temporal stores, which do not read the line first.
-    // Not for single cache lines: those are slower.
+    // Results that are too large to still be cached when they are read use non-temporal stores, which do not read the
+    // line first. Single cache lines do not, because they would be slower.
     static constexpr std::int64_t min_non_temporal_bytes = 16 << 20;
     static bool use_non_temporal(const Tile& tile, const Storage* pixel, int tiles) {
         const FilterProblem& problem = tile.problem;

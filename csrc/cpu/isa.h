@@ -23,7 +23,7 @@ struct StarReLUKernel {
 struct FilterCall {
     const FilterProblem* problem;
     const FilterTensors* tensors;
-    const void* row_plan;     // Plan<T> of length W, T the arithmetic type
+    const void* row_plan;     // Plan<T> of length W, where T is the arithmetic type
     const void* column_plan;  // Plan<T> of length H
     std::int64_t channel_tiles;
     std::int64_t row_stride;  // from one pair of rows to the next in a tile's workspace, in complex registers
@@ -35,7 +35,7 @@ struct FilterCall {
 struct TileTask {
     std::int64_t sample, channel_tile;
     std::int64_t slot;   // backward: which partial sum of grad_filters the tile adds to
-    bool first_of_slot;  // or overwrites, as the first tile of the slot
+    bool first_of_slot;  // the first tile of a slot overwrites it instead
     void* workspace;
 };
 

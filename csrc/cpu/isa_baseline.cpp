@@ -1,4 +1,4 @@
-// What every machine of the architecture has: SSE2 on x86-64, NEON on aarch64.
+// The instruction set that every machine of the architecture has: SSE2 on x86-64, NEON on aarch64.
 #include "isa.h"
 #include "plan.h"
 

@@ -11,7 +11,7 @@ using I32 = std::int32_t __attribute__((vector_size(VECTOR_BYTES)));
 using I64 = std::int64_t __attribute__((vector_size(VECTOR_BYTES)));
 using U32 = std::uint32_t __attribute__((vector_size(VECTOR_BYTES)));
 using U16 = std::uint16_t __attribute__((vector_size(VECTOR_BYTES / 2)));
-// As many lanes as F32, so twice as wide as a register: for sums of float32 in float64.
+// For sums of float32 in float64: it has as many lanes as F32, and so is twice as wide as a register.
 using F64Wide = double __attribute__((vector_size(2 * VECTOR_BYTES)));
 
 template <class To, class From>

@@ -55,7 +55,7 @@ struct StarReLU {
     static Vec backward_lane(Vec grad_y, Vec x, Vec two_scale, Sums& sums) {
         const Vec r = relu(x);
         sums.add(grad_y * (r * r), grad_y);
-        return x <= 0 ? Vec{} : two_scale * r * grad_y;  // a select, as 0 * inf would be NaN for an infinite grad_y
+        return x <= 0 ? Vec{} : two_scale * r * grad_y;  // selected: 0 * inf would be NaN for an infinite grad_y
     }
 
     static void backward(const void* grad_y_, const void* x_, void* grad_x_, std::int64_t n, double scale_,

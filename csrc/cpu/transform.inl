@@ -135,7 +135,7 @@ void rader_butterfly(const PassOf<V>& pass, Complex<V>* a) {
     Complex<V>& sum = line[convolution.frequency_at[0]];
     a[0] = first + sum;
     for (int p = 0; p < convolution.size; p++) line[p] = line[p] * pair_at(pass.spectrum, p);
-    sum = sum + first;  // sample 0, which is no power of the generator, adds to every frequency
+    sum = sum + first;  // sample 0 is no power of the generator, and adds to every frequency
     inverse_transform_line<V>(convolution, line);
     for (int p = 0; p < convolution.size; p++) a[pass.outputs[p]] = line[p];
 }

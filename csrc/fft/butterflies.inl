@@ -65,7 +65,7 @@ struct Index {
     constexpr operator int() const { return I; }
 };
 
-// fn(Index<first>), ..., fn(Index<last - 1>): a loop whose indices are constants, whatever the unroller thinks.
+// fn(Index<first>), ..., fn(Index<last - 1>): a loop whose indices are constants, even if the compiler does not unroll.
 template <int first, int last, class Fn>
 FFT_INLINE void unrolled(Fn&& fn) {
     if constexpr (first < last) {
@@ -103,7 +103,7 @@ FFT_INLINE Complex<T> rotated(Complex<T> a) {
         return a * Complex<S>{S(cos_turn(K, N)), S(-sin_turn(K, N))};
 }
 
-// The factor that N is split by; N itself where it is transformed directly.
+// The factor that N is split by; N itself if it is transformed directly.
 constexpr int first_factor(int N) {
     if (N == 2 || N == 4) return N;
     const int factors[] = {4, 2, 3, 5, 7, 11, 13};
@@ -115,8 +115,9 @@ constexpr int first_factor(int N) {
 template <int N, class T>
 FFT_INLINE void butterfly(Complex<T>* a);
 
-// N an odd prime: sums and differences of a[n] and a[N-n] meet the cosines and sines separately. The sines are divided
-// by the first of them, which the fused multiply-adds of the last step bring back: two multiplications less for each k.
+// For an odd prime N, sums of a[n] and a[N-n] are multiplied by cosines, and differences by sines. The sines are
+// divided by the first of them, and the fused multiply-adds of the last step restore the factor. That saves two
+// multiplications for each k.
 template <int N, class T>
 FFT_INLINE void odd_prime_butterfly(Complex<T>* a) {
     using S = typename ScalarOf<T>::Type;
@@ -129,7 +130,7 @@ FFT_INLINE void odd_prime_butterfly(Complex<T>* a) {
         a[0] = a[0] + sum[n];
     });
     unrolled<1, half + 1>([&](auto k) UNROLLED_BODY {
-        constexpr int K = k.value;  // of a lambda around this one, compilers do not all take k.value for a constant
+        constexpr int K = k.value;  // in an inner lambda, not every compiler accepts k.value as a constant
         constexpr double first_sine = sin_turn(K, N);
         Complex<T> even = a0, odd = difference[0];
         unrolled<0, half>([&](auto n) UNROLLED_BODY {

@@ -239,7 +239,7 @@ def _check_plane(
 
 
 def same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
-    """Whether two sizes are equal whatever symbols in them stand for."""
+    """Whether two sizes are equal for all values of their symbols."""
     equal = a == b
     if isinstance(equal, bool):
         return equal

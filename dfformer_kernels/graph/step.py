@@ -136,7 +136,7 @@ def _candidates(chain: Chain, values: Values) -> Iterator[Step]:
 
 
 def _map_shape(chain: Chain, values: Values) -> tuple[int, int, int, int]:
-    """B, H, W, C, which may be symbols."""
+    """B, H, W, C of the chain's input, which may be symbols."""
     B, *rest = values[chain.x].shape
     C, H, W = rest if chain.channels_first else (rest[2], *rest[:2])
     return B, H, W, C

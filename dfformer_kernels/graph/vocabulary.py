@@ -91,10 +91,10 @@ def is_mutating(node: fx.Node) -> bool:
 
 
 def _named_arguments(node: fx.Node) -> Mapping[str, Any]:
-    """What a call gives, by name, also what it gives by position to a function that says its arguments' names."""
+    """The arguments of a call by name; positional ones are included if the function's signature is known."""
     try:
         return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # a method's name, or a function of no Python
+    except (TypeError, ValueError):  # the name of a method, or a function without a Python signature
         return node.kwargs
 
 

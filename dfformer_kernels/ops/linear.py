@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: as ``F.linear``, for shapes, dtypes or devices that do not match.
     """
-    broadcast = bias is not None and bias.shape != weight.shape[:1]  # which F.linear takes and a convolution does not
+    broadcast = bias is not None and bias.shape != weight.shape[:1]  # F.linear accepts this, a convolution does not
     if broadcast or not prefers_convolution(x, weight) or is_transformed((x, weight, bias)):
         return F.linear(x, weight, bias)
     return _Convolution.apply(x, weight, bias)

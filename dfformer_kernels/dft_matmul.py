@@ -94,7 +94,11 @@ def _matrices_for(H: int, W: int, like: Tensor) -> Matrices:
     return _matrices_on(int(H), int(W), like.dtype, like.device)
 
 
-@torch.compiler.assume_constant_result
+def be_constants() -> None:
+    """From now on torch.compile takes the matrices as constants. Not on import, which would import all of Dynamo."""
+    torch.compiler.assume_constant_result(_matrices_on)
+
+
 def _matrices_on(H: int, W: int, dtype: torch.dtype, device: torch.device) -> Matrices:
     key = (H, W, dtype, device)
     if key in _KEPT:

@@ -8,7 +8,7 @@ from torch.export import ExportedProgram
 
 from dfformer.models.spectral import AFNO2D
 from dfformer.utils.eager_baseline import with_classes
-from dfformer_kernels import afno
+from dfformer_kernels import afno, dft_matmul
 from dfformer_kernels.ops.filter import MATMUL_DECOMPOSITIONS, MatmulTransforms
 
 ModelT = TypeVar("ModelT", bound=nn.Module | ExportedProgram)
@@ -34,6 +34,7 @@ def with_dft_matmul(model: ModelT) -> ModelT:
         return model.run_decompositions(MATMUL_DECOMPOSITIONS)
     if "forward" in vars(model):
         raise ValueError("model: its forward was set on the instance, accepted are forwards of classes")
+    dft_matmul.be_constants()
     copied = with_classes(model, {AFNO2D: _AFNO2D})
     kind = type(copied)
 

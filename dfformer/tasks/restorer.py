@@ -56,7 +56,7 @@ class Restorer(nn.Module):
                 f"model.args.strides: got maps of strides {strides}, accepted are 1, 2 or 4, then twice the one before"
             )
         self.stride = strides[-1]
-        self.stages = timm.create_model(encoder, num_classes=0, **arguments).stages[:-1]
+        self.stages = timm.create_model(encoder, **{**arguments, "num_classes": 0}).stages[:-1]
         self.enlarge = nn.ModuleList(nn.ConvTranspose2d(below, dim, 2, 2) for dim, below in pairwise(dims))
         self.correction = nn.Conv2d(dims[0], 3 * strides[0] ** 2, 3, padding=1)
         for parameter in self.correction.parameters():

@@ -1,9 +1,8 @@
 """Linear layers through the library that is fast on this processor.
 
-PyTorch's x86 builds compute float32 matrix products with MKL, which runs at about half speed on processors that are
-not Intel's. oneDNN runs at full speed there, and PyTorch's public way to reach it is a 1x1 convolution of a
-channels-last view. On such a processor, a float32 product therefore becomes that convolution; all other products use
-``F.linear``.
+PyTorch's x86 builds compute float32 matrix products with MKL, which is slower than oneDNN on processors that are not
+Intel's. PyTorch's public way to oneDNN is a 1x1 convolution of a channels-last view. On such a processor, a forward of
+many rows is therefore that convolution. All other products, and all gradients, are PyTorch's matrix products.
 """
 
 import platform

@@ -132,6 +132,8 @@ def warp_iterations(tasks: int, threads: int, threads_a_task: int) -> int:
 def count(step: Step, variant: Variant, code: list[str], labels: dict[str, int]) -> Counts:
     """Raises ValueError where the code's loops are not the source's."""
     warps, loops = variant.threads / 32, loops_of(code, labels)
+    fetching = [loop for loop in loops if loop[1] - loop[0] < 20 and "CCTL" in " ".join(code[loop[0] : loop[1]])]
+    loops = [loop for loop in loops if loop not in fetching]
     end = next(i for i, line in enumerate(code) if line == "EXIT" and i > loops[-1][1])
     if step.backward:
         (item, item_end), loops = loops[0], loops[1:]
@@ -152,6 +154,10 @@ def count(step: Step, variant: Variant, code: list[str], labels: dict[str, int])
     for (begin, stop), n in zip(inner, trips if inner else [], strict=True):
         weights[begin : stop + 1] = [w * n for w in weights[begin : stop + 1]]
     _weigh_sums(step, variant, outer[len(names) :], weights)
+    # Requests to the L2 cache for the next item: a sector each, of every tensor in a loop of its own.
+    requests = step.H * step.W * variant.lanes * step.dtype.itemsize / 32
+    for first, last in fetching:
+        weights[first : last + 1] = [requests / 32] * (last + 1 - first)
 
     boundaries = [last for _, last in outer[: len(names)]]
     start, stop = (item, item_end) if step.backward else (0, end)
@@ -171,7 +177,7 @@ def _weigh_sums(step: Step, variant: Variant, loops: list[tuple[int, int]], weig
     sums over threads for softmax's gradient, a few iterations of one warp.
     """
     points = step.H * step.K
-    tasks = points * (step.F if 2 * points <= variant.threads else 1)
+    tasks = points * cuda.slots_of_block(points, variant.lanes, variant.threads)
     for n, (first, last) in enumerate(loops):
         weight = warp_iterations(tasks, variant.threads, 1) if n == 0 else 0 if n == 1 else 1
         weights[first : last + 1] = [weight] * (last + 1 - first)

@@ -42,6 +42,12 @@ struct StorageType<3> {
 using Storage = StorageType<STORAGE>::Type;
 
 #ifdef __CUDACC_RTC__
+// i itself, of which the compiler knows no more: what it computes from i it cannot have computed before.
+FFT_INLINE int opaque(int i) {
+    asm volatile("" : "+r"(i));
+    return i;
+}
+FFT_INLINE void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 FFT_INLINE float float_of(Float16 value) {
     float result;
     asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
@@ -59,7 +65,7 @@ FFT_INLINE BFloat16 bfloat16_of(float value) {
 }
 #endif
 
-extern __shared__ float2 shared[];
+extern __shared__ __align__(16) float2 shared[];
 
 struct Environment {
     float2* spectra = nullptr;
@@ -95,25 +101,44 @@ struct Environment {
         }
     }
 
+    FFT_INLINE void prefetch(const void* p) const { prefetch_to_l2(p); }
+    FFT_INLINE int opaque(int i) const { return ::opaque(i); }
+
     FFT_INLINE Complex<float> plane(int i) const { return {shared[i].x, shared[i].y}; }
     FFT_INLINE void set_plane(int i, Complex<float> value) const { shared[i] = make_float2(value.re, value.im); }
     FFT_INLINE Complex<float> spectrum(int i) const { return {spectra[i].x, spectra[i].y}; }
     FFT_INLINE void set_spectrum(int i, Complex<float> value) const { spectra[i] = make_float2(value.re, value.im); }
     FFT_INLINE float scratch(int i) const { return ((const float*)shared)[i]; }
+    template <int count>
+    FFT_INLINE void scratch(int i, float* values) const {
+        const float* p = (const float*)shared + i;
+        if constexpr (count == 4) {
+            const float4 v = *(const float4*)p;
+            values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+        } else if constexpr (count == 2) {
+            const float2 v = *(const float2*)p;
+            values[0] = v.x, values[1] = v.y;
+        } else {
+            values[0] = *p;
+        }
+    }
     FFT_INLINE void set_scratch(int i, float value) const { ((float*)shared)[i] = value; }
 };
 
 #if DIRECTION == 0
 
-// One work item a block: gridDim.x = B ceil(C / LANES), a sample's channel blocks side by side.
+// One work item a block: gridDim.x = B ceil(C / LANES), a sample's channel blocks side by side. `ahead` is how many
+// blocks the GPU runs at once: about what a multiprocessor's next block is ahead of this one.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     filter_forward(const Storage* x, Storage* y, const float* logits, const float* filters, const float* scale,
-                   const float* bias, long long) {
+                   const float* bias, long long ahead) {
     using Step = Forward<Block, Storage>;
     Environment env;
-    const Step step{x, y, logits, filters, {scale, bias}, (int)threadIdx.x, blockIdx.x};
     unrolled<0, Step::phases>([&](auto phase) {
         if (phase > 0) __syncthreads();
+        // opaque, or addresses of the last phase would be computed in the first and wait in registers
+        const unsigned item = opaque(blockIdx.x), next = item + (unsigned)ahead;
+        const Step step{x, y, logits, filters, {scale, bias}, opaque(threadIdx.x), item, next, gridDim.x};
         step.template run<phase.value>(env);
     });
 }
@@ -123,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 // Block i takes the work items i, i + gridDim.x, ... of B ceil(C / LANES), in order, and gridDim.x is at most their
 // number. Its part of a sum over blocks goes to a slot:
 //
-//   grad_basis   filter_slots[gridDim.x][H][K][F][2], block i has slot i
+//   grad_basis   filter_slots[gridDim.x][slots][H][K][F][2], block i has the i-th `slots` of them, Block::slots
 //   grad_weight  filter_slots[gridDim.x / ceil(C / LANES)][H][K][C][2]: gridDim.x is a multiple of ceil(C / LANES), so
 //                that a block's items are samples of the same channels, for which it fills slot i / ceil(C / LANES)
 //   scalars      star_relu_slots[gridDim.x][2]: grad_scale, grad_bias
@@ -137,14 +162,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     using Step = Backward<Block, Storage>;
     constexpr int slot_blocks = FILTERS ? 1 : Block::channel_blocks, slot_size = Block::H * Block::K * 2;
     const long long slot = blockIdx.x / slot_blocks;
-    if (filter_slots) filter_slots += slot * slot_size * (FILTERS ? FILTERS : CHANNELS);
+    if (filter_slots) filter_slots += slot * Block::slots * slot_size * (FILTERS ? FILTERS : CHANNELS);
     if (star_relu_slots) star_relu_slots += 2LL * blockIdx.x;
 
     Environment env{Block::in_turn ? spectra + (long long)blockIdx.x * Block::spectrum_size : nullptr};
     Step step{grad_y, x,           logits,       filters,         {scale, bias},
               grad_x, grad_logits, filter_slots, star_relu_slots, (int)threadIdx.x};
     for (long long item = blockIdx.x; item < B * Block::channel_blocks; item += gridDim.x) {
-        step.begin(item, item == blockIdx.x);
+        const long long next = item + gridDim.x;
+        step.begin(item, item == blockIdx.x, next < B * Block::channel_blocks ? next : -1);
         unrolled<0, Step::phases>([&](auto phase) {
             step.template run<phase.value>(env);
             __syncthreads();

@@ -11,8 +11,11 @@
 //   load<count>(p, values)               2 or 4 aligned floats of one
 //   store(p, value)                      rounded to nearest
 //   accumulate<count>(p, values, first)  2 or 4 aligned floats this block alone adds to; the first time they are set
+//   prefetch(p)                          the sector of device memory around p is wanted soon
+//   opaque(i)                            i, of which the compiler knows no more
 //   plane(i), set_plane(i, value)        complex numbers of shared memory
 //   scratch(i), set_scratch(i, value)    floats of shared memory, i counting from the same start
+//   scratch<count>(i, values)            1, 2 or 4 aligned ones
 //   spectrum(i), set_spectrum(i, value)  complex numbers of the block's own device memory, for spectra taken in turn
 //
 // The arithmetic is float32.
@@ -47,11 +50,18 @@ constexpr int second_factor(int H) {
     return best;
 }
 
+// The largest power of 2 that leaves a thread for each of them at every frequency, and two lanes for each thread.
+constexpr int slots_of_block(int frequencies, int lanes, int threads) {
+    int slots = 1;
+    while (4 * slots <= lanes && 2 * slots * frequencies <= threads) slots *= 2;
+    return slots;
+}
+
 // How threads and shared memory are laid out for one problem. `lanes` neighbouring channels of one sample are a block's
 // work item; thread t works on lane t % lanes and takes every (threads / lanes)-th row or column.
 //
 // Shared memory: `planes` half spectra, complex [H][row_stride] with [K][lanes] in a row; then, backward only, floats:
-// [F][lanes] routing weights and [sums][threads] partial sums. Backward has two planes, or where those do not fit takes
+// [lanes][F] routing weights and [sums][threads] partial sums. Backward has two planes, or where those do not fit takes
 // X and G in turn through one: X waits in the block's own device memory, complex [H][K][lanes] = [spectrum_size].
 //
 //   row_stride   = K lanes            lanes >= 16
@@ -91,6 +101,9 @@ struct Layout {
     static constexpr int weights_at = 2 * planes_ * plane;
     static constexpr int sums_at = weights_at + (backward_ ? F * lanes : 0);
     static constexpr int shared_bytes = 4 * (sums_at + sums * threads);
+
+    // Threads that share the sum over lanes at one frequency where those are few; each has a slot of its own.
+    static constexpr int slots = per_channel ? 1 : slots_of_block(H * K, lanes, threads);
 
     static constexpr int N2 = columns_ == COLUMNS_IN_REGISTERS ? H : second_factor(H), N1 = H / N2;
     static constexpr bool coprime = greatest_common_divisor(N1, N2) == 1;
@@ -246,6 +259,24 @@ FFT_INLINE void transform_rows(int thread, Env& env, const Channel<L>& channel, 
     }
 }
 
+// Asks the L2 cache for the pixels of an item. Columns need nothing of device memory, which would rest while they are
+// transformed: what the next rows need can be on its way. A request costs the cache as much as it has lines of 128
+// bytes, and blocks whose channels share a line run at the same time: each asks for every `sharing`-th pixel of all.
+template <class L, class Env, class Storage>
+FFT_INLINE void prefetch_pixels(int thread, Env& env, const Storage* tensor, long long item) {
+    constexpr int sector = 32 / sizeof(Storage), line = 4 * sector;  // channels
+    constexpr int sharing = L::lanes < line ? line / L::lanes : 1, sectors = sharing * L::lanes / sector;
+    constexpr int pixels = L::H * L::W;
+    constexpr int step = L::threads / sectors * sharing;
+    const int block = int(item % L::channel_blocks), own = block % sharing;
+    const int channel = (block - own) * L::lanes + thread % sectors * sector;
+    if (L::C % (sharing * L::lanes) != 0 && channel >= L::C) return;
+    int pixel = thread / sectors * sharing + own;
+    const Storage* p = tensor + (item / L::channel_blocks * (pixels * L::C) + (pixel * L::C + channel));
+#pragma unroll 1
+    for (; pixel < pixels; pixel += step, p += step * L::C) env.prefetch(p);
+}
+
 // The way back: irfft of the plane's rows without its 1/W, dropping what is imaginary in columns 0 and W/2. Each
 // goes to store_row(h, its W values).
 template <class L, class Env, class StoreRow>
@@ -394,12 +425,17 @@ struct Forward {
     Scalars star_relu;
     int thread;
     unsigned item;  // b * channel_blocks + a block of channels
+    unsigned next;  // the item that follows on a multiprocessor, or none of the `items`
+    unsigned items;
 
     template <int phase, class Env>
     FFT_INLINE void run(Env& env) const {
         const Channel<L> channel(item / L::channel_blocks, item % L::channel_blocks, thread);
         if constexpr (phase == 0) transform_rows<L>(thread, env, channel, x, activation_of<L>(env, star_relu), 0);
-        if constexpr (phase == 1) filter_columns(env, channel);
+        if constexpr (phase == 1) {
+            filter_columns(env, channel);
+            if (next < items) prefetch_pixels<L>(thread, env, x, next);
+        }
         if constexpr (phase == 2) {
             inverse_rows<L>(thread, env, channel, 0, [&](int h, const float* values) UNROLLED_BODY {
                 Storage* pixels = channel.in_row(y, h);
@@ -413,7 +449,8 @@ struct Forward {
         float r[L::filters];
         routing_weights(env, channel, logits, r);
 #pragma unroll 1
-        for (int k = thread / L::lanes; k < L::K; k += L::workers) {
+        for (int own = thread / L::lanes; own < L::K; own += L::workers) {
+            const int k = env.opaque(own);  // or each address made of it would be counted in a register of its own
             const int column = k * L::lanes + channel.lane;
             outer_stage<L, false>(env, column);
             counted<L::N1, L::rolled>([&](auto i) UNROLLED_BODY {
@@ -447,17 +484,19 @@ struct Backward {
     Scalars star_relu;
     Storage* grad_x;        // (B,H,W,C)
     float* grad_logits;     // (B,F,C)
-    float* filter_slot;     // (H,K,F,2): this block's part of the sum; or (H,K,C,2), of which it has its channels
+    float* filter_slot;     // (slots,H,K,F,2): this block's part of the sum; or (H,K,C,2), of which it has its channels
     float* star_relu_slot;  // this block's part of grad_scale and grad_bias
     int thread;
     long long sample = 0;
     int channel_block = 0;
     bool first = true;                    // of this block's items
+    long long next = -1;                  // item
     float grad_scale = 0, grad_bias = 0;  // this thread's part
 
-    // Work item b * channel_blocks + a block of channels.
-    FFT_INLINE void begin(long long item, bool is_first) {
-        sample = item / L::channel_blocks, channel_block = int(item % L::channel_blocks), first = is_first;
+    // Work item b * channel_blocks + a block of channels; the next one is -1 after the last.
+    FFT_INLINE void begin(long long item, bool is_first, long long next_item) {
+        sample = item / L::channel_blocks, channel_block = int(item % L::channel_blocks);
+        first = is_first, next = next_item;
     }
 
     template <int phase, class Env>
@@ -467,7 +506,13 @@ struct Backward {
         if constexpr (L::in_turn && phase == 1) keep_spectrum(env, channel);
         if constexpr (phase == phases - 3)
             transform_rows<L>(thread, env, channel, grad_y, Identity{}, L::gradient_plane);
-        if constexpr (phase == phases - 2) differentiate_columns(env, channel);
+        if constexpr (phase == phases - 2) {
+            differentiate_columns(env, channel);
+            if (next >= 0) {
+                prefetch_pixels<L>(thread, env, x, next);
+                prefetch_pixels<L>(thread, env, grad_y, next);
+            }
+        }
         if constexpr (phase == phases - 1) {
             differentiate_activation(env, channel);
             if constexpr (!L::per_channel) {
@@ -552,7 +597,7 @@ struct Backward {
         }
         unrolled<0, L::F>([&](auto f) UNROLLED_BODY {
             env.set_scratch(L::sums_at + f * L::threads + thread, grad_r[f]);
-            if (thread < L::lanes) env.set_scratch(L::weights_at + f * L::lanes + thread, r[f]);
+            if (thread < L::lanes) env.set_scratch(L::weights_at + thread * L::F + f, r[f]);
         });
     }
 
@@ -585,43 +630,51 @@ struct Backward {
         });
     }
 
-    // grad_basis += sum over lanes of r P: one thread a frequency, or a frequency and filter where those are few.
+    // grad_basis += sum over lanes of r P: one thread a frequency, or several with some lanes each.
     template <class Env>
     FFT_INLINE void sum_over_lanes(Env& env) const {
-        constexpr int lanes = L::lanes, F = L::F, points = L::H * L::K;
-        constexpr int parts = 2 * points <= L::threads ? F : 1, filters = F / parts;
+        constexpr int lanes = L::lanes / L::slots, F = L::F, tasks = L::H * L::K * L::slots;
 #pragma unroll 1
-        for (unsigned task = thread; task < points * parts; task += L::threads) {
-            const unsigned point = task % points, first_filter = task / points * filters;
+        for (unsigned task = thread; task < tasks; task += L::threads) {
+            const unsigned point = task / L::slots, part = task % L::slots;
             const unsigned slot = point / L::K, k = point % L::K;
-            const unsigned at = slot * L::row_stride + k * lanes;
+            const unsigned at = slot * L::row_stride + k * L::lanes;
             // Threads whose lanes lie in the same banks begin with different ones.
-            const unsigned begin = at / (lanes < 16 ? 16 : lanes);
-            float sums[2 * filters] = {};
-#pragma unroll
-            for (int step = 0; step < lanes; step++) {
-                const unsigned lane = (begin + step) % lanes;
-                const Complex<float> P = L::in_turn ? env.spectrum(point * lanes + lane) : env.plane(at + lane);
-                const unsigned weight = L::weights_at + first_filter * lanes + lane;
-                unrolled<0, filters>([&](auto f) UNROLLED_BODY {
-                    const float r = env.scratch(weight + f * lanes);
-                    sums[2 * f] += r * P.re;
-                    sums[2 * f + 1] += r * P.im;
+            const unsigned begin = (at + part * lanes) / (lanes < 16 ? 16 : lanes) % lanes + part * lanes;
+            float sums[2 * F] = {};
+            unrolled<0, lanes>([&](auto step) UNROLLED_BODY {
+                const unsigned lane = begin ^ step;
+                const Complex<float> P = L::in_turn ? env.spectrum(point * L::lanes + lane) : env.plane(at + lane);
+                float r[F];
+                load_weights(env, lane, r);
+                unrolled<0, F>([&](auto f) UNROLLED_BODY {
+                    sums[2 * f] += r[f] * P.re;
+                    sums[2 * f + 1] += r[f] * P.im;
                 });
-            }
-            float* own = filter_slot + ((L::frequency(slot / L::N2, slot % L::N2) * L::K + k) * F + first_filter) * 2;
-            in_vectors<2 * filters>([&](auto width, int offset) UNROLLED_BODY {
+            });
+            const unsigned frequency = L::frequency(slot / L::N2, slot % L::N2) * L::K + k;
+            float* own = filter_slot + (part * (L::H * L::K) + frequency) * (2 * F);
+            in_vectors<2 * F>([&](auto width, int offset) UNROLLED_BODY {
                 env.template accumulate<width.value>(own + offset, sums + offset, first);
             });
         }
+    }
+
+    // A channel's routing weights, kept in shared memory.
+    template <class Env>
+    static FFT_INLINE void load_weights(Env& env, unsigned lane, float* r) {
+        constexpr int width = L::F % 4 == 0 && L::weights_at % 4 == 0 ? 4 : L::F % 2 == 0 ? 2 : 1;
+        unrolled<0, L::F / width>([&](auto i) UNROLLED_BODY {
+            env.template scratch<width>(L::weights_at + lane * L::F + i * width, r + i * width);
+        });
     }
 
     // grad_logits[f] = r[f] sum_f' r[f'] (grad_r[f] - grad_r[f']), one thread a channel; exactly 0 where F = 1.
     template <class Env>
     FFT_INLINE void differentiate_softmax(Env& env, const Channel<L>& channel) const {
         float r[L::F], grad_r[L::F];
+        load_weights(env, thread, r);
         unrolled<0, L::F>([&](auto f) UNROLLED_BODY {
-            r[f] = env.scratch(L::weights_at + f * L::lanes + thread);
             grad_r[f] = sum<L::lanes, L::workers>(env, L::sums_at + f * L::threads + thread);
         });
         float* own = channel.in_logits(grad_logits);

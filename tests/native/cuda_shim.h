@@ -10,6 +10,7 @@
 
 #define __global__
 #define __shared__
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 
 struct Dim {
@@ -32,6 +33,8 @@ T __ldg(const T* p) {
     if (reinterpret_cast<std::uintptr_t>(p) % alignof(T)) __builtin_trap();  // a GPU faults too
     return *p;
 }
+inline void prefetch_to_l2(const void*) {}
+inline int opaque(int i) { return i; }
 inline float __uint_as_float(unsigned bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);

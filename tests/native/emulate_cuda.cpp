@@ -6,6 +6,7 @@
 //   wavefronts   of a warp's accesses to shared memory, by the rule of 32 banks of 4 bytes; and the least possible
 //   sectors      of 32 bytes, of a warp's requests for pixels; and the requests
 //   loaded       bytes read from, and stored to, the tensors of pixels
+//   asked        sectors that the L2 cache is asked for in advance, and how many different ones
 //   kept         bytes read from and written to a block's own device memory
 //
 //   emulate_cuda SPECIALISATION B GRID WANTED MISSING_BARRIER INPUTS OUTPUTS
@@ -16,6 +17,7 @@
 #include <array>
 #include <cmath>
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -27,7 +29,8 @@ namespace {
 
 struct Report {
     long long races = 0, outside = 0, unwritten = 0, wavefronts = 0, least_wavefronts = 0, sectors = 0, requests = 0,
-              loaded = 0, stored = 0, kept = 0;
+              loaded = 0, stored = 0, kept = 0, asked = 0;
+    std::set<long long> different;
 };
 
 // Memory whose words remember who touched them since the last barrier.
@@ -170,6 +173,16 @@ struct Environment {
     void store(Float16* p, float value) const {
         if (block.touch_tensor(thread, p, sizeof *p, true)) *p = float16_of(value);
     }
+    void prefetch(const void* p) const {
+        for (const Region& region : block.tensors)
+            if (p >= region.begin && p < region.begin + region.bytes) {
+                block.report.asked++;
+                block.report.different.insert((long long)p / 32);
+                return;
+            }
+        block.report.outside++;
+    }
+    int opaque(int i) const { return i; }
     template <int count>
     void accumulate(float* p, const float* values, bool first) const {
         if (!block.touch_tensor(thread, p, count * 4, true)) return;
@@ -193,6 +206,10 @@ struct Environment {
     void set_spectrum(int i, Complex<float> value) const { set_complex(block.spectra, i, value); }
     float* shared(int i) const { return (float*)block.shared.begin + i; }
     float scratch(int i) const { return block.touch(block.shared, thread, shared(i), 4, false) ? *shared(i) : 0; }
+    template <int count>
+    void scratch(int i, float* values) const {
+        if (block.touch(block.shared, thread, shared(i), 4 * count, false)) std::copy_n(shared(i), count, values);
+    }
     void set_scratch(int i, float value) const {
         if (block.touch(block.shared, thread, shared(i), 4, true)) *shared(i) = value;
     }
@@ -222,7 +239,9 @@ void run_forward(const T& t, Block& block, long long index) {
                            t.filters.data(),
                            {t.scale.data(), t.bias.data()},
                            thread,
-                           (unsigned)index});
+                           (unsigned)index,
+                           (unsigned)index + L::channel_blocks,
+                           (unsigned)t.grid});
     unrolled<0, Forward<L, Storage>::phases>([&](auto phase) { run_phase<phase.value>(block, threads); });
 }
 
@@ -243,11 +262,12 @@ void run_backward(const T& t, Block& block, long long index) {
                            {t.scale.data(), t.bias.data()},
                            t.y.data(),
                            t.grad_logits.data(),
-                           part(t.filter_slots, slot, t.slots),
+                           part(t.filter_slots, slot, t.slots / L::slots),
                            part(t.star_relu_slots, index, t.grid),
                            thread});
     for (long long item = index; item < t.B * L::channel_blocks; item += t.grid) {
-        for (auto& step : threads) step.begin(item, item == index);
+        const long long next = item + t.grid;
+        for (auto& step : threads) step.begin(item, item == index, next < t.B * L::channel_blocks ? next : -1);
         unrolled<0, Backward<L, Storage>::phases>([&](auto phase) { run_phase<phase.value>(block, threads); });
     }
     unrolled<0, Backward<L, Storage>::end_phases>([&](auto phase) {
@@ -296,7 +316,7 @@ int main(int, char** arguments) {
                                          std::atoi(arguments[5]), arguments[6], arguments[7]);
     std::printf(
         "races %lld outside %lld unwritten %lld wavefronts %lld least_wavefronts %lld sectors %lld requests %lld "
-        "loaded %lld stored %lld kept %lld\n",
+        "loaded %lld stored %lld kept %lld asked %lld different %lld\n",
         r.races, r.outside, r.unwritten, r.wavefronts, r.least_wavefronts, r.sectors, r.requests, r.loaded, r.stored,
-        r.kept);
+        r.kept, r.asked, (long long)r.different.size());
 }

@@ -9,7 +9,7 @@
 
 #include "cuda_tensors.h"
 
-float2 shared[SHARED_BYTES / sizeof(float2)];
+__align__(16) float2 shared[SHARED_BYTES / sizeof(float2)];
 
 // The value at an address, as whatever type the kernel's parameter has.
 struct Argument {

@@ -11,7 +11,7 @@
 
 #include "cuda_tensors.h"
 
-float2 shared[SHARED_BYTES / sizeof(float2)];
+__align__(16) float2 shared[SHARED_BYTES / sizeof(float2)];
 
 int main(int, char** arguments) {
     const Tensors<Block, Storage, DIRECTION> t(std::atoll(arguments[1]), std::atoll(arguments[2]),
@@ -30,7 +30,7 @@ int main(int, char** arguments) {
                 threadIdx.x = thread;
 #if DIRECTION == 0
                 filter_forward(t.x.data(), t.y.data(), t.logits.data(), t.filters.data(), t.scale.data(), t.bias.data(),
-                               t.B);
+                               Block::channel_blocks);
 #else
                 filter_backward(t.grad_y.data(), t.x.data(), t.logits.data(), t.filters.data(), t.scale.data(),
                                 t.bias.data(), t.y.data(), t.grad_logits.data(), t.filter_slots.data(),

@@ -78,16 +78,17 @@ class Loaded:
     channel_blocks: int  # blocks' worth of work in a sample
     resident: int  # blocks the chip runs at once
     spectrum: int  # complex numbers of device memory that a block needs
+    slots: int  # parts of the basis' gradient that a block writes
 
     def launch_size(self, B: int, per_channel: bool) -> tuple[int, int]:
-        """The backward's blocks, and slots of the filters' gradient: a block each, or all blocks of one sample
-        together if every channel has its own weight.
+        """The backward's blocks, and slots of the filters' gradient: each block's own, or one for all blocks of one
+        sample together if every channel has its own weight.
         """
         if per_channel:
             slots = max(1, min(B, self.resident // self.channel_blocks))
             return slots * self.channel_blocks, slots
         blocks = min(B * self.channel_blocks, self.resident)
-        return blocks, blocks
+        return blocks, blocks * self.slots
 
 
 _loaded: dict[tuple[Step, int], Loaded] = {}
@@ -115,7 +116,9 @@ def _load(step: Step, device: int) -> Loaded:
     name = "filter_backward" if step.backward else "filter_forward"
     kernel = nvrtc.load(cubin, name, device, variant.threads, variant.shared_bytes)
     spectrum = step.H * step.K * variant.lanes if step.backward and variant.planes == 1 else 0
-    return Loaded(kernel, -(-step.C // variant.lanes), chip.multiprocessors * variant.min_blocks, spectrum)
+    resident = chip.multiprocessors * variant.min_blocks
+    slots = layout.slots_of_block(step.H * step.K, variant.lanes, variant.threads)
+    return Loaded(kernel, -(-step.C // variant.lanes), resident, spectrum, slots)
 
 
 # The kernels as functions of tensors
@@ -133,7 +136,8 @@ def _filter(
     y, B = torch.empty_like(inputs.x), len(x)
     with _current(x.device):
         loaded = prepare(inputs.problem)
-        loaded.kernel.launch(B * loaded.channel_blocks, inputs.x.data_ptr(), y.data_ptr(), *inputs.parameters, B)
+        blocks, ahead = B * loaded.channel_blocks, loaded.resident
+        loaded.kernel.launch(blocks, inputs.x.data_ptr(), y.data_ptr(), *inputs.parameters, ahead)
     return y
 
 

@@ -14,6 +14,7 @@ STORAGE = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # the macro S
 _MOST_FILTERS = 16
 _LARGEST_PRIME = 13
 _SECTOR = 32  # bytes that device memory moves at least
+_RUN = 2 * _SECTOR  # of a pixel's channels: what a warp's request costs the L1 cache is its number of lines
 _WARP = 32
 _MOST_REGISTERS = 255  # a thread can have
 _MOST_WARPS = 16  # of a block: enough to fill a multiprocessor with two
@@ -100,13 +101,13 @@ class Variant:
 def choose_variant(step: Step, chip: Chip) -> Variant | None:
     """How ``step`` is laid out on ``chip``; None if it does not fit.
 
-    ``lanes`` channels of a sample are a block's work: enough to fill sectors of device memory and, on small planes,
+    ``lanes`` channels of a sample are a block's work: enough to fill two sectors of device memory and, on small planes,
     four warps. Half as many, and again, until two blocks fit a multiprocessor, so that one computes while the other
     waits for memory. Where that never happens, the most lanes of which one block fits. Backward, which moves twice as
     much, does not give up whole sectors of float32 for a second block: parts of them double what the L2 cache moves. It
     has two half spectra in shared memory or, where those of two lanes do not fit, takes them in turn.
     """
-    wanted = max(_SECTOR // step.dtype.itemsize, 4 * _WARP // _workers(step))
+    wanted = max(_RUN // step.dtype.itemsize, 4 * _WARP // _workers(step))
     most = max(min(_power_of_two(wanted), _power_of_two(step.C), _WARP), 2)
     for planes in (2, 1) if step.backward else (1,):
         variants = [variant_of(step, chip, lanes, planes) for lanes in (32, 16, 8, 4, 2) if lanes <= most]
@@ -121,14 +122,21 @@ def variant_of(step: Step, chip: Chip, lanes: int, planes: int, threads: int | N
     """``step`` with so many lanes, and planes in shared memory; None if ``chip`` has no room for it."""
     rows, columns = _rows(step), _columns(step)
     registers = _registers(step, rows, columns)
-    if threads is None:
-        threads = _threads(step, lanes, registers)
-    shared_bytes = _shared_bytes(step, rows, lanes, threads, planes)
+    chosen = threads or _threads(step, lanes, registers)
+    shared_bytes = _shared_bytes(step, rows, lanes, chosen, planes)
     if registers > _MOST_REGISTERS or shared_bytes > chip.shared_per_block:
         return None
     # More threads than have those registers make do with fewer, as far as one block goes.
-    min_blocks = chip.resident_blocks(threads, min(registers, 65536 // threads // 8 * 8), shared_bytes)
-    return Variant(rows, columns, lanes, threads, planes, min_blocks, shared_bytes) if min_blocks else None
+    available = chip.registers_per_multiprocessor // chosen // 8 * 8
+    min_blocks = chip.resident_blocks(chosen, min(registers, available), shared_bytes)
+    if min_blocks == 0:
+        return None
+    # A few warps alone on a multiprocessor wait for each instruction: twice as many share the work.
+    if threads is None and min_blocks == 1 and chosen <= 4 * _WARP and 2 * chosen * registers <= 65536:
+        more = variant_of(step, chip, lanes, planes, 2 * chosen)
+        if more is not None:
+            return more
+    return Variant(rows, columns, lanes, chosen, planes, min_blocks, shared_bytes)
 
 
 def _threads(step: Step, lanes: int, registers: int) -> int:
@@ -149,8 +157,11 @@ def _workers(step: Step) -> int:
 
 
 def _columns(step: Step) -> int:
-    """Short columns and those without two factors in registers, others in loops over the factors: fewest registers."""
-    return _COLUMNS_ROLLED if step.H > 8 and _second_factor(step.H) > 1 else _COLUMNS_IN_REGISTERS
+    """Short columns and those without two factors in registers, others in loops over the factors: fewest registers.
+    Backward has two columns at a time.
+    """
+    longest = 8 if step.backward else 16
+    return _COLUMNS_ROLLED if longest < step.H and _second_factor(step.H) > 1 else _COLUMNS_IN_REGISTERS
 
 
 def _registers(step: Step, rows: int, columns: int) -> int:
@@ -161,10 +172,11 @@ def _registers(step: Step, rows: int, columns: int) -> int:
     N2 = step.H if columns == _COLUMNS_IN_REGISTERS else _second_factor(step.H)
     row = step.W // 2 if rows == _HALF_ROWS else step.W
     if step.backward:
-        for_row = min(3 * row + 70, _MOST_REGISTERS) if row <= 80 else 3 * row + 70
+        for_row = min(3 * row + 74, _MOST_REGISTERS) if row <= 80 else 3 * row + 74
         return max(for_row, 7 * N2 + 6 * step.F + 16, 4 * (step.H // N2) + 40)
     addresses = row + 16 if step.C % 2 else 0  # of pixels, which an even number of channels lets it add to one base
-    return max(2 * row + 40 + addresses, 5 * N2 + 4 * step.F + 20, 4 * (step.H // N2) + 30)
+    for_column = 5 * N2 + 4 * step.F + 20 if N2 <= 8 else 2 * N2 + 4 * step.F + 28
+    return max(2 * row + 36 + addresses, for_column, 4 * (step.H // N2) + 30)
 
 
 def _shared_bytes(step: Step, rows: int, lanes: int, threads: int, planes: int) -> int:
@@ -176,6 +188,14 @@ def _shared_bytes(step: Step, rows: int, lanes: int, threads: int, planes: int) 
         return 8 * step.H * row_stride
     sums = max(step.F, 2 if step.star_relu else 0)
     return planes * 8 * step.H * row_stride + 4 * (step.F * lanes + sums * threads)
+
+
+def slots_of_block(frequencies: int, lanes: int, threads: int) -> int:
+    """Parts of the basis' gradient that a block writes; as in dynamic_filter.inl."""
+    slots = 1
+    while 4 * slots <= lanes and 2 * slots * frequencies <= threads:
+        slots *= 2
+    return slots
 
 
 def _second_factor(H: int) -> int:

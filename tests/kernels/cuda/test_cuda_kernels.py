@@ -17,6 +17,7 @@ from extent import FULL
 from paths import ROOT
 from torch import Tensor
 
+from dfformer_kernels.backends.cuda.layout import slots_of_block
 from dfformer_kernels.tolerance import BOUND, gradient_errors
 
 COMPILE = [
@@ -67,6 +68,10 @@ class Kernel:
     @property
     def channel_blocks(self) -> int:
         return -(-self.C // self.lanes)
+
+    @property
+    def slots(self) -> int:
+        return slots_of_block(self.H * (self.W // 2 + 1), self.lanes, self.threads)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -141,6 +146,8 @@ KERNELS = [
     # a weight for every channel
     Kernel(14, 14, 12, 0, 8, 64, PAIRS, REGISTERS, B=3),
     Kernel(6, 10, 5, 0, 2, 32, HALVES, ROLLED, BF16, star_relu=False),
+    # one block of channels, fewer than a line of 128 bytes has, and a number of pixels that no line's share divides
+    Kernel(7, 7, 8, 4, 8, 32, PAIRS, REGISTERS),
     # spectra taken in turn: long and short columns, twiddles, F from 0 to 16
     Kernel(24, 24, 6, 4, 4, 128, HALVES, ROLLED, planes=1),
     Kernel(9, 7, 5, 3, 2, 32, PAIRS, ROLLED, BF16, planes=1),
@@ -217,7 +224,7 @@ def _check_outputs(kernel: Kernel, backward: bool, folder: Path, wanted: Sequenc
 def _check_gradients(kernel: Kernel, exact: Inputs, outputs: Tensor, wanted: Sequence[str]) -> None:
     blocks = kernel.blocks[1]
     filters = "basis" if kernel.F else "weight"
-    slots = blocks if kernel.F else blocks // kernel.channel_blocks
+    slots = blocks * kernel.slots if kernel.F else blocks // kernel.channel_blocks
     layout = {  # as the kernel writes them
         "x": (kernel.dtype, tuple(exact["x"].shape)),
         "logits": (torch.float32, (kernel.B, kernel.F, kernel.C)),
@@ -282,6 +289,11 @@ def test_emulated(kernel: Kernel, backward: bool, emulator: Path, tmp_path: Path
     size = kernel.B * kernel.H * kernel.W * kernel.C * kernel.dtype.itemsize
     assert report["loaded"] == size * (1 + backward * (1 + kernel.star_relu))
     assert report["stored"] == size
+
+    # every sector of the next sample once, shared out among blocks, where lines of 128 bytes hold whole blocks
+    run = kernel.lanes * kernel.dtype.itemsize
+    if not backward and kernel.C * kernel.dtype.itemsize % 128 == 0 and 128 % min(run, 128) == 0:
+        assert report["asked"] == report["different"] == size * (kernel.B - 1) // kernel.B // 32
 
     # in turn, X is written and read, and so is P where a basis' gradient adds up over lanes
     spectra = 8 * kernel.H * (kernel.W // 2 + 1) * kernel.lanes * kernel.B * kernel.channel_blocks

@@ -401,7 +401,11 @@ def test_variants_keep_the_kernels_and_the_chips_limits(chip: Chip) -> None:
         (Step(128, 128, 128, 4, torch.float32, True, False), H100, 2, 160, 1),
         # and one of 133 kB, for two half spectra in turn
         (Step(128, 128, 128, 4, torch.float32, True, True), H100, 2, 160, 1),
-        (Step(96, 96, 128, 4, torch.float32, True, True), RTX_4090, 2, 128, 1),
+        # which is alone, with twice the threads
+        (Step(96, 96, 128, 4, torch.float32, True, True), RTX_4090, 2, 256, 1),
+        # 64 bytes of a pixel's channels, where two such blocks fit
+        (Step(28, 28, 256, 4, torch.float32, True, False), H100, 16, 256, 4),
+        (Step(28, 28, 256, 4, torch.float32, True, False), RTX_4090, 8, 128, 3),
         # no more lanes than channels; an odd number of them takes registers for addresses
         (Step(7, 7, 3, 4, torch.float32, True, False), H100, 4, 32, 24),
     ],
@@ -573,9 +577,12 @@ class FakeKernel:
     def _run(self, suffix: str) -> Callable[..., Any]:
         return reference.KERNELS[("dynamic_filter" if self.step.F else "global_filter") + suffix]
 
-    def _forward(self, blocks: int, x: int, y: int, logits: int, filters: int, scale: int, bias: int, B: int) -> None:
+    def _forward(
+        self, blocks: int, x: int, y: int, logits: int, filters: int, scale: int, bias: int, ahead: int
+    ) -> None:
+        B = blocks // self.channel_blocks
         shape = (self.step.dtype, B, self.step.H, self.step.W, self.step.C)
-        assert blocks == B * self.channel_blocks
+        assert (blocks % self.channel_blocks, ahead) == (0, 5)
         at(y, *shape).copy_(self._run("")(at(x, *shape), *self._parameters(B, logits, filters, scale, bias)))
 
     def _backward(
@@ -610,7 +617,7 @@ class FakeKernel:
         if grad_logits:
             at(grad_logits, torch.float32, *found["logits"].shape).copy_(found["logits"])
         if filter_slots:
-            slots = blocks if step.F else blocks // self.channel_blocks
+            slots = 2 * blocks if step.F else blocks // self.channel_blocks
             at(filter_slots, torch.float32, slots, *found["filters"].shape).copy_(found["filters"] / slots)
         if star_relu_slots:
             pair = torch.cat([found["scale"].reshape(1), found["bias"].reshape(1)])
@@ -626,7 +633,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         step = Step.of(problem)
         channel_blocks = -(-step.C // 2)
         kernel: Any = FakeKernel(step, channel_blocks, launched)
-        return cuda.Loaded(kernel, channel_blocks, resident=5, spectrum=0)
+        return cuda.Loaded(kernel, channel_blocks, resident=5, spectrum=0, slots=2)
 
     monkeypatch.setattr(cuda, "prepare", prepare)
     monkeypatch.setattr(cuda, "_current", nullcontext)
@@ -690,7 +697,7 @@ class Launches(TorchDispatchMode):
 
 def test_torch_launches_nothing_beside_the_kernel_but_sums_of_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel: Any = SimpleNamespace(launch=lambda *arguments: None)
-    monkeypatch.setattr(cuda, "prepare", lambda problem: cuda.Loaded(kernel, 2, 5, 0))
+    monkeypatch.setattr(cuda, "prepare", lambda problem: cuda.Loaded(kernel, 2, 5, 0, 1))
     monkeypatch.setattr(cuda, "_current", nullcontext)
     inputs = make_inputs(OPS["dynamic_filter+star_relu"], Case(2, 4, 6, 3), torch.float32, requires_grad=False)
     with torch.no_grad(), Launches() as forward:
@@ -704,8 +711,8 @@ def test_torch_launches_nothing_beside_the_kernel_but_sums_of_slots(monkeypatch:
 @pytest.mark.parametrize(
     ("B", "channel_blocks", "resident", "per_channel", "expected"),
     [
-        (128, 16, 264, False, (264, 264)),
-        (2, 16, 264, False, (32, 32)),
+        (128, 16, 264, False, (264, 528)),
+        (2, 16, 264, False, (32, 64)),
         (128, 16, 264, True, (256, 16)),
         (3, 16, 264, True, (48, 3)),
         (128, 300, 264, True, (300, 1)),
@@ -714,7 +721,7 @@ def test_torch_launches_nothing_beside_the_kernel_but_sums_of_slots(monkeypatch:
 def test_the_backwards_blocks(
     B: int, channel_blocks: int, resident: int, per_channel: bool, expected: tuple[int, int]
 ) -> None:
-    loaded = cuda.Loaded(Any, channel_blocks, resident, 0)  # type: ignore[arg-type]
+    loaded = cuda.Loaded(Any, channel_blocks, resident, 0, 2)  # type: ignore[arg-type]
     assert loaded.launch_size(B, per_channel) == expected
 
 

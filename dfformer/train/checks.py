@@ -65,6 +65,8 @@ def check(config: "TrainConfig") -> None:
         least, most = values[name]
         if not 0 < least <= most:
             raise ValueError(f"{name}: got {values[name]}, accepted are two numbers above 0, least and most")
+    if any(epoch < 1 for epoch in config.optim.milestones):
+        raise ValueError(f"optim.milestones: got {config.optim.milestones}, accepted are epochs from 1")
     if config.optim.warmup_epochs >= config.optim.epochs:
         raise ValueError(
             f"optim.warmup_epochs: got {config.optim.warmup_epochs}, which leaves nothing of "

@@ -95,6 +95,7 @@ MISUSES = {
     "std": (["--data.std", "[1, 0, 1]"], "data.std: got [1.0, 0.0, 1.0], accepted are numbers above 0"),
     "synthetic-images": (["--data.synthetic_images", "[0, 2]"], "data.synthetic_images: got (0, 2), accepted are numb"),
     "device": (["--device", "gpu"], "device: got 'gpu', which cannot be used here: "),
+    "milestone-before-the-start": (["--optim.milestones", "[-1]"], "optim.milestones"),
     "all-warm-up": (["--optim.warmup_epochs", "2"], "optim.warmup_epochs"),
     "batch-does-not-divide": (["--optim.accumulation", "3"], "optim.global_batch: got 8"),
     "batch-too-large": (["--optim.global_batch", "32"], "the training split has only 25 images"),

@@ -1,0 +1,139 @@
+"""Stand-ins for what the ``cuda`` backend talks to: a driver, and kernels that run on the host."""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfformer_kernels import reference
+from dfformer_kernels.backends.cuda.layout import Step
+
+
+class Result(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_NO_BINARY_FOR_GPU = 209
+    CUDA_ERROR_ILLEGAL_ADDRESS = 700
+
+
+class FakeDriver:
+    """cuda.bindings.driver that records its calls and fails with ``error`` in the one named ``failing``."""
+
+    def __init__(self, failing: str = "", error: Result = Result.CUDA_ERROR_NO_BINARY_FOR_GPU) -> None:
+        self.failing, self.error, self.calls = failing, error, list[tuple[Any, ...]]()
+        self.CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
+        def call(*args: Any) -> tuple[Any, ...]:
+            if name == "cuLaunchKernel":
+                *args_before, parameters, extra = args
+                pointers = (ctypes.c_void_p * 3).from_address(parameters)
+                args = (*args_before, [ctypes.c_int64.from_address(p or 0).value for p in pointers], extra)
+            self.calls.append((name, *args))
+            if name == self.failing:
+                return (self.error, None)
+            return (Result.CUDA_SUCCESS,) if "Set" in name or "Launch" in name else (Result.CUDA_SUCCESS, f"<{name}>")
+
+        return call
+
+
+class HostDriver(FakeDriver):
+    """Loads libraries where the driver loads cubins; calls their ``launch`` where it launches kernels."""
+
+    def cuModuleLoadData(self, path: bytes) -> tuple[Any, ...]:  # noqa: N802
+        return (Result.CUDA_SUCCESS, ctypes.CDLL(path.decode()))
+
+    def cuModuleGetFunction(self, module: ctypes.CDLL, name: bytes) -> tuple[Any, ...]:  # noqa: N802
+        getattr(module, name.decode())  # the direction's kernel is there
+        return (Result.CUDA_SUCCESS, module)
+
+    def cuLaunchKernel(self, library: ctypes.CDLL, blocks: int, *rest: int) -> tuple[Any, ...]:  # noqa: N802
+        *_, shared_bytes, stream, parameters, _ = rest
+        assert stream == 7
+        library.launch(blocks, shared_bytes, ctypes.c_void_p(parameters))
+        return (Result.CUDA_SUCCESS,)
+
+
+def at(address: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    """The tensor at an address of this process."""
+    count = torch.Size(shape).numel() * dtype.itemsize
+    return torch.frombuffer((ctypes.c_char * count).from_address(address), dtype=dtype).view(shape)
+
+
+@dataclass
+class FakeKernel:
+    """Reads and writes what the kernels do, at the addresses it is given."""
+
+    step: Step
+    channel_blocks: int
+    launched: list[tuple[int, ...]]
+
+    def launch(self, blocks: int, *arguments: int) -> None:
+        self.launched.append((blocks, *arguments))
+        (self._backward if self.step.backward else self._forward)(blocks, *arguments)
+
+    def _parameters(self, B: int, logits: int, filters: int, scale: int, bias: int) -> list[Tensor | None]:
+        step = self.step
+        assert bool(logits) == bool(step.F)
+        assert bool(scale) == bool(bias) == step.star_relu
+        assert filters % 16 == 0
+        scalars = [at(p, torch.float32, 1) if p else None for p in (scale, bias)]
+        if not step.F:
+            return [at(filters, torch.float32, step.H, step.K, step.C, 2), *scalars]
+        basis = at(filters, torch.float32, step.H, step.K, step.F, 2)
+        return [at(logits, torch.float32, B, step.F, step.C), basis, *scalars]
+
+    def _run(self, suffix: str) -> Callable[..., Any]:
+        return reference.KERNELS[("dynamic_filter" if self.step.F else "global_filter") + suffix]
+
+    def _forward(
+        self, blocks: int, x: int, y: int, logits: int, filters: int, scale: int, bias: int, ahead: int
+    ) -> None:
+        B = blocks // self.channel_blocks
+        shape = (self.step.dtype, B, self.step.H, self.step.W, self.step.C)
+        assert (blocks % self.channel_blocks, ahead) == (0, 5)
+        at(y, *shape).copy_(self._run("")(at(x, *shape), *self._parameters(B, logits, filters, scale, bias)))
+
+    def _backward(
+        self,
+        blocks: int,
+        grad_y: int,
+        x: int,
+        logits: int,
+        filters: int,
+        scale: int,
+        bias: int,
+        grad_x: int,
+        grad_logits: int,
+        filter_slots: int,
+        star_relu_slots: int,
+        spectra: int,
+        B: int,
+    ) -> None:
+        step = self.step
+        tensors = [at(p, step.dtype, B, step.H, step.W, step.C) for p in (grad_y, x)]
+        parameters = self._parameters(B, logits, filters, scale, bias)
+        names = ["x", "logits", "filters", "scale", "bias"] if step.F else ["x", "filters", "scale", "bias"]
+        given = [True, *(p is not None for p in parameters)]
+        gradients = self._run("_backward")(*tensors, *parameters, given)
+        found = dict(
+            zip([name for name, is_given in zip(names, given, strict=True) if is_given], gradients, strict=True)
+        )
+        assert blocks <= B * self.channel_blocks
+        assert blocks % self.channel_blocks == 0 or step.F
+        if grad_x:
+            at(grad_x, step.dtype, *found["x"].shape).copy_(found["x"])
+        if grad_logits:
+            at(grad_logits, torch.float32, *found["logits"].shape).copy_(found["logits"])
+        if filter_slots:
+            slots = 2 * blocks if step.F else blocks // self.channel_blocks
+            at(filter_slots, torch.float32, slots, *found["filters"].shape).copy_(found["filters"] / slots)
+        if star_relu_slots:
+            pair = torch.cat([found["scale"].reshape(1), found["bias"].reshape(1)])
+            at(star_relu_slots, torch.float32, blocks, 2).copy_(pair / blocks)

@@ -1,0 +1,42 @@
+"""Where files are kept from one process to the next, and what becomes of them on a full disk."""
+
+from pathlib import Path
+
+import pytest
+
+from dfformer_kernels import disk_cache as cache
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache directory; nothing warned about yet."""
+    monkeypatch.setenv("DFFORMER_CACHE_DIR", str(tmp_path))
+    cache._warn_unwritable.cache_clear()
+    return tmp_path
+
+
+def test_a_full_disk_is_one_warning_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        cache.write("name", b"data")
+    cache.write("name", b"data")
+    assert list(folder.iterdir()) == []
+    assert cache.read("name") is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"DFFORMER_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/dfformer"),
+        ({"XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/dfformer"),
+    ],
+)
+def test_where_files_are_kept(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str) -> None:
+    monkeypatch.delenv("DFFORMER_CACHE_DIR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache.directory() == Path(expected)

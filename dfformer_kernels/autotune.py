@@ -43,7 +43,7 @@ class Gpu:
 
     def versions(self) -> dict[str, str]:
         """The device and versions that a measurement may depend on."""
-        versions = {name: _version(name) for name in ("dfformer", "torch", "triton")}
+        versions = {name: version(name) for name in ("dfformer", "torch", "triton")}
         return versions | {"cuda": str(torch.version.cuda), "hip": str(torch.version.hip)}
 
 
@@ -157,7 +157,8 @@ class Autotuner:
         return f"autotune-{hashlib.sha256(versions).hexdigest()[:16]}.json"
 
 
-def _version(distribution: str) -> str:
+def version(distribution: str) -> str:
+    """The installed version of a distribution, or "absent"."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

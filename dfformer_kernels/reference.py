@@ -86,13 +86,11 @@ def dynamic_filter_backward(
     u = _activate(x, scale, bias)
     r, filters = _routing(logits, u.dtype, softmax), _complex(basis)
     G = _rfft2(grad_y.to(u.dtype))
-    gradients: list[Tensor] = []
-    input_gradients: list[Tensor] = []
+    of_parameters: list[Tensor] = []
+    of_input: list[Tensor] = []
     if need_x or need_scale or need_bias:
         grad_u = _irfft2(_conj(_mixed_filter(r, filters)) * G, x.shape[2])
-        input_gradients = _activate_backward(grad_u, x, scale, bias, (need_x, need_scale, need_bias))
-    if need_x:
-        gradients.append(input_gradients.pop(0))
+        of_input = _activate_backward(grad_u, x, scale, bias, (need_x, need_scale, need_bias))
     if need_logits or need_basis:
         P = _half_spectrum_weight(x.shape[2], u) * G * _conj(_rfft2(u))
         if need_logits:
@@ -101,11 +99,11 @@ def dynamic_filter_backward(
             grad_r = torch.view_as_real(by_row)[..., 0].sum(1)
             if softmax:
                 grad_r = r * (grad_r - (r * grad_r).sum(1, keepdim=True))
-            gradients.append(grad_r.to(logits.dtype))
+            of_parameters.append(grad_r.to(logits.dtype))
         if need_basis:
             grad_filters = (P @ r.to(P.dtype).mT[:, None]).sum(0)
-            gradients.append(torch.view_as_real(grad_filters).to(basis.dtype))
-    return gradients + input_gradients
+            of_parameters.append(torch.view_as_real(grad_filters).to(basis.dtype))
+    return of_input[:need_x] + of_parameters + of_input[need_x:]
 
 
 def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -130,17 +128,15 @@ def global_filter_backward(
     need_x, need_weight, need_scale, need_bias = needs
     u = _activate(x, scale, bias)
     G = _rfft2(grad_y.to(u.dtype))
-    gradients: list[Tensor] = []
-    input_gradients: list[Tensor] = []
+    of_parameters: list[Tensor] = []
+    of_input: list[Tensor] = []
     if need_x or need_scale or need_bias:
         grad_u = _irfft2(_conj(_complex(weight)) * G, x.shape[2])
-        input_gradients = _activate_backward(grad_u, x, scale, bias, (need_x, need_scale, need_bias))
-    if need_x:
-        gradients.append(input_gradients.pop(0))
+        of_input = _activate_backward(grad_u, x, scale, bias, (need_x, need_scale, need_bias))
     if need_weight:
         P = _half_spectrum_weight(x.shape[2], u) * G * _conj(_rfft2(u))
-        gradients.append(torch.view_as_real(P if weight.dim() == 5 else P.sum(0)).to(weight.dtype))
-    return gradients + input_gradients
+        of_parameters.append(torch.view_as_real(P if weight.dim() == 5 else P.sum(0)).to(weight.dtype))
+    return of_input[:need_x] + of_parameters + of_input[need_x:]
 
 
 KERNELS: dict[str, Callable[..., Any]] = {

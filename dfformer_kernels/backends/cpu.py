@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfformer_kernels.backends.filter_kernels import filter_kernels
+from dfformer_kernels.backends.filter_kernels import FilterStep, Gradients, contiguous, filter_kernels, needed
 from dfformer_kernels.problem import Problem, is_channels_first
 from dfformer_kernels.reference import compute_dtype
 
@@ -78,7 +78,7 @@ def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
     need_x, need_scale, need_bias = needs
-    x, grad_y = x.contiguous(), grad_y.to(x.dtype).contiguous()
+    x, grad_y = x.contiguous(), contiguous(grad_y, x.dtype)
     grad_x = _empty_like(x) if need_x else None
     grad_scale, grad_bias = core().star_relu_backward(
         _pointer("grad_y", grad_y, x),
@@ -89,31 +89,19 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
         scale.item(),
         _threads(),
     )
-    gradients = [] if grad_x is None else [grad_x]
-    if need_scale:
-        gradients.append(torch.full_like(scale, grad_scale))
-    if need_bias:
-        gradients.append(torch.full_like(bias, grad_bias))
-    return gradients
+    return needed(grad_x, _scalar(grad_scale, scale, need_scale), _scalar(grad_bias, bias, need_bias))
 
 
-class _FilterStep:
-    """The inputs of a filter step in the form that the core takes: contiguous, parameters in the arithmetic dtype."""
+class _Arguments:
+    """A filter step in the form that the core takes: contiguous, parameters in the arithmetic dtype."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        logits: Tensor | None,
-        filters: Tensor,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        softmax: bool = True,
-    ) -> None:
+    def __init__(self, step: FilterStep) -> None:
+        x, logits, filters, scale, bias, softmax = step
         arithmetic = compute_dtype(x.dtype)
-        self._channels_first = is_channels_first(x)
+        self._channels_first, self._dtype = is_channels_first(x), x.dtype
         self.x = self.planes(x)
-        self.logits = None if logits is None else logits.to(arithmetic).contiguous()
-        self.filters = filters.to(arithmetic).contiguous()
+        self.logits = None if logits is None else contiguous(logits, arithmetic)
+        self.filters = contiguous(filters, arithmetic)
         B, H, W, C = x.shape
         F = 0 if logits is None else logits.shape[1]
         star_relu = None if scale is None or bias is None else (scale.item(), bias.item())
@@ -130,65 +118,51 @@ class _FilterStep:
         self.inputs = (_pointer("x", self.x), _pointer("logits", self.logits), _pointer("filters", self.filters))
 
     def planes(self, t: Tensor) -> Tensor:
-        """``t`` (B,H,W,C) in the core's form: contiguous, as (B,C,H,W) if x is channels-first in memory."""
-        return (t.permute(0, 3, 1, 2) if self._channels_first else t).contiguous()
+        """``t`` (B,H,W,C) in the core's form: x's dtype, contiguous, as (B,C,H,W) if x is channels-first in memory."""
+        return contiguous(t.permute(0, 3, 1, 2) if self._channels_first else t, self._dtype)
 
     def result(self, planes: Tensor) -> Tensor:
         """The core's result as (B,H,W,C)."""
         return planes.permute(0, 2, 3, 1) if self._channels_first else planes
 
 
-def _filter(
-    x: Tensor,
-    logits: Tensor | None,
-    filters: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    softmax: bool = True,
-) -> Tensor:
-    step = _FilterStep(x, logits, filters, scale, bias, softmax)
-    y = _empty_like(step.x)
-    core().filter(*step.problem, *step.inputs, _pointer("y", y, step.x), _threads(), *step.form)
-    return step.result(y)
+def _filter(step: FilterStep) -> Tensor:
+    given = _Arguments(step)
+    y = _empty_like(given.x)
+    core().filter(*given.problem, *given.inputs, _pointer("y", y, given.x), _threads(), *given.form)
+    return given.result(y)
 
 
-def _filter_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    logits: Tensor | None,
-    filters: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    needs: Sequence[bool],
-    softmax: bool = True,
-) -> list[Tensor]:
+def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) -> Gradients:
     need_x, need_logits, need_filters, need_scale, need_bias = needs
-    step = _FilterStep(x, logits, filters, scale, bias, softmax)
-    grad_y = step.planes(grad_y.to(x.dtype))
-    grad_x = _empty_like(step.x) if need_x else None
-    grad_logits = _empty_like(step.logits) if step.logits is not None and need_logits else None
-    grad_filters = _empty_like(step.filters) if need_filters else None
+    given = _Arguments(step)
+    grad_y = given.planes(grad_y)
+    grad_x = _empty_like(given.x) if need_x else None
+    grad_logits = _empty_like(given.logits) if need_logits and given.logits is not None else None
+    grad_filters = _empty_like(given.filters) if need_filters else None
     grad_scale, grad_bias = core().filter_backward(
-        *step.problem,
-        _pointer("grad_y", grad_y, step.x),
-        *step.inputs,
-        _pointer("grad_x", grad_x, step.x),
-        _pointer("grad_logits", grad_logits, step.logits),
-        _pointer("grad_filters", grad_filters, step.filters),
+        *given.problem,
+        _pointer("grad_y", grad_y, given.x),
+        *given.inputs,
+        _pointer("grad_x", grad_x, given.x),
+        _pointer("grad_logits", grad_logits, given.logits),
+        _pointer("grad_filters", grad_filters, given.filters),
         need_scale or need_bias,
         _threads(),
-        *step.form,
+        *given.form,
     )
-    gradients = [] if grad_x is None else [step.result(grad_x)]
-    if logits is not None and grad_logits is not None:
-        gradients.append(grad_logits.to(logits.dtype))
-    if grad_filters is not None:
-        gradients.append(grad_filters.to(filters.dtype))
-    if scale is not None and need_scale:
-        gradients.append(torch.full_like(scale, grad_scale))
-    if bias is not None and need_bias:
-        gradients.append(torch.full_like(bias, grad_bias))
-    return gradients
+    return (
+        None if grad_x is None else given.result(grad_x),
+        None if grad_logits is None or step.logits is None else contiguous(grad_logits, step.logits.dtype),
+        None if grad_filters is None else contiguous(grad_filters, step.filters.dtype),
+        _scalar(grad_scale, step.scale, need_scale),
+        _scalar(grad_bias, step.bias, need_bias),
+    )
+
+
+def _scalar(gradient: float, parameter: Tensor | None, need: bool) -> Tensor | None:
+    """The gradient of StarReLU's scale or bias as a tensor like it, if it is needed."""
+    return torch.full_like(parameter, gradient) if need and parameter is not None else None
 
 
 def filter_workspace_bytes(shape: Sequence[int], num_filters: int, dtype: torch.dtype, backward: bool = False) -> int:

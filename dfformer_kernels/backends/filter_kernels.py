@@ -1,35 +1,72 @@
-"""The filter steps of backends that treat a global filter as a dynamic filter without logits."""
+"""The form of the filter steps that backends share: a global filter is a dynamic filter without logits."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
+class FilterStep(NamedTuple):
+    """A filter step's inputs. ``filters`` is the basis, or without ``logits`` the weight of a global filter."""
+
+    x: Tensor
+    logits: Tensor | None
+    filters: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    softmax: bool = True
+
+
+# The gradients of (x, logits, filters, scale, bias); None where a gradient is not needed.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
 def filter_kernels(
-    forward: Callable[..., Tensor], backward: Callable[..., list[Tensor]]
+    forward: Callable[[FilterStep], Tensor], backward: Callable[[Tensor, FilterStep, Sequence[bool]], Gradients]
 ) -> dict[str, Callable[..., Any]]:
     """The kernels of ``dynamic_filter``, ``global_filter`` and their backwards, by operator name.
 
     Args:
-        forward: maps (x, logits, filters, scale, bias, softmax) to y. For a global filter, ``logits`` is None and
-            ``filters`` is its weight.
-        backward: maps (grad_y, x, logits, filters, scale, bias, needs, softmax) to gradients. ``needs`` has a flag for
-            each of the five inputs.
+        forward: maps a step to y.
+        backward: maps (grad_y, step, needs) to gradients. ``needs`` has a flag for each of the step's tensors.
     """
 
+    def dynamic_filter(*step: Any) -> Tensor:
+        return forward(FilterStep(*step))
+
+    def dynamic_filter_backward(
+        grad_y: Tensor,
+        x: Tensor,
+        logits: Tensor,
+        basis: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        needs: Sequence[bool],
+        softmax: bool = True,
+    ) -> list[Tensor]:
+        return needed(*backward(grad_y, FilterStep(x, logits, basis, scale, bias, softmax), needs))
+
     def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        return forward(x, None, weight, scale, bias)
+        return forward(FilterStep(x, None, weight, scale, bias))
 
     def global_filter_backward(
         grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
     ) -> list[Tensor]:
         need_x, *others = needs
-        return backward(grad_y, x, None, weight, scale, bias, (need_x, False, *others))
+        return needed(*backward(grad_y, FilterStep(x, None, weight, scale, bias), (need_x, False, *others)))
 
-    return {
-        "dynamic_filter": forward,
-        "dynamic_filter_backward": backward,
-        "global_filter": global_filter,
-        "global_filter_backward": global_filter_backward,
-    }
+    kernels = (dynamic_filter, dynamic_filter_backward, global_filter, global_filter_backward)
+    return {kernel.__name__: kernel for kernel in kernels}
+
+
+def needed(*gradients: Tensor | None) -> list[Tensor]:
+    """The gradients that an operator's backward returns: those that are not None, in order."""
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t``, contiguous and of ``dtype``. A conversion that would do nothing is left out: it would cost time."""
+    if t.dtype != dtype:
+        t = t.to(dtype)
+    return t if t.is_contiguous() else t.contiguous()

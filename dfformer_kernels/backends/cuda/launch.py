@@ -16,7 +16,7 @@ from torch import Tensor
 from dfformer_kernels.backends.cuda import layout, nvrtc
 from dfformer_kernels.backends.cuda.layout import Chip, Step, choose_variant, compile_options
 from dfformer_kernels.backends.cuda.sources import cuda_sources
-from dfformer_kernels.backends.filter_kernels import filter_kernels
+from dfformer_kernels.backends.filter_kernels import FilterStep, Gradients, contiguous, filter_kernels
 from dfformer_kernels.device import refuse_capture
 from dfformer_kernels.problem import Problem
 
@@ -124,39 +124,24 @@ def _load(step: Step, device: int) -> Loaded:
 # The kernels as functions of tensors
 
 
-def _filter(
-    x: Tensor,
-    logits: Tensor | None,
-    filters: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    softmax: bool = True,
-) -> Tensor:
-    inputs = _Inputs("filter", x, logits, filters, scale, bias)
-    y, B = torch.empty_like(inputs.x), len(x)
-    with _current(x.device):
+def _filter(step: FilterStep) -> Tensor:
+    inputs = _Inputs("filter", step)
+    y, B = torch.empty_like(inputs.x), len(step.x)
+    with _current(y.device):
         loaded = prepare(inputs.problem)
         blocks, ahead = B * loaded.channel_blocks, loaded.resident
         loaded.kernel.launch(blocks, inputs.x.data_ptr(), y.data_ptr(), *inputs.parameters, ahead)
     return y
 
 
-def _filter_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    logits: Tensor | None,
-    filters: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    needs: Sequence[bool],
-    softmax: bool = True,
-) -> list[Tensor]:
+def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) -> Gradients:
     """Sums over samples and channels are one slot a block, or a group of blocks, and torch's sum over slots: in the
     same order every time, since the number of blocks is the chip's.
     """
     need_x, need_logits, need_filters, need_scale, need_bias = needs
-    inputs, B = _Inputs("filter_backward", x, logits, filters, scale, bias), len(x)
-    grad_y = _dense(grad_y, x.dtype)
+    x, logits, filters, scale, bias, _ = step
+    inputs, B = _Inputs("filter_backward", step), len(x)
+    grad_y = contiguous(grad_y, x.dtype)
     with _current(x.device):
         loaded = prepare(inputs.problem)
         blocks, slots = loaded.launch_size(B, per_channel=logits is None)
@@ -174,47 +159,43 @@ def _filter_backward(
             *(0 if t is None else t.data_ptr() for t in outputs),
             B,
         )
-    gradients = [] if grad_x is None else [grad_x]
-    if logits is not None and grad_logits is not None:
-        gradients.append(_dense(grad_logits, logits.dtype))
-    if filter_slots is not None:
-        gradients.append(filter_slots.sum(0))
-    if scalar_slots is not None:
-        sums = scalar_slots.sum(0).unbind()
-        for parameter, need, total in zip((scale, bias), (need_scale, need_bias), sums, strict=True):
-            if parameter is not None and need:
-                total = total if parameter.dtype == torch.float32 else total.to(parameter.dtype)
-                gradients.append(total.view(parameter.shape))
-    return gradients
+    scale_sum, bias_sum = (None, None) if scalar_slots is None else scalar_slots.sum(0).unbind()
+    return (
+        grad_x,
+        None if grad_logits is None or logits is None else contiguous(grad_logits, logits.dtype),
+        None if filter_slots is None else filter_slots.sum(0),
+        _scalar(scale_sum, scale, need_scale),
+        _scalar(bias_sum, bias, need_bias),
+    )
+
+
+def _scalar(total: Tensor | None, parameter: Tensor | None, need: bool) -> Tensor | None:
+    """The gradient of StarReLU's scale or bias, with its shape and dtype, if it is needed."""
+    if total is None or parameter is None or not need:
+        return None
+    return contiguous(total, parameter.dtype).view(parameter.shape)
 
 
 class _Inputs:
-    """A filter step's inputs as the kernels take them: dense, parameters in float32 on x's device."""
+    """A filter step's inputs as the kernels take them: contiguous, parameters in float32 on x's device."""
 
-    def __init__(
-        self, step: str, x: Tensor, logits: Tensor | None, filters: Tensor, scale: Tensor | None, bias: Tensor | None
-    ) -> None:
+    def __init__(self, op: str, step: FilterStep) -> None:
+        x, logits, filters, scale, bias, _ = step
         if logits is None:
-            self.problem = Problem.of(f"global_{step}", (x, filters, scale, bias))
+            self.problem = Problem.of(f"global_{op}", (x, filters, scale, bias))
         else:
-            self.problem = Problem.of(f"dynamic_{step}", (x, logits, filters, scale, bias))
+            self.problem = Problem.of(f"dynamic_{op}", (x, logits, filters, scale, bias))
         self.x = x.contiguous()
         filters = filters.contiguous()
         self.filters = filters.clone() if filters.data_ptr() % 16 else filters  # read four floats at once
         # Some are copies, which must live until the kernel has been launched.
-        self._others = [None if t is None else _dense(t, torch.float32) for t in (logits, scale, bias)]
+        self._others = [None if t is None else contiguous(t, torch.float32) for t in (logits, scale, bias)]
         logits, scale, bias = self._others
         self.parameters = _addresses(x.device, torch.float32, logits, self.filters, scale, bias)
 
 
-def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
-    if t.dtype == dtype:  # each call that can be left out is a microsecond
-        return t if t.is_contiguous() else t.contiguous()
-    return t.to(dtype).contiguous()
-
-
 def _addresses(device: torch.device, dtype: torch.dtype, *tensors: Tensor | None) -> list[int]:
-    """Addresses of dense tensors of ``dtype``, 0 for None; the last check before a kernel trusts a pointer."""
+    """Addresses of contiguous tensors of ``dtype``, 0 for None; the last check before a kernel trusts a pointer."""
     for t in tensors:
         if t is not None and not (t.device == device and t.is_contiguous() and t.dtype == dtype):
             raise RuntimeError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dfformer_kernels.backends import torch_fft
-from dfformer_kernels.backends.filter_kernels import filter_kernels
+from dfformer_kernels.backends.filter_kernels import FilterStep, Gradients, filter_kernels, needed
 from dfformer_kernels.problem import KernelBuildError, Problem, empty_like, is_channels_first
 from dfformer_kernels.reference import compute_dtype
 
@@ -53,8 +53,8 @@ def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
     with torch.cuda.device_of(x):
-        gradients = _triton().activate_backward(_rows(grad_y), _rows(x), scale, bias, needs)
-    return [gradients[0].view(x.shape), *gradients[1:]] if needs[0] else gradients
+        grad_x, *of_scalars = _triton().activate_backward(_rows(grad_y), _rows(x), scale, bias, needs)
+    return needed(None if grad_x is None else grad_x.view(x.shape), *of_scalars)
 
 
 def by_sample(shape: Sequence[int], dtype: torch.dtype, star_relu: bool, backward: bool) -> bool:
@@ -75,54 +75,41 @@ def by_sample(shape: Sequence[int], dtype: torch.dtype, star_relu: bool, backwar
     return passes * 2 * H * W * C * dtype.itemsize > transforms * _LAUNCH_BYTES
 
 
-def _filter(
-    x: Tensor,
-    logits: Tensor | None,
-    filters: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    softmax: bool = True,
-) -> Tensor:
+def _filter(step: FilterStep) -> Tensor:
+    x, logits, filters, scale, bias, softmax = step
     with torch.cuda.device_of(x):
         X = _spectrum(x, x.dtype, scale, bias, by_sample(x.shape, x.dtype, scale is not None, backward=False))
         _triton().mix(X, x.shape[2], logits, filters.contiguous(), softmax)
         return _samples(_transforms(x.device.type)[1](X, x.shape[2]), x)
 
 
-def _filter_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    logits: Tensor | None,
-    filters: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    needs: Sequence[bool],
-    softmax: bool = True,
-) -> list[Tensor]:
+def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) -> Gradients:
+    x, logits, filters, scale, bias, softmax = step
     need_x, need_logits, need_filters, need_scale, need_bias = needs
     need_u, W, filters = need_x or need_scale or need_bias, x.shape[2], filters.contiguous()
+    grad_x = grad_logits = grad_filters = grad_scale = grad_bias = None
     if not any(needs):
-        return []
+        return grad_x, grad_logits, grad_filters, grad_scale, grad_bias
     with torch.cuda.device_of(x):
         per_sample = by_sample(x.shape, x.dtype, scale is not None, backward=True)
         G = _spectrum(grad_y, x.dtype, None, None, per_sample)
         X = _spectrum(x, x.dtype, scale, bias, per_sample) if need_logits or need_filters else None
         if logits is None:
-            gradients = _triton().global_mix_backward(G, X, W, filters, (need_u, need_filters))
+            grad_filters = _triton().global_mix_backward(G, X, W, filters, (need_u, need_filters))
         else:
-            needed = (need_u, need_logits, need_filters)
-            gradients = _triton().mix_backward(G, X, W, logits, filters, needed, softmax)
-        if not need_u:
-            return gradients
+            parts = (need_u, need_logits, need_filters)
+            grad_logits, grad_filters = _triton().mix_backward(G, X, W, logits, filters, parts, softmax)
         del X
-        grad_u = _transforms(x.device.type)[1](G, W)
-        if scale is None or bias is None:
-            return [_samples(grad_u, x), *gradients]
-        planes = _by_channel(grad_u, x.shape[0])
-        of_inputs = _triton().activate_backward(planes, x.flatten(1, 2), scale, bias, (need_x, need_scale, need_bias))
-        if need_x:
-            gradients.insert(0, of_inputs.pop(0).view(x.shape))
-        return gradients + of_inputs
+        if need_u:
+            grad_u = _transforms(x.device.type)[1](G, W)
+            if scale is None or bias is None:
+                grad_x = _samples(grad_u, x)
+            else:
+                planes, of_inputs = _by_channel(grad_u, len(x)), (need_x, need_scale, need_bias)
+                gradients = _triton().activate_backward(planes, x.flatten(1, 2), scale, bias, of_inputs)
+                grad_x, grad_scale, grad_bias = gradients
+                grad_x = None if grad_x is None else grad_x.view(x.shape)
+    return grad_x, grad_logits, grad_filters, grad_scale, grad_bias
 
 
 KERNELS: dict[str, Callable[..., Any]] = {

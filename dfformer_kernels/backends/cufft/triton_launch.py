@@ -87,10 +87,13 @@ def activate(x: Tensor, y: Tensor, scale: Tensor | None = None, bias: Tensor | N
     return y
 
 
-def activate_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+def activate_backward(
+    grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """``grad_x = 2 scale relu(x) grad_y``, ``grad_scale = sum(relu(x)^2 grad_y)``, ``grad_bias = sum(grad_y)``.
 
-    ``grad_y`` and ``x`` are (B,R,C) with any strides. Returns those of (x, scale, bias) that ``needs`` asks for.
+    ``grad_y`` and ``x`` are (B,R,C) with any strides. ``needs`` is for (x, scale, bias). A gradient that is not needed
+    is None.
     """
     B, rows, C = x.shape
     need_x, *need_scalars = needs
@@ -100,12 +103,10 @@ def activate_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, ne
     strides = (*grad_y.stride(), *x.stride(), *(grad_x if grad_x is not None else x).stride())
     arguments = (grad_y, x, scale, grad_x, slots, rows, B * C, C, *strides, _compute(x), *tile)
     _launch(kernels.activate_backward_kernel, grid, *arguments)
-    gradients = [] if grad_x is None else [grad_x]
-    if slots is not None:
-        sums = slots.sum(0)
-        pairs = zip((scale, bias), sums, need_scalars, strict=True)
-        gradients += [total.to(t.dtype).reshape(t.shape) for t, total, need in pairs if need]
-    return gradients
+    if slots is None:
+        return grad_x, None, None
+    sums = zip((scale, bias), slots.sum(0), need_scalars, strict=True)
+    return grad_x, *(total.to(t.dtype).reshape(t.shape) if need else None for t, total, need in sums)
 
 
 def mix(X: Tensor, W: int, logits: Tensor | None, filters: Tensor, softmax: bool = True) -> None:
@@ -134,11 +135,11 @@ def _sample_stride(weight: Tensor) -> int:
 
 def mix_backward(
     G: Tensor, X: Tensor | None, W: int, logits: Tensor, basis: Tensor, needs: Sequence[bool], softmax: bool = True
-) -> list[Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """``G *= conj(M) / (HW)`` in place, and the gradients of logits and basis from the original G and X.
 
     ``G`` and ``X`` are (S,H,K,width,2) with S width = B*C. ``needs`` is for (G, logits, basis). X may be None if only G
-    is needed. Returns those gradients of logits and basis that ``needs`` asks for.
+    is needed. A gradient that is not needed is None.
     """
     S, H, K, width, _ = G.shape
     N = S * width
@@ -149,13 +150,11 @@ def mix_backward(
     basis_slots = _empty(G, triton.cdiv(N, tile[1]), H, K, F, 2) if need_basis else None
     arguments = (H, W, H * K, N, C, width, *logits.stride(), F, softmax, need_G, _compute(G), *tile)
     _launch(kernels.mix_backward_kernel, grid, G, X, logits, basis, r_slots, basis_slots, *arguments)
-    gradients = []
+    grad_logits = None
     if r_slots is not None:
         grad_r = r_slots.sum(0, dtype=torch.float64)  # float64: softmax's gradient takes differences
-        gradients.append(_softmax_backward(grad_r, logits) if softmax else _by_sample(grad_r, logits))
-    if basis_slots is not None:
-        gradients.append(basis_slots.sum(0))
-    return gradients
+        grad_logits = _softmax_backward(grad_r, logits) if softmax else _by_sample(grad_r, logits)
+    return grad_logits, None if basis_slots is None else basis_slots.sum(0)
 
 
 def _by_sample(grad_r: Tensor, logits: Tensor) -> Tensor:
@@ -172,11 +171,11 @@ def _softmax_backward(grad_r: Tensor, logits: Tensor) -> Tensor:
     return grad_logits
 
 
-def global_mix_backward(G: Tensor, X: Tensor | None, W: int, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+def global_mix_backward(G: Tensor, X: Tensor | None, W: int, weight: Tensor, needs: Sequence[bool]) -> Tensor | None:
     """``G *= conj(weight) / (HW)`` in place, and weight's gradient from the original G and X.
 
     ``G`` and ``X`` are (S,H,K,width,2) with S width = B*C. ``needs`` is for (G, weight). X may be None if only G is
-    needed. Returns weight's gradient if ``needs`` asks for it.
+    needed. The gradient is None if it is not needed.
     """
     S, H, K, width, _ = G.shape
     C = weight.shape[-2]
@@ -190,7 +189,7 @@ def global_mix_backward(G: Tensor, X: Tensor | None, W: int, weight: Tensor, nee
     sizes = (H, W, H * K, B, columns, C, width, _sample_stride(weight), samples)
     arguments = (G, X, weight, slots, *sizes, need_G, _compute(G), *tile)
     _launch(kernels.global_mix_backward_kernel, (tiles, slices), *arguments)
-    return [] if slots is None else [slots.sum(0)]
+    return None if slots is None else slots.sum(0)
 
 
 def _spectrum_tiles(spectrum: Tensor, columns: int) -> tuple[tuple[int, int], tuple[int]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dfformer_kernels import dispatch, dynamic_filter, global_filter
 from dfformer_kernels.backends import cpu
 from dfformer_kernels.backends.cuda import layout
+from dfformer_kernels.backends.filter_kernels import FilterStep
 from dfformer_kernels.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,7 +141,7 @@ def test_no_dense_x_is_copied() -> None:
     require_backend("cpu")
     x, (logits, basis) = make(FORMS["softmax"], (6, 7))
     for memory in (x, x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
-        assert cpu._FilterStep(memory, logits, basis, None, None).x.data_ptr() == memory.data_ptr()
+        assert cpu._Arguments(FilterStep(memory, logits, basis, None, None)).x.data_ptr() == memory.data_ptr()
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -1,5 +1,6 @@
 """Trains DFFormer, CDFFormer, GFFormer, ConvFormer and CAFormer of equal depth and width by one recipe on images that
-come inside packages, and tests them at the size of training and at others.
+come inside packages, and tests them at the size of training and at others. Segments and detects digits with encoders
+of DFFormer, CDFFormer and ConvFormer.
 
     python benchmarks/bench_accuracy.py [--only digits,dfformer] [--seeds N] [--workers N] [--output FOLDER]
 
@@ -8,7 +9,7 @@ of the same commit and machine. Seconds are the processor's, of one thread, so t
 the number of workers change them less than the clock's.
 
 Writes accuracy.json, with every training; accuracy.csv and accuracy.md, with means and standard deviations; and two
-pictures. Needs mlxtend and scikit-image: pip install '.[benchmarks]'.
+pictures. Needs mlxtend and what training needs: pip install '.[benchmarks]'.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy import dense
 from accuracy.figures import learning_figure, sizes_figure
 from accuracy.images import LICENCES, VIEWS
 from accuracy.models import CHANGES, MODELS, SHAPE, STRIDES
@@ -34,16 +36,17 @@ from dfformer.models.filter_resize import RULES
 
 SEEDS = 5
 CHANGED_ON = "digits"  # where the changes are tried
-QUICK = (Case("digits", "dfformer", 0), Case("digits", "convformer", 0))
+SETS = {**LICENCES, **dict.fromkeys(dense.MEASURES, dense.LICENCE)}
+QUICK = (Case("digits", "dfformer", 0), *(Case(name, "convformer", 0) for name in ("digits", *dense.MEASURES)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    words = [*LICENCES, *MODELS, *CHANGES]
+    words = [*SETS, *MODELS, *CHANGES]
     parser = argparse.ArgumentParser(description="Trains small models of equal depth and width on real images.")
     parser.add_argument("--only", type=names(words), default=words, help=f"of {'; '.join(words)}")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="trainings of each model on each set")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--quick", action="store_true", help="two models, a few steps: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="some models, a few steps: shows that it runs")
     parser.add_argument("--output", type=Path, default=Path("build/bench_accuracy"), help="folder for what is written")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -54,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": machine if earlier is None else earlier["machine"],
         "commands": [] if earlier is None else earlier["commands"],
         "recipe": RECIPE,
+        "recipes of dense tasks": dense.RECIPES,
         "shape": SHAPE | {"strides": STRIDES},
-        "licences": LICENCES,
+        "licences": SETS,
         "part": PART,
     }
     content["commands"].append(
@@ -65,23 +69,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     todo = [case for case in (QUICK if args.quick else planned(args.only, args.seeds)) if case not in done]
     for result in _trained(todo, args.workers, args.quick):
         results.append(result)
-        print(f"{result.images}, {result.model}, seed {result.seed}: {result.accuracy:.1f} %, {result.seconds:.0f} s")
+        print(
+            f"{result.images}, {result.model}, seed {result.seed}: {result.accuracy:.1f} %, {result.seconds:.0f} s",
+            flush=True,
+        )
         write_json(args.output / "accuracy.json", content | {"rows": [asdict(r) for r in results]})
     report(args.output, results)
 
 
 def planned(only: Sequence[str], seeds: int) -> list[Case]:
     """Every case that ``only`` names, seed by seed; without a set or a model in it, all sets or all models."""
-    sets = [name for name in LICENCES if name in only] or list(LICENCES)
+    sets = [name for name in SETS if name in only] or list(SETS)
     models = [name for name in (*MODELS, *CHANGES) if name in only] or list(MODELS)
     cases = [Case(*case) for case in itertools.product(sets, models, range(seeds))]
-    cases = [case for case in cases if case.model in MODELS or case.images == CHANGED_ON]
+    cases = [case for case in cases if case.model in _models(case.images)]
     return sorted(cases, key=lambda case: (case.model in CHANGES, case.seed))
+
+
+def _models(images: str) -> list[str]:
+    """Those that are compared on a set of images."""
+    return [*dense.MODELS] if images in dense.MEASURES else [*MODELS, *(CHANGES if images == CHANGED_ON else ())]
 
 
 def _trained(cases: Sequence[Case], workers: int, quick: bool) -> Iterator[Result]:
     """The results as they come, in any order."""
-    run = partial(train, brief=quick)
+    run = partial(_train, brief=quick)
     if workers == 1 or len(cases) < 2:
         torch.set_num_threads(1)
         yield from map(run, cases)
@@ -90,21 +102,29 @@ def _trained(cases: Sequence[Case], workers: int, quick: bool) -> Iterator[Resul
         yield from pool.imap_unordered(run, cases)
 
 
+def _train(case: Case, brief: bool) -> Result:
+    return dense.train(case, brief) if case.images in dense.MEASURES else train(case, brief)
+
+
 def report(folder: Path, results: Sequence[Result]) -> None:
     rows = summary(results)
     titles = dict.fromkeys(itertools.chain.from_iterable(rows))
     write_csv(folder / "accuracy.csv", list(titles), rows)
     (folder / "accuracy.md").write_text(markdown(rows), encoding="utf-8")
     compared = [r for r in results if r.model in MODELS]
-    for name, figure in {"accuracy": learning_figure, "accuracy_sizes": sizes_figure}.items():
-        if compared:
-            figure(compared).savefig(folder / f"{name}.png", dpi=110)
+    figures = {
+        "accuracy": (learning_figure, compared),
+        "accuracy_sizes": (sizes_figure, [r for r in compared if r.sizes]),
+    }
+    for name, (figure, shown) in figures.items():
+        if shown:
+            figure(shown).savefig(folder / f"{name}.png", dpi=110)
 
 
 def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     """A row for each set and model: means over seeds, and the standard deviation of the accuracy."""
     rows = []
-    for images, model in itertools.product(LICENCES, (*MODELS, *CHANGES)):
+    for images, model in itertools.product(SETS, (*MODELS, *CHANGES)):
         found = [r for r in results if (r.images, r.model) == (images, model)]
         if not found:
             continue
@@ -132,9 +152,16 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["# Accuracy of small models on real images\n", "Written by `benchmarks/bench_accuracy.py`.\n"]
     for images in dict.fromkeys(row["images"] for row in rows):
         found = [row for row in rows if row["images"] == images]
-        lines += [f"## {images}\n", f"{LICENCES[images]}.\n"]
+        lines += [f"## {images}\n", f"{SETS[images]}.\n"]
         lines += _table(
-            ["model", "seeds", "accuracy, %", "parameters (thousands)", "Mflop", "seconds of training"],
+            [
+                "model",
+                "seeds",
+                f"{dense.MEASURES.get(images, 'accuracy')}, %",
+                "parameters (thousands)",
+                "Mflop",
+                "seconds of training",
+            ],
             [
                 [
                     row["model"],
@@ -148,6 +175,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             ],
         )
         views = list(dict.fromkeys(" ".join(k.split()[:2]) for row in found for k in row if k.split()[0] in VIEWS))
+        if not views:
+            continue
         lines += _table(
             ["at other sizes, %", "1", *views],
             [

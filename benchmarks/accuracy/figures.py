@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from accuracy.dense import MEASURES
 from accuracy.images import VIEWS
 from accuracy.training import Result
 from dfformer.analysis.palette import MODELS
@@ -33,7 +34,9 @@ def learning_figure(results: Sequence[Result]) -> Figure:
 
     picture = _panels(results, {False: "by epochs", True: "by seconds of training"}, draw)
     for ax in picture.axes:
-        ax.set(yscale="log", ylabel="error on part of the test images, %")
+        measure = MEASURES.get(ax.get_title().split(":")[0])
+        error = f"100 % - {measure}" if measure else "error on part of the test images, %"
+        ax.set(yscale="log", ylabel=error)
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_locator(NullLocator())

@@ -10,8 +10,9 @@ from typing import Any
 
 import bench_accuracy
 import pytest
+import timm
 import torch
-from accuracy import images
+from accuracy import dense, images
 from accuracy.figures import learning_figure, sizes_figure
 from accuracy.images import SCALES, SIZE, VIEWS
 from accuracy.models import CHANGES, MODELS
@@ -95,9 +96,24 @@ def test_a_seed_repeats() -> None:
     assert first != replace(other, seed=1, seconds=first.seconds)
 
 
+def test_dense_encoders_differ_in_their_mixers_only() -> None:
+    """ConvFormer has the norms of this package's encoders, and separable convolutions for all filters."""
+    shape = {"features_only": True, **dense.SHAPE}
+    ours, theirs = (
+        {name: tuple(p.shape) for name, p in timm.create_model(dense.MODELS[model], **shape, **more).named_parameters()}
+        for model, more in (("cdfformer", {"fork_feat": True, "img_size": dense.SIDE}), ("convformer", {}))
+    )
+    different = {name for name in ours.keys() ^ theirs.keys() if "token_mixer" not in name}
+    different |= {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
+    assert different == set()
+    assert not any("complex_weights" in name for name in theirs)
+    assert any("complex_weights" in name for name in ours)
+
+
 def test_planned() -> None:
-    assert len(bench_accuracy.planned([], 5)) == 75
+    assert len(bench_accuracy.planned([], 5)) == 105
     assert bench_accuracy.planned(["digits", "dfformer"], 1) == [Case("digits", "dfformer", 0)]
+    assert {c.model for c in bench_accuracy.planned(["detection"], 1)} == {"dfformer", "cdfformer", "convformer"}
     changed = bench_accuracy.planned([*CHANGES], 2)
     assert changed == [Case(bench_accuracy.CHANGED_ON, name, seed) for seed in (0, 1) for name in CHANGES]
 
@@ -105,7 +121,7 @@ def test_planned() -> None:
 def test_files_and_continuation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--quick", "--workers", "1", "--output", str(tmp_path)]
     bench_accuracy.main(arguments)
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) == len(bench_accuracy.QUICK)
     content = json.loads((tmp_path / "accuracy.json").read_text())
     assert [(r["images"], r["model"], r["seed"]) for r in content["rows"]] == [tuple(c) for c in bench_accuracy.QUICK]
     assert {"machine", "commit", "torch", "timm", "dirty"} <= content["machine"].keys()
@@ -114,18 +130,20 @@ def test_files_and_continuation(tmp_path: Path, capsys: pytest.CaptureFixture[st
     bench_accuracy.main(arguments)
     assert capsys.readouterr().out == ""  # nothing is left to do
     with (tmp_path / "accuracy.csv").open(newline="") as file:
-        assert [row["model"] for row in csv.DictReader(file)] == ["dfformer", "convformer"]
+        assert [row["images"] for row in csv.DictReader(file)] == ["digits", "digits", "segmentation", "detection"]
 
 
 def test_summary_and_tables() -> None:
     results = [OURS, replace(OURS, seed=1, accuracy=90.0), RESULT]
-    ours, theirs = bench_accuracy.summary(results)
+    ours, theirs, dense = bench_accuracy.summary([*results, replace(RESULT, images="segmentation", sizes={})])
     assert (ours["seeds"], ours["accuracy"], ours["deviation"]) == (2, 85.0, 7.07)
     assert math.isnan(theirs["deviation"])
-    text = bench_accuracy.markdown([ours, theirs])
+    text = bench_accuracy.markdown([ours, theirs, dense])
     assert "| dfformer | 2 | 85.0 ± 7.1 | 1 | 1.50 | 4 |" in text
     assert "| dfformer fourier | 80 | 20 | 20 | 20 | 20 | 20 | 20 |" in text
     assert "| convformer | 80 | 40 | 40 | 40 | 40 | 40 | 40 |" in text
+    assert "| model | seeds | mIoU, % |" in text
+    assert text.count("at other sizes") == 1
 
 
 def test_pictures() -> None:

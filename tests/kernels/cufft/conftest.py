@@ -1,0 +1,48 @@
+"""The fake libcufft, compiled once and opened for one test."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import require_backend, require_compiler
+from fake_cufft import Fake, HostMemory, host_memory
+from paths import NATIVE
+
+from dfformer_kernels.backends import cpu
+from dfformer_kernels.backends.cufft import libcufft
+
+
+@pytest.fixture(scope="session")
+def fake_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require_backend("cpu")
+    require_compiler()
+    path = tmp_path_factory.mktemp("fake") / "libcufft.so"
+    compiler = os.environ.get("CXX", "g++")
+    subprocess.run(
+        [compiler, "-std=c++20", "-O2", "-shared", "-fPIC", NATIVE / "fake_cufft.cpp", "-o", path], check=True
+    )
+    return path
+
+
+@pytest.fixture
+def fake(fake_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    """libcufft is the fake, without plans; in the end its rules have been kept and all plans can be destroyed."""
+    fake = Fake(fake_path)
+    fake.library.fake_cufft_reset()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(libcufft, "_candidates", lambda soname: [str(fake_path)])
+    monkeypatch.setattr(libcufft, "_cuda", HostMemory(fake))
+    libcufft._open.cache_clear()
+    assert libcufft.unavailable_reasons() == []
+    assert fake.live_plans == 0
+    yield fake
+    libcufft._open.cache_clear()
+    fake.assert_no_violation()
+    for device in (0, 1):  # each device's plans while it is the current one
+        host_memory().here.device = device
+        libcufft.clear_plans(torch.device("cpu"))
+    cpu.core().cufft_open(str(fake_path))  # drops what was captured
+    assert fake.live_plans == 0

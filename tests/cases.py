@@ -151,6 +151,7 @@ CASES = [
     Case(2, 7, 8, 3, F=5),
 ]
 EMPTY_CASES = [Case(0, 4, 6, 3), Case(2, 4, 6, 0)]
+SMALL = Case(2, 4, 6, 3)
 
 
 def make_inputs(
@@ -229,6 +230,13 @@ def assert_all_within_bound(y: Tensor, actual: Inputs, wanted: tuple[Tensor, Inp
     assert actual.keys() == wanted_gradients.keys()
     for name, gradient in actual.items():
         assert_within_bound(f"grad_{name}", gradient, wanted_gradients[name])
+
+
+def assert_same_bits(actual: tuple[Tensor, Inputs], wanted: tuple[Tensor, Inputs]) -> None:
+    assert torch.equal(actual[0], wanted[0])
+    assert actual[1].keys() == wanted[1].keys()
+    for name, gradient in actual[1].items():
+        assert torch.equal(gradient, wanted[1][name]), name
 
 
 def _sliced(t: Tensor) -> Tensor:

@@ -86,13 +86,6 @@ def assert_joint_scalars_within_bound(op: Op, inputs: Inputs, grad_y: Tensor) ->
     assert_all_within_bound(y, grads, (wanted_y, wanted))
 
 
-def assert_same_bits(actual: tuple[Tensor, Inputs], wanted: tuple[Tensor, Inputs]) -> None:
-    assert torch.equal(actual[0], wanted[0])
-    assert actual[1].keys() == wanted[1].keys()
-    for name, gradient in actual[1].items():
-        assert torch.equal(gradient, wanted[1][name]), name
-
-
 class Guarded:
     """A tensor in the middle of a larger one whose margins must not change."""
 

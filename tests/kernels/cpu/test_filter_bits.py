@@ -12,12 +12,13 @@ from cases import (
     Inputs,
     Op,
     assert_all_within_bound,
+    assert_same_bits,
     assert_within_bound,
     expected,
     make_grad,
     make_inputs,
 )
-from native_core import DYNAMIC, FILTERS, ISAS, assert_same_bits, pairwise, run
+from native_core import DYNAMIC, FILTERS, ISAS, pairwise, run
 from torch import Tensor
 
 from dfformer_kernels import dynamic_filter, reference

@@ -11,6 +11,7 @@ from cases import (
     DTYPES,
     LAYOUTS,
     OPS,
+    SMALL,
     Case,
     Inputs,
     Op,
@@ -35,7 +36,6 @@ pytestmark = pytest.mark.usefixtures("one_thread", "interpreted")
 ALL_OPS = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 FILTERS = {name: op for name, op in OPS.items() if op.parameters}
-SMALL = Case(2, 4, 6, 3)
 
 
 @pytest.fixture

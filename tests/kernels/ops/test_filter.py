@@ -1,10 +1,8 @@
-"""Every operator on every backend: values, gradients, layouts, errors, and life under torch's transformations."""
+"""Every operator on every backend: values, gradients, memory layouts, determinism, autocast."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from itertools import product
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,33 +12,33 @@ from cases import (
     EMPTY_CASES,
     LAYOUTS,
     OPS,
+    SMALL,
     TARGETS,
     Case,
     Inputs,
     Op,
-    Operators,
     Target,
     assert_all_within_bound,
+    assert_same_bits,
     assert_within_bound,
     expected,
     gradients,
     make_grad,
     make_inputs,
 )
-from conftest import require_backend, require_compiler, require_support, targets
+from conftest import require_backend, require_support, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
-from dfformer_kernels import dynamic_filter, global_filter, star_relu
+from dfformer_kernels import dynamic_filter, global_filter
 from dfformer_kernels.problem import is_channels_first
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ALL_OPS = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 FILTERS: dict[str, Callable[..., Tensor]] = {"dynamic_filter": dynamic_filter, "global_filter": global_filter}
-SMALL = Case(2, 4, 6, 3)
+
+
 # Several of the compiled core's 16384-element chunks, the last one partial.
 SEVERAL_CHUNKS = Case(2, 14, 14, 90)
 
@@ -49,13 +47,6 @@ def run(target: Target, inputs: Inputs, grad_y: Tensor) -> tuple[Tensor, Inputs]
     require_support(target.backend, target.op.name, target.op.schema_order(inputs))
     y = target.op.public(inputs, target.backend)
     return y.detach(), gradients(y, inputs, grad_y)
-
-
-def assert_same_bits(actual: tuple[Tensor, Inputs], wanted: tuple[Tensor, Inputs]) -> None:
-    assert torch.equal(actual[0], wanted[0])
-    assert actual[1].keys() == wanted[1].keys()
-    for name, gradient in actual[1].items():
-        assert torch.equal(gradient, wanted[1][name]), name
 
 
 # Values
@@ -263,6 +254,16 @@ def test_autograd_function_can_be_applied_directly(target: Target) -> None:
     assert_same_bits((y.detach(), gradients(y, inputs, grad_y)), wanted)
 
 
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_an_infinite_input_stays_in_its_sample(op: Op) -> None:
+    inputs = make_inputs(op, SMALL, torch.float32, requires_grad=False)
+    wanted = op.public(inputs)
+    inputs["x"][0, 0, 0, 0] = math.inf
+    y = op.public(inputs)
+    assert not y[0].isfinite().all()
+    assert torch.equal(y[1], wanted[1])
+
+
 # Determinism
 
 
@@ -305,301 +306,3 @@ def test_autocast_does_not_reach_second_derivatives(target: Target) -> None:
     inputs = make_inputs(target.op, SMALL, torch.float32, target.device)
     with torch.autocast(target.device, torch.bfloat16):
         assert_second_derivatives_within_bound(target, inputs)
-
-
-# torch.library, meta and fake tensors, torch.compile, torch.export
-
-
-@ALL_OPS
-def test_registration_passes_opcheck(op: Op) -> None:
-    inputs = make_inputs(op, SMALL, torch.float32)
-    torch.library.opcheck(getattr(torch.ops.dfformer, op.name).default, (*op.schema_order(inputs), None))
-
-
-@ALL_OPS
-def test_registration_of_the_backward_passes_opcheck(op: Op) -> None:
-    inputs = make_inputs(op, SMALL, torch.float32, requires_grad=False)
-    needs = [name in inputs for name in op.names]
-    arguments = (make_grad(op, inputs), *op.schema_order(inputs), needs, None)
-    torch.library.opcheck(getattr(torch.ops.dfformer, f"{op.name}_backward").default, arguments)
-
-
-def signature(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [(t.shape, t.dtype, t.stride()) for t in tensors]
-
-
-@pytest.mark.parametrize("kind", ["meta", "fake"])
-@pytest.mark.parametrize("layout", ["channels_first", "sliced", "expanded_batch"])
-@ALL_OPS
-def test_tensors_without_data_get_the_shapes_and_strides_of_real_ones(op: Op, layout: str, kind: str) -> None:
-    inputs = make_inputs(op, SMALL, torch.bfloat16, requires_grad=False)
-    for name in ("x", *op.parameters):
-        inputs[name] = LAYOUTS[layout](inputs[name])
-    real = [op.public(inputs), *op.backward(inputs["x"], inputs)]
-    with FakeTensorMode() if kind == "fake" else nullcontext() as mode:
-        without = {name: mode.from_tensor(t) if mode else t.to("meta") for name, t in inputs.items()}
-        hollow = [op.public(without), *op.backward(without["x"], without)]
-    assert signature(hollow) == signature(real)
-    assert {t.device.type for t in hollow} == {"meta" if kind == "meta" else "cpu"}
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-@ALL_OPS
-def test_modes_see_the_operator(op: Op, requires_grad: bool) -> None:
-    inputs = make_inputs(op, SMALL, torch.float32, requires_grad=requires_grad)
-    with Operators() as seen:
-        y = op.public(inputs)
-    assert seen.names.count(f"dfformer::{op.name}") == 1
-    assert torch.equal(y, op.public(inputs))
-
-
-@ALL_OPS
-def test_lazily_negated_input_is_negated(op: Op) -> None:
-    inputs = make_inputs(op, SMALL, torch.float32, requires_grad=False)
-    x = inputs["x"]
-    lazy = torch.complex(torch.zeros_like(x), -x).conj().imag
-    assert lazy.is_neg()
-    assert torch.equal(op.public(inputs | {"x": lazy}), op.public(inputs))
-
-
-def surrounded(op: Op) -> Callable[[Inputs], Tensor]:
-    """The operator between others, so that a compiler has something to do; all of it exact in floating point."""
-    return lambda inputs: 2 * op.public(inputs | {"x": -inputs["x"]})
-
-
-def result_and_gradients(function: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[Tensor, Inputs]:
-    y = function(inputs)
-    return y.detach(), gradients(y, inputs, LAYOUTS["expanded_all"](y))
-
-
-@pytest.mark.parametrize(
-    ("name", "compiler"),
-    [*((name, "aot_eager") for name in OPS), ("dynamic_filter+star_relu", "inductor")],
-)
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_results_equal_eager_ones_from_the_first_call_on(name: str, compiler: str) -> None:
-    """The first compiled call runs the kernels under torch's tracing modes, which must not change what they compute."""
-    if compiler == "inductor":
-        require_compiler()
-    op = OPS[name]
-    inputs = make_inputs(op, SMALL, torch.float32)
-    compiled = torch.compile(surrounded(op), fullgraph=True, backend=compiler)
-    first = result_and_gradients(compiled, inputs)
-    second = result_and_gradients(compiled, inputs)
-    eager = result_and_gradients(surrounded(op), inputs)
-    assert_same_bits(first, eager)
-    assert_same_bits(second, eager)
-
-
-@ALL_OPS
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_kernels_are_right_on_their_first_call(op: Op) -> None:
-    """Where no gradient is wanted, torch (2.14) runs a graph's first call in a mode that drops lazy conjugations."""
-    inputs = make_inputs(op, SMALL, torch.float32, requires_grad=False)
-
-    def kernels(inputs: Inputs) -> list[Tensor]:
-        return [op.public(inputs), *op.backward(inputs["x"], inputs)]
-
-    eager = kernels(inputs)
-    first = torch.compile(kernels, fullgraph=True, backend="aot_eager")(inputs)
-    assert [torch.equal(actual, wanted) for actual, wanted in zip(first, eager, strict=True)] == [True] * len(eager)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_one_dynamic_graph_serves_all_shapes() -> None:
-    op = OPS["dynamic_filter+star_relu"]
-    compiled = torch.compile(surrounded(op), fullgraph=True, dynamic=True, backend="aot_eager")
-    # No two sizes of the first problem are equal: torch takes those for one and the same.
-    first, second = (make_inputs(op, case, torch.float32) for case in (Case(5, 7, 18, 3), Case(3, 4, 6, 8, F=5)))
-    assert_same_bits(result_and_gradients(compiled, first), result_and_gradients(surrounded(op), first))
-    with torch.compiler.set_stance("fail_on_recompile"):
-        result = result_and_gradients(compiled, second)
-    assert_same_bits(result, result_and_gradients(surrounded(op), second))
-
-
-class Step(nn.Module):
-    def forward(self, x: Tensor, logits: Tensor, basis: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        return dynamic_filter(star_relu(x, scale, bias), logits, basis, (scale, bias))
-
-
-def test_export_with_a_dynamic_batch() -> None:
-    op = OPS["dynamic_filter+star_relu"]
-    batch = torch.export.Dim("batch")
-    dynamic_shapes = {"x": {0: batch}, "logits": {0: batch}, "basis": None, "scale": None, "bias": None}
-    example = tuple(make_inputs(op, SMALL, torch.float32, requires_grad=False).values())
-    program = torch.export.export(Step(), example, dynamic_shapes=dynamic_shapes)
-    inputs = tuple(make_inputs(op, Case(5, 4, 6, 3), torch.float32, requires_grad=False).values())
-    assert torch.equal(program.module()(*inputs), Step()(*inputs))
-
-
-# Errors
-
-Change = Callable[[Tensor], Tensor]
-
-
-class Bad(NamedTuple):
-    """A bad input: which argument of which operator, how it is spoilt, what is raised and what its message names."""
-
-    op_name: str
-    argument: str
-    change: Change
-    exception: type[Exception]
-    accepted: str
-    given: str
-
-
-NUMBERS = "dtype float32, float64, bfloat16, float16"
-X = "shape (B,H,W,C) with H, W >= 1"
-LOGITS = "shape (B,F,C) = (2, F >= 1, 3) for x of shape (2, 4, 6, 3)"
-BASIS = "shape (H,K,F,2), K = W//2 + 1, = (4, 4, 4, 2) for x of shape (2, 4, 6, 3)"
-WEIGHT = "shape (H,K,C,2), K = W//2 + 1, = (4, 4, 3, 2) for x of shape (2, 4, 6, 3)"
-COMPANION = "dtype float32, bfloat16, float16 beside float32 x"
-SPECTRAL = "dtype float32 beside float32 x"
-
-
-def to_meta(t: Tensor) -> Tensor:
-    return t.to("meta")
-
-
-BAD_INPUTS = {
-    "x-integer": Bad("star_relu", "x", Tensor.long, TypeError, NUMBERS, "int64"),
-    "x-bool": Bad("global_filter", "x", Tensor.bool, TypeError, NUMBERS, "bool"),
-    "x-complex": Bad("dynamic_filter", "x", lambda t: t.to(torch.complex64), TypeError, NUMBERS, "complex64"),
-    "x-rank-3": Bad("dynamic_filter", "x", lambda t: t[0], ValueError, X, "(4, 6, 3)"),
-    "x-rank-5": Bad("global_filter", "x", lambda t: t[None], ValueError, X, "(1, 2, 4, 6, 3)"),
-    "x-no-rows": Bad("dynamic_filter", "x", lambda t: t[:, :0], ValueError, X, "(2, 0, 6, 3)"),
-    "x-no-columns": Bad("global_filter", "x", lambda t: t[:, :, :0], ValueError, X, "(2, 4, 0, 3)"),
-    "logits-rank": Bad("dynamic_filter", "logits", lambda t: t[0], ValueError, LOGITS, "(4, 3)"),
-    "logits-batch": Bad("dynamic_filter", "logits", lambda t: t[:1], ValueError, LOGITS, "(1, 4, 3)"),
-    "logits-channels": Bad("dynamic_filter", "logits", lambda t: t[..., :2], ValueError, LOGITS, "(2, 4, 2)"),
-    "logits-no-filters": Bad("dynamic_filter", "logits", lambda t: t[:, :0], ValueError, LOGITS, "(2, 0, 3)"),
-    "logits-float64": Bad("dynamic_filter", "logits", Tensor.double, TypeError, COMPANION, "float64"),
-    "logits-integer": Bad("dynamic_filter", "logits", Tensor.long, TypeError, COMPANION, "int64"),
-    "logits-device": Bad("dynamic_filter", "logits", to_meta, ValueError, "on cpu, where x is", "it on meta"),
-    "basis-rank": Bad("dynamic_filter", "basis", lambda t: t[0], ValueError, BASIS, "(4, 4, 2)"),
-    "basis-rows": Bad("dynamic_filter", "basis", lambda t: t[:3], ValueError, BASIS, "(3, 4, 4, 2)"),
-    "basis-columns": Bad("dynamic_filter", "basis", lambda t: t[:, :3], ValueError, BASIS, "(4, 3, 4, 2)"),
-    "basis-filters": Bad("dynamic_filter", "basis", lambda t: t[:, :, :3], ValueError, BASIS, "(4, 4, 3, 2)"),
-    "basis-real": Bad("dynamic_filter", "basis", lambda t: t[..., :1], ValueError, BASIS, "(4, 4, 4, 1)"),
-    "basis-16-bit": Bad("dynamic_filter", "basis", Tensor.bfloat16, TypeError, SPECTRAL, "bfloat16"),
-    "basis-float64": Bad("dynamic_filter", "basis", Tensor.double, TypeError, SPECTRAL, "float64"),
-    "basis-device": Bad("dynamic_filter", "basis", to_meta, ValueError, "on cpu, where x is", "it on meta"),
-    "weight-columns": Bad("global_filter", "weight", lambda t: t[:, :3], ValueError, WEIGHT, "(4, 3, 3, 2)"),
-    "weight-channels": Bad("global_filter", "weight", lambda t: t[:, :, :1], ValueError, WEIGHT, "(4, 4, 1, 2)"),
-    "weight-16-bit": Bad("global_filter", "weight", Tensor.half, TypeError, SPECTRAL, "float16"),
-    "weight-device": Bad("global_filter", "weight", to_meta, ValueError, "on cpu, where x is", "it on meta"),
-    "scale-two": Bad("star_relu", "scale", lambda t: t.expand(2), ValueError, "one element", "shape (2,)"),
-    # a leaf, whose gradient a backend that reads one element would get wrong
-    "scale-per-channel": Bad(
-        "dynamic_filter+star_relu",
-        "scale",
-        lambda t: torch.ones(3, requires_grad=True),
-        ValueError,
-        "one element",
-        "shape (3,)",
-    ),
-    "bias-none": Bad(
-        "global_filter+star_relu", "bias", lambda t: t.new_zeros(0), ValueError, "one element", "shape (0,)"
-    ),
-    "bias-integer": Bad("global_filter+star_relu", "bias", Tensor.int, TypeError, COMPANION, "int32"),
-    "bias-float64": Bad("star_relu", "bias", Tensor.double, TypeError, COMPANION, "float64"),
-    "scale-device": Bad("star_relu", "scale", to_meta, ValueError, "on cpu, where x is", "it on meta"),
-}
-ALL_BAD_INPUTS = pytest.mark.parametrize("bad", BAD_INPUTS.values(), ids=BAD_INPUTS)
-
-ENTRIES: dict[str, Callable[..., Any]] = {"public": Op.public, "function": Op.apply, "custom_op": Op.custom_op}
-ALL_ENTRIES = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
-
-
-def assert_message(info: pytest.ExceptionInfo[Exception], *fragments: str) -> None:
-    message = str(info.value)
-    assert [fragment for fragment in fragments if fragment not in message] == [], message
-
-
-@ALL_ENTRIES
-@ALL_BAD_INPUTS
-def test_bad_input_raises_naming_argument_given_and_accepted(bad: Bad, entry: Callable[..., Tensor]) -> None:
-    op = OPS[bad.op_name]
-    inputs = make_inputs(op, SMALL, torch.float32)
-    with pytest.raises(bad.exception) as info:
-        entry(op, inputs | {bad.argument: bad.change(inputs[bad.argument].detach())})
-    assert_message(info, f"{op.name}: {bad.argument} must be {bad.accepted}", f"got {bad.given}")
-
-
-@ALL_BAD_INPUTS
-def test_bad_input_of_the_backward_operator_raises_alike(bad: Bad) -> None:
-    op = OPS[bad.op_name]
-    inputs = make_inputs(op, SMALL, torch.float32, requires_grad=False)
-    with pytest.raises(bad.exception) as info:
-        op.backward(make_grad(op, inputs), inputs | {bad.argument: bad.change(inputs[bad.argument])})
-    assert_message(info, f"{bad.argument} must be {bad.accepted}", f"got {bad.given}")
-
-
-BAD_GRADIENTS: dict[str, tuple[Change, type[Exception], str, str]] = {
-    "shape": (lambda t: t[:1], ValueError, "shape (2, 4, 6, 3), that of x", "(1, 4, 6, 3)"),
-    "rank": (lambda t: t[0, 0], ValueError, "shape (2, 4, 6, 3), that of x", "(6, 3)"),
-    "integer": (Tensor.long, TypeError, COMPANION, "int64"),
-    "float64": (Tensor.double, TypeError, COMPANION, "float64"),
-    "device": (to_meta, ValueError, "on cpu, where x is", "it on meta"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_GRADIENTS.values(), ids=BAD_GRADIENTS)
-@ALL_OPS
-def test_bad_grad_y_raises_naming_it(op: Op, bad: tuple[Change, type[Exception], str, str]) -> None:
-    change, exception, accepted, given_ = bad
-    inputs = make_inputs(op, SMALL, torch.float32, requires_grad=False)
-    with pytest.raises(exception) as info:
-        op.backward(change(make_grad(op, inputs)), inputs)
-    assert_message(info, f"{op.name}_backward: grad_y must be {accepted}", f"got {given_}")
-
-
-@ALL_ENTRIES
-@pytest.mark.parametrize("missing", ["scale", "bias"])
-@pytest.mark.parametrize("name", ["dynamic_filter+star_relu", "global_filter+star_relu"])
-def test_scale_without_bias_raises(name: str, missing: str, entry: Callable[..., Any]) -> None:
-    inputs = make_inputs(OPS[name], SMALL, torch.float32)
-    del inputs[missing]
-    with pytest.raises(ValueError, match="star_relu must be both scale and bias, or neither, got one of them"):
-        entry(OPS[name], inputs)
-
-
-@ALL_ENTRIES
-@ALL_OPS
-def test_unknown_backend_raises_naming_the_known_ones(op: Op, entry: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"backend: got 'nonesuch', accepted are 'cpu', .*'torch'"):
-        entry(op, make_inputs(op, SMALL, torch.float32), "nonesuch")
-
-
-@pytest.mark.parametrize("pair", ["scale", (1.0,), torch.ones(2), 0.9], ids=repr)
-@pytest.mark.parametrize("name", FILTERS)
-def test_star_relu_that_is_no_pair_raises(name: str, pair: Any) -> None:
-    inputs = make_inputs(OPS[name], SMALL, torch.float32)
-    with pytest.raises(TypeError, match=rf"{name}: star_relu must be None or a pair \(scale, bias\) of tensors, got "):
-        FILTERS[name](*inputs.values(), star_relu=pair)
-
-
-NOT_A_TENSOR = [
-    (name, argument, value)
-    for name, op in OPS.items()
-    for argument in ("x", *op.parameters, *op.scalars)
-    for value in (0.5, None)
-    if value is not None or argument not in op.scalars or not op.optional_scalars
-]
-
-
-@pytest.mark.parametrize(("name", "argument", "value"), NOT_A_TENSOR)
-def test_an_argument_that_is_no_tensor_raises_naming_it(name: str, argument: str, value: Any) -> None:
-    with pytest.raises(TypeError) as info:
-        OPS[name].public(make_inputs(OPS[name], SMALL, torch.float32) | {argument: value})
-    assert_message(info, f"{OPS[name].name}: {argument} must be a tensor", f"got {type(value).__name__}")
-
-
-@ALL_OPS
-def test_an_infinite_input_stays_in_its_sample(op: Op) -> None:
-    inputs = make_inputs(op, SMALL, torch.float32, requires_grad=False)
-    wanted = op.public(inputs)
-    inputs["x"][0, 0, 0, 0] = math.inf
-    y = op.public(inputs)
-    assert not y[0].isfinite().all()
-    assert torch.equal(y[1], wanted[1])

@@ -9,7 +9,8 @@ import torch
 from extent import FULL
 from torch import Tensor, nn
 
-from dfformer import VARIANTS
+from dfformer import VARIANTS, StarReLU
+from dfformer.models.layers import Scale
 from dfformer_kernels.tolerance import BOUND
 
 DIMS, CLASSES = [16, 24, 32, 40], 7
@@ -31,7 +32,21 @@ def small(name: str = "dfformer_s18", **kwargs: Any) -> Any:
 
 
 def images(H: int = 64, W: int = 64, channels: int = 3, batch: int = 2) -> Tensor:
-    return torch.randn(batch, channels, H, W)
+    return torch.randn(batch, channels, H, W, generator=torch.Generator().manual_seed(1))
+
+
+def trained(name: str = "dfformer_s18", **kwargs: Any) -> nn.Module:
+    """A small model whose norms, scales and activations are not those of initialisation."""
+    torch.manual_seed(0)
+    model = small(name, **({"num_classes": 10} | kwargs))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm | Scale | StarReLU):
+                for parameter in module.parameters():
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+            elif isinstance(module, nn.Linear):  # at initialisation, blocks hardly change what comes in
+                module.weight *= 2
+    return model
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

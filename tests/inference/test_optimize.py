@@ -1,8 +1,6 @@
 """Models made ready to serve: same results, original untouched, and everything a served model goes through."""
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -10,42 +8,21 @@ import pytest
 import timm
 import torch
 from conftest import require_compiler
+from small_models import images, trained
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import parametrizations, parametrize, prune
 
 import dfformer
-from dfformer import StarReLU, optimize_for_inference
+from dfformer import optimize_for_inference
 from dfformer.inference.packed import PackedLinear, PackedMlp
 from dfformer.models.blocks import MetaFormerBlock
-from dfformer.models.layers import Mlp, Scale
+from dfformer.models.layers import Mlp
 from dfformer_kernels.tolerance import relative_error
 
 # As promised, relative to the logits; bfloat16 rounds every activation of every block.
 ERROR = {None: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 KINDS = ("dfformer_s18", "cdfformer_s18", "gfformer_s18", "dfformer_s18_afno", "dfformer_s18_gelu")
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
 EVERY_KIND = pytest.mark.parametrize("name", KINDS)
-SHAPE: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40), "img_size": 64, "num_classes": 10}
-
-
-def trained(name: str = "dfformer_s18", **kwargs: Any) -> nn.Module:
-    """A small model whose norms, scales and activations are not those of initialisation."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, **(SHAPE | kwargs)).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm | Scale | StarReLU):
-                for parameter in module.parameters():
-                    parameter.add_(0.3 * torch.randn_like(parameter))
-            elif isinstance(module, nn.Linear):  # at initialisation, blocks hardly change what comes in
-                module.weight *= 2
-    return model
-
-
-def images(H: int = 64, W: int = 64, batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, H, W, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
@@ -127,222 +104,6 @@ def test_cannot_be_trained() -> None:
 def test_unknown_dtype(dtype: Any) -> None:
     with pytest.raises(ValueError, match=r"dtype: got .*, accepted are None, torch.float32, torch.bfloat16"):
         optimize_for_inference(trained(), dtype)
-
-
-# What happens to a served model
-
-
-def pickled(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-def test_copies_serve_the_same(dtype: torch.dtype | None, copied: Any) -> None:
-    served, x = optimize_for_inference(trained(), dtype), images()
-    y = served(x)  # packs weights, which the copy must do by itself
-    assert torch.equal(copied(served)(x), y)
-
-
-def scaled(served: nn.Module, write: Callable[[Tensor], object]) -> None:
-    for t in served.state_dict().values():
-        write(t)
-
-
-def broadcast_from_another(t: Tensor) -> None:
-    """What a collective operation does on a process that receives: it writes past autograd."""
-    t.data.copy_(t * 1.5)
-
-
-def write_by_numpy(t: Tensor) -> None:
-    values = t.numpy()
-    values *= 1.5
-
-
-def packed(served: nn.Module, name: str) -> PackedLinear:
-    layer = served.get_submodule(name)
-    assert isinstance(layer, PackedLinear)
-    return layer
-
-
-WRITES: dict[str, Callable[[nn.Module], object]] = {
-    "in_place": lambda served: scaled(served, lambda t: t.mul_(1.5)),
-    "by_data": lambda served: scaled(served, lambda t: t.data.mul_(1.5)),
-    "by_collective": lambda served: scaled(served, broadcast_from_another),
-    "by_numpy": lambda served: scaled(served, write_by_numpy),
-    "of_one_layer": lambda served: packed(served, "model.stages.2.0.mlp.fc1").weight.data.mul_(1.5),
-    "load_state_dict": lambda served: served.load_state_dict({k: 1.5 * t for k, t in served.state_dict().items()}),
-}
-
-
-@pytest.mark.parametrize("write", WRITES)
-@torch.no_grad()
-def test_weights_that_are_written_to_are_what_is_multiplied_by(write: str) -> None:
-    served, x = optimize_for_inference(trained()), images()
-    before = served(x)
-    WRITES[write](served)
-    after = served(x)
-    assert relative_error(after, before) > 1e-3
-    assert relative_error(copy.deepcopy(served)(x), after) < 1e-5  # which packs anew
-
-
-@torch.no_grad()
-def test_weights_are_loaded_and_packed() -> None:
-    other, x = optimize_for_inference(trained()), images()
-    state = {name: 1.5 * t for name, t in other.state_dict().items()}
-    other.load_state_dict(state)
-    served = optimize_for_inference(trained())
-    served.load_state_dict(state)
-    assert all(m._packed is not None for m in served.modules() if isinstance(m, PackedLinear)) or not HAS_ONEDNN
-    assert relative_error(served(x), other(x)) < 1e-5
-
-
-def test_a_state_dict_that_does_not_fit_is_refused() -> None:
-    served = optimize_for_inference(trained())
-    name = "model.stages.2.0.mlp.fc1.weight"
-    state = served.state_dict()
-    with pytest.raises(RuntimeError, match=f"size mismatch for {name}: got .2, 2., accepted is"):
-        served.load_state_dict({**state, name: torch.ones(2, 2)})
-    with pytest.raises(RuntimeError, match=f"Missing key.*{name}"):
-        served.load_state_dict({key: t for key, t in state.items() if key != name})
-
-
-# What lives in a module is honoured
-
-
-class Adapter(nn.Module):
-    """What adapters are: a module around the layer, with its weight's name."""
-
-    def __init__(self, base: Any) -> None:
-        super().__init__()
-        self.base = base
-        self.down = nn.Linear(base.in_features, 2, bias=False)
-        self.up = nn.Linear(2, base.out_features, bias=False)
-        self.weight = base.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x))
-
-
-class Doubled(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return 2 * weight
-
-
-class Subclass(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).square()
-
-
-def subclassed(owner: nn.Module, name: str) -> None:
-    getattr(owner, name).__class__ = Subclass
-
-
-def patched(owner: nn.Module, name: str) -> None:
-    layer = getattr(owner, name)
-    forward = layer.forward
-    layer.forward = lambda x: forward(x) + forward(x).square()
-
-
-CONTENTS: dict[str, Callable[[nn.Module, str], object]] = {
-    "adapter": lambda owner, name: setattr(owner, name, Adapter(getattr(owner, name))),
-    "hook": lambda owner, name: getattr(owner, name).register_forward_hook(lambda m, i, y: y + y.square()),
-    "pre_hook": lambda owner, name: getattr(owner, name).register_forward_pre_hook(
-        lambda m, i: (i[0] + i[0].square(),)
-    ),
-    "prune": lambda owner, name: prune.l1_unstructured(getattr(owner, name), "weight", 0.5),
-    "weight_norm": lambda owner, name: parametrizations.weight_norm(
-        getattr(owner, name)
-    ).parametrizations.weight.original0.data.mul_(1.5),
-    "old_weight_norm": lambda owner, name: nn.utils.weight_norm(getattr(owner, name)).weight_g.data.mul_(1.5),
-    "parametrization": lambda owner, name: parametrize.register_parametrization(
-        getattr(owner, name), "weight", Doubled()
-    ),
-    "subclass": subclassed,
-    "patched": patched,
-}
-PLACES = ("mlp.fc1", "mlp.fc2", "token_mixer.pwconv1", "token_mixer.pwconv2", "token_mixer.reweight.fc1")
-
-
-def responsive() -> nn.Module:
-    """A model whose logits follow each of its layers."""
-    model = trained()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith("stages.1"):
-                parameter.mul_(20 if "complex_weights" in name else 4 if parameter.ndim == 2 else 1)
-    return model
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("content", CONTENTS)
-def test_what_lives_in_a_layer_is_honoured(content: str, place: str) -> None:
-    model, x = responsive(), images()
-    plain = model(x)
-    owner, _, name = place.rpartition(".")
-    for block in model.get_submodule("stages.1").children():
-        CONTENTS[content](block.get_submodule(owner), name)
-    with_gradients = model(x)
-    assert relative_error(with_gradients, plain) > 1e-4
-    with torch.no_grad():
-        assert relative_error(model(x), with_gradients) < 1e-5
-    served = optimize_for_inference(model)
-    assert relative_error(served(x), with_gradients) < 1e-4
-    assert any(entry.name.startswith("stages.1.0") for entry in served.left_alone)
-
-
-MODULES = (
-    "stages.1.0.norm1",
-    "stages.1.0.mlp",
-    "stages.1.0.mlp.act",
-    "stages.2.0.res_scale1",
-    "stages.1.0",
-    "head.fc1",
-)
-
-
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("content", ["hook", "pre_hook", "patched"])
-def test_what_lives_in_any_module_is_honoured(content: str, name: str) -> None:
-    model, x = responsive(), images()
-    plain = model(x)
-    owner, _, child = name.rpartition(".")
-    CONTENTS[content](model.get_submodule(owner), child)
-    with_gradients = model(x)
-    assert relative_error(with_gradients, plain) > 1e-4
-    with torch.no_grad():
-        assert relative_error(model(x), with_gradients) < 1e-5
-    assert relative_error(optimize_for_inference(model)(x), with_gradients) < 1e-4
-
-
-def test_a_forward_patched_on_the_class_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = trained(), images()
-    plain, forward = model(x), nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * forward(self, x))
-    patched = model(x)
-    assert relative_error(patched, plain) > 1e-3
-    assert relative_error(optimize_for_inference(model)(x), patched) < 1e-4
-
-
-def test_global_hooks_see_every_module() -> None:
-    model, x = trained(), images()
-    seen: dict[bool, set[nn.Module]] = {True: set(), False: set()}
-    for gradients, modules in seen.items():
-        handle = register_module_forward_hook(lambda module, args, y, modules=modules: modules.add(module))
-        try:
-            with torch.set_grad_enabled(gradients):
-                model(x)
-        finally:
-            handle.remove()
-    assert seen[True] == seen[False] >= {m for m in model.modules() if isinstance(m, nn.Linear | StarReLU)}
 
 
 @EVERY_KIND

@@ -7,15 +7,13 @@ from functools import partial
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from dfformer import AFNO2D, DynamicFilter, GlobalFilter, SepConv, StarReLU
 from dfformer.models.filter_resize import RULES, resize_filter
 from dfformer_kernels.reference import compute_dtype
-from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
+from dfformer_kernels.tolerance import BOUND, relative_error
 
 PLANE, OTHER = (6, 5), (7, 8)
 DIM = 8
@@ -379,59 +377,6 @@ def test_loading_without_filters_is_reported(layer_class: Callable[..., Any]) ->
     layer = layer_class(DIM, size=PLANE)
     stored = {name: value for name, value in layer.state_dict().items() if name != "complex_weights"}
     assert layer.load_state_dict(stored, strict=False).missing_keys == ["complex_weights"]
-
-
-# What reads a model as a graph
-
-TINY: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "img_size": 32, "num_classes": 5}
-EVERY_NAME = pytest.mark.parametrize(
-    "name", ["dfformer_s18", "cdfformer_s18", "gfformer_s18", "dfformer_s18_gelu", "dfformer_s18_afno"]
-)
-
-
-@EVERY_NAME
-def test_symbolic_traces_compute_the_same(name: str) -> None:
-    model = timm.create_model(name, **TINY).eval()
-    traced = torch.fx.symbolic_trace(model)
-    for x in (torch.randn(2, 3, 32, 32), torch.randn(1, 3, 64, 48)):  # another plane: filters are resized
-        assert relative_error(traced(x), model(x)) < 1e-5
-    gradient, expected = (
-        torch.autograd.grad(run(x).square().sum(), list(model.parameters())) for run in (traced, model)
-    )
-    assert max(gradient_errors(list(gradient), list(expected))) < 1e-4
-
-
-@EVERY_NAME
-def test_feature_extractors_of_torchvision(name: str) -> None:
-    model, x = timm.create_model(name, **TINY).eval(), torch.randn(2, 3, 32, 32)
-    extractor = create_feature_extractor(model, {"stages.1": "early", "stages.3": "late"})
-    expected = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
-    features = extractor(x)
-    assert relative_error(features["early"], expected[1]) < 1e-5
-    assert relative_error(features["late"], expected[3]) < 1e-5
-
-
-@EVERY_NAME
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("gradients", [False, True])
-def test_traces_with_and_without_gradients(name: str, gradients: bool) -> None:
-    model, x = timm.create_model(name, **TINY).eval(), torch.randn(2, 3, 32, 32)
-    with torch.set_grad_enabled(gradients):
-        traced = torch.jit.trace(model, x)
-    other = torch.randn(2, 3, 32, 32)
-    assert relative_error(traced(other), model(other)) < 1e-5
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
-def test_tools_that_look_for_exact_layers_find_them() -> None:
-    model = timm.create_model("dfformer_s18", **TINY)
-    assert {type(m) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)} == {nn.Linear, nn.Conv2d}
-    quantised = torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear}, torch.qint8)
-    x = torch.randn(2, 3, 32, 32)
-    assert not any(type(m) is nn.Linear for m in quantised.modules())
-    assert relative_error(quantised(x), model(x)) < 0.1
-    with torch.no_grad():
-        assert relative_error(quantised(x), model(x)) < 0.1
 
 
 @pytest.mark.parametrize("name", MIXERS)

@@ -127,8 +127,10 @@ def test_counted_layers(name: str) -> None:
 def test_dynamic_quantisation_finds_linear_layers(optimised: bool) -> None:
     model, x = make("dfformer_s18"), images()
     expected = model(x).detach()
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)} == {nn.Linear, nn.Conv2d}
     quantised: nn.Module = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
     assert not any(type(m) is nn.Linear for m in quantised.modules())
     run = dfformer.optimize_for_inference(quantised) if optimised else quantised
-    with torch.no_grad():
-        assert 0 < relative_error(run(x), expected) < 0.1
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert 0 < relative_error(run(x), expected) < 0.1

@@ -5,22 +5,19 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
-from dense_models import dense_checkpoint
 from image_files import READABLE, UNREADABLE, noise, oriented, write_all, write_flipped
 from PIL import Image
 
 from dfformer.cli.main import main
-from dfformer.models.checkpoint import load_model, save_checkpoint
+from dfformer.models.checkpoint import load_model
 from dfformer.tasks import detection, predict, results
-from dfformer.tasks.results import result_names
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_size": 32}
 TASKS = ["classify", "segment", "detect"]
@@ -31,35 +28,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    torch.manual_seed(0)
-    arguments = {**SMALL, "num_classes": 3}
-    model = timm.create_model("dfformer_s18", **arguments)
-    torch.nn.init.normal_(model.head.fc2.weight)  # decided, and not all for one class
-    save_checkpoint(model, folder / "classify.safetensors", "dfformer_s18", arguments, ["$a_$", "b", "_c"])
-    encoder = {**SMALL, "img_size": [32, 48]}
-    for task in TASKS[1:]:
-        dense_checkpoint(task, folder / f"{task}.safetensors", "dfformer_s18", encoder)
-    return {task: str(folder / f"{task}.safetensors") for task in TASKS}
-
-
-@pytest.fixture
-def run(checkpoints: dict[str, str], tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
-    """Predicts; returns the status and the JSON. Results are in tmp_path/out."""
-
-    def predict_them(task: str, inputs: Sequence[Path], *more: str) -> tuple[int, dict[str, Any]]:
-        report = tmp_path / "report.json"
-        report.unlink(missing_ok=True)
-        output = [] if "--output" in more else ["--output", str(tmp_path / "out")]
-        arguments = ["predict", "--checkpoint", checkpoints[task], "--workers", "0", "--json", str(report), *output]
-        status = main([*arguments, *more, *map(str, inputs)])
-        return status, json.loads(report.read_text()) if report.exists() else {}
-
-    return predict_them
 
 
 def paths_of(entries: list[dict[str, Any]]) -> set[str]:
@@ -215,112 +183,6 @@ def test_an_interrupted_run_says_what_it_did_not_reach(
     errors = {Path(entry["path"]).name: entry["error"] for entry in report["errors"]}
     assert errors == {"2.png": "not reached: KeyboardInterrupt", "3.png": "not reached: KeyboardInterrupt"}
     assert (tmp_path / "out" / "detections.json").exists()
-
-
-# Where results go
-
-
-def _same_folder(images: Path, out: Path) -> list[str]:
-    return ["--output", str(images)]
-
-
-def _linked_folder(images: Path, out: Path) -> list[str]:
-    out.symlink_to(images)
-    return ["--output", str(out)]
-
-
-def _hard_link(images: Path, out: Path) -> list[str]:
-    out.mkdir()
-    os.link(images / "a.png", out / "a.png")
-    return ["--output", str(out)]
-
-
-def _somebody_elses(images: Path, out: Path) -> list[str]:
-    out.mkdir()
-    noise(seed=9).save(out / "a.png")
-    return ["--output", str(out)]
-
-
-def _a_file(images: Path, out: Path) -> list[str]:
-    out.write_text("")
-    return ["--output", str(out)]
-
-
-def _json_is_an_image(images: Path, out: Path) -> list[str]:
-    return ["--output", str(out), "--json", str(images / "a.png")]
-
-
-TARGETS = [_same_folder, _linked_folder, _hard_link, _somebody_elses, _a_file, _json_is_an_image]
-
-
-@pytest.mark.parametrize(("task", "target"), [*(("segment", target) for target in TARGETS), ("detect", _same_folder)])
-def test_no_file_is_overwritten(
-    task: str,
-    target: Callable[[Path, Path], list[str]],
-    checkpoints: dict[str, str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    images, out = tmp_path / "images", tmp_path / "out"
-    write_all(images, dict.fromkeys(("a.png", "b.png"), READABLE["plain.png"]))
-    arguments = target(images, out)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert main(["predict", "--checkpoint", checkpoints[task], *arguments, str(images)]) == 2
-    assert arguments[-2] + ": got " in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.parametrize("task", TASKS[1:])
-def test_a_second_run_replaces_its_own_results_and_predicts_none_of_them(
-    task: str, run: Callable[..., tuple[int, Any]], tmp_path: Path
-) -> None:
-    write_all(tmp_path / "images", {"a.png": READABLE["plain.png"]})
-    reports = []
-    for _ in range(2):
-        status, report = run(task, [tmp_path / "images"], "--output", str(tmp_path / "images" / "out"))
-        assert status == 0
-        reports.append(report)
-    assert reports[0] == reports[1]
-
-
-NAMES: dict[str, tuple[list[str], list[str], list[str]]] = {
-    "different": (["x/a.png", "y/b.png"], ["", "_picture"], ["a", "b"]),
-    "suffixes": (["a.png", "a.jpg"], [""], ["a.png", "a.jpg"]),
-    "folders": (["x/1.png", "y/1.png"], [""], ["x_1", "y_1"]),
-    "endings": (["a.png", "a_picture.png"], ["", "_picture"], ["a.png", "a_picture.png"]),
-    "only some": (["x/1.png", "y/1.png", "y/2.png"], [""], ["x_1", "y_1", "2"]),
-    "case": (["x/A.png", "y/a.png"], [""], ["x_A", "y_a"]),
-    "forms": (["x/\u00e9.png", "y/e\u0301.png"], [""], ["x_\u00e9", "y_e\u0301"]),
-    "joined": (["a/b_c.png", "a_b/c.png", "x/c.png", "y/b_c.png"], [""], ["", "", "", ""]),
-    "nothing helps": (["A.png", "a.png"], [""], ["0_A", "1_a"]),
-    "absolute": (["/x/1.png", "/y/1.png"], [""], ["x_1", "y_1"]),
-}
-
-
-@pytest.mark.parametrize(("paths", "endings", "names"), NAMES.values(), ids=NAMES.keys())
-def test_names_of_results(paths: list[str], endings: list[str], names: list[str]) -> None:
-    found = result_names([Path(path) for path in paths], endings)
-    if len(set(names)) == len(names):
-        assert found == names
-    written = {(name + ending).casefold() for name in found for ending in endings}
-    assert len(written) == len(paths) * len(endings)
-
-
-@pytest.mark.parametrize(("task", "endings"), [("segment", ["", "_picture"]), ("detect", [""])])
-def test_images_of_the_same_name(
-    task: str, endings: list[str], run: Callable[..., tuple[int, Any]], tmp_path: Path
-) -> None:
-    for folder in ("x", "y"):
-        write_all(tmp_path / folder, {"1.png": READABLE["plain.png"]})
-    assert run(task, [tmp_path / "x", tmp_path / "y" / "1.png", tmp_path / "x" / "1.png"])[0] == 0
-    written = {path.name for path in (tmp_path / "out").iterdir()} - {"detections.json"}
-    assert written == {f"{folder}_1{ending}.png" for folder in "xy" for ending in endings}
-
-
-def test_ids_of_images() -> None:
-    """Numbers where COCO's files are named by them, never the same for two images."""
-    ids = detection._image_ids([Path(name) for name in ("a/000012.jpg", "7.png", "b/007.png", "x.png", "\u0663.png")])
-    assert list(ids.values()) == [12, "7", "007", "x", "\u0663"]
 
 
 # What is predicted

@@ -1,115 +1,31 @@
 """The CUDA kernels without a GPU: their phases emulated with every access watched, and the source itself in threads."""
 
 import functools
-import os
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import OPS, Case, Inputs, assert_within_bound, expected, make_grad, make_inputs
 from conftest import require, require_compiler
+from cuda_kernels import (
+    COMPILE,
+    HALVES,
+    PAIRS,
+    REGISTERS,
+    ROLLED,
+    STORAGE,
+    UNROLLED,
+    Kernel,
+    Problem,
+    check_outputs,
+    compile_source,
+    execute,
+)
 from extent import FULL
-from paths import ROOT
 from torch import Tensor
-
-from dfformer_kernels.backends.cuda.layout import slots_of_block
-from dfformer_kernels.tolerance import BOUND, gradient_errors
-
-COMPILE = [
-    os.environ.get("CXX", "g++"),
-    "-std=c++20",
-    "-Wall",
-    "-Wextra",
-    "-Wno-unknown-pragmas",
-    *(f"-I{ROOT / folder}" for folder in ("csrc/fft", "csrc/cuda", "tests/native")),
-]
-STORAGE = {torch.float32: ("float", 0), torch.bfloat16: ("BFloat16", 2), torch.float16: ("Float16", 3)}
-PAIRS, HALVES = 0, 1  # how rows are transformed
-REGISTERS, UNROLLED, ROLLED = 0, 1, 2  # and columns
-
-
-GRADIENTS = ("x", "logits", "filters", "star_relu")  # what the backward kernel can be asked for
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A specialisation of both directions and the problem it runs on; F = 0 is the global filter."""
-
-    H: int
-    W: int
-    C: int
-    F: int
-    lanes: int
-    threads: int
-    rows: int
-    columns: int
-    dtype: torch.dtype = torch.float32
-    star_relu: bool = True
-    B: int = 2
-    planes: int = 2  # in shared memory, backward
-
-    @property
-    def name(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        variant = f"lanes{self.lanes}x{self.threads}_rows{self.rows}_columns{self.columns}"
-        flags = "_star_relu" * self.star_relu + "_in_turn" * (self.planes == 1)
-        return f"plane{self.H}x{self.W}_C{self.C}_F{self.F}_{variant}_{dtype}{flags}"
-
-    def layout(self, backward: bool) -> str:
-        numbers = (self.H, self.W, self.C, self.F, self.lanes, self.threads, self.rows, self.columns)
-        flags = (self.star_relu, backward, self.planes if backward else 1)
-        return ", ".join(str(int(number)) for number in (*numbers, *flags))
-
-    @property
-    def channel_blocks(self) -> int:
-        return -(-self.C // self.lanes)
-
-    @property
-    def slots(self) -> int:
-        return slots_of_block(self.H * (self.W // 2 + 1), self.lanes, self.threads)
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """Of the forward kernel, and of the backward one: fewer than there are work items, so that blocks add up."""
-        items = self.B * self.channel_blocks
-        return items, max(items - 1, 1) if self.F else self.channel_blocks
-
-    @property
-    def row_stride(self) -> int:
-        K = self.W // 2 + 1
-        if self.lanes >= 16:
-            return K * self.lanes
-        return (K | 1) * self.lanes if self.rows == HALVES else K * self.lanes + self.lanes // 2
-
-    def shared_bytes(self, backward: bool) -> int:
-        forward = 8 * self.H * self.row_stride
-        sums = max(self.F, 2 if self.star_relu else 0)
-        return self.planes * forward + 4 * (self.F * self.lanes + sums * self.threads) if backward else forward
-
-    def macros(self, backward: bool) -> list[str]:
-        values = {
-            "DIRECTION": int(backward),
-            "PLANE_H": self.H,
-            "PLANE_W": self.W,
-            "CHANNELS": self.C,
-            "FILTERS": self.F,
-            "LANES": self.lanes,
-            "THREADS": self.threads,
-            "ROWS": self.rows,
-            "COLUMNS": self.columns,
-            "STORAGE": STORAGE[self.dtype][1],
-            "STAR_RELU": int(self.star_relu),
-            "PLANES": self.planes if backward else 1,
-            "MIN_BLOCKS": 1,
-            "SHARED_BYTES": self.shared_bytes(backward),
-        }
-        return [f"-D{name}={value}" for name, value in values.items()]
-
 
 BF16, FP16 = torch.bfloat16, torch.float16
 PRIMES = (17, 19, 23, 29)
@@ -162,95 +78,6 @@ if FULL:
     ]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A kernel's inputs as bytes, and in float64 what is to come out."""
-
-    inputs: Inputs
-    grad_y: Tensor
-    y: Tensor
-    gradients: Inputs
-
-    @staticmethod
-    def of(kernel: Kernel) -> "Problem":
-        name = "dynamic_filter" if kernel.F else "global_filter"
-        op = OPS[name + "+star_relu" * kernel.star_relu]
-        case = Case(kernel.B, kernel.H, kernel.W, kernel.C, kernel.F)
-        inputs = make_inputs(op, case, kernel.dtype, parameter_dtype=torch.float32)
-        grad_y = make_grad(op, inputs)
-        return Problem(inputs, grad_y, *expected(op, inputs, grad_y))
-
-    def file(self, backward: bool) -> bytes:
-        order = ("x", "grad_y", "logits", "basis", "weight", "scale", "bias")
-        tensors = {**self.inputs, **({"grad_y": self.grad_y} if backward else {})}
-        return b"".join(_bytes(tensors[name]) for name in order if name in tensors)
-
-
-def _bytes(t: Tensor) -> bytes:
-    return t.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _compile(source: str, program: Path, *options: str) -> None:
-    command = [*COMPILE, *options, str(ROOT / "tests/native" / source), "-o", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def _execute(
-    program: Sequence[object],
-    kernel: Kernel,
-    backward: bool,
-    folder: Path,
-    wanted: Sequence[str] = GRADIENTS,
-    missing_barrier: int = -1,
-    problem: Problem | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """Runs a kernel on a problem, its own if none is given; the outputs are in the folder."""
-    (folder / "inputs").write_bytes((problem or Problem.of(kernel)).file(backward))
-    mask = sum(1 << GRADIENTS.index(name) for name in wanted)
-    arguments = [kernel.B, kernel.blocks[backward], mask, missing_barrier, folder / "inputs", folder / "outputs"]
-    return subprocess.run(list(map(str, [*program, *arguments])), capture_output=True, text=True, check=False)
-
-
-def _check_outputs(kernel: Kernel, backward: bool, folder: Path, wanted: Sequence[str] = GRADIENTS) -> None:
-    problem = Problem.of(kernel)
-    outputs = torch.from_numpy(np.fromfile(folder / "outputs", dtype=np.uint8))
-    if backward:
-        _check_gradients(kernel, problem.gradients, outputs, wanted)
-    else:
-        assert_within_bound("y", outputs.view(kernel.dtype).view(problem.y.shape), problem.y)
-
-
-def _check_gradients(kernel: Kernel, exact: Inputs, outputs: Tensor, wanted: Sequence[str]) -> None:
-    blocks = kernel.blocks[1]
-    filters = "basis" if kernel.F else "weight"
-    slots = blocks * kernel.slots if kernel.F else blocks // kernel.channel_blocks
-    layout = {  # as the kernel writes them
-        "x": (kernel.dtype, tuple(exact["x"].shape)),
-        "logits": (torch.float32, (kernel.B, kernel.F, kernel.C)),
-        "filters": (torch.float32, (slots, *exact[filters].shape)),
-        "star_relu": (torch.float32, (blocks, 2 * kernel.star_relu)),
-    }
-    actual = {}
-    for name in wanted:
-        dtype, shape = layout[name]
-        size = torch.Size(shape).numel() * dtype.itemsize
-        actual[name], outputs = outputs[:size].view(dtype).view(shape), outputs[size:]
-    assert not outputs.numel()
-
-    if "x" in wanted:
-        assert_within_bound("grad_x", actual["x"], exact["x"])
-    pairs = []
-    if "logits" in wanted and kernel.F:
-        pairs.append((actual["logits"], exact["logits"]))
-    if "filters" in wanted:
-        pairs.append((actual["filters"].sum(0), exact[filters]))
-    if "star_relu" in wanted and kernel.star_relu:
-        pairs += zip(actual["star_relu"].sum(0), (exact["scale"], exact["bias"]), strict=True)
-    errors = gradient_errors(*zip(*pairs, strict=True)) if pairs else []
-    assert all(error <= BOUND[torch.float32] for error in errors), errors
-
-
 DIRECTIONS = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 
 
@@ -264,14 +91,16 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kernel in KERNELS
         for backward, direction in enumerate(("forward", "backward"))
     )
-    _compile("emulate_cuda.cpp", program, "-O0", "-DFFT_INLINE=inline", "-DUNROLLED_BODY=", f"-DSPECIALISATIONS={runs}")
+    compile_source(
+        "emulate_cuda.cpp", program, "-O0", "-DFFT_INLINE=inline", "-DUNROLLED_BODY=", f"-DSPECIALISATIONS={runs}"
+    )
     return program
 
 
 def _emulate(emulator: Path, kernel: Kernel, backward: bool, folder: Path, **options: Any) -> dict[str, int]:
     """What the emulator reports of one kernel."""
     name = f"{kernel.name}_{'backward' if backward else 'forward'}"
-    done = _execute([emulator, name], kernel, backward, folder, **options)
+    done = execute([emulator, name], kernel, backward, folder, **options)
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()
     return dict(zip(words[::2], map(int, words[1::2]), strict=True))
@@ -282,7 +111,7 @@ def _emulate(emulator: Path, kernel: Kernel, backward: bool, folder: Path, **opt
 def test_emulated(kernel: Kernel, backward: bool, emulator: Path, tmp_path: Path) -> None:
     """Right, without races or stray accesses; every pixel is moved once, in full sectors, without bank conflicts."""
     report = _emulate(emulator, kernel, backward, tmp_path)
-    _check_outputs(kernel, backward, tmp_path)
+    check_outputs(kernel, backward, tmp_path)
     assert {name: report[name] for name in ("races", "outside", "unwritten") if report[name]} == {}
 
     # forward reads and writes once; backward reads both tensors, and x again where StarReLU's derivative needs it
@@ -321,7 +150,7 @@ WANTED = [("x",), ("filters",), ("star_relu",), ("x", "filters"), ("logits", "st
 def test_only_wanted_gradients(kernel: Kernel, wanted: tuple[str, ...], emulator: Path, tmp_path: Path) -> None:
     report = _emulate(emulator, kernel, True, tmp_path, wanted=wanted)
     assert not report["outside"], report
-    _check_outputs(kernel, True, tmp_path, wanted)
+    check_outputs(kernel, True, tmp_path, wanted)
 
 
 @DIRECTIONS
@@ -390,7 +219,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kernel, bool, st
         require("cpu", works(sanitizer), f"g++ -fsanitize={sanitizer} makes programs that do not run here")
         path = folder / f"{kernel.name}_{backward}_{sanitizer}"
         options = ["-O1", "-g1", "-pthread", f"-fsanitize={sanitizer}", *kernel.macros(backward)]
-        _compile("run_cuda_shim.cpp", path, *options)
+        compile_source("run_cuda_shim.cpp", path, *options)
         return path
 
     return program
@@ -402,15 +231,15 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kernel, bool, st
 def test_source_in_threads(
     kernel: Kernel, sanitizer: str, backward: bool, shim: Callable[[Kernel, bool, str], Path], tmp_path: Path
 ) -> None:
-    done = _execute([shim(kernel, backward, sanitizer)], kernel, backward, tmp_path)
+    done = execute([shim(kernel, backward, sanitizer)], kernel, backward, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    _check_outputs(kernel, backward, tmp_path)
+    check_outputs(kernel, backward, tmp_path)
 
 
 def test_source_without_unwanted_gradients(shim: Callable[[Kernel, bool, str], Path], tmp_path: Path) -> None:
-    done = _execute([shim(THREADED[0], True, "address")], THREADED[0], True, tmp_path, wanted=("x",))
+    done = execute([shim(THREADED[0], True, "address")], THREADED[0], True, tmp_path, wanted=("x",))
     assert (done.returncode, done.stderr) == (0, "")
-    _check_outputs(THREADED[0], True, tmp_path, ("x",))
+    check_outputs(THREADED[0], True, tmp_path, ("x",))
 
 
 @pytest.mark.parametrize(("backward", "barrier"), [*BARRIERS, (True, 2)])
@@ -418,5 +247,5 @@ def test_a_sanitizer_sees_a_missing_barrier(
     backward: bool, barrier: int, shim: Callable[[Kernel, bool, str], Path], tmp_path: Path
 ) -> None:
     """In the source too, whose last barrier keeps one item's planes from the next."""
-    done = _execute([shim(THREADED[0], backward, "thread")], THREADED[0], backward, tmp_path, missing_barrier=barrier)
+    done = execute([shim(THREADED[0], backward, "thread")], THREADED[0], backward, tmp_path, missing_barrier=barrier)
     assert "data race" in done.stderr

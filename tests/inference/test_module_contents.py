@@ -1,0 +1,142 @@
+"""Hooks, adapters, prunings and patches in any module of a model: an optimised one computes what the model computes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_models import images, trained
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from dfformer import StarReLU, optimize_for_inference
+from dfformer_kernels.tolerance import relative_error
+
+
+class Adapter(nn.Module):
+    """What adapters are: a module around the layer, with its weight's name."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+        self.weight = base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class Subclass(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square()
+
+
+def subclassed(owner: nn.Module, name: str) -> None:
+    getattr(owner, name).__class__ = Subclass
+
+
+def patched(owner: nn.Module, name: str) -> None:
+    layer = getattr(owner, name)
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) + forward(x).square()
+
+
+CONTENTS: dict[str, Callable[[nn.Module, str], object]] = {
+    "adapter": lambda owner, name: setattr(owner, name, Adapter(getattr(owner, name))),
+    "hook": lambda owner, name: getattr(owner, name).register_forward_hook(lambda m, i, y: y + y.square()),
+    "pre_hook": lambda owner, name: getattr(owner, name).register_forward_pre_hook(
+        lambda m, i: (i[0] + i[0].square(),)
+    ),
+    "prune": lambda owner, name: prune.l1_unstructured(getattr(owner, name), "weight", 0.5),
+    "weight_norm": lambda owner, name: parametrizations.weight_norm(
+        getattr(owner, name)
+    ).parametrizations.weight.original0.data.mul_(1.5),
+    "old_weight_norm": lambda owner, name: nn.utils.weight_norm(getattr(owner, name)).weight_g.data.mul_(1.5),
+    "parametrization": lambda owner, name: parametrize.register_parametrization(
+        getattr(owner, name), "weight", Doubled()
+    ),
+    "subclass": subclassed,
+    "patched": patched,
+}
+PLACES = ("mlp.fc1", "mlp.fc2", "token_mixer.pwconv1", "token_mixer.pwconv2", "token_mixer.reweight.fc1")
+
+
+def responsive() -> nn.Module:
+    """A model whose logits follow each of its layers."""
+    model = trained()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("stages.1"):
+                parameter.mul_(20 if "complex_weights" in name else 4 if parameter.ndim == 2 else 1)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("content", CONTENTS)
+def test_what_lives_in_a_layer_is_honoured(content: str, place: str) -> None:
+    model, x = responsive(), images()
+    plain = model(x)
+    owner, _, name = place.rpartition(".")
+    for block in model.get_submodule("stages.1").children():
+        CONTENTS[content](block.get_submodule(owner), name)
+    with_gradients = model(x)
+    assert relative_error(with_gradients, plain) > 1e-4
+    with torch.no_grad():
+        assert relative_error(model(x), with_gradients) < 1e-5
+    served = optimize_for_inference(model)
+    assert relative_error(served(x), with_gradients) < 1e-4
+    assert any(entry.name.startswith("stages.1.0") for entry in served.left_alone)
+
+
+MODULES = (
+    "stages.1.0.norm1",
+    "stages.1.0.mlp",
+    "stages.1.0.mlp.act",
+    "stages.2.0.res_scale1",
+    "stages.1.0",
+    "head.fc1",
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("content", ["hook", "pre_hook", "patched"])
+def test_what_lives_in_any_module_is_honoured(content: str, name: str) -> None:
+    model, x = responsive(), images()
+    plain = model(x)
+    owner, _, child = name.rpartition(".")
+    CONTENTS[content](model.get_submodule(owner), child)
+    with_gradients = model(x)
+    assert relative_error(with_gradients, plain) > 1e-4
+    with torch.no_grad():
+        assert relative_error(model(x), with_gradients) < 1e-5
+    assert relative_error(optimize_for_inference(model)(x), with_gradients) < 1e-4
+
+
+def test_a_forward_patched_on_the_class_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = trained(), images()
+    plain, forward = model(x), nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * forward(self, x))
+    patched = model(x)
+    assert relative_error(patched, plain) > 1e-3
+    assert relative_error(optimize_for_inference(model)(x), patched) < 1e-4
+
+
+def test_global_hooks_see_every_module() -> None:
+    model, x = trained(), images()
+    seen: dict[bool, set[nn.Module]] = {True: set(), False: set()}
+    for gradients, modules in seen.items():
+        handle = register_module_forward_hook(lambda module, args, y, modules=modules: modules.add(module))
+        try:
+            with torch.set_grad_enabled(gradients):
+                model(x)
+        finally:
+            handle.remove()
+    assert seen[True] == seen[False] >= {m for m in model.modules() if isinstance(m, nn.Linear | StarReLU)}

@@ -1,6 +1,7 @@
 """Replaces the authors' DynamicFilter and GlobalFilter, and copies of them, in somebody else's model."""
 
 import copy
+import functools
 from collections.abc import Callable, Hashable
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -10,24 +11,23 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dfformer.models.copies.match import is_filter_shape
-from dfformer.models.copies.module import FusedCopy
 from dfformer.models.copies.trial import Trial, device_of, difference, find, formula_of
 from dfformer.models.layers import StarReLU
 from dfformer.models.spectral import DynamicFilter, GlobalFilter, SpectralFilter
-from dfformer_kernels.graph.compare import AGREEMENT, undisturbed
+from dfformer_kernels.graph.compare import undisturbed
+from dfformer_kernels.graph.subclass import FusedModule, Program, fused_class, is_fused_class
 from dfformer_kernels.graph.trace import DifferentCopyError, UnsupportedCopyError, has_hooks
-from dfformer_kernels.tolerance import relative_error
 
 _NAME = "complex_weight"  # the name of the filters in the authors' layers and most copies
 _LOOKED_FOR = (
     "modules with filters of their own, a parameter (H, W//2 + 1, F, 2) or complex (H, W//2 + 1, F), "
     "whose forward multiplies them with torch.fft.rfft2's result and calls irfft2"
 )
-# Attributes of nn.Module that a replaced class may define without a loss, and special methods that it may not.
+# Attributes of nn.Module that an official layer may define without a loss, and special methods that it may not.
 _KEPT = {"forward", "extra_repr", "call_super_init", "dump_patches"}
 _SPECIAL = {"__call__", "__setattr__", "__getattr__", "__delattr__", "__getstate__", "__setstate__"}
 
-_Build = Callable[[nn.Module], nn.Module]  # builds a replacement from a module's own parts
+_Replace = Callable[[nn.Module], nn.Module]  # fuses a module: changes its class, or builds another from its parts
 
 
 class Replacement(NamedTuple):
@@ -71,46 +71,42 @@ class ReplacementReport(list[Replacement]):
 
 
 def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
-    """Replaces every look-alike of DynamicFilter or GlobalFilter in ``model`` by ours, in place, with its parameters.
+    """Fuses every look-alike of DynamicFilter or GlobalFilter in ``model``, in place.
 
     A look-alike is a module with filters of its own, ``(H, W//2 + 1, F, 2)`` or complex ``(H, W//2 + 1, F)``. Its
     forward calls torch.fft.rfft2, multiplies the result with the filters, mixed by a softmax or one per channel, and
     calls irfft2. The name of its class, the layout of its maps, and what it does before and after do not matter. The
-    authors' own layers become `DynamicFilter` and `GlobalFilter`. Any other becomes a `FusedCopy`, which keeps its
-    forward except for that chain.
+    authors' own layers are replaced by `DynamicFilter` and `GlobalFilter` with the same parameters and submodules. Any
+    other becomes an instance of a subclass of its class. The subclass runs the original's forward with the fused step
+    in place of that chain, for all values of the required inputs. If an optional input is given, it runs the original.
 
     Each formula is first compared with a copy of the layer on random inputs and weights: outputs, gradients, buffers
     and use of random numbers, in evaluation and training, on the plane of its filters and on others that it runs on.
-    A layer is left alone if it differs, or has hooks, parametrisations or methods that the replacement would lose.
-    After replacement, filters are resized to the plane of the input, even if the original had a fixed size.
+    A layer is left alone if it differs. After replacement, filters are resized to the plane of the input, even if the
+    original had a fixed size.
 
     Returns:
         The report, with an entry for each name of each layer. If it is empty, its ``str`` says what the search looked
         for. ``report.undo()`` restores the originals.
-
-    Raises:
-        ValueError: ``model`` itself is a look-alike, so it has no parent in which to replace it.
     """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if _may_be_copy(module):
             names.setdefault(module, []).append(name)
-    found: list[tuple[nn.Module, nn.Module | None, str]] = []
-    known: dict[Hashable, _Build] = {}
-    for module in names:
-        ours, reason = _replacement(module, known)
-        if ours is not None or reason:
-            found.append((module, ours, reason))
-    if any("" in names[module] for module, *_ in found):
-        raise ValueError("model: got a single filter layer, accepted are models that contain one; wrap it in one")
+    known: dict[Hashable, _Replace] = {}
+    replace = {module: _replacement(module, known, module is not model) for module in names}
     report, originals = [], {}
-    for module, ours, reason in found:
-        kind = type(ours if ours is not None else module).__name__
+    for module, outcome in replace.items():
+        if not outcome:
+            continue
+        kind = type(module).__qualname__
+        ours, reason = (module, outcome) if isinstance(outcome, str) else (outcome(module), "")
         for name in names[module]:
-            report.append(Replacement(name, type(module).__qualname__, kind, reason))
-            if ours is not None:
-                _set(model, name, ours)
+            report.append(Replacement(name or "the model", kind, type(ours).__name__, reason))
+            if not reason:
                 originals[name] = module
+            if ours is not module:
+                _set(model, name, ours)
     return ReplacementReport(model, report, originals)
 
 
@@ -128,17 +124,20 @@ def restore_dynamic_filters(model: nn.Module, report: ReplacementReport) -> None
             ours[name] = model.get_submodule(name)
         except AttributeError:
             raise ValueError(f"model: got one without a module {name!r}, accepted is the report's or a copy") from None
-        if not isinstance(ours[name], DynamicFilter | GlobalFilter | FusedCopy):
-            kind = type(ours[name]).__name__
-            raise ValueError(f"model: got {kind} at {name!r}, accepted is the layer that was put there")
+        kind = type(ours[name])
+        if not (issubclass(kind, DynamicFilter | GlobalFilter) or is_fused_class(kind)):
+            raise ValueError(f"model: got {kind.__name__} at {name!r}, accepted is the layer that was put there")
     restored: dict[nn.Module, nn.Module] = {}
     for name, replacement in ours.items():
-        if replacement not in restored:
+        if isinstance(replacement, FusedModule):
+            replacement.restore()
+        elif replacement not in restored and isinstance(replacement, SpectralFilter):
             original = report.originals[name]
             if model is not report.model:
                 original = copy.deepcopy(original)
             restored[replacement] = _give_back(replacement, original)
-        _set(model, name, restored[replacement])
+        if replacement in restored:
+            _set(model, name, restored[replacement])
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -147,7 +146,7 @@ def _set(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _may_be_copy(module: nn.Module) -> bool:
-    if isinstance(module, SpectralFilter | FusedCopy):
+    if isinstance(module, SpectralFilter | FusedModule):
         return False
     if str(type(module).forward.__module__).startswith("torch."):  # torch's own, or without a forward
         return False
@@ -162,26 +161,27 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _replacement(module: nn.Module, known: dict[Hashable, _Build]) -> tuple[nn.Module | None, str]:
-    """The replacement of ``module``, or the reason why there is none; (None, "") if it is no look-alike.
+def _replacement(module: nn.Module, known: dict[Hashable, _Replace], has_parent: bool) -> _Replace | str:
+    """What fuses ``module``, or the reason why nothing does; "" if it is no look-alike.
 
-    ``known`` says how modules of each formula were replaced; this one's is added.
+    ``known`` says how modules of each formula were fused; this one's is added.
     """
     try:
-        _check_replaceable(module)
+        _check_tensors(module)
         with undisturbed(device_of(module)):
-            formula = formula_of(module)
+            official = has_parent and _only_computes(module) and _may_be_official(module)
+            formula = official, formula_of(module)
             if formula not in known:
-                known[formula] = _tried(module)
-            return known[formula](module), ""
+                known[formula] = _tried(module, official)
+            return known[formula]
     except DifferentCopyError as error:
-        return None, str(error)
+        return str(error)
     except UnsupportedCopyError as error:
         used = _transforms_of(type(module))
         named = any(_NAME in name for name in _own_tensors(module))
         if used and not used & {"irfft2", "irfftn"}:
-            return None, f"it uses {', '.join(sorted(used))}, where torch.fft.rfft2 and irfft2 were looked for"
-        return None, str(error) if used or named else ""
+            return f"it uses {', '.join(sorted(used))}, where torch.fft.rfft2 and irfft2 were looked for"
+        return str(error) if used or named else ""
 
 
 def _transforms_of(kind: type) -> set[str]:
@@ -192,70 +192,55 @@ def _transforms_of(kind: type) -> set[str]:
     }
 
 
-def _tried(module: nn.Module) -> _Build:
-    """A function that builds the replacement of ``module`` and others of its formula, compared with it."""
+def _tried(module: nn.Module, official: bool) -> _Replace:
+    """A function that fuses ``module`` and others of its formula, compared with it; ``official`` layers if possible."""
     trial = Trial(module)
-    hypothesis, resize, fused = find(trial)
+    hypothesis, resize, graph = find(trial)
+    kind = fused_class(type(module), Program.of(graph, trial.names, trial.optional))
 
-    def official(original: nn.Module) -> nn.Module:
-        return _build_official(original, hypothesis.size, resize)
+    def with_graph(original: nn.Module) -> nn.Module:
+        original.__class__ = kind
+        return original
 
-    def fused_copy(original: nn.Module) -> nn.Module:
-        return FusedCopy.of(original, fused.graph, fused.steps())
+    def as_official(original: nn.Module, star_relu: bool) -> nn.Module:
+        return _build_official(original, hypothesis.size, resize, star_relu)
 
-    may_be_official = hypothesis.layouts == ("(B,H,W,C)",) and _has_official_parts(module)
-    if may_be_official and not difference(trial, hypothesis, official):
-        return official
-    if reason := difference(trial, hypothesis, fused_copy):
+    if official and hypothesis.layouts == ("(B,H,W,C)",):
+        for star_relu in (True, False):
+            replace = functools.partial(as_official, star_relu=star_relu)
+            if not difference(trial, hypothesis, replace):
+                return replace
+    if reason := difference(trial, hypothesis, with_graph):
         raise DifferentCopyError(reason)
-    return fused_copy
+    return with_graph
 
 
-def _check_replaceable(module: nn.Module) -> None:
-    """Raises UnsupportedCopyError if a replacement would lose something that no trial shows."""
-    kind = type(module)
-    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    defined = {name for base in bases for name in vars(base)}
-    methods = defined & ({name for name in vars(nn.Module) if not name.startswith("__")} - _KEPT | _SPECIAL)
+def _check_tensors(module: nn.Module) -> None:
     tensors = [*module.parameters(), *module.buffers()]
     foreign = {type(t).__name__ for t in tensors} - {"Parameter", "Tensor"}
-    lost = {
-        "it has hooks": has_hooks(module),
-        "hooks on all modules are registered": has_hooks(nn.modules.module),
-        "its forward was set on the instance": "forward" in vars(module),
-        "it has parametrisations": parametrize.is_parametrized(module),
-        f"it defines {', '.join(sorted(methods))}": bool(methods),
-    }
-    for what, is_so in lost.items():
-        if is_so:
-            raise UnsupportedCopyError(f"{what}, which the replacement would lose")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedCopyError("it is a script, whose forward cannot be read")
+    if parametrize.is_parametrized(module):
+        raise UnsupportedCopyError("it has parametrisations, which compute its filters")
     if foreign or any(t.is_meta for t in tensors):
         raise UnsupportedCopyError(f"its parameters are {', '.join(sorted(foreign)) or 'on the meta device'}")
 
 
-def _has_official_parts(module: nn.Module) -> bool:
-    """Whether it has the parameters of a DynamicFilter or GlobalFilter by name and shape, and nothing else."""
+def _only_computes(module: nn.Module) -> bool:
+    """Whether a module has neither hooks nor methods of its own in place of nn.Module's, such as to load its state."""
+    kind = type(module)
+    defined = {name for base in kind.__mro__[: kind.__mro__.index(nn.Module)] for name in vars(base)}
+    methods = {name for name in vars(nn.Module) if not name.startswith("__")} - _KEPT | _SPECIAL
+    return not has_hooks(module) and defined.isdisjoint(methods)
+
+
+def _may_be_official(module: nn.Module) -> bool:
+    """Whether a DynamicFilter or GlobalFilter has a place for all parameters and submodules of ``module``."""
     own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
-    children = dict(module.named_children())
-    required = {"pwconv1", "act1", "pwconv2"}
-    if own != ["complex_weights"] or not required <= children.keys() <= required | {"act2", "reweight"}:
-        return False
-    weights = module.get_parameter("complex_weights")
-    projections = [children["pwconv1"], children["pwconv2"]]
-    if weights.dim() != 4 or weights.is_complex() or any(type(p) is not nn.Linear for p in projections):
-        return False
-    shapes = {name: p.shape for name, p in module.named_parameters()}
-    C, dim = shapes["pwconv1.weight"]
-    if shapes["pwconv2.weight"] != (dim, C):
-        return False
-    if "reweight" not in children:
-        return weights.shape[2] == C
-    return shapes.get("reweight.fc2.weight", (0,))[0] == weights.shape[2] * C
+    children, required = {name for name, _ in module.named_children()}, {"pwconv1", "act1", "pwconv2"}
+    return own == ["complex_weights"] and required <= children <= required | {"act2", "reweight"}
 
 
-def _build_official(module: nn.Module, size: tuple[int, int], resize: str) -> DynamicFilter | GlobalFilter:
+def _build_official(module: nn.Module, size: tuple[int, int], resize: str, star_relu: bool) -> nn.Module:
+    """Our layer with the parts of ``module``; with ``star_relu``, what may be a StarReLU by its parameters is ours."""
     weights = module.get_parameter("complex_weights")
     C, dim = module.get_parameter("pwconv1.weight").shape
     arguments: dict[str, Any] = {"expansion_ratio": C / dim, "size": size, "weight_resize": True, "resize": resize}
@@ -269,32 +254,23 @@ def _build_official(module: nn.Module, size: tuple[int, int], resize: str) -> Dy
     for name, child in module.named_children():  # in the original's order, which is that of its state dict
         if hasattr(ours, name):
             delattr(ours, name)
-        setattr(ours, name, _shared_activation(child) if name in ("act1", "act2") else child)
+        setattr(ours, name, _star_relu_of(child) if star_relu and name in ("act1", "act2") else child)
     if not hasattr(module, "act2"):
         ours.act2 = nn.Identity()
     ours.training = module.training
     return ours
 
 
-def _shared_activation(act: nn.Module) -> nn.Module:
-    """Our StarReLU with the same scalars if ``act`` has two and computes StarReLU, else ``act``."""
+def _star_relu_of(act: nn.Module) -> nn.Module:
+    """Our StarReLU with the same scalars if ``act`` has two, else ``act``."""
     parameters = dict(act.named_parameters())
-    if parameters.keys() != {"scale", "bias"} or any(p.numel() != 1 for p in parameters.values()):
-        return act
-    try:
-        _check_replaceable(act)
-        trial = Trial(act)
-    except UnsupportedCopyError:
+    if parameters.keys() != {"scale", "bias"} or not _only_computes(act):
         return act
     with torch.device("meta"):
         ours = StarReLU()
     ours.scale, ours.bias = parameters["scale"], parameters["bias"]
     ours.training = act.training
-    x = torch.linspace(-2, 2, 9, device=trial.device)
-    scale, bias = (trial.module.get_parameter(name) for name in ("scale", "bias"))
-    expected = scale * x.relu().square() + bias
-    same = all(relative_error(trial.copy(training)(x), expected) <= AGREEMENT for training in (False, True))
-    return ours if same else act
+    return ours
 
 
 def _give_back(replacement: nn.Module, original: nn.Module) -> nn.Module:

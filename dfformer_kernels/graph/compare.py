@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from dfformer_kernels.tolerance import relative_error
@@ -29,9 +29,16 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def tensors(result: Any) -> list[Tensor]:
-    """The tensors of a result that is a tensor, or a tuple or list of tensors; otherwise none."""
-    found = [result] if isinstance(result, Tensor) else list(result) if isinstance(result, tuple | list) else []
-    return found if all(isinstance(t, Tensor) for t in found) else []
+    """The tensors of a result, which may be a tensor or tuples, lists and dicts of them.
+
+    Raises TypeError if there are none, or something else.
+    """
+    found: list[Any] = []
+    fx.node.map_aggregate(result, found.append)
+    other = {type(t).__name__ for t in found if not isinstance(t, Tensor | None)}
+    if other or all(t is None for t in found):
+        raise TypeError(f"its result has {', '.join(sorted(other)) or 'no tensors'}, where tensors were looked for")
+    return [t for t in found if t is not None]
 
 
 def results(module: nn.Module, inputs: Sequence[Any]) -> dict[str, Tensor]:
@@ -39,7 +46,7 @@ def results(module: nn.Module, inputs: Sequence[Any]) -> dict[str, Tensor]:
     inputs = [x.clone().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in inputs]
     torch.manual_seed(1)
     with _ContiguousInverse():
-        outputs = tensors(module(*inputs))
+        outputs = tensors(module.forward(*inputs))  # without hooks, which are not ours to call
     after = torch.get_rng_state()
     torch.manual_seed(2)
     scalar = sum((y * torch.randn(y.shape, device=y.device)).sum() for y in outputs if y.requires_grad)

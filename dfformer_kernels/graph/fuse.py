@@ -23,8 +23,8 @@ def fuse(program: nn.Module | ExportedProgram, *inputs: Any, **named: Any) -> Fu
         program: a module or an ExportedProgram, changed in place. A module keeps its parameters, names and submodules.
             Layers that contain a chain become instances of subclasses. These run the rewritten graph for inputs of the
             shapes seen here, with any batch size, and the original forward for others; call this function once for each
-            size. Such layers can be copied and compiled, but not pickled: save the state dict. Python attributes that a
-            forward reads become constants. If a forward switches autocast off, its rewritten graph does not.
+            size. Such layers can be copied, pickled and compiled. Python attributes that a forward reads become
+            constants. If a forward switches autocast off, its rewritten graph does not.
         inputs, named: the arguments to call a module with. It is called once, for evaluation and without gradients. An
             ExportedProgram takes none.
 

@@ -6,8 +6,7 @@ otherwise it runs the original forward. Nothing else changes.
 """
 
 import copy
-import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +19,16 @@ from dfformer_kernels.graph import compare
 from dfformer_kernels.graph.report import Finding
 from dfformer_kernels.graph.rewrite import rewrite
 from dfformer_kernels.graph.step import PYTHON
+from dfformer_kernels.graph.subclass import Program, fused_class
 from dfformer_kernels.graph.trace import (
     UnsupportedCopyError,
-    differing_call,
+    common_graph,
     first_line,
     has_hooks,
+    inputs_of,
     length,
     trace,
-    with_forward,
+    with_constants,
     with_function,
 )
 from dfformer_kernels.graph.vocabulary import Values
@@ -114,7 +115,7 @@ def fuse_module(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 def _fuse_call(call: _Call, where: str, spectral: Collection[nn.Module]) -> list[Finding]:
     module = call.module
-    given = _arguments(call)
+    given = _given(call)
     inside = [name for name, m in module.named_modules() if name and m in spectral and has_hooks(m)]
     if inside:
         raise UnsupportedCopyError(f"{inside[0]} has hooks, which the graph would not call")
@@ -123,7 +124,8 @@ def _fuse_call(call: _Call, where: str, spectral: Collection[nn.Module]) -> list
         found, graph = _rewritten(module, given, where, spectral)
         if graph is None:
             return found
-        kind = _fused_class(type(module), graph, module, given)
+        tensors = tuple(name for name, value in given.items() if isinstance(value, Tensor))
+        kind = fused_class(type(module), Program.of(graph, tensors, given))
         for training in (False, True):
             if reason := _difference(module, kind, list(_trial_inputs(given, 2).values()), training):
                 return [Finding(where, reason=reason)]
@@ -131,15 +133,9 @@ def _fuse_call(call: _Call, where: str, spectral: Collection[nn.Module]) -> list
     return found
 
 
-def _arguments(call: _Call) -> dict[str, Any]:
+def _given(call: _Call) -> dict[str, Any]:
     """All inputs by name, including those left at their defaults."""
-    kind = type(call.module)
-    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
-    if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
-        raise UnsupportedCopyError("its forward does not say which inputs it takes")
-    if "forward" in vars(call.module) or isinstance(call.module, torch.jit.ScriptModule):
-        raise UnsupportedCopyError("its forward is not that of its class")
-    given = {p.name: p.default for p in parameters}
+    given = inputs_of(call.module)
     given |= dict(zip(given, call.args, strict=False)) | dict(call.kwargs)
     other = [name for name, value in given.items() if not isinstance(value, (Tensor, *_PLAIN))]
     if other:
@@ -168,38 +164,27 @@ def _rewritten(
 
     The graph is the same for training and evaluation, and for two batch sizes.
     """
-    graph: fx.Graph | None = None
+    graphs: list[tuple[str, fx.Graph]] = []
     found: list[Finding] = []
     seen: list[Any] = []
-    for times, training in ((2, False), (2, True), (3, False)):
+    for case, times, training in (("", 2, False), ("in training", 2, True), ("with another batch", 3, False)):
         inputs = _trial_inputs(given, times)
         traced = copy.deepcopy(module).train(training)
         through = {traced.get_submodule(name) for name, m in module.named_modules() if m in spectral}
-        constants = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
         with_function(traced, "len", length)
-        with_forward(traced, len(inputs) - len(constants), _bound(type(traced).forward, list(given), constants))
+        with_constants(traced, {name: value for name, value in inputs.items() if not isinstance(value, Tensor)})
         program = trace(traced, [x for x in inputs.values() if isinstance(x, Tensor)], through)
         _call_softmax(program.graph, traced)
         here = rewrite(program.graph, Values(program.values), PYTHON, lambda node: where)
         if not any(finding.operator for finding in here):
             return here, None
-        if any(str(node.target).startswith("_tensor_constant") for node in program.graph.nodes):
-            raise UnsupportedCopyError("its forward makes tensors that depend on no input")
-        if graph is not None and (differing := differing_call(program.graph, graph)):
-            mode = "in training" if training else "with another batch"
-            raise UnsupportedCopyError(f"{mode} its forward does something else (at {differing})")
-        if graph is not None and program.seen != seen:
-            raise UnsupportedCopyError("its forward computes with the batch size")
-        graph, found, seen = program.graph, here, program.seen
+        graphs.append((case, program.graph))
+        if len(graphs) == 1:
+            found, seen = here, program.seen
+    graph = common_graph(graphs)
+    if program.seen != seen:
+        raise UnsupportedCopyError("its forward computes with the batch size")
     return found, graph
-
-
-def _bound(forward: Callable[..., Any], names: list[str], constants: Mapping[str, Any]) -> Callable[..., Any]:
-    def with_constants(self: nn.Module, *tensors: Any) -> Any:
-        remaining = iter(tensors)
-        return forward(self, *(constants[name] if name in constants else next(remaining) for name in names))
-
-    return with_constants
 
 
 def _call_softmax(graph: fx.Graph, module: nn.Module) -> None:
@@ -208,38 +193,6 @@ def _call_softmax(graph: fx.Graph, module: nn.Module) -> None:
         softmax = module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if type(softmax) is nn.Softmax and not has_hooks(softmax):
             node.op, node.target, node.kwargs = "call_function", torch.softmax, {"dim": softmax.dim}
-
-
-def _fused_class(
-    kind: type[nn.Module], graph: fx.Graph, module: nn.Module, given: Mapping[str, Any]
-) -> type[nn.Module]:
-    """A subclass of ``kind`` that runs ``graph`` for inputs like those ``given``, and kind's own forward for others."""
-    program = fx.GraphModule(module, graph)
-    rewritten, original = type(program).forward, kind.forward
-    parameters = inspect.signature(original).parameters
-    defaults = {name: parameters[name].default for name in given}
-    expected = {name: _kind(value) if isinstance(value, Tensor) else value for name, value in given.items()}
-    tensors = [name for name, value in given.items() if isinstance(value, Tensor)]
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inputs = defaults | dict(zip(expected, args, strict=False)) | kwargs
-        if inputs.keys() == expected.keys() and all(_fits(inputs[name], value) for name, value in expected.items()):
-            return rewritten(self, *(inputs[name] for name in tensors))
-        return original(self, *args, **kwargs)
-
-    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined] # inspect documents this
-    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward, "code": program.code})
-
-
-def _kind(value: Tensor) -> tuple[Any, ...]:
-    """What a tensor must share with the trial's. Dtypes may differ, as under autocast, but not to or from float64."""
-    return value.dim(), value.shape[1:], value.dtype == torch.float64
-
-
-def _fits(value: Any, expected: Any) -> bool:
-    if isinstance(expected, tuple):
-        return isinstance(value, Tensor) and _kind(value) == expected
-    return type(value) is type(expected) and value == expected
 
 
 def _difference(module: nn.Module, kind: type[nn.Module], inputs: list[Any], training: bool) -> str:

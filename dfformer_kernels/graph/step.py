@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
     ``kind`` is a key of `Operators`. ``filters`` permutes the filters' axes to (H,K,F,2), (H,K,C,2) or (B,H,K,C,2).
     ``routing`` permutes the routing's axes to (B,F), (B,F,C) or (B,F,1), followed by axes of size 1; it is empty if
-    filters are not mixed. The filters are cast to ``dtype``, unless it is None.
+    filters are not mixed. The filters must have ``dtype``, so ``casts`` tells whether they have another.
     """
 
     kind: str
@@ -55,7 +55,8 @@ class Step(NamedTuple):
     is_complex: bool
     routing: tuple[int, ...]
     channels: int
-    dtype: torch.dtype | None
+    dtype: torch.dtype
+    casts: bool
 
     @property
     def operator(self) -> str:
@@ -76,7 +77,9 @@ class Step(NamedTuple):
             filters = call(aten.view_as_real.default, filters)
         if self.filters != tuple(range(len(self.filters))):
             filters = call(aten.permute.default, filters, list(self.filters))
-        if self.dtype is not None:
+        if operators is PYTHON:  # which runs under autocast too
+            filters = call(aten.to.dtype, filters, self.dtype)
+        elif self.casts:
             filters = call(aten._to_copy.default, filters, dtype=self.dtype)
         if not self.routing:
             y = call(operator, x, filters, *rest, **named)
@@ -121,7 +124,7 @@ def _candidates(chain: Chain, values: Values) -> Iterator[Step]:
     compute = reference.compute_dtype(x)
     _check_dtypes(chain, values, compute)
     dtype = values.dtype(chain.filters)
-    cast = None if torch.empty(0, dtype=dtype).real.dtype == compute else compute
+    casts = torch.empty(0, dtype=dtype).real.dtype != compute
     shape = (*values[chain.filters].shape, *((2,) if dtype.is_complex else ()))
     kind = "filters" if chain.routing is None else "weights" if chain.softmax is None else "softmax"
     routings = [(C, ())] if chain.routing is None else list(_routings(chain, values, B, C))
@@ -132,7 +135,7 @@ def _candidates(chain: Chain, values: Values) -> Iterator[Step]:
         if fits and (not dtype.is_complex or order[-1] == len(shape) - 1):
             if values[chain.filters].is_conj():
                 raise NotFusedError("its filters are a lazy conjugate, which has no view as pairs; conj_physical() has")
-            yield Step(kind, chain.channels_first, order, dtype.is_complex, routing, example(C), cast)
+            yield Step(kind, chain.channels_first, order, dtype.is_complex, routing, example(C), compute, casts)
 
 
 def _map_shape(chain: Chain, values: Values) -> tuple[int, int, int, int]:
@@ -153,11 +156,10 @@ def _check_dtypes(chain: Chain, values: Values, compute: torch.dtype) -> None:
     x = values.dtype(chain.x)
     if not x.is_floating_point or values.dtype(chain.inverse) != x:
         raise NotFusedError(f"it makes {values.dtype(chain.inverse)} of {x}")
-    if chain.routing is not None and reference.compute_dtype(values.dtype(chain.routing)) not in (
-        torch.float32,
-        compute,
-    ):
-        raise NotFusedError(f"its logits are {values.dtype(chain.routing)} beside {x}")
+    routing = x if chain.routing is None else values.dtype(chain.routing)
+    is_number = routing.is_floating_point or routing.is_complex
+    if not is_number or reference.compute_dtype(routing) not in (torch.float32, compute):
+        raise NotFusedError(f"its logits are {routing} beside {x}")
 
 
 def _routings(chain: Chain, values: Values, B: int, C: int) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -215,7 +217,7 @@ def _difference(step: Step, theirs: _Results) -> str:
     with _undisturbed():
         inputs = [t.detach().requires_grad_() for t in theirs.inputs]
         x, *routing, filters = inputs
-        wide = step._replace(dtype=None)
+        wide = step._replace(casts=False)
         y = wide.build(_called, _REFERENCE, x, routing[0] if routing else None, filters)
         if not relative_error(y, theirs.y) <= _AGREEMENT:  # also for NaN
             return _named_difference(y.detach(), theirs.y.detach())

@@ -4,12 +4,13 @@ Every node's value is known during the trace, so branches and assertions on shap
 the values of a tensor is refused, because other inputs could take the other branch. Submodules remain calls of modules.
 """
 
+import functools
 import inspect
 import itertools
 import operator
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,12 +48,20 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def differing_call(ours: fx.Graph, theirs: fx.Graph) -> str:
-    """The first call that is not in both graphs; "" if the graphs are equal up to the names of nodes."""
-    for a, b in itertools.zip_longest(_calls(ours), _calls(theirs), fillvalue=("its end", "")):
-        if a != b:
-            return a[0]
-    return ""
+def common_graph(graphs: Iterable[tuple[str, fx.Graph]]) -> fx.Graph:
+    """The graph that all of ``graphs`` are, up to the names of nodes; each comes with the case that it was made for.
+
+    Raises DifferentCopyError with the first case and call that differ, or if the graph holds tensors.
+    """
+    remaining = iter(graphs)
+    _, first = next(remaining)
+    if any(str(node.target).startswith("_tensor_constant") for node in first.nodes):
+        raise DifferentCopyError("its forward makes tensors that depend on no input")
+    for case, graph in remaining:
+        for a, b in itertools.zip_longest(_calls(graph), _calls(first), fillvalue=("its end", "")):
+            if a != b:
+                raise DifferentCopyError(f"{case} its forward does something else (at {a[0]})")
+    return first
 
 
 def _calls(graph: fx.Graph) -> list[tuple[str, str]]:
@@ -127,13 +136,17 @@ class _Tracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         if kind == "call_method" and target in ("item", "tolist", "numpy"):
             raise UnsupportedCopyError(f"its forward takes numbers out of tensors (.{target}())")
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
-        self._evaluating = True
-        try:
-            self.run.env[proxy.node] = self.run.run_node(proxy.node)
-        finally:
-            self._evaluating = False
-        return proxy
+        return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+
+    def create_node(self, kind: str, *rest: Any, **options: Any) -> fx.Node:
+        node = super().create_node(kind, *rest, **options)
+        if kind != "output":
+            self._evaluating = True
+            try:
+                self.run.env[node] = self.run.run_node(node)
+            finally:
+                self._evaluating = False
+        return node
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs) if self._evaluating else super().call_module(m, forward, args, kwargs)
@@ -200,26 +213,36 @@ def _wrapped_functions() -> tuple[Callable[..., Any], ...]:
     return () if einops is None else (einops.rearrange, einops.reduce, einops.repeat)
 
 
-def length(of: Any) -> Any:
+def called_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for traced code: a single call in the graph, rather than the calls that it makes."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        for argument in args:
+            if isinstance(argument, fx.Proxy):
+                return argument.tracer.create_proxy("call_function", wrapped, args, kwargs)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+@called_whole
+def length(of: Any) -> int:
     """``len`` for traced code, where Python's own would have to return an int."""
-    return of.tracer.create_proxy("call_function", len, (of,), {}) if isinstance(of, fx.Proxy) else len(of)
+    return len(of)
 
 
-def inputs_of(module: nn.Module) -> tuple[list[str], dict[str, Any]]:
-    """The arguments of forward: the names of the required ones, and the optional ones with their defaults.
+def inputs_of(module: nn.Module) -> dict[str, Any]:
+    """The inputs of the forward of a module's class and their defaults, which are `inspect.Parameter.empty` if needed.
 
-    Raises UnsupportedCopyError for a forward with ``*args``, or with arguments that can only be given by name.
+    Raises UnsupportedCopyError if the module runs another forward, or one with ``*args`` or inputs by name only.
     """
+    if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedCopyError("its forward is not that of its class")
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    needed = [p.name for p in parameters if p.default is p.empty]
-    if not needed or any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
-        raise UnsupportedCopyError("its forward does not say which inputs it takes")
-    if len(needed) > len(_FORWARDS):
-        raise UnsupportedCopyError(f"its forward takes {len(needed)} inputs")
-    optional = {p.name: p.default for p in parameters if p.default is not p.empty}
-    if any(not isinstance(default, int | float | str | None) for default in optional.values()):
-        raise UnsupportedCopyError(f"its forward has optional inputs ({', '.join(optional)})")
-    return needed, optional
+    if not parameters or any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
+        raise UnsupportedCopyError("its forward takes no inputs, or some that are not named or only given by name")
+    return {p.name: p.default for p in parameters}
 
 
 # By number of inputs: a forward that passes its inputs to a function.
@@ -230,22 +253,21 @@ _FORWARDS: dict[int, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 }
 
 
-def with_forward(module: nn.Module, inputs: int, function: Callable[..., Any]) -> None:
-    """Gives ``module`` a subclass of its class whose forward takes ``inputs`` inputs and passes them to ``function``.
+def with_constants(module: nn.Module, constants: Mapping[str, Any]) -> None:
+    """Gives ``module`` a subclass of its class whose forward has these values of some inputs, and takes the others.
 
-    Raises UnsupportedCopyError if ``inputs`` is 0, or larger than this module supports.
+    Raises UnsupportedCopyError if none or too many are left.
     """
-    if inputs not in _FORWARDS:
-        raise UnsupportedCopyError(f"its forward takes {inputs} inputs")
-    kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {"forward": _FORWARDS[inputs](function)})
+    kind, names = type(module), list(inputs_of(module))
+    count = len(names) - len(constants)
+    if count not in _FORWARDS:
+        raise UnsupportedCopyError(f"its forward takes {count} inputs")
 
+    def forward(self: nn.Module, *given: Any) -> Any:
+        remaining = iter(given)
+        return kind.forward(self, *(constants[name] if name in constants else next(remaining) for name in names))
 
-def without_optional_inputs(module: nn.Module) -> None:
-    """Gives ``module`` a subclass of its class whose forward takes only the required inputs, if some are optional."""
-    needed, optional = inputs_of(module)
-    if optional:
-        with_forward(module, len(needed), type(module).forward)
+    module.__class__ = type(kind.__name__, (kind,), {"forward": _FORWARDS[count](forward)})
 
 
 def with_function(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
@@ -260,4 +282,5 @@ def with_function(module: nn.Module, name: str, function: Callable[..., Any]) ->
                     method.__code__, namespace, key, method.__defaults__, method.__closure__
                 )
                 methods[key].__kwdefaults__ = method.__kwdefaults__
+                vars(methods[key]).update(vars(method))
     module.__class__ = type(kind.__name__, (kind,), methods)

@@ -95,14 +95,15 @@ def results(model: nn.Module, inputs: list[Any]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("make", "shapes", "others"), SWAPPED.values(), ids=SWAPPED.keys())
-def test_forms_are_swapped(make: Make, shapes: list[Any], others: list[Any]) -> None:
+def test_forms_are_swapped(make: Make, shapes: list[Any], others: list[Any], request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)
     model = Parallel(make()).eval()
     reference = Parallel(RUNNING.get(type(model.mixer), make)()).eval()
     reference.load_state_dict(model.state_dict())
     parameters, state = dict(model.named_parameters()), list(model.state_dict())
+    kind = "DynamicFilter" if "spline" in request.node.callspec.id else f"Fused{type(model.mixer).__name__}"
     [outcome] = replace_dynamic_filters(model)
-    assert (outcome.refusal, outcome.replacement) == ("", "FusedCopy")
+    assert (outcome.refusal, outcome.replacement) == ("", kind)
     after = dict(model.named_parameters())
     assert all(after[name] is parameters[name] for name in after.keys() | parameters.keys())
     assert list(model.state_dict()) == state
@@ -127,7 +128,10 @@ def test_copies_inside_copies_are_swapped_and_undone() -> None:
     outer, inner, x = model.mixer, model.mixer.inner, torch.randn(1, *FIRST)
     expected = model(x)
     report = replace_dynamic_filters(model)
-    assert [(r.name, r.replacement) for r in report] == [("mixer", "FusedCopy"), ("mixer.inner", "FusedCopy")]
+    assert [(r.name, r.replacement) for r in report] == [
+        ("mixer", "FusedNested"),
+        ("mixer.inner", "FusedChannelsFirst"),
+    ]
     assert relative_error(model(x), expected) < 1e-5
     report.undo()
     assert (model.mixer, model.mixer.inner) == (outer, inner)
@@ -147,12 +151,15 @@ def test_dropout_stays_where_it_is() -> None:
     assert relative_error(model(x), expected) < 1e-5
 
 
-def test_an_optional_input_keeps_its_default() -> None:
+def test_an_optional_input_runs_the_original() -> None:
     model = Parallel(forms.Tokens(DIM))
+    original, x = copy.deepcopy(model), torch.randn(1, *TOKENS)
     replace_dynamic_filters(model)
-    model(torch.randn(1, *TOKENS), None)
-    with pytest.raises(ValueError, match="spatial_size: got \\(4, 16\\), accepted is its default None"):
-        model(torch.randn(1, *TOKENS), (4, 16))
+    assert not torch.equal(model(x, None), original(x)), "the operator's rounding"
+    assert torch.equal(model.mixer(x, spatial_size=(8, 8)), original(x, (8, 8)))
+    for inputs, named in (((), {}), ((x, None, 1), {}), ((x,), {"x": x}), ((x,), {"size": 8})):
+        with pytest.raises(TypeError, match="argument"):
+            model.mixer(*inputs, **named)
 
 
 class LowRank(nn.Module):

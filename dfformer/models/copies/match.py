@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dfformer.models.copies.module import STORAGE, FilterStep, Form
+from dfformer.models.copies.step import STORAGE, Form, filter_step
 from dfformer_kernels.graph.compare import AGREEMENT, INVERSE_TRANSFORMS
-from dfformer_kernels.graph.trace import DifferentCopyError, Trace, UnsupportedCopyError, ancestors, differing_call
+from dfformer_kernels.graph.trace import DifferentCopyError, Trace, UnsupportedCopyError, ancestors
+from dfformer_kernels.graph.vocabulary import is_mutating, name_of
 from dfformer_kernels.tolerance import relative_error
 
 FORWARD_TRANSFORMS = (torch.fft.rfft2, torch.fft.rfftn)
@@ -38,22 +39,8 @@ class Expected(NamedTuple):
     resize: str
 
 
-class Fused(NamedTuple):
-    """A graph that contains our step, and the modules of the step by name."""
-
-    graph: fx.Graph
-    forms: dict[str, Form]
-
-    def steps(self) -> dict[str, FilterStep]:
-        return {name: FilterStep(form) for name, form in self.forms.items()}
-
-    def differs_in(self, other: "Fused") -> str:
-        """The first call that is not in both graphs; "" if they are equal up to the names of nodes."""
-        return differing_call(self.graph, other.graph) or ("" if self.forms == other.forms else "its layout")
-
-
-def fuse(traced: Trace, module: nn.Module, expected: Expected) -> Fused:
-    """Replaces every chain of ``traced``, the forward of ``module``, by our step.
+def fuse(traced: Trace, module: nn.Module, expected: Expected) -> fx.Graph:
+    """Replaces every chain of ``traced``, the forward of ``module``, by a call of `filter_step`.
 
     Raises:
         CopyLimitError: the copy does not accept this plane.
@@ -62,54 +49,22 @@ def fuse(traced: Trace, module: nn.Module, expected: Expected) -> Fused:
     inverses = [node for node in traced.graph.nodes if node.target in INVERSE_TRANSFORMS]
     if not inverses:
         raise UnsupportedCopyError("its forward calls no torch.fft.irfft2")
-    forms: dict[str, Form] = {}
     for inverse in inverses:
-        form, x, weight, logits = _chain(traced, module, expected, inverse)
-        name = _free_name(module, forms)
-        forms[name] = form
+        form, *tensors = _chain(traced, module, expected, inverse)
         with traced.graph.inserting_before(inverse):
-            arguments = (x, weight) if logits is None else (x, weight, logits)
-            inverse.replace_all_uses_with(traced.graph.call_module(name, arguments))
-        _erase(traced, {inverse} | ancestors(inverse))
-    if any(str(node.target).startswith("_tensor_constant") for node in traced.graph.nodes):
-        raise DifferentCopyError("its forward makes tensors that depend on no input")
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(traced.graph, {}))
-    return Fused(graph, forms)
+            ours = traced.graph.call_function(filter_step, tuple(tensors), form._asdict())
+        inverse.replace_all_uses_with(ours)
+        traced.values[ours] = traced.values[inverse]
+        _erase(traced.graph, {inverse} | ancestors(inverse))
+    return traced.graph
 
 
-def with_optional_inputs(fused: Fused, optional: dict[str, Any]) -> Fused:
-    """Adds the copy's optional inputs, which must have the defaults that its forward was traced with."""
-    graph = fused.graph
-    for name, default in optional.items():
-        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            given = graph.placeholder(name, default_value=default)
-        with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
-            graph.call_function(check_default, (given, name, default))
-    return fused
-
-
-def check_default(value: Any, name: str, default: Any) -> None:
-    """Raises ValueError if an optional input of a replaced copy is used."""
-    if value is not default and value != default:
-        raise ValueError(
-            f"{name}: got {value!r}, accepted is its default {default!r}, for which this layer was replaced; "
-            "undo() of the replacement's report brings the original back"
-        )
-
-
-def _erase(traced: Trace, replaced: set[fx.Node]) -> None:
+def _erase(graph: fx.Graph, replaced: set[fx.Node]) -> None:
     """Erases unused nodes: all of ``replaced``, and others that have no side effects."""
-    for node in reversed(traced.graph.nodes):
-        in_place = str(getattr(node.target, "__name__", node.target)).endswith("_") or node.op == "call_module"
-        if not node.users and node.op not in ("placeholder", "output") and (node in replaced or not in_place):
-            traced.graph.erase_node(node)
-
-
-def _free_name(module: nn.Module, taken: dict[str, Form]) -> str:
-    names = ("filter_step" + (str(i) if i else "") for i in range(100))
-    return next(name for name in names if name not in taken and not hasattr(module, name))
+    for node in reversed(graph.nodes):
+        pure = node.op not in ("placeholder", "output", "call_module") and not is_mutating(node)
+        if not node.users and (pure or (node in replaced and node.op != "placeholder")):
+            graph.erase_node(node)
 
 
 def _chain(
@@ -119,6 +74,9 @@ def _chain(
     sources = ancestors(inverse)
     forwards = [node for node in traced.graph.nodes if node in sources and node.target in FORWARD_TRANSFORMS]
     weights = [node for node in traced.graph.nodes if node in sources and _is_stored_filter(node, module)]
+    writing = [user for node in forwards for user in node.users if is_mutating(user) and not user.users]
+    if writing:
+        raise DifferentCopyError(f"it overwrites its spectrum in place ({name_of(writing[0])}) and ignores the result")
     if not forwards or not weights:
         missing = "torch.fft.rfft2" if weights else "filters of its own"
         raise DifferentCopyError(f"what goes into its irfft2 comes from no {missing}")
@@ -200,7 +158,7 @@ def _routings(
     candidates = []
     for node in traced.graph.nodes:
         value = traced.values.get(node)
-        if node not in ancestors or not isinstance(value, Tensor) or value.is_complex():
+        if node not in ancestors or not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         for axis in range(1, value.dim()):
             total = value.sum(axis)
@@ -230,7 +188,7 @@ def _difference(
     if logits is None and filters != channels:
         return f"its {filters} filters are mixed by no softmax over them"
     try:
-        ours = FilterStep(form)(x, weight, logits)
+        ours = filter_step(x, weight, logits, **form._asdict())
     except (RuntimeError, ValueError, TypeError) as error:
         return f"its filters or routing do not fit ours ({str(error).splitlines()[0]})"
     if ours.shape != theirs.shape:
@@ -245,7 +203,9 @@ def _difference(
     H, W = expected.plane
     if expected.size not in ((H, W), (H, W ^ 1)):  # an even width and the next one have equally many frequencies
         return _other_resizing(traced, expected)
-    return "its output differs from ours: its spectrum is not multiplied with its filters, mixed by a softmax, alone"
+    after = [n for n in traced.graph.nodes if n in ancestors(inverse) and nodes[1] in ancestors(n)]
+    calls = ", ".join(dict.fromkeys(name_of(n) for n in after if isinstance(traced.values.get(n), Tensor)))
+    return f"its output differs from ours, a product of spectrum and mixed filters; its filters go through {calls}"
 
 
 def _other_resizing(traced: Trace, expected: Expected) -> str:

@@ -1,6 +1,7 @@
 """Compares somebody's module with its replacement on trial inputs: outputs, gradients, both modes, several planes."""
 
 import copy
+import inspect
 import itertools
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -10,27 +11,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from dfformer.models.copies.match import (
-    CopyLimitError,
-    Expected,
-    Fused,
-    fuse,
-    is_filter_shape,
-    with_optional_inputs,
-)
-from dfformer.models.copies.module import STORAGE, as_basis
+from dfformer.models.copies.match import CopyLimitError, Expected, fuse, is_filter_shape
+from dfformer.models.copies.step import STORAGE, as_basis
 from dfformer.models.filter_resize import RULES, resize_filter
 from dfformer_kernels.graph import compare
 from dfformer_kernels.graph.compare import tensors
 from dfformer_kernels.graph.trace import (
     DifferentCopyError,
     UnsupportedCopyError,
+    called_whole,
+    common_graph,
     first_line,
     inputs_of,
     length,
     trace,
+    with_constants,
     with_function,
-    without_optional_inputs,
 )
 
 Plane = tuple[int, int]
@@ -94,13 +90,17 @@ class Trial:
             self.module = copy.deepcopy(module).float()
         except Exception as error:  # foreign code may raise anything
             raise UnsupportedCopyError(f"it cannot be copied for a trial ({first_line(error)})") from error
-        self.names, self.optional = inputs_of(module)
-        without_optional_inputs(self.module)
+        inputs = inputs_of(module)
+        self.names = tuple(name for name, default in inputs.items() if default is inspect.Parameter.empty)
+        self.optional = {name: default for name, default in inputs.items() if name not in self.names}
+        if any(not isinstance(default, int | float | str | None) for default in self.optional.values()):
+            raise UnsupportedCopyError(f"its forward has optional inputs ({', '.join(self.optional)})")
+        with_constants(self.module, self.optional)
         with_function(self.module, "len", length)
         self.device = device_of(module)
         self._probe: nn.Module | None = None
         with torch.no_grad():
-            for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
+            for tensor in itertools.chain(self.module.parameters(), self.module.buffers(), _plain(self.module)):
                 _randomise(tensor)
 
     def copy(self, training: bool) -> nn.Module:
@@ -132,10 +132,14 @@ class Trial:
         self._probe = self._probe or self.copy(training=False)
         try:
             with torch.no_grad():
-                result = self._probe(*self.on_device(hypothesis.inputs(hypothesis.size, 2)))
+                result = self._probe.forward(*self.on_device(hypothesis.inputs(hypothesis.size, 2)))
         except Exception as error:  # foreign code may raise anything
             return error
-        return None if tensors(result) else TypeError("its result is no tensor")
+        try:
+            tensors(result)
+        except TypeError as error:
+            raise UnsupportedCopyError(str(error)) from None
+        return None
 
     def on_device(self, inputs: Sequence[Any]) -> list[Any]:
         return [x.to(self.device) if isinstance(x, Tensor) else x for x in inputs]
@@ -176,6 +180,11 @@ class Trial:
                 yield (first, *rest)
 
 
+def _plain(module: nn.Module) -> list[Tensor]:
+    """The tensors that are attributes, but neither parameters nor buffers."""
+    return [value for m in module.modules() for value in vars(m).values() if isinstance(value, Tensor)]
+
+
 def _randomise(t: Tensor) -> None:
     """Fills ``t`` with values that no formula treats specially: positive for vectors and buffers (variances, masks)."""
     if not (t.is_floating_point() or t.is_complex()):
@@ -197,9 +206,8 @@ def _channels(module: nn.Module, filters: int) -> list[int]:
     return list(dict.fromkeys(v for v in values if type(v) is int and v > 0))[:_MOST_CHANNELS]
 
 
-def _authors_resize(weight: Any, H: Any, K: Any) -> Any:
-    if isinstance(weight, fx.Proxy):  # while it is traced
-        return weight.tracer.create_proxy("call_function", _authors_resize, (weight, H, K), {})
+@called_whole
+def _authors_resize(weight: Tensor, H: int, K: int) -> Tensor:
     old = (weight.shape[0], 2 * (weight.shape[1] - 1) or 1)
     return resize_filter(weight, old, (H, 2 * (K - 1) or 1))
 
@@ -214,38 +222,32 @@ def cases(trial: Trial, hypothesis: Hypothesis) -> Iterator[Case]:
         yield Case(trial.on_device(same.inputs(plane, 1)), plane, False)
 
 
-def match(trial: Trial, hypothesis: Hypothesis, resize: str) -> Fused:
-    """The trial module's forward with our step, as one graph for all `cases` that the module itself runs.
+def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple[str, fx.Graph]]:
+    """The trial module's forward with our step, and where it was traced, for all `cases` that the module itself runs.
 
-    Raises UnsupportedCopyError if the cases differ; the message has the difference.
+    Raises UnsupportedCopyError if one computes something else; the message has the difference.
     """
-    fused: Fused | None = None
     for case in cases(trial, hypothesis):
         native = case.plane == hypothesis.size
         if not native and not _runs(trial, case):
             continue
         module = trial.copy(case.training)
         expected = Expected(len(case.inputs[0]), case.plane, hypothesis.size, hypothesis.storage, resize)
+        where = "in training" if case.training else "with another batch"
         try:
-            found = fuse(trace(module, case.inputs), module, expected)
+            graph = fuse(trace(module, case.inputs), module, expected)
+            yield where if native else f"on a {case.plane[0]}x{case.plane[1]} plane", graph
         except CopyLimitError:
             continue
         except DifferentCopyError as error:
             raise (error if native else OtherPlaneError(str(error))) from None
-        if fused is not None and (call := found.differs_in(fused)):
-            where = f"on a {case.plane[0]}x{case.plane[1]} plane"
-            if native:
-                where = "in training" if case.training else "with another batch"
-            raise DifferentCopyError(f"{where} its forward does something else (at {call})")
-        fused = found
-    assert fused is not None
-    return with_optional_inputs(fused, trial.optional)
 
 
 def _runs(trial: Trial, case: Case) -> bool:
     try:
         with torch.no_grad():
-            return bool(tensors(trial.copy(case.training)(*case.inputs)))
+            trial.copy(case.training).forward(*case.inputs)
+        return True
     except Exception:  # foreign code may raise anything
         return False
 
@@ -293,7 +295,7 @@ def _frozen(value: Any) -> Hashable:
     return (type(value), value) if plain else object()
 
 
-def find(trial: Trial) -> tuple[Hypothesis, str, Fused]:
+def find(trial: Trial) -> tuple[Hypothesis, str, fx.Graph]:
     """How our step fits into the trial module: the hypothesis, the rule that resizes its filters, and the graph.
 
     Raises UnsupportedCopyError with the first difference that remained.
@@ -302,7 +304,7 @@ def find(trial: Trial) -> tuple[Hypothesis, str, Fused]:
     for hypothesis in itertools.islice(trial.hypotheses(), 4):
         for resize in RULES:
             try:
-                return hypothesis, resize, match(trial, hypothesis, resize)
+                return hypothesis, resize, common_graph(_graphs(trial, hypothesis, resize))
             except OtherPlaneError as error:
                 errors.append(error)
             except UnsupportedCopyError as error:

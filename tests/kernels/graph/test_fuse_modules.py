@@ -1,6 +1,8 @@
 """`fuse` on modules: every way of writing the step is found, nothing else is touched, and all else stays as it was."""
 
 import copy
+import io
+import pickle
 from typing import Any
 
 import different_copies as different
@@ -203,8 +205,26 @@ def test_state_modes_copies_and_hooks_stay() -> None:
     copied, plain = copy.deepcopy(model), network(SAME["einsum"][0])
     plain.load_state_dict(model.state_dict())
     x = images(batch=3)
+    assert type(copied.layers[0]) is type(model.layers[0])
     assert relative_error(copied.eval()(x), plain.eval()(x)) < 2e-6
     assert seen == [x.shape]
+
+
+def test_a_fused_model_is_pickled_and_saved_whole() -> None:
+    layer: Any = copies.Authors(6).eval()
+    original = copy.deepcopy(layer)
+    for size in ((8, 8), (12, 10)):
+        fuse(layer, torch.randn(2, *size, 6))
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for loaded in (pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
+        assert type(loaded) is type(layer)
+        assert loaded.code.count("dynamic_filter(") == 2
+        for size in ((8, 8), (12, 10)):
+            x = torch.randn(1, *size, 6)
+            assert torch.equal(loaded(x), layer(x))
+            assert not torch.equal(loaded(x), original(x))  # the operator's rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

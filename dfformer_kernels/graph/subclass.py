@@ -1,0 +1,112 @@
+"""Gives a module a rewritten forward: its class becomes a subclass that runs a graph for certain inputs.
+
+The module stays the same object. Its parameters, buffers, submodules, attributes, hooks and other methods stay too.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+# What the source of every graph may refer to without an import, such as torch and inf.
+_BUILTINS = fx.Graph().python_code("self").globals
+
+
+class Program(NamedTuple):
+    """A graph as Python source, which can be pickled.
+
+    ``names`` are the globals of the source, and ``passed`` the inputs of forward that it takes. It is run if those in
+    ``expected`` have these values of `key_of`.
+    """
+
+    source: str
+    names: tuple[tuple[str, Any], ...]
+    passed: tuple[str, ...]
+    expected: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, graph: fx.Graph, passed: tuple[str, ...], expected: Mapping[str, Any]) -> "Program":
+        """``expected`` holds values of those inputs that the graph is only valid for."""
+        code = graph.python_code("self")
+        names = tuple((name, value) for name, value in code.globals.items() if name not in _BUILTINS)
+        return cls(code.src, names, passed, tuple((name, key_of(value)) for name, value in expected.items()))
+
+    def function(self) -> Callable[..., Any]:
+        namespace = {**_BUILTINS, **dict(self.names)}
+        exec(self.source, namespace)
+        function: Callable[..., Any] = namespace["forward"]
+        return function
+
+
+def key_of(value: Any) -> tuple[Any, ...]:
+    """What an input must share with the one that a graph was made for.
+
+    The batch and the dtype of a tensor may differ, as under autocast, but not to or from float64.
+    """
+    if isinstance(value, Tensor):
+        return value.dim(), value.shape[1:], value.dtype == torch.float64
+    return type(value), value
+
+
+class FusedModule(nn.Module):
+    """The base of all classes with rewritten forwards; ``print(module.code)`` shows the graphs."""
+
+    original_class: ClassVar[type[nn.Module]]
+    programs: ClassVar[tuple[Program, ...]]
+    code: ClassVar[str]
+
+    def restore(self) -> None:
+        """Gives the module its original class back."""
+        self.__class__ = self.original_class  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        if not is_fused_class(type(self)):
+            return reduced
+        rebuild, arguments, *rest = reduced
+        return _rebuilt, (self.original_class, self.programs, rebuild, arguments[1:]), *rest
+
+
+def _rebuilt(
+    original: Any, programs: tuple[Program, ...], rebuild: Callable[..., nn.Module], arguments: tuple[Any, ...]
+) -> nn.Module:
+    module = rebuild(original, *arguments)
+    module.__class__ = _fused_class(original, programs)
+    return module
+
+
+def is_fused_class(kind: type[nn.Module]) -> bool:
+    """Whether `fused_class` made ``kind``, and not somebody who derived another class from such a class."""
+    return "programs" in vars(kind)
+
+
+def fused_class(kind: Any, program: Program) -> type[FusedModule]:
+    """A subclass of ``kind`` that runs ``program`` if its inputs fit, otherwise what ``kind`` runs."""
+    if is_fused_class(kind):
+        return _fused_class(kind.original_class, (program, *kind.programs))
+    return _fused_class(kind, (program,))
+
+
+@functools.lru_cache(maxsize=1024)  # so that a copy of a module has the same class
+def _fused_class(kind: Any, programs: tuple[Program, ...]) -> type[FusedModule]:
+    original, signature = kind.forward, inspect.signature(kind.forward)
+    names = dict(list(signature.parameters.items())[1:])
+    defaults = {name: p.default for name, p in names.items() if p.default is not p.empty}
+    choices = [(dict(program.expected), program.passed, program.function()) for program in programs]
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        inputs = {**defaults, **given}
+        if len(given) == len(args) + len(kwargs) and inputs.keys() == names.keys():
+            for expected, passed, function in choices:
+                if all(key_of(inputs[name]) == key for name, key in expected.items()):
+                    return function(self, *(inputs[name] for name in passed))
+        return original(self, *args, **kwargs)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined] # inspect documents this
+    code = "\n".join(program.source.strip() for program in programs)
+    body = {"forward": forward, "original_class": kind, "programs": programs, "code": code}
+    return type(f"Fused{kind.__name__}", (FusedModule, kind), {**body, "__module__": kind.__module__})

@@ -1,12 +1,12 @@
 """Trains DFFormer, CDFFormer, GFFormer, ConvFormer and CAFormer of equal depth and width by one recipe on images that
-come inside packages, and tests them at the size of training and at others. Segments and detects digits with encoders
+come with packages, and tests them at the training size and at other sizes. Segments and detects digits with encoders
 of DFFormer, CDFFormer and ConvFormer.
 
     python benchmarks/bench_accuracy.py [--only digits,dfformer] [--seeds N] [--workers N] [--output FOLDER]
 
-Each training is written as it ends. The same command goes on where it was interrupted, and adds to what the folder has
-of the same commit and machine. Seconds are the processor's, of one thread, so that other programs on the machine and
-the number of workers change them less than the clock's.
+Each training is written when it ends. After an interruption, the same command continues; it adds to the folder's
+results of the same commit and machine. Seconds are processor time of one thread, on which other programs and the number
+of workers have less influence than on wall-clock time.
 
 Writes accuracy.json, with every training; accuracy.csv and accuracy.md, with means and standard deviations; and two
 pictures. Needs mlxtend and what training needs: pip install '.[benchmarks]'.
@@ -35,7 +35,7 @@ from common import earlier_run, names, provenance, write_csv, write_json
 from dfformer.models.filter_resize import RULES
 
 SEEDS = 5
-CHANGED_ON = "digits"  # where the changes are tried
+CHANGED_ON = "digits"  # on which the changes are tried
 SETS = {**LICENCES, **dict.fromkeys(dense.MEASURES, dense.LICENCE)}
 QUICK = (Case("digits", "dfformer", 0), *(Case(name, "convformer", 0) for name in ("digits", *dense.MEASURES)))
 
@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Trains small models of equal depth and width on real images.")
     parser.add_argument("--only", type=names(words), default=words, help=f"of {'; '.join(words)}")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="trainings of each model on each set")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--quick", action="store_true", help="some models, a few steps: shows that it runs")
-    parser.add_argument("--output", type=Path, default=Path("build/bench_accuracy"), help="folder for what is written")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes, each with one thread")
+    parser.add_argument("--quick", action="store_true", help="some models, a few steps, to try the benchmark")
+    parser.add_argument("--output", type=Path, default=Path("build/bench_accuracy"), help="folder for the results")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     machine = provenance(1, "cpu", ["mlxtend", "scikit-image", "scikit-learn"])

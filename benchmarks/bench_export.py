@@ -1,9 +1,9 @@
-"""Times the files that `dfformer export` writes, and the two ways an ONNX file can transform, alone and in a detector.
+"""Times the files that `dfformer export` writes, and two kinds of transforms in ONNX, alone and in a detector.
 
     python benchmarks/bench_export.py [--only onnx,pt2] [--threads N] [--output FOLDER]
 
-DFFormer-S18 is exported in each way, and its files take turns with the model in one process. Files that the folder has
-of the same commit, machine and threads take part too, so that a run can be made in parts with ``--only``. Everything is
+DFFormer-S18 is exported to each format, and its files and the model are timed in turns in one process. Files in the
+folder of the same commit, machine and threads are timed too, so a run can be split with ``--only``. Everything is
 checked before it is timed.
 
 Writes export.csv, export_transforms.csv, export_detector.csv and export.json.
@@ -33,27 +33,27 @@ from dfformer_kernels.dft_matmul import matrices as dft_matrices
 from dfformer_kernels.tolerance import relative_error
 
 IMG_SIZE, BATCHES = 224, (1, 8)
-ROUNDS, SECONDS = 5, 0.5  # of calls in turn; for each in a round
-# format and fused, by the name in the table
+ROUNDS, SECONDS = 5, 0.5  # rounds of calls in turns; seconds for each in a round
+# format and fused, by name in the table
 WAYS = {"onnx": ("onnx", False), "pt2": ("pt2", False), "aoti": ("aoti", False)}
 WAYS |= {f"{name} --fused": (name, True) for name in ("pt2", "aoti")}
 MODEL, TRANSFORMS, DETECTOR = "model", "transforms", "detector"
-# Planes and channels: of the model at 224, of its first stage at 512 and 1024, and one with a large prime side.
+# Planes and channels of the model at 224, of its first stage at 512 and 1024, and one with a large prime side.
 PLANES = [(14, 14, 640), (28, 28, 256), (56, 56, 128), (128, 128, 128), (256, 256, 128), (251, 251, 32)]
 
-DETECTOR_PLANES = [(20, 20, 256), (40, 40, 128), (80, 80, 64)]  # of the three levels of a detector at 640x640
+DETECTOR_PLANES = [(20, 20, 256), (40, 40, 128), (80, 80, 64)]  # the three levels of a detector at 640x640
 
 Run = Callable[[Tensor], Any]
 
 
 class Row(NamedTuple):
-    """The model in Python or a file of it."""
+    """The model in Python, or one of its files."""
 
     run_as: str
-    mib: float  # of the file; of the model, its weights
+    mib: float  # size of the file, or of the model's weights
     export_seconds: float | None
     error: float | None  # largest relative error of a file's logits
-    ms: dict[int, float]  # median of a call, by batch
+    ms: dict[int, float]  # median time of a call, by batch
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _continued(folder: Path, machine: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
-    """The commands before, and how long it took to make each file that is there; SystemExit if made by other code."""
+    """The commands so far, and the export time of each file in the folder; SystemExit if other code made them."""
     content = earlier_run(folder / "export.json", machine, ("machine", "commit", "torch", "threads"))
     if content is None:
         return [], {}
@@ -136,13 +136,13 @@ def timed(model: torch.nn.Module, folder: Path, seconds: dict[str, float]) -> li
 def _error(run: Run, model: Run, x: Tensor) -> float:
     (logits,) = pytree.tree_leaves(run(x))
     error = relative_error(logits, model(x))
-    if not error <= BOUND:  # so that NaN fails
+    if not error <= BOUND:  # also fails for NaN
         raise ValueError(f"a file is wrong for {len(x)} images: error {error:.1e}, bound {BOUND}")
     return error
 
 
 class Copy(nn.Module):
-    """The dynamic filter as detectors have it: channels-first, one square size."""
+    """The dynamic filter as in detectors: channels-first, for one square size."""
 
     def __init__(self, size: tuple[int, int], C: int) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Copy(nn.Module):
 
 @torch.no_grad()
 def detector(H: int, W: int, C: int) -> dict[str, Any]:
-    """One level of a swapped detector in onnxruntime, one image: its transforms as DFT operators, or as products."""
+    """One level of a detector with replaced filters in onnxruntime, one image: DFT operators or matrix products."""
     model = nn.Sequential(
         nn.Conv2d(3, C, 8, stride=8), Copy((H, W), C), nn.BatchNorm2d(C), nn.SiLU(), nn.Conv2d(C, 6, 1)
     )
@@ -181,7 +181,7 @@ def detector(H: int, W: int, C: int) -> dict[str, Any]:
 
 
 def _dft_filter(x: Tensor, logits: Tensor, basis: Tensor, *_: Any) -> Tensor:
-    """The dynamic filter without StarReLU, in what torch.onnx.export has operators for: real and imaginary parts."""
+    """The dynamic filter without StarReLU on real and imaginary parts, which torch.onnx.export can convert."""
     X = torch.view_as_real(torch.fft.fft(torch.fft.rfft(x, dim=2, norm="ortho"), dim=1, norm="ortho"))
     (a, b), (c, d) = X.unbind(-1), torch.einsum("bfc,hkft->bhkct", logits.softmax(1), basis).unbind(-1)
     Z = torch.view_as_complex(torch.stack([a * c - b * d, a * d + b * c], -1))
@@ -214,7 +214,7 @@ def transforms(H: int, W: int, C: int) -> dict[str, Any]:
         rank=4,
     )
     runs = {"dft": lambda: dft(x[..., None]), "products": lambda: products(x)}
-    # real and imaginary parts last; from one sample's parts before its rows; orthonormal
+    # orthonormal; from (part, row) of one sample to real and imaginary parts last
     spectra = {
         "dft": runs["dft"]() / (H * W) ** 0.5,
         "products": runs["products"]().view(1, 2, H, K, C).permute(0, 2, 3, 4, 1),

@@ -1,23 +1,23 @@
-"""Times the filter step of DFFormer-S18's stages on a GPU: what to run in the first ten minutes with a new one.
+"""Times the filter step of DFFormer-S18's stages on a GPU: the first measurement to make on a new one.
 
     python benchmarks/bench_gpu.py [--dtype float32,bfloat16] [--batch 128] [--against] [--variants] [--output results]
 
 Each provider computes the dynamic filter with StarReLU, forward and backward, on every stage's plane at 224:
 
 - ``cuda`` and ``cufft``: this library's backends;
-- ``--against``: ``torch.fft``, the reference as one would write it, ``torch.compile``, the same compiled, and
-  ``subquadratic-ops`` where it is installed. The last is another operation, a long convolution with zero padding on
-  planes of (B,C,H,W), without mixing and StarReLU: it shows what another fused FFT kernel reaches, has no error here,
-  and copies between layouts count in its time, and forward in its backward;
-- ``--variants``: ``cuda`` with other lanes, threads and planes in shared memory than it would choose.
+- ``--against``: ``torch.fft`` (the reference), ``torch.compile`` (the same, compiled), and ``subquadratic-ops`` if it
+  is installed. The last is another operation, a long convolution with zero padding on planes of (B,C,H,W), without
+  mixing and StarReLU. It shows the speed of another fused FFT kernel, and has no error here. Its time includes copies
+  between layouts, and its backward includes a forward;
+- ``--variants``: ``cuda`` with other numbers of lanes, threads and planes in shared memory than its default.
 
-What is written of each, to ``bench_gpu.csv`` after every row, so that a failure loses nothing:
+Each row is written to ``bench_gpu.csv`` at once, so that a failure loses nothing. Its columns:
 
-- error: the largest relative error of a result, for 3 samples, against the reference in float64;
-- gpu_us: the median of replays of a CUDA graph that holds one call, which leaves out what the host does;
-- share_of_copy: the time of copying x, times the bytes that the step must move over those of a copy, over gpu_us;
-- host_us: what a call of the smallest problem costs the host, of which the GPU's part is negligible;
-- failure: what was raised instead. A wrong result is one.
+- error: the largest relative error of a result for 3 samples against the float64 reference;
+- gpu_us: the median time of replays of a CUDA graph with one call, without the host's work;
+- share_of_copy: the time in which a copy would move the step's least bytes, divided by gpu_us;
+- host_us: the host's time for a call of the smallest problem, whose GPU time is negligible;
+- failure: the error instead of a result; a wrong result is an error.
 """
 
 import argparse
@@ -46,11 +46,12 @@ from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 STAGES = ((56, 128), (28, 256), (14, 640), (7, 1024))  # side, C
 F = 4
 DIRECTIONS = ("forward", "backward")
-TENSORS = {"forward": 2, "backward": 4}  # like x, that a step reads and writes at least: x, y; grad_y, x twice, grad_x
+# The least number of tensors like x that a step moves: x, y; grad_y, x twice, grad_x.
+TENSORS = {"forward": 2, "backward": 4}
 OTHER_OPERATION = "subquadratic-ops (another operation)"
 NO_GPU = "bench_gpu: no CUDA device; nothing is timed without one"
 
-# lanes, threads, planes in shared memory: what `layout.choose_variant` might have chosen, by side and direction
+# (lanes, threads, planes in shared memory) that `layout.choose_variant` could have chosen, by side and direction
 VARIANTS: dict[tuple[int, str], tuple[tuple[int, int, int], ...]] = {
     (56, "forward"): ((8, 256, 1), (8, 320, 1), (4, 128, 1)),
     (56, "backward"): ((8, 256, 2), (8, 512, 2), (8, 256, 1), (4, 256, 2), (4, 128, 1), (2, 64, 2)),
@@ -65,7 +66,7 @@ VARIANTS: dict[tuple[int, str], tuple[tuple[int, int, int], ...]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A provider's step on one plane; None where it was not measured."""
+    """A provider's step on one plane; None if it was not measured."""
 
     provider: str
     H: int
@@ -112,7 +113,7 @@ def of_reference(grad_y: Tensor | None, arguments: list[Tensor]) -> list[Tensor]
 
 
 def long_convolution(grad_y: Tensor | None, arguments: list[Tensor]) -> list[Tensor]:
-    """subquadratic-ops' fused convolution of each channel's plane with a filter as large; backward is autograd's."""
+    """subquadratic-ops' fused convolution of each channel's plane with a filter of its size; backward by autograd."""
     fused_fft_conv2d = import_module("subquadratic_ops_torch.fused_fft_conv2d").fused_fft_conv2d
     x = arguments[0].permute(0, 3, 1, 2).contiguous()
     leaves = [x.requires_grad_(grad_y is not None), torch.ones_like(x[0]).requires_grad_(grad_y is not None)]
@@ -134,7 +135,7 @@ def providers(H: int, direction: str, against: bool, variants: bool) -> Iterator
 
 @contextmanager
 def chosen(variant: tuple[int, int, int] | None, direction: str) -> Iterator[None]:
-    """``cuda`` compiles this variant of the direction's kernels, whatever `layout.choose_variant` says."""
+    """Makes ``cuda`` compile this variant of the direction's kernels instead of the chosen one."""
     if variant is None:
         yield
         return
@@ -159,13 +160,13 @@ def largest_error(provider: Provider, H: int, C: int, dtype: torch.dtype, direct
     exact = [t.double() for t in arguments]
     if direction == "forward":
         return relative_error(provider.run(None, arguments)[0], of_reference(None, exact)[0])
-    # It leans to one side, so that no gradient is a sum that cancels.
+    # Its mean is not 0, so no gradient is a sum that cancels.
     grad_y = torch.rand(arguments[0].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     return max(gradient_errors(provider.run(grad_y, arguments), of_reference(grad_y.double(), exact)))
 
 
 def graph_us(run: Callable[[], object], replays: int = 30) -> float:
-    """The median replay of a CUDA graph of one call, in microseconds."""
+    """The median time of replays of a CUDA graph of one call, in microseconds."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -187,7 +188,7 @@ def graph_us(run: Callable[[], object], replays: int = 30) -> float:
 
 
 def host_us(run: Callable[[], object], rounds: int = 10, calls: int = 20) -> float:
-    """The fastest round's time of a call, in microseconds, before the GPU has answered."""
+    """The host's time of a call in the fastest round, in microseconds, without waiting for the GPU."""
     for _ in range(5):
         run()
     times = []
@@ -202,7 +203,7 @@ def host_us(run: Callable[[], object], rounds: int = 10, calls: int = 20) -> flo
 
 
 def measure(provider: Provider, H: int, C: int, dtype: torch.dtype, direction: str, B: int) -> Row:
-    """The provider's row; what fails is in it."""
+    """The provider's row; an error is recorded in it."""
     row = Row(provider.name, H, C, B, str(dtype).removeprefix("torch."), direction)
     values: dict[str, Any] = {}
     try:
@@ -220,7 +221,7 @@ def measure(provider: Provider, H: int, C: int, dtype: torch.dtype, direction: s
             small = inputs(7, 32, dtype, 1, "cuda")
             small_grad = None if grad_y is None else small[0]
             values["host_us"] = host_us(lambda: provider.run(small_grad, small))
-    except Exception as error:  # a failed row; the others are still worth having
+    except Exception as error:  # a failed row does not stop the others
         return replace(row, **values, failure=f"{type(error).__name__}: {error}".partition("\n")[0])
     return replace(row, **values)
 
@@ -259,8 +260,8 @@ def main() -> None:
     accepted = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", type=names(accepted), default=["float32", "bfloat16"], help="comma-separated")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--against", action="store_true", help="torch.fft, torch.compile and subquadratic-ops, too")
-    parser.add_argument("--variants", action="store_true", help="other layouts of the cuda kernels, too")
+    parser.add_argument("--against", action="store_true", help="torch.fft, torch.compile and subquadratic-ops too")
+    parser.add_argument("--variants", action="store_true", help="other layouts of the cuda kernels too")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for bench_gpu.csv and .json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

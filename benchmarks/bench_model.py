@@ -1,15 +1,15 @@
-"""Times whole models: inference and training steps over image sizes, with the memory they take.
+"""Times whole models and measures their memory: inference and training steps over image sizes.
 
     python benchmarks/bench_model.py [--quick] [--only inference,float32,224,b8] [--resume] [--budget SECONDS]
                                      [--threads N] [--device cpu|cuda] [--output FOLDER]
 
-A problem is a task, a dtype, eager or torch.compile, a batch and an image size. On each, every provider gets a fresh
-process that holds its model and nothing else; they take turns, round by round, and one computes at a time. What a
-provider computes is checked before it is timed. docs/model_speed.md says how each column is measured.
+A problem is a task, a dtype, eager or torch.compile, a batch and an image size. For each, every provider gets a
+new process with its model and nothing else. They run in turns, round by round, one at a time. Results are checked
+before they are timed. docs/model_speed.md explains how each column is measured.
 
-``--only`` takes any values of any of these and of the providers; where it names none, all are meant. Results join
-those of the same commit and machine in the folder, so that a run can be made in parts; with ``--resume`` a problem that
-is there already is not measured again.
+``--only`` takes values of these axes, and providers; an axis without a value is not restricted. Results are added to
+those of the same commit and machine in the folder, so a run can be split. With ``--resume``, problems that are already
+there are not measured again.
 
 Writes model.csv, model.json, model.md, model_throughput.png and model_memory.png.
 """
@@ -52,7 +52,7 @@ from model_providers import (
     TRAINING,
     Costs,
     LeftOut,
-    Problem,
+    ModelProblem,
     Row,
     Setting,
     ask,
@@ -67,14 +67,14 @@ from dfformer_kernels.tolerance import BOUND
 
 # Growth is fitted to images of at least this size.
 LARGE = (512, 512)
-# An upper bound of the memory that a provider holds beside its model, for each pixel of a batch, between its turns.
+# An upper bound of the memory that a provider holds between turns, without its model, per pixel of a batch.
 BYTES_PER_PIXEL = {INFERENCE: 1000, TRAINING: 6000}
-# A model's outputs and gradients may differ by this many times what one step of it may.
+# The tolerance of a model's outputs and gradients, in multiples of that of one step.
 DEPTH = 5
 
 
 class Growth(NamedTuple):
-    """How a provider's cost of an image grows with its pixels: exponents fitted to sizes from `LARGE` on."""
+    """How a provider's cost per image grows with pixels: exponents fitted to sizes from `LARGE` on."""
 
     task: str
     dtype: str
@@ -82,7 +82,7 @@ class Growth(NamedTuple):
     time_exponent: float | None
     memory_exponent: float | None
     largest: str
-    ms: float  # an image of the largest size
+    ms: float  # per image of the largest size
     peak_mib: float | None  # the same
 
 
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     words = [word for values in AXES.values() for word in values]
     parser = argparse.ArgumentParser(description="Times whole models, and measures the memory they take.")
-    parser.add_argument("--quick", action="store_true", help="two providers on small images, in a minute")
+    parser.add_argument("--quick", action="store_true", help="two providers on small images, in about a minute")
     parser.add_argument("--only", type=names(words), default=[], help=f"of {', '.join(words)}")
     parser.add_argument("--resume", action="store_true", help="do not measure again what --output has")
     parser.add_argument("--budget", type=float, help="seconds for a provider and problem (default: 2, quick: 0.2)")
@@ -119,8 +119,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _lacking_memory(problem: Problem, providers: int, device: str) -> str:
-    """Why so many providers at once do not fit into the memory that is available; "" if they do."""
+def _lacking_memory(problem: ModelProblem, providers: int, device: str) -> str:
+    """Why so many providers at once do not fit into the available memory; "" if they do."""
     needed = BYTES_PER_PIXEL[problem.task] * problem.batch * problem.pixels * providers
     if device == "cpu" and (available := proc_kib("/proc/meminfo").get("MemAvailable")) and needed > 1024 * available:
         together = f"{providers} at once need about {needed / 2**30:.0f} GiB"
@@ -131,7 +131,7 @@ def _lacking_memory(problem: Problem, providers: int, device: str) -> str:
 # --- measuring
 
 
-def measure(problem: Problem, providers: Sequence[str], setting: Setting) -> tuple[list[Row], list[LeftOut]]:
+def measure(problem: ModelProblem, providers: Sequence[str], setting: Setting) -> tuple[list[Row], list[LeftOut]]:
     """Checks every provider on ``problem``, then times them in turns; ValueError for a wrong result."""
     if reason := _lacking_memory(problem, len(providers), setting.device):
         return [], [LeftOut(problem, name, reason) for name in providers]
@@ -154,22 +154,23 @@ def measure(problem: Problem, providers: Sequence[str], setting: Setting) -> tup
     return rows, left_out
 
 
-def _checked_error(name: str, problem: Problem, setting: Setting) -> float | None:
+def _checked_error(name: str, problem: ModelProblem, setting: Setting) -> float | None:
     """See `Entry.error`; ValueError if it is too large.
 
-    Found in a process of its own: what the authors' formulation leaves in the allocator would speed up later calls.
+    It is computed in a separate process, because the memory that the authors' formulation leaves in the allocator would
+    speed up later calls.
     """
     if not PROVIDERS[name].checked:
         return None
     with provider_process(name, problem, setting) as connection:
         error: float = ask(connection, "error")
     bound = DEPTH * BOUND[DTYPES[problem.dtype]]
-    if not error <= bound:  # so that NaN fails
+    if not error <= bound:  # also fails for NaN
         raise ValueError(f"{name} is wrong on {problem}: error {error:.1e}, bound {bound:.1e}")
     return error
 
 
-def _row(problem: Problem, name: str, seconds: list[float], costs: Costs, error: float | None) -> Row:
+def _row(problem: ModelProblem, name: str, seconds: list[float], costs: Costs, error: float | None) -> Row:
     median = statistics.median(seconds)
     return Row(
         *problem[:4],
@@ -188,7 +189,7 @@ def _row(problem: Problem, name: str, seconds: list[float], costs: Costs, error:
 
 
 def _continued(folder: Path, machine: dict[str, Any]) -> tuple[dict[str, Any], list[Row], list[LeftOut]]:
-    """What the folder has; SystemExit if that was measured elsewhere or with other code."""
+    """The folder's results; SystemExit if they are of another machine or other code."""
     keys = ("machine", "commit", "torch", "timm", "device", "threads")
     content = earlier_run(folder / "model.json", machine, keys)
     if content is None:
@@ -201,13 +202,13 @@ def _continued(folder: Path, machine: dict[str, Any]) -> tuple[dict[str, Any], l
     return machine | {"commands": content["machine"]["commands"]}, rows, left_out
 
 
-def _problem(stored: list[Any]) -> Problem:
+def _problem(stored: list[Any]) -> ModelProblem:
     task, dtype, mode, batch, (H, W) = stored
-    return Problem(task, dtype, mode, batch, (H, W))
+    return ModelProblem(task, dtype, mode, batch, (H, W))
 
 
 def ratios(row: Row, rows: Sequence[Row]) -> dict[str, float | None]:
-    """How many times faster ``row`` is than the two it is compared with, on the same problem."""
+    """The speed of ``row``, relative to the two baselines on the same problem."""
     rates = {r.provider: r.images_per_second for r in rows if r.problem == row.problem}
     return {
         f"times_{name}": row.images_per_second / rates[name] if name in rates else None
@@ -216,7 +217,7 @@ def ratios(row: Row, rows: Sequence[Row]) -> dict[str, float | None]:
 
 
 def growths(rows: Sequence[Row]) -> list[Growth]:
-    """Of single images in eager mode; least squares of logarithms."""
+    """The growth for single images in eager mode, by least squares of logarithms."""
     found = []
     for task, dtype, name in dict.fromkeys((r.task, r.dtype, r.provider) for r in rows):
         large = [
@@ -251,7 +252,7 @@ def _mib(nbytes: int | None) -> float | None:
     return None if nbytes is None else nbytes / 2**20
 
 
-def _report(problem: Problem, rows: Sequence[Row], left_out: Sequence[LeftOut]) -> None:
+def _report(problem: ModelProblem, rows: Sequence[Row], left_out: Sequence[LeftOut]) -> None:
     print(f"\n{problem}")
     print(f"  {'provider':<23}{'images/s':>9}{'ms':>10}{'calls':>6}{'x authors':>10}{'x convformer':>13}"
           f"{'peak MiB':>9}{'saved MiB':>10}{'error':>9}")  # fmt: skip
@@ -272,7 +273,7 @@ def _cell(value: float | str | None, form: str) -> str:
 
 
 def write(folder: Path, machine: dict[str, Any], rows: Sequence[Row], left_out: Sequence[LeftOut]) -> None:
-    """model.csv, model.json, model.md and the two pictures."""
+    """Writes model.csv, model.json, model.md and the two pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     order = {problem: i for i, (problem, _) in enumerate(problems(ALL, machine["device"]))}
     rows = sorted(rows, key=lambda r: (order[r.problem], list(PROVIDERS).index(r.provider)))
@@ -291,7 +292,7 @@ def write(folder: Path, machine: dict[str, Any], rows: Sequence[Row], left_out: 
 
 
 def markdown(machine: dict[str, Any], rows: Sequence[Row], left_out: Sequence[LeftOut]) -> str:
-    """A table for each task, dtype, mode and batch, sizes from left to right."""
+    """A table for each task, dtype, mode and batch, with sizes from left to right."""
     parts = [
         f"# Whole models\n\n{device_name(machine)}; torch {machine['torch']}, timm {machine['timm']}; commit "
         f"{machine['commit']}{', changed' if machine['dirty'] else ''}. Measured by\n"
@@ -336,7 +337,7 @@ def _growth_table(found: Sequence[Growth]) -> list[str]:
     titles = ["task", "dtype", "provider", "time", "memory", "largest", "ms", "peak MiB"]
     return [
         f"\n## Growth with pixels\n\ntime ~ pixels^a and peak memory ~ pixels^b of one image, eager, from "
-        f"{size_name(LARGE)} on; and what an image of the largest size takes.\n",
+        f"{size_name(LARGE)} on; and the cost of an image of the largest size.\n",
         _row_of(titles),
         "|---" * len(titles) + "|",
         *(

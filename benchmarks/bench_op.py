@@ -3,17 +3,17 @@
     python benchmarks/bench_op.py [--quick] [--op dynamic_filter,global_filter] [--dtype float32] [--threads N]
                                   [--device cpu|cuda] [--allocator default|kept]
 
-All providers run interleaved, round by round, in one process, each for a while after one call that is not counted;
-medians of single calls are reported, on a GPU those of triton.testing.do_bench, which empties its second-level cache
-before every call. A result outside ``dfformer_kernels.tolerance`` of the float64 reference is an error, found before
-anything is timed. Without StarReLU. ``--allocator kept`` measures in a sub-process that keeps freed memory, by
-the recipe in docs/cpu_kernel.md; op.json says which allocator its times are of.
+All providers run in turns, round by round, in one process, each for a while after one call that does not count. Medians
+of single calls are reported; on a GPU those of triton.testing.do_bench, which empties the L2 cache before every call.
+A result outside ``dfformer_kernels.tolerance`` of the float64 reference is an error, and is found before anything is
+timed. Steps have no StarReLU. ``--allocator kept`` measures in a sub-process that keeps freed memory, by the recipe in
+docs/cpu_kernel.md; op.json names the allocator.
 
 Providers: every backend that can run here; ``cpu`` also on each instruction set and on one thread; ``torch``, the
-reference called directly, is torch.fft as one would write it; the same under torch.compile; the same with the
-transforms of scipy.fft, pyfftw and ducc0 (forward only, on a CPU).
+reference in torch.fft, called directly; the same under torch.compile; the same with the transforms of scipy.fft, pyfftw
+and ducc0 (forward only, on a CPU).
 
-What is counted, for x (B,H,W,C), N = HW, K = W//2 + 1:
+The counts, for x (B,H,W,C), N = HW, K = W//2 + 1:
 
 - flops: B C (T 2.5 N log2 N + H K q). Forward: T = 2 transforms; q = 4F to mix the filter (0 for a global filter) + 6
   for the product. Forward and backward: T = 5 (x twice, as only inputs are saved, y, grad_y, grad_x); q = 6 + 4F
@@ -23,9 +23,9 @@ What is counted, for x (B,H,W,C), N = HW, K = W//2 + 1:
 - limit: the larger of bytes / copy bandwidth (``copy_`` of a tensor like x in the same rounds, N threads) and
   flops / GEMM rate (the better of torch.mm and a 1x1 convolution, N threads; without TF32). The share of the
   limit is that time over the measured one.
-- extra memory of a forward, beside its arguments and y: for ``cpu`` the workspace it asks for; for torch.fft and
-  torch.compile the peak that torch's profiler sees allocated (not the transform library's own scratch); on a GPU the
-  peak of torch's allocator.
+- extra memory of a forward, without its arguments and y: for ``cpu`` its workspace; for torch.fft and torch.compile the
+  peak of allocations in torch's profiler (without the transform library's own scratch); on a GPU the peak of torch's
+  allocator.
 
 Writes op.csv, op.json and op.png.
 """
@@ -60,11 +60,11 @@ from op_providers import (
     FORWARD,
     OPS,
     OURS,
-    Problem,
     Provider,
     Row,
     Run,
     Setting,
+    StepProblem,
     available_providers,
     flops,
     moved_bytes,
@@ -78,7 +78,7 @@ from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 
 class Budget(NamedTuple):
-    """How long to measure: seconds for a problem and direction, seconds a sample lasts at least, rounds at least."""
+    """How long to measure: seconds for a problem and direction, least seconds of a sample, least number of rounds."""
 
     seconds: float
     sample: float
@@ -86,7 +86,7 @@ class Budget(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """A ratio over problems of one of our backends."""
+    """A ratio of one of our backends over problems."""
 
     provider: str
     op: str
@@ -99,7 +99,7 @@ class Summary(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
-    if args.allocator != allocator():  # it depends on the environment that a process starts with
+    if args.allocator != allocator():  # it depends on the environment at the start of a process
         command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
         kept = {name: value for name, value in os.environ.items() if name not in ALLOCATORS["kept"]}
         subprocess.run(command, env=kept | ALLOCATORS[args.allocator], check=True)
@@ -129,7 +129,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--op", type=names(OPS), default=["dynamic_filter"], help=f"of {','.join(OPS)}")
     parser.add_argument("--dtype", type=names(list(DTYPES)), default=list(DTYPES), help=f"of {','.join(DTYPES)}")
     parser.add_argument(
-        "--allocator", choices=list(ALLOCATORS), default=allocator(), help="what becomes of freed memory"
+        "--allocator", choices=list(ALLOCATORS), default=allocator(), help="whether freed memory is kept"
     )
     add_run_arguments(parser, "build/bench_op")
     return parser.parse_args(argv)
@@ -138,16 +138,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 # --- measuring
 
 
-def measure(problem: Problem, providers: Sequence[Provider], gemm_gflops: float, budget: Budget) -> list[Row]:
+def measure(problem: StepProblem, providers: Sequence[Provider], gemm_gflops: float, budget: Budget) -> list[Row]:
     """Checks every provider on ``problem``, then times them; ValueError for a wrong result."""
-    torch._dynamo.reset()  # each problem is compiled for itself
+    torch._dynamo.reset()  # each problem is compiled separately
     providers = [p for p in providers if p.supports(problem)]
     forward = _measure(problem, FORWARD, providers, gemm_gflops, budget)
     return forward + _measure(problem, BOTH, [p for p in providers if p.differentiable], gemm_gflops, budget)
 
 
 def _measure(
-    problem: Problem, direction: str, providers: Sequence[Provider], gemm_gflops: float, budget: Budget
+    problem: StepProblem, direction: str, providers: Sequence[Provider], gemm_gflops: float, budget: Budget
 ) -> list[Row]:
     setting = Setting(torch.get_num_threads(), device=providers[0].setting.device)
     inputs, grad_y = problem.inputs(setting.device), problem.grad_y(setting.device)
@@ -192,7 +192,7 @@ def _measure(
 def _step(
     run: Callable[..., Tensor], inputs: list[Tensor], grad_y: Tensor, direction: str
 ) -> Callable[[], list[Tensor]]:
-    """Computes y, and in the direction ``BOTH`` the gradients of all inputs too."""
+    """Computes y, and for the direction ``BOTH`` also the gradients of all inputs."""
     if direction == FORWARD:
         return lambda: [run(*inputs)]
     leaves = [t.detach().requires_grad_() for t in inputs]
@@ -205,19 +205,19 @@ def _step(
 
 
 def _checked_error(
-    provider: Provider, problem: Problem, step: Callable[[], list[Tensor]], expected: list[Tensor]
+    provider: Provider, problem: StepProblem, step: Callable[[], list[Tensor]], expected: list[Tensor]
 ) -> float:
-    """The largest relative error of what ``step`` computes; ValueError if it is not within tolerance."""
+    """The largest relative error of the results of ``step``; ValueError if it is not within tolerance."""
     with under(provider.setting):
         y, *gradients = step()
     error = max(relative_error(y, expected[0]), *gradient_errors(gradients, expected[1:]), 0.0)
-    if not error <= BOUND[problem.dtype]:  # so that NaN fails
+    if not error <= BOUND[problem.dtype]:  # also fails for NaN
         raise ValueError(f"{provider.name} is wrong on {problem}: error {error:.1e}, bound {BOUND[problem.dtype]:.1e}")
     return error
 
 
 def _median_seconds(runs: Sequence[Run], budget: Budget) -> tuple[int, list[float]]:
-    """The number of rounds, and the median time of each run, which runs for a while in every round."""
+    """The number of rounds, and the median time of a call of each run, which is called for a while in every round."""
     once = [min(_seconds(*run, 0)) for run in runs]
     round_seconds = sum(t + max(t, budget.sample) for t in once)
     rounds = max(budget.rounds, int(budget.seconds / round_seconds))
@@ -231,8 +231,8 @@ def _median_seconds(runs: Sequence[Run], budget: Budget) -> tuple[int, list[floa
 def _seconds(setting: Setting, run: Callable[[], object], sample: float) -> list[float]:
     """Times of consecutive calls that take ``sample`` seconds together, of one call at least.
 
-    The call before them is not counted: it finds the caches as another provider left them, and where a call is longer
-    than a sample there would be no others.
+    The call before them does not count, because its caches were filled by another provider. If a call is longer than a
+    sample, it is the only other one.
     """
     with under(setting):
         run()
@@ -240,7 +240,7 @@ def _seconds(setting: Setting, run: Callable[[], object], sample: float) -> list
 
 
 def describe_machine(setting: Setting) -> dict[str, Any]:
-    """What the times depend on, and the two rates they are compared with."""
+    """The provenance of the times, and the two rates that they are compared with."""
     return provenance(setting.threads, setting.device, ("numpy", "scipy", "pyfftw", "ducc0")) | {
         "copy_gbps": copy_rate(setting.device),
         "gemm_gflops": {_name(dtype): gemm_rate(setting.device, dtype) for dtype in (torch.float32, torch.float64)},
@@ -268,7 +268,7 @@ def _reported(rows: list[Row]) -> list[Row]:
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
-    """Of our backends: speed-up over torch.fft, share of the limit, time ratios between dtypes, ISAs and threads."""
+    """Ratios of our backends: speed-up over torch.fft, share of the limit, times between dtypes, ISAs and threads."""
     return [summary for name in OURS for summary in _summary_of(name, rows)]
 
 
@@ -301,7 +301,7 @@ def _summary_of(name: str, rows: Sequence[Row]) -> list[Summary]:
 
 
 def _time_ratios(rows: Sequence[Row], baselines: Sequence[Row]) -> list[tuple[Row, float]]:
-    """Times of ``rows`` over those of ``baselines`` on the same problem, where both have it."""
+    """Times of ``rows`` divided by those of ``baselines``, for the problems that both have."""
     times = {r.problem: r.ms for r in baselines}
     return [(r, r.ms / times[r.problem]) for r in rows if r.problem in times]
 
@@ -314,7 +314,7 @@ def print_summary(summary: Sequence[Summary]) -> None:
 
 
 def write(folder: Path, machine: dict[str, Any], rows: Sequence[Row], summary: Sequence[Summary]) -> None:
-    """op.csv, op.json and op.png."""
+    """Writes op.csv, op.json and op.png."""
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "op.csv", [field.name for field in fields(Row)], [asdict(r) for r in rows])
     content = {"machine": machine, "summary": [s._asdict() for s in summary], "rows": [asdict(r) for r in rows]}
@@ -324,6 +324,6 @@ def write(folder: Path, machine: dict[str, Any], rows: Sequence[Row], summary: S
 
 
 if __name__ == "__main__":
-    # The profiler announces itself on stderr otherwise.
+    # Otherwise the profiler prints messages to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     main()

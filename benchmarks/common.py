@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: arguments, provenance, time, rates and memory, and how results are written."""
+"""Shared by the benchmark scripts: arguments, provenance, timing, rates, memory, and writing of results."""
 
 import argparse
 import csv
@@ -13,16 +13,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dfformer.cli.info import environment
+from dfformer_kernels.autotune import version
 
-# By what a process does with memory that is freed: what its environment must hold from the start. By default glibc
-# munmaps blocks of 32 MiB and more when they are freed; docs/cpu_kernel.md has the recipe to keep them.
+# The environment of a process by what glibc does with freed memory. By default it munmaps allocations of 32 MiB and
+# more on free; docs/cpu_kernel.md explains how to keep them.
 ALLOCATORS: dict[str, dict[str, str]] = {
     "default": {},
     "kept": {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"},
@@ -43,10 +44,10 @@ def names(accepted: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, output: str) -> None:
-    """--threads, --device and --output, the last with its default."""
+    """Adds --threads, --device and --output, whose default is ``output``."""
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", type=_device, choices=list(TIMERS), default="cpu")
-    parser.add_argument("--output", type=Path, default=Path(output), help="folder for what is written")
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder for the results")
 
 
 def _device(name: str) -> str:
@@ -61,9 +62,9 @@ def provenance(threads: int, device: str, libraries: Sequence[str] = ()) -> dict
     return environment() | {
         "cores": os.cpu_count(),
         "caches": _caches(),
-        "libraries": {name: _version(name) for name in libraries},
+        "libraries": {name: version(name) for name in libraries},
         "commit": _git(root, "rev-parse", "HEAD"),
-        # but for the results themselves
+        # apart from the results themselves
         "dirty": _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results") != "",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "threads": threads,
@@ -90,13 +91,6 @@ def _caches() -> dict[str, str]:
     return {f"L{level} {kind}": size for level, kind, size in read}
 
 
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
 def _git(root: Path, *arguments: str) -> str:
     try:
         return subprocess.run(
@@ -121,7 +115,7 @@ def _seconds_on_gpu(run: Callable[[], object], sample: float) -> list[float]:
     return [1e-3 * ms for ms in do_bench(run, warmup=0, rep=1e3 * sample, return_mode="all")]
 
 
-# By device: the times of consecutive calls that take ``sample`` seconds together, of one call at least.
+# By device: the times of consecutive calls that together take ``sample`` seconds; at least one call.
 TIMERS: dict[str, Callable[[Callable[[], object], float], list[float]]] = {
     "cpu": _seconds_on_cpu,
     "cuda": _seconds_on_gpu,
@@ -129,7 +123,7 @@ TIMERS: dict[str, Callable[[Callable[[], object], float], list[float]]] = {
 
 
 def in_turns(runs: Mapping[Any, Callable[[], object]], rounds: int, seconds: float) -> dict[Any, float]:
-    """The median time of one call of each on the CPU, in ms; in every round each is called for ``seconds``."""
+    """The median time of a call of each of ``runs`` on the CPU, in ms. In every round, each runs for ``seconds``."""
     samples: dict[Any, list[float]] = {key: [] for key in runs}
     for run in runs.values():
         run()
@@ -142,7 +136,7 @@ def in_turns(runs: Mapping[Any, Callable[[], object]], rounds: int, seconds: flo
 
 
 def copy_rate(device: str, nbytes: int = 2**28) -> float:
-    """GB/s of a copy that no cache holds, read and written bytes counted."""
+    """GB/s of a copy that exceeds all caches; read and written bytes count."""
     source = torch.ones(nbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * nbytes / _median_seconds(lambda: target.copy_(source), device) / 1e9
@@ -168,7 +162,7 @@ def _median_seconds(run: Callable[[], object], device: str) -> float:
 
 
 def allocated_peak(run: Callable[[], object], device: str) -> int:
-    """The most bytes that torch has allocated at once during ``run``, beside those allocated before."""
+    """The peak of the bytes that torch allocates during ``run``."""
     if device == "cuda":
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -183,9 +177,9 @@ def allocated_peak(run: Callable[[], object], device: str) -> int:
 
 
 def resident_peak(run: Callable[[], object]) -> int | None:
-    """The most bytes by which this process's anonymous memory grows during ``run``; None where Linux does not say.
+    """The peak growth in bytes of this process's anonymous memory during ``run``; None if it is not Linux.
 
-    Mapped files are left out: a library's code is not the model's, and becomes resident as it is used.
+    Mapped files do not count, because a library's code becomes resident only as it is used.
     """
     clear_refs = Path("/proc/self/clear_refs")
     if not clear_refs.exists():
@@ -201,7 +195,7 @@ def resident_peak(run: Callable[[], object]) -> int | None:
 
 
 def proc_kib(path: str) -> dict[str, int]:
-    """The fields of a file of /proc that are in kB; nothing if there is no such file."""
+    """The fields in kB of a file in /proc; {} if there is no such file."""
     if not Path(path).exists():
         return {}
     lines = [line.split() for line in Path(path).read_text().splitlines()]
@@ -212,7 +206,7 @@ def proc_kib(path: str) -> dict[str, int]:
 
 
 def earlier_run(path: Path, machine: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any] | None:
-    """What a run has written to ``path``, None if there is none; SystemExit if one of these keys of it differs."""
+    """The results of an earlier run in ``path``, or None; SystemExit if its machine differs in one of ``keys``."""
     if not path.exists():
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

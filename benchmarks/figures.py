@@ -1,4 +1,4 @@
-"""The pictures that bench_op and bench_model write of their rows; what is committed is drawn anew by
+"""The pictures that bench_op and bench_model draw of their rows. Redraws them from the committed results:
 
 python benchmarks/figures.py
 """
@@ -30,7 +30,7 @@ COLUMNS = 3
 
 
 def op_figure(machine: dict[str, Any], rows: Sequence[op_providers.Row]) -> Figure:
-    """Of the rows of one dtype: a panel a use with our speed-ups over torch.fft, and a roofline of all."""
+    """A picture of the rows of one dtype: a panel of speed-ups over torch.fft for each use, and a roofline."""
     ours = [name for name in OURS if name in {r.provider for r in rows}]
     uses = {use: [r for r in rows if _use(r) == use] for use in dict.fromkeys(map(_use, rows))}
     most = max(len({r.shape for r in own}) for own in uses.values())
@@ -60,7 +60,7 @@ def _use(row: op_providers.Row) -> str:
 
 
 def _speedup_bars(ax: Axes, use: str, ours: Sequence[str], rows: Sequence[op_providers.Row]) -> None:
-    """Titled with the medians of the first of ``ours``."""
+    """Draws the speed-ups; the title has the medians of the first of ``ours``."""
     shapes = list(dict.fromkeys(r.shape for r in rows))
     kinds = [(direction, name) for direction in COLOURS for name in ours]
     for i, (direction, name) in enumerate(kinds):
@@ -85,7 +85,7 @@ def _speedup_bars(ax: Axes, use: str, ours: Sequence[str], rows: Sequence[op_pro
 
 
 def _medians(rows: Sequence[op_providers.Row], name: str, value: Callable[[op_providers.Row], float], form: str) -> str:
-    """Forward, and with backward where that was measured."""
+    """Draws forward, and forward+backward if it was measured, under the roofline."""
     found = [[value(r) for r in rows if (r.provider, r.direction) == (name, d)] for d in COLOURS]
     return " and ".join(form.format(statistics.median(own)) for own in found if own)
 
@@ -129,7 +129,7 @@ def model_figure(
     label: str,
     value: Callable[[model_providers.Row], float | None],
 ) -> Figure:
-    """A quantity against the image's pixels, a panel for each task: eager mode, the first dtype and batch there are."""
+    """A quantity against an image's pixels, a panel for each task: eager mode, the first measured dtype and batch."""
     drawn = [r for r in rows if (r.dtype, r.mode, r.batch) == (rows[0].dtype, rows[0].mode, rows[0].batch)]
     tasks = list(dict.fromkeys(r.task for r in drawn))
     picture = Figure(figsize=(6.5 * len(tasks), 5.6), layout="constrained")
@@ -144,7 +144,7 @@ def model_figure(
 def _curves(
     ax: Axes, rows: Sequence[model_providers.Row], value: Callable[[model_providers.Row], float | None]
 ) -> None:
-    """A line a provider, named at its end."""
+    """Draws a line for each provider, with its name at the end."""
     ends: list[tuple[float, float, str]] = []  # value, pixels, provider
     for name in dict.fromkeys(r.provider for r in rows):
         provider = PROVIDERS[name]
@@ -161,7 +161,7 @@ def _curves(
         if points:
             ends.append((points[-1][1], points[-1][0], name))
     ax.set(xscale="log", yscale="log")
-    squares = sorted({(r.H, r.W) for r in rows if r.H == r.W})  # 427x640 is a point beside 512x512
+    squares = sorted({(r.H, r.W) for r in rows if r.H == r.W})  # 427x640 would be a point beside 512x512
     ax.set_xticks([H * W for H, W in squares], [size_name(size) for size in squares], rotation=40, fontsize=8)
     ax.minorticks_off()
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -172,7 +172,10 @@ def _curves(
 
 
 def _name_lines(ax: Axes, ends: list[tuple[float, float, str]]) -> None:
-    """Right of the axes in the order of the lines' ends, apart from each other; a line that ends earlier beside it."""
+    """Writes the names to the right of the axes, in the order of the lines' ends and without overlap.
+
+    A line that ends earlier has its name beside its end.
+    """
     largest = max((pixels for _, pixels, _ in ends), default=0)
     whole = sorted(end for end in ends if end[1] == largest)
     for value, pixels, name in set(ends) - set(whole):
@@ -180,7 +183,7 @@ def _name_lines(ax: Axes, ends: list[tuple[float, float, str]]) -> None:
         ax.annotate(name, at, xytext=(-8, 0), textcoords="offset points", ha="right", va="center", **_text(name))
     low, high = np.log10(ax.get_ylim())
     places = (np.log10([value for value, *_ in whole]) - low) / (high - low)
-    least = 0.048  # of the axes' height, for a line of text
+    least = 0.048  # height of a line of text, as a share of the axes
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + least)
     places -= max(places.max(initial=0) - 1, 0)

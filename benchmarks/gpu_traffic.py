@@ -5,13 +5,13 @@
 
 Filter steps are dynamic filters with StarReLU. ``cuda`` moves what the emulator counts in
 tests/kernels/cuda/test_cuda_kernels.py, ``cufft`` what `dfformer_kernels.backends.cufft.passes.traffic` says,
-``torch`` what its operators read and write, counted by running them on tensors without memory.
+``torch`` what its operators read and write, counted by running them on the meta device.
 
-Whole models run on such tensors, too, with the filter step as one operator. ``eager``: every operator reads its inputs
-and writes its outputs. ``compiled`` is a simple model of what Inductor makes of them: between operators of `UNFUSED`
-all others are one kernel, which reads what others left and writes what others need. A view costs nothing. Operations
-are torch's own count, which takes the backward of a grouped convolution for that of a whole one: ConvFormer's training
-has far fewer.
+Whole models run on the meta device too, with the filter step as one operator. ``eager``: every operator reads its
+inputs and writes its outputs. ``compiled`` is a simple model of Inductor: all operators between two of `UNFUSED` are
+one kernel, which reads the results of others and writes what others need. A view costs nothing. Operations are torch's
+own count, which counts the backward of a grouped convolution as that of a whole one, so ConvFormer's training has far
+fewer.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from dfformer_kernels.backends.cufft import passes as cufft
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "gpu_traffic.png"
 RESULTS = Path(__file__).parent / "results" / "gpu_traffic.csv"
 MODELS, BATCH = ("dfformer_s18", "convformer_s18"), 128
-UNFUSED = {  # operators that are kernels of their own whatever compiles the rest
+UNFUSED = {  # operators that Inductor does not fuse
     **dict.fromkeys(("mm", "addmm", "bmm"), "matrix products"),
     **dict.fromkeys(("convolution", "convolution_backward"), "convolutions"),
     **dict.fromkeys(("dynamic_filter", "dynamic_filter_backward"), "filter steps"),
@@ -50,14 +50,14 @@ Shape = tuple[int, int, int, int]  # (B, H, W, C)
 SHAPES: tuple[Shape, ...] = ((128, 56, 56, 128), (128, 28, 28, 256), (128, 14, 14, 640), (128, 7, 7, 1024))
 LARGE: Shape = (8, 256, 256, 128)  # the first stage at 1024, which ``cuda`` refuses
 F = 4
-BACKENDS = {"cuda": "cuda", "cufft": "cufft", "torch": "torch\n(at least)"}  # and how they are labelled
+BACKENDS = {"cuda": "cuda", "cufft": "cufft", "torch": "torch\n(at least)"}  # with their labels
 DTYPES = (torch.float32, torch.bfloat16)
 DIRECTIONS = ("forward", "backward")
 COLOURS = dict(zip(DIRECTIONS, (BLUE, VERMILLION), strict=True))
 
 
 def bytes_per_element(backend: str, shape: Shape, dtype: torch.dtype, backward: bool) -> float:
-    """Per element of x; a 2-D transform counts as its input and its output, once each."""
+    """Bytes moved per element of x; a 2-D transform reads its input once and writes its output once."""
     if backend == "cuda":
         return float(dtype.itemsize * (4 if backward else 2))  # grad_y, x, x for StarReLU's gradient, grad_x; or x, y
     if backend == "cufft":
@@ -70,7 +70,7 @@ def bytes_per_element(backend: str, shape: Shape, dtype: torch.dtype, backward: 
 
 
 class MovedBytes(TorchDispatchMode):
-    """Counts the tensors that operators read and write: each once an operator, views of tensors not at all."""
+    """Counts the tensors that operators read and write, each once per operator. Views do not count."""
 
     total = 0
 
@@ -83,7 +83,7 @@ class MovedBytes(TorchDispatchMode):
 
 
 def _moved_by_operators(shape: Shape, dtype: torch.dtype, backward: bool) -> int:
-    """Of the reference. Copies that torch.fft makes between layouts inside a transform come on top."""
+    """Tensors moved by the reference, without copies between layouts inside torch.fft's transforms."""
     B, H, W, C = shape
     with torch.device("meta"):
         x = torch.empty(shape, dtype=dtype)
@@ -98,7 +98,7 @@ def _moved_by_operators(shape: Shape, dtype: torch.dtype, backward: bool) -> int
 
 @dataclass(frozen=True)
 class Call:
-    """Of an operator: the memory it reads and writes, by the storage it lies in."""
+    """The memory that an operator reads and writes, by storage."""
 
     name: str
     read: dict[int, int]  # bytes by storage
@@ -106,12 +106,12 @@ class Call:
 
 
 class Calls(TorchDispatchMode):
-    """Records what operators do to tensors without memory."""
+    """Records the operators that run on tensors of the meta device."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self._kept: list[Any] = []  # storages, so that no two have the same id
+        self._kept: list[Any] = []  # keeps storages alive, so that no two have the same id
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -137,7 +137,7 @@ def eager(calls: list[Call]) -> Iterator[tuple[str, int]]:
 
 
 def compiled(calls: list[Call], results: set[int]) -> Iterator[tuple[str, int]]:
-    """The same where neighbours are one kernel; ``results`` are the storages that are needed at the end."""
+    """The traffic if neighbouring operators are one kernel; ``results`` are the storages that are needed at the end."""
     last_use = {storage: i for i, call in enumerate(calls) for storage in call.read}
     groups = groupby(enumerate(calls), key=lambda item: item[0] if item[1].name in UNFUSED else -1)
     for numbered in (list(group) for _, group in groups):
@@ -153,7 +153,7 @@ def compiled(calls: list[Call], results: set[int]) -> Iterator[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class Row:
-    """Of one kind of kernels in a model's inference or training step."""
+    """The traffic of one kind of kernels in a model's inference or training step."""
 
     model: str
     dtype: str
@@ -166,7 +166,7 @@ class Row:
 
 
 def model_rows(name: str, dtype: torch.dtype, training: bool, batch: int = BATCH) -> Iterator[Row]:
-    """A forward pass without gradients, or one with them and its backward, on images of 224 x 224."""
+    """A forward pass without gradients, or a forward and a backward, on images of 224 x 224."""
     with torch.device("meta"):
         model = timm.create_model(name).to(dtype).train(training)
         images = torch.empty(batch, 3, 224, 224, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What bench_model measures: problems, providers, each in a process of its own, and the row of a measurement."""
+"""What bench_model measures: problems, providers in separate processes, and the rows of results."""
 
 import itertools
 import math
@@ -29,8 +29,8 @@ SIZES = ((224, 224), (384, 384), (512, 512), (427, 640), (768, 768), (1024, 1024
 CLASSES = 1000
 
 
-class Problem(NamedTuple):
-    """What all providers are given: ``batch`` images of (H, W)."""
+class ModelProblem(NamedTuple):
+    """The problem that all providers are given: ``batch`` images of (H, W)."""
 
     task: str
     dtype: str
@@ -40,7 +40,7 @@ class Problem(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Of one image."""
+        """The pixels of one image."""
         return math.prod(self.size)
 
     def __str__(self) -> str:
@@ -49,16 +49,16 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Provider:
-    """A timm model, what is done to it, and how it is drawn."""
+    """A timm model, how it is modified, and how it is drawn."""
 
     architecture: str
     colour: str
     marker: str
-    sized: bool = False  # built for an image size
-    checked: bool = False  # against the authors' formulation, with the same weights
+    sized: bool = False  # it is built for an image size
+    checked: bool = False  # it is compared with the authors' formulation with the same weights
     compiled: bool = False  # also run under torch.compile
-    variant: Callable[[nn.Module], nn.Module] | None = None  # made of the model, and timed in its place
-    prepare: Callable[[nn.Module, torch.dtype], nn.Module] | None = None  # for inference only; instead of autocast
+    variant: Callable[[nn.Module], nn.Module] | None = None  # what is timed instead of the model
+    prepare: Callable[[nn.Module, torch.dtype], nn.Module] | None = None  # for inference only, in place of autocast
 
 
 def filters_replaced(model: nn.Module) -> nn.Module:
@@ -87,7 +87,7 @@ if optimize := getattr(dfformer, "optimize_for_inference", None):
         "dfformer_s18", BLUE, "h", sized=True, checked=True, compiled=True, prepare=optimize
     )
 
-# What a run can be restricted to, and what it is without that. Quick runs are smaller.
+# The values that a run can be restricted to, and those of full and quick runs.
 AXES: dict[str, dict[str, Any]] = {
     "task": {name: name for name in (INFERENCE, TRAINING)},
     "dtype": {name: name for name in ("float32", "bfloat16")},
@@ -111,8 +111,8 @@ def _up_to(side: int) -> list[tuple[int, int]]:
     return [size for size in (*SMALL_SIZES, *SIZES) if math.prod(size) <= side**2]
 
 
-# By device, task, dtype and mode: the image sizes for each batch. On a CPU fewer, for time; compiling alone takes half
-# a minute to a minute for each provider and problem.
+# Image sizes for each batch, by device, task, dtype and mode. A CPU has fewer, to save time: compilation alone takes
+# half a minute to a minute for each provider and problem.
 COMPILED_SIZES = {8: [(224, 224)], 1: [*SMALL_SIZES, (1024, 1024)]}
 PLANS: dict[str, dict[tuple[str, str, str], dict[int, list[tuple[int, int]]]]] = {
     "cpu": {
@@ -145,21 +145,21 @@ class Row:
     W: int
     provider: str
     calls: int
-    ms: float  # median of a call
+    ms: float  # median time of a call
     images_per_second: float
-    peak_bytes: int | None  # beside model and optimizer; None where the system does not report it
-    saved_bytes: int | None  # for backward; None where it is not measured
-    error: float | None  # largest relative error; None for those that are not checked
+    peak_bytes: int | None  # without model and optimizer; None if the system does not report it
+    saved_bytes: int | None  # for backward; None if it is not measured
+    error: float | None  # largest relative error; None if it is not checked
 
     @property
-    def problem(self) -> Problem:
-        return Problem(self.task, self.dtype, self.mode, self.batch, (self.H, self.W))
+    def problem(self) -> ModelProblem:
+        return ModelProblem(self.task, self.dtype, self.mode, self.batch, (self.H, self.W))
 
 
 class LeftOut(NamedTuple):
     """A provider that was not measured on a problem."""
 
-    problem: Problem
+    problem: ModelProblem
     provider: str
     reason: str
 
@@ -189,17 +189,17 @@ def selection(only: Sequence[str], quick: bool = False) -> dict[str, list[Any]]:
     }
 
 
-def problems(selected: dict[str, list[Any]], device: str) -> Iterator[tuple[Problem, list[str]]]:
+def problems(selected: dict[str, list[Any]], device: str) -> Iterator[tuple[ModelProblem, list[str]]]:
     """Each problem of a run with the names of its providers."""
     axes = [selected[name] for name in ("task", "dtype", "mode", "batch", "size")]
-    for problem in itertools.starmap(Problem, itertools.product(*axes)):
+    for problem in itertools.starmap(ModelProblem, itertools.product(*axes)):
         providers = [name for name in selected["provider"] if _takes_part(PROVIDERS[name], problem)]
         planned = PLANS[device].get(problem[:3], {}).get(problem.batch, [])
         if providers and problem.size in planned:
             yield problem, providers
 
 
-def _takes_part(provider: Provider, problem: Problem) -> bool:
+def _takes_part(provider: Provider, problem: ModelProblem) -> bool:
     for_task = problem.task == INFERENCE or provider.prepare is None
     return for_task and (problem.mode == EAGER or provider.compiled)
 
@@ -208,9 +208,9 @@ def _takes_part(provider: Provider, problem: Problem) -> bool:
 
 
 @contextmanager
-def provider_process(name: str, problem: Problem, setting: Setting) -> Iterator[Connection]:
-    """A fresh process with a provider, made ready for a problem, which answers `ask`."""
-    # Forked from one that has imported torch and timm and done nothing else: a new interpreter takes seconds for that.
+def provider_process(name: str, problem: ModelProblem, setting: Setting) -> Iterator[Connection]:
+    """A new process with a provider that is prepared for a problem; `ask` calls its methods."""
+    # Forked from a process that has only imported torch and timm, because these imports take seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "timm", "matplotlib.figure"])
     ours, theirs = context.Pipe()
@@ -225,8 +225,8 @@ def provider_process(name: str, problem: Problem, setting: Setting) -> Iterator[
 
 
 def ask(connection: Connection, method: str, *arguments: object) -> Any:
-    """What a method of the process's `Entry` returns; ChildProcessError with the reason where it failed."""
-    with suppress(OSError):  # it may have ended, and said why
+    """Returns the result of a method of the process's `Entry`; raises ChildProcessError with the reason if it fails."""
+    with suppress(OSError):  # it may have ended and sent the reason
         connection.send((method, arguments))
     try:
         answer = connection.recv()
@@ -237,21 +237,21 @@ def ask(connection: Connection, method: str, *arguments: object) -> Any:
     return answer
 
 
-def _serve(connection: Connection, name: str, problem: Problem, setting: Setting) -> None:
+def _serve(connection: Connection, name: str, problem: ModelProblem, setting: Setting) -> None:
     torch.set_num_threads(setting.threads)
     try:
         entry = Entry(PROVIDERS[name], problem, setting.device)
         while True:
             method, arguments = connection.recv()
             connection.send(getattr(entry, method)(*arguments))
-    except EOFError:  # the parent has closed its end
+    except EOFError:  # the parent process has closed its end
         pass
     except Exception as error:
         connection.send(RuntimeError(f"{type(error).__name__}: {error}".splitlines()[0]))
 
 
 class Costs(NamedTuple):
-    """What a call takes; see `Row`."""
+    """The cost of a call; see `Row`."""
 
     seconds: float
     peak_bytes: int | None
@@ -261,16 +261,16 @@ class Costs(NamedTuple):
 class Entry:
     """A provider with everything that a call on a problem needs.
 
-    ``model`` has the parameters. ``timed`` is what is called: the same model, prepared and compiled where asked.
+    ``model`` has the parameters. ``timed`` is called: the same model, prepared or compiled if the problem says so.
     """
 
-    def __init__(self, provider: Provider, problem: Problem, device: str) -> None:
+    def __init__(self, provider: Provider, problem: ModelProblem, device: str) -> None:
         self.provider, self.problem, self.device = provider, problem, device
         torch.manual_seed(0)
         options = {"img_size": problem.size} if provider.sized else {}
         model = timm.create_model(provider.architecture, num_classes=CLASSES, drop_path_rate=0.0, **options)
         model = provider.variant(model) if provider.variant else model
-        # All in the memory format that convolutions need not reorder.
+        # In the memory format that convolutions do not have to reorder.
         self.model = model.to(device).to(memory_format=torch.channels_last).train(problem.task == TRAINING)
         self.dtype = DTYPES[problem.dtype]
         self.timed = provider.prepare(self.model, self.dtype) if provider.prepare else self.model
@@ -299,7 +299,7 @@ class Entry:
         self.optimizer.zero_grad()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.provider.prepare:  # it casts by itself
+        if self.provider.prepare:  # the model casts its inputs itself
             return self.timed(x)
         with self.autocast():
             return self.timed(x)
@@ -324,7 +324,7 @@ class Entry:
         return Costs(min(seconds), peak, saved)
 
     def times(self, sample: float) -> list[float]:
-        """Of calls that take ``sample`` seconds together, at least one."""
+        """The times of calls that together take ``sample`` seconds; at least one call."""
         return TIMERS[self.device](self.run, sample)
 
     def error(self) -> float:
@@ -339,7 +339,7 @@ class Entry:
         return max(errors)
 
     def _logits(self) -> Tensor:
-        """ValueError if their shape is wrong or one of them is not finite."""
+        """Raises ValueError if the logits have a wrong shape or are not finite."""
         with torch.inference_mode(self.problem.task == INFERENCE):
             y = self.forward(self.x).detach()
         if y.shape != (self.problem.batch, CLASSES) or not y.isfinite().all():
@@ -350,6 +350,6 @@ class Entry:
         return y
 
     def _gradients(self, forward: Callable[[Tensor], Tensor], model: nn.Module) -> Tensor:
-        """Of all the model's parameters, one after the other."""
+        """The gradients of all parameters as one vector."""
         loss = F.cross_entropy(forward(self.x).float(), self.target)
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])

@@ -1,4 +1,4 @@
-"""What bench_op measures: problems, the providers that compute them, and the row that a measurement becomes."""
+"""What bench_op measures: problems, the providers that compute them, and the rows of results."""
 
 import math
 import os
@@ -21,8 +21,8 @@ from dfformer_kernels.backends import cpu
 F = 4
 FORWARD, BOTH = "forward", "forward+backward"
 
-# (stride of the plane, C) of DFFormer-S18's stages, at the sizes of square inputs, for the batches. C is what the
-# filters work on: twice the width of the blocks.
+# (stride of the plane, C) of DFFormer-S18's stages; sizes of square inputs; batches. C is the expanded width, on which
+# filters work: twice the width of the blocks.
 STAGES = ((4, 128), (8, 256), (16, 640), (32, 1024))
 INPUTS = (224, 384, 512, 1024)
 BATCHES = (1, 8)
@@ -50,7 +50,7 @@ OURS = ("cpu", "cuda", "cufft")
 OPS = ("dynamic_filter", "global_filter")
 
 
-class Problem(NamedTuple):
+class StepProblem(NamedTuple):
     """One operator on one x (B,H,W,C); ``stage`` is true for a plane of DFFormer's stages."""
 
     op: str
@@ -76,7 +76,7 @@ class Problem(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a provider runs under; ``isa`` "" where the compiled core is not used."""
+    """Threads, instruction set and device of a run; ``isa`` is "" if the compiled core is not used."""
 
     threads: int
     isa: str = ""
@@ -94,8 +94,8 @@ class Provider:
     run: Callable[..., Tensor]
     setting: Setting
     differentiable: bool = True
-    extra_memory: Callable[["Provider", Problem, list[Tensor]], int] | None = None
-    supports: Callable[[Problem], bool] = lambda problem: True
+    extra_memory: Callable[["Provider", StepProblem, list[Tensor]], int] | None = None
+    supports: Callable[[StepProblem], bool] = lambda problem: True
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,14 @@ class Row:
     threads: int
     rounds: int
     ms: float  # median
-    speedup: float  # torch's ms over this
+    speedup: float  # torch's ms divided by this row's
     gflops: float  # GFLOP/s
     gbps: float  # GB/s
     copy_gbps: float  # of copy_ on a tensor like x
     gemm_gflops: float
     share_of_limit: float
     error: float  # largest relative error against float64, gradients included
-    extra_bytes: int | None  # of a forward; None where it is not measured
+    extra_bytes: int | None  # of a forward; None if it is not measured
 
     @property
     def shape(self) -> str:
@@ -130,31 +130,31 @@ class Row:
 
     @property
     def problem(self) -> tuple[str, str, str]:
-        """What two rows have in common that differ in dtype or provider."""
+        """What rows have in common that differ only in dtype or provider."""
         return self.op, self.direction, self.shape
 
 
-def problems(op: str, quick: bool = False) -> list[Problem]:
-    """Everything in float32, the stages of eight 224x224 inputs in all dtypes."""
+def problems(op: str, quick: bool = False) -> list[StepProblem]:
+    """All shapes in float32, and the stages of eight 224x224 inputs in all dtypes."""
     if quick:
         stages = {224: [(1, 56, 56, 64), (8, 14, 14, 320)]}
         others: Sequence[tuple[int, int, int, int]] = [(2, 31, 31, 64)]
     else:
         stages = {size: [(B, size // s, size // s, C) for B in BATCHES for s, C in STAGES] for size in INPUTS}
         others = OTHER_SHAPES
-    # A shape's dtypes one after the other: they are compared with each other, and machines do not stay the same.
+    # A shape's dtypes follow each other, because they are compared, and a machine's speed drifts.
     found = [
-        Problem(op, dtype, shape, True)
+        StepProblem(op, dtype, shape, True)
         for size, shapes in stages.items()
         for shape in shapes
         for dtype in DTYPES.values()
         if (dtype == torch.float32 or quick or (size, shape[0]) == (224, 8)) and is_measured(size, shape)
     ]
-    return found + [Problem(op, torch.float32, shape, False) for shape in others]
+    return found + [StepProblem(op, torch.float32, shape, False) for shape in others]
 
 
 def is_measured(size: int, shape: tuple[int, int, int, int]) -> bool:
-    """Whether a stage of ``size`` inputs fits in a sensible time and memory."""
+    """Whether a stage for inputs of ``size`` takes reasonable time and memory."""
     return (size, shape[0]) != (1024, 8) and math.prod(shape) <= 2**26
 
 
@@ -170,7 +170,7 @@ def moved_bytes(shape: Sequence[int], dtype: torch.dtype, direction: str) -> int
 
 @contextmanager
 def under(setting: Setting) -> Iterator[None]:
-    """The setting's threads and instruction set inside, those before afterwards."""
+    """Uses the setting's threads and instruction set inside, and restores the previous ones."""
     threads, isa = torch.get_num_threads(), cpu.core().active_isa() if setting.isa else ""
     torch.set_num_threads(setting.threads)
     if isa:
@@ -186,14 +186,14 @@ def under(setting: Setting) -> Iterator[None]:
 # --- providers
 
 
-def _workspace_bytes(provider: Provider, problem: Problem, inputs: list[Tensor]) -> int:
+def _workspace_bytes(provider: Provider, problem: StepProblem, inputs: list[Tensor]) -> int:
     num_filters = F if problem.op == "dynamic_filter" else 0
     with under(provider.setting):
         return cpu.filter_workspace_bytes(problem.shape, num_filters, problem.dtype)
 
 
-def _allocated_peak(provider: Provider, problem: Problem, inputs: list[Tensor]) -> int:
-    """The most bytes torch has allocated at once during a forward, less y's."""
+def _allocated_peak(provider: Provider, problem: StepProblem, inputs: list[Tensor]) -> int:
+    """The peak of the bytes that torch allocates during a forward, without y's."""
     outputs: list[Tensor] = []
     peak = allocated_peak(lambda: outputs.append(provider.run(*inputs)), provider.setting.device)
     return peak - outputs[0].nbytes
@@ -220,12 +220,12 @@ def _compiled(op: str, setting: Setting) -> list[Provider]:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise RuntimeError("there is no C++ compiler")
     run = torch.compile(getattr(reference, op), fullgraph=True, dynamic=False)
-    run(*Problem(op, torch.float32, (1, 4, 4, 2), False).inputs(setting.device))
+    run(*StepProblem(op, torch.float32, (1, 4, 4, 2), False).inputs(setting.device))
     return [Provider("torch.compile", run, setting, extra_memory=_allocated_peak)]
 
 
 def _backend(name: str, op: str, setting: Setting) -> list[Provider]:
-    if reasons := _unsupported_reasons(name, setting.device, Problem(op, torch.float32, (1, 1, 1, 1), False)):
+    if reasons := _unsupported_reasons(name, setting.device, StepProblem(op, torch.float32, (1, 1, 1, 1), False)):
         raise RuntimeError("; ".join(reasons))
     run = partial(getattr(dfformer_kernels, op), backend=name)
     if name != "cpu":
@@ -246,7 +246,7 @@ def _backend(name: str, op: str, setting: Setting) -> list[Provider]:
     return [Provider(name, run, setting, extra_memory=_workspace_bytes) for name, setting in settings.items()]
 
 
-def _unsupported_reasons(backend: str, device: str, problem: Problem) -> list[str]:
+def _unsupported_reasons(backend: str, device: str, problem: StepProblem) -> list[str]:
     """Why a backend cannot run the forward step or its backward; empty if it can."""
     filters = F if problem.op == "dynamic_filter" else 0
     steps = [

@@ -1,7 +1,7 @@
-"""What the Triton kernels of the ``cufft`` backend take of each GPU, from compiling them: no GPU is needed.
+"""The resources that the Triton kernels of the ``cufft`` backend need on each GPU, from compiling them without a GPU.
 
-What is compiled is what the backend launches: its operators run on small CPU tensors while their launches are recorded
-instead of made, and each is compiled with the types and specialisations that Triton would have given it.
+The backend's operators run on small CPU tensors while their launches are recorded instead of executed. Each launch is
+then compiled with the types and specialisations that Triton would have chosen.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from dfformer_kernels.backends.cuda.layout import CHIPS
 from dfformer_kernels.backends.cufft import passes as cufft
 
-# Triton's target; threads, blocks and bytes of shared memory of a multiprocessor; the most of those for a block.
+# Triton's target; threads, blocks and bytes of shared memory per multiprocessor; the most shared memory of a block.
 TARGETS = {
     arch: (
         GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
@@ -37,14 +37,14 @@ TARGETS = {
 } | {arch: (GPUTarget("hip", arch, 64), 2048, 32, 64 << 10, 64 << 10) for arch in ("gfx90a", "gfx942")}
 OPS = ("dynamic_filter", "global_filter")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# (H, W, C) of the models' four stages, and one whose C and W give no aligned strides
+# (H, W, C) of the models' four stages, and one whose strides are not aligned
 SHAPES = ((56, 56, 64), (28, 28, 128), (14, 14, 320), (7, 7, 512), (9, 15, 5))
 
 Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
 
 
 def launches(op: str, shape: tuple[int, int, int], dtype: torch.dtype, backward: bool, F: int = 4) -> list[Launch]:
-    """What the backend launches for ``op`` with StarReLU on two samples of shape (H,W,C): (kernel, args, kwargs)."""
+    """The backend's launches for ``op`` with StarReLU on two samples of shape (H,W,C): (kernel, args, kwargs)."""
     H, W, C = shape
     K, parameters = W // 2 + 1, torch.float64 if dtype == torch.float64 else torch.float32
     x = torch.zeros(2, H, W, C, dtype=dtype)
@@ -66,7 +66,7 @@ def rows(
     shapes: Sequence[tuple[int, int, int]] = SHAPES,
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> Iterator[dict[str, object]]:
-    """A row for each kernel that differs, in the columns of ``benchmarks/results/gpu_resources.csv``."""
+    """A row for each distinct kernel, with the columns of ``benchmarks/results/gpu_resources.csv``."""
     for target in targets:
         for dtype in dtypes:
             for H, W, C in shapes:
@@ -124,7 +124,7 @@ def compiled(launch: Launch, target: str) -> Any:
 
 
 def _resources(launch: Launch, target: str) -> tuple[str, dict[str, int]]:
-    """What tells the compiled kernel from others, and its registers, spills, shared memory and blocks a processor."""
+    """The identity of a compiled kernel, and its registers, spills, shared memory and blocks per multiprocessor."""
     result = compiled(launch, target)
     registers, spilled = _nvidia(result) if target.startswith("sm_") else _amd(result)
     gpu, threads, blocks, shared, _ = TARGETS[target]
@@ -139,7 +139,7 @@ def _resources(launch: Launch, target: str) -> tuple[str, dict[str, int]]:
 
 
 def _nvidia(result: Any) -> tuple[int, int]:
-    """Registers and bytes of stack, where spilled ones go, of a cubin."""
+    """Registers of a cubin, and bytes of its stack, which holds spilled registers."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(result.asm["cubin"])
@@ -150,7 +150,7 @@ def _nvidia(result: Any) -> tuple[int, int]:
 
 
 def _amd(result: Any) -> tuple[int, int]:
-    """Vector registers and bytes of scratch memory, where spilled ones go, of a code object's assembly."""
+    """Vector registers of a code object's assembly, and bytes of its scratch memory, which holds spilled registers."""
     assembly = result.asm["amdgcn"]
     return _number(r"\.vgpr_count:\s*(\d+)", assembly), _number(r"\.private_segment_fixed_size:\s*(\d+)", assembly)
 

@@ -1,4 +1,4 @@
-"""A DETR-style detector on a DFFormer: one feature map, a transformer, a set of queries matched to the objects.
+"""A DETR-style detector on a DFFormer: one feature map, a transformer, and queries that are matched to objects.
 
 python examples/detr_style.py
 """
@@ -24,7 +24,7 @@ Objects = list[tuple[Tensor, Tensor]]  # boxes (n,4) as shares of the image, cen
 
 
 class Detector(nn.Module):
-    """Images (B,3,H,W) to logits (B,queries,classes+1), the last for nothing, and boxes (B,queries,4)."""
+    """Maps images (B,3,H,W) to logits (B,queries,classes+1), with "no object" last, and boxes (B,queries,4)."""
 
     def __init__(self, backbone: str, classes: int, queries: int, dim: int = 64, **arguments: Any) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Detector(nn.Module):
 
 
 def loss(model: Detector, images: Tensor, objects: Objects) -> Tensor:
-    """Cross entropy of all queries, L1 and GIoU of those that are matched to an object: the cheapest matching."""
+    """Cross entropy of all queries; L1 and GIoU of those in the cheapest matching to objects."""
     logits, boxes = model(images)
     total = logits.new_zeros(())
     for kind, box, (wanted, labels) in zip(logits, boxes, objects, strict=True):
@@ -73,7 +73,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = Detector("dfformer_s18", len(CLASSES), QUERIES, img_size=SIZE, **SMALL)
     print(f"strides {model.backbone.feature_info.reduction()}, widths {model.backbone.feature_info.channels()}")
-    data = SyntheticDigits("train", SIZE, BATCH)  # the same eight again and again: enough to see it learn
+    data = SyntheticDigits("train", SIZE, BATCH)  # the same at every step, which is enough to learn
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     losses = []
     for _ in range(STEPS):

@@ -1,4 +1,4 @@
-"""A dynamic filter in somebody else's model: timm's ConvFormer with the token mixers of its last two stages replaced.
+"""Dynamic filters in another model: timm's ConvFormer with the token mixers of its last two stages replaced.
 
 python examples/drop_in.py
 """
@@ -11,7 +11,7 @@ from dfformer import DynamicFilter
 
 
 class ChannelsFirst(nn.Module):
-    """A mixer of (B,H,W,C) for a model whose maps are (B,C,H,W)."""
+    """Adapts a mixer of (B,H,W,C) to a model with maps (B,C,H,W)."""
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
     python examples/kernels_repository.py [FOLDER]
 
-What is compiled is compiled where it runs, so a variant is the same for every torch. The compiled core is not in it:
-on a CPU the operators run through torch.fft. `kernels.get_local_kernel(FOLDER)` loads it from this machine.
+Kernels are compiled on the machine that runs them, so all variants are the same. The compiled core is left out, so the
+operators run through torch.fft on a CPU. `kernels.get_local_kernel(FOLDER)` loads it from this machine.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ VARIANTS = {"torch-cpu": "cpu", "torch-cuda": "cuda", "torch-rocm": "rocm"}
 
 
 def renamed(text: str, name: str) -> str:
-    """A module of the package under the name that `kernels` imports it by, with operators of its own."""
+    """A module of the package, renamed as `kernels` imports it, with its own namespace of operators."""
     text = text.replace("dfformer_kernels", name)
     return re.sub(r"(?<=torch\.ops\.)dfformer\b|\bdfformer(?=::|\", \"DEF\")", name, text)
 

@@ -2,7 +2,7 @@
 
     python examples/measure_step.py
 
-``benchmarks/bench_op.py`` does this for all shapes, with the care that published numbers need.
+``benchmarks/bench_op.py`` does this for all shapes, and carefully enough for published numbers.
 """
 
 import torch
@@ -14,7 +14,7 @@ from dfformer_kernels import dynamic_filter
 B, H, W, C, F = 4, 28, 28, 256, 4
 
 
-def plain(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+def with_torch_fft(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     filters = torch.einsum("bfc,hkf->bhkc", logits.softmax(1).to(basis.dtype), basis)
     spectrum = torch.fft.rfft2(x, dim=(1, 2), norm="ortho") * filters
     return torch.fft.irfft2(spectrum, s=x.shape[1:3], dim=(1, 2), norm="ortho")
@@ -25,12 +25,12 @@ def main() -> None:
     x = torch.randn(B, H, W, C, requires_grad=True)
     logits = torch.randn(B, F, C, requires_grad=True)
     basis = torch.randn(H, W // 2 + 1, F, 2, requires_grad=True)
-    exact = plain(x.double(), logits.double(), torch.view_as_complex(basis.double()))
+    exact = with_torch_fft(x.double(), logits.double(), torch.view_as_complex(basis.double()))
     error = (dynamic_filter(x, logits, basis) - exact).norm() / exact.norm()
     print(f"relative error {error:.1e}")
     assert error < 1e-6
     steps = {
-        "torch.fft": lambda: plain(x, logits, torch.view_as_complex(basis)),
+        "torch.fft": lambda: with_torch_fft(x, logits, torch.view_as_complex(basis)),
         "dynamic_filter": lambda: dynamic_filter(x, logits, basis),
     }
     for name, step in steps.items():

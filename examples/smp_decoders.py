@@ -1,4 +1,4 @@
-"""Decoders of segmentation_models_pytorch on a CDFFormer: the encoder goes by its name for timm, with "tu-" in front.
+"""Decoders of segmentation_models_pytorch on a CDFFormer: the encoder has its name in timm, with the prefix "tu-".
 
 python examples/smp_decoders.py
 """

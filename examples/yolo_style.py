@@ -1,4 +1,4 @@
-"""A YOLO-style detector on a CDFFormer: three feature maps, a path down and up, one box a cell; it learns a few digits.
+"""A YOLO-style detector on CDFFormer: three feature maps, paths up and down, one box per cell; it learns a few digits.
 
 python examples/yolo_style.py
 """
@@ -25,7 +25,7 @@ def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequ
 
 
 class Detector(nn.Module):
-    """Images (B,3,H,W), sides multiples of 32, to logits (B,N,classes) and boxes (B,N,4) of all cells of three maps."""
+    """Maps images (B,3,H,W), sides multiples of 32, to logits (B,N,classes) and boxes (B,N,4) of all cells."""
 
     def __init__(self, backbone: str, classes: int, channels: int, **arguments: Any) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Detector(nn.Module):
         self.lateral = nn.ModuleList(conv(width, channels, 1) for width in self.backbone.feature_info.channels())
         self.up, self.down = (nn.ModuleList(conv(channels, channels, 3, s) for _ in range(2)) for s in (1, 2))
         kind = nn.Conv2d(channels, classes, 1)
-        nn.init.constant_(cast(Tensor, kind.bias), -4.6)  # a probability of 1 %: few cells have an object
+        nn.init.constant_(cast(Tensor, kind.bias), -4.6)  # a probability of 1 %, because few cells have an object
         self.kind = nn.Sequential(conv(channels, channels), kind)
         self.sides = nn.Sequential(conv(channels, channels), nn.Conv2d(channels, 4, 1))
 
@@ -51,7 +51,7 @@ class Detector(nn.Module):
         return logits, torch.stack([x - left, y - top, x + right, y + bottom], -1)
 
     def cells(self, size: tuple[int, ...]) -> Tensor:
-        """Of all cells (N,3): x and y of the middle, and the stride."""
+        """All cells (N,3): x and y of the centre, and the stride."""
         grids = []
         for stride in self.strides:
             y, x = torch.meshgrid(*(torch.arange(stride / 2, side, stride) for side in size), indexing="ij")
@@ -60,7 +60,7 @@ class Detector(nn.Module):
 
 
 def loss(model: Detector, images: Tensor, objects: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Focal loss of all cells, and GIoU of those with an object: the middle ones of the map for its size."""
+    """Focal loss of all cells, and GIoU of those with an object: the central cells in the map for its size."""
     logits, boxes = model(images)
     cells, truth = model.cells(images.shape[-2:]), torch.zeros_like(logits)
     overlap = []
@@ -85,7 +85,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = Detector("cdfformer_s18", len(CLASSES), channels=32, img_size=SIZE, **SMALL)
     print(f"strides {model.strides}, widths {model.backbone.feature_info.channels()}")
-    data = SyntheticDigits("train", SIZE, BATCH)  # the same eight again and again: enough to see it learn
+    data = SyntheticDigits("train", SIZE, BATCH)  # the same at every step, which is enough to learn
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for _ in range(STEPS):

@@ -21,7 +21,7 @@ VIEW_TITLES = {
 
 
 def learning_figure(results: Sequence[Result]) -> Figure:
-    """The error left after so many epochs, above; after so many seconds, below."""
+    """The error against epochs (above) and against seconds of training (below)."""
 
     def draw(ax: Axes, found: Sequence[Result], seconds: bool) -> None:
         epochs, spent, accuracy = np.array([r.curve for r in found]).transpose(2, 0, 1)  # (seeds, looks) each
@@ -42,12 +42,12 @@ def learning_figure(results: Sequence[Result]) -> Figure:
         ax.yaxis.set_minor_locator(NullLocator())
     for ax, label in zip(picture.axes, _row_labels(picture, ("epochs", "seconds of one thread")), strict=True):
         ax.set_xlabel(label)
-    picture.suptitle("Who learns faster: mean over seeds, with a band from the best to the worst", fontsize=12)
+    picture.suptitle("Speed of learning: mean over seeds, with a band from the best to the worst", fontsize=12)
     return picture
 
 
 def sizes_figure(results: Sequence[Result]) -> Figure:
-    """Accuracy at other sizes than that of training, seen in two ways."""
+    """Accuracy at other sizes than the training size, for two kinds of resizing."""
 
     def draw(ax: Axes, found: Sequence[Result], view: str) -> None:
         colour, marker = MODELS[found[0].model]
@@ -62,7 +62,7 @@ def sizes_figure(results: Sequence[Result]) -> Figure:
 
     picture = _panels(results, {view: VIEW_TITLES[view] for view in VIEWS}, draw)
     for ax in picture.axes:
-        ax.set(xlabel="size of the test images, that of training being 1", ylabel="accuracy, %", ylim=(0, 100))
+        ax.set(xlabel="size of the test images, relative to training", ylabel="accuracy, %", ylim=(0, 100))
         ax.set_xticks([0.75, 1, 1.5, 2], ["0.75", "1", "1.5", "2"])
     picture.suptitle("Trained at one size, tested at others: mean over seeds", fontsize=12)
     return picture

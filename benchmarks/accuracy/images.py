@@ -1,7 +1,7 @@
-"""Sets of real images that come inside packages; nothing is downloaded.
+"""Sets of real images that come with packages; nothing is downloaded.
 
-Every set is seen in two ways at another size. *finer*: the same scene in more or fewer pixels. *wider*: more or less of
-the scene in pixels of the same size. Each is what one of the filters' resize rules is meant for.
+Every set is tested at other sizes in two ways. *finer*: the same scene in more or fewer pixels. *wider*: more or less
+of the scene in pixels of the same size. Each of the filters' resize rules is meant for one of them.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 VIEWS, SCALES = ("finer", "wider"), (0.75, 1.0, 1.5, 2.0)
-SIZE = 24  # of training images, pixels a side
-SHIFT = 3  # pixels by which a training image moves at most
+SIZE = 24  # pixels along a side of a training image
+SHIFT = 3  # pixels by which a training image is shifted at most
 WINDOWS = 8  # of a photograph's test half, along each side
 
-# Of scikit-image's wheel, those whose licence its documentation states, without text, drawings and portraits.
+# Photographs in scikit-image's wheel whose licence its documentation states; no text, drawings or portraits.
 PHOTOGRAPHS = (
     *("brick", "camera", "cell", "chelsea", "clock", "coffee", "coins", "grass", "gravel", "hubble_deep_field"),
     *("immunohistochemistry", "retina", "rocket"),
@@ -35,10 +35,10 @@ LICENCES = {
 
 
 class Images(NamedTuple):
-    """A task of classification."""
+    """A classification task."""
 
     sources: list[Tensor]  # (in_chans,H,W), standardised; training images are windows of them
-    labels: Tensor  # of the sources
+    labels: Tensor  # labels of the sources
     test: Tensor  # (N,in_chans,2n,2n): the middle n x n pixels are a scene, the others its surroundings
     test_labels: Tensor
 
@@ -56,7 +56,7 @@ class Images(NamedTuple):
         return resized(middle(self.test, round(scale * n) if view == "wider" else n), round(scale * SIZE))
 
     def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """A window of each of these sources, at a random place."""
+        """A random window of each of these sources."""
         return torch.stack([self._window(self.sources[i], generator) for i in index.tolist()])
 
     def _window(self, source: Tensor, generator: torch.Generator) -> Tensor:
@@ -87,7 +87,7 @@ def _mnist() -> Images:
 
 
 def _written(images: Tensor, labels: np.ndarray, training: int) -> Images:
-    """Digits on empty paper: the first ``training`` to learn from, the others to test."""
+    """Digits on empty paper: the first ``training`` digits for training, the others for testing."""
     mean, std = images[:training].mean(), images[:training].std()
     n, y = images.shape[-1], torch.from_numpy(labels).long()
     paper = float(-mean / std)
@@ -98,8 +98,10 @@ def _written(images: Tensor, labels: np.ndarray, training: int) -> Images:
 
 
 def _photographs() -> Images:
-    """Which photograph is a patch of? From the left halves to learn, from the right halves to test; an image
-    is of twice as many of the photograph's pixels a side."""
+    """Patches to assign to their photographs: left halves for training, right halves for testing.
+
+    An image covers twice as many of the photograph's pixels along each side.
+    """
     n, patches = 2 * SIZE, 128
     found = [getattr(skimage.data, name)() for name in PHOTOGRAPHS]
     found += [sklearn.datasets.load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
@@ -115,7 +117,7 @@ def _photographs() -> Images:
 
 
 def _grid(photograph: Tensor, size: int) -> Tensor:
-    """Windows of (in_chans,H,W) evenly spread, overlapping where they must."""
+    """Evenly spread windows of (in_chans,H,W), which overlap if necessary."""
     rows, columns = (torch.linspace(0, n - size, WINDOWS).long().tolist() for n in photograph.shape[1:])
     return torch.stack([photograph[:, i : i + size, j : j + size] for i in rows for j in columns])
 
@@ -125,5 +127,5 @@ _SETS: dict[str, Callable[[], Images]] = {"digits": _digits, "mnist": _mnist, "p
 
 @cache
 def load(name: str) -> Images:
-    """One of LICENCES, read once in a process."""
+    """One of LICENCES, cached for the process."""
     return _SETS[name]()

@@ -1,4 +1,4 @@
-"""Models of equal depth and width: this package's, timm's, and changes to what DFFormer starts from."""
+"""Models of equal depth and width: this package's, timm's, and DFFormer with changed initial values."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,12 +13,12 @@ import dfformer  # noqa: F401 (registers the models)
 from accuracy.images import SIZE
 from dfformer.models.spectral import DynamicFilter
 
-# Widths of which attention's heads, of 32 channels, are whole; planes of 11, 6, 6 and 3 for images of 24 pixels.
+# The widths are multiples of 32, the channels of an attention head. Images of 24 pixels have planes of 11, 6, 6 and 3.
 SHAPE: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 64)}
 STRIDES = (2, 2, 1, 2)
 OURS = ("dfformer", "cdfformer", "gfformer")
 
-Build = Callable[[int, int], nn.Module]  # of in_chans and classes
+Build = Callable[[int, int], nn.Module]  # a function of in_chans and classes
 
 
 def _ours(name: str, in_chans: int, classes: int, **arguments: Any) -> nn.Module:
@@ -30,7 +30,7 @@ def _ours(name: str, in_chans: int, classes: int, **arguments: Any) -> nn.Module
 def _timm(token_mixers: Any, norm_layers: Any, in_chans: int, classes: int) -> nn.Module:
     model = MetaFormer(in_chans, classes, **SHAPE, token_mixers=token_mixers, norm_layers=norm_layers)
     convolutions = [model.stem.conv, *(stage.downsample.conv for stage in list(model.stages)[1:])]
-    for conv, stride in zip(convolutions, STRIDES, strict=True):  # of which MetaFormer takes no argument
+    for conv, stride in zip(convolutions, STRIDES, strict=True):  # for which MetaFormer has no argument
         conv.stride = (stride, stride)
     return model
 
@@ -52,7 +52,7 @@ def _started(change: Callable[[DynamicFilter], object], *shape: int) -> nn.Modul
     return model
 
 
-# One thing changed of dfformer: F filters instead of 4, the routing's last layer 20 times as large, filters around 1
+# dfformer with one change each: F filters instead of 4; the routing's last layer 20 times as large; filters around 1
 # instead of 0.
 CHANGES: dict[str, Build] = {
     **{f"dfformer_f{F}": partial(_ours, "dfformer", num_filters=F) for F in (1, 2, 8)},

@@ -1,4 +1,4 @@
-"""One training of one model, by the recipe that all share, and what is measured of it."""
+"""One training of one model by the common recipe, and its measurements."""
 
 import itertools
 import time
@@ -25,8 +25,8 @@ RECIPE: dict[str, Any] = {
     "label_smoothing": 0.1,
     "augmentation": "random windows: shifts by 3 pixels for digits, anywhere in the half for photographs",
 }
-PART = 320  # test images, evenly spread, that are looked at during training and at other sizes
-LOOKS = 8  # during a training, the last at its end
+PART = 320  # evenly spread test images for tests during training and at other sizes
+LOOKS = 8  # tests during a training, including one at its end
 
 
 class Case(NamedTuple):
@@ -37,23 +37,21 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """Of one training. Accuracies are in percent."""
+    """The result of one training. Accuracies are in percent."""
 
     images: str
     model: str
     seed: int
     parameters: int
-    mflops: float  # of one image forward, a multiply-add counting two
-    seconds: float  # of the processor, one thread, for the training alone
+    mflops: float  # of a forward of one image; a multiply-add counts as 2
+    seconds: float  # processor time of one thread, for training alone
     accuracy: float  # on all test images
     curve: list[list[float]]  # after each epoch: seconds of training, accuracy on PART images
-    sizes: dict[
-        str, float
-    ]  # on the same images at other sizes, by "view scale rule"; models without filters have no rule
+    sizes: dict[str, float]  # on these images at other sizes, by "view scale rule"; models without filters have no rule
 
 
 def train(case: Case, brief: bool) -> Result:
-    """``brief``: one epoch, few images, for tests of the benchmark itself."""
+    """With ``brief``, one epoch on few images, to test the benchmark itself."""
     images = load(case.images)
     if brief:
         images = images._replace(
@@ -121,7 +119,7 @@ def _batches(images: Images, epochs: int, generator: torch.Generator) -> Iterato
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
-    """Percent of the images that ``model`` names right."""
+    """The percentage of images that ``model`` classifies correctly."""
     model.eval()
     right = [model(part).argmax(1) == y for part, y in zip(x.split(100), labels.split(100), strict=True)]
     return 100 * torch.cat(right).float().mean().item()

@@ -1,4 +1,4 @@
-"""Pictures of dense predictions: masks and boxes over photographs, with the names of the classes drawn."""
+"""Pictures of dense predictions: masks, boxes and their classes over photographs; restored details."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -13,16 +13,16 @@ from matplotlib.patches import Patch, Rectangle
 
 from dfformer.utils.text import printable
 
-MOST_NAMED = 24  # classes in a legend, those with most pixels
-_MOST_ELONGATED = 8  # times as high as wide, or as wide as high: longer strips are drawn compressed
-_DETAIL = 96  # pixels of a side of what is shown enlarged
-_MOST_PIXELS = 1600  # of a side; a picture has fewer dots
+MOST_NAMED = 24  # classes in a legend: those with most pixels
+_MOST_ELONGATED = 8  # ratio of sides; longer strips are drawn compressed
+_DETAIL = 96  # pixels along a side of an enlarged detail
+_MOST_PIXELS = 1600  # along a side; a figure has fewer dots
 
 
 def class_colours(classes: Sequence[str]) -> np.ndarray:
     """(256,3) uint8: a colour a class, black for the background and for pixels without a class."""
     colours = np.zeros((256, 3), dtype=np.uint8)
-    step = 1 / len(classes) if len(classes) <= MOST_NAMED else 0.618034  # the golden ratio: never close to those before
+    step = 1 / len(classes) if len(classes) <= MOST_NAMED else 0.618034  # the golden ratio: hues never repeat closely
     for n, name in enumerate(classes):
         rgb = hsv_to_rgb((n * step % 1, (0.95, 0.6)[n % 2], (0.95, 0.75)[n % 2]))
         colours[n] = 0 if name == "background" else 255 * rgb
@@ -30,7 +30,7 @@ def class_colours(classes: Sequence[str]) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """``image`` (H,W,3) uint8, pale and grey, under the colours of its mask (H,W); black ones leave it like that."""
+    """``image`` (H,W,3) uint8, pale and grey, under the colours of its mask (H,W); black is transparent."""
     painted = colours[mask]
     grey = 128 + image.mean(-1, keepdims=True) / 2
     share = np.where(painted.any(-1, keepdims=True), 0.75, 0.0)
@@ -40,7 +40,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, colours: np.ndarray) -> np.ndar
 def segmentations(
     images: Sequence[np.ndarray], masks: dict[str, Sequence[np.ndarray]], classes: Sequence[str], title: str
 ) -> Figure:
-    """Photographs (H,W,3) uint8, a column each, and below them rows of masks (H,W) over them, with a legend."""
+    """Photographs (H,W,3) uint8 in columns, rows of masks (H,W) over them, and a legend."""
     colours = class_colours(classes)
     thin = [_thinned(image) for image in images]
     rows = {"photograph": thin}
@@ -53,7 +53,7 @@ def segmentations(
     counts = np.bincount(np.concatenate([mask.ravel() for row in masks.values() for mask in row]), minlength=256)
     shown = [n for n in np.argsort(-counts, kind="stable") if counts[n] and colours[n].any()][:MOST_NAMED]
     patches = [Patch(color=colours[n] / 255) for n in sorted(shown)]
-    labels = [str(n) for n in sorted(shown)]  # replaced below: a legend leaves out names that begin with "_"
+    labels = [str(n) for n in sorted(shown)]  # replaced below, because a legend leaves out names that begin with "_"
     legend = figure.legend(
         patches, labels, loc="outside lower center", ncols=max(1, int(figure.get_figwidth())), fontsize=8
     )
@@ -68,7 +68,7 @@ def detections(
     classes: Sequence[str],
     title: str,
 ) -> Figure:
-    """Photographs (H,W,3) uint8, a column each, in rows of what is there: boxes, labels, scores if they have any."""
+    """Photographs (H,W,3) uint8 in columns, in rows with their objects: boxes, labels, and scores if there are any."""
     colours = class_colours(classes) / 255
     figure, axes = _grid(images, list(objects), 6.0, 0.7, title)
     for cells, found in zip(axes, objects.values(), strict=True):
@@ -81,7 +81,7 @@ def detections(
 
 
 def restorations(pictures: Sequence[dict[str, np.ndarray]], title: str) -> Figure:
-    """A row an image: all of it, and the detail that changed most in each of its versions (H,W,3) uint8, by name."""
+    """A row for each image: its last version, and the most changed detail of all versions (H,W,3) uint8, by name."""
     columns = 1 + max(map(len, pictures))
     figure = Figure(figsize=(2.6 * columns, 2.8 * len(pictures) + 0.5), layout="constrained")
     axes: np.ndarray = figure.subplots(len(pictures), columns, squeeze=False)
@@ -131,7 +131,7 @@ def _ratio(shape: tuple[int, ...]) -> float:
 
 
 def _thinned(pixels: np.ndarray) -> np.ndarray:
-    """Every n-th row and column, so that no picture takes gigabytes to draw."""
+    """Every n-th row and column, because drawing all of a large image would take gigabytes."""
     rows, columns = (-(-side // _MOST_PIXELS) for side in pixels.shape[:2])
     return pixels[::rows, ::columns]
 

@@ -68,12 +68,12 @@ def learning_curve(
     images: str = "test",
     unit: str = "%",
 ) -> Figure:
-    """Loss and accuracies of ``images`` by epoch, or another ``measure``: shares of 1, or in another unit than %."""
+    """Loss and accuracies of ``images`` by epoch. Another ``measure`` is a share of 1, or has another unit than %."""
     factor, most, least = (100, 100.0, LEAST_POINTS) if unit == "%" else (1, np.inf, LEAST_GAIN)
     epochs = np.arange(1, len(loss) + 1)
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(epochs, loss, ".-", color=RIGHT)  # dots: of one epoch there is no line
+    left.plot(epochs, loss, ".-", color=RIGHT)  # with dots, because one epoch makes no line
     left.set(xlabel="epoch", ylabel="training loss", ylim=(min(0, *loss), None))
     if train_accuracy is not None:
         right.plot(epochs, factor * np.array(train_accuracy), ".-", color=GREY, label="training (augmented)")
@@ -200,7 +200,7 @@ def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], title: str, cap
 def responses(
     maps: Sequence[Sequence[Tensor]], rows: Sequence[str], columns: Sequence[str], title: str, caption: str = ""
 ) -> Figure:
-    """Planes (H,W), a row an input: the input itself and what filters make of it, each with its gain.
+    """Planes (H,W), a row for each input: the input, and its responses to filters with their gains.
 
     Every plane is drawn in units of its own standard deviation around its mean; the gain is the ratio of standard
     deviations, response to input. A plane that is constant up to rounding is drawn grey and has no gain.
@@ -228,7 +228,7 @@ def responses(
 
 
 def spectra_by_depth(spectra: dict[str, Spectrum], title: str, caption: str = "") -> Figure:
-    """Relative log amplitude against frequency, a curve a layer, and that of its highest frequency against depth."""
+    """Relative log amplitude against frequency, a curve for each layer; that of the highest frequency against depth."""
     names, count = list(spectra), len(spectra)
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
@@ -266,7 +266,7 @@ def receptive_fields(
     figure = Figure(figsize=(3.3 * count + 4, 3.8), layout="constrained")
     axes = figure.subplots(1, count + 1, squeeze=False)[0]
     axes[-1].set_prop_cycle(color=CYCLE)
-    # White is seen on bright pixels too.
+    # White lines are visible on bright pixels too.
     outlined: list[AbstractPathEffect] = [withStroke(linewidth=2, foreground="black")]
     for ax, (name, field), centre, squares in zip(axes, fields.items(), centres, areas, strict=False):
         relative = (field / field.max() + 1e-12).log10().numpy()
@@ -351,7 +351,7 @@ def at_least(values: np.ndarray, span: float, low: float = -np.inf, high: float 
 
 
 def full_spectrum(half: Tensor, width: int) -> np.ndarray:
-    """Complex (H,K,...) half spectrum of a real kernel to all of it (H,width,...), zero frequency in the middle."""
+    """The full spectrum (H,width,...) for the half spectrum (H,K,...) of a real kernel, frequency 0 in the middle."""
     H, K = half.shape[:2]
     columns = torch.arange(width)
     mirrored = columns >= K
@@ -363,7 +363,7 @@ def full_spectrum(half: Tensor, width: int) -> np.ndarray:
 
 
 def _title(figure: Figure, title: str, caption: str) -> None:
-    """The title above, and the caption in small print below."""
+    """Sets the title above, and the caption in small print below."""
     figure.suptitle(literal(title), fontsize=11)
     letters_an_inch = 17  # of 8 points
     text = textwrap.fill(caption, int(letters_an_inch * figure.get_figwidth()))
@@ -384,7 +384,7 @@ def _colour_bar(figure: Figure, image: AxesImage, axes: Any, label: str, **optio
 
 
 def _spread(plane: Tensor, given: Tensor) -> float:
-    """The standard deviation; 0 where it is only the rounding error of ``plane`` or of its input."""
+    """The standard deviation; 0 if it is only the rounding error of ``plane`` or of its input."""
     spread = float(plane.std(correction=0))
     return spread if spread > 1e-6 * float(torch.maximum(plane.abs().max(), given.abs().max())) else 0.0
 

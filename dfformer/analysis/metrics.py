@@ -1,8 +1,8 @@
 """What happens inside a model: filters and their responses, spectra, receptive fields, similarity of layers.
 
 These functions take models in eval mode and preprocessed images (B,in_chans,H,W), and return tensors on the CPU, which
-``dfformer show`` (`dfformer.analysis.show`) draws. The inner steps of a token mixer are computed again from its input
-and parameters, so that the results do not depend on how its forward is fused.
+``dfformer show`` (`dfformer.analysis.show`) draws. The inner steps of a token mixer are recomputed from its input and
+parameters, so the results do not depend on how its forward is fused.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dfformer.models.layers import channels_last
 from dfformer.models.spectral import DynamicFilter, SpectralFilter
 
-SHARES = (0.2, 0.5, 0.9, 0.99)  # of the contributions to a feature
+SHARES = (0.2, 0.5, 0.9, 0.99)  # of all contributions to a feature
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -27,7 +27,7 @@ def spectral_layers(model: nn.Module, pattern: str = "*") -> dict[str, SpectralF
         pattern: a shell pattern of names: ``"stages.2.*"``.
 
     Raises:
-        ValueError: no layer matches; names the layers there are.
+        ValueError: no layer matches; the message names all layers.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SpectralFilter)}
     if not layers:
@@ -76,7 +76,7 @@ def capture(
         for handle in handles:
             handle.remove()
     if lost := [name for name in layers if name not in seen]:
-        raise ValueError(f"layer: {', '.join(lost)} did not run or put out something else than a tensor")
+        raise ValueError(f"layer: {', '.join(lost)} did not run, or returned something other than a tensor")
     return {name: seen[name] for name in layers}
 
 
@@ -143,8 +143,8 @@ class Spectrum(NamedTuple):
 def log_amplitude(features: Tensor) -> Spectrum:
     """Log amplitude on the diagonal of the spectra of ``features`` (B,H,W,C), averaged over B and C.
 
-    As in "How Do Vision Transformers Work?" (arXiv:2202.06709). The diagonal of a rectangle is that of equal
-    frequencies: as many points as along the shorter side, the longer side's nearest.
+    As in "How Do Vision Transformers Work?" (arXiv:2202.06709). On a rectangle, the diagonal has equal
+    frequencies along both sides: those of the shorter side, and the nearest ones of the longer side.
     """
     _, H, W, _ = features.shape
     shorter = min(H, W)
@@ -163,7 +163,7 @@ def spectra(model: nn.Module, batches: Iterable[Tensor], layers: Mapping[str, nn
         count += len(images)
         for name, features in capture(model, layers, images).items():
             if features.dim() != 4:
-                raise ValueError(f"layer: {name} puts out {tuple(features.shape)}, not (B,H,W,C), and has no spectrum")
+                raise ValueError(f"layer: {name} returns {tuple(features.shape)}, a spectrum needs (B,H,W,C)")
             frequency, amplitude = log_amplitude(features)
             before = sums[name].amplitude if name in sums else 0
             sums[name] = Spectrum(frequency, before + len(images) * amplitude)

@@ -1,4 +1,4 @@
-"""Where ``dfformer show`` and ``dfformer demo`` write: pictures, tables, and one page with all of them."""
+"""The results of ``dfformer show`` and ``dfformer demo``: pictures, tables, and one page with all of them."""
 
 import base64
 import csv
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dfformer.utils.io import write_atomically
 
-MOST_ROWS = 1000  # of a table on the page; longer ones are in their CSV only
-MOST_PIXELS = 160  # of the side of an image beside its filters
+MOST_ROWS = 1000  # of a table on the page; longer tables are only written as CSV
+MOST_PIXELS = 160  # along the longer side of an image beside its filters
 
 
 class Output:
@@ -37,7 +37,7 @@ class Output:
         self._write(f"{name}.png", png.getvalue())
 
     def table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Floats with nine digits, which give a float32 back exactly."""
+        """Writes a table as CSV. Nine digits of a float are enough to restore a float32 exactly."""
         rows, text = list(rows), io.StringIO(newline="")
         writer = csv.writer(text)
         writer.writerow(header)
@@ -50,11 +50,11 @@ class Output:
     def filters(
         self, images: Mapping[str, Tensor], layers: Mapping[str, tuple[Tensor, Tensor | None, tuple[int, int]]]
     ) -> None:
-        """What the page's sliders go through.
+        """Adds the images and filters that the page's sliders select.
 
         Args:
             images: by name, (in_chans,H,W) from 0 to 1.
-            layers: by name, a basis (H,K,F), its shares (N,F,C) for the N images, or None where channel c has filter c,
+            layers: by name, a basis (H,K,F); its shares (N,F,C) for the N images, or None if channel c has filter c;
                 and the plane (H,W).
         """
         self._page["images"] = [{"name": name, "src": _thumbnail(pixels)} for name, pixels in images.items()]
@@ -65,10 +65,10 @@ class Output:
             self._page["layers"].append(layer | {"shares": None if shares is None else _floats(shares)})
 
     def report(self, title: str, facts: Sequence[str] = (), name: str = "report") -> None:
-        """``name``.html: everything so far in one page that needs no other file and no network."""
+        """Writes ``name``.html: all results so far in one page that needs no other file and no network."""
         content = json.dumps({"title": title, "facts": list(facts), **self._page}, allow_nan=False)
         template = files("dfformer.analysis").joinpath("report.html").read_text(encoding="utf-8")
-        # Inside a script element only "<" can end it; names of files and layers come from elsewhere.
+        # Names of files and layers are untrusted; only "<" can end a script element.
         self._write(f"{name}.html", template.replace("{{data}}", content.replace("<", "\\u003c")).encode())
 
     def _write(self, name: str, content: bytes) -> None:

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from dfformer.data.files import image_files, read_image
+from dfformer.data.transforms import evaluation_transform
+from dfformer.tasks.evaluate import data_config
+from dfformer.tasks.results import result_names
 
 BATCH_SIZE = 16
 
@@ -28,10 +30,7 @@ class Loaded(NamedTuple):
     @property
     def config(self) -> dict[str, Any]:
         """Its image preprocessing, as timm's data configuration."""
-        config = resolve_model_data_config(self.model)
-        if self.img_size is not None:
-            config["input_size"] = (config["input_size"][0], *self.img_size)
-        return config
+        return data_config(self.model, self.img_size)
 
 
 class Sample(NamedTuple):
@@ -59,19 +58,19 @@ class Samples(NamedTuple):
 
     @property
     def examples(self) -> list[int]:
-        """An image of each class, or the first ones where all are of one class."""
+        """An image of each class, or all images if there is one class."""
         groups = list(self.groups.values())
         return [group[0] for group in groups] if len(groups) > 1 else groups[0]
 
     def batches(self, loaded: Loaded, size: int = BATCH_SIZE) -> Iterator[Tensor]:
-        """The images as ``loaded`` wants them, (B,in_chans,H,W), B nearly the same in all batches and at most size."""
+        """The images preprocessed for ``loaded``, (B,in_chans,H,W); B is at most ``size``, and varies little."""
         count = len(self.samples)
         for part in torch.arange(count).chunk(-(-count // size)):
             yield torch.stack([self.prepared(i, loaded) for i in part.tolist()]).to(device_of(loaded.model))
 
     def prepared(self, index: int, loaded: Loaded) -> Tensor:
         """An image preprocessed for ``loaded``, (in_chans,H,W)."""
-        transform = create_transform(**loaded.config, is_training=False)
+        transform = evaluation_transform(loaded.config)
         sample = self.samples[index]
         try:
             with sample.open() as image:
@@ -80,7 +79,7 @@ class Samples(NamedTuple):
             raise ValueError(f"{sample.source}: cannot be read ({error})") from error
 
     def pixels(self, index: int, loaded: Loaded) -> Tensor:
-        """An image as ``loaded`` sees it, before normalisation: (in_chans,H,W) from 0 to 1."""
+        """An image preprocessed for ``loaded``, before normalisation: (in_chans,H,W) from 0 to 1."""
         mean, std = (torch.tensor(loaded.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
         return (self.prepared(index, loaded) * std + mean).clamp(0, 1)
 
@@ -88,7 +87,7 @@ class Samples(NamedTuple):
 def load_samples(inputs: Sequence[Path], channels: set[int], crops: bool = False) -> Samples:
     """Image files and folders; the class of an image in a folder is the folder's name.
 
-    Without inputs, what comes with scikit-learn: for models of grey images 360 of its handwritten digits, for models of
+    Without inputs, images of scikit-learn: 360 of its handwritten digits for models of grey images; for models of
     colour images its two photographs, or 64 overlapping ``crops`` of them.
     """
     if inputs:
@@ -98,7 +97,7 @@ def load_samples(inputs: Sequence[Path], channels: set[int], crops: bool = False
             raise ValueError(f"no images in {', '.join(map(str, inputs))}")
         samples = [
             Sample(name, name if path in given else path.parent.name, str(path), partial(read_image, path, mode))
-            for name, path in zip(_short_names(files), files, strict=True)
+            for name, path in zip(result_names(files), files, strict=True)
         ]
         return Samples(f"{len(samples)} image{'s'[: len(samples) > 1]}", samples)
     if channels == {1}:
@@ -106,16 +105,6 @@ def load_samples(inputs: Sequence[Path], channels: set[int], crops: bool = False
     if not channels <= {1, 3}:
         raise ValueError(f"in_chans: got {channels}, scikit-learn's images and image files have 1 channel or 3")
     return _photograph_crops() if crops else _photographs()
-
-
-def _short_names(paths: list[Path]) -> list[str]:
-    """Different names of different files: the shortest trailing parts of their paths that differ."""
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        for own in ([path.with_suffix("") for path in paths], paths):
-            names = ["_".join(path.parts[-depth:]) for path in own]
-            if len(set(names)) == len(names):
-                return names
-    return [str(path).replace("/", "_") for path in paths]
 
 
 def _digits() -> Samples:

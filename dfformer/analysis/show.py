@@ -1,4 +1,4 @@
-"""``dfformer show``: what is inside a model, as pictures (PNG), numbers (CSV) and a page (HTML).
+"""``dfformer show``: what happens inside a model, as pictures (PNG), tables (CSV) and a page (HTML).
 
 See `dfformer.analysis.metrics`.
 """
@@ -21,12 +21,12 @@ from dfformer.models.checkpoint import load_model, read_checkpoint, read_task
 from dfformer.models.metaformer import DFFormer
 from dfformer.tasks.table import task_part
 
-SIMILARITY_BATCH = 64  # images a minibatch of CKA: its terms are n x n and its noise falls with n
-SQUARES = (0.5, 0.9)  # of a receptive field, drawn
+SIMILARITY_BATCH = 64  # images in a minibatch of CKA: it needs n x n matrices, and its noise decreases with n
+SQUARES = (0.5, 0.9)  # drawn shares of a receptive field
 
 
 def show_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``show``: writes into ``arguments.output`` and prints what."""
+    """The command line's ``show``: writes into ``arguments.output``, and prints the files' names."""
     show, most = ANALYSES[arguments.what]
     models = load_models(arguments)
     if len(models) > most:
@@ -74,7 +74,7 @@ def load_models(arguments: argparse.Namespace) -> list[Loaded]:
 
 
 def _trained(path: Path, name: str | None, **overrides: Any) -> nn.Module:
-    """The model of a checkpoint; of one for dense prediction its encoder, which wants images as the whole does."""
+    """The model of a checkpoint; for a dense task, its encoder, with the image preprocessing of the whole model."""
     task = read_task(path)
     if task == "classify":
         return load_model(path, name, **overrides)[0]
@@ -156,15 +156,15 @@ def show_receptive_field(models: list[Loaded], samples: Samples, output: Output,
 def show_similarity(models: list[Loaded], samples: Samples, output: Output, pattern: str | None) -> None:
     """CKA between the layers of one model or of two."""
     layers = [analysis.blocks(loaded.model, pattern) for loaded in models]
-    # Folders come class by class, and in a batch of one class the classes could not be told apart.
+    # Folders are read class by class, and a batch of a single class would not show how layers separate classes.
     order = torch.randperm(len(samples.samples), generator=torch.Generator().manual_seed(0))
     shuffled = Samples(samples.description, [samples.samples[i] for i in order.tolist()])
     batches = zip(*(shuffled.batches(loaded, SIMILARITY_BATCH) for loaded in models), strict=True)
     cka = analysis.similarity([loaded.model for loaded in models], batches, layers)
     names = [list(layers[0]), list(layers[-1])]
     caption = (
-        f"Linear CKA of what layers put out for {samples.description}: 1 where two layers tell these images apart in "
-        "the same way, up to rotation and scale. Unbiased estimate from minibatches."
+        f"Linear CKA of layers' outputs for {samples.description}: 1 if two layers distinguish these images in the "
+        "same way, up to rotation and scale. Unbiased estimate from minibatches."
     )
     labels = [models[0].name, models[-1].name]
     picture = figures.similarity_matrix(cka, names, labels, "Similarity of layers", caption)
@@ -180,7 +180,7 @@ def show_similarity(models: list[Loaded], samples: Samples, output: Output, patt
     )
 
 
-# What there is to show, and of how many models at most.
+# The analyses, and the largest number of models that each compares.
 ANALYSES: dict[str, tuple[Callable[[list[Loaded], Samples, Output, str | None], None], int]] = {
     "filters": (show_filters, 1),
     "response": (show_response, 1),

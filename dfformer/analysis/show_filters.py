@@ -17,7 +17,7 @@ DRAWN_IMAGES, DRAWN_CLASSES, DRAWN_CHANNELS, DRAWN_FILTERS = 3, 10, 4, 6
 
 
 def show_filters(models: list[Loaded], samples: Samples, output: Output, pattern: str | None) -> None:
-    """The stored filters, which of them the routing picks, and the mixed filters of images and classes."""
+    """The stored filters, their weights by the routing, and the mixed filters of images and classes."""
     [loaded] = models
     layers = chosen_layers(loaded.model, pattern)
     shares: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -53,8 +53,8 @@ def _show_basis(
         drawn = np.unique(np.linspace(0, count - 1, DRAWN_FILTERS).astype(int)).tolist()
         of = f"The filters of {len(drawn)} of {count} channels"
     caption = (
-        f"{of}, for planes of {plane[0]}x{plane[1]}. Frequency 0, what the plane's mean is multiplied by, is in the "
-        "middle; the filters are of real images, so the left half mirrors the right one."
+        f"{of}, for planes of {plane[0]}x{plane[1]}. Frequency 0, which belongs to the plane's mean, is in the "
+        "middle. The filters are of real images, so the left half mirrors the right half."
     )
     names = [f"{kind} {i}" for i in drawn]
     output.figure(
@@ -84,8 +84,8 @@ def _show_routing(title: str, shares: Tensor, samples: Samples, name: str, outpu
         labels, drawn, drawn_bits = [sample.name for sample in samples.samples], shares, bits
     labels, drawn, drawn_bits = labels[:DRAWN_CLASSES], drawn[:DRAWN_CLASSES], drawn_bits[:DRAWN_CLASSES]
     caption = (
-        f"What the softmax of the routing gives each filter in each of {shares.shape[2]} channels, averaged over the "
-        f"images of a class, on {samples.description}. Right: how evenly, as entropy (quartiles over channels)."
+        f"The routing's softmax weight of each filter in each of {shares.shape[2]} channels, averaged over the "
+        f"images of a class, on {samples.description}. Right: their entropy (quartiles over channels)."
     )
     output.figure(f"{name}.routing", figures.routing(drawn, drawn_bits, labels, f"{title}, routing", caption))
     filters = range(shares.shape[1])
@@ -157,7 +157,7 @@ def _for_imshow(picture: Tensor) -> np.ndarray:
 
 
 def show_response(models: list[Loaded], samples: Samples, output: Output, pattern: str | None) -> None:
-    """What each filter of the basis and the mixed filter make of the image itself and of the layer's own input."""
+    """Responses of each filter of the basis and of the mixed filter to the image and to the layer's own input."""
     [loaded] = models
     layers = chosen_layers(loaded.model, pattern)
     for i in samples.examples[:DRAWN_IMAGES]:
@@ -188,8 +188,8 @@ def _show_response(
         maps.append([plane_in, *analysis.filtered(plane_in[..., None], filters).unbind(-1)])
     caption = (
         f"{sample.name}, grey and reduced to the layer's plane of {plane[0]}x{plane[1]}, and the layer's own input in "
-        f"the {len(channels)} of {u.shape[2]} channels with the strongest response. Applied is what the channel's own "
-        f"filter makes of it (of the image: channel {channels[0]}'s). Gains in dB are ratios of standard deviations."
+        f"the {len(channels)} of {u.shape[2]} channels with the strongest response. The applied filter is the "
+        f"channel's own (for the image, that of channel {channels[0]}). Gains in dB are ratios of standard deviations."
     )
     drawn = f"response.{name}.{sample.name}"
     output.figure(drawn, figures.responses(maps, list(inputs), columns, f"{loaded.name}: {name}, responses", caption))

@@ -1,4 +1,4 @@
-"""The command line: one module a command that has no folder of its own.
+"""The command line: the table of commands, and a module for each command that has no folder of its own.
 
 May import everything.
 """

@@ -1,4 +1,4 @@
-"""The table of commands: what each is for, its arguments, and the function that runs it."""
+"""The table of commands: their summaries, their arguments, and the functions that run them."""
 
 import argparse
 import json
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_MOST_PIXELS = 16384  # of a side
+_MOST_PIXELS = 16384  # along a side of an image
 
 
 class Argument:
-    """What `argparse.ArgumentParser.add_argument` takes."""
+    """The arguments of a call of `argparse.ArgumentParser.add_argument`."""
 
     def __init__(self, *flags: str, **options: Any) -> None:
         self.flags, self.options = flags, options
@@ -25,9 +25,9 @@ class Command:
     run: str = ""  # module:function of the parsed arguments; the module is imported when the command runs
     arguments: tuple[Argument, ...] = ()
     commands: dict[str, "Command"] = field(default_factory=dict)
-    details: str = ""  # what its help says beside the summary
+    details: str = ""  # the description in its help, instead of the summary
     extra: str = ""  # the extra whose packages it needs
-    own_parser: bool = False  # it is given the rest of the command line as it is
+    own_parser: bool = False  # it parses the rest of the command line itself
 
 
 def plane(text: str) -> tuple[int, int]:
@@ -62,7 +62,7 @@ def model_args(text: str) -> dict[str, Any]:
     return arguments
 
 
-# Processes that read images: more than processors would be slower.
+# The number of processes that read images: more of them than processors would be slower.
 _WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 _CHECKPOINT = Argument("--checkpoint", type=Path, help=".safetensors or .pth")
@@ -71,7 +71,7 @@ _MODEL_ARGS = Argument(
     "--model-args", type=model_args, default={}, metavar="JSON", help="of --model, e.g. '{\"depths\": [2, 2, 6, 2]}'"
 )
 _EXIF_ORIENTATION = Argument(
-    "--exif-orientation", action="store_true", help="turn images as viewers do; default: take them as they are stored"
+    "--exif-orientation", action="store_true", help="rotate and mirror images as viewers do; default: as stored"
 )
 _PRETRAINED = Argument("--pretrained", action="store_true", help="download the authors' weights of --model")
 _IMG_SIZE = Argument("--img-size", type=plane, metavar="N or HxW", help="default: the model's")
@@ -88,7 +88,7 @@ def _batch_size(default: int) -> Argument:
 _SHOW_BEFORE = (
     Argument("inputs", nargs="*", type=Path, metavar="IMAGE", help="default: scikit-learn's"),
     Argument("--checkpoint", action="append", type=Path, help=".safetensors or .pth"),
-    Argument("--model", action="append", help="e.g. dfformer_s18, of a checkpoint or by itself"),
+    Argument("--model", action="append", help="e.g. dfformer_s18; with or without a checkpoint"),
     _PRETRAINED,
 )
 _SHOW_AFTER = (
@@ -96,8 +96,8 @@ _SHOW_AFTER = (
     Argument("--output", type=Path, default=Path("show"), help="folder to write to (default: show)"),
     _DEVICE,
 )
-_LAYER = Argument("--layer", metavar="PATTERN", help="of names, e.g. 'stages.2.*'")
-_UNTRAINED = Argument("--untrained", action="store_true", help="the same model with fresh weights too")
+_LAYER = Argument("--layer", metavar="PATTERN", help="only layers with such names, e.g. 'stages.2.*'")
+_UNTRAINED = Argument("--untrained", action="store_true", help="also show the same model with fresh weights")
 
 
 def _shows(summary: str, *own: Argument, details: str = "") -> Command:
@@ -112,19 +112,19 @@ def _shows(summary: str, *own: Argument, details: str = "") -> Command:
 
 SHOW = {
     "filters": _shows(
-        "stored filters, their routing, the filters mixed",
+        "stored filters, routing, and mixed filters",
         _LAYER,
-        details="Stored filters, which of them the routing picks, and the filters mixed for images and classes.",
+        details="Stored filters, the weights that the routing gives them, and the mixed filters of images and classes.",
     ),
-    "response": _shows("what the filters do to an image and to their input", _LAYER),
-    "spectrum": _shows("relative log amplitude of feature maps, by depth", _LAYER),
+    "response": _shows("responses of the filters to an image and their input", _LAYER),
+    "spectrum": _shows("relative log amplitude of feature maps by depth", _LAYER),
     "receptive-field": _shows(
-        "effective receptive fields, of several models too",
+        "effective receptive fields of one or several models",
         _UNTRAINED,
         details="Effective receptive fields, of several models side by side (repeat --checkpoint or --model).",
     ),
     "similarity": _shows(
-        "CKA between the layers of a model, or of two",
+        "CKA between the layers of one model or two",
         _UNTRAINED,
         _LAYER,
         details="CKA between the layers of a model, or of two (repeat --checkpoint or --model).",
@@ -133,7 +133,7 @@ SHOW = {
 
 COMMANDS = {
     "info": Command(
-        "versions, which backends run here and why, the models",
+        "show versions, available backends and the models",
         "dfformer.cli.info:info_command",
         (Argument("--img-size", type=plane, default=(224, 224), metavar="N or HxW", help="default: 224"),),
     ),
@@ -142,7 +142,7 @@ COMMANDS = {
         "dfformer.cli.doctor:doctor_command",
         (
             Argument("--quick", action="store_true", help="small shapes only"),
-            Argument("--json", type=Path, help="also write everything there, to send to somebody"),
+            Argument("--json", type=Path, help="also write all results to this file"),
         ),
         details="Verifies every available backend against float64, forward and backward.",
     ),
@@ -163,7 +163,7 @@ COMMANDS = {
                 default="",
                 help="digits, synthetic_digits, photographs, or timm's name; default: the task's folders in root",
             ),
-            Argument("--synthetic-images", type=int, default=200, help="of synthetic_digits (default: 200)"),
+            Argument("--synthetic-images", type=int, default=200, help="number of synthetic images (default: 200)"),
             Argument("--split", default="val", help="default: val"),
             _EXIF_ORIENTATION,
             _MODEL,
@@ -180,12 +180,12 @@ COMMANDS = {
             _WORKERS_ARGUMENT,
             _DEVICE,
             Argument("--amp", choices=["none", "bfloat16", "float16"], default="none"),
-            Argument("--csv", type=Path, help="also write the table there"),
+            Argument("--csv", type=Path, help="also write the table to this file"),
         ),
         extra="train",
     ),
     "predict": Command(
-        "classify images, segment, detect objects, restore",
+        "classify, segment, detect objects, or restore",
         "dfformer.cli.by_task:predict_command",
         (
             Argument("inputs", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them"),
@@ -197,11 +197,11 @@ COMMANDS = {
             Argument("--classes", type=Path, help="a text file with a class name a line"),
             _IMG_SIZE,
             Argument("--topk", type=int, default=5, help="default: 5"),
-            Argument("--min-score", type=float, default=0.3, help="of objects that are listed and drawn; default: 0.3"),
+            Argument("--min-score", type=float, default=0.3, help="lowest score of objects; default: 0.3"),
             _batch_size(16),
             _WORKERS_ARGUMENT,
             _DEVICE,
-            Argument("--json", type=Path, help="also write the result there"),
+            Argument("--json", type=Path, help="also write the result to this file"),
             Argument(
                 "--output",
                 type=Path,
@@ -209,11 +209,11 @@ COMMANDS = {
                 help="folder for masks, boxes, restored images and pictures (default: predictions)",
             ),
         ),
-        details="Classifies images, or does what else the checkpoint is for.",
+        details="Classifies or restores images, segments them, or detects objects, depending on the checkpoint.",
         extra="train",
     ),
     "export": Command(
-        "write a model for another runtime, as ONNX for one",
+        "export a model to another runtime, e.g. as ONNX",
         "dfformer.export.export:export_command",
         (
             Argument("output", type=Path, help="a name with the format's ending, or a new folder (hub)"),
@@ -233,10 +233,10 @@ COMMANDS = {
             ),
             _DEVICE,
         ),
-        details="Writes a model as a file that other programs run, and checks that file.",
+        details="Writes a model as a file for another runtime, and checks that file.",
         extra="export",
     ),
-    "show": Command("pictures and numbers of what is inside a model", commands=SHOW),
+    "show": Command("plot and tabulate what happens inside a model", commands=SHOW),
     "convert": Command(
         "convert a checkpoint (.pth) to .safetensors",
         "dfformer.cli.convert:convert_command",

@@ -1,7 +1,7 @@
-"""``dfformer demo``: the main job on real images with nothing downloaded.
+"""``dfformer demo``: the main job on real images without downloads.
 
 1. Trains a small CDFFormer on scikit-learn's handwritten digits, and shows what its filters learned.
-2. Runs DFFormer-S18 on scikit-learn's two photographs and compares the fused step with plain torch.fft.
+2. Runs DFFormer-S18 on scikit-learn's two photographs and compares the fused step with the eager baseline.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +51,7 @@ BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 64, 3e-3, 0.05
 
 
 class Effort(NamedTuple):
-    """How much a run does, and the test accuracy it must reach to count as one that learned to read."""
+    """The length of a run, and the test accuracy that it must reach."""
 
     epochs: int
     target: float
@@ -62,16 +61,16 @@ class Effort(NamedTuple):
 FULL, QUICK = Effort(14, 0.97, 5), Effort(8, 0.90, 2)
 
 
-@dataclass
-class Comparison:
-    """The fused step against plain torch.fft on one photograph at one size (H, W)."""
+class Comparison(NamedTuple):
+    """The fused step against the eager baseline, on one photograph at one size."""
 
-    photo: str
-    size: tuple[int, int]
-    error: float
-    plain_ms: float
+    photograph: str
+    height: int
+    width: int
+    difference: float  # of the logits, relative
+    eager_ms: float  # an inference, median
     fused_ms: float
-    plain_mib: float
+    eager_mib: float  # kept for backward by one training forward
     fused_mib: float
 
 
@@ -82,7 +81,7 @@ def demo_command(arguments: argparse.Namespace) -> int:
 
 
 def run_demo(folder: Path, seed: int = 0, quick: bool = False) -> None:
-    """Writes report.md, report.html, report.json, digits.safetensors, digits/*.png and the pictures into ``folder``."""
+    """Writes report.html, report.json, digits.safetensors, digits/*.png and the pictures into ``folder``."""
     start = time.perf_counter()
     effort = QUICK if quick else FULL
     output = Output(folder, dpi=130)
@@ -105,11 +104,10 @@ def run_demo(folder: Path, seed: int = 0, quick: bool = False) -> None:
         "quick": quick,
         "seconds": round(time.perf_counter() - start, 1),
         "digits": {**history, "reload_difference": reload_error},
-        "photos": [vars(c) for c in comparisons],
+        "photos": [c._asdict() for c in comparisons],
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(report_markdown(report, comparisons), encoding="utf-8")
-    output.report("dfformer demo", [f"{accuracy:.2%} of the test images right.", machine_and_run(report)])
+    output.report("dfformer demo", explanation(report))
     print(f"digits: {accuracy:.2%} of {len(digits.test_y)} test images right; read {folder / 'report.html'}")
 
 
@@ -150,7 +148,7 @@ def train(digits: Digits, epochs: int, seed: int) -> tuple[nn.Module, dict[str, 
 
 
 def shift(images: Tensor, most: int = 2) -> Tensor:
-    """Each image moved by up to ``most`` pixels in both directions, zeros coming in."""
+    """Each image shifted by up to ``most`` pixels in both directions, filled with zeros."""
     N, _, H, W = images.shape
     padded = F.pad(images, (most,) * 4)
     dy, dx = torch.randint(2 * most + 1, (2, N))
@@ -169,8 +167,9 @@ def probabilities(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def save_and_reload(model: nn.Module, digits: Digits, output: Path) -> float:
-    """Writes the checkpoint and some test images to try ``dfformer predict`` on; returns the largest difference of
-    the reloaded model's outputs, which must be 0."""
+    """Writes the checkpoint, and some test images for ``dfformer predict``.
+
+    Returns the largest difference of the reloaded model's outputs, which must be 0."""
     path = output / "digits.safetensors"
     names = [str(digit) for digit in range(10)]
     data = {
@@ -237,7 +236,7 @@ def draw_digits(model: nn.Module, digits: Digits, history: dict[str, list[float]
 
 
 def compare_on_photos(repetitions: int) -> list[Comparison]:
-    """DFFormer-S18 (fresh weights: the architecture is what is compared) on both photographs at 224 and full size."""
+    """Compares DFFormer-S18, with fresh weights, on both photographs at 224 and at full size."""
     model = timm.create_model("dfformer_s18").eval()
     photos = load_sample_images()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
@@ -251,7 +250,7 @@ def compare_on_photos(repetitions: int) -> list[Comparison]:
 
 
 def compare(model: nn.Module, photo: str, x: Tensor, repetitions: int) -> Comparison:
-    """Agreement, time of an inference (medians of interleaved runs) and memory a training forward keeps."""
+    """The difference, the time of an inference (medians of interleaved runs) and the memory of a training forward."""
     models = (eager_baseline(model), model)
 
     def inference(model: nn.Module) -> Tensor:
@@ -262,17 +261,10 @@ def compare(model: nn.Module, photo: str, x: Tensor, repetitions: int) -> Compar
     for _ in range(repetitions + 1):
         for contender, measured in zip(models, times, strict=True):
             measured.append(milliseconds(partial(inference, contender)))
-    plain, fused = (inference(contender) for contender in models)
-    plain_bytes, fused_bytes = (saved_for_backward(contender, x) for contender in models)
-    return Comparison(
-        photo=photo,
-        size=(x.shape[2], x.shape[3]),
-        error=relative_error(fused, plain),
-        plain_ms=statistics.median(times[0][1:]),  # the first warms up
-        fused_ms=statistics.median(times[1][1:]),
-        plain_mib=plain_bytes / 2**20,
-        fused_mib=fused_bytes / 2**20,
-    )
+    eager, fused = (inference(contender) for contender in models)
+    medians = [statistics.median(measured[1:]) for measured in times]  # the first run of each warms up
+    kept = [saved_for_backward(contender, x) / 2**20 for contender in models]
+    return Comparison(photo, x.shape[2], x.shape[3], relative_error(fused, eager), *medians, *kept)
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -282,66 +274,29 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def draw_comparisons(comparisons: list[Comparison], output: Output) -> None:
-    """Memory and time, one pair of bars a photograph and size, and a table."""
-    names = ("plain torch.fft", "dfformer")
-    labels = [f"{c.photo}\n{c.size[0]}x{c.size[1]}" for c in comparisons]
-    memory = [(label, c.plain_mib, c.fused_mib) for label, c in zip(labels, comparisons, strict=True)]
-    title = "DFFormer-S18: kept for backward by one training forward"
-    output.figure("memory", figures.comparison_bars(memory, names, "MiB an image", title))
-    times = [(label, c.plain_ms, c.fused_ms) for label, c in zip(labels, comparisons, strict=True)]
-    title = "DFFormer-S18: inference, one image"
-    output.figure("time", figures.comparison_bars(times, names, "ms (median)", title))
-    header = ("photograph", "height", "width", "difference", "plain_ms", "ms", "plain_mib", "mib")
-    rows = [(c.photo, *c.size, c.error, c.plain_ms, c.fused_ms, c.plain_mib, c.fused_mib) for c in comparisons]
-    output.table("photographs", header, rows)
+    """Draws memory and time as a pair of bars for each photograph and size, and writes a table."""
+    labels = [f"{c.photograph}\n{c.height}x{c.width}" for c in comparisons]
+    for name, eager, fused, unit, title in (
+        ("memory", "eager_mib", "fused_mib", "MiB an image", "kept for backward by one training forward"),
+        ("time", "eager_ms", "fused_ms", "ms (median)", "inference, one image"),
+    ):
+        rows = [(label, getattr(c, eager), getattr(c, fused)) for label, c in zip(labels, comparisons, strict=True)]
+        bars = figures.comparison_bars(rows, ("eager baseline", "dfformer"), unit, f"DFFormer-S18: {title}")
+        output.figure(name, bars)
+    output.table("photographs", Comparison._fields, comparisons)
 
 
-def machine_and_run(report: dict[str, Any]) -> str:
-    machine = report["environment"]
-    quick = " (quick)" if report["quick"] else ""
-    return (
+def explanation(report: dict[str, Any]) -> list[str]:
+    """The paragraphs of the report."""
+    machine, chosen, digits = (report[key] for key in ("environment", "backends", "digits"))
+    return [
+        f"Digits: a CDFFormer with {sum(MODEL_ARGS['depths'])} blocks, trained for {len(digits['loss'])} epochs, "
+        f"classified {digits['test_accuracy'][-1]:.2%} of the test images correctly. Its checkpoint was reloaded and "
+        "gave identical outputs. Try it: dfformer predict --checkpoint digits.safetensors digits/",
+        "Photographs: the eager baseline is the authors' formulation of DFFormer-S18, with the filter step, StarReLU "
+        f"and projections as separate torch operations. dfformer ran the filter step on its {chosen['dynamic_filter']} "
+        f"backend and StarReLU on {chosen['star_relu']}. The weights are fresh, which affects neither time nor memory.",
         f"{machine['machine']}; cpu kernels: {machine['cpu kernels']}; torch {machine['torch']}, "
-        f"timm {machine['timm']}; seed {report['seed']}; {report['seconds']:.0f} s in all{quick}."
-    )
-
-
-def report_markdown(report: dict[str, Any], comparisons: list[Comparison]) -> str:
-    """The report, with the pictures."""
-    accuracy = report["digits"]["test_accuracy"][-1]
-    step, activation = report["backends"]["dynamic_filter"], report["backends"]["star_relu"]
-    rows = "\n".join(
-        f"| {c.photo} | {c.size[0]}x{c.size[1]} | {c.error:.1e} | {c.plain_ms:.0f} | {c.fused_ms:.0f} "
-        f"| {c.plain_ms / c.fused_ms:.2f} | {c.plain_mib:.0f} | {c.fused_mib:.0f} | {c.plain_mib / c.fused_mib:.2f} |"
-        for c in comparisons
-    )
-    return f"""# dfformer demo
-
-{machine_and_run(report)}
-
-## Handwritten digits
-
-A CDFFormer with {sum(MODEL_ARGS["depths"])} blocks, trained for {len(report["digits"]["loss"])} epochs:
-**{accuracy:.2%}** of the test images right. The checkpoint `digits.safetensors` was reloaded and gave identical
-outputs. Try it:
-
-    dfformer predict --checkpoint digits.safetensors digits/
-
-![test images, mistakes first](predictions.png)
-![learning curve](learning_curve.png)
-![learned filter basis](filter_basis.png)
-![the filter each image makes for itself](mixed_filters.png)
-
-## DFFormer-S18 on photographs
-
-Plain torch.fft is the authors' formulation: the same model with the filter step, StarReLU and projections as separate
-torch operations under torch's own autograd. dfformer ran the filter step on its `{step}` backend and StarReLU on
-`{activation}`. Difference is that of the logits, relative. Memory is what one training forward keeps for backward. The
-weights are fresh, so there is nothing to classify here; agreement, time and memory do not depend on them.
-
-| photograph | size | difference | plain ms | dfformer ms | ratio | plain MiB | dfformer MiB | ratio |
-|---|---|---|---|---|---|---|---|---|
-{rows}
-
-![memory](memory.png)
-![time](time.png)
-"""
+        f"timm {machine['timm']}; seed {report['seed']}; {report['seconds']:.0f} s in all"
+        f"{' (quick)' if report['quick'] else ''}.",
+    ]

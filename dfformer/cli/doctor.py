@@ -1,7 +1,7 @@
 """``dfformer doctor``: every backend against the float64 reference, forward and backward.
 
 Checks run in another process with a time limit. A check that crashes, hangs or breaks the device's context is reported,
-and the next one runs in a new process. benchmarks/ measures speed; here one line tells it for a GPU.
+and the next one runs in a new process. Speed is measured by benchmarks/.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PLANES = ((56, 56, 128), (28, 28, 256), (14, 14, 640), (7, 7, 1024), (128, 96, 6
 F = 4
 LIMIT_S = 300.0  # for one check, compiling included
 
-# Each takes its inputs in the order of the operator's schema.
+# Their arguments are in the order of the operator's schema.
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     "star_relu": star_relu,
     "dynamic_filter": lambda x, logits, basis, scale, bias, backend: dynamic_filter(
@@ -48,7 +48,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Device:
-    """A device to check, its dtypes, and the batch size of the shapes beside `QUICK_SHAPES`."""
+    """A device to check, with its dtypes and the batch size of `PLANES`."""
 
     type: str
     dtypes: tuple[torch.dtype, ...]
@@ -65,7 +65,7 @@ GPU = Device("cuda", (torch.float32, torch.bfloat16, torch.float16, torch.float6
 
 
 def devices() -> list[Device]:
-    """Those of this machine."""
+    """The devices of this machine."""
     return [CPU, GPU] if torch.cuda.is_available() else [CPU]
 
 
@@ -80,7 +80,7 @@ class Check(NamedTuple):
     default: bool = False  # this backend runs the problem by default
     error_y: float = math.nan
     error_grad: float = math.nan  # the largest of all inputs'
-    failure: str = ""  # what is wrong, empty if nothing is
+    failure: str = ""  # empty if the check passed
 
 
 @dataclass
@@ -90,7 +90,6 @@ class Findings:
     environment: dict[str, str]
     unavailable: dict[str, list[str]] = field(default_factory=dict)  # backend to reasons
     checks: list[Check] = field(default_factory=list)
-    gpu_time: str = ""
 
     @property
     def failed(self) -> int:
@@ -108,7 +107,7 @@ def doctor_command(arguments: argparse.Namespace) -> int:
 
 
 def examine(quick: bool = False, report: Path | None = None) -> bool:
-    """Prints a line a check; returns whether none failed. Writes everything to ``report`` too, from the start."""
+    """Prints a line for each check, and returns whether all passed. Also writes the findings to ``report``."""
     findings = Findings(environment())
     if report:
         findings.write(report)
@@ -124,9 +123,6 @@ def examine(quick: bool = False, report: Path | None = None) -> bool:
                 for problem in (p for device in devices() for p in device.problems(quick) if _supported(name, p)):
                     findings.checks.append(_isolated_check(worker, name, problem))
                     _print_check(findings.checks[-1])
-            if GPU in devices():
-                findings.gpu_time = _isolated_time(worker)
-                print(findings.gpu_time)
     finally:
         if report:
             findings.write(report)
@@ -136,7 +132,7 @@ def examine(quick: bool = False, report: Path | None = None) -> bool:
 
 
 def _supported(backend: str, problem: Problem) -> bool:
-    """Forward and backward."""
+    """Whether a backend supports both directions of a problem."""
     both = (problem, problem._replace(op=f"{problem.op}_backward"))
     return not any(dispatch.by_name(backend).unsupported_reasons(p) for p in both)
 
@@ -182,44 +178,19 @@ def _print_check(c: Check) -> None:
     )
 
 
-def _isolated_time(worker: "Worker") -> str:
-    problem = _problem("dynamic_filter", GPU.type, torch.float32, (GPU.batch, *PLANES[2]))
-    what = f"time of {' '.join(_words(problem)[1:])} on {GPU.type}"
-    try:
-        times = worker.run(time_forward, problem)
-    except WorkerError as lost:
-        return f"{what}: {lost}"
-    return f"{what}: {', '.join(f'{name} {ms:.3f} ms' for name, ms in times.items())} (medians; forward)"
-
-
-def time_forward(problem: Problem) -> dict[str, float]:
-    """Milliseconds of a forward on the default backend and on torch.fft."""
-    from torch.utils.benchmark import Timer
-
-    inputs, _ = _inputs(problem)
-    default = dispatch.select(problem).name
-    timers = {
-        name: Timer(
-            "run(*inputs, backend=name)", globals={"run": OPERATORS[problem.op], "inputs": inputs, "name": name}
-        )
-        for name in dict.fromkeys((default, "torch"))
-    }
-    return {name: 1e3 * timer.blocked_autorange().median for name, timer in timers.items()}
-
-
 class WorkerError(RuntimeError):
-    """The process crashed, or returned nothing in time."""
+    """The process crashed, or did not return in time."""
 
 
 class Worker(AbstractContextManager["Worker"]):
-    """Runs functions in another process, one at a time; after a crash or a hang in a new one."""
+    """Runs functions in another process, one at a time. After a crash or a hang, it starts a new process."""
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
         self._others = set(multiprocessing.active_children())
 
     def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What the function returns; WorkerError if its process crashes or takes more than `LIMIT_S`."""
+        """Returns the function's result; raises WorkerError if its process crashes or takes more than `LIMIT_S`."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         future = self._pool.submit(function, *args, **kwargs)

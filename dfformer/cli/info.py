@@ -4,7 +4,6 @@ import argparse
 import platform
 import subprocess
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import timm
@@ -13,6 +12,7 @@ import torch
 from dfformer.models.registry import VARIANTS
 from dfformer.utils.profile import profile
 from dfformer_kernels import __version__, backends
+from dfformer_kernels.autotune import version
 from dfformer_kernels.backends import cpu
 
 
@@ -34,7 +34,7 @@ def print_environment() -> None:
 
 
 def environment() -> dict[str, str]:
-    """Versions and hardware a measurement depends on."""
+    """The versions and the hardware that measurements depend on."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     if cpu.unavailable_reasons():
         isa = "compiled core absent"
@@ -60,21 +60,14 @@ def _gpu(device: int) -> str:
 
 
 def _gpu_software() -> dict[str, str]:
-    """What kernels are compiled and run with."""
+    """Versions of the software that compiles and runs kernels."""
     built_for = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
     versions = {f"torch for {name}": version for name, version in built_for.items() if version}
-    return versions | {name: _version(name) for name in ("triton", "cuda-bindings")} | {"driver": _driver()}
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "absent"
+    return versions | {name: version(name) for name in ("triton", "cuda-bindings")} | {"driver": _driver()}
 
 
 def _driver() -> str:
-    """NVIDIA's driver as its own tool names it; it is the same for all devices."""
+    """The version of NVIDIA's driver, which is the same for all devices."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
@@ -83,7 +76,7 @@ def _driver() -> str:
 
 
 def processor() -> str:
-    """The processor's name as the system tells it."""
+    """The processor's name, as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -93,7 +86,7 @@ def processor() -> str:
 
 
 def model_table(img_size: tuple[int, int]) -> str:
-    """One line a variant: parameters, GMACs, activations."""
+    """A table with one line per model: parameters, GMACs, activations."""
     titles = ("model", "params M", "GMACs", "of it spectral", "activations M", "saved MiB", "stage planes")
     rows = [titles]
     for name in VARIANTS:

@@ -14,7 +14,7 @@ from dfformer_kernels import __version__
 
 # Exit status after writing to a closed pipe: 128 + SIGPIPE, as of programs that the signal kills.
 _BROKEN_PIPE, _INTERRUPTED, _FAILED = 141, 130, 2
-# The least value of numbers that several commands take.
+# Lower bounds of arguments that several commands have.
 _LEAST = {"topk": 1, "batch_size": 1, "synthetic_images": 1, "workers": 0}
 _ALL = Command("The DFFormer family of vision models.", commands=COMMANDS)
 
@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))
         finally:
-            sys.stdout.flush()  # here, so that a closed pipe is noticed here
-    except BrokenPipeError:  # as of `dfformer info | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+            sys.stdout.flush()  # now, so that a closed pipe raises its error inside the try
+    except BrokenPipeError:  # e.g. in `dfformer info | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
         return _BROKEN_PIPE
 
 
@@ -58,7 +58,7 @@ def _run(argv: list[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace | list[str]]:
-    """The command of a command line, and its arguments: as they are where it has a parser of its own."""
+    """The command of a command line, and its arguments: a list if it has a parser of its own, otherwise parsed."""
     path, command, rest = _found(list(argv))
     return command, rest if command.own_parser else _parsed(_prog(path), command, rest)
 
@@ -68,7 +68,7 @@ def _prog(path: Sequence[str]) -> str:
 
 
 def _found(argv: list[str]) -> tuple[list[str], Command, list[str]]:
-    """The names of the command, the command, or the group where no more of it is named, and its arguments."""
+    """The path of a command in the table, the command (or a group), and the remaining arguments."""
     path: list[str] = []
     command = _ALL
     while command.commands and argv and not argv[0].startswith("-"):
@@ -83,7 +83,7 @@ def _found(argv: list[str]) -> tuple[list[str], Command, list[str]]:
 
 
 def _group_parser(prog: str, group: Command) -> argparse.ArgumentParser:
-    """Of ``dfformer`` and ``dfformer show`` by themselves: its help has a line a command."""
+    """The parser of ``dfformer`` or ``dfformer show`` without a command. Its help lists the commands."""
     lines = "\n".join(f"  {name:<17}{command.summary}" for name, command in group.commands.items())
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -124,15 +124,15 @@ def _check_model(name: str) -> None:
 
     import dfformer  # noqa: F401 (registers the models with timm)
 
-    if ":" not in name and not timm.is_model(name):  # timm takes names with a prefix from elsewhere
+    if ":" not in name and not timm.is_model(name):  # a prefix such as hf-hub: names another source
         raise ValueError(f"--model: got {name!r}, which timm does not know{did_you_mean(name, timm.list_models())}")
 
 
 def _message(error: Exception) -> str:
-    """The error in one line if possible; of an error in a data worker, only its own message."""
+    """The error's message, in one line if possible, without the traceback that a data worker adds."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = without_advice(str(error).strip())
-    if "Original Traceback" in text:  # torch's workers send it along
+    if "Original Traceback" in text:  # from a worker of a DataLoader
         text = text.splitlines()[-1].partition(": ")[2]
     return text or type(error).__name__

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dfformer.data import synthetic_digits
-from dfformer.data.files import check_each, check_image, read_image
+from dfformer.data.files import FileDataset, ImageDataset, check_image, read_image
 from dfformer.data.images import given_root
 from dfformer.utils.text import abbreviate
 
@@ -43,23 +43,13 @@ class Objects(NamedTuple):
     area: np.ndarray
 
 
-class BoxDataset(Protocol):
+class BoxDataset(ImageDataset[tuple[Image.Image, Objects]]):
     """RGB images and their objects."""
 
     categories: dict[int, str]  # COCO's id and name of each class, in the order of their labels
 
-    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Objects]: ...
-
-    def check(self) -> list[bool]:
-        """For each image, whether it has an EXIF orientation that is not applied.
-
-        Raises ValueError naming the files that cannot be used, and why.
-        """
-
-
-class CocoImages:
+class CocoImages(BoxDataset, FileDataset[tuple[Image.Image, Objects]]):
     """``root/annotations/instances_SPLIT.json`` in COCO's format, with the images it lists in ``root/SPLIT``.
 
     Args:
@@ -105,11 +95,7 @@ class CocoImages:
         self._check_size(index, image.size)
         return image, self.images[index][3]
 
-    def check(self) -> list[bool]:
-        turned = check_each(self._check, range(len(self)))
-        return [] if self.exif_orientation else turned
-
-    def _check(self, index: int) -> bool:
+    def check_file(self, index: int) -> bool:
         info = check_image(self._path(index), self.exif_orientation)
         self._check_size(index, info.size)
         return info.turned
@@ -129,11 +115,7 @@ class CocoImages:
         said = self.images[index][2]
         if found != said:
             sizes = "is {}x{}, {} says {}x{}".format(*found, self.file, *said)
-            hint = "" if self.exif_orientation or found != said[::-1] else _TURNED
-            raise ValueError(f"{self._path(index)}: {sizes}{hint}")
-
-
-_TURNED = "; if the image has an EXIF orientation, exif_orientation applies it"
+            raise ValueError(f"{self._path(index)}: {sizes}{self.size_hint(found, said)}")
 
 
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -213,7 +195,7 @@ def _stack(objects: list[tuple[Any, ...]]) -> Objects:
     )
 
 
-class SyntheticBoxes:
+class SyntheticBoxes(BoxDataset):
     """Synthetic images of digits, of ten classes."""
 
     categories: dict[int, str] = dict(enumerate(synthetic_digits.CLASSES))  # noqa: RUF012 (nobody changes it)
@@ -228,10 +210,6 @@ class SyntheticBoxes:
         sample = self.images[index]
         area = (sample.boxes[:, 2:] - sample.boxes[:, :2]).prod(1)
         return sample.image, Objects(sample.boxes, sample.labels, np.zeros_like(sample.labels), area)
-
-    def check(self) -> list[bool]:
-        """Finds nothing, because synthetic images have no faults."""
-        return []
 
 
 def open_box_dataset(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from dfformer.data.files import IMAGE_SUFFIXES, check_each, check_image, image_files, natural_key
+from dfformer.data.files import IMAGE_SUFFIXES, ImageDataset, check_each, check_image, image_files, natural_key
 from dfformer.utils.text import abbreviate
 
 
@@ -18,7 +18,7 @@ class Member(NamedTuple):
     size: int
 
 
-class ClassFolders:
+class ClassFolders(ImageDataset[tuple[Path, int, str]]):
     """``folder/CLASS/...``, images at any depth; hidden files and folders are left out.
 
     Raises:
@@ -35,19 +35,19 @@ class ClassFolders:
     def __len__(self) -> int:
         return len(self.files)
 
-    def sample(self, index: int) -> tuple[Path, int, str]:
+    def __getitem__(self, index: int) -> tuple[Path, int, str]:
         """The file, its label, and its name for errors."""
         return Path(self.files[index]), self.labels[index], self.files[index]
 
     def check(self) -> list[bool]:
-        """For each image, whether it has an EXIF orientation. Raises ValueError naming those that cannot be read."""
         return [info.turned for info in check_each(check_image, [Path(name) for name in self.files])]
 
 
-class ClassTar:
+class ClassTar(ImageDataset[tuple[IO[bytes], int, str]]):
     """Class folders in an uncompressed .tar file. A .tar inside it counts as a folder of its name.
 
-    A single folder around the classes with the name of the file is ignored.
+    A single folder around the classes with the name of the file is ignored. `check` finds nothing, because the images
+    are only read when they are used.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,17 +62,13 @@ class ClassTar:
     def __len__(self) -> int:
         return len(self.members)
 
-    def sample(self, index: int) -> tuple[IO[bytes], int, str]:
+    def __getitem__(self, index: int) -> tuple[IO[bytes], int, str]:
         """The file, its label, and its name for errors."""
         member = self.members[index]
         with self.path.open("rb") as file:
             file.seek(member.offset)
             content = io.BytesIO(file.read(member.size))
         return content, self.labels[index], f"{self.path}/{member.path}"
-
-    def check(self) -> list[bool]:
-        """Finds nothing, because images in a .tar are only read when they are used."""
-        return []
 
 
 def _members(file: IO[bytes], inside: PurePosixPath, start: int) -> Iterator[Member]:

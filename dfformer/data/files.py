@@ -3,11 +3,12 @@
 import os
 import re
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -16,22 +17,8 @@ from dfformer.utils.text import abbreviate
 
 IMAGE_SUFFIXES = frozenset(
     [
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tif",
-        ".tiff",
-        ".webp",
+        *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+        *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
     ]
 )
 # Pillow supports more formats, but some run other programs (EPS) or cannot be decoded.
@@ -40,6 +27,44 @@ _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # the last marker of a complete f
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Sample = TypeVar("Sample", covariant=True)
+
+
+class ImageDataset(ABC, Generic[Sample]):
+    """The base of a task's datasets."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def check(self) -> list[bool]:
+        """For each file, whether it has an EXIF orientation that is not applied; here [], because there are no files.
+
+        Raises ValueError naming the files that cannot be used, and why.
+        """
+        return []
+
+
+class FileDataset(ImageDataset[Sample]):
+    """The base of datasets of files. ``exif_orientation`` says whether images' EXIF orientation is applied."""
+
+    exif_orientation: bool
+
+    @abstractmethod
+    def check_file(self, index: int) -> bool:
+        """Whether a sample has an EXIF orientation; raises ValueError if its files cannot be used."""
+
+    def check(self) -> list[bool]:
+        turned = check_each(self.check_file, range(len(self)))
+        return [] if self.exif_orientation else turned
+
+    def size_hint(self, found: tuple[int, int], expected: tuple[int, int]) -> str:
+        """The end of a message about an image of another size than expected: what may help."""
+        if self.exif_orientation or found != expected[::-1]:
+            return ""
+        return "; if the image has an EXIF orientation, exif_orientation applies it"
 
 
 class ImageInfo(NamedTuple):
@@ -68,6 +93,15 @@ def image_files(inputs: Iterable[Path], on_unreadable: Callable[[OSError], Any] 
         for image in _below(path, frozenset(), on_unreadable) if is_folder else [path]:
             found.setdefault(os.path.abspath(image), image)  # noqa: PTH100 (resolve would follow links)
     return list(found.values())
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images at any depth in a folder; ValueError if there is no such folder, or if it has no images."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is not a folder")
+    if not (images := image_files([folder])):
+        raise ValueError(f"{folder}: no images")
+    return images
 
 
 def _below(folder: Path, above: frozenset[Path], on_unreadable: Callable[[OSError], Any]) -> Iterator[Path]:

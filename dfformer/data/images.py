@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from dfformer.data.class_folders import ClassFolders, ClassTar
-from dfformer.data.files import image_mode, orientation_note, read_image
+from dfformer.data.files import ImageDataset, image_mode, orientation_note, read_image
 from dfformer.utils.suggest import did_you_mean
 from dfformer.utils.text import abbreviate, echo
 
@@ -56,7 +56,7 @@ def load_digit_images(seed: int) -> Digits:
     return Digits(images[train], labels[train], images[test], labels[test])
 
 
-class DigitImages(Dataset):
+class DigitImages(ImageDataset[tuple[Any, int]]):
     """The digits, train or val, as pairs of PIL image (``mode``) and label, like timm's datasets."""
 
     def __init__(self, split: str, mode: str = "L") -> None:
@@ -73,10 +73,6 @@ class DigitImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def check(self) -> list[bool]:
-        """Finds nothing, because the built-in digits have no faults."""
-        return []
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = Image.fromarray(self.images[index]).convert(self.mode)
@@ -137,8 +133,11 @@ def _class_images(root: Path, split: str) -> ClassFolders | ClassTar:
         raise ValueError(f"{tar}: {error}; accepted are .tar files without compression") from error
 
 
-class LibraryDataset:
-    """A map-style dataset of torchvision or Hugging Face, opened by timm."""
+class LibraryDataset(ImageDataset[tuple[Any, int, str]]):
+    """A map-style dataset of torchvision or Hugging Face, opened by timm.
+
+    `check` finds nothing, because images are only read when they are used.
+    """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -148,7 +147,7 @@ class LibraryDataset:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def sample(self, index: int) -> tuple[Any, int, str]:
+    def __getitem__(self, index: int) -> tuple[Any, int, str]:
         """A file or an image, its label, and a name for errors."""
         name = f"image {index}"
         if self.reader is None:
@@ -159,10 +158,6 @@ class LibraryDataset:
         file, label = self.reader[index]  # timm's dataset would silently return the next image for a damaged one
         with file:
             return io.BytesIO(file.read()), label, self.reader.filename(index, absolute=True) or name
-
-    def check(self) -> list[bool]:
-        """Finds nothing, because images are only read when they are used."""
-        return []
 
 
 def _library_dataset(name: str, root: Path, split: str, download: bool) -> LibraryDataset:
@@ -182,7 +177,7 @@ def _library_dataset(name: str, root: Path, split: str, download: bool) -> Libra
     return LibraryDataset(dataset)
 
 
-class Images(Dataset):
+class Images(ImageDataset[tuple[Any, int]]):
     """``source`` as pairs of image and label, with a settable ``transform`` of the image.
 
     An image that cannot be read raises a ValueError that names it.
@@ -201,7 +196,7 @@ class Images(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        content, label, name = self.source.sample(index)
+        content, label, name = self.source[index]
         image = read_image(content, self.mode, name, self.exif_orientation)
         try:
             return (self.transform(image) if self.transform else image), label
@@ -209,10 +204,6 @@ class Images(Dataset):
             raise ValueError(f"{name}: {error or type(error).__name__}") from error
 
     def check(self) -> list[bool]:
-        """For each image in a folder, whether it has an EXIF orientation that is not applied.
-
-        Raises ValueError naming the files that cannot be read.
-        """
         turned = self.source.check()
         return [] if self.exif_orientation else turned
 

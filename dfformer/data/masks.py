@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dfformer.data import synthetic_digits
-from dfformer.data.files import check_each, check_image, image_files, opened, read_class_names, read_image
+from dfformer.data.files import FileDataset, ImageDataset, check_image, images_in, opened, read_class_names, read_image
 from dfformer.data.images import given_root
 from dfformer.data.transforms import resize_shorter_side
 
@@ -24,23 +24,13 @@ _CROPS_TRIED = 10
 ImageAndMask = tuple[Tensor, Tensor]  # uint8 (3,h,w) and uint8 (H,W)
 
 
-class MaskDataset(Protocol):
+class MaskDataset(ImageDataset[tuple[Image.Image, np.ndarray]]):
     """Pairs of an RGB image and its mask (H,W) uint8 of classes or IGNORED."""
 
     classes: list[str]
 
-    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]: ...
-
-    def check(self) -> list[bool]:
-        """For each image, whether it has an EXIF orientation that is not applied.
-
-        Raises ValueError naming the files that cannot be used, and why.
-        """
-
-
-class MaskFolder:
+class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
     """``root/images/SPLIT/NAME.jpg`` with ``root/annotations/SPLIT/NAME.png``, also in folders inside these.
 
     Masks have one channel of 8 bits. The classes are the lines of ``root/classes.txt``, or those of ADE20K's own
@@ -54,13 +44,11 @@ class MaskFolder:
     def __init__(self, root: Path, split: str, reduce_zero_label: bool, exif_orientation: bool = False) -> None:
         images, masks = root / "images" / split, root / "annotations" / split
         self.folder, self.exif_orientation = masks, exif_orientation
-        for folder in (images, masks):
-            if not folder.is_dir():
-                raise ValueError(f"{folder}: is not a folder")
+        self._any_class = False  # in the masks checked so far
+        self.images = images_in(images)
+        if not masks.is_dir():
+            raise ValueError(f"{masks}: is not a folder")
         self.classes = _class_names(root)
-        self.images = image_files([images])
-        if not self.images:
-            raise ValueError(f"{images}: no images")
         self.masks = [masks / path.relative_to(images).with_suffix(".png") for path in self.images]
         _check_one_image_each(self.images, self.masks)
         self.first_label = int(reduce_zero_label)
@@ -78,34 +66,31 @@ class MaskFolder:
             return pixels, self.to_class[np.asarray(mask)]
 
     def check(self) -> list[bool]:
-        checked = check_each(self._check, range(len(self)))
-        if not any(has_class for has_class, _ in checked):
+        turned = super().check()
+        if not self._any_class:
             raise ValueError(f"{self.folder}: its masks have no pixel with a class, all are to be ignored")
-        return [] if self.exif_orientation else [turned for _, turned in checked]
+        return turned
 
-    def _check(self, index: int) -> tuple[bool, bool]:
-        """Whether any pixel has a class, and whether the image has an EXIF orientation."""
+    def check_file(self, index: int) -> bool:
         info, path = check_image(self.images[index], self.exif_orientation), self.masks[index]
         if not path.is_file():
             raise ValueError(f"{self.images[index]} has no mask {path}")
         with opened(path) as mask:
-            return self._check_mask(mask, info.size), info.turned
+            self._any_class |= self._check_mask(mask, info.size)
+        return info.turned
 
     def _check_mask(self, mask: Image.Image, size: tuple[int, int]) -> bool:
+        """Whether any pixel of a mask has a class; ValueError if the mask cannot belong to an image of ``size``."""
         if mask.mode not in ("L", "P"):
             raise ValueError(f"has mode {mask.mode}, accepted are L and P: one channel of 8 bits")
         if mask.size != size:
-            hint = "" if self.exif_orientation or mask.size != size[::-1] else _TURNED
-            raise ValueError("is {}x{}, its image {}x{}{}".format(*mask.size, *size, hint))
+            raise ValueError("is {}x{}, its image {}x{}{}".format(*mask.size, *size, self.size_hint(mask.size, size)))
         labels = np.flatnonzero(mask.histogram())
         last = self.first_label + len(self.classes) - 1
         unknown = labels[(labels > last) & (labels != IGNORED)]
         if unknown.size:
             raise ValueError(f"has label {unknown[0]}, known are 0 to {last} and {IGNORED}")
         return bool((self.to_class[labels] != IGNORED).any())
-
-
-_TURNED = "; if the image has an EXIF orientation, exif_orientation applies it"
 
 
 def _check_one_image_each(images: list[Path], masks: list[Path]) -> None:
@@ -116,7 +101,7 @@ def _check_one_image_each(images: list[Path], masks: list[Path]) -> None:
             raise ValueError(f"{other} and {image}: have the same mask {mask}, accepted is one image a mask")
 
 
-class SyntheticMasks:
+class SyntheticMasks(MaskDataset):
     """Synthetic images of digits; the classes are the background and ten digits."""
 
     classes: list[str] = [BACKGROUND, *synthetic_digits.CLASSES]  # noqa: RUF012 (nobody changes it)
@@ -130,10 +115,6 @@ class SyntheticMasks:
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         sample = self.images[index]
         return sample.image, sample.mask
-
-    def check(self) -> list[bool]:
-        """Finds nothing, because synthetic images have no faults."""
-        return []
 
 
 def open_mask_dataset(

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from PIL import Image
@@ -13,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from dfformer.data import photographs
-from dfformer.data.files import check_each, check_image, image_files, read_image
+from dfformer.data.files import FileDataset, ImageDataset, check_image, images_in, read_image
 from dfformer.data.images import given_root
 
 LEAST_SIDE = 16  # of a whole image, in pixels, which the metrics need
@@ -49,21 +48,11 @@ class Degradation:
         return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
-class PairDataset(Protocol):
-    """Pairs of RGB images: the input, or None if it is to be made, and the target."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Image.Image | None, Image.Image]: ...
-
-    def check(self) -> list[bool]:
-        """For each image, whether it has an EXIF orientation that is not applied.
-
-        Raises ValueError naming the files that cannot be used, and why.
-        """
+Pair = tuple[Image.Image | None, Image.Image]  # RGB: the input, or None if it is to be made, and the target
+PairDataset = ImageDataset[Pair]
 
 
-class PairFolder:
+class PairFolder(FileDataset[Pair]):
     """``root/targets/SPLIT/NAME.png`` and, unless inputs are made, ``root/inputs/SPLIT/NAME.png``; also in subfolders.
 
     Args:
@@ -78,10 +67,10 @@ class PairFolder:
     ) -> None:
         self.scale, self.least, self.exif_orientation = scale, least, exif_orientation
         targets, inputs = root / "targets" / split, root / "inputs" / split
-        self.targets = _images_below(targets)
+        self.targets = images_in(targets)
         self.inputs: list[Path] = []
         if not made:
-            found = {_stem(path, inputs): path for path in _images_below(inputs)}
+            found = {_stem(path, inputs): path for path in images_in(inputs)}
             wanted = [_stem(path, targets) for path in self.targets]
             if missing := [name for name in wanted if name not in found]:
                 raise ValueError(f"{inputs}: has no image {missing[0]}, of which there is a target")
@@ -92,18 +81,14 @@ class PairFolder:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image | None, Image.Image]:
+    def __getitem__(self, index: int) -> Pair:
         paths = [*self.inputs[index : index + 1], self.targets[index]]
         *source, target = (read_image(path, "RGB", exif_orientation=self.exif_orientation) for path in paths)
         if source:
             self._check_sizes(source[0].size, target.size, paths[0])
         return (source[0] if source else None), target
 
-    def check(self) -> list[bool]:
-        turned = check_each(self._check, range(len(self)))
-        return [] if self.exif_orientation else turned
-
-    def _check(self, index: int) -> bool:
+    def check_file(self, index: int) -> bool:
         target, path = check_image(self.targets[index], self.exif_orientation), self.targets[index]
         if target.size[1] < self.least[0] or target.size[0] < self.least[1]:
             raise ValueError(
@@ -124,19 +109,11 @@ class PairFolder:
             )
 
 
-def _images_below(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: is not a folder")
-    if not (images := image_files([folder])):
-        raise ValueError(f"{folder}: no images")
-    return images
-
-
 def _stem(path: Path, folder: Path) -> str:
     return str(path.relative_to(folder).with_suffix(""))
 
 
-class Photographs:
+class Photographs(PairDataset):
     """The built-in photographs; their inputs are made from them."""
 
     def __init__(self, split: str) -> None:
@@ -145,12 +122,8 @@ class Photographs:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image | None, Image.Image]:
+    def __getitem__(self, index: int) -> Pair:
         return None, self.images[index]
-
-    def check(self) -> list[bool]:
-        """Finds nothing, because the built-in photographs have no faults."""
-        return []
 
 
 def open_pair_dataset(
@@ -186,7 +159,11 @@ class RestorationTensors(Dataset):
     """
 
     def __init__(
-        self, dataset: PairDataset, degradation: Degradation, crop: tuple[int, int] | None = None, repeats: int = 1
+        self,
+        dataset: PairDataset,
+        degradation: Degradation,
+        crop: tuple[int, int] | None = None,
+        repeats: int = 1,
     ) -> None:
         self.dataset, self.degradation, self.crop, self.repeats = dataset, degradation, crop, repeats
 

@@ -83,7 +83,7 @@ def export(
     if not chosen.traced and isinstance(model, InferenceModel):
         raise ValueError("model: is optimised for inference; safetensors and hub accept the one it was made from")
     H, W = to_2tuple(img_size)
-    source = _prepared(model, (H, W), fused)
+    source = _source(model, (H, W), fused)
     data = {key: value for key, value in resolve_model_data_config(source.model).items() if key in _DATA_KEYS}
     source.description.update(
         architecture=architecture,
@@ -132,7 +132,7 @@ def _chosen_format(path: Path, name: str | None, fused: bool) -> Format:
 
 
 @torch.no_grad()
-def _prepared(model: nn.Module, img_size: tuple[int, int], fused: bool) -> Source:
+def _source(model: nn.Module, img_size: tuple[int, int], fused: bool) -> Source:
     model = copy.deepcopy(model).eval()
     parameter = next(model.parameters())
     if parameter.dtype != torch.float32:

@@ -75,9 +75,9 @@ def _is_named_tensor(entry: tuple[Any, Any]) -> bool:
 
 def _check_stored(path: Path, name: str, tensor: Tensor) -> None:
     """Raises CheckpointError for a tensor larger than its stored data: a small file must not become gigabytes."""
-    dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise CheckpointError(f"{path}: {name!r} is not a dense tensor whose numbers are all in the file")
+    strided = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{path}: {name!r} is not a strided tensor whose numbers are all in the file")
 
 
 def read_task(path: str | Path) -> str:

@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _CALL = nn.Module.__call__
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
+_NATIVE = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 _FORWARDS: dict[type[nn.Module], Any] = {}
 
 
@@ -51,12 +51,12 @@ def reasons_against(module: nn.Module, kind: type[nn.Module], x: Any = None) -> 
         reasons.append("it has hooks")
     if nn.Module.__call__ is not _CALL or torch.jit.is_tracing():
         reasons.append("it is being traced")
-    elif x is not None and not _is_plain(x):
+    elif x is not None and not _is_native(x):
         reasons.append(f"its input is a {type(x).__qualname__}")
     device = x.device if isinstance(x, Tensor) else None
     for tensors in (module._parameters, module._buffers):
         for name, t in tensors.items():
-            if t is not None and not (_is_plain(t) and (device is None or t.device == device)):
+            if t is not None and not (_is_native(t) and (device is None or t.device == device)):
                 reasons.append(f"its {name} is a {type(t).__qualname__} on {t.device}")
     return reasons
 
@@ -75,6 +75,6 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_plain(t: Any) -> bool:
-    """Whether ``t`` is a dense tensor that torch's own operators compute with, or a stand-in for one in an export."""
-    return type(t) in _PLAIN and t.layout == torch.strided and not t.is_quantized
+def _is_native(t: Any) -> bool:
+    """Whether ``t`` is a strided tensor of torch's own types, or a fake one in an export."""
+    return type(t) in _NATIVE and t.layout == torch.strided and not t.is_quantized

@@ -210,11 +210,11 @@ def call_convolution(layer: nn.Module, x: Tensor) -> Tensor:
     These are unmodified ``nn.Conv2d`` without dilation and with zero padding. The operator keeps the memory format of
     the surrounding channels-last layers.
     """
-    if torch.compiler.is_compiling() and is_exact(layer, nn.Conv2d, x) and _is_plain_convolution(layer):
+    if torch.compiler.is_compiling() and is_exact(layer, nn.Conv2d, x) and _has_default_geometry(layer):
         stride, padding = layer.stride, cast(tuple[int, int], layer.padding)
         return convolution(x, layer.weight, layer.bias, stride, padding, groups=layer.groups)
     return layer(x)
 
 
-def _is_plain_convolution(layer: nn.Conv2d) -> bool:
+def _has_default_geometry(layer: nn.Conv2d) -> bool:
     return layer.padding_mode == "zeros" and layer.dilation == (1, 1) and not isinstance(layer.padding, str)

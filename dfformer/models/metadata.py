@@ -1,4 +1,4 @@
-"""What a checkpoint may say about its model.
+"""What a checkpoint's description of its model may contain.
 
 The text comes with the file and is not trusted: anything that the tables here do not list, by name, type and bounds,
 is an error. Model arguments in recipes must pass the same tables, so every trained model can be saved and loaded.
@@ -191,7 +191,7 @@ def check_settings(values: Mapping[Any, Any], table: Mapping[str, Kind], prefix:
     for name, value in values.items():
         if name not in table:
             hint = did_you_mean(name, table) if isinstance(name, str) else ""
-            raise ValueError(f"{prefix}{_plain(name)}: is not accepted here, accepted are {', '.join(table)}{hint}")
+            raise ValueError(f"{prefix}{_readable(name)}: is not accepted here, accepted are {', '.join(table)}{hint}")
         if not table[name].accepts(value):
             raise ValueError(f"{prefix}{name}: got {shortened(value)}, accepted are {table[name].words}")
 
@@ -302,7 +302,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name, value in pairs:
         if name in content:
-            raise ValueError(f"{shortened(name)}: is there twice")
+            raise ValueError(f"{shortened(name)}: is repeated")
         content[name] = value
     return content
 
@@ -324,5 +324,5 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"has a number that is not finite: {name}")
 
 
-def _plain(name: Any) -> str:
+def _readable(name: Any) -> str:
     return name if isinstance(name, str) and name.isidentifier() and len(name) < 60 else shortened(name)

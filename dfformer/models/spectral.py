@@ -3,7 +3,6 @@
 A token mixer is created as ``mixer(dim=..., size=plane)``.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,37 +82,44 @@ class SpectralFilter(nn.Module):
     plane, loading resizes them by the rule ``resize``; see `dfformer.models.filter_resize`.
     """
 
+    # The attributes of a layer are created in the authors' order, because the state of an optimiser depends on it.
+
     def __init__(
         self,
         dim: int,
-        C: int,
-        filters: int,
-        act1_layer: Activation,
-        act2_layer: Activation,
-        bias: bool,
-        size: int | tuple[int, int],
-        weight_resize: bool,
-        resize: str,
-        data_format: str,
-        reweight: Callable[[], nn.Module] | None = None,
-        **placed: Any,
+        expansion_ratio: float = 2,
+        act1_layer: Activation = StarReLU,
+        act2_layer: Activation = nn.Identity,
+        bias: bool = False,
+        size: int | tuple[int, int] = 14,
+        weight_resize: bool = False,
+        resize: str = "bicubic",
+        data_format: str = "channels_last",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_rule(resize)
-        H, W = to_2tuple(size)
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        C, (H, W) = int(expansion_ratio * dim), to_2tuple(size)
         self.size = (int(H), int(W))
         self.weight_resize = weight_resize
         self.resize = resize
         self.data_format = checked_data_format(data_format)
-        # In the authors' order, because the state of an optimiser depends on it.
-        self.complex_weights = nn.Parameter(torch.randn(H, W // 2 + 1, filters, 2, **placed) * 0.02)
+        self.complex_weights = nn.Parameter(torch.randn(H, W // 2 + 1, self._filters(C), 2, **placed) * 0.02)
         self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
         self.act1 = build_activation(act1_layer, **placed)
-        if reweight is not None:
-            self.reweight = reweight()
+        self._build_routing(dim, C, **placed)
         self.act2 = build_activation(act2_layer, **placed)
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
         self._resized: tuple[tuple[int, int], str, Tensor, Tensor] | None = None
+
+    def _filters(self, C: int) -> int:
+        """The number of stored filters: by default one per channel."""
+        return C
+
+    def _build_routing(self, dim: int, C: int, **placed: Any) -> None:
+        """Creates what computes the weights of a basis; by default there is none."""
 
     def plane_of(self, x: Tensor) -> tuple[int, int]:
         """The plane (H, W) of an input."""
@@ -234,16 +240,15 @@ class DynamicFilter(SpectralFilter):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        C = int(expansion_ratio * dim)
-        hidden = int(reweight_expansion_ratio * dim)
+        self.num_filters, self._hidden = num_filters, int(reweight_expansion_ratio * dim)
+        stored = (size, weight_resize, resize, data_format, device, dtype)
+        super().__init__(dim, expansion_ratio, act1_layer, act2_layer, bias, *stored)
 
-        def reweight() -> Mlp:
-            return Mlp(dim, hidden, num_filters * C, **placed)
+    def _filters(self, C: int) -> int:
+        return self.num_filters
 
-        stored = (size, weight_resize, resize, data_format)
-        super().__init__(dim, C, num_filters, act1_layer, act2_layer, bias, *stored, reweight, **placed)
-        self.num_filters = num_filters
+    def _build_routing(self, dim: int, C: int, **placed: Any) -> None:
+        self.reweight = Mlp(dim, self._hidden, self.num_filters * C, **placed)
 
     def forward(self, x: Tensor) -> Tensor:
         x = channels_last(x, self.data_format)
@@ -263,24 +268,6 @@ class GlobalFilter(SpectralFilter):
 
     The arguments are those of `DynamicFilter`. ``complex_weights`` is (H, W//2 + 1, C, 2).
     """
-
-    def __init__(
-        self,
-        dim: int,
-        expansion_ratio: float = 2,
-        act1_layer: Activation = StarReLU,
-        act2_layer: Activation = nn.Identity,
-        bias: bool = False,
-        size: int | tuple[int, int] = 14,
-        weight_resize: bool = False,
-        resize: str = "bicubic",
-        data_format: str = "channels_last",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        C = int(expansion_ratio * dim)
-        placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, C, C, act1_layer, act2_layer, bias, size, weight_resize, resize, data_format, **placed)
 
     def forward(self, x: Tensor) -> Tensor:
         x = channels_last(x, self.data_format)

@@ -33,11 +33,10 @@ from dfformer.data.boxes import (
 from dfformer.models.checkpoint import build_and_load
 from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
 from dfformer.tasks.detector import Detector
-from dfformer.tasks.evaluate import Row, Timed, progress, tabulate
-from dfformer.tasks.predict import File, Prediction, Predictor, find_inputs, predict_files, refuse_arguments
-from dfformer.tasks.results import plan_results, result_names, write_results
+from dfformer.tasks.evaluate import Measured, Timed, progress, tabulate
+from dfformer.tasks.predict import find_inputs, predict_each, refuse_arguments
+from dfformer.tasks.results import result_names, write_results
 from dfformer.utils.io import write_atomically
-from dfformer.utils.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -196,18 +195,13 @@ def _as_arrays(found: list[Target]) -> list[dict[str, np.ndarray]]:
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """The command line's ``eval`` for detection checkpoints."""
-    refuse_arguments(arguments, ("crop_pct", "model", "model_args"), "detection")
+    refuse_arguments(arguments, "detection")
 
-    def measure(checkpoint: Path) -> Iterator[Row]:
+    def measure(checkpoint: Path) -> Iterator[Measured]:
         model, about = load_detector(checkpoint)
-        for shorter, longer in _sizes(about, arguments.img_size):
-            model.set_img_size(shorter, longer)
-            row: dict[str, Any] = {"checkpoint": str(checkpoint), "model": about["architecture"]}
-            row |= {"shorter_side": shorter, "longer_side": longer, "amp": arguments.amp}
-            row |= _evaluate(checkpoint, model, about, (shorter, longer), arguments)
-            measured = f"mAP {row['map']:.2%}  at IoU 0.5 {row['map_50']:.2%}  at 0.75 {row['map_75']:.2%}"
-            speed = f"{row['images_per_second']:.1f} images/s"
-            yield row, f"{shorter}x{longer}  {row['images']} images  {measured}  {speed}"
+        for size in _sizes(about, arguments.img_size):
+            model.set_img_size(*size)
+            yield _evaluate(checkpoint, model, about, size, arguments)
 
     return tabulate(arguments, measure)
 
@@ -219,8 +213,7 @@ def _sizes(about: dict[str, Any], given: list[tuple[int, int]] | None) -> list[t
 
 def _evaluate(
     checkpoint: Path, model: nn.Module, about: dict[str, Any], size: tuple[int, int], arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """The number of images, _MEASURES, images a second and each class's mAP, by column."""
+) -> Measured:
     place = Place(torch.device(arguments.device))
     dataset = open_box_dataset(
         arguments.dataset,
@@ -238,39 +231,44 @@ def _evaluate(
     loader = progress(_loader(dataset, arguments.workers, place), f"{checkpoint.name} {size[0]}x{size[1]}")
     measures = average_precision(timed, loader, place, by_class=True)
     each = dict(zip(measures["classes"], measures["map_per_class"], strict=True))
-    row = {"images": len(dataset), **{name: measures[name] for name in _MEASURES}}
-    row["images_per_second"] = len(dataset) / timed.seconds
-    return row | {f"map {name}": each.get(n, float("nan")) for n, name in enumerate(about["classes"])}
+    shorter, longer = size
+    return Measured(
+        model=about["architecture"],
+        size={"shorter_side": shorter, "longer_side": longer},
+        title=f"{shorter}x{longer}",
+        images=len(dataset),
+        seconds=timed.seconds,
+        measures={name: measures[name] for name in _MEASURES},
+        summary="mAP {map:.2%}  at IoU 0.5 {map_50:.2%}  at 0.75 {map_75:.2%}".format(**measures),
+        by_class={f"map {name}": each.get(n, float("nan")) for n, name in enumerate(about["classes"])},
+    )
 
 
 def predict_command(arguments: argparse.Namespace) -> int:
     """The command line's ``predict`` for a detection checkpoint: pictures, and detections.json in COCO's format."""
-    refuse_arguments(arguments, ("model", "classes", "pretrained", "model_args"), "detection")
+    refuse_arguments(arguments, "detection")
     if not 0 <= arguments.min_score <= 1:
         raise ValueError(f"--min-score: got {arguments.min_score}, accepted are numbers from 0 to 1")
     model, about = load_detector(arguments.checkpoint)
     device = torch.device(arguments.device)
     model.to(device).set_img_size(*_sizes(about, arguments.img_size and [arguments.img_size])[0])
     inputs = find_inputs(arguments, arguments.output)
-    pictures = plan_results(inputs.paths, arguments.output, [".png"])
     ids, results = _image_ids(inputs.paths), dict[Path, list[dict[str, Any]]]()
 
-    def apply(batch: list[File]) -> list[Prediction]:
-        [file] = batch
-        [objects] = detect(model, [file.content], device)
+    def apply(image: Tensor, path: Path, stem: Path) -> tuple[list[str], list[float]]:
+        [objects] = detect(model, [image], device)
         shown = confident(objects, arguments.min_score)
-        _write_picture(pictures[file.path], file.content, shown, about["classes"], arguments.min_score)
-        results[file.path] = _coco_results(ids[file.path], objects, about["category_ids"])
+        _write_picture(stem, image, shown, about["classes"], arguments.min_score)
+        results[path] = _coco_results(ids[path], objects, about["category_ids"])
         names = [about["classes"][label] for label in shown["labels"][: arguments.topk].tolist()]
-        return [Prediction(str(file.path), names, shown["scores"][: arguments.topk].tolist())]
+        return names, shown["scores"][: arguments.topk].tolist()
 
     def finish() -> None:
         everything = json.dumps([entry for entries in results.values() for entry in entries])
         write_atomically(arguments.output / "detections.json", lambda file: file.write(everything.encode()))
 
-    note = f"pictures, and detections.json in COCO's format: {printable(arguments.output)}"
-    prepare = v2.functional.pil_to_tensor
-    return predict_files(arguments, inputs, Predictor(prepare, apply, value="score", finish=finish, note=note))
+    prepare, written = v2.functional.pil_to_tensor, "pictures, and detections.json in COCO's format"
+    return predict_each(arguments, inputs, [".png"], prepare, apply, "score", written, finish)
 
 
 def _image_ids(paths: list[Path]) -> dict[Path, int | str]:

@@ -1,11 +1,11 @@
-"""``dfformer eval``: top-1, top-5 and speed of checkpoints at any resolution, as a table and CSV."""
+"""``dfformer eval`` of classifiers at any resolution, and what the other tasks' evaluations share."""
 
 import argparse
 import csv
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,6 @@ from dfformer.models.checkpoint import load_model
 from dfformer.utils.io import write_atomically
 from dfformer.utils.text import abbreviate, echo, printable
 
-Row = tuple[dict[str, Any], str]  # of ``eval``'s table: values by column, and the line to print
 AMP_TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,7 +74,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     if not isinstance(output, Tensor) or output.ndim != 2:
         got = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise ValueError(
-            f"the model puts out {got}, accepted are logits (B,classes): is it made with global_pool='', "
+            f"the model returns {got}, accepted are logits (B,classes): was it made with global_pool='', "
             "features_only or fork_feat?"
         )
     return output
@@ -98,51 +97,45 @@ def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pi
     return dict(zip(("top1", "top5", "loss", "images"), sums, strict=True))
 
 
-class Result(NamedTuple):
-    """A line of the table. Accuracies are fractions; seconds are of forward passes, without waiting for images."""
+class Measured(NamedTuple):
+    """What ``eval`` measured of a checkpoint at one image size."""
 
-    checkpoint: str
     model: str
-    height: int
-    width: int
-    crop_pct: float
-    amp: str
+    size: dict[str, Any]  # the columns that say at which size
+    title: str  # the same for the printed line
     images: int
-    top1: float
-    top5: float
-    loss: float
-    images_per_second: float
+    seconds: float  # of forward passes, without waiting for images
+    measures: dict[str, float]
+    summary: str  # the most important measures, for the printed line
+    by_class: dict[str, float] = {}  # noqa: RUF012 (of a NamedTuple; nobody changes it)
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``eval``."""
-    if arguments.batch_size < 1 or arguments.workers < 0:
-        raise ValueError("--batch-size: accepted are numbers from 1 up; --workers: from 0 up")
+    """The command line's ``eval`` for classifiers: top-1 and top-5 accuracy and cross entropy."""
     if arguments.crop_pct is not None and not 0 < arguments.crop_pct <= 1:
         raise ValueError(f"--crop-pct: got {arguments.crop_pct}, accepted are numbers above 0, up to 1")
-
-    def measure(checkpoint: Path) -> Iterator[Row]:
-        for img_size in arguments.img_size or [None]:
-            result = evaluate(checkpoint, img_size, arguments)
-            yield result._asdict(), _line(result)
-
-    return tabulate(arguments, measure)
+    sizes = arguments.img_size or [None]
+    return tabulate(arguments, lambda checkpoint: (evaluate(checkpoint, size, arguments) for size in sizes))
 
 
-def tabulate(arguments: argparse.Namespace, measure: Callable[[Path], Iterable[Row]]) -> int:
-    """Prints the lines that ``measure`` returns for each checkpoint, and writes the rows to ``arguments.csv``."""
+def tabulate(arguments: argparse.Namespace, measure: Callable[[Path], Iterable[Measured]]) -> int:
+    """Prints a line for each measurement of each checkpoint, and writes them as rows to ``arguments.csv``."""
     rows: list[dict[str, Any]] = []
     for checkpoint in arguments.checkpoints:
-        for row, line in measure(checkpoint):
+        for found in measure(checkpoint):
+            speed = found.images / found.seconds
+            row = {"checkpoint": str(checkpoint), "model": found.model, **found.size, "amp": arguments.amp}
+            row |= {"images": found.images, **found.measures, "images_per_second": speed, **found.by_class}
             rows.append(row)
             if arguments.csv:  # after each, so that earlier results remain if the next one fails
                 write_csv(arguments.csv, list(row), [list(row.values()) for row in rows])
+            line = f"{found.title}  {found.images} images  {found.summary}  {speed:.1f} images/s"
             echo(f"{printable(checkpoint)}  {line}")
     return 0
 
 
-def evaluate(checkpoint: Path, img_size: tuple[int, int] | None, arguments: argparse.Namespace) -> Result:
-    """Evaluates a checkpoint at an image size (H, W), or at the model's own."""
+def evaluate(checkpoint: Path, img_size: tuple[int, int] | None, arguments: argparse.Namespace) -> Measured:
+    """Evaluates a classifier at an image size (H, W), or at the model's own."""
     device = torch.device(arguments.device)
     overrides = {**arguments.model_args, **({"img_size": img_size} if img_size else {})}
     model, classes = load_model(checkpoint, arguments.model, **overrides)
@@ -150,34 +143,30 @@ def evaluate(checkpoint: Path, img_size: tuple[int, int] | None, arguments: argp
     config = data_config(model, img_size)
     if arguments.crop_pct:
         config["crop_pct"] = arguments.crop_pct
+    channels, H, W = config["input_size"]
     dataset = image_data.open_dataset(
-        arguments.dataset,
-        arguments.root,
-        arguments.split,
-        config["input_size"][0],
-        exif_orientation=arguments.exif_orientation,
+        arguments.dataset, arguments.root, arguments.split, channels, exif_orientation=arguments.exif_orientation
     )
     _check_classes(classes, model, dataset, checkpoint)
     image_data.check_images(dataset)
     dataset.transform = evaluation_transform(config, as_uint8=True)
     loader = image_data.evaluation_loader(dataset, arguments.batch_size, arguments.workers, device.type == "cuda")
     timed = Timed(model, device, arguments.amp)
-    sums = count_correct(
-        timed, progress(loader, f"{checkpoint.name} {_size(config)}"), Pixels(config["mean"], config["std"], device)
-    )
-    images = int(sums["images"])
-    return Result(
-        checkpoint=str(checkpoint),
+    pixels = Pixels(config["mean"], config["std"], device)
+    sums = {
+        name: float(value)
+        for name, value in count_correct(timed, progress(loader, f"{checkpoint.name} {H}x{W}"), pixels).items()
+    }
+    images = sums.pop("images")
+    measures = {name: value / images for name, value in sums.items()}
+    return Measured(
         model=model.pretrained_cfg.get("architecture", type(model).__name__),  # type: ignore[union-attr, operator]
-        height=config["input_size"][1],
-        width=config["input_size"][2],
-        crop_pct=config["crop_pct"],
-        amp=arguments.amp,
-        images=images,
-        top1=float(sums["top1"]) / images,
-        top5=float(sums["top5"]) / images,
-        loss=float(sums["loss"]) / images,
-        images_per_second=images / timed.seconds,
+        size={"height": H, "width": W, "crop_pct": config["crop_pct"]},
+        title=f"{H}x{W}  crop {config['crop_pct']:g}",
+        images=int(images),
+        seconds=timed.seconds,
+        measures=measures,
+        summary=f"top-1 {measures['top1']:.2%}  top-5 {measures['top5']:.2%}",
     )
 
 
@@ -225,18 +214,6 @@ def check_classes_of_data(checkpoint: Path, classes: list[str], found: list[str]
 def progress(loader: DataLoader, name: str) -> Iterable[Any]:
     """The batches of ``loader``, with a progress bar on a terminal."""
     return tqdm(loader, desc=name, unit="batch", leave=False, disable=not sys.stderr.isatty())
-
-
-def _size(config: dict[str, Any]) -> str:
-    return "{1}x{2}".format(*config["input_size"])
-
-
-def _line(result: Result) -> str:
-    size = f"{result.height}x{result.width}  crop {result.crop_pct:g}"
-    return (
-        f"{size}  {result.images} images  "
-        f"top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  {result.images_per_second:.1f} images/s"
-    )
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

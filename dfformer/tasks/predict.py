@@ -24,7 +24,7 @@ from dfformer.data.files import (
 from dfformer.data.transforms import evaluation_transform
 from dfformer.models.checkpoint import load_model
 from dfformer.tasks.evaluate import data_config, logits_of
-from dfformer.tasks.results import is_result
+from dfformer.tasks.results import is_result, plan_results
 from dfformer.utils.io import write_json
 from dfformer.utils.text import echo, printable
 
@@ -197,9 +197,12 @@ def predict_command(arguments: argparse.Namespace) -> int:
     return predict_files(arguments, find_inputs(arguments), predictor)
 
 
-def refuse_arguments(arguments: argparse.Namespace, names: Sequence[str], task: str) -> None:
-    """Raises ValueError for given arguments that a ``task`` does not use, because its checkpoints contain them."""
-    values = {name: getattr(arguments, name) for name in names}
+_FOR_CLASSIFIERS = ("crop_pct", "model", "model_args", "classes", "pretrained")
+
+
+def refuse_arguments(arguments: argparse.Namespace, task: str) -> None:
+    """Raises ValueError for given arguments that only classifiers use: other checkpoints contain what they say."""
+    values = {name: getattr(arguments, name, None) for name in _FOR_CLASSIFIERS}
     given = [name for name, value in values.items() if value not in (None, {}) and value is not False]
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -268,6 +271,34 @@ def predict_files(arguments: argparse.Namespace, inputs: Inputs, predictor: Pred
         echo(f"{len(failures)} of {len(paths) + len(inputs.unreadable)} images failed", file=sys.stderr)
     echo(*unwritten, file=sys.stderr)
     return 1 if failures or unwritten else 0
+
+
+def predict_each(
+    arguments: argparse.Namespace,
+    inputs: Inputs,
+    endings: Sequence[str],
+    prepare: Callable[[Any], Any],
+    apply: Callable[[Any, Path, Path], tuple[list[str], list[float]]],
+    value: str,
+    written: str,
+    finish: Callable[[], None] = lambda: None,
+) -> int:
+    """`predict_files` one by one, with pictures in ``arguments.output``.
+
+    Args:
+        endings: of the pictures of an image.
+        apply: maps a prepared image, its path, and the path of its pictures without ending to names and their values.
+        prepare, value, finish: as for `Predictor`.
+        written: what is in ``arguments.output``, for the last line printed.
+    """
+    stems = plan_results(inputs.paths, arguments.output, endings)
+
+    def apply_to_one(batch: list[File]) -> list[Prediction]:
+        [file] = batch
+        return [Prediction(str(file.path), *apply(file.content, file.path, stems[file.path]))]
+
+    note = f"{written}: {printable(arguments.output)}"
+    return predict_files(arguments, inputs, Predictor(prepare, apply_to_one, value=value, finish=finish, note=note))
 
 
 def _load(arguments: argparse.Namespace) -> tuple[nn.Module, list[str]]:

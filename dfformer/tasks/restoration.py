@@ -22,11 +22,10 @@ from dfformer.data import images as image_data
 from dfformer.data.pairs import Degradation, InputAndTarget, RestorationTensors, nothing_like, open_pair_dataset
 from dfformer.models.checkpoint import build_and_load, load_checkpoint
 from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
-from dfformer.tasks.evaluate import Row, Timed, progress, tabulate
-from dfformer.tasks.predict import File, Prediction, Predictor, find_inputs, predict_files, refuse_arguments
+from dfformer.tasks.evaluate import Measured, Timed, progress, tabulate
+from dfformer.tasks.predict import find_inputs, predict_each, refuse_arguments
 from dfformer.tasks.restorer import Restorer, enlarged, tiled
-from dfformer.tasks.results import plan_results, write_results
-from dfformer.utils.text import printable
+from dfformer.tasks.results import write_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -181,26 +180,19 @@ def _loader(tensors: RestorationTensors, workers: int, place: Place) -> DataLoad
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """The command line's ``eval`` for restoration checkpoints."""
-    refuse_arguments(arguments, ("crop_pct", "model", "model_args"), "restoration")
+    refuse_arguments(arguments, "restoration")
 
-    def measure(checkpoint: Path) -> Iterator[Row]:
+    def measure(checkpoint: Path) -> Iterator[Measured]:
         model, about = load_restorer(checkpoint)
         for tile in arguments.img_size or [tuple(about["data"]["input_size"][1:])]:
-            row: dict[str, Any] = {"checkpoint": str(checkpoint), "model": about["architecture"]}
-            row |= {"tile_height": tile[0], "tile_width": tile[1], "amp": arguments.amp}
-            row |= _evaluate(checkpoint, model, about, tile, arguments)
-            measured = f"PSNR {row['psnr']:.2f} dB  SSIM {row['ssim']:.4f}"
-            before = f"(input {row['input_psnr']:.2f} dB, {row['input_ssim']:.4f})"
-            speed = f"{row['images_per_second']:.1f} images/s"
-            yield row, f"tiles {tile[0]}x{tile[1]}  {row['images']} images  {measured}  {before}  {speed}"
+            yield _evaluate(checkpoint, model, about, tile, arguments)
 
     return tabulate(arguments, measure)
 
 
 def _evaluate(
     checkpoint: Path, model: nn.Module, about: dict[str, Any], tile: tuple[int, int], arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """The number of images, PSNR and SSIM of restored images and of inputs, and images a second, by column."""
+) -> Measured:
     place, degradation = Place(torch.device(arguments.device)), Degradation(**about["degradation"])
     exif = arguments.exif_orientation
     dataset = open_pair_dataset(arguments.dataset, arguments.root, arguments.split, degradation, exif_orientation=exif)
@@ -209,7 +201,15 @@ def _evaluate(
     timed = Timed(model.to(place.device), place.device, arguments.amp)
     bar = progress(loader, f"{checkpoint.name} {tile[0]}x{tile[1]}")
     measures = mean_quality(timed, bar, place, degradation.scale, tile, arguments.batch_size)
-    return {"images": len(dataset), **measures, "images_per_second": len(dataset) / timed.seconds}
+    return Measured(
+        model=about["architecture"],
+        size={"tile_height": tile[0], "tile_width": tile[1]},
+        title=f"tiles {tile[0]}x{tile[1]}",
+        images=len(dataset),
+        seconds=timed.seconds,
+        measures=measures,
+        summary="PSNR {psnr:.2f} dB  SSIM {ssim:.4f}  (input {input_psnr:.2f} dB, {input_ssim:.4f})".format(**measures),
+    )
 
 
 _ENDINGS = (".png", "_picture.png")
@@ -219,22 +219,18 @@ def predict_command(arguments: argparse.Namespace) -> int:
     """The command line's ``predict`` for a restoration checkpoint: the restored image, and a picture for comparison."""
     from dfformer.analysis.dense_figures import restorations
 
-    refuse_arguments(arguments, ("model", "classes", "pretrained", "model_args"), "restoration")
+    refuse_arguments(arguments, "restoration")
     model, about = load_restorer(arguments.checkpoint)
     device, scale = torch.device(arguments.device), about["degradation"]["scale"]
     model.to(device)
     tile = arguments.img_size or tuple(about["data"]["input_size"][1:])
-    inputs = find_inputs(arguments, arguments.output)
-    results = plan_results(inputs.paths, arguments.output, _ENDINGS)
 
-    def apply(batch: list[File]) -> list[Prediction]:
-        [file] = batch
-        restored = restore(model, file.content, scale, tile, device, arguments.batch_size)
-        before, after, stem = _array(enlarged_only(file.content, scale)), _array(restored), results[file.path]
+    def apply(image: Tensor, path: Path, stem: Path) -> tuple[list[str], list[float]]:
+        restored = restore(model, image, scale, tile, device, arguments.batch_size)
+        before, after = _array(enlarged_only(image, scale)), _array(restored)
         figure = restorations([{"input": before, "restored": after}], stem.name)
         write_results(stem, dict(zip(_ENDINGS, (Image.fromarray(after), figure), strict=True)))
-        change = float(np.abs(after.astype(np.float64) - before).mean() / 255)
-        return [Prediction(str(file.path), ["mean change"], [change])]
+        return ["mean change"], [float(np.abs(after.astype(np.float64) - before).mean() / 255)]
 
-    note = f"restored images and pictures: {printable(arguments.output)}"
-    return predict_files(arguments, inputs, Predictor(v2.functional.pil_to_tensor, apply, value="share", note=note))
+    prepare, inputs = v2.functional.pil_to_tensor, find_inputs(arguments, arguments.output)
+    return predict_each(arguments, inputs, _ENDINGS, prepare, apply, "share", "restored images and pictures")

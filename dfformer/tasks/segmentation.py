@@ -34,10 +34,9 @@ from dfformer.data.masks import (
 from dfformer.data.transforms import resize_shorter_side
 from dfformer.models.checkpoint import build_and_load
 from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
-from dfformer.tasks.evaluate import Pixels, Row, Timed, check_classes_of_data, progress, tabulate
-from dfformer.tasks.predict import File, Prediction, Predictor, find_inputs, predict_files, refuse_arguments
-from dfformer.tasks.results import plan_results, write_results
-from dfformer.utils.text import printable
+from dfformer.tasks.evaluate import Measured, Pixels, Timed, check_classes_of_data, progress, tabulate
+from dfformer.tasks.predict import find_inputs, predict_each, refuse_arguments
+from dfformer.tasks.results import write_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -209,26 +208,19 @@ class Segmentation(DenseTask):
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """The command line's ``eval`` for segmentation checkpoints."""
-    refuse_arguments(arguments, ("crop_pct", "model", "model_args"), "segmentation")
+    refuse_arguments(arguments, "segmentation")
 
-    def measure(checkpoint: Path) -> Iterator[Row]:
+    def measure(checkpoint: Path) -> Iterator[Measured]:
         model, about = load_segmenter(checkpoint)
         for size in arguments.img_size or [about["data"]["input_size"][1:]]:
-            shorter = min(size)
-            row: dict[str, Any] = {"checkpoint": str(checkpoint), "model": about["architecture"]}
-            row |= {"shorter_side": shorter, "amp": arguments.amp}
-            row |= _evaluate(checkpoint, model, about, shorter, arguments)
-            measured = f"mIoU {row['miou']:.2%}  pixel accuracy {row['pixel_accuracy']:.2%}"
-            speed = f"{row['images_per_second']:.1f} images/s"
-            yield row, f"shorter side {shorter}  {row['images']} images  {measured}  {speed}"
+            yield _evaluate(checkpoint, model, about, min(size), arguments)
 
     return tabulate(arguments, measure)
 
 
 def _evaluate(
     checkpoint: Path, model: nn.Module, about: dict[str, Any], shorter: int, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """The number of images, mean IoU, pixel accuracy, images a second and each class's IoU, by column."""
+) -> Measured:
     device = torch.device(arguments.device)
     dataset = open_mask_dataset(
         arguments.dataset,
@@ -245,9 +237,18 @@ def _evaluate(
     timed = Timed(model.to(device), device, arguments.amp)
     pixels = Pixels(about["data"]["mean"], about["data"]["std"], device)
     confusion = count_pixels(timed, progress(loader, f"{checkpoint.name} {shorter}"), pixels, len(dataset.classes))
-    row = {"images": len(dataset), **_measures(confusion), "images_per_second": len(dataset) / timed.seconds}
+    measures = _measures(confusion)
     iou = zip(dataset.classes, intersection_over_union(confusion).tolist(), strict=True)
-    return row | {f"iou {name}": value for name, value in iou}
+    return Measured(
+        model=about["architecture"],
+        size={"shorter_side": shorter},
+        title=f"shorter side {shorter}",
+        images=len(dataset),
+        seconds=timed.seconds,
+        measures=measures,
+        summary=f"mIoU {measures['miou']:.2%}  pixel accuracy {measures['pixel_accuracy']:.2%}",
+        by_class={f"iou {name}": value for name, value in iou},
+    )
 
 
 _ENDINGS = (".png", "_picture.png")
@@ -255,25 +256,21 @@ _ENDINGS = (".png", "_picture.png")
 
 def predict_command(arguments: argparse.Namespace) -> int:
     """The command line's ``predict`` for a segmentation checkpoint: a mask and a picture for each image."""
-    refuse_arguments(arguments, ("model", "classes", "pretrained", "model_args"), "segmentation")
+    refuse_arguments(arguments, "segmentation")
     model, about = load_segmenter(arguments.checkpoint)
     model.to(arguments.device)
     pixels = Pixels(about["data"]["mean"], about["data"]["std"], torch.device(arguments.device))
     shorter = min(arguments.img_size or about["data"]["input_size"][1:])
-    inputs = find_inputs(arguments, arguments.output)
-    results = plan_results(inputs.paths, arguments.output, _ENDINGS)
 
-    def apply(batch: list[File]) -> list[Prediction]:
-        [file] = batch
-        image, resized = file.content
+    def apply(content: tuple[np.ndarray, Tensor], path: Path, stem: Path) -> tuple[list[str], list[float]]:
+        image, resized = content
         with torch.inference_mode():
             mask = segment(model, pixels(resized[None]), image.shape[:2])[0].cpu().numpy()
-        _write_mask(results[file.path], image, mask, about["classes"])
-        return [_shares(file.path, mask, about["classes"], arguments.topk)]
+        _write_mask(stem, image, mask, about["classes"])
+        return _shares(mask, about["classes"], arguments.topk)
 
-    prepare = partial(_with_resized, shorter=shorter)
-    note = f"masks and pictures: {printable(arguments.output)}"
-    return predict_files(arguments, inputs, Predictor(prepare, apply, value="share", note=note))
+    prepare, inputs = partial(_with_resized, shorter=shorter), find_inputs(arguments, arguments.output)
+    return predict_each(arguments, inputs, _ENDINGS, prepare, apply, "share", "masks and pictures")
 
 
 def _with_resized(image: Image.Image, shorter: int) -> tuple[np.ndarray, Tensor]:
@@ -291,7 +288,7 @@ def _write_mask(stem: Path, image: np.ndarray, mask: np.ndarray, classes: list[s
     write_results(stem, dict(zip(_ENDINGS, (palette, figure), strict=True)))
 
 
-def _shares(path: Path, mask: np.ndarray, classes: list[str], topk: int) -> Prediction:
+def _shares(mask: np.ndarray, classes: list[str], topk: int) -> tuple[list[str], list[float]]:
     shares = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
     top = [int(n) for n in np.argsort(-shares, kind="stable")[:topk] if shares[n]]
-    return Prediction(str(path), [classes[n] for n in top], [float(shares[n]) for n in top])
+    return [classes[n] for n in top], [float(shares[n]) for n in top]

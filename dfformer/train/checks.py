@@ -1,4 +1,4 @@
-"""What no training run can have: numbers out of range, names that nobody knows."""
+"""Checks the settings of a training run: ranges of numbers, and names of models, optimisers and datasets."""
 
 import re
 from dataclasses import asdict
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dfformer.train.config import TrainConfig
 
 _LARGE = 1e9  # above any real value: a number from a file must not make a run endless
-_DATASET = re.compile(r"[^/:]*|(torch|hfds)/.+")  # no reader of timm that runs commands, such as webdataset's
+_DATASET = re.compile(r"[^/:]*|(torch|hfds)/.+")  # leaves out timm's readers that run commands, e.g. webdataset's
 
 _RANGES: dict[str, tuple[float, float]] = {
     "data.workers": (0, 1024),
@@ -54,7 +54,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def check(config: "TrainConfig") -> None:
-    """Raises ValueError for values that no run can have."""
+    """Raises ValueError for settings that are not accepted."""
     check_task(config.task)
     values = flatten(asdict(config))
     _check_numbers(values)
@@ -69,7 +69,7 @@ def check(config: "TrainConfig") -> None:
         raise ValueError(f"optim.milestones: got {config.optim.milestones}, accepted are epochs from 1")
     if config.optim.warmup_epochs >= config.optim.epochs:
         raise ValueError(
-            f"optim.warmup_epochs: got {config.optim.warmup_epochs}, which leaves nothing of "
+            f"optim.warmup_epochs: got {config.optim.warmup_epochs}, accepted are numbers below "
             f"optim.epochs={config.optim.epochs}"
         )
     if config.model.checkpoint and not Path(config.model.checkpoint).is_file():
@@ -86,7 +86,7 @@ def _check_numbers(values: dict[str, Any]) -> None:
 
 
 def _check_names(config: "TrainConfig") -> None:
-    model, optimizer = config.model.name, config.optim.opt.lower().split("_")[-1]  # behind timm's "lookahead_"
+    model, optimizer = config.model.name, config.optim.opt.lower().split("_")[-1]  # without timm's prefix "lookahead_"
     if not re.fullmatch(r"\w+(\.\w+)?", model) or not timm.is_model(model):
         hint = did_you_mean(model[:100], timm.list_models()) or "; `dfformer info` lists this package's models"
         raise ValueError(f"model.name: timm knows no model {model[:100]!r}{hint}")
@@ -111,7 +111,7 @@ def _check_images(config: "TrainConfig") -> None:
     data, channels = config.data, config.model.args.get("in_chans", 3)
     default = timm.get_pretrained_cfg(config.model.name)
     for name, numbers in (("img_size", data.size), ("synthetic_images", data.synthetic_images)):
-        most = 4096 if name == "img_size" else 10**7  # as a checkpoint may say
+        most = 4096 if name == "img_size" else 10**7  # 4096 is also the limit of checkpoints
         if min(numbers) < 1 or max(numbers) > most:
             raise ValueError(f"data.{name}: got {getattr(data, name)}, accepted are numbers from 1 to {most}")
     for name in ("mean", "std"):
@@ -120,8 +120,8 @@ def _check_images(config: "TrainConfig") -> None:
             raise ValueError(f"data.{name}: got {values}, accepted is a number for each of {channels} channels")
         if values is None and config.task == "classify" and default and len(getattr(default, name)) != channels:
             raise ValueError(
-                f"data.{name}: is not given, and the model's has {len(getattr(default, name))} values for the "
-                f"{channels} channels of model.args.in_chans; accepted is a number for each"
+                f"data.{name}: is not given, and the model's default has {len(getattr(default, name))} values; "
+                f"accepted is a number for each of the {channels} channels (model.args.in_chans)"
             )
     if data.std and min(data.std) <= 0:
         raise ValueError(f"data.std: got {data.std}, accepted are numbers above 0")

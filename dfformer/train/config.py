@@ -28,9 +28,9 @@ class ModelConfig:
 
     Args:
         name: of a model for ``timm.create_model``.
-        args: its other arguments, e.g. drop_path_rate. The number of classes follows from the data, if it names them.
-        checkpoint: weights to start from; a classifier for other classes is left out.
-        grad_checkpointing: recompute activations in backward instead of keeping them: slower, less memory.
+        args: its other arguments, e.g. drop_path_rate. The number of classes is that of the data, if it is known.
+        checkpoint: weights to start from; the last layer of a classifier for other classes is not loaded.
+        grad_checkpointing: recompute activations in backward instead of keeping them: slower, but takes less memory.
         compile: run under torch.compile.
     """
 
@@ -51,23 +51,24 @@ class DataConfig:
             root/images/SPLIT and root/annotations/SPLIT, or "synthetic_digits", built in. To detect, "" for
             root/annotations/instances_SPLIT.json and root/SPLIT, or "synthetic_digits". To restore, "" for
             root/targets/SPLIT and, unless inputs are made, root/inputs/SPLIT, or "photographs", built in.
-        root: its folder.
-        train_split: name of the training split; for folders, of the folder.
-        val_split: the same for validation.
+        root: the folder of the dataset.
+        train_split: name of the training split, which is also the name of its folder.
+        val_split: name of the validation split.
         download: let timm download a "torch/..." dataset.
-        img_size: one number or [H, W], in training and validation. To segment, of the crops in training; whole images
-            are validated, their shorter side as long as its. To detect, the most for the shorter and for the longer
-            side. To restore, of the crops in training, and of the tiles that whole images are validated in.
-        mean: of the pixels, 0 to 1, a value a channel; the model's if not given.
-        std: the same.
-        interpolation: when resizing for validation; the model's if not given.
+        img_size: one number or [H, W]. To classify, the size of images in training and validation. To segment, the
+            size of the training crops; whole images are validated with a shorter side of its shorter side. To detect,
+            the limits of the shorter and the longer side. To restore, the size of the training crops, and of the tiles
+            in which whole images are validated.
+        mean: mean of the pixels (0 to 1), a value for each channel; the model's if not given.
+        std: their standard deviation, likewise.
+        interpolation: used to resize images for validation; the model's if not given.
         crop_pct: share of the image's side kept in validation; the model's if not given.
-        workers: processes that decode images, for each training process.
+        workers: number of processes that read images, for each training process.
         check_images: before training starts, read the header and the end of every file of a folder, and all of every
             mask.
-        exif_orientation: turn and mirror images as their EXIF orientation says; viewers do, timm and torchvision do
-            not.
-        synthetic_images: of synthetic_digits: how many to train on and to validate.
+        exif_orientation: rotate and mirror images as their EXIF orientation says. Viewers do so; timm and torchvision
+            do not.
+        synthetic_images: number of images of synthetic_digits for training and for validation.
     """
 
     dataset: str = ""
@@ -99,14 +100,14 @@ class AugmentConfig:
         scale: lower and upper bound of a random crop's share of the area.
         ratio: lower and upper bound of its aspect ratio.
         hflip: probability of a horizontal flip.
-        color_jitter: strength; not used together with auto_augment.
+        color_jitter: its strength; not used together with auto_augment.
         auto_augment: a policy in timm's notation, or none.
-        interpolation: when resizing; "random" is bilinear or bicubic.
+        interpolation: used to resize crops; "random" is bilinear or bicubic.
         re_prob: probability of erasing a random rectangle.
         re_mode: "pixel" fills it with noise, "rand" with one colour, "const" with the mean.
-        mixup: alpha; 0 for none.
-        cutmix: alpha; 0 for none.
-        smoothing: of labels.
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of cutmix; 0 for none.
+        smoothing: label smoothing.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -129,10 +130,10 @@ class SegmentConfig:
     Args:
         decoder: arguments of segmentation_models_pytorch's FPN, e.g. decoder_dropout.
         reduce_zero_label: 0 in a mask means "ignore", and classes count from 1.
-        scale: least and most of a random size, relative to data.img_size, for the image's shorter side.
+        scale: range of the image's shorter side before the crop, relative to that of data.img_size.
         most_of_one_class: a crop is drawn again, up to ten times, while one class has a larger share of its pixels.
         hflip: probability of a horizontal flip.
-        photometric: random brightness, contrast, saturation, hue, and order of the channels.
+        photometric: change brightness, contrast, saturation, hue and the order of channels at random.
     """
 
     decoder: dict[str, Any] = field(default_factory=dict)
@@ -148,11 +149,11 @@ class DetectConfig:
     """Object detection: its head, its boxes, and its augmentation, which replaces ``augment``.
 
     Args:
-        channels: of the feature pyramid and the head.
+        channels: number of channels of the feature pyramid and the head.
         anchor_scale: side of the smallest anchors, in strides of their feature map.
-        norm_groups: of a group norm after each convolution of the pyramid and the head; 0 for none.
+        norm_groups: number of groups of a group norm after each convolution of the pyramid and the head; 0 for no norm.
         hflip: probability of a horizontal flip.
-        repair_boxes: clip boxes to their image and drop boxes without area, instead of refusing them.
+        repair_boxes: clip boxes to their image and leave out boxes without area, instead of refusing them.
     """
 
     channels: int = 256
@@ -164,15 +165,15 @@ class DetectConfig:
 
 @dataclass
 class RestoreConfig:
-    """Restoration: what is undone, and what is done to training images instead of ``augment``: crops, mirrored.
+    """Restoration: the degradation to undo, and random crops and flips, which replace ``augment``.
 
-    Inputs are made from the targets, blurred, then made smaller, then with noise; or they are files, see ``data``.
+    Inputs are files (see ``data``), or made from the targets, which are blurred, then reduced, then given noise.
 
     Args:
-        scale: how many times as high and wide as its input a target is.
+        scale: factor between the sides of target and input.
         blur: standard deviation of the Gaussian, in pixels of the target.
         noise: standard deviation of the noise, in levels of 0 to 255.
-        crops: how many an epoch takes of each training image.
+        crops: number of crops of each training image in an epoch.
     """
 
     scale: int = 1
@@ -186,22 +187,22 @@ class OptimConfig:
     """Optimizer and learning-rate schedule.
 
     Args:
-        opt: an optimizer timm knows.
+        opt: timm's name of the optimizer.
         lr: the peak learning rate, for steps of global_batch images. It is used as given, never scaled.
         global_batch: images per optimizer step, over all processes and accumulated passes.
         accumulation: forward and backward passes per step; each process handles global_batch / (processes x
             accumulation) images at a time.
         weight_decay: not applied to biases and norms.
         clip_grad: largest norm of the gradient, or none.
-        epochs: of the schedule, warm-up included.
-        cooldown_epochs: added after it, at min_lr.
-        schedule: of the learning rate, a value a step.
-        decay_rate: the power of poly; what step and multistep multiply by.
-        milestones: epochs at which multistep does.
-        warmup_epochs: from warmup_lr up to lr, in a straight line.
-        warmup_lr: where it starts.
-        min_lr: where it ends.
-        ema_decay: of an averaged copy of the weights, which is then what is saved for use; 0 for none.
+        epochs: number of epochs of the schedule, warm-up included.
+        cooldown_epochs: number of further epochs at min_lr.
+        schedule: of the learning rate, which changes at every step.
+        decay_rate: the power of poly; the factor of step and multistep.
+        milestones: epochs at which multistep multiplies by it.
+        warmup_epochs: number of epochs in which the rate rises linearly from warmup_lr to lr.
+        warmup_lr: the first learning rate.
+        min_lr: the last learning rate.
+        ema_decay: decay of an averaged copy of the weights, which is then saved for use; 0 for none.
     """
 
     opt: str = "adamw"
@@ -226,7 +227,7 @@ class TrainConfig:
     """A training run.
 
     Args:
-        task: what is learned: classify, segment, detect or restore.
+        task: classify, segment, detect or restore.
         model: the model.
         data: the images.
         augment: augmentation of training images, for classification.
@@ -235,13 +236,13 @@ class TrainConfig:
         restore: settings of restoration only.
         optim: optimizer and learning-rate schedule.
         output: folder for checkpoints, logs and pictures.
-        resume: resume the run in output, if there is one.
-        seed: of everything random.
-        device: "auto" is CUDA where there is one, else the CPU.
-        amp: type of mixed precision; float16 needs CUDA, its gradients are scaled.
+        resume: continue the run in output, if there is one.
+        seed: seed of all random numbers.
+        device: e.g. cpu or cuda; "auto" is cuda if available, else cpu.
+        amp: dtype of mixed precision; float16 needs CUDA, and scales gradients.
         distributed: under torchrun, how processes share the work: replicas (ddp) or shards of the weights (fsdp).
-        save_steps: also write a checkpoint every so many steps inside an epoch; 0 for only after each epoch.
-        keep: how many of the latest checkpoints stay.
+        save_steps: number of steps after which a checkpoint is also written within an epoch; 0 for never.
+        keep: number of latest checkpoints that are kept.
         log_steps: steps between two lines of steps.jsonl.
         tensorboard: also write events for TensorBoard.
     """
@@ -272,8 +273,8 @@ FREE_TO_CHANGE |= {"data.root", "data.download", "data.workers", "data.check_ima
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The configuration of a command line: ``--recipe`` (or ``--config``) and a file or a packaged recipe's name, then
-    ``--optim.lr 1e-4`` and the like.
+    """The configuration of a command line: ``--recipe`` (or ``--config``) with a file or the name of a packaged recipe,
+    and settings such as ``--optim.lr 1e-4``.
 
     Raises:
         ValueError: an unknown key, a value of the wrong type or out of range, an unknown model.

@@ -71,7 +71,7 @@ def train(config: TrainConfig, place: Place) -> list[dict[str, float]]:
 def _train(config: TrainConfig, place: Place, folder: Path) -> list[dict[str, float]]:
     if checkpoints(folder) and not config.resume:
         raise ValueError(
-            f"output: {folder} holds a run already; pass --resume=true to go on with it, or another folder"
+            f"output: {folder} already contains a run; pass --resume=true to continue it, or another folder"
         )
     seed_everything(config.seed)
     task: Task = task_part(config.task, "training")(config, place)
@@ -81,13 +81,13 @@ def _train(config: TrainConfig, place: Place, folder: Path) -> list[dict[str, fl
 
 @contextmanager
 def _processes(config: TrainConfig) -> Iterator[Place]:
-    """Joins the processes torchrun started, if it did."""
+    """Joins the process group, if torchrun started this process."""
     kind = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if config.amp == "float16" and not kind.startswith("cuda"):
         raise ValueError("amp: float16 needs a CUDA device; accepted on others are none and bfloat16")
     rank = os.environ.get("LOCAL_RANK")
     if rank is None and config.distributed == "fsdp":
-        raise ValueError("distributed: fsdp needs processes to share the work: start with torchrun")
+        raise ValueError("distributed: fsdp needs several processes; start them with torchrun")
     device = usable_device(f"cuda:{rank}" if rank and kind == "cuda" else kind)
     if rank is None:
         yield Place(device)
@@ -102,7 +102,7 @@ def _processes(config: TrainConfig) -> Iterator[Place]:
 
 
 def _on_first(place: Place, check: Any) -> None:
-    """Runs a check in the first process only; what it raises is raised in all."""
+    """Runs a check in the first process only, and raises its error in all processes."""
     failure: list[Exception | None] = [None]
     if place.rank == 0:
         try:
@@ -126,7 +126,7 @@ class Engine:
         self.ema = ModelEmaV3(self.model, decay=optim.ema_decay, use_warmup=True) if optim.ema_decay else None
         self.runner = self._distribute()
         self.optimizer = create_optimizer_v2(self.model, optim.opt, lr=optim.lr, weight_decay=optim.weight_decay)
-        self.steps = task.batches.steps  # of an epoch
+        self.steps = task.batches.steps  # per epoch
         self.scheduler, self.epochs = create_scheduler_v2(
             self.optimizer,
             sched=optim.schedule,
@@ -142,7 +142,7 @@ class Engine:
         )
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.amp == "float16")
         self.step = 0  # steps done, over all epochs
-        self.loss_sum = 0.0  # of the steps done in this epoch
+        self.loss_sum = 0.0  # over the steps done in this epoch
         self.history: list[dict[str, float]] = []
         self.resumed_from = self._resume() if config.resume else None
 
@@ -152,7 +152,8 @@ class Engine:
 
     def _distribute(self) -> nn.Module:
         if self.config.model.compile:
-            # Images are channels-last already, and it takes (B,H,W,C) for (B,C,H,W) (dfformer_kernels/ops/conv2d.py).
+            # Images already are channels-last, and Inductor would take (B,H,W,C) for (B,C,H,W), see
+            # dfformer_kernels/ops/conv2d.py.
             self.model.compile(options={"layout_optimization": False})
         if self.place.world == 1:
             return self.model
@@ -243,7 +244,7 @@ class Engine:
         return float(total), norm
 
     def _gradients_stay_here(self, stay: bool) -> Any:
-        """For all but the last pass of a step: gradients accumulate locally before processes exchange them."""
+        """Keeps gradients local in all but the last pass of a step, after which processes exchange them."""
         if isinstance(self.runner, DistributedDataParallel):
             return self.runner.no_sync() if stay else nullcontext()
         if self.place.world > 1:
@@ -257,7 +258,7 @@ class Engine:
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _must_be_finite(self, loss: float, norm: float, batches: list[Any]) -> None:
-        """Stops before bad weights exist. Scaled gradients may overflow: the scaler then skips the step."""
+        """Raises TrainingError before weights become bad. The scaler skips steps whose scaled gradients overflow."""
         if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
             return
         bad = [name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
@@ -292,7 +293,7 @@ class Engine:
         return found[0] if found else ""
 
     def _validate(self) -> dict[str, float]:
-        """Measures of the model, and with ``ema_`` before their names of the averaged weights."""
+        """Measures of the model, and of the averaged weights with the prefix ``ema_``."""
         row: dict[str, float] = {}
         for prefix, model in (("", self.model), ("ema_", self.ema.module if self.ema else None)):
             if model is None:
@@ -307,11 +308,11 @@ class Engine:
 
     @property
     def _result(self) -> nn.Module:
-        """The model for use."""
+        """The model that is exported and drawn."""
         return self.ema.module if self.ema else self.model
 
     def _export(self) -> None:
-        """The weights for use: the latest, and the best so far."""
+        """Writes the latest weights and the best so far, for use."""
         weights = _whole_weights(self._result)
         if self.first:
             self.task.export(weights, self.folder / "last.safetensors")
@@ -325,7 +326,7 @@ class Engine:
             write_atomically(self.folder / name, partial(figure.savefig, dpi=110))
 
     def _save(self) -> None:
-        """Everything `_resume` needs. The schedule and all randomness are functions of the step."""
+        """Writes everything that `_resume` needs. The schedule and all randomness are functions of the step."""
         state = {
             "state_dict": _whole_weights(self.model),
             **({"state_dict_ema": _whole_weights(self.ema.module)} if self.ema else {}),
@@ -351,11 +352,12 @@ class Engine:
             sharded.set_model_state_dict(model, state[name], options=_WHOLE)
         try:
             own = sharded.get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)
-            if own and optimizer_layout(state["optimizer"]) != optimizer_layout(own):  # empty but in the first process
-                raise ValueError("its parameters, or what is kept of them, are not this model's")
+            # In other processes than the first, the state is empty.
+            if own and optimizer_layout(state["optimizer"]) != optimizer_layout(own):
+                raise ValueError("its parameters or their states are not those of this model")
             sharded.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_WHOLE)
             self.scaler.load_state_dict(state["scaler"])
-        except Exception as error:  # torch would pass over what is missing, and raise anything for the rest
+        except Exception as error:  # torch ignores missing entries, and raises anything for others
             raise CheckpointError(f"{path}: optimizer, scaler: do not fit this run: {reason(error)}") from error
         self.step, self.loss_sum, self.history = state["step"], state["loss_sum"], state["history"]
         return path
@@ -366,7 +368,7 @@ class Engine:
         changed = sorted(name for name in names - FREE_TO_CHANGE if before.get(name) != now.get(name))
         if changed:
             raise ValueError(
-                f"{path}: is of a run with other settings: "
+                f"{path}: was written by a run with other settings: "
                 + ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed)
             )
 
@@ -382,13 +384,13 @@ class Engine:
             f"learning rate {optim.lr:g} for that batch"
         )
         if self.resumed_from:
-            print(f"goes on from {self.resumed_from}: step {self.step}, epoch {len(self.history) + 1}")
+            print(f"resumes from {self.resumed_from}: step {self.step}, epoch {len(self.history) + 1}")
 
 
 def _built(task: Task) -> nn.Module:
     try:
         return task.build_model()
-    except TypeError as error:  # any library's model may raise it for its arguments
+    except TypeError as error:  # libraries raise it for unknown arguments
         raise ValueError(f"model.args, segment.decoder: {error}") from error
 
 
@@ -396,5 +398,5 @@ _WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def _whole_weights(model: nn.Module) -> dict[str, Any]:
-    """The state dict on the CPU, put together from all processes' shards: in the first process, empty in others."""
+    """The state dict on the CPU, gathered from the shards of all processes; empty in all but the first process."""
     return sharded.get_model_state_dict(model, options=_WHOLE)

@@ -1,4 +1,4 @@
-"""The logs of a training run: steps, epochs, a learning curve, lines on the screen, messages of an interruption."""
+"""Logs of a training run: steps, epochs, a learning curve, printed lines, and the message of an interruption."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ STEPS, EPOCHS = "steps.jsonl", "epochs.csv"
 
 
 class Log:
-    """``steps.jsonl``, ``epochs.csv``, ``learning_curve.png``, events for TensorBoard on request, lines on the screen.
+    """``steps.jsonl``, ``epochs.csv``, ``learning_curve.png``, printed lines, and events for TensorBoard if requested.
 
     When a run is resumed, lines logged after the step it resumes from are removed.
     """
@@ -38,7 +38,7 @@ class Log:
         _write(steps, "".join(f"{line}\n" for line in kept))
         self.steps = steps.open("a", encoding="utf-8", buffering=1)
         _write(folder / "config.json", json.dumps(asdict(config), indent=2))
-        if history:  # a run may be killed between writing an epoch's checkpoint and its line
+        if history:  # an earlier run may have been killed before it wrote the last row
             self._write_epochs(history)
         self.events = _tensorboard(folder, step) if config.tensorboard else None
 
@@ -77,13 +77,13 @@ class Log:
 
 
 def epoch_line(row: Mapping[str, float | str]) -> str:
-    """An epoch's measures as they are shown, of a row of ``epochs.csv`` too."""
+    """A printed line with an epoch's measures, or with those of a row of ``epochs.csv``."""
     shown = "  ".join(f"{name} {float(value):.4g}" for name, value in row.items() if name not in ("epoch", "step"))
     return f"epoch {row['epoch']}  {shown}"
 
 
 def interruption(folder: Path, arguments: Sequence[str], distributed: bool) -> str:
-    """What to say when a run in ``folder`` was interrupted: the last epoch, what is saved, and how to go on."""
+    """The message for an interrupted run: its last epoch, the saved files, and how to resume it."""
     lines = ["training was interrupted"]
     if rows := list(csv.DictReader(_whole_lines(folder / EPOCHS))):
         lines.append(f"last finished epoch: {epoch_line(rows[-1])}")
@@ -104,7 +104,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The whole lines of a file, if there is one: the last may have been cut off."""
+    """The lines of a file, if it exists, without a last line that was cut off."""
     return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
 
 

@@ -1,4 +1,4 @@
-"""The recipes that come with the package, by name: they are files of the wheel, and of recipes/ in a checkout."""
+"""The packaged recipes by name. They are files in the wheel, or in recipes/ of a checkout."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def packaged_recipes() -> dict[str, Path]:
     """Every recipe of the package by name.
 
     Raises:
-        FileNotFoundError: none is installed; names the places.
+        FileNotFoundError: none is installed; the message names the folders.
     """
     package = Path(dfformer.__file__).parent
     places = (package / "recipes", package.parent / "recipes")
@@ -42,8 +42,8 @@ def find_recipe(name: str) -> Path:
 
 
 def with_recipe_files(arguments: list[str]) -> list[str]:
-    """``train``'s arguments with the files of recipes in place of their names, and these first: others overrule them,
-    wherever they are given."""
+    """``train``'s arguments with recipes' names replaced by files, and with recipes first, so that all other arguments
+    take precedence."""
     recipes, others, rest = [], [], iter(arguments)
     for argument in rest:
         flag, assigned, value = argument.partition("=")
@@ -52,5 +52,5 @@ def with_recipe_files(arguments: list[str]) -> list[str]:
         elif name := value if assigned else next(rest, ""):
             recipes.append(f"{flag}={find_recipe(name)}")
         else:
-            others.append(argument)  # for the parser to refuse
+            others.append(argument)  # the parser reports the missing value
     return recipes + others

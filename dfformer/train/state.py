@@ -28,12 +28,13 @@ _held: set[Path] = set()
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a run's folder for this process; the lock ends with the process, however it ends.
+    """Locks a run's folder for this process. The lock ends with the process, however that ends.
 
-    A record lock: forked worker processes do not inherit it. Where the file system has no locks there is none.
+    It is a record lock, so forked worker processes do not inherit it. On a file system without locks there is only a
+    warning.
 
     Raises:
-        ValueError: another training has the folder.
+        ValueError: another training uses the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     key = folder.resolve()
@@ -99,14 +100,14 @@ def load_latest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in reversed(found):
         if _is_whole(path):
             return path, _checked_state(path, read_pickle(path))
-        print(f"passed over a damaged checkpoint: {path}", file=sys.stderr)
+        print(f"skipped a damaged checkpoint: {path}", file=sys.stderr)
     if found:
         raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints can be read")
     return None
 
 
 def _checked_state(path: Path, state: Any) -> dict[str, Any]:
-    """A checkpoint's digest says that it is whole, not who wrote it: its types are checked before use."""
+    """The state, with the types that `save_state` writes: a digest shows that a file is complete, not who wrote it."""
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: is not the state of a training run")
     for name, accepts in _STATE.items():
@@ -116,7 +117,7 @@ def _checked_state(path: Path, state: Any) -> dict[str, Any]:
 
 
 def optimizer_layout(state: dict[str, Any]) -> Any:
-    """What an optimiser's state is of: its groups' parameters, and the names and shapes of what is kept of each."""
+    """The structure of an optimiser's state: the names and shapes of each parameter's state, and the groups."""
     kept = {
         name: {key: getattr(value, "shape", ()) for key, value in of.items()} for name, of in state["state"].items()
     }

@@ -1,4 +1,4 @@
-"""YAML from an untrusted source: plain values only, none of them endless, deep or repeated."""
+"""YAML from an untrusted source: no tags, aliases, repeated keys, deep nesting or very long numbers."""
 
 import math
 from collections.abc import Iterable
@@ -18,8 +18,8 @@ def load(text: str) -> Any:
     """The value of a recipe, or of a setting on the command line.
 
     Raises:
-        ValueError: the text is too long, nested too deep, has an alias, a tag, a key twice, or a number that is not
-            finite or has no end. yaml.YAMLError: it is not YAML.
+        ValueError: the text is too long or nested too deep, or it has an alias, a tag, a repeated key, or an
+            infinite or very long number. yaml.YAMLError: it is not YAML.
     """
     if len(text) > _MOST_TEXT:
         raise ValueError(f"YAML: has {len(text)} characters, accepted are {_MOST_TEXT}")
@@ -31,7 +31,7 @@ def load(text: str) -> Any:
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"YAML: has the alias *{event.anchor[:40]}, write its value instead")
         if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:
-            raise ValueError(f"YAML: has the tag {event.tag[:60]}, accepted are plain values")
+            raise ValueError(f"YAML: has the tag {event.tag[:60]}, accepted are values without tags")
         if isinstance(event, yaml.ScalarEvent) and _is_endless(event.value):
             raise ValueError(f"YAML: {event.value[:20]}... is a number of {len(event.value)} characters")
     node = yaml.compose(text, Loader=get_yaml_default_loader())
@@ -52,7 +52,7 @@ def _check_keys(node: yaml.Node) -> None:
         for key, value in node.value:
             name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""
             if name in seen:
-                raise ValueError(f"YAML: {name[:60]!r} is there twice")
+                raise ValueError(f"YAML: the key {name[:60]!r} is repeated")
             seen.add(name)
             _check_keys(value)
     elif isinstance(node, yaml.SequenceNode):

@@ -1,13 +1,13 @@
-"""Devices by name, refused before anything else is done where they cannot be used."""
+"""Devices by name. A device that cannot be used is refused before anything else is done."""
 
 import torch
 
 
 def usable_device(name: str) -> torch.device:
-    """The device called ``name``, as torch writes them: ``cpu``, ``cuda``, ``cuda:1``.
+    """The device called ``name`` in torch, e.g. ``cpu``, ``cuda`` or ``cuda:1``.
 
     Raises:
-        ValueError: there is no such device here, and why.
+        ValueError: the device cannot be used here; the message says why.
     """
     try:
         device = torch.device(name)

@@ -1,4 +1,4 @@
-"""The authors' formulation, to compare with: every step a torch operation of its own under torch's own autograd."""
+"""The authors' formulation as a baseline: every step is a separate torch operation under torch's own autograd."""
 
 import copy
 from typing import TypeVar
@@ -13,11 +13,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class _Linear(nn.Linear):
-    """Not exactly ``nn.Linear``, so that nothing is fused with it: the result is ``F.linear``'s."""
+    """Not exactly ``nn.Linear``, so it is never fused and always calls ``F.linear``."""
 
 
 class _Conv2d(nn.Conv2d):
-    """Not exactly ``nn.Conv2d``, so that torch.compile sees torch's own."""
+    """Not exactly ``nn.Conv2d``, so torch.compile sees torch's own convolution."""
 
 
 class _StarReLU(StarReLU):
@@ -46,12 +46,12 @@ EAGER: dict[type[nn.Module], type[nn.Module]] = {
 
 def eager_baseline(model: ModuleT) -> ModuleT:
     """A copy of ``model`` in the authors' formulation: torch.fft for the filter step,
-    StarReLU as separate operations, ``F.linear``, nothing recomputed in backward."""
+    separate operations for StarReLU, ``F.linear``, and no recomputation in backward."""
     return with_classes(model, EAGER)
 
 
 def with_classes(model: ModuleT, classes: dict[type[nn.Module], type[nn.Module]]) -> ModuleT:
-    """A copy of ``model`` whose modules of exactly these classes are of those, subclasses with another forward."""
+    """A copy of ``model``. Modules whose class is a key of ``classes`` have the class that it maps to instead."""
     model = copy.deepcopy(model)
     for module in model.modules():
         module.__class__ = classes.get(type(module), type(module))

@@ -1,4 +1,4 @@
-"""Files written whole or not at all: a full disk, an error or a crash leaves what was there before."""
+"""Writes files completely or not at all: after a full disk, an error or a crash the old file is still there."""
 
 import json
 import math
@@ -38,27 +38,27 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.chmod(mode)
         temporary.replace(path)
         if os.name == "posix":  # elsewhere a folder cannot be opened
-            with suppress(OSError):  # some network file systems refuse; the file is in its place
+            with suppress(OSError):  # some network file systems do not support it; the file is already in place
                 _sync(path.parent, os.O_RDONLY)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what writers that were killed left in ``folder``; nobody may be writing there."""
+    """Removes the temporary files of killed writers from ``folder``, in which no writer may be active."""
     for path in folder.glob(".*.partial"):
         if _PARTIAL.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Gives ``path`` what ``write`` puts into a binary file; see `replacing`."""
+    """Opens a file in binary mode, calls ``write`` with it, and gives it the name ``path``; see `replacing`."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         write(file)
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Writes ``content`` as JSON that every parser reads: numbers that are not finite become null; see `replacing`."""
+    """Writes ``content`` as JSON; numbers that are not finite become null, which every parser accepts."""
     text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 

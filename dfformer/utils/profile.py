@@ -1,4 +1,4 @@
-"""Counting what a model costs: parameters, multiply-adds (transforms and mixing included), activations."""
+"""Counts a model's parameters, multiply-adds (including transforms and mixing), and activations."""
 
 import math
 from collections.abc import Callable
@@ -20,12 +20,12 @@ class Profile:
     macs: int  # linear, convolution, spectral (one multiply and one add each)
     spectral_macs: int  # the part of macs in transforms, filter mixing and products
     activations: int  # output elements of linear, convolution and filter layers
-    saved_bytes: int  # what one training forward keeps for backward, parameters excluded
+    saved_bytes: int  # that one training forward keeps for backward, without the parameters
     planes: tuple[tuple[int, int, int], ...]  # H, W, C of every stage
 
 
 def profile(make_model: Callable[[], nn.Module], img_size: tuple[int, int], in_chans: int = 3) -> Profile:
-    """Profiles the model that ``make_model`` builds, on (H, W) images, without computing anything (meta device).
+    """Profiles the model that ``make_model`` builds, on (H, W) images, on the meta device, without computing anything.
 
     A real 2-D transform of N points counts 2.5 N log2 N flops, the usual figure, that is 1.25 N log2 N multiply-adds a
     channel; mixing F filters 2F and the complex product 4 for each kept frequency and channel.

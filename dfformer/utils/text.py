@@ -1,11 +1,11 @@
-"""Text for people: names that may hold anything, and lists that may be long."""
+"""Text for messages: escapes names from untrusted sources, and shortens long lists."""
 
 import re
 import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-# How libraries advise to load a file without protection.
+# Words of libraries' advice to load a file without protection.
 _ADVICE = re.compile(
     r"weights_only|safe_globals|re-?running|torch\.load|trusted|arbitrary code|file an issue", re.IGNORECASE
 )
@@ -31,7 +31,7 @@ def abbreviate(names: Sequence[str], limit: int = 5) -> str:
 
 
 def without_advice(text: str) -> str:
-    """``text`` of a library without the sentences that advise to load a file without protection."""
+    """A library's ``text`` without the sentences that advise to load a file without protection."""
     if not _ADVICE.search(text):
         return text
     sentences = re.split(r"(?<=[.!?])\s+|\n+", text)
@@ -39,6 +39,6 @@ def without_advice(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An error of a library in one line: what it is and its first line, `without_advice`."""
+    """A library's error in one line: its type and its first line, `without_advice`."""
     told = without_advice(str(error)).strip()
     return f"{type(error).__name__}: {told.splitlines()[0] if told else ''}"[:300].removesuffix(": ")

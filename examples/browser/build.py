@@ -1,9 +1,9 @@
-"""Builds the page on which a digit is drawn, read by a model, and shown with the filters that it makes for itself.
+"""Builds a page on which you draw a digit; a model reads it, and the page shows the filters that the digit gets.
 
     python examples/browser/build.py demo/digits.safetensors FOLDER
     python -m http.server --directory FOLDER
 
-It needs the `export` extra, and npm, which brings onnxruntime-web. The model runs in the page; nothing is sent away.
+It needs the `export` extra, and npm to install onnxruntime-web. The model runs in the page, which sends nothing.
 """
 
 import base64
@@ -30,7 +30,7 @@ RUNTIME_FILES = ("ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd
 
 
 def write_model(checkpoint: Path, folder: Path) -> None:
-    """model.onnx with what the routing of each layer picks as further outputs, and model.json with their bases."""
+    """Writes model.onnx, which also outputs the routing weights of each layer, and model.json with their bases."""
     model, classes = load_model(checkpoint)
     path = folder / "model.onnx"
     _, H, W = resolve_model_data_config(model)["input_size"]

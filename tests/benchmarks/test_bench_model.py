@@ -15,7 +15,7 @@ import figures
 import model_providers
 import pytest
 import torch
-from model_providers import AUTHORS, COMPILED, CONVFORMER, EAGER, INFERENCE, TRAINING, Entry, Problem, Row
+from model_providers import AUTHORS, COMPILED, CONVFORMER, EAGER, INFERENCE, TRAINING, Entry, ModelProblem, Row
 from paths import ROOT
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from dfformer_kernels.tolerance import BOUND
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RESULTS = ROOT / "benchmarks/results"
-SMALL = Problem(INFERENCE, "float32", EAGER, 1, (64, 64))
+SMALL = ModelProblem(INFERENCE, "float32", EAGER, 1, (64, 64))
 ROW = Row(INFERENCE, "float32", EAGER, 1, 64, 64, "dfformer_s18", 3, 20.0, 50.0, 2**20, None, 1e-6)
 MACHINE: dict[str, Any] = {
     "machine": "a processor",
@@ -38,17 +38,17 @@ MACHINE: dict[str, Any] = {
 }
 
 
-def covered(only: list[str], device: str = "cpu", quick: bool = False) -> dict[Problem, list[str]]:
+def covered(only: list[str], device: str = "cpu", quick: bool = False) -> dict[ModelProblem, list[str]]:
     return dict(model_providers.problems(model_providers.selection(only, quick), device))
 
 
 def test_selection() -> None:
     found = covered(["training", "float32", "b8", "224", "384", "dfformer_s18", "swin_tiny"])
-    eager = [Problem(TRAINING, "float32", EAGER, 8, (n, n)) for n in (224, 384)]
-    compiled = Problem(TRAINING, "float32", COMPILED, 8, (224, 224))
+    eager = [ModelProblem(TRAINING, "float32", EAGER, 8, (n, n)) for n in (224, 384)]
+    compiled = ModelProblem(TRAINING, "float32", COMPILED, 8, (224, 224))
     assert found == {**{problem: ["dfformer_s18", "swin_tiny"] for problem in eager}, compiled: ["dfformer_s18"]}
     assert covered(["427x640", "b1", INFERENCE, "float32"]).keys() == {
-        Problem(INFERENCE, "float32", EAGER, 1, (427, 640))
+        ModelProblem(INFERENCE, "float32", EAGER, 1, (427, 640))
     }
 
 
@@ -65,7 +65,7 @@ def test_plan(device: str) -> None:
     assert {p.size for p in found} == set(model_providers.SIZES)
     assert {p.batch for p in found} == {1, 8}
     assert all(p.size in ((224, 224), (1024, 1024)) for p in found if p.mode == COMPILED)
-    assert (Problem(TRAINING, "float32", EAGER, 8, (1536, 1536)) in found) == (device == "cuda")
+    assert (ModelProblem(TRAINING, "float32", EAGER, 8, (1536, 1536)) in found) == (device == "cuda")
 
 
 def test_an_unknown_word_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +158,7 @@ def test_a_wrong_provider_is_found(task: str, logits: float, gradients: float, r
 
 
 @contextmanager
-def answering(name: str, problem: Problem, setting: model_providers.Setting) -> Any:
+def answering(name: str, problem: ModelProblem, setting: model_providers.Setting) -> Any:
     """In place of a process: the provider's name is what it does."""
     yield name
 

@@ -17,7 +17,7 @@ import op_providers
 import pytest
 import torch
 from bench_op import Budget
-from op_providers import BOTH, FORWARD, Problem, Provider, Row, Setting
+from op_providers import BOTH, FORWARD, Provider, Row, Setting, StepProblem
 from paths import ROOT
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from dfformer_kernels import backends, reference
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RESULTS = ROOT / "benchmarks/results"
-TINY = Problem("dynamic_filter", torch.float32, (2, 6, 5, 3), True)
+TINY = StepProblem("dynamic_filter", torch.float32, (2, 6, 5, 3), True)
 BRIEF = Budget(0, 1e-5)
 ROW = Row(
     *("dynamic_filter", "float32", True, 1, 8, 8, 4, FORWARD, "cpu", "avx512", 2, 5),
@@ -151,7 +151,7 @@ def test_a_wrong_provider_raises(monkeypatch: pytest.MonkeyPatch, run: Any, call
 
     monkeypatch.setattr(bench_op, "_median_seconds", counted)
     providers = op_providers.available_providers("dynamic_filter", Setting(1), quick=True)
-    with pytest.raises(ValueError, match="bad is wrong on Problem"):
+    with pytest.raises(ValueError, match="bad is wrong on StepProblem"):
         bench_op.measure(TINY, providers, 100.0, BRIEF)
     assert timed == calls
 
@@ -207,7 +207,7 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 def test_out_of_memory_leaves_a_problem_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def measure(problem: Problem, *args: object) -> list[Row]:
+    def measure(problem: StepProblem, *args: object) -> list[Row]:
         if problem.op == "global_filter":
             raise torch.OutOfMemoryError("8 GiB more are needed")
         return [ROW]

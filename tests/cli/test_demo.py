@@ -37,16 +37,16 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_demo_writes_everything(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--output", str(output), "--seed", "3", "--quick"]) == 0
-    report = (output / "report.md").read_text()
-    pictures = {path.name for path in output.glob("*.png")}
-    assert pictures == {name for name in pictures if f"({name})" in report}, "every picture is in the report"
+    report = (output / "report.html").read_text()
+    pictures = {path.stem for path in output.glob("*.png")}
+    assert pictures == {name for name in pictures if f'"name": "{name}"' in report}, "every picture is in the report"
     assert len(pictures) == 6
     for picture in output.glob("*.png"):
         assert np.asarray(Image.open(picture).convert("L")).std() > 5, f"{picture.name} shows nothing"
     content = json.loads((output / "report.json").read_text())
     assert content["seed"] == 3
     assert content["digits"]["reload_difference"] == 0
-    assert all(photo["error"] < 1e-5 and photo["fused_mib"] < photo["plain_mib"] for photo in content["photos"])
+    assert all(photo["difference"] < 1e-5 and photo["fused_mib"] < photo["eager_mib"] for photo in content["photos"])
     assert main(["predict", "--checkpoint", str(output / "digits.safetensors"), str(output / "digits")]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 10
 
@@ -54,7 +54,7 @@ def test_demo_writes_everything(output: Path, capsys: pytest.CaptureFixture[str]
 def test_demo_fails_below_its_target(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "QUICK", demo.Effort(epochs=1, target=1.01, repetitions=1))
     assert main(["demo", "--output", str(output), "--quick"]) == 2
-    assert not (output / "report.md").exists()
+    assert not (output / "report.html").exists()
 
 
 def test_split_is_stratified_and_disjoint() -> None:

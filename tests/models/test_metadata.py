@@ -189,7 +189,7 @@ def test_text_that_is_no_metadata(text: str, tmp_path: Path, weights: dict[str, 
 
 def test_a_million_equal_keys_take_no_time() -> None:
     text = "{" + ", ".join(f'"{n}": 1' for n in range(200_000)) + ', "5": 1}'
-    with pytest.raises(ValueError, match="'5': is there twice"):
+    with pytest.raises(ValueError, match="'5': is repeated"):
         parse_json(text)
 
 

@@ -116,7 +116,7 @@ def test_a_model_of_rgb_images_on_grey_data(tmp_path: Path) -> None:
 
 NO_CLASSIFIERS: dict[str, tuple[dict[str, Any], str]] = {
     "four-channels": ({"in_chans": 4}, "in_chans: the model takes images of 4 channels, accepted are 1 (grey) and 3"),
-    "every-position": ({"global_pool": ""}, "the model puts out (1, 1, 1, 3), accepted are logits (B,classes)"),
+    "every-position": ({"global_pool": ""}, "the model returns (1, 1, 1, 3), accepted are logits (B,classes)"),
     "no-classes": ({"num_classes": 0}, "0"),
 }
 

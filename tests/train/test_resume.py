@@ -33,7 +33,7 @@ def test_another_run_is_neither_overwritten_nor_mixed_up(
     run = ["--output", str(tmp_path / "run")]
     shutil.copytree(expected, tmp_path / "run")
     assert main([*command, *run]) == 2
-    assert "holds a run already; pass --resume=true" in capsys.readouterr().err
+    assert "already contains a run; pass --resume=true" in capsys.readouterr().err
     assert main([*command, *run, "--resume", "true", "--optim.lr", "0.5"]) == 2
     assert "optim.lr was 0.001, is 0.5" in capsys.readouterr().err
     assert main([*command, *run, "--resume", "true"]) == 0
@@ -55,8 +55,8 @@ def test_a_damaged_latest_checkpoint(
     latest.write_bytes(damaged[damage])
     assert main([*command, "--output", str(run), "--keep", "3", "--resume", "true"]) == 0
     printed = capsys.readouterr()
-    assert f"passed over a damaged checkpoint: {latest}" in printed.err
-    assert f"goes on from {run / 'checkpoint-00000005.pt'}" in printed.out
+    assert f"skipped a damaged checkpoint: {latest}" in printed.err
+    assert f"resumes from {run / 'checkpoint-00000005.pt'}" in printed.out
     assert_same_result(run, expected)
 
 

@@ -92,7 +92,7 @@ MISSES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: analysis.capture(small(), analysis.blocks(small(), "head"), torch.randn(1, 3, 32, 32)),
         "head did not run",
     ),
-    "vector": (lambda: spectra_of_head(), r"head puts out \(1, 3\)"),
+    "vector": (lambda: spectra_of_head(), r"head returns \(1, 3\)"),
     "three-images": (lambda: analysis.hsic(torch.eye(3)[None], torch.eye(3)[None]), "got 3 in a batch"),
 }
 
@@ -240,7 +240,7 @@ def test_hsic_is_the_u_statistic() -> None:
 
 
 class Features(nn.Module):
-    """Layers that put out what is given to them, transformed."""
+    """Layers that return a transformation of their input."""
 
     def __init__(self, **transforms: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -73,15 +73,7 @@ def export(
     """
     path = Path(path)
     chosen = _chosen_format(path, format, fused)
-    if path.is_dir() and chosen is not FORMATS["coreml"]:
-        accepted = f"a file name ending in {chosen.suffix}" if chosen.suffix else "a new folder"
-        raise IsADirectoryError(f"path: {path} is a directory, accepted is {accepted}")
-    if not chosen.traced and not (architecture and is_ours(architecture)):
-        raise ValueError(
-            f"architecture: got {architecture!r}, safetensors and hub accept this package's models, e.g. 'dfformer_s18'"
-        )
-    if not chosen.traced and isinstance(model, InferenceModel):
-        raise ValueError("model: is optimised for inference; safetensors and hub accept the one it was made from")
+    _check(model, path, chosen, architecture)
     H, W = to_2tuple(img_size)
     source = _source(model, (H, W), fused)
     data = {key: value for key, value in resolve_model_data_config(source.model).items() if key in _DATA_KEYS}
@@ -91,11 +83,28 @@ def export(
         classes=classes,
         data={**data, "input_size": tuple(source.images.shape[1:])},
     )
+    return _write(source, path, chosen)
+
+
+def _check(model: nn.Module, path: Path, chosen: Format, architecture: str | None) -> None:
+    if path.is_dir() and chosen is not FORMATS["coreml"]:
+        accepted = f"a file name ending in {chosen.suffix}" if chosen.suffix else "a new folder"
+        raise IsADirectoryError(f"path: {path} is a directory, accepted is {accepted}")
+    if not chosen.traced and not (architecture and is_ours(architecture)):
+        raise ValueError(
+            f"architecture: got {architecture!r}, safetensors and hub accept this package's models, e.g. 'dfformer_s18'"
+        )
+    if not chosen.traced and isinstance(model, InferenceModel):
+        raise ValueError("model: is optimised for inference; safetensors and hub accept the one it was made from")
+
+
+def _write(source: Source, path: Path, chosen: Format) -> float:
+    """Writes beside ``path``, compares, then moves the file or folder to its name; returns the error."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    error = math.nan
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         written = Path(folder) / path.name
         chosen.write(source, written)
-        error = math.nan
         if chosen.runs_here:
             error = _largest_error(source, chosen.load(written), any_size=not chosen.traced)
             if not error <= BOUND:

@@ -6,6 +6,7 @@ import pickle
 import pkgutil
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from dfformer.cli.commands import COMMANDS, Command
 from dfformer.utils.suggest import did_you_mean
@@ -111,6 +112,7 @@ def _parsed(prog: str, command: Command, argv: list[str]) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')}: got {value}, accepted are numbers from {least} up")
     for name in _models(arguments):
         _check_model(name)
+    _check_model_args(arguments)
     return arguments
 
 
@@ -126,6 +128,16 @@ def _check_model(name: str) -> None:
 
     if ":" not in name and not timm.is_model(name):  # a prefix such as hf-hub: names another source
         raise ValueError(f"--model: got {name!r}, which timm does not know{did_you_mean(name, timm.list_models())}")
+
+
+def _check_model_args(arguments: argparse.Namespace) -> None:
+    given: dict[str, Any] = getattr(arguments, "model_args", {})
+    if "pretrained" in given:
+        raise ValueError("--model-args.pretrained: is not accepted here, weights are --checkpoint's or --pretrained's")
+    if given:
+        from dfformer.models.metadata import check_model_args
+
+        check_model_args(arguments.model, given, "--model-args.")
 
 
 def _message(error: Exception) -> str:

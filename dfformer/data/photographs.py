@@ -36,7 +36,7 @@ def _photograph(name: str) -> Image.Image:
         import skimage
         from sklearn.datasets import load_sample_image
     except ImportError as error:
-        raise RuntimeError(f"the photographs need {error.name}: pip install 'dfformer[train,dense]'") from error
+        raise RuntimeError(f"the photographs need what pip install 'dfformer[train,dense]' brings: {error}") from error
     if "." in name:
         return read_image(Path(skimage.__file__).parent / "data" / name, "RGB")
     return Image.fromarray(np.array(load_sample_image(f"{name}.jpg")))

@@ -1,5 +1,6 @@
 """Transforms of images for models: timm's, and the one rule for resizing whole images."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,9 +8,14 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from torchvision.transforms import v2
 
-from dfformer.utils.text import reason
-
 LONGEST = 4  # the most that a resized image's longer side may be, in shorter sides
+# timm's notation of augmentation: a policy and sections, each with a number that is not large.
+_NUMBER = r"\d{1,3}(\.\d{1,4})?"
+_POLICY = re.compile(
+    rf"rand(-(m\d\d?|n[1-9]|p{_NUMBER}|mstd{_NUMBER}|mmax\d\d?|inc[01]|t(weights|3aw|3a)))*"
+    rf"|augmix(-(m\d\d?|w[1-9]|d[1-9]|a(?=[0.]*[1-9]){_NUMBER}|b[01]|mstd{_NUMBER}))*"
+    rf"|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"
+)
 _MOST_ELONGATED = 64  # ratio of sides; timm would enlarge a longer strip to gigabytes before it crops
 
 
@@ -56,15 +62,20 @@ class _CutStrip:
         return image.crop((left, top, left + size[0], top + size[1]))
 
 
+def check_auto_augment(policy: str | None) -> None:
+    """Raises ValueError unless timm knows all of ``policy``: it passes over some of what it does not know."""
+    if policy is not None and not _POLICY.fullmatch(policy):
+        raise ValueError(
+            f"augment.auto_augment: got {policy[:60]!r}, accepted are, with these or other numbers, rand and any of "
+            "-m9 -n2 -p0.5 -mstd0.5 -mmax10 -inc1 -tweights, augmix and any of -m3 -w3 -d2 -a1 -b1 -mstd0.5, and "
+            "original, originalr, v0, v0r or 3a, which may have -mstd0.5"
+        )
+
+
 def training_transform(input_size: tuple[int, int, int], **augment: Any) -> Any:
     """`timm.data.create_transform` for training, to uint8, with augmentation that runs with any version of Pillow."""
-    try:
-        transform = create_transform(input_size, is_training=True, use_prefetcher=True, **augment)
-    except Exception as error:  # timm's own checks raise anything
-        policy = augment.get("auto_augment")
-        raise ValueError(
-            f"augment: got auto_augment={policy!r}, of which timm makes nothing: {reason(error)}"
-        ) from error
+    check_auto_augment(augment.get("auto_augment"))
+    transform = create_transform(input_size, is_training=True, use_prefetcher=True, **augment)
     for op in _augment_ops(transform):
         if op.name.startswith("Posterize"):
             op.aug_fn = _posterize

@@ -68,7 +68,7 @@ def optimize_for_inference(
     left_alone: list[LeftAlone] = []
     # load_state_dict could not change tensors that were created in inference mode.
     with torch.inference_mode(False), torch.no_grad():
-        served = deepcopy(model).eval().requires_grad_(False)
+        served = deepcopy(model, _results(model)).eval().requires_grad_(False)
         if img_size is not None:
             _fix_filters(served, to_2tuple(img_size))
         shared = _shared(served)
@@ -154,7 +154,7 @@ def _against_folding(norm: nn.Module, reader: nn.Module, shared: set[int]) -> li
     reasons = reasons_against(norm, nn.LayerNorm)
     if not reasons:
         assert isinstance(norm, nn.LayerNorm)
-        weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+        weight, bias = (getattr(norm, name) for name in ("weight", "bias"))
         if weight is None or bias is not None or len(norm.normalized_shape) != 1:
             reasons.append("it is no layer norm of the channels with a scale alone")
     if type(reader) not in _READERS:
@@ -168,6 +168,12 @@ def _against_folding(norm: nn.Module, reader: nn.Module, shared: set[int]) -> li
             against.append("other layers have its weight")
         reasons += [f"its reader's {path}: {reason}" for reason in against]
     return reasons
+
+
+def _results(model: nn.Module) -> dict[int, Any]:
+    """Copies of tensors that modules computed and keep, such as a pruned weight; torch's deepcopy refuses those."""
+    tensors = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    return {id(t): t.detach().clone() for t in tensors if not t.is_leaf}
 
 
 def _shared(model: nn.Module) -> set[int]:

@@ -196,9 +196,9 @@ def check_settings(values: Mapping[Any, Any], table: Mapping[str, Kind], prefix:
             raise ValueError(f"{prefix}{name}: got {shortened(value)}, accepted are {table[name].words}")
 
 
-def check_model_args(architecture: str, args: Mapping[str, Any], prefix: str = "model_args.") -> None:
-    """Raises ValueError for arguments that ``architecture`` cannot be created with from a file."""
-    check_settings(args, MODEL_ARGS if is_ours(architecture) else TIMM_ARGS, prefix)
+def check_model_args(architecture: str | None, args: Mapping[str, Any], prefix: str = "model_args.") -> None:
+    """Raises ValueError for arguments that ``architecture``, None for any of this package, cannot be created with."""
+    check_settings(args, MODEL_ARGS if architecture is None or is_ours(architecture) else TIMM_ARGS, prefix)
 
 
 def check_architecture(architecture: str) -> None:

@@ -23,6 +23,7 @@ from dfformer.models.blocks import (
 from dfformer.models.filter_resize import check_rule
 from dfformer.models.layers import Activation, MlpHead, StarReLU
 from dfformer.models.spectral import DynamicFilter, SpectralFilter
+from dfformer.utils.accepted import COUNT, COUNT_OR_0, MODULE, RATE, SCALE, check_arguments
 from dfformer_kernels.ops.conv2d import output_plane
 
 # (kernel size, padding) of the stem and of the downsampling convolutions.
@@ -104,9 +105,14 @@ class DFFormer(nn.Module):
     ) -> None:
         super().__init__()
         check_rule(resize)
-        _check_at_least(1, in_chans=in_chans, depths=depths, dims=dims, strides=strides)
-        _check_at_least(0, num_classes=num_classes)
-        _check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate)
+        scales = {"res_scale_init_values": res_scale_init_values, "layer_scale_init_values": layer_scale_init_values}
+        check_arguments(COUNT, in_chans=in_chans)
+        check_arguments(COUNT, lists=True, img_size=img_size, depths=depths, dims=dims, strides=strides)
+        check_arguments(COUNT_OR_0, num_classes=num_classes)
+        check_arguments(RATE, drop_rate=drop_rate, drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate)
+        check_arguments(SCALE, lists=True, **scales)
+        check_arguments(MODULE, lists=True, token_mixers=token_mixers, norm_layers=norm_layers)
+        check_arguments(MODULE, mlp_act=mlp_act, output_norm=output_norm, downsample_norm=downsample_norm or norm)
         self.in_chans, self.drop_rate, self.use_mlp_head = in_chans, drop_rate, use_mlp_head
         self.num_classes = 0 if fork_feat else num_classes
         self.fork_feat, self.grad_checkpointing = fork_feat, False
@@ -146,6 +152,8 @@ class DFFormer(nn.Module):
         last_block = max(sum(depths) - 1, 1)
         drop_path = (drop_path_rate * number / last_block for number in range(sum(depths)))
         plane, channels, reduction = to_2tuple(img_size), self.in_chans, 1
+        if len(plane) != 2:
+            raise ValueError(f"img_size: got {img_size!r}, accepted are a number and (H, W)")
         for i, depth in enumerate(depths):
             dim, mixer, res_scale, layer_scale, norm_layer, stride = (values[i] for values in per_stage.values())
             kernel_size, padding = STEM if i == 0 else DOWNSAMPLE
@@ -269,7 +277,7 @@ class DFFormer(nn.Module):
         """
         if self.fork_feat and num_classes:
             raise ValueError(f"num_classes: got {num_classes}, a model with fork_feat=True has no head")
-        _check_at_least(0, num_classes=num_classes)
+        check_arguments(COUNT_OR_0, num_classes=num_classes)
         if global_pool is not None:
             self.global_pool = _pool(global_pool)
         if reset_other:
@@ -363,6 +371,8 @@ def _pool(pool_type: str) -> nn.Module:
 
 def _per_stage(depths: Sequence[int], **arguments: Any) -> dict[str, list[Any]]:
     """For each argument a list with one value per stage; an argument that is no list or tuple holds for all stages."""
+    if not isinstance(depths, list | tuple):
+        raise ValueError(f"depths: got {depths!r}, accepted are lists of whole numbers, one for each stage")
     stages = len(depths)
     lists = {name: list(v) if isinstance(v, list | tuple) else [v] * stages for name, v in arguments.items()}
     for name, values in lists.items():
@@ -379,16 +389,3 @@ def _with_arguments(mixers: list[TokenMixer], arguments: dict[str, Any]) -> list
     if unknown := arguments.keys() - set().union(*taken):
         raise TypeError(f"DFFormer.__init__() got an unexpected keyword argument {min(unknown)!r}")
     return [partial(mixer, **{n: arguments[n] for n in names}) for mixer, names in zip(mixers, taken, strict=True)]
-
-
-def _check_at_least(least: int, **arguments: int | Sequence[int]) -> None:
-    for name, value in arguments.items():
-        values = value if isinstance(value, Sequence) else [value]
-        if not values or min(values) < least:
-            raise ValueError(f"{name}: got {value}, accepted are numbers from {least}")
-
-
-def _check_rates(**rates: float) -> None:
-    for name, rate in rates.items():
-        if not 0 <= rate <= 1:
-            raise ValueError(f"{name}: got {rate}, accepted are probabilities from 0 to 1")

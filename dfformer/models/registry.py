@@ -113,7 +113,9 @@ def _entry_point(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     arguments = {**VARIANTS[name], **kwargs}
-    feature_cfg = {"out_indices": tuple(range(len(arguments["depths"]))), **_feature_class(arguments)}
+    depths = arguments["depths"]
+    stages = len(depths) if isinstance(depths, list | tuple) else 0  # the model refuses others
+    feature_cfg = {"out_indices": tuple(range(stages)), **_feature_class(arguments)}
     try:
         model = build_model_with_cfg(DFFormer, name, pretrained, feature_cfg=feature_cfg, **arguments)
     except (URLError, TimeoutError, ConnectionError) as error:

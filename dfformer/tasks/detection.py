@@ -17,7 +17,7 @@ try:
     import pycocotools  # noqa: F401 (torchmetrics would only report it missing after an epoch)
     from torchmetrics.detection import MeanAveragePrecision
 except ImportError as error:
-    raise RuntimeError(f"detection needs {error.name}: pip install 'dfformer[dense]'") from error
+    raise RuntimeError(f"detection needs what pip install 'dfformer[dense]' brings: {error}") from error
 from torchvision.ops import nms
 from torchvision.transforms import v2
 

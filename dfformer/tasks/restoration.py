@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 try:
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 except ImportError as error:
-    raise RuntimeError(f"restoration needs {error.name}: pip install 'dfformer[dense]'") from error
+    raise RuntimeError(f"restoration needs what pip install 'dfformer[dense]' brings: {error}") from error
 from torchvision.transforms import v2
 
 from dfformer.data import images as image_data

@@ -17,7 +17,7 @@ try:
     from segmentation_models_pytorch import FPN
     from torchmetrics.classification import MulticlassConfusionMatrix
 except ImportError as error:
-    raise RuntimeError(f"segmentation needs {error.name}: pip install 'dfformer[dense]'") from error
+    raise RuntimeError(f"segmentation needs what pip install 'dfformer[dense]' brings: {error}") from error
 from torchvision.transforms import v2
 
 from dfformer.data import images as image_data

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 from timm.optim import list_optimizers
 
+from dfformer.data.transforms import check_auto_augment
 from dfformer.models.metadata import DECODER, DEGRADATION, FLAG, check_model_args, check_settings
 from dfformer.tasks.table import check_task
 from dfformer.utils.suggest import did_you_mean
@@ -102,9 +103,7 @@ def _check_names(config: "TrainConfig") -> None:
         raise ValueError(
             f"data.dataset: got {config.data.dataset[:100]!r}, accepted of timm's are 'torch/NAME' and 'hfds/NAME'"
         )
-    policy = config.augment.auto_augment
-    if policy is not None and (len(policy) > 100 or re.search(r"\d{5}", policy.replace(".", ""))):
-        raise ValueError(f"augment.auto_augment: got {policy[:60]!r}, accepted are policies in timm's notation")
+    check_auto_augment(config.augment.auto_augment)
 
 
 def _check_images(config: "TrainConfig") -> None:

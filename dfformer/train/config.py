@@ -16,7 +16,7 @@ try:
 
     from dfformer.train import strict_yaml
 except ImportError as error:
-    raise RuntimeError(f"training needs {error.name}: pip install 'dfformer[train]'") from error
+    raise RuntimeError(f"training needs what pip install 'dfformer[train]' brings: {error}") from error
 
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]

@@ -37,12 +37,35 @@ def test_every_strength_of_every_operation(policy: str, mode: str) -> None:
             assert op(image).size == image.size, op.name
 
 
-@pytest.mark.parametrize("policy", ["magic", "rand-m9-q3", "rand-m-5", "rand-m9-mstd-1"])
-def test_policies_that_timm_does_not_have(policy: str) -> None:
-    with pytest.raises(
-        ValueError, match=f"augment: got auto_augment='{policy}', of which timm makes nothing: Assertion"
-    ):
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *("", "magic", "rand-m9-q3", "rand-m-5", "rand-m9-n9999", "rand-m9x", "rand-p1e9", "rand-m9\n", "augmix-a0.0"),
+        # These timm builds: it passes over sections without a number, and takes any name after -t.
+        *(
+            "rand-mx",
+            "rand-",
+            "rand-m9-inc",
+            "rand-mstd",
+            "rand-twrong",
+            "augmix-m",
+            "augmix3",
+            "v0-mstd",
+            "original-x",
+        ),
+    ],
+)
+def test_policies_that_are_refused(policy: str) -> None:
+    with pytest.raises(ValueError, match=r"augment\.auto_augment: got .*accepted are.* rand and any of -m9 "):
         training_transform((3, 16, 16), auto_augment=policy)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["rand-m9-n3-p0.5-mstd101-mmax12-inc0-t3aw", "rand-tweights-mstd0.5", "augmix-m5-w4-d2-a1.5-b1", "3a", "v0r"],
+)
+def test_policies_in_all_of_timms_notation(policy: str) -> None:
+    assert training_transform((3, 16, 16), auto_augment=policy)(noise((20, 20))).shape == (3, 16, 16)
 
 
 def test_the_recipes_augmentation_of_many_images() -> None:

@@ -43,9 +43,23 @@ def subclassed(owner: nn.Module, name: str) -> None:
 
 
 def patched(owner: nn.Module, name: str) -> None:
-    layer = getattr(owner, name)
-    forward = layer.forward
-    layer.forward = lambda x: forward(x) + forward(x).square()
+    replace_forward(getattr(owner, name), "forward")
+
+
+def call_patched(owner: nn.Module, name: str) -> None:
+    replace_forward(getattr(owner, name), "_call_impl")
+
+
+def replace_forward(layer: nn.Module, attribute: str) -> None:
+    forward = getattr(layer, attribute)
+    setattr(layer, attribute, lambda x: forward(x) + forward(x).square())
+
+
+def weight_as_buffer(owner: nn.Module, name: str) -> None:
+    layer: Any = getattr(owner, name)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.register_buffer("weight", 2 * weight)
 
 
 CONTENTS: dict[str, Callable[[nn.Module, str], object]] = {
@@ -64,6 +78,7 @@ CONTENTS: dict[str, Callable[[nn.Module, str], object]] = {
     ),
     "subclass": subclassed,
     "patched": patched,
+    "call_patched": call_patched,
 }
 PLACES = ("mlp.fc1", "mlp.fc2", "token_mixer.pwconv1", "token_mixer.pwconv2", "token_mixer.reweight.fc1")
 
@@ -91,6 +106,7 @@ def test_what_lives_in_a_layer_is_honoured(content: str, place: str) -> None:
     assert relative_error(with_gradients, plain) > 1e-4
     with torch.no_grad():
         assert relative_error(model(x), with_gradients) < 1e-5
+    model(x)  # a pruned layer keeps the weight that it computed, with its graph
     served = optimize_for_inference(model)
     assert relative_error(served(x), with_gradients) < 1e-4
     assert any(entry.name.startswith("stages.1.0") for entry in served.left_alone)
@@ -107,7 +123,7 @@ MODULES = (
 
 
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("content", ["hook", "pre_hook", "patched"])
+@pytest.mark.parametrize("content", ["hook", "pre_hook", "patched", "call_patched"])
 def test_what_lives_in_any_module_is_honoured(content: str, name: str) -> None:
     model, x = responsive(), images()
     plain = model(x)
@@ -120,13 +136,23 @@ def test_what_lives_in_any_module_is_honoured(content: str, name: str) -> None:
     assert relative_error(optimize_for_inference(model)(x), with_gradients) < 1e-4
 
 
-def test_a_forward_patched_on_the_class_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("attribute", ["forward", "__call__", "_call_impl"])
+def test_what_is_patched_on_the_class_is_honoured(attribute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = trained(), images()
-    plain, forward = model(x), nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * forward(self, x))
+    plain, original = model(x), getattr(nn.Linear, attribute)
+    monkeypatch.setattr(nn.Linear, attribute, lambda self, x: 2 * original(self, x))
     patched = model(x)
     assert relative_error(patched, plain) > 1e-3
     assert relative_error(optimize_for_inference(model)(x), patched) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm2", "mlp.fc1", "token_mixer.pwconv1"])
+def test_a_weight_that_is_a_buffer(name: str) -> None:
+    """As in a hypernetwork, or a frozen copy."""
+    model, x = responsive(), images()
+    owner, _, child = f"stages.1.0.{name}".rpartition(".")
+    weight_as_buffer(model.get_submodule(owner), child)
+    assert relative_error(optimize_for_inference(model)(x), model(x)) < 1e-4
 
 
 def test_global_hooks_see_every_module() -> None:

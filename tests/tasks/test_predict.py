@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -256,6 +257,24 @@ def test_arguments_of_a_model(checkpoints: dict[str, str], tmp_path: Path, capsy
     with pytest.raises(SystemExit):
         main(["eval", "m.pth", "--model-args", "[1]"])
     assert "--model-args: got '[1]', accepted is a JSON object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["eval", "m.pth"], ["predict", "--pretrained", "1.png"]], ids=["eval", "predict"])
+@pytest.mark.parametrize(
+    ("model", "args", "message"),
+    [
+        ("dfformer_s18", '{"pretrained": true}', "pretrained: is not accepted here, weights are --checkpoint's or"),
+        ("dfformer_s18", '{"depths": "abc"}', "depths: got 'abc', accepted are lists of 1 to 8 values"),
+        ("dfformer_s18", '{"dimms": [8]}', "dimms: is not accepted here, .*; did you mean dims"),
+        ("resnet18", '{"in_chans": 2.5}', "in_chans: got 2.5, accepted are whole numbers"),
+        ("resnet18", '{"checkpoint_path": "m.pth"}', "checkpoint_path: is not accepted here"),
+    ],
+)
+def test_wrong_arguments_of_a_model(
+    command: list[str], model: str, args: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--model", model, "--model-args", args]) == 2
+    assert re.search(rf"--model-args\.{message}", capsys.readouterr().err)
 
 
 MISUSES = {

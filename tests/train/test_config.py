@@ -80,6 +80,7 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
     "400-digits-of-size": (["--data.img_size", DIGITS], "number"),
     "billion-epochs": (["--optim.epochs", "1000000000"], r"optim\.epochs"),
     "huge-size": (["--data.img_size", "4097"], r"data\.img_size: got 4097, accepted are numbers from 1 to 4096"),
+    "malformed-policy": (["--augment.auto_augment", "rand-mx"], r"augment\.auto_augment: got 'rand-mx', accepted are"),
     "endless-policy": (["--augment.auto_augment", "rand-m9-n99999999"], r"augment\.auto_augment"),
     "shell": (["--data.dataset", "wds/x", "--data.root", "pipe:touch sprung"], r"data\.dataset"),
 }

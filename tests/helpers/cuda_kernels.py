@@ -48,6 +48,9 @@ class Kernel:
     B: int = 2
     planes: int = 2  # in shared memory, backward
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

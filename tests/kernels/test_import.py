@@ -72,14 +72,16 @@ def run_script(script: str, *arguments: str) -> Any:
 
 @pytest.fixture(scope="module")
 def reports() -> list[dict[str, dict[str, Any]]]:
-    return [run_script(MEASURE, json.dumps(UNWANTED)) for _ in range(3)]
+    """Of up to three processes: one that took too long may tell how busy the machine was."""
+    reports = []
+    while len(reports) < 3 and not (reports and all(report["seconds"] < COST for report in reports[-1].values())):
+        reports.append(run_script(MEASURE, json.dumps(UNWANTED)))
+    return reports
 
 
 @pytest.mark.parametrize("name", UNWANTED)
 def test_import_is_light(reports: list[dict[str, dict[str, Any]]], name: str) -> None:
-    assert [report[name]["dragged_in"] for report in reports] == [[]] * 3
-    assert [report[name]["cuda"] for report in reports] == [False] * 3
-    # The best of three: the others tell how busy the machine was.
+    assert not any(report[name]["dragged_in"] or report[name]["cuda"] for report in reports)
     assert min(report[name]["seconds"] for report in reports) < COST
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import CASES
 from extent import FULL
+from native_core import pairwise
 
 from dfformer_kernels.backends.cuda import launch as cuda
 from dfformer_kernels.backends.cuda import layout, nvrtc
@@ -34,9 +35,8 @@ def family() -> list[tuple[Step, Chip]]:
 
 
 def all_steps() -> Iterator[Step]:
-    for (H, W), F, dtype, star_relu, backward in product(
-        product(PLANES, PLANES), (0, 1, 4, 16), layout.STORAGE, (False, True), (False, True)
-    ):
+    axes = {"F": (0, 1, 4, 16), "dtype": tuple(layout.STORAGE), "star_relu": (False, True), "backward": (False, True)}
+    for H, W, (F, dtype, star_relu, backward) in product(PLANES, PLANES, pairwise(**axes)["argvalues"]):
         yield Step(H, W, 20, F, dtype, star_relu, backward)
 
 

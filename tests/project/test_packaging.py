@@ -63,9 +63,9 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without_optimisation(folder: Path) -> dict[str, str]:
-    """A compiler in place of the system's that does not optimise, which is most of the time it takes."""
+    """A compiler in place of the system's that neither optimises nor inlines, which is most of the time it takes."""
     compiler = folder / "unoptimised"
-    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -O0 -w\n')
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -O0 -DFFT_INLINE=inline -w\n')
     compiler.chmod(0o755)
     return {"CXX": str(compiler), "CC": str(compiler)}
 

@@ -170,9 +170,11 @@ struct Tally {
 };
 
 std::string name_of(const FilterProblem& p) {
-    char name[120];
-    std::snprintf(name, sizeof(name), "B%d-%dx%d-C%d-F%d%s %s", int(p.B), int(p.H), int(p.W), int(p.C), int(p.F),
-                  p.star_relu ? "-star_relu" : "", dtype_names[static_cast<int>(p.dtype)]);
+    char name[160];
+    std::snprintf(name, sizeof(name), "B%d-%dx%d-C%d-F%d%s%s%s%s %s", int(p.B), int(p.H), int(p.W), int(p.C), int(p.F),
+                  p.star_relu ? "-star_relu" : "", p.softmax ? "" : "-weights",
+                  p.weight_per_sample ? "-weight_per_sample" : "", p.channels_first ? "-channels_first" : "",
+                  dtype_names[static_cast<int>(p.dtype)]);
     return name;
 }
 
@@ -182,7 +184,7 @@ void begin_case(const std::string& name) {
 
 // A NaN in the plane of one sample and channel reaches no other plane.
 void check_isolation(const FilterProblem& p, const Inputs& inputs, Tally& tally) {
-    const std::int64_t b = p.B - 1, c = p.C / 2, pixel = ((b * p.H + p.H / 2) * p.W + p.W / 2) * p.C + c;
+    const std::int64_t b = p.B - 1, c = p.C / 2, pixel = position(p, b, p.H / 2 * p.W + p.W / 2, c);
     Inputs with_nan = inputs;
     with_nan.x[pixel] = with_nan.grad_y[pixel] = NAN;
     const InputTensors clean(p, inputs, Edge::lower), dirty(p, with_nan, Edge::lower);
@@ -190,9 +192,10 @@ void check_isolation(const FilterProblem& p, const Inputs& inputs, Tally& tally)
         Output output;
         std::int64_t per_sample, per_channel;  // elements; per_sample 0: a sum over samples
     };
-    const std::int64_t plane = p.H * p.W * p.C;
-    std::vector<Layout> layouts = {{y, plane, 1}, {grad_x, plane, 1}};
-    layouts.push_back(p.F ? Layout{grad_logits, p.F * p.C, 1} : Layout{grad_filters, 0, 2});
+    const std::int64_t sample = p.H * p.W * p.C, pixels = p.channels_first ? p.H * p.W : 1;
+    const std::int64_t weight = p.weight_per_sample ? p.H * (p.W / 2 + 1) * p.C * 2 : 0;
+    std::vector<Layout> layouts = {{y, sample, pixels}, {grad_x, sample, pixels}};
+    layouts.push_back(p.F ? Layout{grad_logits, p.F * p.C, 1} : Layout{grad_filters, weight, 2});
     for (Wanted wanted : {forward_only, wishes(p).back()}) {
         const Bytes was = run(p, clean, wanted, 1);
         Bytes is = run(p, dirty, wanted, 1);
@@ -293,18 +296,27 @@ void with_each_isa(const std::string& name, DType dtype, Tallies& tallies, const
     }
 }
 
+void check_problem(const FilterProblem& p, Tallies& tallies) {
+    Inputs inputs = make_inputs(p);
+    Reference reference(p, inputs);
+    inputs.grad_y = leaning(p.dtype, reference.results[y]);
+    reference.backward(inputs.grad_y);
+    with_each_isa(name_of(p), p.dtype, tallies,
+                  [&](Tally& tally) { check_filter(p, inputs, reference.results, tally); });
+}
+
+// The usual form of the step, and another: channels first without StarReLU, other weights with it.
 void check_shape(const Shape& shape, Tallies& tallies) {
     for (std::int64_t F : shape.F ? std::vector{shape.F, std::int64_t{0}} : std::vector{shape.F})
         for (bool star_relu : {false, true})
             for (int code = 0; code < num_dtypes; code++) {
-                const auto dtype = static_cast<DType>(code);
-                const FilterProblem p{shape.B, shape.H, shape.W, shape.C, F, dtype, star_relu, 0.875, 0.3125};
-                Inputs inputs = make_inputs(p);
-                Reference reference(p, inputs);
-                inputs.grad_y = leaning(dtype, reference.results[y]);
-                reference.backward(inputs.grad_y);
-                with_each_isa(name_of(p), dtype, tallies,
-                              [&](Tally& tally) { check_filter(p, inputs, reference.results, tally); });
+                FilterProblem p{shape.B,   shape.H, shape.W, shape.C, F, static_cast<DType>(code),
+                                star_relu, 0.875,   0.3125};
+                check_problem(p, tallies);
+                p.channels_first = !star_relu || code % 2;
+                p.softmax = !star_relu || F == 0;
+                p.weight_per_sample = star_relu && F == 0;
+                check_problem(p, tallies);
             }
 }
 

@@ -81,7 +81,12 @@ using Results = std::array<Values, num_outputs>;
 std::int64_t elements(const FilterProblem& p, Output output) {
     if (output == y || output == grad_x) return p.B * p.H * p.W * p.C;
     if (output == grad_logits) return p.B * p.F * p.C;
-    return output == grad_filters ? p.H * (p.W / 2 + 1) * (p.F ? p.F : p.C) * 2 : 2;
+    return output == grad_filters ? p.H * (p.W / 2 + 1) * (p.F ? p.F : p.weight_per_sample ? p.B * p.C : p.C) * 2 : 2;
+}
+
+// Where x, y and their gradients have pixel i of a plane.
+std::int64_t position(const FilterProblem& p, std::int64_t b, std::int64_t i, std::int64_t c) {
+    return p.channels_first ? (b * p.C + c) * p.H * p.W + i : (b * p.H * p.W + i) * p.C + c;
 }
 
 struct Inputs {
@@ -118,7 +123,7 @@ class Reference {
             }
             X++;
             add_input_gradients(plane_.irfft2(Z), b, c);
-            p_.F ? add_basis_gradients(P, b, c) : add_weight_gradient(P, c);
+            p_.F ? add_basis_gradients(P, b, c) : add_weight_gradient(P, b, c);
         });
     }
 
@@ -132,16 +137,17 @@ class Reference {
     }
     Values gathered(const Values& tensor, std::int64_t b, std::int64_t c) const {
         Values values(p_.H * p_.W);
-        for (std::int64_t i = 0; i < p_.H * p_.W; i++) values[i] = tensor[(b * p_.H * p_.W + i) * p_.C + c];
+        for (std::int64_t i = 0; i < p_.H * p_.W; i++) values[i] = tensor[position(p_, b, i, c)];
         return values;
     }
     void scatter(const Values& values, Values& tensor, std::int64_t b, std::int64_t c) const {
-        for (std::int64_t i = 0; i < p_.H * p_.W; i++) tensor[(b * p_.H * p_.W + i) * p_.C + c] = values[i];
+        for (std::int64_t i = 0; i < p_.H * p_.W; i++) tensor[position(p_, b, i, c)] = values[i];
     }
 
-    // routing = softmax(logits) over F
+    // routing = softmax(logits) over F, or the logits themselves
     void mix() {
         routing_ = in_.logits;
+        if (!p_.softmax) return;
         for_each_plane([&](std::int64_t b, std::int64_t c) {
             double sum = 0;
             for (int f = 0; f < p_.F; f++) sum += std::exp(in_.logits[at(b, f, c)]);
@@ -149,6 +155,9 @@ class Reference {
         });
     }
     std::int64_t at(std::int64_t b, int f, std::int64_t c) const { return (b * p_.F + f) * p_.C + c; }
+    std::int64_t weight_at(std::int64_t b, std::size_t bin, std::int64_t c) const {
+        return 2 * (((p_.weight_per_sample ? b * plane_.H * plane_.K : 0) + std::int64_t(bin)) * p_.C + c);
+    }
     Complex basis(std::size_t bin, int f) const {
         const double* pair = &in_.filters[2 * (bin * p_.F + f)];
         return {pair[0], pair[1]};
@@ -156,7 +165,7 @@ class Reference {
     Spectrum mixed(std::int64_t b, std::int64_t c) const {
         Spectrum M(std::size_t(plane_.H) * plane_.K);
         for (std::size_t bin = 0; bin < M.size(); bin++) {
-            if (p_.F == 0) M[bin] = {in_.filters[2 * (bin * p_.C + c)], in_.filters[2 * (bin * p_.C + c) + 1]};
+            if (p_.F == 0) M[bin] = {in_.filters[weight_at(b, bin, c)], in_.filters[weight_at(b, bin, c) + 1]};
             for (int f = 0; f < p_.F; f++) M[bin] += routing_[at(b, f, c)] * basis(bin, f);
         }
         return M;
@@ -171,8 +180,8 @@ class Reference {
         }
         scatter(grad_u, results[grad_x], b, c);
     }
-    void add_weight_gradient(const Spectrum& P, std::int64_t c) {
-        for (std::size_t bin = 0; bin < P.size(); bin++) add(P[bin], &results[grad_filters][2 * (bin * p_.C + c)]);
+    void add_weight_gradient(const Spectrum& P, std::int64_t b, std::int64_t c) {
+        for (std::size_t bin = 0; bin < P.size(); bin++) add(P[bin], &results[grad_filters][weight_at(b, bin, c)]);
     }
     void add_basis_gradients(const Spectrum& P, std::int64_t b, std::int64_t c) {
         Values grad_routing(p_.F);
@@ -186,7 +195,8 @@ class Reference {
             mean += routing * grad_routing[f];
         }
         for (int f = 0; f < p_.F; f++)
-            results[grad_logits][at(b, f, c)] = routing_[at(b, f, c)] * (grad_routing[f] - mean);
+            results[grad_logits][at(b, f, c)] =
+                p_.softmax ? routing_[at(b, f, c)] * (grad_routing[f] - mean) : grad_routing[f];
     }
     static void add(Complex value, double* pair) {
         pair[0] += value.real();

@@ -103,17 +103,43 @@ def assert_same(actual: Any, expected: Any, where: str) -> None:
         assert actual == expected, where
 
 
-def torchrun(processes: int, arguments: list[str]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+# What torchrun starts: imports once, then a fork for each command, which has a port of its own.
+EACH = """
+import json, os, sys
+import segmentation_models_pytorch, torchvision
+from dfformer.cli.main import main
+import dfformer.train.engine
+
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+for port, arguments in json.loads(sys.argv[1]):
+    if not (child := os.fork()):
+        os.environ["MASTER_PORT"] = str(port)
+        status = main(arguments)
+        sys.stdout.flush()
+        os._exit(status)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{arguments} failed")
+"""
+
+
+def torchrun(processes: int, *commands: list[str]) -> None:
+    """One command as users start it, several one after the other."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     address = ["--nnodes", "1", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", *address, "--master-port", str(port)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *address, "--master-port", str(free_port())]
+    run = ["-m", "dfformer", *commands[0]]
+    if len(commands) > 1:
+        run = ["--no-python", sys.executable, "-c", EACH, json.dumps([(free_port(), each) for each in commands])]
     done = subprocess.run(
-        [*launcher, "-m", "dfformer", *arguments], env=environment, capture_output=True, text=True, timeout=200
+        [*launcher, *run], env=environment, capture_output=True, text=True, timeout=200 * len(commands)
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def found(latest: tuple[Path, dict[str, Any]] | None) -> tuple[Path, dict[str, Any]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from extent import FULL
 from train_runs import history, steps, torchrun
 
@@ -36,18 +37,33 @@ def targets(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(("task", "kind"), KINDS)
-def test_two_processes_train_as_one(task: str, kind: str, tmp_path: Path) -> None:
-    recipe, one, two = tmp_path / "recipe.yaml", tmp_path / "one", tmp_path / "two"
-    settings = RECIPE
+def command(task: str, folder: Path) -> list[str]:
+    recipe, settings = folder / f"{task}.yaml", RECIPE
     if task == "restore":
-        settings = {**RECIPE, "data": {**RECIPE["data"], "dataset": "", "root": str(targets(tmp_path))}}
+        settings = {**RECIPE, "data": {**RECIPE["data"], "dataset": "", "root": str(targets(folder))}}
         settings["model"] = {**RECIPE["model"], "args": {**SMALL, "strides": [2, 2, 2, 2]}}
     recipe.write_text(json.dumps({"task": task, **settings}))  # which is YAML too
-    command = ["train", "--recipe", str(recipe)]
-    assert main([*command, "--output", str(one)]) == 0
-    torchrun(2, [*command, "--output", str(two), "--distributed", kind])
+    return ["train", "--recipe", str(recipe)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder TASK of each task's run in one process, and TASK-KIND of those in two."""
+    folder, threads = tmp_path_factory.mktemp("runs"), torch.get_num_threads()
+    commands = {task: command(task, folder) for task, _ in KINDS}
+    torch.set_num_threads(1)
+    try:
+        for task, arguments in commands.items():
+            assert main([*arguments, "--output", str(folder / task)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    torchrun(2, *([*commands[t], "--output", str(folder / f"{t}-{k}"), "--distributed", k] for t, k in KINDS))
+    return folder
+
+
+@pytest.mark.parametrize(("task", "kind"), KINDS)
+def test_two_processes_train_as_one(task: str, kind: str, runs: Path) -> None:
+    one, two = runs / task, runs / f"{task}-{kind}"
     for name in ("loss", "grad_norm"):
         assert [s[name] for s in steps(two)] == pytest.approx([s[name] for s in steps(one)], rel=1e-4), name
     for mine, theirs in zip(history(one), history(two), strict=True):

@@ -74,7 +74,7 @@ def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
     """Fuses every look-alike of DynamicFilter or GlobalFilter in ``model``, in place.
 
     A look-alike is a module with filters of its own, ``(H, W//2 + 1, F, 2)`` or complex ``(H, W//2 + 1, F)``. Its
-    forward calls torch.fft.rfft2, multiplies the result with the filters, mixed by a softmax or one per channel, and
+    forward calls torch.fft.rfft2, multiplies the result with the filters, mixed by weights or one per channel, and
     calls irfft2. The name of its class, the layout of its maps, and what it does before and after do not matter. The
     authors' own layers are replaced by `DynamicFilter` and `GlobalFilter` with the same parameters and submodules. Any
     other becomes an instance of a subclass of its class. The subclass runs the original's forward with the fused step
@@ -179,15 +179,17 @@ def _replacement(module: nn.Module, known: dict[Hashable, _Replace], has_parent:
     except UnsupportedCopyError as error:
         used = _transforms_of(type(module))
         named = any(_NAME in name for name in _own_tensors(module))
-        if used and not used & {"irfft2", "irfftn"}:
+        if used - {"rfft2", "rfftn"} and not used & {"irfft2", "irfftn"}:
             return f"it uses {', '.join(sorted(used))}, where torch.fft.rfft2 and irfft2 were looked for"
         return str(error) if used or named else ""
 
 
 def _transforms_of(kind: type) -> set[str]:
-    """The names of torch.fft functions that occur in a class's methods."""
+    """The names of torch.fft functions that occur in a class's methods, and in functions that these call by name."""
     methods = [m for base in kind.__mro__ for m in vars(base).values() if isinstance(m, FunctionType)]
-    return {name for m in methods for name in m.__code__.co_names if hasattr(torch.fft, name) and "fft" in name} - {
+    called = [m.__globals__.get(name) for m in methods for name in m.__code__.co_names]
+    functions = [*methods, *(f for f in called if isinstance(f, FunctionType))]
+    return {name for f in functions for name in f.__code__.co_names if hasattr(torch.fft, name) and "fft" in name} - {
         "fft"
     }
 

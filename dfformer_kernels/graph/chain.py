@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from dfformer_kernels.graph.trace import ancestors
+from dfformer_kernels.graph.trace import DifferentCopyError, ancestors
 from dfformer_kernels.graph.vocabulary import (
     CASTS,
     FRESH,
@@ -32,10 +32,6 @@ from dfformer_kernels.graph.vocabulary import (
 _QUESTIONS = ("shape", "size", "dtype", "device")
 _ASSERTION = "_assert_tensor_metadata"
 _GRADIENT_MODES = ("_set_grad_enabled", "set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
-
-
-class NotFusedError(Exception):
-    """A chain is left alone; the message is the clause that completes "left alone: "."""
 
 
 class Chain(NamedTuple):
@@ -69,20 +65,20 @@ def find(graph: fx.Graph, inverse: fx.Node, values: Values) -> tuple[list[Chain]
     to the multiplication come first. Candidates that include the softmax come before those that take its output as
     weights.
 
-    Raises NotFusedError, with the first difference from a filter step, if there is no candidate.
+    Raises DifferentCopyError, with the first difference from a filter step, if there is no candidate.
     """
     transform = transform_of(inverse, values)
     if transform is None or transform.kind != "c2r":
-        raise NotFusedError(f"{name_of(inverse)} takes a full spectrum, where rfft2 and irfft2 were looked for")
+        raise DifferentCopyError(f"{name_of(inverse)} takes a full spectrum, where rfft2 and irfft2 were looked for")
     chains: list[Chain] = []
     reasons: list[str] = []
     for with_softmax in (True, False):
         try:
             chains += _chains(graph, inverse, values, with_softmax)
-        except NotFusedError as error:
+        except DifferentCopyError as error:
             reasons.append(str(error))
     if not chains:
-        raise NotFusedError(reasons[0])
+        raise DifferentCopyError(reasons[0])
     return chains, reasons
 
 
@@ -100,7 +96,7 @@ def _chains(graph: fx.Graph, inverse: fx.Node, values: Values, with_softmax: boo
     for outside, between in _outside(nodes, (forward, softmax), passed, values, order):
         replaced = sorted({*nodes, *between}, key=order.__getitem__)
         _check_in_place(replaced, set(nodes) - {softmax})
-        _check_between(graph, replaced, [x, *outside, *([first_input(softmax)] if softmax else [])])
+        _check_between(graph, replaced, [x, forward, *outside, *([first_input(softmax)] if softmax else [])])
         for filters in outside:
             routing = first_input(softmax) if softmax else next((n for n in outside if n is not filters), None)
             chains.append(Chain(replaced, forward, inverse, softmax, x, routing, filters, channels_first))
@@ -137,11 +133,11 @@ def _ends(inverse: fx.Node, passed: set[fx.Node], values: Values) -> tuple[fx.No
     forwards = [node for node in passed if _is_forward(node, values)]
     softmaxes = [node for node in passed if is_softmax(node)]
     if not forwards:
-        raise NotFusedError(_obstacle(inverse, passed, values))
+        raise DifferentCopyError(_obstacle(inverse, passed, values))
     if len(forwards) > 1:
-        raise NotFusedError(f"its irfft2 takes {len(forwards)} spectra")
+        raise DifferentCopyError(f"its irfft2 takes {len(forwards)} spectra")
     if len(softmaxes) > 1:
-        raise NotFusedError(f"its filters are mixed by {len(softmaxes)} softmaxes")
+        raise DifferentCopyError(f"its filters are mixed by {len(softmaxes)} softmaxes")
     return forwards[0], softmaxes[0] if softmaxes else None
 
 
@@ -184,7 +180,7 @@ def _outside(
     inside, between = set(nodes), set[fx.Node]()
     outside = {n for node in nodes if node not in ends for n in _tensors(node, values)} - inside
     if not outside:
-        raise NotFusedError("it multiplies its spectrum with no filters")
+        raise DifferentCopyError("it multiplies its spectrum with no filters")
     names = ", ".join(sorted(_described(n) for n in outside))
     most = 2 if ends[1] is None else 1
     found = False
@@ -200,7 +196,7 @@ def _outside(
         between.add(last)
         outside = outside - {last} | set(_tensors(last, values))
     if not found:
-        raise NotFusedError(f"its spectrum meets more than filters and their weights ({names})")
+        raise DifferentCopyError(f"its spectrum meets more than filters and their weights ({names})")
 
 
 def _check_transforms(nodes: list[fx.Node], forward: fx.Node, inverse: fx.Node, values: Values) -> bool:
@@ -214,11 +210,11 @@ def _check_transforms(nodes: list[fx.Node], forward: fx.Node, inverse: fx.Node, 
     halved = transforms[forward].axes[-1], transforms[inverse].axes[-1]
     if rank != 4 or axes[0] not in ((1, 2), (2, 3)) or axes[0] != axes[1] or halved != (axes[0][1],) * 2:
         shown = " and ".join(f"{(*sorted(set(a) - {h}), h)}" for a, h in zip(axes, halved, strict=True))
-        raise NotFusedError(f"it transforms axes {shown} of a {rank}-D tensor, ours (1, 2) or (2, 3) of a 4-D one")
+        raise DifferentCopyError(f"it transforms axes {shown} of a {rank}-D tensor, ours (1, 2) or (2, 3) of a 4-D one")
     for axis in axes[0]:
         if sum(t.exponent for t in transforms.values() if axis in t.axes) != -1:
             norms = f"{transforms[forward].norm!r} and {transforms[inverse].norm!r}"
-            raise NotFusedError(f"its norms, {norms}, do not cancel out")
+            raise DifferentCopyError(f"its norms, {norms}, do not cancel out")
     _check_plane(transforms, forward, inverse, axes[0], values)
     return axes[0] == (2, 3)
 
@@ -230,12 +226,12 @@ def _check_plane(
     kept = (*(before[a] for a in axes[:1]), before[axes[1]] // 2 + 1)
     spectrum = values[forward].shape
     if not all(same(spectrum[a], n) for a, n in zip(axes, kept, strict=True)):
-        raise NotFusedError("it crops or pads the plane before it transforms")
+        raise DifferentCopyError("it crops or pads the plane before it transforms")
     if any(t.resizes for t in transforms.values() if t.kind == "c2c"):
-        raise NotFusedError("it gives a size to a complex transform")
+        raise DifferentCopyError("it gives a size to a complex transform")
     if len(after) != 4 or not all(same(before[a], after[a]) for a in axes):
         theirs, ours = (" x ".join(str(shape[a]) for a in axes) for shape in (after, before))
-        raise NotFusedError(f"it goes back to a plane of {theirs}, where the input has {ours}")
+        raise DifferentCopyError(f"it goes back to a plane of {theirs}, where the input has {ours}")
 
 
 def same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
@@ -249,15 +245,16 @@ def same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
 
 
 def _check_use(nodes: list[fx.Node], forward: fx.Node, inverse: fx.Node, softmax: fx.Node | None) -> None:
-    """Refuses a chain whose intermediate results are used outside of it."""
+    """Refuses a chain whose intermediate results are used outside of it, except for the spectrum and the softmax."""
     inside = set(nodes)
-    shared = None if any(name_of(node) in IN_PLACE for node in nodes) else softmax
-    for node in nodes:
-        others = [] if node in (inverse, shared) else [user for user in node.users if user not in inside]
-        for user in others:
-            if not is_question(user) or (node is not forward and name_of(user) != _ASSERTION):
+    shared = set() if any(name_of(node) in IN_PLACE for node in nodes) else {softmax, forward}
+    for node in inside - {inverse}:
+        for user in node.users:
+            allowed = is_question(user) if node is forward else name_of(user) == _ASSERTION
+            allowed |= node in shared and not is_mutating(user)
+            if user not in inside and not allowed:
                 what = "a result" if user.op == "output" else _described(user)
-                raise NotFusedError(f"{node.name}, inside the chain, is also needed by {what}")
+                raise DifferentCopyError(f"{node.name}, inside the chain, is also needed by {what}")
 
 
 def is_question(node: fx.Node) -> bool:
@@ -268,7 +265,7 @@ def is_question(node: fx.Node) -> bool:
 def _check_in_place(nodes: list[fx.Node], own: set[fx.Node]) -> None:
     for node in nodes:
         if name_of(node) in IN_PLACE and node.args[0] not in own:
-            raise NotFusedError(f"it writes into a tensor that is not its own ({name_of(node)})")
+            raise DifferentCopyError(f"it writes into a tensor that is not its own ({name_of(node)})")
 
 
 def _check_between(graph: fx.Graph, nodes: list[fx.Node], inputs: Iterable[fx.Node]) -> None:
@@ -277,12 +274,12 @@ def _check_between(graph: fx.Graph, nodes: list[fx.Node], inputs: Iterable[fx.No
     from_first = itertools.dropwhile(lambda node: node is not nodes[0], graph.nodes)
     between = [n for n in itertools.takewhile(lambda node: node is not nodes[-1], from_first) if n not in inside]
     if any(node.op == "call_function" and name_of(node) in _GRADIENT_MODES for node in between):
-        raise NotFusedError("gradients are switched on or off inside it")
+        raise DifferentCopyError("gradients are switched on or off inside it")
     writing = [node for node in between if is_mutating(node)]
     read = _may_share_memory(inputs) if writing else set()
     for node in writing:
         if read & _may_share_memory(node.all_input_nodes):
-            raise NotFusedError(f"one of its inputs may be overwritten in between ({name_of(node)})")
+            raise DifferentCopyError(f"one of its inputs may be overwritten in between ({name_of(node)})")
 
 
 def _may_share_memory(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -68,6 +68,8 @@ def difference(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> str:
         return f"its {min(theirs.keys() ^ ours.keys())} is not in both"
     scale = max((_rms(t) for name, t in theirs.items() if name.startswith("gradient")), default=0.0)
     for name, expected in theirs.items():
+        if ours[name].dtype != expected.dtype:
+            return f"its {name} is {expected.dtype} where ours is {ours[name].dtype}"
         is_gradient = name.startswith("gradient")
         relative = _error(ours[name], expected, scale if is_gradient else 0.0)
         bound = _GRADIENT_AGREEMENT if is_gradient else 0.0 if name == _RANDOM else AGREEMENT

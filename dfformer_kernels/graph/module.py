@@ -22,6 +22,7 @@ from dfformer_kernels.graph.step import PYTHON
 from dfformer_kernels.graph.subclass import Program, fused_class
 from dfformer_kernels.graph.trace import (
     UnsupportedCopyError,
+    call_softmax,
     common_graph,
     first_line,
     has_hooks,
@@ -174,7 +175,7 @@ def _rewritten(
         with_function(traced, "len", length)
         with_constants(traced, {name: value for name, value in inputs.items() if not isinstance(value, Tensor)})
         program = trace(traced, [x for x in inputs.values() if isinstance(x, Tensor)], through)
-        _call_softmax(program.graph, traced)
+        call_softmax(program.graph, traced)
         here = rewrite(program.graph, Values(program.values), PYTHON, lambda node: where)
         if not any(finding.operator for finding in here):
             return here, None
@@ -185,14 +186,6 @@ def _rewritten(
     if program.seen != seen:
         raise UnsupportedCopyError("its forward computes with the batch size")
     return found, graph
-
-
-def _call_softmax(graph: fx.Graph, module: nn.Module) -> None:
-    """Replaces calls of nn.Softmax modules by calls of the function."""
-    for node in graph.nodes:
-        softmax = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if type(softmax) is nn.Softmax and not has_hooks(softmax):
-            node.op, node.target, node.kwargs = "call_function", torch.softmax, {"dim": softmax.dim}
 
 
 def _difference(module: nn.Module, kind: type[nn.Module], inputs: list[Any], training: bool) -> str:

@@ -1,32 +1,44 @@
 """Rewrites a graph in place: replaces each chain that is proven to be the step; reports a finding for every chain."""
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from dfformer_kernels.graph.chain import Chain, NotFusedError, find, inverse_transforms, is_question
+from dfformer_kernels.graph.chain import Chain, find, inverse_transforms, is_question
 from dfformer_kernels.graph.report import Finding
 from dfformer_kernels.graph.step import Operators, Step, match
-from dfformer_kernels.graph.vocabulary import Values, is_linear, is_mutating, name_of
+from dfformer_kernels.graph.trace import DifferentCopyError, ancestors
+from dfformer_kernels.graph.vocabulary import Values, is_mutating, name_of
 
 _VALUES = ("val", "example_value")  # where export and Dynamo keep a node's value
 
+Adapt = Callable[[fx.Graph, Chain, Step], tuple[Chain, Step]]
 
-def rewrite(graph: fx.Graph, values: Values, operators: Operators, where: Callable[[fx.Node], str]) -> list[Finding]:
-    """Replaces the chains of ``graph`` by calls of ``operators``; ``where`` names a node for the report."""
+
+def rewrite(
+    graph: fx.Graph,
+    values: Values,
+    operators: Operators,
+    where: Callable[[fx.Node], str],
+    adapt: Adapt = lambda graph, chain, step: (chain, step),
+) -> list[Finding]:
+    """Replaces the chains of ``graph`` by calls of ``operators``; ``where`` names a node for the report.
+
+    ``adapt`` may insert nodes that other tensors for the step come from, or raise DifferentCopyError.
+    """
     found = []
     for inverse in inverse_transforms(graph, values):
         try:
-            chain, step = match(*find(graph, inverse, values), values)
-        except (NotFusedError, ValueError) as error:
+            chain, step = adapt(graph, *match(*find(graph, inverse, values), values))
+        except (DifferentCopyError, ValueError) as error:
             found.append(Finding(where(inverse), reason=str(error)))
             continue
         found.append(Finding(where(inverse), operator=step.operator))
+        replaced = ancestors(inverse)
         _emit(graph, chain, step, operators)
-        _erase(graph, chain, values)
+        _erase(graph, chain, replaced)
     graph.lint()
     return found
 
@@ -52,17 +64,19 @@ def _emit(graph: fx.Graph, chain: Chain, step: Step, operators: Operators) -> No
     graph.erase_node(last)
 
 
-def _erase(graph: fx.Graph, chain: Chain, values: Values) -> None:
-    """Erases the nodes of ``chain`` and those that only they used; questions about its spectrum go to its input."""
-    questions = [user for user in chain.forward.users if is_question(user)]
-    if questions:
+def _erase(graph: fx.Graph, chain: Chain, replaced: set[fx.Node]) -> None:
+    """Erases unused nodes of ``replaced``; questions about a spectrum that only they need go to the chain's input."""
+    outside = [user for user in chain.forward.users if user not in chain.nodes]
+    if outside and all(map(is_question, outside)):
         with graph.inserting_before(chain.forward):
             unevaluated = graph.call_function(unevaluated_spectrum, (chain.x, chain.channels_first))
-        for question in questions:
+        replaced.add(unevaluated)
+        for question in outside:
+            replaced.add(question)
             question.replace_input_with(chain.forward, chain.x if name_of(question) == "device" else unevaluated)
     for node in reversed(graph.nodes):
-        pure = is_linear(node, values) or is_question(node) or node.op == "get_attr" or node.target is operator.getitem
-        if not node.users and ((pure and not is_mutating(node)) or node in chain.nodes):
+        erasable = node in chain.nodes or (node in replaced and node.op != "placeholder" and not is_mutating(node))
+        if erasable and not node.users:
             graph.erase_node(node)
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from dfformer_kernels import reference
-from dfformer_kernels.graph.chain import Chain, NotFusedError, same
+from dfformer_kernels.graph.chain import Chain, same
+from dfformer_kernels.graph.trace import DifferentCopyError, called_whole
 from dfformer_kernels.graph.vocabulary import Values, evaluate, example, softmax_axis
-from dfformer_kernels.ops.filter import dynamic_filter, global_filter
+from dfformer_kernels.ops import filter
 from dfformer_kernels.tolerance import relative_error
 
 # The largest relative difference between two evaluations of the same formula in double precision.
@@ -20,6 +21,19 @@ _AGREEMENT = 1e-9
 Call = Callable[..., Any]  # takes a function and its arguments; runs it, or adds a node that calls it
 # For each kind of step, the function to call and its arguments after the tensors.
 Operators = Mapping[str, tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]]
+
+
+@called_whole  # for symbolic traces
+def dynamic_filter(x: Tensor, logits: Tensor, basis: Tensor, *, normalization: str | None = "softmax") -> Tensor:
+    """The public operator on a basis of any dtype, because autocast and ``half()`` change those of foreign code."""
+    return filter.dynamic_filter(x, logits, basis.to(reference.compute_dtype(x.dtype)), normalization=normalization)
+
+
+@called_whole
+def global_filter(x: Tensor, weight: Tensor) -> Tensor:
+    """The public operator on a weight of any dtype."""
+    return filter.global_filter(x, weight.to(reference.compute_dtype(x.dtype)))
+
 
 PYTHON: Operators = {
     "softmax": (dynamic_filter, (), {}),
@@ -46,7 +60,7 @@ class Step(NamedTuple):
 
     ``kind`` is a key of `Operators`. ``filters`` permutes the filters' axes to (H,K,F,2), (H,K,C,2) or (B,H,K,C,2).
     ``routing`` permutes the routing's axes to (B,F), (B,F,C) or (B,F,1), followed by axes of size 1; it is empty if
-    filters are not mixed. The filters must have ``dtype``, so ``casts`` tells whether they have another.
+    filters are not mixed. The filters are cast to ``dtype``, unless it is None.
     """
 
     kind: str
@@ -55,8 +69,7 @@ class Step(NamedTuple):
     is_complex: bool
     routing: tuple[int, ...]
     channels: int
-    dtype: torch.dtype
-    casts: bool
+    dtype: torch.dtype | None
 
     @property
     def operator(self) -> str:
@@ -67,20 +80,23 @@ class Step(NamedTuple):
         """The sort key, smallest preferred; complex filters come last, because they need a view as pairs."""
         return len(self.filters), _PREFERRED.index(self.kind), self.is_complex
 
+    def basis(self, call: Call, filters: Any) -> Any:
+        """The filters as the operators take them."""
+        if self.is_complex:
+            filters = call(torch.ops.aten.view_as_real.default, filters)
+        if self.filters != tuple(range(len(self.filters))):
+            filters = call(torch.ops.aten.permute.default, filters, list(self.filters))
+        return filters
+
     def build(self, call: Call, operators: Operators, x: Any, routing: Any, filters: Any) -> Any:
-        """Calls an operator and ATen's views; the result is contiguous, in x's layout."""
+        """Calls an operator and ATen's views; the result is contiguous, in x's layout, as irfft2's is."""
         aten = torch.ops.aten
         operator, rest, named = operators[self.kind]
+        filters = self.basis(call, filters)
+        if operators is ATEN and self.dtype is not None:
+            filters = call(aten._to_copy.default, filters, dtype=self.dtype)
         if self.channels_first:
             x = call(aten.permute.default, x, [0, 2, 3, 1])
-        if self.is_complex:
-            filters = call(aten.view_as_real.default, filters)
-        if self.filters != tuple(range(len(self.filters))):
-            filters = call(aten.permute.default, filters, list(self.filters))
-        if operators is PYTHON:  # which runs under autocast too
-            filters = call(aten.to.dtype, filters, self.dtype)
-        elif self.casts:
-            filters = call(aten._to_copy.default, filters, dtype=self.dtype)
         if not self.routing:
             y = call(operator, x, filters, *rest, **named)
         else:
@@ -94,27 +110,26 @@ class Step(NamedTuple):
             y = call(operator, x, routing, filters, *rest, **named)
         if self.channels_first:
             y = call(aten.permute.default, y, [0, 3, 1, 2])
-            y = call(aten.contiguous.default, y)
-        return y
+        return call(aten.contiguous.default, y)
 
 
 def match(chains: list[Chain], reasons: list[str], values: Values) -> tuple[Chain, Step]:
     """The chain that is a step at the lowest cost, and that step: outputs and gradients agree on random inputs.
 
-    Raises NotFusedError if there is none, with the first of ``reasons``, to which reasons found here are added.
+    Raises DifferentCopyError if there is none, with the first of ``reasons``, to which reasons found here are added.
     """
     fitting: list[tuple[Chain, Step]] = []
     for chain in chains:
         try:
             fitting += [(chain, step) for step in _candidates(chain, values)]
-        except NotFusedError as error:
+        except DifferentCopyError as error:
             reasons.append(str(error))
     for chain, step in sorted(fitting, key=lambda pair: pair[1].cost):
         reason = _difference(step, _results(chain, values))
         if not reason:
             return chain, step
         reasons.append(reason)
-    raise NotFusedError(reasons[0] if reasons else _other_shape(chains[0], values))
+    raise DifferentCopyError(reasons[0] if reasons else _other_shape(chains[0], values))
 
 
 def _candidates(chain: Chain, values: Values) -> Iterator[Step]:
@@ -124,7 +139,7 @@ def _candidates(chain: Chain, values: Values) -> Iterator[Step]:
     compute = reference.compute_dtype(x)
     _check_dtypes(chain, values, compute)
     dtype = values.dtype(chain.filters)
-    casts = torch.empty(0, dtype=dtype).real.dtype != compute
+    cast = None if torch.empty(0, dtype=dtype).real.dtype == compute else compute
     shape = (*values[chain.filters].shape, *((2,) if dtype.is_complex else ()))
     kind = "filters" if chain.routing is None else "weights" if chain.softmax is None else "softmax"
     routings = [(C, ())] if chain.routing is None else list(_routings(chain, values, B, C))
@@ -134,8 +149,10 @@ def _candidates(chain: Chain, values: Values) -> Iterator[Step]:
         fits = len(shape) == len(expected) and all(map(same, [shape[axis] for axis in order], expected))
         if fits and (not dtype.is_complex or order[-1] == len(shape) - 1):
             if values[chain.filters].is_conj():
-                raise NotFusedError("its filters are a lazy conjugate, which has no view as pairs; conj_physical() has")
-            yield Step(kind, chain.channels_first, order, dtype.is_complex, routing, example(C), compute, casts)
+                raise DifferentCopyError(
+                    "its filters are a lazy conjugate, which has no view as pairs; conj_physical() has"
+                )
+            yield Step(kind, chain.channels_first, order, dtype.is_complex, routing, example(C), cast)
 
 
 def _map_shape(chain: Chain, values: Values) -> tuple[int, int, int, int]:
@@ -155,11 +172,11 @@ def _other_shape(chain: Chain, values: Values) -> str:
 def _check_dtypes(chain: Chain, values: Values, compute: torch.dtype) -> None:
     x = values.dtype(chain.x)
     if not x.is_floating_point or values.dtype(chain.inverse) != x:
-        raise NotFusedError(f"it makes {values.dtype(chain.inverse)} of {x}")
+        raise DifferentCopyError(f"it makes {values.dtype(chain.inverse)} of {x}")
     routing = x if chain.routing is None else values.dtype(chain.routing)
     is_number = routing.is_floating_point or routing.is_complex
     if not is_number or reference.compute_dtype(routing) not in (torch.float32, compute):
-        raise NotFusedError(f"its logits are {routing} beside {x}")
+        raise DifferentCopyError(f"its logits are {routing} beside {x}")
 
 
 def _routings(chain: Chain, values: Values, B: int, C: int) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -170,7 +187,7 @@ def _routings(chain: Chain, values: Values, B: int, C: int) -> Iterator[tuple[in
     if chain.softmax is not None:
         axis = softmax_axis(chain.softmax)
         if axis is None:
-            raise NotFusedError("its softmax does not say over which axis")
+            raise DifferentCopyError("its softmax does not say over which axis")
         axes = [axis % len(shape)]  # type: ignore[assignment]
     orders = [(axis, *rest) for axis in axes for rest in itertools.permutations({*range(1, len(shape))} - {axis})]
     fitting = [
@@ -181,7 +198,7 @@ def _routings(chain: Chain, values: Values, B: int, C: int) -> Iterator[tuple[in
     if fitting and same(shape[0], B) and not values.dtype(chain.routing).is_complex:
         yield from ((shape[axis], (0, axis, *rest)) for axis, *rest in fitting)
     elif chain.softmax is not None:
-        raise NotFusedError(
+        raise DifferentCopyError(
             f"its softmax runs over axis {axes[0]} of {tuple(shape)}, ours over F of (B, F, C) = ({B}, F, {C})"
         )
 
@@ -209,7 +226,9 @@ def _results(chain: Chain, values: Values) -> _Results:
             grad_y = _random(tuple(y.shape), False, generator)
             return _Results(inputs, y, grad_y, _gradients(y, inputs, grad_y))
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-            raise NotFusedError(f"it cannot be tried ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+            raise DifferentCopyError(
+                f"it cannot be tried ({type(error).__name__}: {str(error).splitlines()[0]})"
+            ) from error
 
 
 def _difference(step: Step, theirs: _Results) -> str:
@@ -217,10 +236,9 @@ def _difference(step: Step, theirs: _Results) -> str:
     with _undisturbed():
         inputs = [t.detach().requires_grad_() for t in theirs.inputs]
         x, *routing, filters = inputs
-        wide = step._replace(casts=False)
-        y = wide.build(_called, _REFERENCE, x, routing[0] if routing else None, filters)
-        if not relative_error(y, theirs.y) <= _AGREEMENT:  # also for NaN
-            return _named_difference(y.detach(), theirs.y.detach())
+        y = step.build(called, _REFERENCE, x, routing[0] if routing else None, filters)
+        if reason := named_difference(y.detach(), theirs.y.detach(), _AGREEMENT):
+            return f"on random inputs its output {reason}"
         gradients = _gradients(y, inputs, theirs.grad_y)
     names = ["input", "routing", "filters"] if routing else ["input", "filters"]
     for name, ours, expected in zip(names, gradients, theirs.gradients, strict=True):
@@ -229,17 +247,20 @@ def _difference(step: Step, theirs: _Results) -> str:
     return ""
 
 
-def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def _named_difference(ours: Tensor, theirs: Tensor) -> str:
+def named_difference(ours: Tensor, theirs: Tensor, bound: float) -> str:
+    """How a result differs from ours, completing "its output"; "" if they agree to within ``bound``."""
     if ours.shape != theirs.shape:
-        return f"it returns {tuple(theirs.shape)} where ours is {tuple(ours.shape)}"
+        return f"has shape {tuple(theirs.shape)} where ours is {tuple(ours.shape)}"
+    if relative_error(ours, theirs) <= bound:
+        return ""
     gain = ((ours * theirs).sum() / ours.square().sum()).item()
-    if relative_error(gain * ours, theirs) <= _AGREEMENT:
-        return f"its output differs from ours by a factor, {gain:.6g}"
-    return f"on random inputs its output differs from ours by {relative_error(ours, theirs):.1e} relative"
+    if relative_error(gain * ours, theirs) <= bound:
+        return f"differs from ours by a factor, {gain:.6g} in the trial"
+    return f"differs from ours by {relative_error(ours, theirs):.1e} relative"
 
 
 def _gradients(y: Tensor, inputs: list[Tensor], grad_y: Tensor) -> list[Tensor]:

@@ -98,6 +98,14 @@ def trace(module: nn.Module, inputs: Sequence[Any], through: Collection[nn.Modul
     return Trace(graph, tracer.run.env, seen)
 
 
+def call_softmax(graph: fx.Graph, module: nn.Module) -> None:
+    """Replaces calls of nn.Softmax modules by calls of the function."""
+    for node in graph.nodes:
+        softmax = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if type(softmax) is nn.Softmax and not has_hooks(softmax):
+            node.op, node.target, node.kwargs = "call_function", torch.softmax, {"dim": softmax.dim}
+
+
 def _numbers(node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:
     """The numbers among a node's value and the values it is computed from; the search ends at tensors."""
     found, waiting = [], [node]

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-# These are linear in each tensor argument, so views, casts and products only compute polynomials of their inputs.
+# These are linear in each tensor argument, so with sums and products they only compute polynomials of their inputs.
 _VIEWS = """view reshape _unsafe_view permute transpose t T mT movedim moveaxis swapaxes swapdims flatten unflatten
     unsqueeze squeeze expand expand_as view_as broadcast_to contiguous clone alias select slice narrow stack cat
     rearrange real imag complex view_as_complex view_as_real"""
 CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "cfloat", "_to_copy", "convert_element_type"}
 _PRODUCTS = "einsum matmul bmm mm tensordot sum"
 _LINEAR = {*_VIEWS.split(), *CASTS, *_PRODUCTS.split()}
-# Sums and products that write into their first argument. They are linear if no argument is a number.
+# Sums and products that write into their first argument.
 IN_PLACE = {"imul", "mul_", "iadd", "add_", "isub", "sub_"}
 _ARITHMETIC = {"mul", "multiply", "add", "sub", *IN_PLACE}
 # The results of these never share memory with an input. Other operators may return views.
@@ -65,12 +65,13 @@ def name_of(node: fx.Node) -> str:
 
 
 def is_linear(node: fx.Node, values: "Values") -> bool:
-    """Whether a node is linear in each of its tensors, with no number as a factor or a term."""
+    """Whether a node is linear in each of its tensors, or adds or multiplies a number."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = name_of(node)
     if name in _ARITHMETIC:
-        return not node.kwargs and all(isinstance(a, fx.Node) and values.is_tensor(a) for a in node.args)
+        tensors = [a for a in node.args if not isinstance(a, int | float | complex)]
+        return not node.kwargs and all(isinstance(a, fx.Node) and values.is_tensor(a) for a in tensors)
     if name == "getitem":
         return isinstance(node.args[0], fx.Node) and values.is_tensor(node.args[0])
     return name in _LINEAR or is_complex_transform(node)

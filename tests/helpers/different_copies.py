@@ -45,6 +45,34 @@ class Masked(ChannelsFirst):
         return super().basis(X) * self.mask
 
 
+class Polar(ChannelsFirst):
+    """Its filters are magnitudes and phases."""
+
+    def basis(self, X: Tensor) -> Tensor:
+        return torch.polar(self.complex_weights[..., 0], self.complex_weights[..., 1])
+
+
+class ShiftedFilters(ChannelsFirst):
+    """Its filters are stored with the lowest frequency in the middle."""
+
+    def basis(self, X: Tensor) -> Tensor:
+        return torch.fft.ifftshift(super().basis(X), dim=0)
+
+
+class RealPart(ChannelsFirst):
+    def basis(self, X: Tensor) -> Tensor:
+        return super().basis(X).real.to(X.dtype)
+
+
+class Overwritten(Authors):
+    """The product goes into the spectrum's memory, by a call whose result is ignored."""
+
+    def filtered(self, x: Tensor, routing: Tensor) -> Tensor:
+        X = torch.fft.rfft2(x, dim=(1, 2), norm="ortho")
+        X.mul_(torch.einsum("bfc,hwf->bhwc", routing.to(X.dtype), self.basis(X)))
+        return torch.fft.irfft2(X, s=x.shape[1:3], dim=(1, 2), norm="ortho")
+
+
 class ConstantRouting(ChannelsFirst):
     @torch.no_grad()
     def route(self, x: Tensor) -> Tensor:
@@ -60,13 +88,6 @@ class BatchOfTwo(ChannelsFirst):
 
 class Bilinear(Authors):
     mode = "bilinear"
-
-
-class Gated(Authors):
-    """Weights that do not sum to one."""
-
-    def route(self, x: Tensor) -> Tensor:
-        return self.reweight(x.mean(dim=(1, 2))).view(len(x), self.num_filters, -1).sigmoid()
 
 
 class NoiseInTraining(ChannelsFirst):

@@ -62,6 +62,12 @@ def by_parts(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     return back(torch.complex(real, imag) * there(x))
 
 
+def by_imaginary_unit(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    routing = logits.softmax(1)
+    real, imag = (torch.einsum("bfc,hkf->bhkc", routing, basis[..., i]) for i in (0, 1))
+    return back((real + 1j * imag) * there(x))
+
+
 def by_real_products(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     X, M = there(x), mixed(logits, basis)
     real, imag = X.real * M.real - X.imag * M.imag, X.real * M.imag + X.imag * M.real
@@ -78,6 +84,12 @@ def in_place(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     X = there(x)
     X *= mixed(logits, basis)
     return back(X)
+
+
+def on_a_permuted_view(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    """irfft2's result is contiguous, so it can be viewed."""
+    y = back(there(x.permute(0, 2, 3, 1)) * mixed(logits, basis))
+    return y.view(x.shape[0], 64, C).transpose(1, 2).reshape(x.shape)
 
 
 def on_windows(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
@@ -163,6 +175,16 @@ def between_writes(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     return y
 
 
+def spectrum_routing(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    X = there(x)
+    return back(X * mixed(logits + X.abs().mean(dim=(1, 2))[:, None], basis))
+
+
+def spectrum_too(x: Tensor, logits: Tensor, basis: Tensor) -> Any:
+    X = there(x)
+    return back(X * mixed(logits, basis)), X.abs()
+
+
 # The function, whether it is channels-first, whether its filters are mixed by the operator.
 SAME: dict[str, tuple[Step, bool, bool]] = {
     "einsum": (by_einsum, False, True),
@@ -175,6 +197,7 @@ SAME: dict[str, tuple[Step, bool, bool]] = {
     "real products": (by_real_products, False, True),
     "one-dimensional transforms": (by_lines, False, True),
     "in place": (in_place, False, True),
+    "a permuted view": (on_a_permuted_view, True, True),
     "windows": (on_windows, False, True),
     "a filter a channel": (one_a_channel, False, False),
     "a filter a channel, channels-first": (one_a_channel_first, True, False),
@@ -189,6 +212,9 @@ SAME: dict[str, tuple[Step, bool, bool]] = {
     "parts swapped": (swapped_parts, False, False),
     "offset": (lambda x, r, b: back(there(x) * (1 + mixed(r, b))), False, False),
     "filters of all images": (filters_of_all_images, False, False),
+    "spectrum is a result too": (spectrum_too, False, True),
+    "routed by the spectrum": (spectrum_routing, False, True),
+    "imaginary part times 1j": (by_imaginary_unit, False, True),
 }
 
 
@@ -219,14 +245,18 @@ def _overwritten(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     return back(X * mixed(logits, basis))
 
 
-def _spectrum_routing(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+def _overwritten_spectrum(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     X = there(x)
-    return back(X * mixed(logits + X.abs().mean(dim=(1, 2))[:, None], basis))
+    X.mul_(mixed(logits, basis))
+    return back(X)
 
 
-def _spectrum_too(x: Tensor, logits: Tensor, basis: Tensor) -> Any:
+def _spectrum_in_place(x: Tensor, logits: Tensor, basis: Tensor) -> Any:
+    """The first rows are seen after they are overwritten."""
     X = there(x)
-    return back(X * mixed(logits, basis)), X.abs()
+    rows = X[:, :2]
+    X *= mixed(logits, basis)
+    return back(X), rows.abs()
 
 
 def _two_spectra(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
@@ -277,14 +307,14 @@ OTHER: dict[str, tuple[Step, str]] = {
     "enlarged": (lambda x, r, b: back(there(x) * mixed(r, b), s=(8, 10)), "plane of 8 x 10, where the input has 8 x 8"),
     "cropped": (lambda x, r, b: back(there(x, s=(8, 6)) * mixed(r, b[:, :4].contiguous())), "crops or pads the plane"),
     "odd width without a size": (_odd_width, "plane of 8 x 6, where the input has 8 x 7"),
-    "spectrum is a result": (_spectrum_too, "also needed by abs"),
-    "routed by the spectrum": (_spectrum_routing, "also needed by abs"),
+    "overwritten spectrum": (_overwritten_spectrum, "also needed by mul_"),
+    "rows of a spectrum in place": (_spectrum_in_place, "its output 1 differs from ours"),
     "conjugated filters": (
         lambda x, r, b: back(there(x) * mixed(r, b).conj()),
         "its filters are a lazy conjugate",
     ),
     "conjugated spectrum": (lambda x, r, b: back(there(x).conj() * mixed(r, b)), "stands conj"),
-    "scaled by a number": (lambda x, r, b: back(there(x) * 0.5 * mixed(r, b)), "stands mul by 0.5"),
+    "scaled by a number": (lambda x, r, b: back(there(x) * 0.5 * mixed(r, b)), "by a factor, 0.5 in the trial"),
     "scaled by a tensor": (lambda x, r, b: back(there(x) * b[0, 0, 0, 0] * mixed(r, b)), "output differs from ours"),
     "divided": (lambda x, r, b: back(there(x) * mixed(r, b) / 8), "stands truediv by 8"),
     "absolute": (lambda x, r, b: back(there(x).abs() * mixed(r, b)), "stands abs"),

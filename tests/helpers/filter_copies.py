@@ -306,3 +306,22 @@ class WithDropout(Authors):
     def forward(self, x: Tensor) -> Tensor:
         routing = self.route(x)
         return self.pwconv2(self.drop(self.filtered(self.act1(self.pwconv1(x)), routing)))
+
+
+class Gated(Authors):
+    """Weights that do not sum to one."""
+
+    def route(self, x: Tensor) -> Tensor:
+        return self.reweight(x.mean(dim=(1, 2))).view(len(x), self.num_filters, -1).sigmoid()
+
+
+class TwoInTurn(ChannelsFirst):
+    """Filters what it filtered once more, with other filters; returns a dict."""
+
+    def __init__(self, dim: int, size: int = 8) -> None:
+        super().__init__(dim, size)
+        self.second = nn.Parameter(torch.randn(dim, size, size // 2 + 1, 2) * 0.1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        X = torch.fft.rfft2(super().forward(x)) * torch.view_as_complex(self.second)
+        return {"y": torch.fft.irfft2(X, s=x.shape[-2:])}

@@ -42,6 +42,8 @@ SWAPPED: dict[str, tuple[Make, list[Any], list[Any]]] = {
     "tokens with their plane": (lambda: forms.TokensOfPlane(DIM), [TOKENS, 8, 8], []),
     "routed by a vector": (lambda: forms.Conditioned(DIM), [FIRST, (5,)], [(DIM, 9, 10), (5,)]),
     "dropout": (lambda: forms.WithDropout(DIM), [LAST], [(16, 16, DIM)]),
+    "two filters in turn": (lambda: forms.TwoInTurn(DIM), [FIRST], []),
+    "mixed by sigmoids": (lambda: forms.Gated(DIM), [LAST], [(9, 12, DIM)]),
 }
 
 REFUSED: dict[str, tuple[Make, str]] = {
@@ -50,11 +52,14 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "windows": (lambda: different.Windows(DIM, 16), "16x16 windows of a 32x32 plane"),
     "scaled": (lambda: different.Scaled(DIM), "differs from ours by a factor"),
     "masked by ones": (lambda: different.Masked(DIM), "differs from ours by a factor"),
+    "magnitudes and phases": (lambda: different.Polar(DIM), "what it makes of its filters (polar) differs from ours"),
+    "shifted filters": (lambda: different.ShiftedFilters(DIM), "what it makes of its filters (ifftshift) differs"),
+    "real part": (lambda: different.RealPart(DIM), "what it makes of its filters (to) differs from ours"),
+    "overwritten": (lambda: different.Overwritten(DIM), "fft_rfft2, inside the chain, is also needed by mul_"),
     "no gradient": (lambda: different.ConstantRouting(DIM), "its gradient of reweight"),
     "by batch": (lambda: different.BatchOfTwo(DIM), "with another batch its forward does something else"),
-    "mixed norms": (lambda: different.MixedNorms(DIM), "by a factor, 8 in"),
+    "mixed norms": (lambda: different.MixedNorms(DIM), "its norms, 'ortho' and 'forward', do not cancel out"),
     "bilinear": (lambda: different.Bilinear(DIM), "mode='bilinear'"),
-    "no softmax": (lambda: different.Gated(DIM), "4 filters are mixed by no softmax"),
     "noise in training": (
         lambda: different.NoiseInTraining(DIM),
         "in training its forward does something else (at randn",
@@ -89,6 +94,7 @@ def results(model: nn.Module, inputs: list[Any]) -> list[Tensor]:
     leaves = [x.requires_grad_() for x in inputs if isinstance(x, Tensor)]
     leaves += [p for _, p in sorted(model.named_parameters())]
     y = model(*inputs)
+    y = y["y"] if isinstance(y, dict) else y
     gradients = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
     real = [torch.view_as_real(g) if g.is_complex() else g for g in gradients if g is not None]
     return [y.detach(), *real]

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from dfformer.models.copies.match import CopyLimitError, Expected, fuse, is_filter_shape
-from dfformer.models.copies.step import STORAGE, as_basis
+from dfformer.models.copies.match import STORAGE, CopyLimitError, Expected, as_basis, fuse, is_filter_shape
 from dfformer.models.filter_resize import RULES, resize_filter
 from dfformer_kernels.graph import compare
 from dfformer_kernels.graph.compare import tensors
@@ -50,9 +49,8 @@ class OtherPlaneError(DifferentCopyError):
 
 
 class Hypothesis(NamedTuple):
-    """An assumption about a copy: the storage and plane of its filters, and the layouts and channels of its inputs."""
+    """An assumption about a copy: the plane of its filters, and the layouts and channels of its inputs."""
 
-    storage: str
     size: Plane
     layouts: tuple[str, ...]
     channels: tuple[int, ...]
@@ -170,7 +168,7 @@ class Trial:
                 same = [tuple(C * is_map for is_map in maps) for C in channels]
                 choices = [channels if is_map else [0] for is_map in maps]
                 for cs in dict.fromkeys([*same, *itertools.islice(itertools.product(*choices), _MOST_CHANNELS**2)]):
-                    yield Hypothesis(storage, size, layouts, cs)
+                    yield Hypothesis(size, layouts, cs)
 
     def _layouts(self) -> Iterator[tuple[str, ...]]:
         """Layouts of the inputs: first all like the first input, then vectors for the others."""
@@ -232,7 +230,7 @@ def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple
         if not native and not _runs(trial, case):
             continue
         module = trial.copy(case.training)
-        expected = Expected(len(case.inputs[0]), case.plane, hypothesis.size, hypothesis.storage, resize)
+        expected = Expected(len(case.inputs[0]), case.plane, hypothesis.size, resize)
         where = "in training" if case.training else "with another batch"
         try:
             graph = fuse(trace(module, case.inputs), module, expected)

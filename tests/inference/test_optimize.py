@@ -106,16 +106,6 @@ def test_unknown_dtype(dtype: Any) -> None:
         optimize_for_inference(trained(), dtype)
 
 
-@EVERY_KIND
-def test_export_with_any_batch(name: str) -> None:
-    served = optimize_for_inference(trained(name), img_size=64)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(served, (images(),), dynamic_shapes=({0: batch},)).module()
-    for size in (1, 5):
-        x = images(batch=size)
-        assert relative_error(program(x), served(x)) < 1e-5
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_compiled() -> None:

@@ -73,7 +73,7 @@ def run_script(script: str, *arguments: str) -> Any:
 @pytest.fixture(scope="module")
 def reports() -> list[dict[str, dict[str, Any]]]:
     """Of up to three processes: one that took too long may tell how busy the machine was."""
-    reports = []
+    reports: list[dict[str, dict[str, Any]]] = []
     while len(reports) < 3 and not (reports and all(report["seconds"] < COST for report in reports[-1].values())):
         reports.append(run_script(MEASURE, json.dumps(UNWANTED)))
     return reports

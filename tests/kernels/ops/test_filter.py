@@ -52,8 +52,11 @@ def run(target: Target, inputs: Inputs, grad_y: Tensor) -> tuple[Tensor, Inputs]
 # Values
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@ALL_DTYPES
+# Every case in float32, and in one other dtype.
+CASES_AND_DTYPES = [(c, d) for i, c in enumerate(CASES) for j, d in enumerate(DTYPES) if FULL or j in (0, 1 + i % 3)]
+
+
+@pytest.mark.parametrize(("case", "dtype"), CASES_AND_DTYPES, ids=str)
 def test_result_and_gradients_are_within_the_bound(target: Target, dtype: torch.dtype, case: Case) -> None:
     inputs = make_inputs(target.op, case, dtype, target.device)
     grad_y = make_grad(target.op, inputs)

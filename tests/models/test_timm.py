@@ -223,9 +223,8 @@ def test_symbolic_trace(name: str, graph: str) -> None:
     for x in (images(), torch.randn(1, 3, SIZE + 32, SIZE)):  # another plane: filters are resized
         with torch.no_grad():
             assert relative_error(logits(traced(x)), model(x)) < ERROR
-    gradients, wanted = (
-        torch.autograd.grad(y.square().sum(), [*model.parameters()]) for y in (logits(traced(x)), model(x))
-    )
+    results = (logits(traced(x)), model(x))
+    gradients, wanted = (torch.autograd.grad(y.square().sum(), [*model.parameters()]) for y in results)
     assert max(gradient_errors(list(gradients), list(wanted))) < ERROR
 
 

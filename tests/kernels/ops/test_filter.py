@@ -27,6 +27,7 @@ from cases import (
     make_inputs,
 )
 from conftest import require_backend, require_support, targets
+from extent import FULL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

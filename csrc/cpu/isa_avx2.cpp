@@ -16,7 +16,7 @@
 #endif
 
 namespace dfformer::cpu {
-#include "kernels.inl"
+#include "kernels/kernels.inl"
 constinit const Kernels avx2_kernels = make_kernels("avx2");
 }  // namespace dfformer::cpu
 

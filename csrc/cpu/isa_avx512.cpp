@@ -17,7 +17,7 @@
 #endif
 
 namespace dfformer::cpu {
-#include "kernels.inl"
+#include "kernels/kernels.inl"
 constinit const Kernels avx512_kernels = make_kernels("avx512");
 }  // namespace dfformer::cpu
 

@@ -6,7 +6,7 @@
 #define HAS_F16C 0
 
 namespace dfformer::cpu {
-#include "kernels.inl"
+#include "kernels/kernels.inl"
 #if defined(__aarch64__)
 constexpr const char* baseline_name = "neon";
 #else

@@ -39,7 +39,7 @@ struct Plan {
     const int* frequency;     // [size] the frequency at position p
     const int* frequency_at;  // [size] the position of frequency k
     const int* columns;       // [size/2 + 1] the frequencies 0 .. size/2, in order of position
-    const int* pairs;      // [num_pairs][2] samples (-1: none) adjacent in the first pass' butterflies: see filter.inl
+    const int* pairs;      // [num_pairs][2] samples (-1: none) adjacent in the first pass' butterflies: see columns.inl
     std::int64_t scratch;  // complex elements of scratch that the passes need
 };
 

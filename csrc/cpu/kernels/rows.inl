@@ -1,13 +1,12 @@
-// The filter step's transforms along W, between tensors of any storage type and a tile's workspace. columns.inl has the
-// mathematics and everything in between. Included once per instruction set, after columns.inl.
+// The transforms along W, between tensors of any storage type and a tile's workspace, with StarReLU and its gradient.
 
 namespace {
 
 template <class L>
-struct Filter : FilterOf<typename L::Vec> {
+struct Filter : ColumnsOf<typename L::Vec> {
     using Storage = typename L::Scalar;
     using V = typename L::Vec;
-    using Base = FilterOf<V>;
+    using Base = ColumnsOf<V>;
     using Base::lanes;
     using typename Base::Line, typename Base::Tile, typename Base::T;
 

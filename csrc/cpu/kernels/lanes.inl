@@ -1,5 +1,5 @@
-// Lane types: how elements are stored in memory and computed with in a register. Included once per instruction set,
-// inside its target region, with VECTOR_BYTES (register width) and HAS_F16C (hardware float16 conversion) defined.
+// Lane types: how elements are stored in memory and computed with in a register. Each instruction set defines
+// VECTOR_BYTES (the width of a register) and HAS_F16C (whether it converts float16).
 //
 // A lane type L has L::Scalar (storage), L::Vec (arithmetic register), L::count, L::load and L::store.
 

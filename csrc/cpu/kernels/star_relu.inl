@@ -1,4 +1,4 @@
-// y = scale * relu(x)^2 + bias, and its gradients. Included once per instruction set after lanes.inl.
+// y = scale * relu(x)^2 + bias, and its gradients.
 
 namespace {
 

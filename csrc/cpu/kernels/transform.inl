@@ -1,4 +1,4 @@
-// Transforms of lines of any length, following a Plan. Included once per instruction set, after lanes.inl.
+// Transforms of lines of any length, following a Plan.
 //
 // Forward: in each pass a butterfly, then twiddles. Inverse: the passes in reverse order, twiddles before the
 // butterfly, with real and imaginary parts swapped. Neither is normalised.
@@ -9,7 +9,7 @@
 
 namespace {
 
-#include "../fft/butterflies.inl"
+#include "../../fft/butterflies.inl"
 
 template <>
 struct ScalarOf<F32> {

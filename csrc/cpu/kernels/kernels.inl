@@ -2,8 +2,10 @@
 #include "lanes.inl"
 #include "star_relu.inl"
 #include "transform.inl"
+#include "tile.inl"
+#include "mixing.inl"
 #include "columns.inl"
-#include "filter.inl"
+#include "rows.inl"
 
 namespace {
 

@@ -1,0 +1,106 @@
+// A tile: the H x W planes of neighbouring channels of one sample, one channel per SIMD lane. mixing.inl, columns.inl
+// and rows.inl compute the filter step and its gradients on it:
+//
+//   forward    y = irfft2(rfft2(u) M)
+//   backward   X = rfft2(u), G = rfft2(grad_y), Q = G conj(X), D = 1 for k = 0 and k = W/2, else 2
+//              grad_u = irfft2(conj(M) G)
+//              grad_routing[f] = sum_hk D Re(Q conj(basis[h,k,f])),   grad_basis[h,k,f] = sum_bc D routing[f] Q
+//
+// Two rows are transformed as one complex line: Z = fft(row a + i row b). Twice the spectra of rows a and b at column k
+// are Z[k] + conj(Z[-k]) and -i (Z[k] - conj(Z[-k])). So the column pass reads only columns k and -k, and writes its
+// results back to them: a tile's workspace is as large as the tile. Transforms are not normalised. The factor 2 and
+// the 1/sqrt(H W) of both transforms are folded into the routing weights.
+
+namespace {
+
+template <class V>
+struct TileOf {
+    using T = typename ScalarOf<V>::Type;
+    using Line = Complex<V>;
+    using Arithmetic = Plain<T, V>;  // lane type of tensors kept in the arithmetic type
+    using Sum = decltype(Accumulator<V>::sum);
+    static constexpr int lanes = Arithmetic::count;
+
+    // Lines that go through a pass together stay in L1 for the next pass.
+    static constexpr std::int64_t bytes_at_once = 16384;
+
+    static int lines_at_once(std::int64_t length) {
+        const std::int64_t lines = bytes_at_once / (std::int64_t{sizeof(Line)} * length);
+        return lines < 1 ? 1 : int(lines);
+    }
+
+    struct Tile {
+        const FilterCall& call;
+        const FilterProblem& problem;
+        const FilterTensors& tensors;
+        const TileTask& task;
+        const Plan<T>&row_plan, &column_plan;
+        int H, W, K, F, pairs;
+        std::int64_t channel;
+        int used;  // lanes in use: fewer than all in the last tile of a sample
+        Line *x_spectrum, *y_spectrum;
+        V* weights;              // [F] softmax(logits)
+        V* routing;              // [F] weights / (2HW)
+        Sum* grad_routing;       // [K][F] terms of each column
+        double* star_relu_sums;  // [pairs][2] terms of each pair of rows: grad_scale, grad_bias
+
+        Tile(const FilterCall& call_, const TileTask& task_)
+            : call(call_),
+              problem(*call_.problem),
+              tensors(*call_.tensors),
+              task(task_),
+              row_plan(*static_cast<const Plan<T>*>(call_.row_plan)),
+              column_plan(*static_cast<const Plan<T>*>(call_.column_plan)),
+              H(problem.H),
+              W(problem.W),
+              K(W / 2 + 1),
+              F(problem.F),
+              pairs(column_plan.num_pairs),
+              channel(task_.channel_tile * lanes),
+              used(problem.C - channel < lanes ? int(problem.C - channel) : lanes) {
+            x_spectrum = static_cast<Line*>(task.workspace);
+            y_spectrum = x_spectrum + (backward() && needs_x_spectrum() ? pairs * call.row_stride : 0);
+            weights = reinterpret_cast<V*>(y_spectrum + pairs * call.row_stride);
+            routing = weights + F;
+            grad_routing = reinterpret_cast<Sum*>(routing + F);
+            star_relu_sums = reinterpret_cast<double*>(grad_routing + (backward() ? std::int64_t{K} * F : 0));
+        }
+        bool backward() const { return tensors.grad_y; }
+        bool needs_x_spectrum() const { return !backward() || tensors.grad_filters || tensors.grad_logits; }
+        bool needs_y_spectrum() const { return !backward() || tensors.grad_x || tensors.need_scalars; }
+
+        // Offset, in elements, of this tile's first channel in the first pixel of a row.
+        std::int64_t row_offset(std::int64_t row) const {
+            if (problem.channels_first) return ((task.sample * problem.C + channel) * H + row) * W;
+            return (task.sample * H + row) * W * problem.C + channel;
+        }
+        double half_spectrum_weight(int k) const { return k == 0 || 2 * k == W ? 1 : 2; }
+        double normalisation() const { return 0.5 / (double(H) * W); }
+    };
+
+    // Transposes v[lanes][lanes]: first within 16 bytes, where shuffles are cheapest, then the 16 bytes.
+    FFT_INLINE static void transpose(V* v) {
+        constexpr int unit = 16 / sizeof(T), units = lanes / unit;
+        unrolled<0, units>([&](auto i) UNROLLED_BODY { transpose_cells<1, unit, 1>(v + i.value * unit); });
+        if constexpr (units > 1)
+            unrolled<0, unit>([&](auto i) UNROLLED_BODY { transpose_cells<unit, lanes, unit>(v + i.value); });
+    }
+    // Transposes 2 x 2 or 4 x 4 cells of `size` lanes in each `width` lanes of v[0], v[step], ...
+    template <int size, int width, int step>
+    FFT_INLINE static void transpose_cells(V* v) {
+        const V a = v[0], b = v[step];
+        if constexpr (width == 2 * size) {
+            v[0] = alternate<0, size, width>(a, b);
+            v[step] = alternate<1, size, width>(a, b);
+        } else {
+            const V c = v[2 * step], d = v[3 * step];
+            unrolled<0, 2>([&](auto i) UNROLLED_BODY {
+                const V ab = alternate<i.value, 2 * size, width>(a, b), cd = alternate<i.value, 2 * size, width>(c, d);
+                v[2 * i * step] = alternate<0, size, width>(ab, cd);
+                v[(2 * i + 1) * step] = alternate<1, size, width>(ab, cd);
+            });
+        }
+    }
+};
+
+}  // namespace

@@ -37,7 +37,7 @@ class Op:
             return getattr(dfformer_kernels, self.name)(*self.schema_order(inputs), backend=backend)
         tensors = [inputs[name] for name in ("x", *self.parameters)]
         pair = (inputs.get("scale"), inputs.get("bias"))
-        star_relu = None if pair == (None, None) else pair
+        star_relu = pair if any(t is not None for t in pair) else None  # older Dynamos cannot compare tensors
         return getattr(dfformer_kernels, self.name)(*tensors, star_relu=star_relu, backend=backend)
 
     def apply(self, inputs: Inputs, backend: str | None = None) -> Tensor:

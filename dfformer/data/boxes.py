@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dfformer.data import synthetic_digits
-from dfformer.data.files import FileDataset, ImageDataset, check_image, read_image
+from dfformer.data.files import FileDataset, ImageDataset, check_image, read_image, real_path
 from dfformer.data.images import given_root
 from dfformer.utils.text import abbreviate
 
@@ -105,7 +105,7 @@ class CocoImages(BoxDataset, FileDataset[tuple[Image.Image, Objects]]):
         number, name, *_ = self.images[index]
         path, given = self.folder / name, Path(name)
         outside = given.anchor or ".." in given.parts or "\0" in name
-        if outside or not path.resolve().is_relative_to(self.folder.resolve()):
+        if outside or not real_path(path).is_relative_to(real_path(self.folder)):
             raise ValueError(
                 f"{self.file}: image {number}: file_name: got {name!r}, accepted are files in {self.folder}"
             )

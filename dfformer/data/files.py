@@ -104,6 +104,11 @@ def images_in(folder: Path) -> list[Path]:
     return images
 
 
+def real_path(path: Path) -> Path:
+    """`Path.resolve` for any path: before Python 3.13 that raises for a link to itself."""
+    return Path(os.path.realpath(path))
+
+
 def _below(folder: Path, above: frozenset[Path], on_unreadable: Callable[[OSError], Any]) -> Iterator[Path]:
     real = folder.resolve()
     if real in above:  # a link to a parent

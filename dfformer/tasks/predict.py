@@ -20,6 +20,7 @@ from dfformer.data.files import (
     orientation_of,
     read_class_names,
     read_image,
+    real_path,
 )
 from dfformer.data.transforms import evaluation_transform
 from dfformer.models.checkpoint import load_model
@@ -229,12 +230,12 @@ def find_inputs(arguments: argparse.Namespace, output: Path | None = None) -> In
 
     paths, given = image_files(arguments.inputs, note), set(arguments.inputs)
     if output is not None and output.is_dir():
-        folder = output.resolve()
-        paths = [p for p in paths if p in given or not p.resolve().is_relative_to(folder) or not is_result(p)]
+        folder = real_path(output)
+        paths = [p for p in paths if p in given or not real_path(p).is_relative_to(folder) or not is_result(p)]
     if not paths and not unreadable:
         raise ValueError(f"no images in {', '.join(map(printable, arguments.inputs))}")
     report = arguments.json
-    if report and (report.is_dir() or report.resolve() in {path.resolve() for path in paths}):
+    if report and (report.is_dir() or real_path(report) in map(real_path, paths)):
         raise ValueError(f"--json: got {report}, which is a folder or one of the images; accepted is another file")
     return Inputs(paths, unreadable)
 

@@ -175,6 +175,7 @@ ANNOTATIONS: dict[str, tuple[Change, str]] = {
     "absolute": (_file_name("/etc/passwd"), "image 102: file_name: got '/etc/passwd'"),
     "link": (_file_name("link.png"), "image 102: file_name: got 'link.png'"),
     "linked-folder": (_file_name("linked/secret.png"), "image 102: file_name: got 'linked/secret.png'"),
+    "loop": (_file_name("loop.png"), "loop.png"),
     "null": (_file_name("a\0.png"), "image 102: file_name: got 'a\\x00.png'"),
     "itself": (_file_name(""), "is not a regular file"),
 }
@@ -185,6 +186,7 @@ def test_malformed_annotations(change: Change, message: str, root: Path) -> None
     noise((70, 45)).save(root / "secret.png")
     (root / "train" / "link.png").symlink_to(root / "secret.png")
     (root / "train" / "linked").symlink_to(root)
+    (root / "train" / "loop.png").symlink_to("loop.png")
     path = annotate(root, change)
     with pytest.raises(ValueError) as raised:  # noqa: PT011 (the message is compared below)
         check_images(CocoImages(root, "train"))

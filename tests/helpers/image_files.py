@@ -91,6 +91,7 @@ UNREADABLE: dict[str, Writer] = {
     "nan.tif": lambda path: Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)).save(path),
     "postscript.png": lambda path: noise().save(path, "EPS"),
     "dangling.png": lambda path: path.symlink_to("nowhere.png"),
+    "loop.png": lambda path: path.symlink_to("loop.png"),
     "pipe.png": lambda path: os.mkfifo(path),
 }
 

@@ -60,6 +60,14 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             patched.restore()
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        """As Triton 3.8; NumPy 2.4 refuses what 3.6 does with an array of one number."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_and_index)
     monkeypatch.setattr(InterpretedFunction, "__call__", call)
     cast = InterpreterBuilder.cast_impl
 

@@ -41,7 +41,7 @@ from common import (
     write_json,
 )
 from figures import write_model
-from model_providers import (
+from providers.model import (
     ALL,
     AUTHORS,
     AXES,

@@ -55,7 +55,7 @@ from common import (
     write_json,
 )
 from figures import write_op
-from op_providers import (
+from providers.op import (
     BOTH,
     FORWARD,
     OPS,

@@ -10,15 +10,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import model_providers
 import numpy as np
-import op_providers
 from common import device_name
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from model_providers import PROVIDERS, mib_per_image, size_name
-from op_providers import BOTH, FORWARD, OURS, STAGES
+from providers import model as model_providers
+from providers import op as op_providers
+from providers.model import PROVIDERS, mib_per_image, size_name
+from providers.op import BOTH, FORWARD, OURS, STAGES
 
 from dfformer.analysis.palette import BLACK, BLUE, GREY, VERMILLION
 

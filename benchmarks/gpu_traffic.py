@@ -4,7 +4,7 @@
     python benchmarks/gpu_traffic.py --models  # writes results/gpu_traffic.csv
 
 Filter steps are dynamic filters with StarReLU. ``cuda`` moves what the emulator counts in
-tests/kernels/cuda/test_cuda_kernels.py, ``cufft`` what `dfformer_kernels.backends.cufft.passes.traffic` says,
+tests/kernels/cuda/test_cuda_kernels.py, ``cufft`` what `cufft_traffic.traffic` says,
 ``torch`` what its operators read and write, counted by running them on the meta device.
 
 Whole models run on the meta device too, with the filter step as one operator. ``eager``: every operator reads its
@@ -25,6 +25,7 @@ from typing import Any
 import timm
 import torch
 from common import write_csv
+from cufft_traffic import traffic
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +35,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import dfformer  # noqa: F401  # registers the models
 from dfformer.analysis.palette import BLUE, VERMILLION
 from dfformer_kernels import reference
-from dfformer_kernels.backends.cufft import passes as cufft
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "gpu_traffic.png"
 RESULTS = Path(__file__).parent / "results" / "gpu_traffic.csv"
@@ -61,9 +61,7 @@ def bytes_per_element(backend: str, shape: Shape, dtype: torch.dtype, backward: 
     if backend == "cuda":
         return float(dtype.itemsize * (4 if backward else 2))  # grad_y, x, x for StarReLU's gradient, grad_x; or x, y
     if backend == "cufft":
-        moved = sum(
-            size for _, size in cufft.traffic("dynamic_filter", shape, dtype, star_relu=True, backward=backward)
-        )
+        moved = sum(size for _, size in traffic("dynamic_filter", shape, dtype, star_relu=True, backward=backward))
     else:
         moved = _moved_by_operators(shape, dtype, backward)
     return moved / torch.Size(shape).numel()

@@ -80,14 +80,14 @@ def checked_name(argument: str, name: str) -> str:
 
 
 @dataclass(eq=False)
-class _Block:
+class _Choice:
     backend: str
     is_open: bool = True
 
 
 # The `use_backend` contexts that are open here, outermost first. Generators and tasks that share or copy a context may
 # close them in any order, and in other contexts.
-_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("dfformer_use_backend_blocks", default=())
+_choices: ContextVar[tuple[_Choice, ...]] = ContextVar("dfformer_use_backend_choices", default=())
 # The innermost one's backend, kept separately because compiled code is specialised on it.
 _requested: ContextVar[str | None] = ContextVar("dfformer_use_backend", default=None)
 
@@ -108,24 +108,24 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: the name is unknown.
         RuntimeError: an operator inside cannot run on this backend; the message has all unsupported reasons.
     """
-    block = _Block(checked_name("name", name))
-    _set_blocks((*_blocks.get(), block))
+    choice = _Choice(checked_name("name", name))
+    _set_choices((*_choices.get(), choice))
     try:
         yield
     finally:
-        block.is_open = False
-        _forget_closed_blocks()
+        choice.is_open = False
+        _forget_closed()
 
 
-def _set_blocks(blocks: tuple[_Block, ...]) -> None:
-    _blocks.set(blocks)
-    _requested.set(blocks[-1].backend if blocks else None)
+def _set_choices(choices: tuple[_Choice, ...]) -> None:
+    _choices.set(choices)
+    _requested.set(choices[-1].backend if choices else None)
 
 
-def _forget_closed_blocks() -> None:
-    blocks = _blocks.get()
-    if not all(block.is_open for block in blocks):
-        _set_blocks(tuple(block for block in blocks if block.is_open))
+def _forget_closed() -> None:
+    choices = _choices.get()
+    if not all(choice.is_open for choice in choices):
+        _set_choices(tuple(choice for choice in choices if choice.is_open))
 
 
 def requested_backend(backend: str | None) -> str | None:
@@ -137,7 +137,7 @@ def requested_backend(backend: str | None) -> str | None:
         return backend
     if torch.compiler.is_dynamo_compiling():
         return _requested.get() if _DYNAMO_READS_CONTEXT else _AT_RUN_TIME
-    _forget_closed_blocks()
+    _forget_closed()
     return _requested.get()
 
 
@@ -166,15 +166,6 @@ def kernel_for(op: str, backend: str | None, tensors: Sequence[Tensor | None], *
     return select(problem, name).kernels[op]
 
 
-def chosen(problem: Problem) -> Backend | None:
-    """The backend that runs ``problem`` if no argument or context names one; None if it has yet to be measured."""
-    name = _named(None)
-    if name is None and problem.device == "cuda" and _autotunes():
-        name = autotuner.choice(problem)
-        return None if name is None else by_name(name)
-    return select(problem, name)
-
-
 @lru_cache(maxsize=1024)
 def select(problem: Problem, name: str | None = None) -> Backend:
     """The backend that runs ``problem``: the named one, or the first of the table that supports it.
@@ -187,16 +178,16 @@ def select(problem: Problem, name: str | None = None) -> Backend:
 def candidates(problem: Problem, name: str | None = None) -> tuple[Backend, ...]:
     """All backends that support ``problem``, in order of preference; only the one called ``name`` if it is given.
 
-    Raises RuntimeError with all unsupported reasons if there are none. Backends of other devices are only asked for
-    that message, because asking them may load their libraries.
+    Raises RuntimeError with all unsupported reasons if there are none. The reasons of backends of other devices
+    are only read for that message, because this may load their libraries.
     """
-    asked = TABLE if name is None else (_BY_NAME[name],)
-    here = [backend for backend in asked if backend.device in (None, problem.device)]
+    considered = TABLE if name is None else (_BY_NAME[name],)
+    here = [backend for backend in considered if backend.device in (None, problem.device)]
     # A named backend tries again to build its kernel.
     supporting = [b for b in here if not b.unsupported_reasons(problem) and (name or not _build_error(b, problem))]
     if not supporting:
         lines = [
-            f"  {b.name}: {'; '.join(b.unsupported_reasons(problem) or [_build_error(b, problem)])}" for b in asked
+            f"  {b.name}: {'; '.join(b.unsupported_reasons(problem) or [_build_error(b, problem)])}" for b in considered
         ]
         raise RuntimeError("\n".join([f"no backend can run {problem}:", *lines]))
     if supporting[0] is TABLE[-1] and name is None:

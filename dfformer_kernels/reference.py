@@ -28,7 +28,7 @@ def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
     """``grad_x = 2 scale relu(x) grad_y``, ``grad_scale = sum(relu(x)^2 grad_y)``, ``grad_bias = sum(grad_y)``.
 
-    Returns those of (x, scale, bias) that ``needs`` asks for, in that order.
+    Returns the gradients of (x, scale, bias) that are needed, in that order.
     """
     grad_y = grad_y.to(compute_dtype(x.dtype))
     r = x.to(grad_y.dtype).relu()
@@ -80,7 +80,7 @@ def dynamic_filter_backward(
         grad_r[b,f,c]      = sum_hk Re(P conj(basis[h,k,f]))       then softmax's gradient if there is one
         grad_basis[h,k,f]  = sum_bc r[b,f,c] P
 
-    Returns those of (x, logits, basis, scale, bias) that ``needs`` asks for, in that order.
+    Returns the gradients of (x, logits, basis, scale, bias) that are needed, in that order.
     """
     need_x, need_logits, need_basis, need_scale, need_bias = needs
     u = _activate(x, scale, bias)
@@ -123,7 +123,7 @@ def global_filter_backward(
 
     ``G`` and ``D`` are as for the dynamic filter. There is no sum over b if each sample has a weight of its own.
 
-    Returns those of (x, weight, scale, bias) that ``needs`` asks for, in that order.
+    Returns the gradients of (x, weight, scale, bias) that are needed, in that order.
     """
     need_x, need_weight, need_scale, need_bias = needs
     u = _activate(x, scale, bias)

@@ -72,7 +72,7 @@ class Output:
         self._write(f"{name}.html", template.replace("{{data}}", content.replace("<", "\\u003c")).encode())
 
     def _write(self, name: str, content: bytes) -> None:
-        write_atomically(self.folder / name, lambda file: file.write(content))
+        write_atomically(self.folder / name, content)
         print(f"wrote {self.folder / name}")
 
 

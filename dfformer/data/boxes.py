@@ -14,8 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dfformer.data import synthetic_digits
-from dfformer.data.files import FileDataset, ImageDataset, check_image, read_image, real_path
-from dfformer.data.images import given_root
+from dfformer.data.files import DatasetSpec, FileDataset, ImageDataset, check_image, read_image, real_path
 from dfformer.utils.text import abbreviate
 
 # The required fields of each entry of an annotation file, with their types.
@@ -198,7 +197,7 @@ def _stack(objects: list[tuple[Any, ...]]) -> Objects:
 class SyntheticBoxes(BoxDataset):
     """Synthetic images of digits, of ten classes."""
 
-    categories: dict[int, str] = dict(enumerate(synthetic_digits.CLASSES))  # noqa: RUF012 (nobody changes it)
+    categories: dict[int, str] = dict(enumerate(synthetic_digits.CLASSES))  # noqa: RUF012 (never changed)
 
     def __init__(self, split: str, img_size: tuple[int, int], count: int) -> None:
         self.images = synthetic_digits.SyntheticDigits(split, img_size, count)
@@ -212,24 +211,12 @@ class SyntheticBoxes(BoxDataset):
         return sample.image, Objects(sample.boxes, sample.labels, np.zeros_like(sample.labels), area)
 
 
-def open_box_dataset(
-    name: str,
-    root: str | None,
-    split: str,
-    img_size: tuple[int, int],
-    count: int,
-    repair_boxes: bool = False,
-    training: bool = False,
-    exif_orientation: bool = False,
-) -> BoxDataset:
-    """The dataset ``name``: "" for COCO's format, "synthetic_digits" for ``count`` synthetic images of ``img_size``."""
-    if name == synthetic_digits.NAME:
-        return SyntheticBoxes(split, img_size, count)
-    if name:
-        raise ValueError(
-            f"dataset: got {name!r}, accepted to detect are '' (COCO's format) and {synthetic_digits.NAME!r}"
-        )
-    return CocoImages(given_root(root), split, repair_boxes, training, exif_orientation)
+def open_box_dataset(spec: DatasetSpec, repair_boxes: bool = False, training: bool = False) -> BoxDataset:
+    """Images and boxes in COCO's format, or synthetic images of digits; for the flags see `CocoImages`."""
+    if spec.name == synthetic_digits.NAME:
+        return SyntheticBoxes(spec.split, spec.img_size, spec.synthetic_images)
+    folder = spec.folder("detect", "COCO's format", synthetic_digits.NAME)
+    return CocoImages(folder, spec.split, repair_boxes, training, spec.exif_orientation)
 
 
 def check_same_categories(found: dict[int, str], expected: dict[int, str], where: str, of: str) -> None:

@@ -30,6 +30,30 @@ Result = TypeVar("Result")
 Sample = TypeVar("Sample", covariant=True)
 
 
+def given_root(root: str | None) -> Path:
+    """The folder of the data; ValueError if it is not given."""
+    if root is None:
+        raise ValueError("root: give the folder of the data: --data.root in training, else --root")
+    return Path(root)
+
+
+class DatasetSpec(NamedTuple):
+    """A split of a dataset for segmentation, detection or restoration."""
+
+    name: str  # "" for files in ``root``, or the name of a built-in dataset
+    root: str | None
+    split: str
+    img_size: tuple[int, int] = (224, 224)  # of synthetic images
+    synthetic_images: int = 1  # their number
+    exif_orientation: bool = False  # whether images' EXIF orientation is applied
+
+    def folder(self, verb: str, files: str, built_in: str) -> Path:
+        """``root``; ValueError if another dataset is named, or if it is not given."""
+        if self.name:
+            raise ValueError(f"dataset: got {self.name!r}, accepted to {verb} are '' ({files}) and {built_in!r}")
+        return given_root(self.root)
+
+
 class ImageDataset(ABC, Generic[Sample]):
     """The base of a task's datasets."""
 

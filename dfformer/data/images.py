@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from dfformer.data.class_folders import ClassFolders, ClassTar
-from dfformer.data.files import ImageDataset, image_mode, orientation_note, read_image
+from dfformer.data.files import ImageDataset, given_root, image_mode, orientation_note, read_image
 from dfformer.utils.suggest import did_you_mean
 from dfformer.utils.text import abbreviate, echo
 
@@ -110,13 +110,6 @@ def open_dataset(
     folder = given_root(root)
     source = _library_dataset(name, folder, split, download) if name else _class_images(folder, split)
     return Images(source, mode, exif_orientation)
-
-
-def given_root(root: str | None) -> Path:
-    """The folder of the data; ValueError if it is not given."""
-    if root is None:
-        raise ValueError("root: give the folder of the data: --data.root in training, else --root")
-    return Path(root)
 
 
 def _class_images(root: Path, split: str) -> ClassFolders | ClassTar:

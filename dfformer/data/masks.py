@@ -13,8 +13,16 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dfformer.data import synthetic_digits
-from dfformer.data.files import FileDataset, ImageDataset, check_image, images_in, opened, read_class_names, read_image
-from dfformer.data.images import given_root
+from dfformer.data.files import (
+    DatasetSpec,
+    FileDataset,
+    ImageDataset,
+    check_image,
+    images_in,
+    opened,
+    read_class_names,
+    read_image,
+)
 from dfformer.data.transforms import resize_shorter_side
 
 IGNORED = 255  # in masks: a pixel that counts neither in the loss nor in the metrics
@@ -68,7 +76,7 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
     def check(self) -> list[bool]:
         turned = super().check()
         if not self._any_class:
-            raise ValueError(f"{self.folder}: its masks have no pixel with a class, all are to be ignored")
+            raise ValueError(f"{self.folder}: no pixel of its masks has a class, all are ignored")
         return turned
 
     def check_file(self, index: int) -> bool:
@@ -89,7 +97,7 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
         last = self.first_label + len(self.classes) - 1
         unknown = labels[(labels > last) & (labels != IGNORED)]
         if unknown.size:
-            raise ValueError(f"has label {unknown[0]}, known are 0 to {last} and {IGNORED}")
+            raise ValueError(f"has label {unknown[0]}, accepted are 0 to {last} and {IGNORED}")
         return bool((self.to_class[labels] != IGNORED).any())
 
 
@@ -104,7 +112,7 @@ def _check_one_image_each(images: list[Path], masks: list[Path]) -> None:
 class SyntheticMasks(MaskDataset):
     """Synthetic images of digits; the classes are the background and ten digits."""
 
-    classes: list[str] = [BACKGROUND, *synthetic_digits.CLASSES]  # noqa: RUF012 (nobody changes it)
+    classes: list[str] = [BACKGROUND, *synthetic_digits.CLASSES]  # noqa: RUF012 (never changed)
 
     def __init__(self, split: str, img_size: tuple[int, int], count: int) -> None:
         self.images = synthetic_digits.SyntheticDigits(split, img_size, count)
@@ -117,21 +125,12 @@ class SyntheticMasks(MaskDataset):
         return sample.image, sample.mask
 
 
-def open_mask_dataset(
-    name: str,
-    root: str | None,
-    split: str,
-    img_size: tuple[int, int],
-    count: int,
-    reduce_zero_label: bool,
-    exif_orientation: bool = False,
-) -> MaskDataset:
-    """The dataset ``name``: "" for a folder, "synthetic_digits" for ``count`` synthetic images of ``img_size``."""
-    if name == synthetic_digits.NAME:
-        return SyntheticMasks(split, img_size, count)
-    if name:
-        raise ValueError(f"dataset: got {name!r}, accepted to segment are '' (a folder) and {synthetic_digits.NAME!r}")
-    return MaskFolder(given_root(root), split, reduce_zero_label, exif_orientation)
+def open_mask_dataset(spec: DatasetSpec, reduce_zero_label: bool) -> MaskDataset:
+    """Images and masks in a folder, or synthetic images of digits; for ``reduce_zero_label`` see `MaskFolder`."""
+    if spec.name == synthetic_digits.NAME:
+        return SyntheticMasks(spec.split, spec.img_size, spec.synthetic_images)
+    folder = spec.folder("segment", "a folder", synthetic_digits.NAME)
+    return MaskFolder(folder, spec.split, reduce_zero_label, spec.exif_orientation)
 
 
 def _class_names(root: Path) -> list[str]:

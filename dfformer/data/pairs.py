@@ -12,10 +12,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from dfformer.data import photographs
-from dfformer.data.files import FileDataset, ImageDataset, check_image, images_in, read_image
-from dfformer.data.images import given_root
+from dfformer.data.files import DatasetSpec, FileDataset, ImageDataset, check_image, images_in, read_image
 
-LEAST_SIDE = 16  # of a whole image, in pixels, which the metrics need
+LEAST_SIDE = 16  # of a whole image, in pixels; the metrics need it
 
 InputAndTarget = tuple[Tensor, Tensor]  # uint8 (3,H/scale,W/scale) and uint8 (3,H,W)
 
@@ -73,7 +72,7 @@ class PairFolder(FileDataset[Pair]):
             found = {_stem(path, inputs): path for path in images_in(inputs)}
             wanted = [_stem(path, targets) for path in self.targets]
             if missing := [name for name in wanted if name not in found]:
-                raise ValueError(f"{inputs}: has no image {missing[0]}, of which there is a target")
+                raise ValueError(f"{inputs}: has no image {missing[0]}, although there is such a target")
             self.inputs = [found[name] for name in wanted]
         elif inputs.is_dir():
             raise ValueError(f"restore: {inputs} has inputs, so restore.blur and restore.noise must be 0")
@@ -127,27 +126,20 @@ class Photographs(PairDataset):
 
 
 def open_pair_dataset(
-    name: str,
-    root: str | None,
-    split: str,
-    degradation: Degradation,
-    least: tuple[int, int] = (LEAST_SIDE, LEAST_SIDE),
-    exif_orientation: bool = False,
+    spec: DatasetSpec, degradation: Degradation, least: tuple[int, int] = (LEAST_SIDE, LEAST_SIDE)
 ) -> PairDataset:
-    """The dataset ``name``: "" for a folder, "photographs" for those of scikit-image and scikit-learn."""
-    if name == photographs.NAME:
+    """Pairs in a folder, or the photographs of scikit-image and scikit-learn; ``least`` is the smallest size (H,W)."""
+    if spec.name == photographs.NAME:
         if degradation == Degradation():
             raise ValueError(
                 "restore: the photographs have no inputs: give restore.scale, restore.blur or restore.noise"
             )
-        return Photographs(split)
-    if name:
-        raise ValueError(f"dataset: got {name!r}, accepted to restore are '' (a folder) and {photographs.NAME!r}")
-    folder = given_root(root)
+        return Photographs(spec.split)
+    folder = spec.folder("restore", "a folder", photographs.NAME)
     made = bool(degradation.blur or degradation.noise or not (folder / "inputs").is_dir())
     if made and degradation == Degradation():
         raise ValueError(f"{folder}: has no folder inputs, so inputs are made: give restore.scale, .blur or .noise")
-    return PairFolder(folder, split, degradation.scale, made, least, exif_orientation)
+    return PairFolder(folder, spec.split, degradation.scale, made, least, spec.exif_orientation)
 
 
 class RestorationTensors(Dataset):

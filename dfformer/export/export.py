@@ -159,7 +159,7 @@ def _source(model: nn.Module, img_size: tuple[int, int], fused: bool) -> Source:
     try:
         model(source.images)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"img_size: got {img_size}, which this model cannot take: {error}") from error
+        raise ValueError(f"img_size: got {img_size}, which this model does not accept: {error}") from error
     for handle in handles:
         handle.remove()
     return source
@@ -209,7 +209,7 @@ def export_command(arguments: argparse.Namespace) -> int:
     fresh = "" if arguments.checkpoint or arguments.pretrained else " of fresh, untrained weights"
     checked = f"differs from the model by {error:.1g} at batches of {' and '.join(map(str, CHECKED_BATCHES))}"
     if math.isnan(error):
-        checked = "has not been run, for nothing on this platform runs it"
+        checked = "was not run, because this platform has no runtime for it"
     beside = [arguments.output.with_suffix(".bin")] if arguments.output.suffix == ".xml" else []
     written = [arguments.output, *arguments.output.rglob("*"), *beside]
     size = sum(path.stat().st_size for path in written if path.is_file())

@@ -72,20 +72,12 @@ def _write_pt2(source: Source, path: Path) -> None:
     torch.export.save(source.traced(), path, extra_files={DESCRIPTION: source.description_text()})
 
 
-def _load_pt2(path: Path) -> Run:
-    return torch.export.load(path).module()
-
-
 def _write_aoti(source: Source, path: Path) -> None:
     configs = {
         "aot_inductor.metadata": {DESCRIPTION: source.description_text()},
         "layout_optimization": False,  # it would take (B,H,W,C) for (B,C,H,W) (dfformer_kernels/ops/conv2d.py)
     }
     torch._inductor.aoti_compile_and_package(source.traced(), package_path=str(path), inductor_configs=configs)
-
-
-def _load_aoti(path: Path) -> Run:
-    return torch._inductor.aoti_load_package(str(path))
 
 
 def _write_onnx(source: Source, path: Path) -> None:
@@ -172,34 +164,30 @@ def _load_coreml(path: Path) -> Run:
     return lambda images: [torch.from_numpy(y) for y in model.predict({"images": images.cpu().numpy()}).values()]
 
 
-def _write_safetensors(source: Source, path: Path) -> None:
-    save_checkpoint(source.model, path, **source.description)
-
-
-def _load_safetensors(path: Path) -> Run:
-    model, _ = load_model(path)
-    return lambda images: model.to(images.device)(images)
-
-
-def _write_hub(source: Source, path: Path) -> None:
-    save_hub(source.model, path, source.description)
-
-
-def _load_hub(path: Path) -> Run:
-    model = load_hub(path)
+def _on_images_device(model: nn.Module) -> Run:
     return lambda images: model.to(images.device)(images)
 
 
 # The first of the formats with the same suffix is the default.
 FORMATS = {
-    "pt2": Format(".pt2", _write_pt2, _load_pt2, takes_fused=True),
-    "aoti": Format(".pt2", _write_aoti, _load_aoti, takes_fused=True),
+    "pt2": Format(".pt2", _write_pt2, lambda path: torch.export.load(path).module(), takes_fused=True),
+    "aoti": Format(".pt2", _write_aoti, lambda path: torch._inductor.aoti_load_package(str(path)), takes_fused=True),
     "onnx": Format(".onnx", _write_onnx, _load_onnx, ("onnx", "onnxscript", "onnxruntime")),
     "openvino": Format(".xml", _write_openvino, _load_openvino, ("openvino",), "openvino"),
     "executorch": Format(".pte", _write_executorch, _load_executorch, ("executorch.runtime",), "executorch"),
     "coreml": Format(
         ".mlpackage", _write_coreml, _load_coreml, ("coremltools",), "coreml", runs_here=sys.platform == "darwin"
     ),
-    "safetensors": Format(".safetensors", _write_safetensors, _load_safetensors, traced=False),
-    "hub": Format("", _write_hub, _load_hub, traced=False),
+    "safetensors": Format(
+        ".safetensors",
+        lambda source, path: save_checkpoint(source.model, path, **source.description),
+        lambda path: _on_images_device(load_model(path)[0]),
+        traced=False,
+    ),
+    "hub": Format(
+        "",
+        lambda source, folder: save_hub(source.model, folder, source.description),
+        lambda folder: _on_images_device(load_hub(folder)),
+        traced=False,
+    ),
 }

@@ -27,7 +27,7 @@ images of {channels}x{height}x{width}.
 |---|---|---|---|
 | {parameters:.3g} | {macs:.2g} | {spectral:.2g} | {saved:.3g} |
 
-Counted for one image, transforms and filter mixing included. How accurate it is has to be said by who trained it.
+Counted for one image, including transforms and filter mixing.
 
 ```python
 import timm

@@ -156,7 +156,7 @@ def _against_folding(norm: nn.Module, reader: nn.Module, shared: set[int]) -> li
         assert isinstance(norm, nn.LayerNorm)
         weight, bias = (getattr(norm, name) for name in ("weight", "bias"))
         if weight is None or bias is not None or len(norm.normalized_shape) != 1:
-            reasons.append("it is no layer norm of the channels with a scale alone")
+            reasons.append("it is not a layer norm of the channels with only a scale")
     if type(reader) not in _READERS:
         return [*reasons, f"it is read by a {type(reader).__qualname__}"]
     reasons += [f"its reader: {reason}" for reason in reasons_against(reader, type(reader))]

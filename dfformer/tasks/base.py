@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
@@ -39,43 +39,67 @@ class Place:
         return values
 
 
-class Task(Protocol):
-    """What the engine requires of a task."""
+class Task(ABC):
+    """What the engine requires of a task, and what all tasks share."""
 
     metric: str  # key of `validate`'s result by which the best weights are selected; larger is better
-    unit: str  # of the displayed metric; "%" for a fraction
-    batches: image_data.GlobalBatches
+    unit = "%"  # of the displayed metric; "%" for a fraction
+    classes: list[str] | None  # None if the data does not name them
+
+    def __init__(
+        self,
+        config: "TrainConfig",
+        place: Place,
+        train_set: Any,
+        val_set: Any,
+        classes: list[str] | None,
+        epoch: int | None = None,
+    ) -> None:
+        """``epoch``: number of samples in an epoch; by default, each image once."""
+        self.config, self.place, self.classes = config, place, classes
+        self.train_set, self.val_set = train_set, val_set
+        optim, images = config.optim, len(train_set) if epoch is None else epoch
+        self.batches = image_data.GlobalBatches(
+            images, optim.global_batch, optim.accumulation, place.rank, place.world, config.seed
+        )
 
     def check(self) -> None:
         """Checks the data, and raises ValueError naming what is wrong."""
+        check_classes(self.classes or [])
+        if self.config.data.check_images:
+            image_data.check_images(self.train_set, self.val_set)
 
+    @abstractmethod
     def build_model(self) -> nn.Module: ...
 
+    @abstractmethod
     def training_loader(self) -> DataLoader: ...
 
+    @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch from the loader. Random numbers come from the global generators."""
 
+    @abstractmethod
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Metrics over all validation images. Each process handles a part; all return the same result."""
 
+    @abstractmethod
     def export(self, weights: dict[str, Tensor], path: Path) -> None:
         """Writes weights for use."""
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         """Pictures of predictions on some validation images, by file name. Called in all processes."""
+        return {}
+
+    def loader(self, tensors: Any, collate: image_data.Collate = default_collate) -> DataLoader:
+        """Training batches of ``tensors``, the prepared training set."""
+        workers, pinned = self.config.data.workers, self.place.device.type == "cuda"
+        return image_data.training_loader(tensors, self.batches, workers, pinned, collate)
 
 
 def written_args(args: dict[str, Any]) -> dict[str, Any]:
     """The model arguments that a checkpoint stores: all but those that name the weights training started from."""
     return {name: value for name, value in args.items() if name != "pretrained"}
-
-
-def global_batches(config: "TrainConfig", place: Place, images: int) -> image_data.GlobalBatches:
-    optim = config.optim
-    return image_data.GlobalBatches(
-        images, optim.global_batch, optim.accumulation, place.rank, place.world, config.seed
-    )
 
 
 def read_dense_checkpoint(path: str | Path, task: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -98,10 +122,10 @@ def whole_images(
     return image_data.evaluation_loader(dataset, 1, workers, pinned, place.rank, place.world, collate, surplus)
 
 
-class DenseTask(ABC):
-    """The base of tasks on whole images: datasets that check themselves, and a model on an encoder of timm."""
+class DenseTask(Task):
+    """The base of tasks on whole images, whose model has an encoder of timm."""
 
-    unit = "%"
+    classes: list[str]
     norm_each_map = True  # in this package's encoders, as in the authors' for dense prediction
 
     def __init__(
@@ -113,10 +137,7 @@ class DenseTask(ABC):
         classes: list[str],
         epoch: int | None = None,
     ) -> None:
-        """``epoch``: number of samples in an epoch; by default, each image once."""
-        self.config, self.place, self.classes = config, place, classes
-        self.train_set, self.val_set = train_set, val_set
-        self.batches = global_batches(config, place, len(train_set) if epoch is None else epoch)
+        super().__init__(config, place, train_set, val_set, classes, epoch)
         model_cfg = timm.get_pretrained_cfg(config.model.name)
         self.mean, self.std = config.data.mean or list(model_cfg.mean), config.data.std or list(model_cfg.std)
         self.model_args = self._encoder_args()
@@ -145,21 +166,11 @@ class DenseTask(ABC):
     def on_encoder(self, arguments: dict[str, Any]) -> Any:
         """The task's model, on an encoder created with ``arguments``."""
 
-    def check(self) -> None:
-        check_classes(self.classes)
-        if self.config.data.check_images:
-            image_data.check_images(self.train_set, self.val_set)
-
     def build_model(self) -> nn.Module:
         model: Any = self.on_encoder({**self.model_args, **self._encoder_weights()})
         if self.config.model.grad_checkpointing:
             model.set_grad_checkpointing()
         return cast(nn.Module, model)
-
-    def loader(self, tensors: Any, collate: image_data.Collate = default_collate) -> DataLoader:
-        """Training batches of ``tensors``, the prepared training set."""
-        pinned = self.place.device.type == "cuda"
-        return image_data.training_loader(tensors, self.batches, self.config.data.workers, pinned, collate)
 
     def save(self, weights: dict[str, Tensor], path: Path, **about: Any) -> None:
         """Writes a checkpoint; ``about`` has further entries of its description."""

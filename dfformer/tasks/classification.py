@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import timm
 import torch
 from timm.data import Mixup, resolve_data_config
+from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,35 +15,31 @@ from torch.utils.data import DataLoader
 from dfformer.data import images as image_data
 from dfformer.data.transforms import evaluation_transform, training_transform
 from dfformer.models.checkpoint import load_checkpoint, save_checkpoint
-from dfformer.models.metadata import check_classes, is_ours
-from dfformer.tasks.base import Place, global_batches, written_args
+from dfformer.models.metadata import is_ours
+from dfformer.tasks.base import Place, Task, written_args
 from dfformer.tasks.evaluate import Pixels, check_pixel_statistics, count_correct, logits_of
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from dfformer.train.config import TrainConfig
 
 Batch = tuple[Tensor, Tensor]
 
 
-class Classification:
+class Classification(Task):
     """Images with one label each; cross entropy, mixup and cutmix; top-1 and top-5."""
 
-    metric, unit = "top1", "%"
+    metric = "top1"
 
     def __init__(self, config: "TrainConfig", place: Place) -> None:
-        self.config, self.place = config, place
         given = config.data
         channels = config.model.args.get("in_chans", 3)
-        self.train_set, self.val_set = (
+        train_set, val_set = (
             image_data.open_dataset(given.dataset, given.root, split, channels, given.download, given.exif_orientation)
             for split in (given.train_split, given.val_split)
         )
-        image_data.check_same_classes(self.train_set, self.val_set, f"{given.root}, split {given.val_split}")
-        self.classes = image_data.class_names(self.train_set)
+        image_data.check_same_classes(train_set, val_set, f"{given.root}, split {given.val_split}")
+        super().__init__(config, place, train_set, val_set, image_data.class_names(train_set))
         self.model_args = {**config.model.args, **self._num_classes()}
-        self.batches = global_batches(config, place, len(self.train_set))
         self.mix = self._mixup()
 
     def _num_classes(self) -> dict[str, int]:
@@ -68,11 +65,6 @@ class Classification:
             label_smoothing=augment.smoothing,
             num_classes=self.model_args.get("num_classes", 1000),
         )
-
-    def check(self) -> None:
-        check_classes(self.classes or [])
-        if self.config.data.check_images:
-            image_data.check_images(self.train_set, self.val_set)
 
     def build_model(self) -> nn.Module:
         config = self.config
@@ -111,8 +103,7 @@ class Classification:
         )
 
     def training_loader(self) -> DataLoader:
-        pinned = self.place.device.type == "cuda"
-        return image_data.training_loader(self.train_set, self.batches, self.config.data.workers, pinned)
+        return self.loader(self.train_set, fast_collate)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, labels = self.pixels(batch[0]), batch[1].to(self.place.device, non_blocking=True)
@@ -148,6 +139,3 @@ class Classification:
             self.classes,
             {name: self.data_config[name] for name in kept},
         )
-
-    def pictures(self, model: nn.Module) -> "dict[str, Figure]":
-        return {}

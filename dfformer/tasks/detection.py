@@ -33,7 +33,7 @@ from dfformer.data.boxes import (
 from dfformer.models.checkpoint import build_and_load
 from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
 from dfformer.tasks.detector import Detector
-from dfformer.tasks.evaluate import Measured, Timed, progress, tabulate
+from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress, tabulate
 from dfformer.tasks.predict import find_inputs, predict_each, refuse_arguments
 from dfformer.tasks.results import result_names, write_results
 from dfformer.utils.io import write_atomically
@@ -109,11 +109,8 @@ class Detection(DenseTask):
 
     def __init__(self, config: "TrainConfig", place: Place) -> None:
         given = config.data
-        splits = zip((given.train_split, given.val_split), given.synthetic_images, (True, False), strict=True)
-        repair, exif = config.detect.repair_boxes, given.exif_orientation
         train_set, val_set = (
-            open_box_dataset(given.dataset, given.root, split, given.size, count, repair, training, exif)
-            for split, count, training in splits
+            open_box_dataset(given.spec(training), config.detect.repair_boxes, training) for training in (True, False)
         )
         if config.detect.norm_groups and config.detect.channels % config.detect.norm_groups:
             raise ValueError(
@@ -215,15 +212,7 @@ def _evaluate(
     checkpoint: Path, model: nn.Module, about: dict[str, Any], size: tuple[int, int], arguments: argparse.Namespace
 ) -> Measured:
     place = Place(torch.device(arguments.device))
-    dataset = open_box_dataset(
-        arguments.dataset,
-        arguments.root,
-        arguments.split,
-        tuple(about["data"]["input_size"][1:]),
-        arguments.synthetic_images,
-        about["repair_boxes"],
-        exif_orientation=arguments.exif_orientation,
-    )
+    dataset = open_box_dataset(dataset_spec(arguments, about), about["repair_boxes"])
     expected = dict(zip(about["category_ids"], about["classes"], strict=True))
     check_same_categories(dataset.categories, expected, f"{arguments.root}, split {arguments.split}", str(checkpoint))
     image_data.check_images(dataset)
@@ -265,7 +254,7 @@ def predict_command(arguments: argparse.Namespace) -> int:
 
     def finish() -> None:
         everything = json.dumps([entry for entries in results.values() for entry in entries])
-        write_atomically(arguments.output / "detections.json", lambda file: file.write(everything.encode()))
+        write_atomically(arguments.output / "detections.json", everything.encode())
 
     prepare, written = v2.functional.pil_to_tensor, "pictures, and detections.json in COCO's format"
     return predict_each(arguments, inputs, [".png"], prepare, apply, "score", written, finish)

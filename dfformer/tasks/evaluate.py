@@ -1,4 +1,4 @@
-"""``dfformer eval`` of classifiers at any resolution, and what the other tasks' evaluations share."""
+"""``dfformer eval`` of classifiers at any resolution, and the parts that other tasks' evaluations share."""
 
 import argparse
 import csv
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dfformer.data import images as image_data
+from dfformer.data.files import DatasetSpec
 from dfformer.data.transforms import evaluation_transform
 from dfformer.models.checkpoint import load_model
 from dfformer.utils.io import write_atomically
@@ -107,7 +108,7 @@ class Measured(NamedTuple):
     seconds: float  # of forward passes, without waiting for images
     measures: dict[str, float]
     summary: str  # the most important measures, for the printed line
-    by_class: dict[str, float] = {}  # noqa: RUF012 (of a NamedTuple; nobody changes it)
+    by_class: dict[str, float] = {}  # noqa: RUF012 (never changed)
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
@@ -116,6 +117,13 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--crop-pct: got {arguments.crop_pct}, accepted are numbers above 0, up to 1")
     sizes = arguments.img_size or [None]
     return tabulate(arguments, lambda checkpoint: (evaluate(checkpoint, size, arguments) for size in sizes))
+
+
+def dataset_spec(arguments: argparse.Namespace, about: dict[str, Any]) -> DatasetSpec:
+    """The dataset that ``eval``'s arguments name; synthetic images have the size of the checkpoint's training."""
+    size = tuple(about["data"]["input_size"][1:])
+    named = (arguments.dataset, arguments.root, arguments.split)
+    return DatasetSpec(*named, size, arguments.synthetic_images, arguments.exif_orientation)
 
 
 def tabulate(arguments: argparse.Namespace, measure: Callable[[Path], Iterable[Measured]]) -> int:
@@ -222,4 +230,4 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
     writer = csv.writer(text)
     writer.writerow(columns)
     writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode(errors="backslashreplace")))
+    write_atomically(path, text.getvalue().encode(errors="backslashreplace"))

@@ -1,4 +1,4 @@
-"""``dfformer predict``: classifies image files, as a table and as JSON; with what other tasks share."""
+"""``dfformer predict``: classifies image files, as a table and as JSON; also the parts that other tasks share."""
 
 import argparse
 import sys
@@ -62,7 +62,7 @@ class Predictor:
 
     Attributes:
         prepare: maps an image (PIL) to the input of ``apply``; runs in the processes that read images.
-        apply: does everything else for a batch: runs the model, draws, writes.
+        apply: runs the model on a batch, draws and writes.
         channels: number of channels of the images, see `dfformer.data.files.image_mode`.
         batch_size: the most images in a batch for ``apply``.
         value: the name in JSON of the number of each class.
@@ -202,12 +202,14 @@ _FOR_CLASSIFIERS = ("crop_pct", "model", "model_args", "classes", "pretrained")
 
 
 def refuse_arguments(arguments: argparse.Namespace, task: str) -> None:
-    """Raises ValueError for given arguments that only classifiers use: other checkpoints contain what they say."""
+    """Raises ValueError for given arguments that only classifiers use: other checkpoints contain these settings."""
     values = {name: getattr(arguments, name, None) for name in _FOR_CLASSIFIERS}
     given = [name for name, value in values.items() if value not in (None, {}) and value is not False]
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{flags}: not for {task}: whole images are used, and checkpoints say their model and classes")
+        raise ValueError(
+            f"{flags}: not for {task}, which uses whole images, and the model and classes of its checkpoint"
+        )
 
 
 class Inputs(NamedTuple):
@@ -290,7 +292,7 @@ def predict_each(
         endings: of the pictures of an image.
         apply: maps a prepared image, its path, and the path of its pictures without ending to names and their values.
         prepare, value, finish: as for `Predictor`.
-        written: what is in ``arguments.output``, for the last line printed.
+        written: a description of the pictures, for the last printed line.
     """
     stems = plan_results(inputs.paths, arguments.output, endings)
 

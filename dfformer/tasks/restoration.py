@@ -22,7 +22,7 @@ from dfformer.data import images as image_data
 from dfformer.data.pairs import Degradation, InputAndTarget, RestorationTensors, nothing_like, open_pair_dataset
 from dfformer.models.checkpoint import build_and_load, load_checkpoint
 from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
-from dfformer.tasks.evaluate import Measured, Timed, progress, tabulate
+from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress, tabulate
 from dfformer.tasks.predict import find_inputs, predict_each, refuse_arguments
 from dfformer.tasks.restorer import Restorer, enlarged, tiled
 from dfformer.tasks.results import write_results
@@ -119,10 +119,8 @@ class Restoration(DenseTask):
             raise ValueError("model.args.pretrained: got True, accepted to restore is a restorer as model.checkpoint")
         if config.distributed == "fsdp":  # images differ in size, so processes would wait for one another
             raise ValueError("distributed: got fsdp, accepted to restore is ddp")
-        whole = given.dataset, given.root
-        exif = given.exif_orientation
-        train_set = open_pair_dataset(*whole, given.train_split, self.degradation, given.size, exif)
-        val_set = open_pair_dataset(*whole, given.val_split, self.degradation, exif_orientation=exif)
+        train_set = open_pair_dataset(given.spec(training=True), self.degradation, given.size)
+        val_set = open_pair_dataset(given.spec(training=False), self.degradation)
         self.crops = RestorationTensors(train_set, self.degradation, given.size, wanted.crops)
         super().__init__(config, place, train_set, val_set, [], len(self.crops))
 
@@ -194,8 +192,7 @@ def _evaluate(
     checkpoint: Path, model: nn.Module, about: dict[str, Any], tile: tuple[int, int], arguments: argparse.Namespace
 ) -> Measured:
     place, degradation = Place(torch.device(arguments.device)), Degradation(**about["degradation"])
-    exif = arguments.exif_orientation
-    dataset = open_pair_dataset(arguments.dataset, arguments.root, arguments.split, degradation, exif_orientation=exif)
+    dataset = open_pair_dataset(dataset_spec(arguments, about), degradation)
     image_data.check_images(dataset)
     loader = _loader(RestorationTensors(dataset, degradation), arguments.workers, place)
     timed = Timed(model.to(place.device), place.device, arguments.amp)

@@ -3,9 +3,8 @@
 import io
 import unicodedata
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from PIL import Image, PngImagePlugin
 
@@ -82,7 +81,7 @@ def write_results(stem: Path, pictures: "Mapping[str, Image.Image | Figure]") ->
     """Writes each picture to ``stem`` plus its ending, as a PNG that `is_result` accepts, once all are drawn."""
     contents = {ending: _png(picture) for ending, picture in pictures.items()}
     for ending, content in contents.items():
-        write_atomically(stem.with_name(stem.name + ending), partial(_write, content))
+        write_atomically(stem.with_name(stem.name + ending), content)
 
 
 def _png(picture: "Image.Image | Figure") -> bytes:
@@ -94,10 +93,6 @@ def _png(picture: "Image.Image | Figure") -> bytes:
     else:
         picture.savefig(content, format="png", dpi=110, metadata={"Software": SOFTWARE})
     return content.getvalue()
-
-
-def _write(content: bytes, file: IO[bytes]) -> None:
-    file.write(content)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -34,7 +34,7 @@ from dfformer.data.masks import (
 from dfformer.data.transforms import resize_shorter_side
 from dfformer.models.checkpoint import build_and_load
 from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
-from dfformer.tasks.evaluate import Measured, Pixels, Timed, check_classes_of_data, progress, tabulate
+from dfformer.tasks.evaluate import Measured, Pixels, Timed, check_classes_of_data, dataset_spec, progress, tabulate
 from dfformer.tasks.predict import find_inputs, predict_each, refuse_arguments
 from dfformer.tasks.results import write_results
 
@@ -128,7 +128,7 @@ def intersection_over_union(confusion: Tensor) -> Tensor:
 def _measures(confusion: Tensor) -> dict[str, float]:
     """The mean IoU over the classes that have one, and the share of correct pixels."""
     if not confusion.any():
-        raise ValueError("validation: the masks have no pixel with a class, all are to be ignored")
+        raise ValueError("validation: no pixel of the masks has a class, all are ignored")
     miou = intersection_over_union(confusion).nanmean()
     return {"miou": float(miou), "pixel_accuracy": float(confusion.diagonal().sum() / confusion.sum())}
 
@@ -143,12 +143,8 @@ class Segmentation(DenseTask):
     metric = "miou"
 
     def __init__(self, config: "TrainConfig", place: Place) -> None:
-        given, zero = config.data, config.segment.reduce_zero_label
-        splits = zip((given.train_split, given.val_split), given.synthetic_images, strict=True)
-        train_set, val_set = (
-            open_mask_dataset(given.dataset, given.root, split, given.size, count, zero, given.exif_orientation)
-            for split, count in splits
-        )
+        zero = config.segment.reduce_zero_label
+        train_set, val_set = (open_mask_dataset(config.data.spec(training), zero) for training in (True, False))
         super().__init__(config, place, train_set, val_set, train_set.classes)
         self.pixels = Pixels(self.mean, self.std, place.device)
 
@@ -222,15 +218,7 @@ def _evaluate(
     checkpoint: Path, model: nn.Module, about: dict[str, Any], shorter: int, arguments: argparse.Namespace
 ) -> Measured:
     device = torch.device(arguments.device)
-    dataset = open_mask_dataset(
-        arguments.dataset,
-        arguments.root,
-        arguments.split,
-        tuple(about["data"]["input_size"][1:]),
-        arguments.synthetic_images,
-        about["reduce_zero_label"],
-        arguments.exif_orientation,
-    )
+    dataset = open_mask_dataset(dataset_spec(arguments, about), about["reduce_zero_label"])
     check_classes_of_data(checkpoint, about["classes"], dataset.classes)
     image_data.check_images(dataset)
     loader = _loader(dataset, shorter, arguments.workers, Place(device))

@@ -7,6 +7,7 @@ defaults of their ``train.py``. A recipe file names the model and the settings t
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from dfformer.data.files import DatasetSpec
 from dfformer.train.checks import check, flatten
 from dfformer.train.recipes import with_recipe_files
 from dfformer.utils.suggest import did_you_mean
@@ -90,6 +91,12 @@ class DataConfig:
     def size(self) -> tuple[int, int]:
         """img_size as (H, W)."""
         return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+
+    def spec(self, training: bool) -> DatasetSpec:
+        """The training or the validation split, for segmentation, detection and restoration."""
+        split = self.train_split if training else self.val_split
+        count = self.synthetic_images[0 if training else 1]
+        return DatasetSpec(self.dataset, self.root, split, self.size, count, self.exif_orientation)
 
 
 @dataclass

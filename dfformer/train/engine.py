@@ -152,8 +152,7 @@ class Engine:
 
     def _distribute(self) -> nn.Module:
         if self.config.model.compile:
-            # Images already are channels-last, and Inductor would take (B,H,W,C) for (B,C,H,W), see
-            # dfformer_kernels/ops/conv2d.py.
+            # Inductor would take (B,H,W,C) for (B,C,H,W), see dfformer_kernels/ops/conv2d.py.
             self.model.compile(options={"layout_optimization": False})
         if self.place.world == 1:
             return self.model
@@ -170,7 +169,7 @@ class Engine:
     def run(self) -> list[dict[str, float]]:
         """Trains to the end; returns the measures by epoch."""
         started = len(self.history)
-        if started < self.epochs:
+        if self.first and started < self.epochs:
             self._announce()
         log = Log(self.folder, self.step, self.history, self.config, self.task) if self.first else None
         loader = self.task.training_loader()
@@ -351,8 +350,8 @@ class Engine:
             must_fit(model, state.get(name, {}), path, exactly=True)
             sharded.set_model_state_dict(model, state[name], options=_WHOLE)
         try:
+            # It is empty in other processes than the first.
             own = sharded.get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)
-            # In other processes than the first, the state is empty.
             if own and optimizer_layout(state["optimizer"]) != optimizer_layout(own):
                 raise ValueError("its parameters or their states are not those of this model")
             sharded.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_WHOLE)
@@ -373,8 +372,6 @@ class Engine:
             )
 
     def _announce(self) -> None:
-        if not self.first:
-            return
         optim, batches = self.config.optim, self.task.batches
         parameters = sum(p.numel() for p in self.model.parameters())
         print(

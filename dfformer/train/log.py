@@ -35,9 +35,9 @@ class Log:
         self.folder, self.metric, self.unit = folder, task.metric, task.unit
         steps = folder / STEPS
         kept = [line for line in _whole_lines(steps) if json.loads(line)["step"] <= step]
-        _write(steps, "".join(f"{line}\n" for line in kept))
+        write_atomically(steps, "".join(f"{line}\n" for line in kept).encode())
         self.steps = steps.open("a", encoding="utf-8", buffering=1)
-        _write(folder / "config.json", json.dumps(asdict(config), indent=2))
+        write_atomically(folder / "config.json", json.dumps(asdict(config), indent=2).encode())
         if history:  # an earlier run may have been killed before it wrote the last row
             self._write_epochs(history)
         self.events = _tensorboard(folder, step) if config.tensorboard else None
@@ -57,7 +57,7 @@ class Log:
         writer = csv.DictWriter(text, history[-1])
         writer.writeheader()
         writer.writerows(history)
-        _write(self.folder / EPOCHS, text.getvalue())
+        write_atomically(self.folder / EPOCHS, text.getvalue().encode())
         measure = [row.get(f"ema_{self.metric}", row[self.metric]) for row in history]
         figure = learning_curve(
             [row["train_loss"] for row in history], None, measure, self.metric, "validation", self.unit
@@ -97,10 +97,6 @@ def interruption(folder: Path, arguments: Sequence[str], distributed: bool) -> s
     command = shlex.join(["dfformer", "train", *arguments, "--resume=true"])
     lines.append("resume with: " + ("the same torchrun command and --resume=true" if distributed else command))
     return "\n".join(lines)
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -51,16 +51,16 @@ def remove_partial(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Opens a file in binary mode, calls ``write`` with it, and gives it the name ``path``; see `replacing`."""
+def write_atomically(path: str | Path, content: bytes | memoryview | Callable[[IO[bytes]], Any]) -> None:
+    """Writes ``content``, or what a function writes into a binary file, to ``path``; see `replacing`."""
     with replacing(path) as temporary, temporary.open("wb") as file:
-        write(file)
+        content(file) if callable(content) else file.write(content)
 
 
 def write_json(path: str | Path, content: Any) -> None:
     """Writes ``content`` as JSON; numbers that are not finite become null, which every parser accepts."""
     text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, text.encode())
 
 
 def _finite(content: Any) -> Any:

@@ -20,7 +20,7 @@ def run(kernel: Callable[..., Any], name: str, *args: Any) -> Any:
     tensors = [a for a in args if isinstance(a, Tensor)]
     if not any(t.device.type == "cuda" for t in tensors):
         return kernel(*args)
-    # A plan depends on strides, and each gradient that is asked for may need another transform.
+    # A plan depends on strides, and each needed gradient may take another transform.
     layouts = tuple((t.device, t.dtype, t.shape, t.stride()) for t in tensors)
     others = tuple(tuple(a) if isinstance(a, list) else a for a in args if not isinstance(a, Tensor))
     key = (name, layouts, others)

@@ -67,7 +67,10 @@ def check_convolution(
         _fail(op, "weight", f"shape (N, {C // groups}, h, w), N a multiple of groups = {groups}", _shape(weight))
     if not all(1 <= size <= most for size, most in zip(weight.shape[2:], largest, strict=True)):
         _fail(op, "weight", f"a kernel of at most {largest}, the padded plane", _shape(weight))
-    _check_shapes(op, x, {"bias": (bias, (weight.shape[0],))})
+    if bias is not None:
+        _check_same_kind(op, "bias", x, bias)
+        if bias.shape != weight.shape[:1]:
+            _fail(op, "bias", f"shape {_shape(weight)[:1]}", _shape(bias))
 
 
 def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) -> None:
@@ -140,16 +143,6 @@ def _check_same_kind(op: str, name: str, x: Tensor, t: Tensor) -> None:
     _check_device(op, name, x, t)
     if t.dtype != x.dtype:
         _fail(op, name, f"dtype {_names([x.dtype])}, that of x", _names([t.dtype]), TypeError)
-
-
-def _check_shapes(op: str, x: Tensor, given: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    """Checks that tensors other than None have x's dtype and device and these shapes."""
-    for name, (t, shape) in given.items():
-        if t is None:
-            continue
-        _check_same_kind(op, name, x, t)
-        if t.shape != shape:
-            _fail(op, name, f"shape {shape}", _shape(t))
 
 
 def _check_spectral(op: str, name: str, x: Tensor, t: Tensor, shape: tuple[int, ...], meaning: str) -> None:

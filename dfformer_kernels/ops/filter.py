@@ -1,7 +1,7 @@
 """The operators: public functions, custom ops, fakes and autograd, each defined once for all backends.
 
 Every operator maps ``x`` (and its parameters) to a ``y`` of x's shape, dtype and memory format. Its backward maps
-``(grad_y, inputs, needs)`` to the gradients that ``needs`` asks for. So one function (`_define`) registers them all:
+``(grad_y, inputs, needs)`` to the needed gradients. So one function (`_define`) registers them all:
 
 - ``torch.ops.dfformer.<name>`` and ``<name>_backward``: opaque to torch.compile and torch.export, with fakes;
 - a ``torch.autograd.Function`` whose methods are also the custom op's autograd formula;
@@ -76,12 +76,12 @@ def dynamic_filter(
         normalization: ``"softmax"``, or None if ``logits`` already are the routing weights, e.g. after a tanh or a
             sigmoid.
         data_format: ``"channels_last"`` or ``"channels_first"``, of ``x`` and the result. No backend copies an ``x``
-            that is dense in either format: the CPU core and ``cufft`` read and write both. ``torch.channels_last``
+            that is contiguous in either format: the CPU core and ``cufft`` read and write both. ``torch.channels_last``
             memory counts as channels-last.
         backend: a name from ``backends()``; if None, ``dfformer_kernels.dispatch`` describes how one is chosen.
 
     Returns:
-        A tensor of x's shape and dtype. It has x's memory format if x is dense in one of the two formats. Transforms
+        A tensor of x's shape and dtype. It has x's memory format if x is contiguous in one of the two. Transforms
         are orthonormal; arithmetic is float32 (float64 for float64 ``x``). Only the arguments are saved for backward.
         Gradients are bitwise the same from run to run.
 

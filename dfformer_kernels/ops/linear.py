@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_backward(grad_y: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    """The gradients that ``needs`` asks for, of (x, weight), for ``linear`` without bias.
+    """The needed gradients of (x, weight), for ``linear`` without bias.
 
     ``grad_y`` (M,N), ``x`` (M,K), ``weight`` (N,K). MKL computes these products on every processor. oneDNN's gradient
     of the convolution for x ran at a sixth of MKL's rate (25088 rows, two cores of an AMD EPYC), its others at the

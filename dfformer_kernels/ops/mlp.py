@@ -110,7 +110,7 @@ def _in_chunks(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2:
 
 
 def _gradients(grad_y: Tensor, hidden: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    """The gradients that ``needs`` asks for, of ``tensors`` (x, weight1, scale, bias, weight2)."""
+    """The needed gradients of ``tensors`` (x, weight1, scale, bias, weight2)."""
     x, weight1, scale, bias, weight2 = tensors
     need_x, need_weight1, need_scale, need_bias, need_weight2 = needs
     shape, grad_y, x, hidden = x.shape, _rows(grad_y), _rows(x), _rows(hidden)

@@ -12,11 +12,11 @@ from typing import Any
 import bench_model
 import common
 import figures
-import model_providers
 import pytest
 import torch
-from model_providers import AUTHORS, COMPILED, CONVFORMER, EAGER, INFERENCE, TRAINING, Entry, ModelProblem, Row
 from paths import ROOT
+from providers import model as model_providers
+from providers.model import AUTHORS, COMPILED, CONVFORMER, EAGER, INFERENCE, TRAINING, Entry, ModelProblem, Row
 from torch import Tensor, nn
 
 from dfformer_kernels.tolerance import BOUND

@@ -13,12 +13,12 @@ from typing import Any
 import bench_op
 import common
 import figures
-import op_providers
 import pytest
 import torch
 from bench_op import Budget
-from op_providers import BOTH, FORWARD, Provider, Row, Setting, StepProblem
 from paths import ROOT
+from providers import op as op_providers
+from providers.op import BOTH, FORWARD, Provider, Row, Setting, StepProblem
 from torch import Tensor
 
 from dfformer_kernels import backends, reference

@@ -8,6 +8,7 @@ import gpu_resources
 import gpu_traffic
 import pytest
 import torch
+from cufft_traffic import traffic
 from paths import ROOT
 
 from dfformer_kernels.backends.cuda import layout as cuda
@@ -118,7 +119,7 @@ def test_what_the_page_says_of_the_committed_table() -> None:
 @pytest.mark.parametrize("column", range(4))
 def test_the_table_of_passes(column: int) -> None:
     shape, dtype, backward = gpu_traffic.SHAPES[0], gpu_traffic.DTYPES[column % 2], column >= 2
-    passes = cufft.traffic("dynamic_filter", shape, dtype, star_relu=True, backward=backward)
+    passes = traffic("dynamic_filter", shape, dtype, star_relu=True, backward=backward)
     elements = torch.Size(shape).numel()
     moved = [f"{size / elements:.1f}" for _, size in passes]
     if backward:

@@ -12,6 +12,7 @@ from image_files import noise, oriented
 from PIL import Image
 
 from dfformer.data.boxes import CocoImages, DetectionTensors, check_same_categories, open_box_dataset
+from dfformer.data.files import DatasetSpec
 from dfformer.data.images import check_images
 
 CATEGORIES = {7: "dark", 3: "bright"}  # in no order, with gaps
@@ -110,7 +111,7 @@ def test_boxes_that_are_empty_in_float32(box: list[float], root: Path) -> None:
 
 
 def test_synthetic_images_have_the_digits_as_objects() -> None:
-    dataset = open_box_dataset("synthetic_digits", None, "val", (64, 96), 3)
+    dataset = open_box_dataset(DatasetSpec("synthetic_digits", None, "val", (64, 96), 3))
     image, objects = dataset[0]
     assert image.size == (96, 64)
     assert objects.boxes.shape == (len(objects.labels), 4)

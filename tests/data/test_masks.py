@@ -104,7 +104,7 @@ def _mask(root: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
 
 def _label(root: Path) -> str:
     path = _mask(root, lambda mask: np.where(mask == 3, 4, mask).astype(np.uint8))
-    return f"1 of 4 images cannot be used: {path}: has label 4, known are 0 to 3 and 255"
+    return f"1 of 4 images cannot be used: {path}: has label 4, accepted are 0 to 3 and 255"
 
 
 def _smaller(root: Path) -> str:
@@ -154,7 +154,7 @@ def _no_folder(root: Path) -> str:
 def _all_ignored(root: Path) -> str:
     for path in (root / "annotations").rglob("*.png"):
         Image.fromarray(np.full((30, 40), 255, dtype=np.uint8)).save(path)
-    return f"{root / 'annotations' / 'train'}: its masks have no pixel with a class"
+    return f"{root / 'annotations' / 'train'}: no pixel of its masks has a class"
 
 
 def _classes(text: str, message: str) -> Callable[[Path], str]:

@@ -11,6 +11,7 @@ import torch
 from conftest import require
 from PIL import Image
 
+from dfformer.data.files import DatasetSpec
 from dfformer.data.images import seed_everything
 from dfformer.data.pairs import Degradation, RestorationTensors, nothing_like, open_pair_dataset
 from dfformer.data.photographs import photographs
@@ -43,7 +44,7 @@ def without_inputs(root: Path) -> None:
 
 def test_crops_of_both_are_of_one_place(root: Path) -> None:
     """Mirrored the same way; another one each time."""
-    dataset = open_pair_dataset("", str(root), "train", Degradation(scale=2))
+    dataset = open_pair_dataset(DatasetSpec("", str(root), "train"), Degradation(scale=2))
     assert dataset.check() == [False, False]
     crops = RestorationTensors(dataset, Degradation(scale=2), crop=(8, 12), repeats=30)
     assert len(crops) == 60
@@ -62,7 +63,7 @@ def test_whole_pairs(root: Path) -> None:
     """What the scale does not divide is cut off; the noise of an image is always the same."""
     without_inputs(root)
     degradation = Degradation(scale=5, noise=9.0)
-    whole: Any = RestorationTensors(open_pair_dataset("", str(root), "train", degradation), degradation)
+    whole: Any = RestorationTensors(open_pair_dataset(DatasetSpec("", str(root), "train"), degradation), degradation)
     (source, target), (other, _) = whole  # and no more
     again, _ = whole[0]
     assert (source.shape, target.shape) == ((3, 4, 7), (3, 20, 35))
@@ -94,7 +95,7 @@ def of_another_size(root: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], Degradation, tuple[int, int], str]] = {
-    "no-input": (missing, Degradation(scale=2), (8, 8), "has no image below/1, of which there is a target"),
+    "no-input": (missing, Degradation(scale=2), (8, 8), "has no image below/1, although there is such a target"),
     "other-size": (of_another_size, Degradation(scale=2), (8, 8), r"is 12x8, its target 36x24; accepted .* is 18x12"),
     "files-and-made": (lambda _: None, Degradation(noise=1.0), (8, 8), "has inputs, so restore.blur and restore.noise"),
     "small": (lambda _: None, Degradation(scale=2), (32, 8), r"is 36x24, accepted are images from 8x32 up"),
@@ -108,7 +109,7 @@ def test_folders_that_are_refused(
 ) -> None:
     damage(root)
     with pytest.raises(ValueError, match=message):
-        open_pair_dataset("", str(root), "train", degradation, least).check()
+        open_pair_dataset(DatasetSpec("", str(root), "train"), degradation, least).check()
 
 
 def test_photographs() -> None:
@@ -122,4 +123,4 @@ def test_photographs() -> None:
     with pytest.raises(ValueError, match="got 'test', the photographs have train and val"):
         photographs("test")
     with pytest.raises(ValueError, match="the photographs have no inputs"):
-        open_pair_dataset("photographs", None, "train", Degradation())
+        open_pair_dataset(DatasetSpec("photographs", None, "train"), Degradation())

@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "fused onnx": ("model.onnx", {"fused": True}, "fused: is for pt2, aoti, not for onnx"),
     "nameless": ("model.safetensors", {}, "architecture: got None, safetensors and hub accept this package's models"),
     "other architecture": ("hub", {"format": "hub", "architecture": "resnet18"}, "architecture: got 'resnet18'"),
-    "small image": ("model.pt2", {"img_size": 2}, r"img_size: got \(2, 2\), which this model cannot take"),
+    "small image": ("model.pt2", {"img_size": 2}, r"img_size: got \(2, 2\), which this model does not accept"),
 }
 
 
@@ -135,7 +135,7 @@ REFUSED_MODELS: dict[str, tuple[Callable[[Any], nn.Module], str, str]] = {
     "optimised for another size": (
         lambda model: optimize_for_inference(model, img_size=32),
         "model.pt2",
-        r"img_size: got \(24, 24\), which this model cannot take: x: got a plane",
+        r"img_size: got \(24, 24\), which this model does not accept: x: got a plane",
     ),
 }
 

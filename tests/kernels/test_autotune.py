@@ -109,7 +109,7 @@ def test_by_default_the_tables_first_runs_and_nothing_is_measured(
 ) -> None:
     if value is not None:
         monkeypatch.setenv("DFFORMER_AUTOTUNE", value)
-    assert dispatch.chosen(PROBLEM) is dispatch.TABLE[0]
+    assert dispatch.select(PROBLEM) is dispatch.TABLE[0]
     assert run() == ("cuda", "argument")
     assert (gpu.calls, gpu.measured, list(folder.iterdir())) == (["cuda"], [], [])
 
@@ -192,10 +192,10 @@ def test_where_no_kernel_can_be_built_every_reason_is_raised(
 
 
 def test_the_fastest_is_measured_once_and_runs_from_then_on(tuned: FakeGpu) -> None:
-    assert dispatch.chosen(PROBLEM) is None
+    assert dispatch.autotuner.choice(PROBLEM) is None
     assert run() == ("cufft", "argument")
     assert tuned.measured == ["cuda", "cufft", "torch"]
-    assert dispatch.chosen(PROBLEM) is dispatch.TABLE[1]
+    assert dispatch.autotuner.choice(PROBLEM) == dispatch.TABLE[1].name
     run()
     assert tuned.calls == ["cufft", "cufft"]
     assert tuned.measured == ["cuda", "cufft", "torch"]

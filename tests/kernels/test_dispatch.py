@@ -57,9 +57,6 @@ def test_environment_is_read_at_every_call(calls: list[str], monkeypatch: pytest
     for name in ("second", "first", "second"):
         monkeypatch.setenv("DFFORMER_BACKEND", name)
         run()
-        chosen = dispatch.chosen(Problem("star_relu", "cpu", torch.float32, (2, 3), star_relu=True))
-        assert chosen is not None
-        assert chosen.name == name
     assert calls == ["second star_relu", "first star_relu", "second star_relu"]
 
 

@@ -212,7 +212,7 @@ def test_faults_of_the_data_are_found_before_training_starts(
 ) -> None:
     path = root / "annotations" / "training" / "1" / "3.png"
     Image.fromarray(np.full((40, 50), 4, dtype=np.uint8)).save(path)
-    assert f"1 of 13 images cannot be used: {path}: has label 4, known are 0 to 3 and 255" in refusal(command)
+    assert f"1 of 13 images cannot be used: {path}: has label 4, accepted are 0 to 3 and 255" in refusal(command)
 
 
 def test_masks_without_a_class_are_found_when_measured(
@@ -222,7 +222,7 @@ def test_masks_without_a_class_are_found_when_measured(
         with Image.open(path) as mask:
             Image.new("L", mask.size).save(path)
     assert main([*command, "--data.check_images=false", "--output", str(tmp_path / "run")]) == 2
-    assert "validation: the masks have no pixel with a class" in capsys.readouterr().err
+    assert "validation: no pixel of the masks has a class" in capsys.readouterr().err
 
 
 MISUSES = {

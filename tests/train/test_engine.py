@@ -103,7 +103,7 @@ MISUSES = {
     "classes": (["--model.args.num_classes", "4"], "model.args.num_classes: got 4, the data has 3 classes"),
     "no-weights": (["--model.checkpoint", "absent.pth"], "model.checkpoint: absent.pth does not exist"),
     "fp16-on-cpu": (["--amp", "float16", "--device", "cpu"], "amp: float16 needs a CUDA device"),
-    "fsdp-alone": (["--distributed", "fsdp"], "start with torchrun"),
+    "fsdp-alone": (["--distributed", "fsdp"], "start them with torchrun"),
     "no-root": (["--data.root", "nowhere"], "root: nowhere is not a folder"),
     "no-split": (["--data.val_split", "test"], "has neither a folder 'test' nor test.tar"),
     "misspelt-dataset": (["--data.dataset", "digitz"], "dataset: got 'digitz', accepted are '' for class folders"),
@@ -122,7 +122,7 @@ def test_misuses(
 
 def test_a_model_that_gives_no_logits(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--model.args.global_pool=", "--output", str(tmp_path / "run")]) == 2
-    assert "accepted are logits (B,classes): is it made with global_pool=''" in capsys.readouterr().err
+    assert "accepted are logits (B,classes): was it made with global_pool=''" in capsys.readouterr().err
 
 
 def test_unknown_keys_of_a_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

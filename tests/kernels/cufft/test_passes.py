@@ -20,6 +20,7 @@ from cases import (
     make_grad,
     make_inputs,
 )
+from cufft_traffic import traffic
 from extent import FULL
 from native_core import pairwise
 from torch import Tensor
@@ -224,7 +225,7 @@ def test_samples_are_transforms_of_their_own_where_that_moves_less(
     launch, moved = cufft._LAUNCH_BYTES, []
     for bytes_of_launch in (0, 2**60):  # of their own where possible, side by side
         monkeypatch.setattr(cufft, "_LAUNCH_BYTES", bytes_of_launch)
-        moved.append(sum(size for _, size in cufft.traffic("dynamic_filter", shape, dtype, star_relu, backward)))
+        moved.append(sum(size for _, size in traffic("dynamic_filter", shape, dtype, star_relu, backward)))
     saved_a_sample = (moved[1] - moved[0]) / shape[0]
     assert shape[0] == 1 or wanted == (saved_a_sample > (3 if backward else 2) * launch)
 
@@ -341,7 +342,7 @@ def test_launches_touch_what_the_model_of_traffic_says(
     else:
         cufft.KERNELS[op.name](*arguments)
     touched = [int((torch.cat(launch).unique() % 16).sum()) for launch in launches]
-    passes = cufft.traffic(op.name, inputs["x"].shape, dtype, bool(op.scalars), backward)
+    passes = traffic(op.name, inputs["x"].shape, dtype, bool(op.scalars), backward)
     model = [size for name, size in passes if "fft" not in name]
     main = sorted(touched, reverse=True)[: len(model)]  # beside these, the launch of softmax's gradient alone
     assert len(touched) - len(model) == (backward and "logits" in inputs)

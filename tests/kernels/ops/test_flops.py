@@ -4,11 +4,11 @@ import itertools
 import math
 from collections.abc import Callable
 
-import op_providers
 import pytest
 import timm
 import torch
-from op_providers import BOTH, FORWARD
+from providers import op as op_providers
+from providers.op import BOTH, FORWARD
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode

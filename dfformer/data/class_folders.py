@@ -76,8 +76,11 @@ def _members(file: IO[bytes], inside: PurePosixPath, start: int) -> Iterator[Mem
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for entry in tar:
             path = inside / PurePosixPath(entry.name.lstrip("/"))
-            if not entry.isreg() or entry.sparse or any(part.startswith(".") for part in path.parts):
+            is_link = entry.islnk() or entry.issym() or entry.sparse
+            if any(part.startswith(".") for part in path.parts) or not (entry.isreg() or is_link):
                 continue
+            if is_link and (path.suffix.lower() in IMAGE_SUFFIXES or not path.suffix):  # a folder has no suffix
+                raise tarfile.ReadError(f"{path} is a link, or a file with holes")
             nested: Any = tar.extractfile(entry) if path.suffix.lower() == ".tar" else None
             if nested is not None:
                 yield from _members(nested, path.with_suffix(""), start + entry.offset_data)

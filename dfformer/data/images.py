@@ -123,7 +123,7 @@ def _class_images(root: Path, split: str) -> ClassFolders | ClassTar:
     try:
         return ClassTar(tar)
     except tarfile.TarError as error:
-        raise ValueError(f"{tar}: {error}; accepted are .tar files without compression") from error
+        raise ValueError(f"{tar}: {error}; accepted are .tar files without compression, links and holes") from error
 
 
 class LibraryDataset(ImageDataset[tuple[Any, int, str]]):

@@ -129,6 +129,21 @@ def test_tar_files_that_are_none(tmp_path: Path) -> None:
             open_dataset("", str(tmp_path), split)
 
 
+@pytest.mark.parametrize("link", ["hard link", "link", "linked class"])
+def test_links_in_a_tar_file_are_not_left_out_in_silence(link: str, tmp_path: Path) -> None:
+    """A file that has two names is a hard link in a .tar file; nothing else says that an image is there."""
+    folder = write(tmp_path / "val", "cat/1.png", "dog/2.png")
+    if link == "hard link":
+        (folder / "cat" / "3.png").hardlink_to(folder / "cat" / "1.png")
+    elif link == "link":
+        (folder / "cat" / "3.png").symlink_to("1.png")
+    else:
+        (folder / "kitten").symlink_to("cat")
+    packed(folder).rename(tmp_path / "test.tar")
+    with pytest.raises(ValueError, match=r"test\.tar: (cat/|kitten).* is a link, .*; accepted are .* without"):
+        open_dataset("", str(tmp_path), "test")
+
+
 def test_a_damaged_image_is_named_when_it_is_read(tmp_path: Path) -> None:
     """Instead of the next one in its place."""
     folder = write(tmp_path / "val", "cat/1.png", "dog/2.png")

@@ -251,9 +251,9 @@ UNSAFE: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "old-tar": ("is in the .tar format of torch before 0.4, accepted are", _old_tar),
     "torchscript": ("is a TorchScript archive, accepted are", _torchscript),
     "zip-bomb": ("is compressed, [0-9]+ bytes from [0-9]+", _compressed),
-    "expanded": ("'a' is not a dense", lambda path: torch.save({"a": torch.zeros(1).expand(2**38)}, path)),
-    "sparse": ("'a' is not a dense", lambda path: torch.save({"a": torch.zeros(3).to_sparse()}, path)),
-    "meta": ("'a' is not a dense", lambda path: torch.save({"a": torch.zeros(2**40, device="meta")}, path)),
+    "expanded": ("'a' is not a strided", lambda path: torch.save({"a": torch.zeros(1).expand(2**38)}, path)),
+    "sparse": ("'a' is not a strided", lambda path: torch.save({"a": torch.zeros(3).to_sparse()}, path)),
+    "meta": ("'a' is not a strided", lambda path: torch.save({"a": torch.zeros(2**40, device="meta")}, path)),
 }
 
 

@@ -189,9 +189,8 @@ def _transforms_of(kind: type) -> set[str]:
     methods = [m for base in kind.__mro__ for m in vars(base).values() if isinstance(m, FunctionType)]
     called = [m.__globals__.get(name) for m in methods for name in m.__code__.co_names]
     functions = [*methods, *(f for f in called if isinstance(f, FunctionType))]
-    return {name for f in functions for name in f.__code__.co_names if hasattr(torch.fft, name) and "fft" in name} - {
-        "fft"
-    }
+    names = {name for f in functions for name in f.__code__.co_names}
+    return {name for name in names if "fft" in name and name != "fft" and hasattr(torch.fft, name)}
 
 
 def _tried(module: nn.Module, official: bool) -> _Replace:
@@ -204,12 +203,9 @@ def _tried(module: nn.Module, official: bool) -> _Replace:
         original.__class__ = kind
         return original
 
-    def as_official(original: nn.Module, star_relu: bool) -> nn.Module:
-        return _build_official(original, hypothesis.size, resize, star_relu)
-
     if official and hypothesis.layouts == ("(B,H,W,C)",):
         for star_relu in (True, False):
-            replace = functools.partial(as_official, star_relu=star_relu)
+            replace = functools.partial(_build_official, size=hypothesis.size, resize=resize, star_relu=star_relu)
             if not difference(trial, hypothesis, replace):
                 return replace
     if reason := difference(trial, hypothesis, with_graph):

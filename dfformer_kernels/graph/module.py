@@ -22,15 +22,12 @@ from dfformer_kernels.graph.step import PYTHON
 from dfformer_kernels.graph.subclass import Program, fused_class
 from dfformer_kernels.graph.trace import (
     UnsupportedCopyError,
-    call_softmax,
     common_graph,
     first_line,
     has_hooks,
     inputs_of,
-    length,
+    make_traceable,
     trace,
-    with_constants,
-    with_function,
 )
 from dfformer_kernels.graph.vocabulary import Values
 
@@ -172,10 +169,8 @@ def _rewritten(
         inputs = _trial_inputs(given, times)
         traced = copy.deepcopy(module).train(training)
         through = {traced.get_submodule(name) for name, m in module.named_modules() if m in spectral}
-        with_function(traced, "len", length)
-        with_constants(traced, {name: value for name, value in inputs.items() if not isinstance(value, Tensor)})
+        make_traceable(traced, {name: value for name, value in inputs.items() if not isinstance(value, Tensor)})
         program = trace(traced, [x for x in inputs.values() if isinstance(x, Tensor)], through)
-        call_softmax(program.graph, traced)
         here = rewrite(program.graph, Values(program.values), PYTHON, lambda node: where)
         if not any(finding.operator for finding in here):
             return here, None

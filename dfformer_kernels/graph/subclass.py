@@ -55,7 +55,7 @@ class FusedModule(nn.Module):
     """The base of all classes with rewritten forwards; ``print(module.code)`` shows the graphs."""
 
     original_class: ClassVar[type[nn.Module]]
-    programs: ClassVar[tuple[Program, ...]]
+    fused_programs: ClassVar[tuple[Program, ...]]
     code: ClassVar[str]
 
     def restore(self) -> None:
@@ -67,7 +67,7 @@ class FusedModule(nn.Module):
         if not is_fused_class(type(self)):
             return reduced
         rebuild, arguments, *rest = reduced
-        return _rebuilt, (self.original_class, self.programs, rebuild, arguments[1:]), *rest
+        return _rebuilt, (self.original_class, self.fused_programs, rebuild, arguments[1:]), *rest
 
 
 def _rebuilt(
@@ -80,13 +80,13 @@ def _rebuilt(
 
 def is_fused_class(kind: type[nn.Module]) -> bool:
     """Whether `fused_class` made ``kind``, and not somebody who derived another class from such a class."""
-    return "programs" in vars(kind)
+    return "fused_programs" in vars(kind)
 
 
 def fused_class(kind: Any, program: Program) -> type[FusedModule]:
     """A subclass of ``kind`` that runs ``program`` if its inputs fit, otherwise what ``kind`` runs."""
     if is_fused_class(kind):
-        return _fused_class(kind.original_class, (program, *kind.programs))
+        return _fused_class(kind.original_class, (program, *kind.fused_programs))
     return _fused_class(kind, (program,))
 
 
@@ -108,5 +108,5 @@ def _fused_class(kind: Any, programs: tuple[Program, ...]) -> type[FusedModule]:
 
     forward.__signature__ = signature  # type: ignore[attr-defined] # inspect documents this
     code = "\n".join(program.source.strip() for program in programs)
-    body = {"forward": forward, "original_class": kind, "programs": programs, "code": code}
+    body = {"forward": forward, "original_class": kind, "fused_programs": programs, "code": code}
     return type(f"Fused{kind.__name__}", (FusedModule, kind), {**body, "__module__": kind.__module__})

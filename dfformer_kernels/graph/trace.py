@@ -90,6 +90,7 @@ def trace(module: nn.Module, inputs: Sequence[Any], through: Collection[nn.Modul
         raise
     except Exception as error:  # foreign code may raise anything
         raise UnsupportedCopyError(f"its forward cannot be traced ({first_line(error)})") from error
+    _call_softmax(graph, module)
     changed = [name for name, value in vars(module).items() if before.get(name, before) is not value]
     changed = [name for name in changed if not name.startswith("_tensor_constant")]
     if changed:
@@ -98,7 +99,7 @@ def trace(module: nn.Module, inputs: Sequence[Any], through: Collection[nn.Modul
     return Trace(graph, tracer.run.env, seen)
 
 
-def call_softmax(graph: fx.Graph, module: nn.Module) -> None:
+def _call_softmax(graph: fx.Graph, module: nn.Module) -> None:
     """Replaces calls of nn.Softmax modules by calls of the function."""
     for node in graph.nodes:
         softmax = module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -235,7 +236,7 @@ def called_whole(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @called_whole
-def length(of: Any) -> int:
+def _length(of: Any) -> int:
     """``len`` for traced code, where Python's own would have to return an int."""
     return len(of)
 
@@ -261,15 +262,17 @@ _FORWARDS: dict[int, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 }
 
 
-def with_constants(module: nn.Module, constants: Mapping[str, Any]) -> None:
+def make_traceable(module: nn.Module, constants: Mapping[str, Any]) -> None:
     """Gives ``module`` a subclass of its class whose forward has these values of some inputs, and takes the others.
 
     Raises UnsupportedCopyError if none or too many are left.
     """
-    kind, names = type(module), list(inputs_of(module))
+    names = list(inputs_of(module))
     count = len(names) - len(constants)
     if count not in _FORWARDS:
         raise UnsupportedCopyError(f"its forward takes {count} inputs")
+    with_function(module, "len", _length)
+    kind = type(module)
 
     def forward(self: nn.Module, *given: Any) -> Any:
         remaining = iter(given)

@@ -5,7 +5,7 @@ import itertools
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from dfformer.models.filter_resize import resize_filter
@@ -19,7 +19,6 @@ from dfformer_kernels.graph.trace import (
     Trace,
     UnsupportedCopyError,
     ancestors,
-    call_softmax,
     called_whole,
 )
 from dfformer_kernels.graph.vocabulary import CASTS, Values, first_input, name_of, transform_of
@@ -70,8 +69,8 @@ def stored_basis(
         return resize_filter(basis.contiguous(), size, (H, W), resize)
 
 
-def fuse(traced: Trace, module: nn.Module, expected: Expected) -> fx.Graph:
-    """Replaces every chain of ``traced``, the forward of ``module``, by our step.
+def fuse(traced: Trace, expected: Expected) -> fx.Graph:
+    """Replaces every chain of ``traced``, the forward of a copy, by our step.
 
     Raises:
         CopyLimitError: the copy does not accept this plane.
@@ -94,7 +93,6 @@ def fuse(traced: Trace, module: nn.Module, expected: Expected) -> fx.Graph:
             filters = graph.call_function(stored_basis, (weight, x), arguments)
         return chain._replace(x=x, filters=filters), step._replace(filters=(0, 1, 2, 3), is_complex=False)
 
-    call_softmax(traced.graph, module)
     for finding in rewrite(traced.graph, values, PYTHON, str, with_stored_filters):
         if finding.reason:
             raise DifferentCopyError(finding.reason)

@@ -22,9 +22,8 @@ from dfformer_kernels.graph.trace import (
     common_graph,
     first_line,
     inputs_of,
-    length,
+    make_traceable,
     trace,
-    with_constants,
     with_function,
 )
 
@@ -93,8 +92,7 @@ class Trial:
         self.optional = {name: default for name, default in inputs.items() if name not in self.names}
         if any(not isinstance(default, int | float | str | None) for default in self.optional.values()):
             raise UnsupportedCopyError(f"its forward has optional inputs ({', '.join(self.optional)})")
-        with_constants(self.module, self.optional)
-        with_function(self.module, "len", length)
+        make_traceable(self.module, self.optional)
         self.device = device_of(module)
         self._probe: nn.Module | None = None
         with torch.no_grad():
@@ -138,6 +136,14 @@ class Trial:
         except TypeError as error:
             raise UnsupportedCopyError(str(error)) from None
         return None
+
+    def runs(self, case: Case) -> bool:
+        try:
+            with torch.no_grad():
+                self.copy(case.training).forward(*case.inputs)
+            return True
+        except Exception:  # foreign code may raise anything
+            return False
 
     def on_device(self, inputs: Sequence[Any]) -> list[Any]:
         return [x.to(self.device) if isinstance(x, Tensor) else x for x in inputs]
@@ -211,29 +217,29 @@ def _authors_resize(weight: Tensor, H: int, K: int) -> Tensor:
 
 
 def cases(trial: Trial, hypothesis: Hypothesis) -> Iterator[Case]:
-    """The stored plane, in both modes and for two batch sizes; then planes of twice and about half its size."""
+    """The stored plane, in both modes and for two batch sizes; then about half and twice its size, if the copy runs."""
     H, W = hypothesis.size
     for batch, training in ((2, False), (2, True), (3, False)):
         yield Case(trial.on_device(hypothesis.inputs((H, W), batch)), (H, W), training)
     planes = [(H // 2 + 1, W // 4 * 2 + 3)] + ([(2 * H, 2 * W)] if H * W <= _LARGEST_DOUBLED else [])
     for plane, same in itertools.product(planes, hypothesis.indistinguishable()):
-        yield Case(trial.on_device(same.inputs(plane, 1)), plane, False)
+        case = Case(trial.on_device(same.inputs(plane, 1)), plane, False)
+        if trial.runs(case):
+            yield case
 
 
 def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple[str, fx.Graph]]:
-    """The trial module's forward with our step, and where it was traced, for all `cases` that the module itself runs.
+    """The trial module's forward with our step, and where it was traced, for all `cases`.
 
     Raises UnsupportedCopyError if one computes something else; the message has the difference.
     """
     for case in cases(trial, hypothesis):
         native = case.plane == hypothesis.size
-        if not native and not _runs(trial, case):
-            continue
         module = trial.copy(case.training)
         expected = Expected(len(case.inputs[0]), case.plane, hypothesis.size, resize)
         where = "in training" if case.training else "with another batch"
         try:
-            graph = fuse(trace(module, case.inputs), module, expected)
+            graph = fuse(trace(module, case.inputs), expected)
             yield where if native else f"on a {case.plane[0]}x{case.plane[1]} plane", graph
         except CopyLimitError:
             continue
@@ -241,23 +247,9 @@ def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple
             raise (error if native else OtherPlaneError(str(error))) from None
 
 
-def _runs(trial: Trial, case: Case) -> bool:
-    try:
-        with torch.no_grad():
-            trial.copy(case.training).forward(*case.inputs)
-        return True
-    except Exception:  # foreign code may raise anything
-        return False
-
-
 def difference(trial: Trial, hypothesis: Hypothesis, replace: Callable[[nn.Module], nn.Module]) -> str:
-    """How the trial module and its replacement differ in outputs, gradients or buffers; "" if they agree.
-
-    They are compared in the `cases` that the module itself runs.
-    """
+    """How the trial module and its replacement differ in outputs, gradients or buffers; "" if they agree."""
     for case in cases(trial, hypothesis):
-        if case.plane != hypothesis.size and not _runs(trial, case):
-            continue
         try:
             theirs = compare.results(trial.copy(case.training), case.inputs)
             ours = compare.results(replace(trial.copy(case.training)).train(case.training), case.inputs)

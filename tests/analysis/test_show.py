@@ -182,7 +182,7 @@ def test_show_the_encoder_of_a_model_for_dense_prediction(task: str, folder: Pat
     arguments = {**SMALL, "img_size": [32, 48], "fork_feat": True}
     path = dense_checkpoint(task, tmp_path / "dense.safetensors", "cdfformer_s18", arguments)
     output = tmp_path / "out"
-    run("filters", "--checkpoint", path, "--output", output, folder)
+    run("filters", "--checkpoint", path, "--layer", "stages.3.*", "--output", output, folder)
     encoder = show._trained(path, None)
     assert isinstance(encoder, DFFormer)
     weights, _ = read_checkpoint(path)

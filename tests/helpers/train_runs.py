@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,11 @@ def assert_same(actual: Any, expected: Any, where: str) -> None:
 
 # What torchrun starts: imports once, then a fork for each command, which has a port of its own.
 EACH = """
-import json, os, sys
-import segmentation_models_pytorch, torchvision
+import importlib, json, os, sys
 from dfformer.cli.main import main
-import dfformer.train.engine
+
+for name in ("dfformer.train.engine", *sys.argv[2:]):
+    importlib.import_module(name)
 
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 for port, arguments in json.loads(sys.argv[1]):
@@ -122,17 +124,14 @@ for port, arguments in json.loads(sys.argv[1]):
 """
 
 
-def torchrun(processes: int, *commands: list[str]) -> None:
-    """One command as users start it, several one after the other."""
+def torchrun(processes: int, *commands: list[str], imports: Sequence[str] = ()) -> None:
+    """Runs commands of dfformer one after the other, each in that many processes; ``imports`` come before the first."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     address = ["--nnodes", "1", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1"]
     launcher = [sys.executable, "-m", "torch.distributed.run", *address, "--master-port", str(free_port())]
-    run = ["-m", "dfformer", *commands[0]]
-    if len(commands) > 1:
-        run = ["--no-python", sys.executable, "-c", EACH, json.dumps([(free_port(), each) for each in commands])]
-    done = subprocess.run(
-        [*launcher, *run], env=environment, capture_output=True, text=True, timeout=200 * len(commands)
-    )
+    run = ["--no-python", sys.executable, "-c", EACH, json.dumps([(free_port(), each) for each in commands]), *imports]
+    timeout = 200 * len(commands)
+    done = subprocess.run([*launcher, *run], env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

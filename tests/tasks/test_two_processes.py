@@ -57,7 +57,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert main([*arguments, "--output", str(folder / task)]) == 0
     finally:
         torch.set_num_threads(threads)
-    torchrun(2, *([*commands[t], "--output", str(folder / f"{t}-{k}"), "--distributed", k] for t, k in KINDS))
+    distributed = [[*commands[t], "--output", str(folder / f"{t}-{k}"), "--distributed", k] for t, k in KINDS]
+    torchrun(2, *distributed, imports=["segmentation_models_pytorch", "torchvision"])
     return folder
 
 

@@ -15,13 +15,13 @@ AGREEMENT = 1e-4
 # Wider, because gradients are sums whose terms partly cancel.
 _GRADIENT_AGREEMENT = 1e-3
 _RANDOM = "use of random numbers"
-INVERSE_TRANSFORMS = (torch.fft.irfft2, torch.fft.irfftn)
+_INVERSE_TRANSFORMS = (torch.fft.irfft2, torch.fft.irfftn)
 
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Isolates random numbers, autocast and the gradient mode inside from those outside."""
-    devices = [device] if device.type == "cuda" else []
+    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # manual_seed seeds them all
     modes = torch.autocast(device.type, enabled=False), torch.inference_mode(False), torch.enable_grad()
     with torch.random.fork_rng(devices), modes[0], modes[1], modes[2]:
         torch.manual_seed(0)
@@ -94,4 +94,4 @@ class _ContiguousInverse(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        return result.contiguous() if func in INVERSE_TRANSFORMS else result
+        return result.contiguous() if func in _INVERSE_TRANSFORMS else result

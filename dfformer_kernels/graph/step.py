@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from dfformer_kernels import reference
 from dfformer_kernels.graph.chain import Chain, same
-from dfformer_kernels.graph.trace import DifferentCopyError, called_whole
+from dfformer_kernels.graph.trace import DifferentCopyError, called_whole, first_line
 from dfformer_kernels.graph.vocabulary import Values, evaluate, example, softmax_axis
-from dfformer_kernels.ops import filter
+from dfformer_kernels.ops import filter as ops
 from dfformer_kernels.tolerance import relative_error
 
 # The largest relative difference between two evaluations of the same formula in double precision.
@@ -26,13 +26,13 @@ Operators = Mapping[str, tuple[Callable[..., Any], tuple[Any, ...], Mapping[str,
 @called_whole  # for symbolic traces
 def dynamic_filter(x: Tensor, logits: Tensor, basis: Tensor, *, normalization: str | None = "softmax") -> Tensor:
     """The public operator on a basis of any dtype, because autocast and ``half()`` change those of foreign code."""
-    return filter.dynamic_filter(x, logits, basis.to(reference.compute_dtype(x.dtype)), normalization=normalization)
+    return ops.dynamic_filter(x, logits, basis.to(reference.compute_dtype(x.dtype)), normalization=normalization)
 
 
 @called_whole
 def global_filter(x: Tensor, weight: Tensor) -> Tensor:
     """The public operator on a weight of any dtype."""
-    return filter.global_filter(x, weight.to(reference.compute_dtype(x.dtype)))
+    return ops.global_filter(x, weight.to(reference.compute_dtype(x.dtype)))
 
 
 PYTHON: Operators = {
@@ -226,9 +226,7 @@ def _results(chain: Chain, values: Values) -> _Results:
             grad_y = _random(tuple(y.shape), False, generator)
             return _Results(inputs, y, grad_y, _gradients(y, inputs, grad_y))
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-            raise DifferentCopyError(
-                f"it cannot be tried ({type(error).__name__}: {str(error).splitlines()[0]})"
-            ) from error
+            raise DifferentCopyError(f"it cannot be tried ({first_line(error)})") from error
 
 
 def _difference(step: Step, theirs: _Results) -> str:

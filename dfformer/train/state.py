@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -64,9 +64,13 @@ def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Pat
     path = folder / f"checkpoint-{step:08d}.pt"
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    # torch.load ignores what follows its archive, and would not notice a flipped bit inside it.
-    buffer.write(_digest(buffer.getbuffer()))
-    write_atomically(path, buffer.getbuffer())
+    content = buffer.getbuffer()
+
+    def write(file: IO[bytes]) -> None:
+        file.write(content)
+        file.write(_digest(content))  # torch.load ignores what follows its archive, and would not notice a flipped bit
+
+    write_atomically(path, write)
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
     return path

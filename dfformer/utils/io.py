@@ -51,7 +51,7 @@ def remove_partial(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | Path, content: bytes | memoryview | Callable[[IO[bytes]], Any]) -> None:
+def write_atomically(path: str | Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
     """Writes ``content``, or what a function writes into a binary file, to ``path``; see `replacing`."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         content(file) if callable(content) else file.write(content)

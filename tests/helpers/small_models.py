@@ -1,5 +1,6 @@
 """Narrow models with a block a stage, and a training step, for the tests of whole models."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,13 @@ ERROR = 20 * BOUND[torch.float32]
 def small(name: str = "dfformer_s18", **kwargs: Any) -> Any:
     shape = {"depths": (1, 1, 1, 1), "dims": DIMS, "img_size": 64, "num_classes": CLASSES}
     return timm.create_model(name, **{**shape, **kwargs}).eval()
+
+
+@functools.cache
+def on_meta(name: str) -> Any:
+    """The whole model without data, built once; not to be changed."""
+    with torch.device("meta"):
+        return timm.create_model(name)
 
 
 def images(H: int = 64, W: int = 64, channels: int = 3, batch: int = 2) -> Tensor:

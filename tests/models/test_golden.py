@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-import timm
 import torch
 from paths import GOLDEN
 from safetensors.torch import load_file
+from small_models import on_meta
 from torch import Tensor, nn
 
 from dfformer import AFNO2D, VARIANTS, DFFormer, DynamicFilter, GlobalFilter, SepConv, StarReLU
@@ -95,7 +95,6 @@ def test_manifest_lists_every_model() -> None:
 
 @pytest.mark.parametrize("name", MANIFEST)
 def test_names_and_shapes_of_parameters(name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = on_meta(name)
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == MANIFEST[name]["state_dict"]
     assert sum(p.numel() for p in model.parameters()) == MANIFEST[name]["num_parameters"]

@@ -15,7 +15,7 @@ from urllib.error import URLError
 import pytest
 import timm
 import torch
-from small_models import CLASSES, DIMS, ERROR, KINDS, images, small
+from small_models import CLASSES, DIMS, ERROR, KINDS, images, on_meta, small
 from torch import nn
 
 import dfformer
@@ -73,8 +73,7 @@ def test_the_former_name_of_the_class_still_works() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_pretrained_cfg(name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = on_meta(name)
     cfg = model.pretrained_cfg
     url = f"https://github.com/okojoalg/dfformer/releases/download/weights/{name}.pth"
     assert cfg["url"] == (url if name in PUBLISHED else "")

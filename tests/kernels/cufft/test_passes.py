@@ -133,13 +133,15 @@ def test_parameters_of_another_dtype(op: Op, dtype: torch.dtype, parameter_dtype
     assert_all_within_bound(*run(op, inputs, grad_y), expected(op, inputs, grad_y))
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "negated"])  # the dispatcher resolves that
-@pytest.mark.parametrize("B", [1, 2])
-@ALL_OPS
-def test_memory_layout_does_not_matter(op: Op, B: int, layout: str) -> None:
+DENSE_OR_NOT = [name for name in LAYOUTS if name != "negated"]  # the dispatcher resolves that
+
+
+@pytest.mark.parametrize(**pairwise(name=tuple(OPS), B=(1, 2), layout=DENSE_OR_NOT))
+def test_memory_layout_does_not_matter(name: str, B: int, layout: str) -> None:
+    op = OPS[name]
     inputs = make_inputs(op, Case(B, 4, 6, 3), torch.float32)
-    for name in ("x", *op.parameters):
-        inputs[name] = LAYOUTS[layout](inputs[name]).requires_grad_()
+    for each in ("x", *op.parameters):
+        inputs[each] = LAYOUTS[layout](inputs[each]).requires_grad_()
     grad_y = LAYOUTS[layout](make_grad(op, inputs))
     assert_all_within_bound(*run(op, inputs, grad_y), expected(op, inputs, grad_y))
 
@@ -300,13 +302,19 @@ def test_nan_and_infinity_go_through_star_relu() -> None:
     assert grad_x[5] == float("inf")
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("B", "bytes_of_launch"), [(1, 2**60), (2, 2**60), (2, 0)])
-@pytest.mark.parametrize("op", FILTERS.values(), ids=FILTERS)
+TRAFFIC = {
+    "name": tuple(FILTERS),
+    "launch": ((1, 2**60), (2, 2**60), (2, 0)),  # samples, bytes of a launch
+    "dtype": (torch.float32, torch.bfloat16),
+    "backward": (False, True),
+}
+
+
+@pytest.mark.parametrize(**pairwise(**TRAFFIC))
 def test_launches_touch_what_the_model_of_traffic_says(
-    op: Op, B: int, bytes_of_launch: int, dtype: torch.dtype, backward: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, launch: tuple[int, int], dtype: torch.dtype, backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    op, (B, bytes_of_launch) = OPS[name], launch
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
     monkeypatch.setattr(cufft, "_LAUNCH_BYTES", bytes_of_launch)

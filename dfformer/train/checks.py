@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
 
 from dfformer.data.transforms import check_auto_augment
 from dfformer.models.metadata import DECODER, DEGRADATION, FLAG, check_model_args, check_settings
 from dfformer.tasks.table import check_task
 from dfformer.utils.suggest import did_you_mean
+from dfformer.utils.text import reason
 
 if TYPE_CHECKING:
     from dfformer.train.config import TrainConfig
@@ -66,8 +67,9 @@ def check(config: "TrainConfig") -> None:
         least, most = values[name]
         if not 0 < least <= most:
             raise ValueError(f"{name}: got {values[name]}, accepted are two numbers above 0, least and most")
-    if any(epoch < 1 for epoch in config.optim.milestones):
-        raise ValueError(f"optim.milestones: got {config.optim.milestones}, accepted are epochs from 1")
+    milestones = config.optim.milestones
+    if milestones != sorted(set(milestones)) or min(milestones, default=1) < 1:
+        raise ValueError(f"optim.milestones: got {milestones}, accepted are epochs from 1, in ascending order")
     if config.optim.warmup_epochs >= config.optim.epochs:
         raise ValueError(
             f"optim.warmup_epochs: got {config.optim.warmup_epochs}, accepted are numbers below "
@@ -94,6 +96,12 @@ def _check_names(config: "TrainConfig") -> None:
     if optimizer not in list_optimizers():
         hint = did_you_mean(optimizer[:100], list_optimizers())
         raise ValueError(f"optim.opt: timm knows no optimiser {config.optim.opt[:100]!r}{hint}")
+    if get_optimizer_info(optimizer).second_order:
+        raise ValueError(f"optim.opt: got {config.optim.opt!r}, accepted are optimisers without second derivatives")
+    try:
+        get_optimizer_class(optimizer)
+    except Exception as error:  # timm asserts, or imports, what some need
+        raise ValueError(f"optim.opt: got {config.optim.opt!r}, which cannot be used here: {reason(error)}") from error
     args = dict(config.model.args)
     check_settings({"pretrained": args.pop("pretrained", False)}, {"pretrained": FLAG}, "model.args.")
     check_model_args(model, args, "model.args.")

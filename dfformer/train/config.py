@@ -4,7 +4,7 @@ The defaults are the authors' recipe for ImageNet-1k: the command in their READM
 defaults of their ``train.py``. A recipe file names the model and the settings that differ.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from dfformer.data.files import DatasetSpec
@@ -13,13 +13,15 @@ from dfformer.train.recipes import with_recipe_files
 from dfformer.utils.suggest import did_you_mean
 
 try:
-    from jsonargparse import ArgumentError, ArgumentParser, Namespace
+    import yaml
+    from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
 
     from dfformer.train import strict_yaml
 except ImportError as error:
     raise RuntimeError(f"training needs what pip install 'dfformer[train]' brings: {error}") from error
 
 
+MODE = "dfformer_yaml"  # for ``ArgumentParser(parser_mode=)``
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
@@ -279,6 +281,23 @@ FREE_TO_CHANGE = {"output", "resume", "save_steps", "keep", "log_steps", "tensor
 FREE_TO_CHANGE |= {"data.root", "data.download", "data.workers", "data.check_images", "model.checkpoint"}
 
 
+_SECTIONS = {f.name for f in fields(TrainConfig) if is_dataclass(f.default_factory)}
+
+
+def _load(text: str) -> Any:
+    """The value of a recipe or a setting. A recipe's sections are mappings, and it does not name other recipes."""
+    content = strict_yaml.load(text)
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if name in ("recipe", "config"):
+            raise ValueError(f"{name}: is not accepted in a recipe")
+        if name in _SECTIONS and not isinstance(value, dict):
+            raise ValueError(f"{name}: got {str(value)[:60]!r}, accepted are its settings by name")
+    return content
+
+
+set_loader(MODE, _load, (yaml.YAMLError, ValueError))
+
+
 def parse(arguments: list[str]) -> TrainConfig:
     """The configuration of a command line: ``--recipe`` (or ``--config``) with a file or the name of a packaged recipe,
     and settings such as ``--optim.lr 1e-4``.
@@ -286,9 +305,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     Raises:
         ValueError: an unknown key, a value of the wrong type or out of range, an unknown model.
     """
-    parser = ArgumentParser(
-        prog="dfformer train", description="Trains a model.", exit_on_error=False, parser_mode=strict_yaml.MODE
-    )
+    parser = ArgumentParser(prog="dfformer train", description="Trains a model.", exit_on_error=False, parser_mode=MODE)
     parser.add_argument(
         "--recipe", "--config", action="config", help="a YAML file, or a packaged recipe's name: digits"
     )

@@ -5,10 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import yaml
-from jsonargparse import set_loader
 from jsonargparse._loaders_dumpers import get_yaml_default_loader, yaml_load
 
-MODE = "dfformer_yaml"  # for ``ArgumentParser(parser_mode=)``
 _MOST_TEXT = 2**20  # characters
 _DEEPEST = 20
 _LARGEST = 2**63
@@ -70,6 +68,3 @@ def _check_numbers(value: Any) -> None:
         raise ValueError(f"YAML: got the number {str(value)[:20]}, accepted are finite ones")
     for part in parts:
         _check_numbers(part)
-
-
-set_loader(MODE, load, (yaml.YAMLError, ValueError))

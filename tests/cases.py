@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfformer_kernels
 from dfformer_kernels import reference
-from dfformer_kernels.dispatch import TABLE
+from dfformer_kernels.dispatch import TABLE, Backend
 from dfformer_kernels.ops import filter as ops
 from dfformer_kernels.tolerance import BOUND, relative_error
 
@@ -272,3 +272,16 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(func._schema.name)
         return func(*args, **kwargs or {})
+
+
+def counting(name: str, calls: list[str], device: str | None = None, reasons: tuple[str, ...] = ()) -> Backend:
+    """The reference, telling ``calls`` when it runs."""
+
+    def counted(op: str) -> Callable[..., Tensor | list[Tensor]]:
+        def kernel(*args: object) -> Tensor | list[Tensor]:
+            calls.append(f"{name} {op}")
+            return TABLE[-1].kernels[op](*args)
+
+        return kernel
+
+    return Backend(name, device, {op: counted(op) for op in TABLE[-1].kernels}, lambda: list(reasons))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from counting import counting
+from cases import counting
 
 from dfformer_kernels import dispatch
 from dfformer_kernels.dispatch import Backend

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import DTYPES, OPS, Case, make_grad, make_inputs
+from cases import DTYPES, OPS, Case, counting, make_grad, make_inputs
 from conftest import require, require_backend
-from counting import counting
 from torch import Tensor
 
 from dfformer_kernels import backends, dispatch, star_relu, use_backend

@@ -160,7 +160,8 @@ def test_pictures() -> None:
     assert list(finer["convformer"].get_ydata()) == [40, 80, 40, 40]
 
 
-def test_the_committed_results() -> None:
-    folder = ROOT / "benchmarks/results"
+@pytest.mark.parametrize("name", [".", "dense"])
+def test_the_committed_results(name: str) -> None:
+    folder = ROOT / "benchmarks/results" / name
     results = [Result(**row) for row in json.loads((folder / "accuracy.json").read_text())["rows"]]
     assert bench_accuracy.markdown(bench_accuracy.summary(results)) == (folder / "accuracy.md").read_text()

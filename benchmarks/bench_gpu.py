@@ -5,10 +5,10 @@
 Each provider computes the dynamic filter with StarReLU, forward and backward, on every stage's plane at 224:
 
 - ``cuda`` and ``cufft``: this library's backends;
-- ``--against``: ``torch.fft`` (the reference), ``torch.compile`` (the same, compiled), and ``subquadratic-ops`` if it
-  is installed. The last is another operation, a long convolution with zero padding on planes of (B,C,H,W), without
-  mixing and StarReLU. It shows the speed of another fused FFT kernel, and has no error here. Its time includes copies
-  between layouts, and its backward includes a forward;
+- ``--against``: ``torch.fft`` (the reference), ``torch.compile`` (the same, compiled), and ``subquadratic-ops``, whose
+  rows say so where it is not installed. The last is another operation, a long convolution with zero padding on planes
+  of (B,C,H,W), without mixing and StarReLU. It shows the speed of another fused FFT kernel, and has no error here. Its
+  time includes copies between layouts, and its backward includes a forward;
 - ``--variants``: ``cuda`` with other numbers of lanes, threads and planes in shared memory than its default.
 
 Each row is written to ``bench_gpu.csv`` at once, so that a failure loses nothing. Its columns:
@@ -28,7 +28,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -129,8 +128,7 @@ def providers(H: int, direction: str, against: bool, variants: bool) -> Iterator
     if against:
         yield Provider("torch.fft", of_reference)
         yield Provider("torch.compile", torch.compile(of_reference, dynamic=False))
-        if find_spec("subquadratic_ops_torch"):
-            yield Provider(OTHER_OPERATION, long_convolution, has_error=False)
+        yield Provider(OTHER_OPERATION, long_convolution, has_error=False)
 
 
 @contextmanager

@@ -1,8 +1,15 @@
 """What of bench_gpu runs without a GPU: it says so, its rows are complete, what fails is in a row."""
 
+import csv
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import bench_gpu
 import pytest
 import torch
+from torch import Tensor
 
 from dfformer_kernels.backends.cuda.layout import CHIPS, Step, variant_of
 
@@ -37,3 +44,66 @@ def test_variants_fit_an_h100(key: tuple[int, str]) -> None:
     step = Step(H, H, dict(bench_gpu.STAGES)[H], 4, torch.float32, star_relu=True, backward=direction == "backward")
     for lanes, threads, planes in bench_gpu.VARIANTS[key]:
         assert variant_of(step, CHIPS["sm_90"], lanes, planes, threads) is not None
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the clocks runs, on one small plane of CPU tensors; nothing is compiled."""
+    inputs: Any = bench_gpu.inputs
+    largest_error: Any = bench_gpu.largest_error
+    monkeypatch.setattr(bench_gpu, "STAGES", ((7, 8),))
+    monkeypatch.setattr(bench_gpu, "inputs", lambda *given: inputs(*given[:-1], "cpu"))
+    monkeypatch.setattr(bench_gpu, "largest_error", lambda *given: largest_error(*given[:-1], "cpu"))
+    for clock, microseconds in (("graph_us", 4.0), ("host_us", 2.0)):
+        monkeypatch.setattr(bench_gpu, clock, lambda run, measured=microseconds: [run(), measured][1])
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+
+
+def rows_against(output: Path) -> dict[tuple[str, str], Any]:
+    rows = bench_gpu.run(["float32"], 2, against=True, variants=False, output=output)
+    with (output / "bench_gpu.csv").open() as file:
+        assert [row["failure"] for row in csv.DictReader(file)] == [row.failure for row in rows]
+    return {(row.provider, row.direction): row for row in rows}
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_every_competitor_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "subquadratic_ops_torch.fused_fft_conv2d", None)
+    rows = rows_against(tmp_path)
+    providers = ("cuda", "cufft", "torch.fft", "torch.compile", "subquadratic-ops (another operation)")
+    assert list(rows) == [(provider, direction) for direction in bench_gpu.DIRECTIONS for provider in providers]
+    for (provider, direction), row in rows.items():
+        if provider.startswith("torch"):
+            assert row.error < 1e-5
+            assert (row.gpu_us, row.host_us, row.failure) == (4.0, 2.0, "")
+            assert row.share_of_copy == bench_gpu.TENSORS[direction] / 2
+        else:
+            reason = "no backend can run" if provider.startswith("cu") else "subquadratic_ops_torch"
+            assert reason in row.failure
+            assert row.gpu_us is None
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_the_other_operation_is_timed_without_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fused_fft_conv2d(x: Tensor, filters: Tensor) -> Tensor:
+        seen.append((x.shape, filters.shape, x.is_contiguous()))
+        return x * filters
+
+    for name in ("subquadratic_ops_torch", "subquadratic_ops_torch.fused_fft_conv2d"):
+        monkeypatch.setitem(sys.modules, name, module := ModuleType(name))
+    module.__dict__["fused_fft_conv2d"] = fused_fft_conv2d
+    rows = rows_against(tmp_path)
+    for direction in bench_gpu.DIRECTIONS:
+        row = rows[bench_gpu.OTHER_OPERATION, direction]
+        assert (row.error, row.gpu_us, row.failure) == (None, 4.0, "")
+    assert set(seen) == {((2, 8, 7, 7), (8, 7, 7), True), ((1, 32, 7, 7), (32, 7, 7), True)}
+
+
+@pytest.mark.parametrize("arguments", [["--dtype", "float64"], ["--batch", "many"], ["--agains", "x"]])
+def test_arguments_that_are_refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["bench_gpu.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        bench_gpu.main()

@@ -132,11 +132,9 @@ class DFFormer(nn.Module):
             self._add_norms(output_norm)
             self.global_pool, self.head = _pool(global_pool), self._make_head()
             self.apply(_init_weights)
+        _set_resize_rule(self, resize)
         if dtype is not None:
             _cast(self, dtype)
-        for module in self.modules():
-            if isinstance(module, SpectralFilter):
-                module.weight_resize, module.resize = True, resize
 
     def _add_stages(
         self,
@@ -343,6 +341,12 @@ class DFFormer(nn.Module):
 
 
 MetaFormer = DFFormer  # its name in pickles of older versions
+
+
+def _set_resize_rule(model: nn.Module, resize: str) -> None:
+    for module in model.modules():
+        if isinstance(module, SpectralFilter):
+            module.weight_resize, module.resize = True, resize
 
 
 def _init_weights(module: nn.Module) -> None:

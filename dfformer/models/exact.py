@@ -16,7 +16,6 @@ from torch.nn.modules import module as torch_module
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
-_RUN_BY_CALL = {"forward", "_call_impl"}  # what tools replace on a module to intercept its call
 _NATIVE = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 _FORWARDS: dict[type[nn.Module], Any] = {}
 
@@ -46,7 +45,11 @@ def reasons_against(module: nn.Module, kind: type[nn.Module], x: Any = None) -> 
     reasons = []
     if type(module) is not kind:
         reasons.append(f"it is a {type(module).__qualname__}, not a {kind.__qualname__}")
-    elif not _RUN_BY_CALL.isdisjoint(module.__dict__) or kind.forward is not _FORWARDS.get(kind, kind.forward):
+    elif (
+        "forward" in module.__dict__
+        or "_call_impl" in module.__dict__
+        or kind.forward is not _FORWARDS.get(kind, kind.forward)
+    ):
         reasons.append("its forward was replaced")
     if has_hooks(module):
         reasons.append("it has hooks")

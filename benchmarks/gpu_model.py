@@ -131,7 +131,7 @@ def warp_iterations(tasks: int, threads: int, threads_a_task: int) -> int:
 
 def count(step: Step, variant: Variant, code: list[str], labels: dict[str, int]) -> Counts:
     """Raises ValueError where the code's loops are not the source's."""
-    warps, loops = variant.threads / 32, loops_of(code, labels)
+    warps, across, loops = variant.threads / 32, variant.lanes // variant.width, loops_of(code, labels)
     fetching = [loop for loop in loops if loop[1] - loop[0] < 20 and "CCTL" in " ".join(code[loop[0] : loop[1]])]
     loops = [loop for loop in loops if loop not in fetching]
     end = next(i for i, line in enumerate(code) if line == "EXIT" and i > loops[-1][1])
@@ -146,7 +146,7 @@ def count(step: Step, variant: Variant, code: list[str], labels: dict[str, int])
     tasks = [step.K if name == "columns" else row_tasks for name in names]
     weights = [warps] * len(code)
     for (first, last), n in zip(outer, tasks, strict=False):
-        weights[first : last + 1] = [warp_iterations(n, variant.threads, variant.lanes)] * (last + 1 - first)
+        weights[first : last + 1] = [warp_iterations(n, variant.threads, across)] * (last + 1 - first)
     # In a column the two factors' transforms take turns: N2 of N1 points, then N1 of N2, ...
     (first, last), N2 = outer[names.index("columns")], cuda._second_factor(step.H)
     inner = [loop for loop in loops if first <= loop[0] and loop[1] < last]

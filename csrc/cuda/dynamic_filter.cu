@@ -7,6 +7,7 @@
 //   CHANNELS             C
 //   FILTERS              F; 0: one weight a channel, (H,K,C,2)
 //   LANES, THREADS       channels and threads of a block
+//   WIDTH                neighbouring channels of a thread: 1 or 2
 //   ROWS, COLUMNS        how rows and columns are transformed: the enums of dynamic_filter.inl
 //   STORAGE              of x, y and their gradients: 0 float32, 2 bfloat16, 3 float16
 //   STAR_RELU            1: StarReLU on load
@@ -22,7 +23,8 @@
 #include "butterflies.inl"
 #include "dynamic_filter.inl"
 
-using Block = Layout<PLANE_H, PLANE_W, CHANNELS, FILTERS, LANES, THREADS, ROWS, COLUMNS, STAR_RELU, DIRECTION, PLANES>;
+using Block =
+    Layout<PLANE_H, PLANE_W, CHANNELS, FILTERS, LANES, THREADS, ROWS, COLUMNS, STAR_RELU, DIRECTION, PLANES, WIDTH>;
 static_assert(Block::shared_bytes == SHARED_BYTES, "the caller computes shared memory as Layout does");
 
 template <int storage>
@@ -48,17 +50,22 @@ FFT_INLINE int opaque(int i) {
     return i;
 }
 FFT_INLINE void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+FFT_INLINE float float_of(BFloat16 value) { return __uint_as_float((unsigned)value.bits << 16); }
 FFT_INLINE float float_of(Float16 value) {
     float result;
     asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
     return result;
 }
-FFT_INLINE Float16 float16_of(float value) {
+template <class T>
+FFT_INLINE T number_of(float value);  // rounded to nearest
+template <>
+FFT_INLINE Float16 number_of<Float16>(float value) {
     Float16 result;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
     return result;
 }
-FFT_INLINE BFloat16 bfloat16_of(float value) {
+template <>
+FFT_INLINE BFloat16 number_of<BFloat16>(float value) {
     BFloat16 result;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
     return result;
@@ -67,12 +74,45 @@ FFT_INLINE BFloat16 bfloat16_of(float value) {
 
 extern __shared__ __align__(16) float2 shared[];
 
+// Two channels' complex numbers lie one after the other.
+FFT_INLINE Complex<Pair> complex_of(float4 v) { return {{v.x, v.z}, {v.y, v.w}}; }
+FFT_INLINE Complex<float> complex_of(float2 v) { return {v.x, v.y}; }
+FFT_INLINE float2 vector_of(Complex<float> a) { return make_float2(a.re, a.im); }
+FFT_INLINE float4 vector_of(Complex<Pair> a) { return make_float4(a.re.first, a.im.first, a.re.second, a.im.second); }
+template <class T>
+struct VectorOf {
+    using Type = float2;
+};
+template <>
+struct VectorOf<Pair> {
+    using Type = float4;
+};
+
 struct Environment {
     float2* spectra = nullptr;
 
-    FFT_INLINE float load(const float* p) const { return __ldg(p); }
-    FFT_INLINE float load(const BFloat16* p) const { return __uint_as_float((unsigned)__ldg(&p->bits) << 16); }
-    FFT_INLINE float load(const Float16* p) const { return float_of(Float16{__ldg(&p->bits)}); }
+    template <class T>
+    FFT_INLINE T load(const float* p) const {
+        if constexpr (sizeof(T) == sizeof *p) {
+            return __ldg(p);
+        } else {
+            const float2 v = __ldg((const float2*)p);
+            return {v.x, v.y};
+        }
+    }
+    template <class T, class Half>
+    FFT_INLINE T load(const Half* p) const {
+        if constexpr (sizeof(T) == sizeof(float)) {
+            return float_of(Half{__ldg(&p->bits)});
+        } else {
+            const unsigned both = __ldg((const unsigned*)p);
+            return {float_of(Half{(unsigned short)both}), float_of(Half{(unsigned short)(both >> 16)})};
+        }
+    }
+    template <class T>
+    FFT_INLINE Complex<T> complex(const float* p) const {
+        return complex_of(__ldg((const typename VectorOf<T>::Type*)p));
+    }
     template <int count>
     FFT_INLINE void load(const float* p, float* values) const {
         if constexpr (count == 4) {
@@ -85,8 +125,15 @@ struct Environment {
     }
 
     FFT_INLINE void store(float* p, float value) const { *p = value; }
-    FFT_INLINE void store(BFloat16* p, float value) const { *p = bfloat16_of(value); }
-    FFT_INLINE void store(Float16* p, float value) const { *p = float16_of(value); }
+    FFT_INLINE void store(float* p, Pair value) const { *(float2*)p = make_float2(value.first, value.second); }
+    template <class Half>
+    FFT_INLINE void store(Half* p, float value) const {
+        *p = number_of<Half>(value);
+    }
+    template <class Half>
+    FFT_INLINE void store(Half* p, Pair value) const {
+        *(unsigned*)p = number_of<Half>(value.first).bits | (unsigned)number_of<Half>(value.second).bits << 16;
+    }
 
     template <int count>
     FFT_INLINE void accumulate(float* p, const float* values, bool first) const {
@@ -104,10 +151,26 @@ struct Environment {
     FFT_INLINE void prefetch(const void* p) const { prefetch_to_l2(p); }
     FFT_INLINE int opaque(int i) const { return ::opaque(i); }
 
-    FFT_INLINE Complex<float> plane(int i) const { return {shared[i].x, shared[i].y}; }
-    FFT_INLINE void set_plane(int i, Complex<float> value) const { shared[i] = make_float2(value.re, value.im); }
-    FFT_INLINE Complex<float> spectrum(int i) const { return {spectra[i].x, spectra[i].y}; }
-    FFT_INLINE void set_spectrum(int i, Complex<float> value) const { spectra[i] = make_float2(value.re, value.im); }
+    template <class T>
+    static FFT_INLINE auto vectors(float2* p) {
+        return (typename VectorOf<T>::Type*)p;
+    }
+    template <class T>
+    FFT_INLINE Complex<T> plane(int i) const {
+        return complex_of(*vectors<T>(shared + i));
+    }
+    template <class T>
+    FFT_INLINE void set_plane(int i, Complex<T> value) const {
+        *vectors<T>(shared + i) = vector_of(value);
+    }
+    template <class T>
+    FFT_INLINE Complex<T> spectrum(int i) const {
+        return complex_of(*vectors<T>(spectra + i));
+    }
+    template <class T>
+    FFT_INLINE void set_spectrum(int i, Complex<T> value) const {
+        *vectors<T>(spectra + i) = vector_of(value);
+    }
     FFT_INLINE float scratch(int i) const { return ((const float*)shared)[i]; }
     template <int count>
     FFT_INLINE void scratch(int i, float* values) const {

@@ -47,6 +47,7 @@ class Kernel:
     star_relu: bool = True
     B: int = 2
     planes: int = 2  # in shared memory, backward
+    width: int = 1  # channels of a thread
 
     def __str__(self) -> str:
         return self.name
@@ -55,12 +56,12 @@ class Kernel:
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         variant = f"lanes{self.lanes}x{self.threads}_rows{self.rows}_columns{self.columns}"
-        flags = "_star_relu" * self.star_relu + "_in_turn" * (self.planes == 1)
+        flags = "_star_relu" * self.star_relu + "_in_turn" * (self.planes == 1) + "_paired" * (self.width == 2)
         return f"plane{self.H}x{self.W}_C{self.C}_F{self.F}_{variant}_{dtype}{flags}"
 
     def layout(self, backward: bool) -> str:
         numbers = (self.H, self.W, self.C, self.F, self.lanes, self.threads, self.rows, self.columns)
-        flags = (self.star_relu, backward, self.planes if backward else 1)
+        flags = (self.star_relu, backward, self.planes if backward else 1, self.width)
         return ", ".join(str(int(number)) for number in (*numbers, *flags))
 
     @property
@@ -87,7 +88,8 @@ class Kernel:
     def shared_bytes(self, backward: bool) -> int:
         forward = 8 * self.H * self.row_stride
         sums = max(self.F, 2 if self.star_relu else 0)
-        return self.planes * forward + 4 * (self.F * self.lanes + sums * self.threads) if backward else forward
+        floats = self.F * self.lanes + sums * self.threads * self.width
+        return self.planes * forward + 4 * floats if backward else forward
 
     def macros(self, backward: bool) -> list[str]:
         values = {
@@ -97,6 +99,7 @@ class Kernel:
             "CHANNELS": self.C,
             "FILTERS": self.F,
             "LANES": self.lanes,
+            "WIDTH": self.width,
             "THREADS": self.threads,
             "ROWS": self.rows,
             "COLUMNS": self.columns,

@@ -50,6 +50,11 @@ inline void __syncthreads() {
 
 struct BFloat16;
 struct Float16;
+float float_of(BFloat16);
 float float_of(Float16);
-Float16 float16_of(float);
-BFloat16 bfloat16_of(float);
+template <class T>
+T number_of(float);
+template <>
+BFloat16 number_of<BFloat16>(float);
+template <>
+Float16 number_of<Float16>(float);

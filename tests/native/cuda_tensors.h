@@ -21,13 +21,21 @@ inline float float_of(Float16 value) {
     std::memcpy(&half, &value, sizeof half);
     return half;
 }
-inline BFloat16 bfloat16_of(float value) {
+template <class T>
+T number_of(float value);  // rounded to nearest
+template <>
+inline float number_of<float>(float value) {
+    return value;
+}
+template <>
+inline BFloat16 number_of<BFloat16>(float value) {
     unsigned bits;
     std::memcpy(&bits, &value, sizeof bits);
     if (value != value) return {0x7fff};
     return {(unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
 }
-inline Float16 float16_of(float value) {
+template <>
+inline Float16 number_of<Float16>(float value) {
     const _Float16 half = value;
     Float16 result;
     std::memcpy(&result, &half, sizeof half);

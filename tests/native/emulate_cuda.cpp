@@ -111,7 +111,7 @@ struct Block {
         return false;
     }
 
-    // A warp's n-th accesses are one instruction, or those of 64 bits two of half a warp.
+    // A warp's n-th accesses are one instruction, which takes half a warp at a time for 64 bits, a quarter for 128.
     void count_wavefronts() {
         const int threads = int(accesses.size());
         for (int first = 0; first < threads; first += 32) {
@@ -120,17 +120,17 @@ struct Block {
             for (int t = first; t < last; t++) longest = std::max(longest, accesses[t].size());
             for (std::size_t n = 0; n < longest; n++) {
                 std::vector<long long> sectors;
-                std::array<std::vector<long long>, 2> words;
+                std::array<std::vector<long long>, 4> words;
                 for (int t = first; t < last; t++) {
                     if (n >= accesses[t].size()) continue;
                     const Access& access = accesses[t][n];
                     if (access.region == &shared)
                         for (int word = 0; word < access.bytes / 4; word++)
-                            words[access.bytes == 8 ? (t - first) / 16 : 0].push_back(access.at / 4 + word);
+                            words[(t - first) * access.bytes / 128 % 4].push_back(access.at / 4 + word);
                     else if (access.region->pixels)
                         sectors.push_back(((long long)access.region->begin + access.at) / 32);
                 }
-                for (auto& half : words) count_banks(half);
+                for (auto& part : words) count_banks(part);
                 distinct(sectors);
                 report.sectors += (long long)sectors.size();
                 report.requests += !sectors.empty();
@@ -151,27 +151,39 @@ struct Block {
     }
 };
 
+template <class T>
+Complex<T> complex_at(const float* p) {
+    if constexpr (sizeof(T) == 4)
+        return {p[0], p[1]};
+    else
+        return {{p[0], p[2]}, {p[1], p[3]}};
+}
+
 // The environment of one thread.
 struct Environment {
     Block& block;
     int thread;
 
+    template <class T, class Storage>
+    T load(const Storage* p) const {
+        if (!block.touch_tensor(thread, p, sizeof(T) / 4 * sizeof *p, false)) return {};
+        if constexpr (sizeof(T) == 4)
+            return float_of(*p);
+        else
+            return {float_of(p[0]), float_of(p[1])};
+    }
     template <class T>
-    float load(const T* p) const {
-        return block.touch_tensor(thread, p, sizeof(T), false) ? float_of(*p) : 0;
+    Complex<T> complex(const float* p) const {
+        return block.touch_tensor(thread, p, sizeof(Complex<T>), false) ? complex_at<T>(p) : Complex<T>{};
     }
     template <int count>
     void load(const float* p, float* values) const {
         if (block.touch_tensor(thread, p, count * 4, false)) std::copy_n(p, count, values);
     }
-    void store(float* p, float value) const {
-        if (block.touch_tensor(thread, p, sizeof *p, true)) *p = value;
-    }
-    void store(BFloat16* p, float value) const {
-        if (block.touch_tensor(thread, p, sizeof *p, true)) *p = bfloat16_of(value);
-    }
-    void store(Float16* p, float value) const {
-        if (block.touch_tensor(thread, p, sizeof *p, true)) *p = float16_of(value);
+    template <class Storage, class T>
+    void store(Storage* p, T value) const {
+        if (!block.touch_tensor(thread, p, sizeof(T) / 4 * sizeof *p, true)) return;
+        unrolled<0, sizeof(T) / 4>([&](auto own) { p[own] = number_of<Storage>(of_channel(value, own)); });
     }
     void prefetch(const void* p) const {
         for (const Region& region : block.tensors)
@@ -189,21 +201,36 @@ struct Environment {
         for (int i = 0; i < count; i++) p[i] = first ? values[i] : p[i] + values[i];
     }
 
-    Complex<float> complex(Region& region, int i) const {
+    template <class T>
+    Complex<T> complex(Region& region, int i) const {
         const float* p = (const float*)region.begin + 2 * i;
-        if (!block.touch(region, thread, p, 8, false)) return {};
-        return {p[0], p[1]};
+        return block.touch(region, thread, p, sizeof(Complex<T>), false) ? complex_at<T>(p) : Complex<T>{};
     }
-    void set_complex(Region& region, int i, Complex<float> value) const {
+    template <class T>
+    void set_complex(Region& region, int i, Complex<T> value) const {
         float* p = (float*)region.begin + 2 * i;
-        if (!block.touch(region, thread, p, 8, true)) return;
-        p[0] = value.re;
-        p[1] = value.im;
+        if (!block.touch(region, thread, p, sizeof value, true)) return;
+        unrolled<0, sizeof(T) / 4>([&](auto own) {
+            p[2 * own] = of_channel(value.re, own);
+            p[2 * own + 1] = of_channel(value.im, own);
+        });
     }
-    Complex<float> plane(int i) const { return complex(block.shared, i); }
-    void set_plane(int i, Complex<float> value) const { set_complex(block.shared, i, value); }
-    Complex<float> spectrum(int i) const { return complex(block.spectra, i); }
-    void set_spectrum(int i, Complex<float> value) const { set_complex(block.spectra, i, value); }
+    template <class T>
+    Complex<T> plane(int i) const {
+        return complex<T>(block.shared, i);
+    }
+    template <class T>
+    void set_plane(int i, Complex<T> value) const {
+        set_complex(block.shared, i, value);
+    }
+    template <class T>
+    Complex<T> spectrum(int i) const {
+        return complex<T>(block.spectra, i);
+    }
+    template <class T>
+    void set_spectrum(int i, Complex<T> value) const {
+        set_complex(block.spectra, i, value);
+    }
     float* shared(int i) const { return (float*)block.shared.begin + i; }
     float scratch(int i) const { return block.touch(block.shared, thread, shared(i), 4, false) ? *shared(i) : 0; }
     template <int count>

@@ -33,6 +33,7 @@ def chip_of(device: int) -> Chip:
         "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR",
         "MAX_THREADS_PER_MULTIPROCESSOR",
         "MAX_BLOCKS_PER_MULTIPROCESSOR",
+        "L2_CACHE_SIZE",
         "MAX_REGISTERS_PER_MULTIPROCESSOR",
     )
     return Chip(f"sm_{major}{minor}", *(nvrtc.device_attribute(device, limit) for limit in limits))
@@ -141,7 +142,7 @@ def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) ->
     need_x, need_logits, need_filters, need_scale, need_bias = needs
     x, logits, filters, scale, bias, _ = step
     inputs, B = _Inputs("filter_backward", step), len(x)
-    grad_y = contiguous(grad_y, x.dtype)
+    grad_y = _paired(contiguous(grad_y, x.dtype))
     with _current(x.device):
         loaded = prepare(inputs.problem)
         blocks, slots = loaded.launch_size(B, per_channel=logits is None)
@@ -185,13 +186,19 @@ class _Inputs:
             self.problem = Problem.of(f"global_{op}", (x, filters, scale, bias))
         else:
             self.problem = Problem.of(f"dynamic_{op}", (x, logits, filters, scale, bias))
-        self.x = x.contiguous()
+        self.x = _paired(x.contiguous())
         filters = filters.contiguous()
         self.filters = filters.clone() if filters.data_ptr() % 16 else filters  # read four floats at once
         # Some are copies, which must live until the kernel has been launched.
-        self._others = [None if t is None else contiguous(t, torch.float32) for t in (logits, scale, bias)]
+        logits = None if logits is None else _paired(contiguous(logits, torch.float32))
+        self._others = [logits, *(None if t is None else contiguous(t, torch.float32) for t in (scale, bias))]
         logits, scale, bias = self._others
         self.parameters = _addresses(x.device, torch.float32, logits, self.filters, scale, bias)
+
+
+def _paired(t: Tensor) -> Tensor:
+    """Contiguous ``t`` where two channels can be read at once, which kernels do where C is even."""
+    return t.clone() if t.shape[-1] % 2 == 0 and t.data_ptr() % (2 * t.element_size()) else t
 
 
 def _addresses(device: torch.device, dtype: torch.dtype, *tensors: Tensor | None) -> list[int]:

@@ -25,7 +25,7 @@ _COLUMNS_IN_REGISTERS, _COLUMNS_ROLLED = 0, 2
 
 @dataclass(frozen=True)
 class Chip:
-    """What limits a kernel on a GPU. Shared memory in bytes."""
+    """What limits a kernel on a GPU. Memory in bytes."""
 
     arch: str
     multiprocessors: int
@@ -33,6 +33,7 @@ class Chip:
     shared_per_multiprocessor: int
     threads_per_multiprocessor: int
     blocks_per_multiprocessor: int
+    l2_cache: int
     registers_per_multiprocessor: int = 65536
 
     def resident_blocks(self, threads: int, registers: int, shared_bytes: int) -> int:
@@ -52,12 +53,12 @@ class Chip:
 CHIPS = {
     chip.arch: chip
     for chip in (
-        Chip("sm_80", 108, 163 << 10, 164 << 10, 2048, 32),  # A100
-        Chip("sm_86", 82, 99 << 10, 100 << 10, 1536, 16),  # RTX 3090
-        Chip("sm_89", 128, 99 << 10, 100 << 10, 1536, 24),  # RTX 4090
-        Chip("sm_90", 132, 227 << 10, 228 << 10, 2048, 32),  # H100
-        Chip("sm_100", 148, 227 << 10, 228 << 10, 2048, 32),  # B200
-        Chip("sm_120", 170, 99 << 10, 100 << 10, 1536, 24),  # RTX 5090
+        Chip("sm_80", 108, 163 << 10, 164 << 10, 2048, 32, 40 << 20),  # A100
+        Chip("sm_86", 82, 99 << 10, 100 << 10, 1536, 16, 6 << 20),  # RTX 3090
+        Chip("sm_89", 128, 99 << 10, 100 << 10, 1536, 24, 72 << 20),  # RTX 4090
+        Chip("sm_90", 132, 227 << 10, 228 << 10, 2048, 32, 50 << 20),  # H100
+        Chip("sm_100", 148, 227 << 10, 228 << 10, 2048, 32, 126 << 20),  # B200
+        Chip("sm_120", 170, 99 << 10, 100 << 10, 1536, 24, 96 << 20),  # RTX 5090
     )
 }
 
@@ -91,7 +92,8 @@ class Variant:
 
     rows: int
     columns: int
-    lanes: int
+    lanes: int  # channels of a block
+    width: int  # of which a thread has so many
     threads: int
     planes: int  # half spectra of each lane in shared memory
     min_blocks: int
@@ -101,29 +103,45 @@ class Variant:
 def choose_variant(step: Step, chip: Chip) -> Variant | None:
     """How ``step`` is laid out on ``chip``; None if it does not fit.
 
-    ``lanes`` channels of a sample are a block's work: enough to fill two sectors of device memory and, on small planes,
-    four warps. Half as many, and again, until two blocks fit a multiprocessor, so that one computes while the other
-    waits for memory. Where that never happens, the most lanes of which one block fits. Backward, which moves twice as
-    much, does not give up whole sectors of float32 for a second block: parts of them double what the L2 cache moves. It
-    has two half spectra in shared memory or, where those of two lanes do not fit, takes them in turn.
+    Backward has two half spectra in shared memory. Where those of two lanes do not fit, it takes them in turn; also
+    where those of fewer lanes fit than make a sector of float32, if it has more lanes in turn and the resident blocks'
+    spectra fill at most half of the L2 cache.
+    """
+    if not step.backward:
+        return _most_lanes(step, chip, 1)
+    variant = _most_lanes(step, chip, 2)
+    if variant is not None and 4 * variant.lanes >= _SECTOR:
+        return variant
+    in_turn = _most_lanes(step, chip, 1)
+    if variant is None or in_turn is None:
+        return variant or in_turn
+    spectra = 8 * step.H * step.K * in_turn.lanes * in_turn.min_blocks * chip.multiprocessors
+    return in_turn if in_turn.lanes > variant.lanes and 2 * spectra <= chip.l2_cache else variant
+
+
+def _most_lanes(step: Step, chip: Chip, planes: int) -> Variant | None:
+    """``lanes`` channels of a sample are a block's work: enough to fill two sectors of device memory and, on small
+    planes, four warps. Half as many, and again, until two blocks fit a multiprocessor, so that one computes while the
+    other waits for memory. But whole sectors are not given up for a second block: parts of them double what the L2
+    cache moves. Where two never fit, the most lanes of which one block does.
     """
     wanted = max(_RUN // step.dtype.itemsize, 4 * _WARP // _workers(step))
     most = max(min(_power_of_two(wanted), _power_of_two(step.C), _WARP), 2)
-    for planes in (2, 1) if step.backward else (1,):
-        variants = [variant_of(step, chip, lanes, planes) for lanes in (32, 16, 8, 4, 2) if lanes <= most]
-        fitting = [variant for variant in variants if variant is not None]
-        if fitting:
-            fewest = _SECTOR // 4 if step.backward else 2
-            return next((v for v in fitting if v.min_blocks >= 2 and v.lanes >= fewest), fitting[0])
-    return None
+    variants = [variant_of(step, chip, lanes, planes) for lanes in (32, 16, 8, 4, 2) if lanes <= most]
+    fitting = [variant for variant in variants if variant is not None]
+    whole_sectors = (v for v in fitting if v.lanes * step.dtype.itemsize >= _SECTOR)
+    return next((v for v in whole_sectors if v.min_blocks >= 2), fitting[0] if fitting else None)
 
 
 def variant_of(step: Step, chip: Chip, lanes: int, planes: int, threads: int | None = None) -> Variant | None:
     """``step`` with so many lanes, and planes in shared memory; None if ``chip`` has no room for it."""
     rows, columns = _rows(step), _columns(step)
-    registers = _registers(step, rows, columns)
-    chosen = threads or _threads(step, lanes, registers)
-    shared_bytes = _shared_bytes(step, rows, lanes, chosen, planes)
+    registers, width = _registers(step, rows, columns), 1
+    # Short columns leave a thread registers for two channels, and a multiprocessor warps enough.
+    if columns == _COLUMNS_IN_REGISTERS and step.C % 2 == 0 and lanes >= 4 and 1.6 * registers <= _MOST_REGISTERS:
+        registers, width = int(1.6 * registers), 2
+    chosen = threads or _threads(step, lanes // width, registers)
+    shared_bytes = _shared_bytes(step, rows, lanes, chosen * width, planes)
     if registers > _MOST_REGISTERS or shared_bytes > chip.shared_per_block:
         return None
     # More threads than have those registers make do with fewer, as far as one block goes.
@@ -136,7 +154,7 @@ def variant_of(step: Step, chip: Chip, lanes: int, planes: int, threads: int | N
         more = variant_of(step, chip, lanes, planes, 2 * chosen)
         if more is not None:
             return more
-    return Variant(rows, columns, lanes, chosen, planes, min_blocks, shared_bytes)
+    return Variant(rows, columns, lanes, width, chosen, planes, min_blocks, shared_bytes)
 
 
 def _threads(step: Step, lanes: int, registers: int) -> int:
@@ -223,6 +241,7 @@ def compile_options(step: Step, variant: Variant) -> list[str]:
         "ROWS": variant.rows,
         "COLUMNS": variant.columns,
         "LANES": variant.lanes,
+        "WIDTH": variant.width,
         "THREADS": variant.threads,
         "PLANES": variant.planes,
         "MIN_BLOCKS": variant.min_blocks,

@@ -62,6 +62,12 @@ KERNELS = [
     Kernel(6, 10, 5, 0, 2, 32, HALVES, ROLLED, BF16, star_relu=False),
     # one block of channels, fewer than a line of 128 bytes has, and a number of pixels that no line's share divides
     Kernel(7, 7, 8, 4, 8, 32, PAIRS, REGISTERS),
+    # two channels a thread: both ways of rows and columns, fewer channels than lanes, a weight for every channel
+    Kernel(7, 7, 40, 4, 32, 64, PAIRS, REGISTERS, width=2),
+    Kernel(14, 14, 12, 4, 16, 64, HALVES, REGISTERS, BF16, width=2),
+    Kernel(12, 6, 6, 5, 8, 32, HALVES, ROLLED, FP16, star_relu=False, width=2),
+    Kernel(6, 5, 6, 0, 4, 32, PAIRS, REGISTERS, width=2, B=3),
+    Kernel(9, 7, 6, 3, 4, 32, PAIRS, ROLLED, width=2, planes=1),
     # spectra taken in turn: long and short columns, twiddles, F from 0 to 16
     Kernel(24, 24, 6, 4, 4, 128, HALVES, ROLLED, planes=1),
     Kernel(9, 7, 5, 3, 2, 32, PAIRS, ROLLED, BF16, planes=1),
@@ -134,7 +140,7 @@ def test_emulated(kernel: Kernel, backward: bool, emulator: Path, tmp_path: Path
 
     # a warp's request: a run of channels for each of 32 / lanes pixels, in one more sector where it begins anywhere
     run = -(-kernel.lanes * kernel.dtype.itemsize // 32) + (kernel.C * kernel.dtype.itemsize % 32 != 0)
-    assert report["sectors"] <= report["requests"] * 32 // kernel.lanes * run
+    assert report["sectors"] <= report["requests"] * 32 * kernel.width // kernel.lanes * run
 
     # no bank conflicts, but a few where rows are padded (a gradient's sum over lanes goes from one to the next) or
     # threads of a warp diverge (channels beyond C)
@@ -200,6 +206,7 @@ THREADED = [
     Kernel(5, 7, 3, 3, 2, 8, PAIRS, REGISTERS, BF16),
     Kernel(6, 5, 3, 0, 2, 8, PAIRS, ROLLED, FP16),
     Kernel(8, 6, 5, 4, 2, 8, HALVES, UNROLLED, planes=1),
+    Kernel(5, 6, 6, 2, 4, 8, HALVES, REGISTERS, BF16, width=2),
 ]
 
 

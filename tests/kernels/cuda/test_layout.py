@@ -50,7 +50,8 @@ def test_variants_keep_the_kernels_and_the_chips_limits(chip: Chip) -> None:
             continue
         chosen += 1
         assert variant.lanes in (2, 4, 8, 16, 32)
-        assert variant.threads % 32 == variant.threads % variant.lanes == 0
+        assert variant.threads % 32 == variant.threads % (variant.lanes // variant.width) == 0
+        assert variant.width == 1 or (variant.width == 2 and step.C % 2 == 0 and variant.lanes >= 4)
         assert 32 <= variant.threads <= 512
         assert variant.rows == 0 or step.W % 2 == 0
         assert variant.shared_bytes <= chip.shared_per_block
@@ -63,13 +64,13 @@ def test_variants_keep_the_kernels_and_the_chips_limits(chip: Chip) -> None:
 @pytest.mark.parametrize(
     ("step", "chip", "lanes", "threads", "blocks"),
     [
-        # 7 columns' worth of 4 threads: more channels until there are four warps
-        (Step(7, 7, 1024, 4, torch.float32, True, False), H100, 32, 128, 7),
+        # 4 columns, two channels a thread: the most channels make two warps
+        (Step(7, 7, 1024, 4, torch.float32, True, False), H100, 32, 64, 8),
         # 8 channels of float32 fill a sector; two blocks of 104 kB fit an H100, not a 4090
         (Step(56, 56, 128, 4, torch.float32, True, False), H100, 8, 256, 2),
-        (Step(56, 56, 128, 4, torch.float32, True, False), RTX_4090, 2, 64, 3),
-        # 16 channels of bfloat16 would; twice 203 kB fit nowhere
-        (Step(56, 56, 128, 4, torch.bfloat16, True, False), H100, 8, 256, 2),
+        (Step(56, 56, 128, 4, torch.float32, True, False), RTX_4090, 4, 256, 1),
+        # 16 channels of bfloat16 do; one block of 203 kB is better than two with half of a sector
+        (Step(56, 56, 128, 4, torch.bfloat16, True, False), H100, 16, 480, 1),
         # one block of 66 kB is all that fits
         (Step(128, 128, 128, 4, torch.float32, True, False), H100, 2, 160, 1),
         # and one of 133 kB, for two half spectra in turn
@@ -151,6 +152,8 @@ QUICK = [
     (Step(7, 7, 1024, 4, torch.float16, False, True), "sm_86"),
     (Step(24, 30, 5, 0, torch.float32, False, True), "sm_100"),
     (Step(9, 15, 20, 5, torch.float32, False, True), "sm_89"),
+    (Step(12, 12, 6, 16, torch.bfloat16, True, False), "sm_80"),
+    (Step(7, 8, 6, 0, torch.float32, True, True), "sm_90"),
 ]
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfformer_kernels import reference
 from dfformer_kernels.reference import compute_dtype
@@ -36,7 +36,8 @@ def dynamic_filter(
 def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """See `dfformer_kernels.reference.global_filter`."""
     u = _activate(x, scale, bias)
-    return _filtered(u, weight.to(u.dtype).movedim(-1, -4)).to(x.dtype)
+    parts = weight.dim() - 4  # not -4, which the older exporter would write into the file
+    return _filtered(u, weight.to(u.dtype).movedim(parts + 3, parts)).to(x.dtype)
 
 
 KERNELS: dict[str, Callable[..., Tensor]] = {
@@ -50,6 +51,27 @@ def in_onnx_export() -> bool:
     """Whether torch.onnx.export is tracing this call. The DFT operators of ONNX runtimes are slow."""
     tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()  # checked first, because it takes no time
     return tracing and torch.onnx.is_in_onnx_export()
+
+
+def as_pairs(filters: Tensor) -> Tensor:
+    """Complex filters (...) as real and imaginary parts (...,2); real ones as they are.
+
+    The older exporter of torch.onnx has no complex numbers. In its trace the parts of a parameter are a constant.
+
+    Raises:
+        NotImplementedError: in such a trace, complex filters that are not a parameter, but computed.
+    """
+    if not filters.is_complex():
+        return filters
+    pairs = torch.view_as_real(filters.resolve_conj())
+    if not (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()):
+        return pairs
+    if not isinstance(filters, nn.Parameter):
+        raise NotImplementedError(
+            "torch.onnx.export(dynamo=False) cannot export complex filters that are computed or a buffer: accepted are "
+            "an nn.Parameter, real filters with a last axis of 2, or dynamo=True"
+        )
+    return torch.from_numpy(pairs.detach().numpy(force=True)).to(filters.device)
 
 
 def rfft2(u: Tensor) -> Tensor:

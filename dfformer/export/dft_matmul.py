@@ -3,6 +3,7 @@
 import functools
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -25,26 +26,40 @@ def with_dft_matmul(model: ModelT) -> ModelT:
 
     Returns:
         A copy whose forward takes the same arguments and uses the products, or a new program. A copy can be traced,
-        compiled, trained and deep-copied, but not pickled.
+        compiled, trained, also with checkpointed modules, and deep-copied, but not pickled.
 
     Raises:
+        TypeError: ``model`` is neither.
         ValueError: ``model``'s forward was set on the instance, so that a copy's would run the original's layers.
     """
     if isinstance(model, ExportedProgram):
         return model.run_decompositions(MATMUL_DECOMPOSITIONS)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or a program from torch.export, got {model!r}")
     if "forward" in vars(model):
         raise ValueError("model: its forward was set on the instance, accepted are forwards of classes")
     dft_matmul.be_constants()
-    copied = with_classes(model, {AFNO2D: _AFNO2D})
-    kind = type(copied)
+    # Not only the model's class: a checkpoint's backward calls the modules inside again, by themselves.
+    kinds = {type(model)} | {type(module) for module in model.modules() if _is_foreign(module)}
+    return with_classes(model, {kind: _with_products(_AFNO2D if kind is AFNO2D else kind) for kind in kinds})
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    """Whether a module's forward is in Python and not torch's own, which only calls operators through other modules."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    return not str(type(module).forward.__module__).startswith("torch.")
+
+
+def _with_products(kind: type[Any]) -> type[Any]:
+    """A subclass of the same name that uses the products in its forward."""
 
     @functools.wraps(kind.forward)  # exporters read its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with MatmulTransforms():
             return kind.forward(self, *args, **kwargs)
 
-    copied.__class__ = type(kind.__name__, (kind,), {"forward": forward})
-    return copied
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 class _AFNO2D(AFNO2D):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from dfformer_kernels.graph import compare
@@ -114,9 +115,11 @@ def fuse_module(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 def _fuse_call(call: _Call, where: str, spectral: Collection[nn.Module]) -> list[Finding]:
     module = call.module
     given = _given(call)
-    inside = [name for name, m in module.named_modules() if name and m in spectral and has_hooks(m)]
-    if inside:
-        raise UnsupportedCopyError(f"{inside[0]} has hooks, which the graph would not call")
+    for name, inner in module.named_modules():
+        if inner in spectral and parametrize.is_parametrized(inner):
+            raise UnsupportedCopyError(f"{name or 'it'} has parametrisations, which the graph would not let be removed")
+        if inner in spectral and name and has_hooks(inner):
+            raise UnsupportedCopyError(f"{name} has hooks, which the graph would not call")
     device = next((t.device for t in given.values() if isinstance(t, Tensor)), torch.device("cpu"))
     with compare.undisturbed(device):
         found, graph = _rewritten(module, given, where, spectral)

@@ -92,7 +92,7 @@ def dynamic_filter(
     checks.check_tensors(op, x=x, logits=logits, basis=basis)
     checks.check_choice(op, "normalization", normalization, ("softmax", None))
     softmax = normalization is not None
-    basis = _real(basis)
+    basis = dft_matmul.as_pairs(basis)
     if basis.dim() == 3 and basis.shape[2:] == logits.shape[1:2]:  # real-valued
         basis = torch.stack((basis, torch.zeros_like(basis)), -1)
     if basis.dim() == 5:
@@ -126,7 +126,7 @@ def global_filter(
         ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
     """
     checks.check_tensors("global_filter", x=x, weight=weight)
-    return _call("global_filter", data_format, backend, x, (_real(weight),), star_relu)
+    return _call("global_filter", data_format, backend, x, (dft_matmul.as_pairs(weight),), star_relu)
 
 
 def _scalars(op: str, star_relu: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
@@ -139,16 +139,12 @@ def _scalars(op: str, star_relu: tuple[Tensor, Tensor] | None) -> tuple[Tensor |
     return scale, bias
 
 
-def _real(filters: Tensor) -> Tensor:
-    return torch.view_as_real(filters.resolve_conj()) if filters.is_complex() else filters
-
-
 def _ungrouped(logits: Tensor, basis: Tensor, absent: float) -> tuple[Tensor, Tensor]:
     """One basis of the filters of all groups, and logits that are ``absent`` for the filters of other groups."""
     checks.check_groups("dynamic_filter", logits, basis)
     G, _, _, F, _ = basis.shape
-    own = torch.eye(G, dtype=torch.bool, device=logits.device).repeat_interleave(F, 0)
-    own = own.repeat_interleave(logits.shape[2] // G, 1)
+    C, device = logits.shape[2], logits.device
+    own = torch.arange(G * F, device=device)[:, None] // F == torch.arange(C, device=device) // (C // G)
     basis = basis.permute(1, 2, 0, 3, 4).flatten(2, 3)
     return logits.repeat(1, G, 1).masked_fill(~own, absent), basis
 

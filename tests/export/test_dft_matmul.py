@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from export_models import ERROR, MIXERS, Detector, detector, images, mixed, spread, tiny
+from filter_copies import FiltersFirst
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dfformer
 from dfformer.utils.eager_baseline import eager_baseline
@@ -101,6 +103,29 @@ def _operators(program: torch.export.ExportedProgram) -> bool:
     return any(str(node.target).startswith("dfformer.") for node in program.graph.nodes)
 
 
+def test_checkpointed_modules_recompute_with_the_products() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(detector().mixer)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.layers, x, use_reentrant=False)
+
+    model, x = Checkpointed(), images(2, 8, 8, 8).requires_grad_()
+    dfformer.replace_dynamic_filters(model)
+    gradients = []
+    for each in (model, dfformer.with_dft_matmul(model)):
+        each(x).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]))
+    assert relative_error(gradients[1], gradients[0]) < ERROR
+
+
+def test_other_things_than_models_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module or a program from torch\.export, got 3"):
+        dfformer.with_dft_matmul(3)  # type: ignore[type-var]
+
+
 def test_forward_on_the_instance_is_refused() -> None:
     model = tiny()
     model.forward = model.forward_features
@@ -131,6 +156,49 @@ def to_onnx(model: nn.Module, x: Tensor, path: Path, dynamo: bool) -> Any:
             axes = {"images": {0: "batch"}}
             torch.onnx.export(model, (x,), path, dynamo=False, input_names=["images"], dynamic_axes=axes)
     return onnxruntime.InferenceSession(path)
+
+
+class Step(nn.Module):
+    """A step on 6x5 planes of 8 channels, with logits of each image."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        shape, dtype, self.step = STEPS[kind]
+        self.filters = nn.Parameter(torch.randn(shape, dtype=dtype))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.step(images, images[:, 0, :3], self.filters)
+
+
+STEPS: dict[str, tuple[tuple[int, ...], torch.dtype, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "grouped": ((2, 6, 3, 3, 2), torch.float32, dynamic_filter),
+    "complex": ((2, 6, 3, 3), torch.complex64, dynamic_filter),
+    "complex, one a channel": ((6, 3, 8), torch.complex64, lambda x, logits, weight: global_filter(x, weight)),
+    "given": (
+        (6, 3, 8, 2),
+        torch.float32,
+        lambda x, logits, weight: global_filter(x, logits.sum((1, 2))[:, None, None, None, None] * weight),
+    ),
+    "computed": ((6, 3, 3), torch.complex64, lambda x, logits, basis: dynamic_filter(x, logits, 2 * basis)),
+}
+
+
+@pytest.mark.parametrize("kind", ["grouped", "complex", "complex, one a channel", "given", "swapped"])
+def test_every_kind_of_filters_in_the_older_exporter(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, shape = (FiltersFirst(8), (8, 8, 8)) if kind == "swapped" else (Step(kind), (6, 5, 8))
+    if kind == "swapped":
+        assert len(dfformer.replace_dynamic_filters(model)) == 1
+    session = to_onnx(model, images(2, *shape), tmp_path / "model.onnx", dynamo=False)
+    x = images(3, *shape)
+    (y,) = session.run(None, {"images": x.numpy()})
+    assert relative_error(torch.from_numpy(y), model(x)) < ERROR
+
+
+def test_complex_filters_that_the_older_exporter_cannot_write(tmp_path: Path) -> None:
+    with pytest.raises(NotImplementedError, match="or dynamo=True"):
+        to_onnx(Step("computed"), images(2, 6, 5, 8), tmp_path / "model.onnx", dynamo=False)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from dfformer.models.filter_resize import resize_filter
+from dfformer_kernels.dft_matmul import as_pairs
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.graph.chain import Chain
 from dfformer_kernels.graph.compare import AGREEMENT
@@ -52,8 +53,7 @@ def is_filter_shape(weight: Any) -> bool:
 
 def as_basis(weight: Tensor, storage: str) -> Tensor:
     """Stored filters, real with a last axis of 2 or complex, as (H,K,F,2)."""
-    real = torch.view_as_real(weight) if weight.is_complex() else weight
-    return real.permute(STORAGE[storage])
+    return as_pairs(weight).permute(STORAGE[storage])
 
 
 @called_whole

@@ -13,6 +13,7 @@ import timm
 import torch
 from filter_chains import OTHER, SAME, Layer, Network, images, network
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dfformer.utils.eager_baseline import eager_baseline
 from dfformer_kernels import fuse
@@ -116,6 +117,11 @@ class Apart(nn.Module):
         return self.steps(x)
 
 
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
 class Holder(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -176,6 +182,21 @@ def test_hooks_that_a_graph_would_not_call() -> None:
     model.get_submodule("layer.steps.1").register_forward_hook(lambda module, inputs, y: None)
     report = fuse(model, torch.randn(2, 8, 8, 6))
     assert report.left_alone[0].reason == "1 has hooks, which the graph would not call"
+
+
+@pytest.mark.parametrize(
+    ("make", "owner", "weight", "name"),
+    [(copies.Authors, "layer", "complex_weights", "it"), (Apart, "layer.steps.1", "weight", "1")],
+)
+def test_parametrisations_stay_removable(make: Any, owner: str, weight: str, name: str) -> None:
+    model, x = Holder(make(6)), torch.randn(2, 8, 8, 6)
+    module = model.get_submodule(owner)
+    parametrize.register_parametrization(module, weight, Doubled())
+    expected = model(x)
+    report = fuse(model, x)
+    assert report.left_alone[0].reason == f"{name} has parametrisations, which the graph would not let be removed"
+    parametrize.remove_parametrizations(module, weight)
+    assert torch.equal(model(x), expected)
 
 
 def test_names_and_defaults_of_inputs() -> None:

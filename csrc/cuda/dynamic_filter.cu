@@ -185,7 +185,8 @@ struct Environment {
             values[0] = *p;
         }
     }
-    FFT_INLINE void set_scratch(int i, float value) const { ((float*)shared)[i] = value; }
+    FFT_INLINE void set_scratch(int i, float value) const { store((float*)shared + i, value); }
+    FFT_INLINE void set_scratch(int i, Pair value) const { store((float*)shared + i, value); }
 };
 
 #if DIRECTION == 0

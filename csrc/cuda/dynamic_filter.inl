@@ -15,7 +15,7 @@
 //   prefetch(p)                          the sector of device memory around p is wanted soon
 //   opaque(i)                            i, of which the compiler knows no more
 //   plane<T>(i), set_plane(i, value)     complex numbers of shared memory, Complex<T> from the i-th on
-//   scratch(i), set_scratch(i, value)    floats of shared memory, i counting from the same start
+//   scratch(i), set_scratch(i, value)    floats of shared memory, i counting from the same start; set a Pair at once
 //   scratch<count>(i, values)            1, 2 or 4 aligned ones
 //   spectrum<T>(i), set_spectrum(i, value)  the same of the block's own device memory, for spectra taken in turn
 //
@@ -669,9 +669,8 @@ struct Backward {
             outer_stage<L, true>(env, L::gradient_plane + column);
         }
         unrolled<0, L::F>([&](auto f) UNROLLED_BODY {
+            env.set_scratch(L::sums_at + (f * L::threads + thread) * L::width, grad_r[f]);
             unrolled<0, L::width>([&](auto own) UNROLLED_BODY {
-                const int at = L::sums_at + (f * L::threads + thread) * L::width + own;
-                env.set_scratch(at, of_channel(grad_r[f], own));
                 if (thread < L::across)
                     env.set_scratch(L::weights_at + (channel.lane + own) * L::F + f, of_channel(r[f], own));
             });

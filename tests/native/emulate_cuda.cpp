@@ -237,8 +237,10 @@ struct Environment {
     void scratch(int i, float* values) const {
         if (block.touch(block.shared, thread, shared(i), 4 * count, false)) std::copy_n(shared(i), count, values);
     }
-    void set_scratch(int i, float value) const {
-        if (block.touch(block.shared, thread, shared(i), 4, true)) *shared(i) = value;
+    template <class T>
+    void set_scratch(int i, T value) const {
+        if (!block.touch(block.shared, thread, shared(i), sizeof value, true)) return;
+        unrolled<0, sizeof(T) / 4>([&](auto own) { shared(i)[own] = of_channel(value, own); });
     }
 };
 

@@ -64,7 +64,7 @@ KERNELS = [
     Kernel(7, 7, 8, 4, 8, 32, PAIRS, REGISTERS),
     # two channels a thread: both ways of rows and columns, fewer channels than lanes, a weight for every channel
     Kernel(7, 7, 40, 4, 32, 64, PAIRS, REGISTERS, width=2),
-    Kernel(14, 14, 12, 4, 16, 64, HALVES, REGISTERS, BF16, width=2),
+    Kernel(14, 14, 16, 4, 16, 64, HALVES, REGISTERS, BF16, width=2),
     Kernel(12, 6, 6, 5, 8, 32, HALVES, ROLLED, FP16, star_relu=False, width=2),
     Kernel(6, 5, 6, 0, 4, 32, PAIRS, REGISTERS, width=2, B=3),
     Kernel(9, 7, 6, 3, 4, 32, PAIRS, ROLLED, width=2, planes=1),

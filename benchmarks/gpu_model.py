@@ -5,8 +5,9 @@
 Each kernel of DFFormer-S18's stages is compiled and disassembled (nvdisasm from Triton's package). Its loops are known
 from the source, so every instruction is counted as often as warps execute it. From that, for B = 128, the time that
 each resource needs if it never waits: issue slots and float32 lanes, shared memory's wavefronts, bytes of the L2 cache
-(whole sectors, and the slots of the basis' gradient), bytes of device memory. The largest is a floor: no run is faster,
-and one with too few warps to hide latencies is slower. Bytes at the floor are not time at the floor.
+(whole sectors, the slots of the basis' gradient, spectra taken in turn), bytes of device memory. The largest is a
+floor: no run is faster, and one with too few warps to hide latencies is slower. Bytes at the floor are not time at the
+floor.
 """
 
 import re
@@ -34,6 +35,7 @@ STAGES = ((56, 128), (28, 256), (14, 640), (7, 1024))
 B, F = 128, 4
 KINDS = {"float32": "FADD|FMUL|FFMA", "shared": "LDS|STS", "device": "LDG|STG"}  # the rest: integers, moves, branches
 PHASES = {False: ("rows", "columns", "inverse_rows"), True: ("rows", "grad_rows", "columns", "inverse_rows")}
+IN_TURN = ("rows", "columns", "grad_rows", "columns", "inverse_rows")  # of backward, one spectrum after the other
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def count(step: Step, variant: Variant, code: list[str], labels: dict[str, int])
         loops = [loop for loop in loops if loop[1] < item_end]
     outer = [loop for loop in loops if not any(o[0] <= loop[0] and loop[1] < o[1] for o in loops if o != loop)]
     row_tasks = step.H if variant.rows else -(-step.H // 2)
-    names = PHASES[step.backward]
+    in_turn = step.backward and variant.planes == 1
+    names = IN_TURN if in_turn else PHASES[step.backward]
     if len(outer) < len(names):
         raise ValueError(f"{step}: {len(outer)} loops, expected {len(names)}")
     tasks = [step.K if name == "columns" else row_tasks for name in names]
@@ -148,11 +151,13 @@ def count(step: Step, variant: Variant, code: list[str], labels: dict[str, int])
     for (first, last), n in zip(outer, tasks, strict=False):
         weights[first : last + 1] = [warp_iterations(n, variant.threads, across)] * (last + 1 - first)
     # In a column the two factors' transforms take turns: N2 of N1 points, then N1 of N2, ...
-    (first, last), N2 = outer[names.index("columns")], cuda._second_factor(step.H)
-    inner = [loop for loop in loops if first <= loop[0] and loop[1] < last]
-    trips = [N2, step.H // N2, N2] if len(inner) == 3 else [N2, N2, step.H // N2, N2]
-    for (begin, stop), n in zip(inner, trips if inner else [], strict=True):
-        weights[begin : stop + 1] = [w * n for w in weights[begin : stop + 1]]
+    N2 = cuda._second_factor(step.H)
+    N1 = step.H // N2
+    trips = {0: [], 2: [N2, N1], 3: [N2, N1, N2], 4: [N2, N2, N1, N2]}
+    for first, last in (loop for name, loop in zip(names, outer, strict=False) if name == "columns"):
+        inner = [loop for loop in loops if first <= loop[0] and loop[1] < last]
+        for (begin, stop), n in zip(inner, trips[len(inner)], strict=True):
+            weights[begin : stop + 1] = [w * n for w in weights[begin : stop + 1]]
     _weigh_sums(step, variant, outer[len(names) :], weights)
     # Requests to the L2 cache for the next item: a sector each, of every tensor in a loop of its own.
     requests = step.H * step.W * variant.lanes * step.dtype.itemsize / 32
@@ -198,13 +203,15 @@ def row(name: str, step: Step) -> Row:
     elements = pixels * variant.lanes
     size, tensors = step.dtype.itemsize, 4 if step.backward else 2
     sectors = tensors * pixels * -(-variant.lanes * size // 32)  # of an item
-    slots = 2 * step.H * step.K * step.F * 8 if step.backward else 0  # bytes of grad_basis, read and written
+    points = step.H * step.K
+    slots = 2 * points * step.F * 8 if step.backward else 0  # bytes of grad_basis, read and written
+    spectra = 4 * points * variant.lanes * 8 if step.backward and variant.planes == 1 else 0  # X and P, both twice
     cycles = gpu.multiprocessors * gpu.clock / items
     times = {
         "issue": counts.instructions / 4 / cycles,
         "float32": counts.by_kind["float32"] / gpu.float_warps / cycles,
         "shared": counts.wavefronts / cycles,
-        "l2": (32 * sectors + slots) / gpu.l2_bytes / cycles,
+        "l2": (32 * sectors + slots + spectra) / gpu.l2_bytes / cycles,
         "device": items * tensors * elements * size / gpu.device_bytes,
     }
     binds = max(times, key=lambda resource: times[resource])

@@ -157,7 +157,8 @@ def matrices(H: int, W: int, dtype: torch.dtype = torch.float64) -> Matrices:
     )
     numbers = np.float32 if dtype == torch.float32 else np.float64
     with torch.inference_mode(False):  # an inference tensor could not serve autograd later
-        return Matrices(*(torch.from_numpy(np.ascontiguousarray(m, numbers)) for m in made))
+        # torch.jit.trace records from_numpy, but not data; with kept matrices it must make the same graph again.
+        return Matrices(*(torch.from_numpy(np.ascontiguousarray(m, numbers)).data for m in made))
 
 
 def _cos_sin(frequencies: int, N: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dfformer
 from dfformer.utils.eager_baseline import eager_baseline
-from dfformer_kernels import MatmulTransforms, dynamic_filter, global_filter
+from dfformer_kernels import MatmulTransforms, dft_matmul, dynamic_filter, global_filter
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 # Even and odd sides, wide and tall ones, and the smallest.
@@ -119,6 +119,17 @@ def test_checkpointed_modules_recompute_with_the_products() -> None:
         each(x).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]))
     assert relative_error(gradients[1], gradients[0]) < ERROR
+
+
+def test_torch_traces_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compares two traces; in a new process only the first makes the matrices."""
+    monkeypatch.setattr(dft_matmul, "_KEPT", {})
+    model, x = tiny(), images(2)
+    copied = dfformer.with_dft_matmul(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that sizes become constants
+        traced = torch.jit.trace(copied, x)
+    assert relative_error(traced(x), model(x)) < ERROR
 
 
 def test_other_things_than_models_are_refused() -> None:

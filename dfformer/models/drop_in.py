@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dfformer.models.copies.authors import is_authors, is_star_relu
 from dfformer.models.copies.match import is_filter_shape
 from dfformer.models.copies.trial import Trial, device_of, difference, find, formula_of
 from dfformer.models.layers import StarReLU
 from dfformer.models.spectral import DynamicFilter, GlobalFilter, SpectralFilter
 from dfformer_kernels.graph.compare import undisturbed
-from dfformer_kernels.graph.subclass import FusedModule, Program, fused_class, is_fused_class
+from dfformer_kernels.graph.subclass import FusedModule, Program, check_names, fused_class, is_fused_class
 from dfformer_kernels.graph.trace import DifferentCopyError, UnsupportedCopyError, has_hooks
 
 _NAME = "complex_weight"  # the name of the filters in the authors' layers and most copies
@@ -26,6 +27,12 @@ _LOOKED_FOR = (
 # Attributes of nn.Module that an official layer may define without a loss, and special methods that it may not.
 _KEPT = {"forward", "extra_repr", "call_super_init", "dump_patches"}
 _SPECIAL = {"__call__", "__setattr__", "__getattr__", "__delattr__", "__getstate__", "__setstate__"}
+# The public names of the authors' layers and of their activation. Somebody may use others, so a layer with such keeps
+# its class.
+_NAMES = """complex_weights pwconv1 act1 reweight act2 pwconv2 size filter_size num_filters dim med_channels
+    weight_resize"""
+_OFFICIAL = {*_NAMES.split()}
+_STAR_RELU = {"scale", "bias", "relu", "inplace"}
 
 _Replace = Callable[[nn.Module], nn.Module]  # fuses a module: changes its class, or builds another from its parts
 
@@ -88,7 +95,12 @@ def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
     Returns:
         The report, with an entry for each name of each layer. If it is empty, its ``str`` says what the search looked
         for. ``report.undo()`` restores the originals.
+
+    Raises:
+        TypeError: ``model`` is not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, accepted is a torch.nn.Module")
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if _may_be_copy(module):
@@ -169,7 +181,7 @@ def _replacement(module: nn.Module, known: dict[Hashable, _Replace], has_parent:
     try:
         _check_tensors(module)
         with undisturbed(device_of(module)):
-            official = has_parent and _only_computes(module) and _may_be_official(module)
+            official = has_parent and _only_computes(module, _OFFICIAL) and _may_be_official(module)
             formula = official, formula_of(module)
             if formula not in known:
                 known[formula] = _tried(module, official)
@@ -195,6 +207,7 @@ def _transforms_of(kind: type) -> set[str]:
 
 def _tried(module: nn.Module, official: bool) -> _Replace:
     """A function that fuses ``module`` and others of its formula, compared with it; ``official`` layers if possible."""
+    check_names(module)
     trial = Trial(module)
     hypothesis, resize, graph = find(trial)
     kind = fused_class(type(module), Program.of(graph, trial.names, trial.optional))
@@ -203,11 +216,10 @@ def _tried(module: nn.Module, official: bool) -> _Replace:
         original.__class__ = kind
         return original
 
-    if official and hypothesis.layouts == ("(B,H,W,C)",):
-        for star_relu in (True, False):
-            replace = functools.partial(_build_official, size=hypothesis.size, resize=resize, star_relu=star_relu)
-            if not difference(trial, hypothesis, replace):
-                return replace
+    if official and hypothesis.layouts == ("(B,H,W,C)",) and is_authors(graph):
+        replace = functools.partial(_build_official, size=hypothesis.size, resize=resize)
+        if not difference(trial, hypothesis, replace):
+            return replace
     if reason := difference(trial, hypothesis, with_graph):
         raise DifferentCopyError(reason)
     return with_graph
@@ -222,23 +234,32 @@ def _check_tensors(module: nn.Module) -> None:
         raise UnsupportedCopyError(f"its parameters are {', '.join(sorted(foreign)) or 'on the meta device'}")
 
 
-def _only_computes(module: nn.Module) -> bool:
-    """Whether a module has neither hooks nor methods of its own in place of nn.Module's, such as to load its state."""
+def _only_computes(module: nn.Module, public: set[str]) -> bool:
+    """Whether a module has no hooks, and only ``public`` and nn.Module's methods and attributes but private ones.
+
+    It has no methods in place of nn.Module's either, such as to load its state.
+    """
     kind = type(module)
     defined = {name for base in kind.__mro__[: kind.__mro__.index(nn.Module)] for name in vars(base)}
     methods = {name for name in vars(nn.Module) if not name.startswith("__")} - _KEPT | _SPECIAL
-    return not has_hooks(module) and defined.isdisjoint(methods)
+    own = {name for name in {*dir(module), *vars(module)} - {*dir(nn.Module), "training"} if not name.startswith("_")}
+    return not has_hooks(module) and defined.isdisjoint(methods) and own <= public
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    """The direct submodules by name, even if several names have the same."""
+    return {name: m for name, m in module.named_modules(remove_duplicate=False) if name and "." not in name}
 
 
 def _may_be_official(module: nn.Module) -> bool:
     """Whether a DynamicFilter or GlobalFilter has a place for all parameters and submodules of ``module``."""
     own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
-    children, required = {name for name, _ in module.named_children()}, {"pwconv1", "act1", "pwconv2"}
+    children, required = _children(module).keys(), {"pwconv1", "act1", "pwconv2"}
     return own == ["complex_weights"] and required <= children <= required | {"act2", "reweight"}
 
 
-def _build_official(module: nn.Module, size: tuple[int, int], resize: str, star_relu: bool) -> nn.Module:
-    """Our layer with the parts of ``module``; with ``star_relu``, what may be a StarReLU by its parameters is ours."""
+def _build_official(module: nn.Module, size: tuple[int, int], resize: str) -> nn.Module:
+    """Our layer with the parts of ``module``, where our StarReLU takes the place of others."""
     weights = module.get_parameter("complex_weights")
     C, dim = module.get_parameter("pwconv1.weight").shape
     arguments: dict[str, Any] = {"expansion_ratio": C / dim, "size": size, "weight_resize": True, "resize": resize}
@@ -249,10 +270,10 @@ def _build_official(module: nn.Module, size: tuple[int, int], resize: str, star_
         else:
             ours = GlobalFilter(dim, **arguments)
     ours.complex_weights = weights
-    for name, child in module.named_children():  # in the original's order, which is that of its state dict
+    for name, child in _children(module).items():  # in the original's order, which is that of its state dict
         if hasattr(ours, name):
             delattr(ours, name)
-        setattr(ours, name, _star_relu_of(child) if star_relu and name in ("act1", "act2") else child)
+        setattr(ours, name, _star_relu_of(child) if name in ("act1", "act2") else child)
     if not hasattr(module, "act2"):
         ours.act2 = nn.Identity()
     ours.training = module.training
@@ -260,13 +281,12 @@ def _build_official(module: nn.Module, size: tuple[int, int], resize: str, star_
 
 
 def _star_relu_of(act: nn.Module) -> nn.Module:
-    """Our StarReLU with the same scalars if ``act`` has two, else ``act``."""
-    parameters = dict(act.named_parameters())
-    if parameters.keys() != {"scale", "bias"} or not _only_computes(act):
+    """Our StarReLU with the same scalars if ``act`` is one, else ``act``."""
+    if not (_only_computes(act, _STAR_RELU) and is_star_relu(act)):
         return act
     with torch.device("meta"):
         ours = StarReLU()
-    ours.scale, ours.bias = parameters["scale"], parameters["bias"]
+    ours.scale, ours.bias = act.get_parameter("scale"), act.get_parameter("bias")
     ours.training = act.training
     return ours
 

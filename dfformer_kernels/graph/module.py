@@ -20,7 +20,7 @@ from dfformer_kernels.graph import compare
 from dfformer_kernels.graph.report import Finding
 from dfformer_kernels.graph.rewrite import rewrite
 from dfformer_kernels.graph.step import PYTHON
-from dfformer_kernels.graph.subclass import Program, fused_class
+from dfformer_kernels.graph.subclass import Program, check_names, fused_class
 from dfformer_kernels.graph.trace import (
     UnsupportedCopyError,
     common_graph,
@@ -114,6 +114,7 @@ def fuse_module(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 def _fuse_call(call: _Call, where: str, spectral: Collection[nn.Module]) -> list[Finding]:
     module = call.module
+    check_names(module)
     given = _given(call)
     for name, inner in module.named_modules():
         if inner in spectral and parametrize.is_parametrized(inner):
@@ -165,25 +166,21 @@ def _rewritten(
 
     The graph is the same for training and evaluation, and for two batch sizes.
     """
-    graphs: list[tuple[str, fx.Graph]] = []
+    graphs: list[tuple[str, fx.Graph, list[Any] | None]] = []
     found: list[Finding] = []
-    seen: list[Any] = []
     for case, times, training in (("", 2, False), ("in training", 2, True), ("with another batch", 3, False)):
         inputs = _trial_inputs(given, times)
         traced = copy.deepcopy(module).train(training)
-        through = {traced.get_submodule(name) for name, m in module.named_modules() if m in spectral}
         make_traceable(traced, {name: value for name, value in inputs.items() if not isinstance(value, Tensor)})
+        names = [name for name, m in module.named_modules(remove_duplicate=False) if m in spectral]
+        through = {traced.get_submodule(name) for name in names}
         program = trace(traced, [x for x in inputs.values() if isinstance(x, Tensor)], through)
         here = rewrite(program.graph, Values(program.values), PYTHON, lambda node: where)
         if not any(finding.operator for finding in here):
             return here, None
-        graphs.append((case, program.graph))
-        if len(graphs) == 1:
-            found, seen = here, program.seen
-    graph = common_graph(graphs)
-    if program.seen != seen:
-        raise UnsupportedCopyError("its forward computes with the batch size")
-    return found, graph
+        graphs.append((case, program.graph, program.seen))
+        found = found or here
+    return found, common_graph(graphs)
 
 
 def _difference(module: nn.Module, kind: type[nn.Module], inputs: list[Any], training: bool) -> str:

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from dfformer_kernels.graph.trace import UnsupportedCopyError
+
 # What the source of every graph may refer to without an import, such as torch and inf.
 _BUILTINS = fx.Graph().python_code("self").globals
 
@@ -68,6 +70,13 @@ class FusedModule(nn.Module):
             return reduced
         rebuild, arguments, *rest = reduced
         return _rebuilt, (self.original_class, self.fused_programs, rebuild, arguments[1:]), *rest
+
+
+def check_names(module: nn.Module) -> None:
+    """Raises UnsupportedCopyError if ``module`` has something of a name that fused classes use."""
+    for name in () if isinstance(module, FusedModule) else (*FusedModule.__annotations__, "restore"):
+        if hasattr(module, name):
+            raise UnsupportedCopyError(f"it has a {name!r}, which the replacement would hide behind its own")
 
 
 def _rebuilt(

@@ -4,6 +4,7 @@ Every node's value is known during the trace, so branches and assertions on shap
 the values of a tensor is refused, because other inputs could take the other branch. Submodules remain calls of modules.
 """
 
+import copy
 import functools
 import inspect
 import itertools
@@ -15,6 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+
+from dfformer_kernels.graph.vocabulary import name_of
+
+# What Python code may ask of a tensor and branch on, because trials vary it.
+_SIZES = {"shape", "size", "_length", "dim", "ndim", "numel", "is_floating_point", "is_complex"}
 
 
 class UnsupportedCopyError(Exception):
@@ -48,19 +54,22 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def common_graph(graphs: Iterable[tuple[str, fx.Graph]]) -> fx.Graph:
-    """The graph that all of ``graphs`` are, up to the names of nodes; each comes with the case that it was made for.
+def common_graph(graphs: Iterable[tuple[str, fx.Graph, list[Any] | None]]) -> fx.Graph:
+    """The graph that all of ``graphs`` are, up to the names of nodes.
 
+    Each comes with the case that it was made for, and the numbers that Python saw, or None if others are expected.
     Raises DifferentCopyError with the first case and call that differ, or if the graph holds tensors.
     """
     remaining = iter(graphs)
-    _, first = next(remaining)
+    _, first, numbers = next(remaining)
     if any(str(node.target).startswith("_tensor_constant") for node in first.nodes):
         raise DifferentCopyError("its forward makes tensors that depend on no input")
-    for case, graph in remaining:
+    for case, graph, seen in remaining:
         for a, b in itertools.zip_longest(_calls(graph), _calls(first), fillvalue=("its end", "")):
             if a != b:
                 raise DifferentCopyError(f"{case} its forward does something else (at {a[0]})")
+        if seen is not None and seen != numbers:
+            raise DifferentCopyError(f"{case} its forward's Python code computes with other numbers")
     return first
 
 
@@ -90,32 +99,37 @@ def trace(module: nn.Module, inputs: Sequence[Any], through: Collection[nn.Modul
         raise
     except Exception as error:  # foreign code may raise anything
         raise UnsupportedCopyError(f"its forward cannot be traced ({first_line(error)})") from error
-    _call_softmax(graph, module)
     changed = [name for name, value in vars(module).items() if before.get(name, before) is not value]
     changed = [name for name in changed if not name.startswith("_tensor_constant")]
     if changed:
         raise UnsupportedCopyError(f"its forward sets self.{changed[0]}, which the replacement would not")
-    seen = [number for node in tracer.seen for number in _numbers(node, tracer.run.env)]
-    return Trace(graph, tracer.run.env, seen)
-
-
-def _call_softmax(graph: fx.Graph, module: nn.Module) -> None:
-    """Replaces calls of nn.Softmax modules by calls of the function."""
-    for node in graph.nodes:
-        softmax = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if type(softmax) is nn.Softmax and not has_hooks(softmax):
-            node.op, node.target, node.kwargs = "call_function", torch.softmax, {"dim": softmax.dim}
+    values = tracer.run.env
+    # A dtype that no call takes may have been compared with ``is``.
+    unused = [n for n in graph.nodes if isinstance(values.get(n), torch.dtype) and not n.users]
+    seen = [number for node in (*tracer.seen, *unused) for number in _numbers(node, values)]
+    return Trace(graph, values, seen)
 
 
 def _numbers(node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:
-    """The numbers among a node's value and the values it is computed from; the search ends at tensors."""
-    found, waiting = [], [node]
+    """The numbers among a node's value and the values it is computed from; the search ends at tensors.
+
+    Raises UnsupportedCopyError if they tell of a tensor something else than its sizes, which trials do not vary.
+    """
+    found, waiting = [], [(node, True)]
     while waiting:
-        value = values.get(current := waiting.pop())
+        current, whole = waiting.pop()
+        value, inputs = values.get(current), current.all_input_nodes
+        if isinstance(value, Tensor):
+            continue
+        name = name_of(current).rpartition(".")[2]
+        if any(isinstance(values.get(n), Tensor) for n in inputs) and name not in _SIZES:
+            raise UnsupportedCopyError(f"its forward branches on {name} of a tensor")
         if isinstance(value, int | float):
             found.append(value)
-        if not isinstance(value, Tensor):
-            waiting.extend(current.all_input_nodes)
+        elif isinstance(value, tuple) and whole:
+            found.extend(value)
+        is_part = name == "getitem" and len(inputs) == 1
+        waiting.extend((n, not is_part) for n in inputs)
     return found
 
 
@@ -178,13 +192,18 @@ class _Known(fx.Proxy):
 
     def __getattr__(self, k: str) -> Any:
         value = getattr(_value(self), k)
-        if isinstance(value, str | bool | None):  # e.g. x.device.type for torch.autocast, x.is_cuda
+        if isinstance(value, str | None):  # e.g. x.device.type for torch.autocast
             return value
-        return (
-            super().__getattr__(k)
-            if callable(value)
-            else self.tracer.create_proxy("call_function", getattr, (self, k), {})
-        )
+        if callable(value):
+            return super().__getattr__(k)
+        proxy = self.tracer.create_proxy("call_function", getattr, (self, k), {})
+        return _seen(proxy) if isinstance(value, bool) else proxy
+
+    def __hash__(self) -> int:
+        return object.__hash__(self) if isinstance(_value(self), Tensor) else hash(_seen(self))
+
+    def __str__(self) -> str:
+        return repr(self) if isinstance(_value(self), Tensor) else str(_seen(self))
 
     def __len__(self) -> int:
         return len(_seen(self))
@@ -265,8 +284,10 @@ _FORWARDS: dict[int, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 def make_traceable(module: nn.Module, constants: Mapping[str, Any]) -> None:
     """Gives ``module`` a subclass of its class whose forward has these values of some inputs, and takes the others.
 
-    Raises UnsupportedCopyError if none or too many are left.
+    Tied tensors and modules are untied, because the graph refers to each by the name that the code has. Raises
+    UnsupportedCopyError if none or too many are left.
     """
+    _untie(module)
     names = list(inputs_of(module))
     count = len(names) - len(constants)
     if count not in _FORWARDS:
@@ -279,6 +300,21 @@ def make_traceable(module: nn.Module, constants: Mapping[str, Any]) -> None:
         return kind.forward(self, *(constants[name] if name in constants else next(remaining) for name in names))
 
     module.__class__ = type(kind.__name__, (kind,), {"forward": _FORWARDS[count](forward)})
+
+
+def _untie(module: nn.Module) -> None:
+    """Gives each name in ``module`` a tensor or module of its own."""
+    seen: set[int] = set()
+    for name, child in list(module.named_modules(remove_duplicate=False)):
+        if id(child) in seen:
+            child = copy.deepcopy(child)
+            module.set_submodule(name, child)
+        seen.add(id(child))
+        own = {"recurse": False, "remove_duplicate": False}
+        for key, tensor in [*child.named_parameters(**own), *child.named_buffers(**own)]:
+            if id(tensor) in seen:
+                setattr(child, key, copy.deepcopy(tensor))
+            seen.add(id(getattr(child, key)))
 
 
 def with_function(module: nn.Module, name: str, function: Callable[..., Any]) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor, fx
 _VIEWS = """view reshape _unsafe_view permute transpose t T mT movedim moveaxis swapaxes swapdims flatten unflatten
     unsqueeze squeeze expand expand_as view_as broadcast_to contiguous clone alias select slice narrow stack cat
     rearrange real imag complex view_as_complex view_as_real"""
+VIEWS = {*_VIEWS.split()}
 CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "cfloat", "_to_copy", "convert_element_type"}
 _PRODUCTS = "einsum matmul bmm mm tensordot sum"
-_LINEAR = {*_VIEWS.split(), *CASTS, *_PRODUCTS.split()}
+_LINEAR = {*VIEWS, *CASTS, *_PRODUCTS.split()}
 # Sums and products that write into their first argument.
 IN_PLACE = {"imul", "mul_", "iadd", "add_", "isub", "sub_"}
 _ARITHMETIC = {"mul", "multiply", "add", "sub", *IN_PLACE}

@@ -28,8 +28,8 @@ class Scaled(ChannelsFirst):
         super().__init__(dim, size)
         self.gain = nn.Parameter(torch.full((1,), 1.01))
 
-    def basis(self, X: Tensor) -> Tensor:
-        return super().basis(X) * self.gain
+    def _basis(self, X: Tensor) -> Tensor:
+        return super()._basis(X) * self.gain
 
 
 class Masked(ChannelsFirst):
@@ -41,64 +41,64 @@ class Masked(ChannelsFirst):
         super().__init__(dim, size)
         self.register_buffer("mask", torch.ones(()))
 
-    def basis(self, X: Tensor) -> Tensor:
-        return super().basis(X) * self.mask
+    def _basis(self, X: Tensor) -> Tensor:
+        return super()._basis(X) * self.mask
 
 
 class Polar(ChannelsFirst):
     """Its filters are magnitudes and phases."""
 
-    def basis(self, X: Tensor) -> Tensor:
+    def _basis(self, X: Tensor) -> Tensor:
         return torch.polar(self.complex_weights[..., 0], self.complex_weights[..., 1])
 
 
 class ShiftedFilters(ChannelsFirst):
     """Its filters are stored with the lowest frequency in the middle."""
 
-    def basis(self, X: Tensor) -> Tensor:
-        return torch.fft.ifftshift(super().basis(X), dim=0)
+    def _basis(self, X: Tensor) -> Tensor:
+        return torch.fft.ifftshift(super()._basis(X), dim=0)
 
 
 class RealPart(ChannelsFirst):
-    def basis(self, X: Tensor) -> Tensor:
-        return super().basis(X).real.to(X.dtype)
+    def _basis(self, X: Tensor) -> Tensor:
+        return super()._basis(X).real.to(X.dtype)
 
 
 class Overwritten(Authors):
     """The product goes into the spectrum's memory, by a call whose result is ignored."""
 
-    def filtered(self, x: Tensor, routing: Tensor) -> Tensor:
+    def _filtered(self, x: Tensor, routing: Tensor) -> Tensor:
         X = torch.fft.rfft2(x, dim=(1, 2), norm="ortho")
-        X.mul_(torch.einsum("bfc,hwf->bhwc", routing.to(X.dtype), self.basis(X)))
+        X.mul_(torch.einsum("bfc,hwf->bhwc", routing.to(X.dtype), self._basis(X)))
         return torch.fft.irfft2(X, s=x.shape[1:3], dim=(1, 2), norm="ortho")
 
 
 class ConstantRouting(ChannelsFirst):
     @torch.no_grad()
-    def route(self, x: Tensor) -> Tensor:
-        return super().route(x)
+    def _route(self, x: Tensor) -> Tensor:
+        return super()._route(x)
 
 
 class BatchOfTwo(ChannelsFirst):
     """Mixes the images of a batch."""
 
-    def route(self, x: Tensor) -> Tensor:
-        return super().route(x.mean(0, keepdim=True).expand_as(x) if int(x.shape[0]) > 2 else x)
+    def _route(self, x: Tensor) -> Tensor:
+        return super()._route(x.mean(0, keepdim=True).expand_as(x) if int(x.shape[0]) > 2 else x)
 
 
 class Bilinear(Authors):
-    mode = "bilinear"
+    _mode = "bilinear"
 
 
 class NoiseInTraining(ChannelsFirst):
-    def filtered(self, x: Tensor, routing: Tensor) -> Tensor:
-        y = super().filtered(x, routing)
+    def _filtered(self, x: Tensor, routing: Tensor) -> Tensor:
+        y = super()._filtered(x, routing)
         return y + 0.1 * torch.randn_like(y) if self.training else y
 
 
 class FunctionalDropout(Authors):
-    def filtered(self, x: Tensor, routing: Tensor) -> Tensor:
-        return F.dropout(super().filtered(x, routing), 0.1, self.training)
+    def _filtered(self, x: Tensor, routing: Tensor) -> Tensor:
+        return F.dropout(super()._filtered(x, routing), 0.1, self.training)
 
 
 class ByValue(Authors):
@@ -107,9 +107,9 @@ class ByValue(Authors):
 
 
 class MixedNorms(Authors):
-    def filtered(self, x: Tensor, routing: Tensor) -> Tensor:
+    def _filtered(self, x: Tensor, routing: Tensor) -> Tensor:
         X = torch.fft.rfft2(x, dim=(1, 2), norm="ortho")
-        M = torch.einsum("bfc,hwf->bhwc", routing.to(X.dtype), self.basis(X))
+        M = torch.einsum("bfc,hwf->bhwc", routing.to(X.dtype), self._basis(X))
         return torch.fft.irfft2(X * M, s=x.shape[1:3], dim=(1, 2), norm="forward")
 
 
@@ -124,6 +124,6 @@ class FullSpectrum(nn.Module):
 
 
 class SavesRouting(Authors):
-    def route(self, x: Tensor) -> Tensor:
-        self.last_routing = super().route(x)
+    def _route(self, x: Tensor) -> Tensor:
+        self.last_routing = super()._route(x)
         return self.last_routing

@@ -40,39 +40,39 @@ def interpolated(weight: Tensor, H: int, K: int, mode: str = "bicubic") -> Tenso
 class Authors(nn.Module):
     """The authors' layer, channels-last, and the parts that other forms share."""
 
-    mode = "bicubic"
-    expansion = 2
-    activation: type[nn.Module] = Star
+    _mode = "bicubic"
+    _expansion = 2
+    _activation: type[nn.Module] = Star
 
     def __init__(self, dim: int, size: Any = 8, num_filters: int = 4, weight_resize: bool = True, bias: bool = False):
         super().__init__()
         H, W = (size, size) if isinstance(size, int) else size
         self.size, self.filter_size, self.num_filters, self.weight_resize = H, W // 2 + 1, num_filters, weight_resize
-        self.med_channels = C = self.expansion * dim
-        self.pwconv1, self.act1 = nn.Linear(dim, C, bias=bias), self.activation()
+        self.med_channels = C = self._expansion * dim
+        self.pwconv1, self.act1 = nn.Linear(dim, C, bias=bias), self._activation()
         self.reweight: Any = Routing(dim, num_filters * C)
         self.complex_weights = nn.Parameter(torch.randn(H, W // 2 + 1, num_filters, 2) * 0.1)
         self.act2, self.pwconv2 = nn.Identity(), nn.Linear(C, dim, bias=bias)
 
-    def basis(self, X: Tensor) -> Tensor:
+    def _basis(self, X: Tensor) -> Tensor:
         weights: Tensor = self.complex_weights
         if self.weight_resize:
-            weights = interpolated(weights, X.shape[1], X.shape[2], self.mode)
+            weights = interpolated(weights, X.shape[1], X.shape[2], self._mode)
         return torch.view_as_complex(weights)
 
-    def route(self, x: Tensor) -> Tensor:
+    def _route(self, x: Tensor) -> Tensor:
         return self.reweight(x.mean(dim=(1, 2))).view(x.shape[0], self.num_filters, -1).softmax(dim=1)
 
-    def filtered(self, x: Tensor, routing: Tensor) -> Tensor:
+    def _filtered(self, x: Tensor, routing: Tensor) -> Tensor:
         _, H, W, _ = x.shape
         X = torch.fft.rfft2(x.to(torch.float32), dim=(1, 2), norm="ortho")
-        M = torch.einsum("bfc,hwf->bhwc", routing.to(torch.complex64), self.basis(X))
+        M = torch.einsum("bfc,hwf->bhwc", routing.to(torch.complex64), self._basis(X))
         if not self.weight_resize:
             M = M.view(-1, self.size, self.filter_size, self.med_channels)
         return torch.fft.irfft2(X * M, s=(H, W), dim=(1, 2), norm="ortho")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pwconv2(self.act2(self.filtered(self.act1(self.pwconv1(x)), self.route(x))))
+        return self.pwconv2(self.act2(self._filtered(self.act1(self.pwconv1(x)), self._route(x))))
 
 
 class ChannelsFirst(Authors):
@@ -96,7 +96,7 @@ class SecondInput(Authors):
     """Routed by another map than the one that is filtered."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
-        return self.pwconv2(self.act2(self.filtered(self.act1(self.pwconv1(x)), self.route(y))))
+        return self.pwconv2(self.act2(self._filtered(self.act1(self.pwconv1(x)), self._route(y))))
 
 
 class CrossModal(SecondInput):
@@ -128,7 +128,7 @@ class MaxPoolFusion(nn.Module):
 class SummedSpectrum(ChannelsFirst):
     """Routed by the sum of the spectrum's magnitudes; neither projection."""
 
-    expansion = 1
+    _expansion = 1
 
     def __init__(self, dim: int, size: Any = 8) -> None:
         super().__init__(dim, size)
@@ -183,7 +183,7 @@ class AttentionRouting(ChannelsFirst):
         super().__init__(dim, size)
         self.reweight = self.Attention(dim, self.med_channels, self.num_filters)
 
-    def route(self, x: Tensor) -> Tensor:
+    def _route(self, x: Tensor) -> Tensor:
         return self.reweight(x.permute(0, 3, 1, 2)).transpose(1, 2)
 
 
@@ -200,7 +200,7 @@ class FixedSquare(ChannelsFirst):
 class UndefinedResize(ChannelsFirst):
     """Calls a function that its file lost."""
 
-    def basis(self, X: Tensor) -> Tensor:
+    def _basis(self, X: Tensor) -> Tensor:
         H, K = X.shape[1:3]
         return torch.view_as_complex(resize_weights(self.complex_weights, H, K).contiguous())  # type: ignore[name-defined] # noqa: F821
 
@@ -280,7 +280,7 @@ class Conditioned(ChannelsFirst):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
         routing = self.reweight(condition).softmax(dim=1)[..., None].expand(-1, -1, self.med_channels)
-        y = self.filtered(self.act1(self.pwconv1(x.permute(0, 2, 3, 1))), routing)
+        y = self._filtered(self.act1(self.pwconv1(x.permute(0, 2, 3, 1))), routing)
         return self.pwconv2(self.act2(y)).permute(0, 3, 1, 2)
 
 
@@ -304,14 +304,14 @@ class WithDropout(Authors):
         self.reweight.drop.p, self.drop = 0.3, nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        routing = self.route(x)
-        return self.pwconv2(self.drop(self.filtered(self.act1(self.pwconv1(x)), routing)))
+        routing = self._route(x)
+        return self.pwconv2(self.drop(self._filtered(self.act1(self.pwconv1(x)), routing)))
 
 
 class Gated(Authors):
     """Weights that do not sum to one."""
 
-    def route(self, x: Tensor) -> Tensor:
+    def _route(self, x: Tensor) -> Tensor:
         return self.reweight(x.mean(dim=(1, 2))).view(len(x), self.num_filters, -1).sigmoid()
 
 

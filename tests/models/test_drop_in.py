@@ -30,16 +30,16 @@ class FrequencyMixer(Authors):
     def __init__(self, dim: int, plane: tuple[int, int], act: type[nn.Module], routed: bool, gain: float = 1.0) -> None:
         super().__init__(dim, plane, 4 if routed else 2 * dim, weight_resize=False)
         setattr(self, "act1", act())  # noqa: B010 (of another type than the authors')
-        self.gain = gain
+        self._gain = gain
         if not routed:
             del self.reweight
 
     def forward(self, x: Tensor) -> Tensor:
         weights = torch.view_as_complex(self.complex_weights)
         if hasattr(self, "reweight"):
-            weights = torch.einsum("bfc,hkf->bhkc", self.route(x).to(weights.dtype), weights)
+            weights = torch.einsum("bfc,hkf->bhkc", self._route(x).to(weights.dtype), weights)
         spectrum = torch.fft.rfft2(self.act1(self.pwconv1(x)), dim=(1, 2), norm="ortho")
-        x = torch.fft.irfft2(spectrum * weights * self.gain, s=x.shape[1:3], dim=(1, 2), norm="ortho")
+        x = torch.fft.irfft2(spectrum * weights * self._gain, s=x.shape[1:3], dim=(1, 2), norm="ortho")
         return self.pwconv2(self.act2(x))
 
 

@@ -22,10 +22,11 @@ from dfformer_kernels.graph.trace import (
     ancestors,
     called_whole,
 )
-from dfformer_kernels.graph.vocabulary import CASTS, Values, first_input, name_of, transform_of
+from dfformer_kernels.graph.vocabulary import CASTS, VIEWS, Values, first_input, is_mutating, name_of, transform_of
 
 # The orders of axes that filters are stored in, and the permutation of each to (H,K,F,2).
 STORAGE: dict[str, tuple[int, ...]] = {"(H,K,F,2)": (0, 1, 2, 3), "(F,H,K,2)": (1, 2, 0, 3)}
+_MOVING = {*VIEWS, *CASTS, "getitem"}
 
 
 class CopyLimitError(Exception):
@@ -35,13 +36,15 @@ class CopyLimitError(Exception):
 class Expected(NamedTuple):
     """What the trial inputs tell about the transforms.
 
-    In order: the batch, the plane, the plane of the stored filters, and the rule that resizes them.
+    In order: the batch, the plane, the plane of the stored filters, the rule that resizes them, and whether the step
+    also has to run in a model of 16-bit parameters, in which the original cannot.
     """
 
     batch: int
     plane: tuple[int, int]
     size: tuple[int, int]
     resize: str
+    in_half: bool
 
 
 def is_filter_shape(weight: Any) -> bool:
@@ -57,6 +60,17 @@ def as_basis(weight: Tensor, storage: str) -> Tensor:
 
 
 @called_whole
+def cast_signal(x: Tensor, weight: Tensor, *, in_half: bool) -> Tensor:
+    """x as the original's cast to float32 leaves it, so that the result has the same dtype.
+
+    Filters in float64 make the result float64. With 16-bit filters, x keeps its dtype if the original does not run.
+    """
+    if in_half and weight.dtype in (torch.float16, torch.bfloat16):
+        return x
+    return x.double() if weight.dtype in (torch.float64, torch.complex128) else x.float()
+
+
+@called_whole
 def stored_basis(
     weight: Tensor, x: Tensor, *, channels_first: bool, size: tuple[int, int], storage: str, resize: str
 ) -> Tensor:
@@ -67,6 +81,16 @@ def stored_basis(
         return basis
     with without_autocast(x.device):
         return resize_filter(basis.contiguous(), size, (H, W), resize)
+
+
+@called_whole
+def authors_resize(weight: Tensor, H: int, K: int) -> Tensor:
+    """What copies call to resize their filters and never define."""
+    old = (weight.shape[0], 2 * (weight.shape[1] - 1) or 1)
+    return resize_filter(weight, old, (H, 2 * (K - 1) or 1))
+
+
+_RESIZING = (F.interpolate, authors_resize)
 
 
 def fuse(traced: Trace, expected: Expected) -> fx.Graph:
@@ -87,9 +111,10 @@ def fuse(traced: Trace, expected: Expected) -> fx.Graph:
         _check_plane(traced, chain, expected)
         weight, arguments = _stored_filters(traced, chain, step, expected)
         x = chain.x
-        while name_of(x) in (*CASTS, "contiguous") and values.dtype(x) == torch.float32:
-            x = first_input(x)  # our step accepts any dtype and computes in float32
         with graph.inserting_before(chain.inverse):
+            if name_of(x) in CASTS and values.dtype(x) == torch.float32:
+                x = graph.call_function(cast_signal, (first_input(x), weight), {"in_half": expected.in_half})
+                traced.values[x] = traced.values[chain.x]
             filters = graph.call_function(stored_basis, (weight, x), arguments)
         return chain._replace(x=x, filters=filters), step._replace(filters=(0, 1, 2, 3), is_complex=False)
 
@@ -140,10 +165,34 @@ def _stored_filters(traced: Trace, chain: Chain, step: Step, expected: Expected)
             continue
         reason = named_difference(ours, theirs, AGREEMENT)
         if not reason:
+            _check_path(traced, node, chain.filters)
             return node, arguments
         made = f"what it makes of its filters ({name_of(chain.filters)}) {reason}"
         reasons.append(_other_resizing(traced, expected) or made)
     raise DifferentCopyError(reasons[0] if reasons else "its spectrum meets no filters of its own")
+
+
+def _check_path(traced: Trace, stored: fx.Node, filters: fx.Node) -> None:
+    """Refuses what does more between the parameter and the product than move, cast or resize the values.
+
+    A mask of ones, for example, changes nothing in a trial, but may be another mask later.
+    """
+    path, waiting = {stored}, [filters]
+    while waiting:
+        node = waiting.pop()
+        if node in path:
+            continue
+        is_moving = node.target in _RESIZING or name_of(node) in _MOVING
+        if not (is_moving and node.op in ("call_function", "call_method")):
+            raise DifferentCopyError(f"between its stored filters and their product stands {name_of(node)}")
+        path.add(node)
+        waiting += [n for n in node.all_input_nodes if isinstance(traced.values[n], Tensor)]
+    for node in filter(is_mutating, traced.graph.nodes):
+        written = node.kwargs.get("out", first_input(node))
+        while isinstance(written, fx.Node) and written not in path and name_of(written) in _MOVING:
+            written = first_input(written)
+        if written in path:
+            raise DifferentCopyError(f"it writes into its filters ({name_of(node)})")
 
 
 def _other_resizing(traced: Trace, expected: Expected) -> str:

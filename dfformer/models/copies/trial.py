@@ -11,16 +11,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from dfformer.models.copies.match import STORAGE, CopyLimitError, Expected, as_basis, fuse, is_filter_shape
-from dfformer.models.filter_resize import RULES, resize_filter
+from dfformer.models.copies.match import (
+    STORAGE,
+    CopyLimitError,
+    Expected,
+    as_basis,
+    authors_resize,
+    fuse,
+    is_filter_shape,
+)
+from dfformer.models.filter_resize import RULES
 from dfformer_kernels.graph import compare
 from dfformer_kernels.graph.compare import tensors
 from dfformer_kernels.graph.trace import (
     DifferentCopyError,
     UnsupportedCopyError,
-    called_whole,
     common_graph,
     first_line,
+    has_hooks,
     inputs_of,
     make_traceable,
     trace,
@@ -145,15 +153,27 @@ class Trial:
         except Exception:  # foreign code may raise anything
             return False
 
+    def runs_in_half(self, hypothesis: Hypothesis) -> bool:
+        """Whether the module runs with all of its parameters and inputs in float16 or bfloat16."""
+        inputs = self.on_device(hypothesis.inputs(hypothesis.size, 1))
+        for dtype in (torch.float16, torch.bfloat16):
+            try:
+                with torch.no_grad():
+                    self.copy(False).to(dtype).forward(*(x.to(dtype) if isinstance(x, Tensor) else x for x in inputs))
+                return True
+            except Exception:  # foreign code may raise anything
+                continue
+        return False
+
     def on_device(self, inputs: Sequence[Any]) -> list[Any]:
         return [x.to(self.device) if isinstance(x, Tensor) else x for x in inputs]
 
     def _define(self, error: Exception) -> bool:
         """Some copies resize their filters by a function that they never define; this defines it as the authors do."""
         if isinstance(error, NameError) and error.name:
-            with_function(self.module, error.name, _authors_resize)
+            with_function(self.module, error.name, authors_resize)
         elif isinstance(error, AttributeError) and (missing := re.search(r"has no attribute '(\w+)'$", str(error))):
-            attributes = {missing[1]: staticmethod(_authors_resize)}
+            attributes = {missing[1]: staticmethod(authors_resize)}
             self.module.__class__ = type(type(self.module).__name__, (type(self.module),), attributes)
         else:
             return False
@@ -210,12 +230,6 @@ def _channels(module: nn.Module, filters: int) -> list[int]:
     return list(dict.fromkeys(v for v in values if type(v) is int and v > 0))[:_MOST_CHANNELS]
 
 
-@called_whole
-def _authors_resize(weight: Tensor, H: int, K: int) -> Tensor:
-    old = (weight.shape[0], 2 * (weight.shape[1] - 1) or 1)
-    return resize_filter(weight, old, (H, 2 * (K - 1) or 1))
-
-
 def cases(trial: Trial, hypothesis: Hypothesis) -> Iterator[Case]:
     """The stored plane, in both modes and for two batch sizes; then about half and twice its size, if the copy runs."""
     H, W = hypothesis.size
@@ -228,19 +242,21 @@ def cases(trial: Trial, hypothesis: Hypothesis) -> Iterator[Case]:
             yield case
 
 
-def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple[str, fx.Graph]]:
-    """The trial module's forward with our step, and where it was traced, for all `cases`.
+def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple[str, fx.Graph, list[Any] | None]]:
+    """The trial module's forward with our step, where it was traced, and the numbers it saw there, for all `cases`.
 
     Raises UnsupportedCopyError if one computes something else; the message has the difference.
     """
+    in_half = not trial.runs_in_half(hypothesis)
     for case in cases(trial, hypothesis):
         native = case.plane == hypothesis.size
         module = trial.copy(case.training)
-        expected = Expected(len(case.inputs[0]), case.plane, hypothesis.size, resize)
+        expected = Expected(len(case.inputs[0]), case.plane, hypothesis.size, resize, in_half)
         where = "in training" if case.training else "with another batch"
         try:
-            graph = fuse(trace(module, case.inputs), expected)
-            yield where if native else f"on a {case.plane[0]}x{case.plane[1]} plane", graph
+            traced = trace(module, case.inputs)
+            where = where if native else f"on a {case.plane[0]}x{case.plane[1]} plane"
+            yield where, fuse(traced, expected), traced.seen if native else None
         except CopyLimitError:
             continue
         except DifferentCopyError as error:
@@ -265,8 +281,8 @@ def difference(trial: Trial, hypothesis: Hypothesis, replace: Callable[[nn.Modul
 def formula_of(module: nn.Module) -> Hashable:
     """A key that is equal for modules that compute the same function of their inputs and parameters.
 
-    Such modules and all their submodules have the same classes, simple attributes and shapes. A module with attributes
-    of other kinds has a key of its own.
+    Such modules and all their submodules have the same classes, simple attributes and shapes, and no hooks. A module
+    with hooks, or with attributes of other kinds, has a key of its own.
     """
     inherited = vars(nn.Module())
     parts: list[Hashable] = []
@@ -274,6 +290,7 @@ def formula_of(module: nn.Module) -> Hashable:
         own = {k: v for k, v in vars(child).items() if k not in inherited or k == "_non_persistent_buffers_set"}
         tensors = itertools.chain(child.named_parameters(recurse=False), child.named_buffers(recurse=False))
         parts.extend((name, child.__class__, tuple((k, _frozen(v)) for k, v in own.items())))
+        parts.append(object() if name and has_hooks(child) else None)
         parts.append(tuple((k, type(t), t.shape, t.dtype, t.device, t.requires_grad) for k, t in tensors))
     return tuple(parts)
 

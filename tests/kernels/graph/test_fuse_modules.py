@@ -82,7 +82,7 @@ PUBLIC: dict[str, tuple[Any, list[Any], list[str]]] = {
 DIFFERENT: dict[str, tuple[Any, str]] = {
     "full spectrum": (lambda: different.FullSpectrum(6), "takes a full spectrum"),
     "no gradient": (lambda: different.ConstantRouting(6), "gradient of reweight"),
-    "by batch": (lambda: different.BatchOfTwo(6), "computes with the batch size"),
+    "by batch": (lambda: different.BatchOfTwo(6), "computes with other numbers"),
     "by value": (lambda: different.ByValue(6), "branches on the values"),
     "noise in training": (lambda: different.NoiseInTraining(6), "in training its forward does something else"),
     "functional dropout": (lambda: different.FunctionalDropout(6), "in training its forward does something else"),
@@ -274,10 +274,12 @@ def test_a_fused_model_compiles_and_trains_with_any_batch() -> None:
 def test_whole_models() -> None:
     model = timm.create_model("dfformer_s18", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), img_size=32, num_classes=3)
     model = eager_baseline(model).eval()
+    for stage, size in zip(model.stages, (8, 4, 2, 1), strict=True):
+        stage[0].token_mixer = copies.Authors(stage[0].token_mixer.pwconv1.in_features, size)
     original, x = copy.deepcopy(model), torch.randn(2, 3, 32, 32)
     report = fuse(model, x)
     assert [(f.where, f.operator) for f in report.found] == [
-        (f"stages.{i}.0.token_mixer (_DynamicFilter)", "dynamic_filter") for i in range(4)
+        (f"stages.{i}.0.token_mixer (Authors)", "dynamic_filter") for i in range(4)
     ]
     mixer, same = model.stages[1][0].token_mixer, original.stages[1][0].token_mixer
     x = torch.randn(3, 4, 4, 8)

@@ -177,6 +177,10 @@ def two_stages() -> nn.Module:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_models_keep_their_layout() -> None:
     require_compiler()
+    if torch.compile(lambda x: x + torch.compiler.is_exporting(), backend="eager")(torch.zeros(1)).any():
+        pytest.skip(
+            "this torch says under torch.compile that it exports, and exported programs hold torch's convolution"
+        )
     assert reordered(two_stages()) == []
 
 

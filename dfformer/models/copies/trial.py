@@ -265,7 +265,9 @@ def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple
 
 def difference(trial: Trial, hypothesis: Hypothesis, replace: Callable[[nn.Module], nn.Module]) -> str:
     """How the trial module and its replacement differ in outputs, gradients or buffers; "" if they agree."""
-    for case in cases(trial, hypothesis):
+    # Python code can hide a branch on one image from a trace, by isinstance for example.
+    single = Case(trial.on_device(hypothesis.inputs(hypothesis.size, 1)), hypothesis.size, False)
+    for case in (*cases(trial, hypothesis), *([single] if trial.runs(single) else [])):
         try:
             theirs = compare.results(trial.copy(case.training), case.inputs)
             ours = compare.results(replace(trial.copy(case.training)).train(case.training), case.inputs)

@@ -91,6 +91,14 @@ def test_branches_on_what_an_input_is_are_refused(after: Any, reason: str) -> No
     assert reason in str(report)
 
 
+def test_a_branch_on_one_image_that_no_trace_shows_is_refused() -> None:
+    def after(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        return 2 * y if isinstance(x.shape[0], int) and x.shape[0] == 1 else y
+
+    [outcome] = replace_dynamic_filters(nn.Sequential(subclass(after=after)))
+    assert "its output 0 differs from ours" in outcome.refusal
+
+
 class Twice(Plain):
     """Two linear layers behind each other."""
 

@@ -46,7 +46,7 @@ def convolution(
     Raises:
         ValueError, TypeError: a bad argument, by name (custom operator); otherwise what ``F.conv2d`` raises.
     """
-    # torch 2.10's is_exporting is true under torch.compile too, which then has F.conv2d with its copies.
+    # In torch 2.10 and 2.11 is_exporting is true under torch.compile too, which then has F.conv2d and its copies.
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return F.conv2d(x, weight, bias, stride, padding, groups=groups)
     if dtype := autocast_dtype(x):

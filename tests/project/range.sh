@@ -17,7 +17,7 @@ if sys.argv[1] == "oldest":
     ranges = [re.sub(r"^(torch|timm|pillow)>=", r"\1==", entry) for entry in ranges]
     assert sum("==" in entry for entry in ranges) == 3, ranges
 extras = project["optional-dependencies"]
-print(*ranges, *extras["train"], *extras["dense"], "hypothesis", "pytest", "pytest-timeout", sep="\n")
+print(*ranges, *extras["train"], *extras["dense"], "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", sep="\n")
 PYTHON
 }
 
@@ -33,5 +33,6 @@ for end in ${1:-oldest newest}; do
     "$folder/bin/python" -m pip install --quiet --upgrade --requirement "$folder/requirements.txt"
     make core PYTHON="$folder/bin/python"
     echo "== $end: $("$folder/bin/python" -m pip list 2>/dev/null | grep -iE '^(torch|triton|timm|pillow) ' | tr -s ' ' | tr '\n' ' ')"
-    PYTHONPATH=$PWD "$folder/bin/python" -m pytest -q "${tests[@]}"
+    PYTHONPATH=$PWD OMP_NUM_THREADS=1 "$folder/bin/python" -m pytest -q --numprocesses logical --maxprocesses 8 \
+        --dist worksteal "${tests[@]}"  # a worker a core, as `make test`
 done

@@ -174,8 +174,9 @@ def _activate_backward(
 def _complex(pairs: Tensor) -> Tensor:
     """Real and imaginary parts (...,2) as complex numbers (...): a view if torch allows one, else a view of a copy."""
     *outer, inner = pairs.stride()
-    # Parameters that are slices of one flat buffer may begin at an odd element.
-    if inner != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in outer):
+    # Parameters that are slices of one flat buffer may begin at an odd element. Dynamo cannot ask where they begin.
+    odd_offset = torch.compiler.is_compiling() or pairs.storage_offset() % 2
+    if inner != 1 or odd_offset or any(stride % 2 for stride in outer):
         pairs = pairs.clone(memory_format=torch.contiguous_format)
     return torch.view_as_complex(pairs)
 

@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -100,10 +101,9 @@ class Driver {
         const std::int64_t lanes = kernels_.vector_bytes / item_;
         const std::int64_t channel_tiles = (problem.C + lanes - 1) / lanes;
         tiles_ = problem.B * channel_tiles;
-        // An odd stride spreads a column over all cache sets.
-        const std::int64_t row_stride = problem.W < 16 ? problem.W : problem.W | 1;
-        call_ = {&problem_, &tensors, row_plan_.get(), column_plan_.get(), channel_tiles, row_stride, nullptr,
-                 nullptr,   0};
+        call_ = {&problem_, &tensors, row_plan_.get(), column_plan_.get(), channel_tiles, row_stride(), nullptr,
+                 nullptr,   0,        pixel_at_.data()};
+        set_steps();
         const FilterWorkspace workspace = kernel_.workspace(call_);
         tile_bytes_ = padded(workspace.tile_bytes);
         scratch_bytes_ = padded(workspace.scratch_bytes);
@@ -145,6 +145,23 @@ class Driver {
         column_plan_ = column_plan;
         num_pairs_ = column_plan->num_pairs;
         item_ = sizeof(T);
+        if (!problem_.channels_first) return;
+        pixel_at_.resize(problem_.H * problem_.W);
+        for (int i = 0; i < 2 * num_pairs_; i++)
+            for (int w = 0; column_plan->pairs[i] >= 0 && w < problem_.W; w++)
+                pixel_at_[column_plan->pairs[i] * problem_.W + w] =
+                    static_cast<std::int32_t>(2 * (i / 2 * row_stride() + row_plan->position[w]) + i % 2);
+    }
+
+    // An odd stride spreads a column over all cache sets.
+    std::int64_t row_stride() const { return problem_.W < 16 ? problem_.W : problem_.W | 1; }
+
+    void set_steps() {
+        if (problem_.channels_first) steps_.push_back({kernel_.load_planes, num_pairs_});
+        steps_.push_back({kernel_.rows, num_pairs_});
+        steps_.push_back({kernel_.columns, static_cast<int>(problem_.W / 2 + 1)});
+        steps_.push_back({kernel_.inverse_rows, num_pairs_});
+        if (problem_.channels_first) steps_.push_back({kernel_.store_planes, num_pairs_});
     }
 
     void choose_units() {
@@ -235,9 +252,7 @@ class Driver {
             for (std::int64_t tile = first_tile(unit); tile < first_tile(unit + 1);) {
                 const TileGroup own_group = group(tile, unit, group_, own);
                 begin(own_group);
-                kernel_.rows(call, own_group, scratch, 0, num_pairs_);
-                kernel_.columns(call, own_group, scratch, 0, columns);
-                kernel_.inverse_rows(call, own_group, scratch, 0, num_pairs_);
+                for (const Step& step : steps_) step.run(call, own_group, scratch, 0, step.count);
                 end(own_group, tile);
                 tile += own_group.count;
             }
@@ -246,12 +261,9 @@ class Driver {
                 const TileGroup shared = group(tile, unit, 1, shared_tile);
 #pragma omp single
                 begin(shared);
-                team.for_range(num_pairs_,
-                               [&](int first, int last) { kernel_.rows(call, shared, scratch, first, last); });
-                team.for_range(columns,
-                               [&](int first, int last) { kernel_.columns(call, shared, scratch, first, last); });
-                team.for_range(num_pairs_,
-                               [&](int first, int last) { kernel_.inverse_rows(call, shared, scratch, first, last); });
+                for (const Step& step : steps_)
+                    team.for_range(step.count,
+                                   [&](int first, int last) { step.run(call, shared, scratch, first, last); });
 #pragma omp single
                 end(shared, tile);
             }
@@ -265,6 +277,12 @@ class Driver {
     const FilterProblem problem_;
     const bool backward_;
     std::shared_ptr<const void> row_plan_, column_plan_;
+    std::vector<std::int32_t> pixel_at_;
+    struct Step {
+        FilterStep run;
+        int count;
+    };
+    std::vector<Step> steps_;
     FilterCall call_;
     std::int64_t item_, tiles_, units_, own_units_, group_, slot_bytes_, tile_bytes_, scratch_bytes_, basis_bytes_;
     int threads_, num_pairs_;

@@ -30,6 +30,7 @@ struct FilterCall {
     void* basis;              // of a dynamic filter, in the layout of `arrange_basis`
     void* slots;              // backward: partial sums of grad_basis, in the kernel's own layout
     std::int64_t num_slots;
+    const std::int32_t* pixel_at;  // channels-first: where a tile's workspace holds each pixel, in registers
 };
 
 struct TileTask {
@@ -54,16 +55,21 @@ struct FilterWorkspace {
     std::int64_t basis_bytes;    // of the rearranged basis; 0 for a global filter
 };
 
-// The steps of a group, in order. Steps over a range [first, last) of row pairs or columns may be split between
-// threads, each with its own scratch; a barrier must separate one step from the next.
+// A step over a range [first, last) may be split between threads, each with its own scratch; a barrier must separate
+// one step from the next.
+using FilterStep = void (*)(const FilterCall&, const TileGroup&, void* scratch, int first, int last);
+
+// The steps of a group, in order.
 struct FilterKernel {
     FilterWorkspace (*workspace)(const FilterCall&);
     // Copies columns [first, last) of the basis (H,K,F,2) into the order in which `columns` reads them. Comes first.
     void (*arrange_basis)(const FilterCall&, int first, int last);
     void (*begin)(const FilterCall&, const TileTask&);
-    void (*rows)(const FilterCall&, const TileGroup&, void* scratch, int first, int last);
-    void (*columns)(const FilterCall&, const TileGroup&, void* scratch, int first, int last);
-    void (*inverse_rows)(const FilterCall&, const TileGroup&, void* scratch, int first, int last);
+    FilterStep load_planes;  // channels-first only; of the planes' segments, as many as pairs of rows
+    FilterStep rows;         // of pairs of rows
+    FilterStep columns;
+    FilterStep inverse_rows;
+    FilterStep store_planes;  // channels-first only
     // star_relu_sums: this tile's terms of StarReLU's grad_scale and grad_bias
     void (*end)(const FilterCall&, const TileTask&, double* star_relu_sums);
     // Rows [first, last) of grad_basis: the sum over slots.

@@ -127,6 +127,15 @@ def test_no_derivative_depends_on_how_tensors_lie_in_memory(op: Op, case: Case, 
         assert relative_error(actual, wanted) <= 1e-13
 
 
+@ALL_OPS
+def test_the_reference_compiles_as_one_graph_wherever_tensors_begin(op: Op) -> None:
+    inputs = make_inputs(op, Case(2, 4, 6, 3), torch.float64)
+    compiled = torch.compile(getattr(reference, op.name), backend="aot_eager", fullgraph=True)
+    for arrange in (torch.clone, at_odd_offset):
+        arranged = {name: arrange(t.detach()) for name, t in inputs.items()}
+        assert relative_error(compiled(**arranged), op.reference(arranged)) <= 1e-13
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_pairs_become_complex_numbers_without_a_copy_where_they_can(dtype: torch.dtype) -> None:
     pairs = torch.arange(48, dtype=dtype).view(4, 2, 3, 2)

@@ -5,6 +5,7 @@
 #include "tile.inl"
 #include "mixing.inl"
 #include "columns.inl"
+#include "planes.inl"
 #include "rows.inl"
 
 namespace {

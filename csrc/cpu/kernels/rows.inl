@@ -3,12 +3,11 @@
 namespace {
 
 template <class L>
-struct Filter : ColumnsOf<typename L::Vec> {
-    using Storage = typename L::Scalar;
-    using V = typename L::Vec;
-    using Base = ColumnsOf<V>;
-    using Base::lanes;
-    using typename Base::Line, typename Base::Tile, typename Base::T;
+struct Filter : Planes<L> {
+    using Base = Planes<L>;
+    using Base::lanes, Base::load, Base::store, Base::store_sums;
+    using typename Base::Activation, typename Base::Identity, typename Base::Line, typename Base::Storage,
+        typename Base::Tile, typename Base::T, typename Base::V;
 
     static const Storage* pixels(const Tile& tile, const void* tensor, std::int64_t row) {
         return static_cast<const Storage*>(tensor) + tile.row_offset(row);
@@ -16,19 +15,6 @@ struct Filter : ColumnsOf<typename L::Vec> {
     static Storage* pixels(const Tile& tile, void* tensor, std::int64_t row) {
         return static_cast<Storage*>(tensor) + tile.row_offset(row);
     }
-
-    // The last tile of a sample may not use all lanes.
-    static V load(const Storage* from, int used) { return used == lanes ? L::load(from) : load_first<L>(from, used); }
-    static void store(Storage* to, V v, int used) { used == lanes ? L::store(to, v) : store_first<L>(to, v, used); }
-
-    struct Identity {
-        FFT_INLINE V operator()(V x) const { return x; }
-    };
-    struct Activation {
-        V scale, bias;
-        explicit Activation(const Tile& tile) : scale(V{} + T(tile.problem.scale)), bias(V{} + T(tile.problem.bias)) {}
-        FFT_INLINE V operator()(V x) const { return StarReLU<L>::forward_lane(x, scale, bias); }
-    };
 
     // Pairs of rows of a tensor, starting at pair `first`.
     struct RowPairs {
@@ -75,21 +61,18 @@ struct Filter : ColumnsOf<typename L::Vec> {
         FFT_INLINE Pair of(std::int64_t i) const { return {RowPair(*this, i), act}; }
     };
 
-    // If all lanes are used, the first pass reads the tensor directly, unless it is channels-first.
+    // If all lanes are used, the first pass reads the tensor directly.
     template <class Act>
     static void transform_rows(const RowPairs& rows, int count, Line* line, Line* scratch, const Act& act) {
         const Plan<T>& plan = rows.tile.row_plan;
         const Pass<T>& first = plan.passes[0];
         const std::int64_t stride = rows.tile.call.row_stride;
-        const bool channels_first = rows.tile.problem.channels_first;
-        const bool from_tensor = rows.tile.used == lanes && !channels_first;
+        const bool from_tensor = rows.tile.used == lanes;
         if (from_tensor)
             run_pass<false, V>(first, count, scratch, RowSource<Act>{rows, act},
                                LineSink<V>{{line, first.inner, stride}});
         else
-            for (int i = 0; i < count; i++)
-                (channels_first ? load_planes<Act> : load_pair<Act>)(RowPair(rows, i), rows.tile, line + i * stride,
-                                                                     act);
+            for (int i = 0; i < count; i++) load_pair(RowPair(rows, i), rows.tile, line + i * stride, act);
         run_passes<false, V>(plan, from_tensor ? 1 : 0, plan.num_passes, count, line, stride, scratch);
     }
     template <class Act>
@@ -100,106 +83,13 @@ struct Filter : ColumnsOf<typename L::Vec> {
         }
     }
 
-    // ---- channels-first: in memory a register holds pixels of one channel, here it holds channels of one pixel
-
-    static constexpr int half = lanes / 2;
-    static std::int64_t plane(const Tile& tile) { return std::int64_t{tile.H} * tile.W; }
-    FFT_INLINE static V first_halves(V a, V b) { return alternate<0, half, lanes>(a, b); }
-
-    // block[i] = the channels of pixel i. fetch(offset) returns pixels of the channel at that offset from the first.
-    template <class Fetch>
-    FFT_INLINE static void load_block(const Tile& tile, V* block, const Fetch& fetch) {
-        const std::int64_t next = plane(tile);
-        if (tile.used == lanes)
-            unrolled<0, lanes>([&](auto c) UNROLLED_BODY { block[c] = fetch(c * next); });
-        else
-            for (int c = 0; c < lanes; c++) block[c] = c < tile.used ? fetch(c * next) : V{};
-        Base::transpose(block);
-    }
-    template <class Act>
-    static void load_planes(const RowPair& pair, const Tile& tile, Line* line, const Act& act) {
-        V block[lanes];
-        if (2 * tile.W <= lanes) {  // both rows in one register
-            load_block(tile, block, [&](std::int64_t channel) UNROLLED_BODY {
-                return first_halves(load(pair.a + channel, tile.W), load(pair.b + channel, tile.W));
-            });
-            unrolled<0, half>([&](auto i) UNROLLED_BODY {
-                if (i < tile.W) line[tile.row_plan.position[i]] = {act(block[i]), act(block[i + half])};
-            });
-            return;
-        }
-        for (int w = 0; w < tile.W; w += lanes) {
-            const int* position = tile.row_plan.position + w;
-            const int pixels = tile.W - w < lanes ? tile.W - w : lanes;
-            const auto load_row = [&](const Storage* row, const Storage* next) UNROLLED_BODY {
-                load_block(tile, block, [&](std::int64_t channel) UNROLLED_BODY {
-                    __builtin_prefetch(next + channel, 0, 2);
-                    return load(row + channel, pixels);
-                });
-            };
-            load_row(pair.a + w, pair.next_a + w);
-            unrolled<0, lanes>([&](auto i) UNROLLED_BODY {
-                if (i < pixels) line[position[i]].re = act(block[i]);
-            });
-            load_row(pair.b + w, pair.next_b + w);
-            unrolled<0, lanes>([&](auto i) UNROLLED_BODY {
-                if (i < pixels) line[position[i]].im = act(block[i]);
-            });
-        }
-    }
-
-    struct PlainStore {
-        Storage* to;
-        FFT_INLINE void operator()(std::int64_t offset, V value, int pixels) { store(to + offset, value, pixels); }
-    };
-    struct StarReLUStore {
-        const Storage* x;
-        Storage* grad_x;  // or null
-        V two_scale;
-        typename StarReLU<L>::Sums sums;
-        FFT_INLINE void operator()(std::int64_t offset, V value, int pixels) {
-            const V grad = StarReLU<L>::backward_lane(value, load(x + offset, pixels), two_scale, sums);
-            if (grad_x) store(grad_x + offset, grad, pixels);
-        }
-    };
-    // Transforms a pair's lines back and stores them. Returns `store`, which has sums: passed by reference, they would
-    // not stay in registers.
-    template <class Store>
-    static Store store_planes(const Tile& tile, const int* rows, const Line* line, Store store) {
-        const std::int64_t next = plane(tile), a = tile.row_offset(rows[0]);
-        const std::int64_t b = rows[1] < 0 ? a : tile.row_offset(rows[1]);
-        const auto each_channel = [&](auto put) UNROLLED_BODY {
-            unrolled<0, lanes>([&](auto c) UNROLLED_BODY {
-                if (c < tile.used) put(c, c * next);
-            });
-        };
-        V block[lanes];
-        if (2 * tile.W <= lanes) {
-            const int* position = tile.row_plan.position;
-            unrolled<0, half>([&](auto i) UNROLLED_BODY {
-                const Line point = i < tile.W ? line[position[i]] : Line{};
-                block[i] = point.re;
-                block[i + half] = point.im;
-            });
-            Base::transpose(block);
-            each_channel([&](auto c, std::int64_t channel) UNROLLED_BODY {
-                store(a + channel, first_halves(block[c], V{}), tile.W);
-                if (rows[1] >= 0) store(b + channel, alternate<1, half, lanes>(block[c], V{}), tile.W);
-            });
-            return store;
-        }
-        for (int w = 0; w < tile.W; w += lanes) {
-            const int* position = tile.row_plan.position + w;
-            const int pixels = tile.W - w < lanes ? tile.W - w : lanes;
-            unrolled<0, lanes>([&](auto i) UNROLLED_BODY { block[i] = i < pixels ? line[position[i]].re : V{}; });
-            Base::transpose(block);
-            each_channel([&](auto c, std::int64_t channel) UNROLLED_BODY { store(a + channel + w, block[c], pixels); });
-            if (rows[1] < 0) continue;
-            unrolled<0, lanes>([&](auto i) UNROLLED_BODY { block[i] = i < pixels ? line[position[i]].im : V{}; });
-            Base::transpose(block);
-            each_channel([&](auto c, std::int64_t channel) UNROLLED_BODY { store(b + channel + w, block[c], pixels); });
-        }
-        return store;
+    // Channels-first, `load_planes` comes before. A row without a partner is paired with itself.
+    static void transform_loaded_rows(const Tile& tile, int first, int count, Line* line, Line* scratch) {
+        for (int i = 0; i < count; i++)
+            if (tile.column_plan.pairs[2 * (first + i) + 1] < 0)
+                for (Line *point = line + i * tile.call.row_stride, *end = point + tile.W; point < end; point++)
+                    point->im = point->re;
+        run_passes<false, V>(tile.row_plan, 0, tile.row_plan.num_passes, count, line, tile.call.row_stride, scratch);
     }
 
     static void rows(const FilterCall& call, const TileGroup& group, void* scratch_, int first, int last) {
@@ -212,6 +102,11 @@ struct Filter : ColumnsOf<typename L::Vec> {
                 const RowPairs x{tile, tile.tensors.x, start}, grad_y{tile, tile.tensors.grad_y, start};
                 Line* x_line = tile.x_spectrum + start * call.row_stride;
                 Line* y_line = tile.y_spectrum + start * call.row_stride;
+                if (tile.problem.channels_first) {
+                    if (tile.needs_x_spectrum()) transform_loaded_rows(tile, start, count, x_line, scratch);
+                    if (tile.backward()) transform_loaded_rows(tile, start, count, y_line, scratch);
+                    continue;
+                }
                 if (tile.needs_x_spectrum() && tile.problem.star_relu)
                     transform_rows(x, count, x_line, scratch, Activation(tile));
                 else if (tile.needs_x_spectrum())
@@ -232,7 +127,8 @@ struct Filter : ColumnsOf<typename L::Vec> {
                 run_passes<true, V>(plan, 0, plan.num_passes, count, line, call.row_stride,
                                     static_cast<Line*>(scratch));
             }
-            for (int pair = start; pair < start + count; pair++) store_pair(call, group, pair);
+            if (!tile.problem.channels_first)  // else `store_planes` comes next
+                for (int pair = start; pair < start + count; pair++) store_pair(call, group, pair);
         }
         stream_fence();
     }
@@ -241,10 +137,7 @@ struct Filter : ColumnsOf<typename L::Vec> {
         const Tile tile(call, group.tasks[0]), last(call, group.tasks[group.count - 1]);
         const Line* line = tile.y_spectrum + pair * call.row_stride;
         const std::int64_t stride = group.count > 1 ? (last.y_spectrum - tile.y_spectrum) / (group.count - 1) : 0;
-        if (tile.problem.channels_first)
-            for (int g = 0; g < group.count; g++)
-                store_pair_of_planes(Tile(call, group.tasks[g]), pair, line + g * stride);
-        else if (tile.backward() && tile.problem.star_relu)
+        if (tile.backward() && tile.problem.star_relu)
             for (int g = 0; g < group.count; g++)
                 store_pair_star_relu(Tile(call, group.tasks[g]), pair, line + g * stride);
         else
@@ -317,25 +210,6 @@ struct Filter : ColumnsOf<typename L::Vec> {
                (reinterpret_cast<std::uintptr_t>(pixel) | std::uintptr_t(bytes_of_pixel)) % VECTOR_BYTES == 0;
     }
 
-    static void store_pair_of_planes(const Tile& tile, int pair, const Line* line) {
-        const int* rows = tile.column_plan.pairs + 2 * pair;
-        auto* grad_x = static_cast<Storage*>(tile.tensors.grad_x);
-        if (tile.backward() && tile.problem.star_relu) {
-            const auto* x = static_cast<const Storage*>(tile.tensors.x);
-            const V two_scale = V{} + T(2 * tile.problem.scale);
-            StarReLUStore stored = store_planes(tile, rows, line, StarReLUStore{x, grad_x, two_scale, {}});
-            store_sums(tile, pair, stored.sums);
-        } else {
-            store_planes(tile, rows, line,
-                         PlainStore{tile.backward() ? grad_x : static_cast<Storage*>(tile.tensors.y)});
-        }
-    }
-    static void store_sums(const Tile& tile, int pair, typename StarReLU<L>::Sums& sums) {
-        sums.flush();
-        tile.star_relu_sums[2 * pair] = lane_sum(sums.scale.sum);
-        tile.star_relu_sums[2 * pair + 1] = lane_sum(sums.bias.sum);
-    }
-
     // grad_x from grad_u, and this pair's terms of StarReLU's grad_scale and grad_bias.
     static void store_pair_star_relu(const Tile& tile, int pair, const Line* __restrict line) {
         const int* __restrict position = tile.row_plan.position;
@@ -364,8 +238,9 @@ struct Filter : ColumnsOf<typename L::Vec> {
 };
 
 template <class L>
-constexpr FilterKernel filter_kernel = {Filter<L>::workspace, Filter<L>::arrange_basis, Filter<L>::begin,
-                                        Filter<L>::rows,      Filter<L>::columns,       Filter<L>::inverse_rows,
-                                        Filter<L>::end,       Filter<L>::sum_slots};
+constexpr FilterKernel filter_kernel = {Filter<L>::workspace,    Filter<L>::arrange_basis, Filter<L>::begin,
+                                        Filter<L>::load_planes,  Filter<L>::rows,          Filter<L>::columns,
+                                        Filter<L>::inverse_rows, Filter<L>::store_planes,  Filter<L>::end,
+                                        Filter<L>::sum_slots};
 
 }  // namespace

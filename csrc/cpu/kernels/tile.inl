@@ -1,5 +1,5 @@
-// A tile: the H x W planes of neighbouring channels of one sample, one channel per SIMD lane. mixing.inl, columns.inl
-// and rows.inl compute the filter step and its gradients on it:
+// A tile: the H x W planes of neighbouring channels of one sample, one channel per SIMD lane. mixing.inl,
+// columns.inl, rows.inl and planes.inl compute the filter step and its gradients on it:
 //
 //   forward    y = irfft2(rfft2(u) M)
 //   backward   X = rfft2(u), G = rfft2(grad_y), Q = G conj(X), D = 1 for k = 0 and k = W/2, else 2

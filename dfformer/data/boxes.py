@@ -106,7 +106,7 @@ class CocoImages(BoxDataset, FileDataset[tuple[Image.Image, Objects]]):
         outside = given.anchor or ".." in given.parts or "\0" in name
         if outside or not real_path(path).is_relative_to(real_path(self.folder)):
             raise ValueError(
-                f"{self.file}: image {number}: file_name: got {name!r}, accepted are files in {self.folder}"
+                f"{self.file}: image {number}: file_name: got {name[:99]!r}, accepted are files in {self.folder}"
             )
         return path
 
@@ -122,7 +122,7 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: does not exist")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not JSON: {error}") from error
     for kind, fields in _FIELDS.items():
@@ -138,6 +138,15 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
         [(most_common, times)] = Counter(entry["id"] for entry in entries).most_common(1)
         if times > 1:
             raise ValueError(f"{path}: {times} {kind} have the id {most_common}")
+    return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError if it has a key twice, of which json would keep the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        [(key, times)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"an object has the key {key[:99]!r} {times} times")
     return content
 
 

@@ -6,7 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from dfformer.data.files import IMAGE_SUFFIXES, ImageDataset, check_each, check_image, image_files, natural_key
+from dfformer.data.files import (
+    IMAGE_SUFFIXES,
+    ImageDataset,
+    check_each,
+    check_image,
+    image_files,
+    is_image,
+    natural_key,
+)
 from dfformer.utils.text import abbreviate
 
 
@@ -84,7 +92,7 @@ def _members(file: IO[bytes], inside: PurePosixPath, start: int) -> Iterator[Mem
             nested: Any = tar.extractfile(entry) if path.suffix.lower() == ".tar" else None
             if nested is not None:
                 yield from _members(nested, path.with_suffix(""), start + entry.offset_data)
-            elif path.suffix.lower() in IMAGE_SUFFIXES:
+            elif is_image(path):
                 yield Member(path, start + entry.offset_data, entry.size)
 
 

@@ -1,5 +1,7 @@
 """Finds and reads image files. They are untrusted: any fault of a file is an error that names it."""
 
+import errno
+import io
 import os
 import re
 import stat
@@ -7,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,6 +21,13 @@ IMAGE_SUFFIXES = frozenset(
     [
         *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
         *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+    ]
+)
+# Images all the same: they are never left out without a word.
+_UNSUPPORTED_SUFFIXES = frozenset(
+    [
+        *(".arw", ".cr2", ".cr3", ".dds", ".dng", ".exr", ".hdr", ".heic", ".heif"),
+        *(".jxl", ".nef", ".orf", ".pcx", ".psd", ".raf", ".rw2", ".tga"),
     ]
 )
 # Pillow supports more formats, but some run other programs (EPS) or cannot be decoded.
@@ -109,7 +118,8 @@ def image_files(inputs: Iterable[Path], on_unreadable: Callable[[OSError], Any] 
     such a suffix are listed even if they cannot be read. Each file is listed once.
 
     Args:
-        on_unreadable: called with the error for a folder that cannot be listed; by default it is raised.
+        on_unreadable: called with the error for a folder that cannot be listed, and for an image of an unsupported
+            format; by default it is raised.
     """
     found: dict[str, Path] = {}
     for path in inputs:
@@ -149,8 +159,18 @@ def _below(folder: Path, above: frozenset[Path], on_unreadable: Callable[[OSErro
             continue
         if os.path.isdir(path) if entry.is_symlink() else entry.is_dir():  # noqa: PTH112
             yield from _below(path, above | {real}, on_unreadable)
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
+        elif is_image(path, on_unreadable):
             yield path
+
+
+def is_image(path: PurePath, on_unsupported: Callable[[OSError], Any] = _raise) -> bool:
+    """Whether a file has the suffix of a supported image; calls ``on_unsupported`` for that of another image."""
+    suffix = path.suffix.lower()
+    if suffix in _UNSUPPORTED_SUFFIXES:
+        accepted = " ".join(sorted(IMAGE_SUFFIXES))
+        reason = f"{suffix} images are not supported, accepted are {accepted}"
+        on_unsupported(io.UnsupportedOperation(errno.ENOTSUP, reason, str(path)))
+    return suffix in IMAGE_SUFFIXES
 
 
 def natural_key(text: str) -> tuple[list[Any], str]:

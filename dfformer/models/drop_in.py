@@ -1,4 +1,4 @@
-"""Replaces the authors' DynamicFilter and GlobalFilter, and copies of them, in somebody else's model."""
+"""Replaces the authors' DynamicFilter and GlobalFilter, and copies of them, in a third-party model."""
 
 import copy
 import functools

@@ -1,6 +1,6 @@
 """The models by name: one function for each, registered with timm when ``dfformer`` is imported.
 
-A name belongs to whoever registered it last. If the authors' code has already registered these names, importing
+A name belongs to the code that registered it last. If the authors' code has already registered these names, importing
 ``dfformer`` takes them over, with one warning. If the authors' code is imported later, it takes them over, with timm's
 warnings, and `register_models` takes them back. The functions here always build this package's models.
 """

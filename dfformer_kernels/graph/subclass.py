@@ -88,7 +88,7 @@ def _rebuilt(
 
 
 def is_fused_class(kind: type[nn.Module]) -> bool:
-    """Whether `fused_class` made ``kind``, and not somebody who derived another class from such a class."""
+    """Whether `fused_class` made ``kind`` itself: classes derived from such a class do not count."""
     return "fused_programs" in vars(kind)
 
 

@@ -177,6 +177,7 @@ ANNOTATIONS: dict[str, tuple[Change, str]] = {
     "link": (_file_name("link.png"), "image 102: file_name: got 'link.png'"),
     "linked-folder": (_file_name("linked/secret.png"), "image 102: file_name: got 'linked/secret.png'"),
     "loop": (_file_name("loop.png"), "loop.png"),
+    "long": (_file_name("/" + 5000 * "x"), f"file_name: got '/{98 * 'x'}', accepted are files in"),
     "null": (_file_name("a\0.png"), "image 102: file_name: got 'a\\x00.png'"),
     "itself": (_file_name(""), "is not a regular file"),
 }
@@ -214,6 +215,7 @@ def test_folders_inside_and_a_linked_split(root: Path, tmp_path: Path) -> None:
 
 
 TEXTS = {"no-json": b"{", "a-list": b"[]", "deep": b"[" * 100_000, "bytes": b"\xff\xfe\xfd", "digits": b"9" * 5000}
+TEXTS["key-twice"] = b'{"images": [], "images": []}'
 
 
 @pytest.mark.parametrize("content", TEXTS.values(), ids=TEXTS.keys())

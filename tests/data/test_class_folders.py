@@ -106,6 +106,7 @@ BAD = {
     "single": (lambda root: (root / "val" / "dog").rename(root / "dog"), "val: has the single class folder cat"),
     "no split": (lambda root: (root / "val").rename(root / "test"), "has neither a folder 'val' nor val.tar"),
     "unreadable": (_file("cat/x.png", b""), "1 of 3 images cannot be used: cannot identify image file '.*cat/x.png'"),
+    "format": (_file("cat/x.HEIC", b""), "[.]heic images are not supported, accepted are .*cat/x.HEIC"),
     "dangling": (lambda root: (root / "val/cat/y.png").symlink_to("nowhere"), "No such file .*cat/y.png"),
 }
 
@@ -141,6 +142,14 @@ def test_links_in_a_tar_file_are_not_left_out_in_silence(link: str, tmp_path: Pa
         (folder / "kitten").symlink_to("cat")
     packed(folder).rename(tmp_path / "test.tar")
     with pytest.raises(ValueError, match=r"test\.tar: (cat/|kitten).* is a link, .*; accepted are .* without"):
+        open_dataset("", str(tmp_path), "test")
+
+
+def test_images_of_other_formats_in_a_tar_file_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    folder = write(tmp_path / "val", "cat/1.png", "dog/2.png")
+    (folder / "dog" / "3.tga").write_bytes(b"")
+    packed(folder).rename(tmp_path / "test.tar")
+    with pytest.raises(ValueError, match=r"[.]tga images are not supported, accepted are .*dog/3[.]tga"):
         open_dataset("", str(tmp_path), "test")
 
 

@@ -1,4 +1,4 @@
-"""Compares somebody's module with its replacement on trial inputs: outputs, gradients, both modes, several planes."""
+"""Compares a foreign module with its replacement on trial inputs: outputs, gradients, both modes, several planes."""
 
 import copy
 import inspect

@@ -79,6 +79,9 @@ _DEVICE = Argument("--device", type=device, default="cpu", help="cpu, cuda, cuda
 _WORKERS_ARGUMENT = Argument(
     "--workers", type=int, default=_WORKERS, help=f"processes that read images (here: {_WORKERS})"
 )
+_SELF_ENSEMBLE = Argument(
+    "--self-ensemble", action="store_true", help="restoration: average over images turned and mirrored in eight ways"
+)
 
 
 def _batch_size(default: int) -> Argument:
@@ -176,6 +179,7 @@ COMMANDS = {
                 help="one or several; default: the model's",
             ),
             Argument("--crop-pct", type=float, help="share of the image's side that is kept; default: the model's"),
+            _SELF_ENSEMBLE,
             _batch_size(64),
             _WORKERS_ARGUMENT,
             _DEVICE,
@@ -198,6 +202,7 @@ COMMANDS = {
             _IMG_SIZE,
             Argument("--topk", type=int, default=5, help="default: 5"),
             Argument("--min-score", type=float, default=0.3, help="lowest score of objects; default: 0.3"),
+            _SELF_ENSEMBLE,
             _batch_size(16),
             _WORKERS_ARGUMENT,
             _DEVICE,

@@ -24,7 +24,7 @@ from dfformer.models.checkpoint import build_and_load, load_checkpoint
 from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
 from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress, tabulate
 from dfformer.tasks.predict import find_inputs, predict_each, refuse_arguments
-from dfformer.tasks.restorer import Restorer, enlarged, tiled
+from dfformer.tasks.restorer import Restorer, SelfEnsemble, enlarged, tiled
 from dfformer.tasks.results import write_results
 
 if TYPE_CHECKING:
@@ -176,12 +176,17 @@ def _loader(tensors: RestorationTensors, workers: int, place: Place) -> DataLoad
     return whole_images(tensors, workers, place, surplus=nothing_like)
 
 
+def _wanted(checkpoint: Path, arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    model, about = load_restorer(checkpoint)
+    return (SelfEnsemble(model) if arguments.self_ensemble else model), about
+
+
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """The command line's ``eval`` for restoration checkpoints."""
     refuse_arguments(arguments, "restoration")
 
     def measure(checkpoint: Path) -> Iterator[Measured]:
-        model, about = load_restorer(checkpoint)
+        model, about = _wanted(checkpoint, arguments)
         for tile in arguments.img_size or [tuple(about["data"]["input_size"][1:])]:
             yield _evaluate(checkpoint, model, about, tile, arguments)
 
@@ -200,8 +205,8 @@ def _evaluate(
     measures = mean_quality(timed, bar, place, degradation.scale, tile, arguments.batch_size)
     return Measured(
         model=about["architecture"],
-        size={"tile_height": tile[0], "tile_width": tile[1]},
-        title=f"tiles {tile[0]}x{tile[1]}",
+        size={"tile_height": tile[0], "tile_width": tile[1], "self_ensemble": arguments.self_ensemble},
+        title=f"tiles {tile[0]}x{tile[1]}" + ", self-ensemble" * arguments.self_ensemble,
         images=len(dataset),
         seconds=timed.seconds,
         measures=measures,
@@ -217,7 +222,7 @@ def predict_command(arguments: argparse.Namespace) -> int:
     from dfformer.analysis.dense_figures import restorations
 
     refuse_arguments(arguments, "restoration")
-    model, about = load_restorer(arguments.checkpoint)
+    model, about = _wanted(arguments.checkpoint, arguments)
     device, scale = torch.device(arguments.device), about["degradation"]["scale"]
     model.to(device)
     tile = arguments.img_size or tuple(about["data"]["input_size"][1:])

@@ -79,6 +79,25 @@ class Restorer(nn.Module):
             stage.grad_checkpointing = enable
 
 
+class SelfEnsemble(nn.Module):
+    """Averages a restorer's results for an image turned and mirrored in all eight ways; takes eight times as long.
+
+    Source: Timofte, Rothe and Van Gool, "Seven ways to improve example-based single image super resolution", CVPR 2016.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        def restored(turns: int) -> Tensor:
+            turned = images.rot90(turns, (2, 3))
+            result: Tensor = self.model(turned) + self.model(turned.mT).mT
+            return result.rot90(-turns, (2, 3))
+
+        return torch.stack([restored(turns) for turns in range(4)]).sum(0) / 8
+
+
 def enlarged(images: Tensor, scale: int) -> Tensor:
     """Enlarges (B,3,H,W) to float32 (B,3,scale*H,scale*W), bicubically as in Pillow."""
     images = images.float()

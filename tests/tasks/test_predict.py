@@ -283,6 +283,7 @@ MISUSES = {
     "classes": ("detect", ["--classes", "names.txt"], "--classes: not for detection"),
     "score": ("detect", ["--min-score", "nan"], "--min-score: got nan, accepted are numbers from 0 to 1"),
     "pretrained": ("segment", ["--pretrained"], "--pretrained: not for segmentation"),
+    "self-ensemble": ("detect", ["--self-ensemble"], "--self-ensemble: not for the task detect"),
     "no images": ("segment", ["empty\n"], "no images in empty\\n"),
 }
 

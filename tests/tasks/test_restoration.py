@@ -23,7 +23,7 @@ from train_runs import assert_same_result, history
 from dfformer.cli.main import main
 from dfformer.models.checkpoint import CheckpointError
 from dfformer.tasks.restoration import enlarged_only, load_restorer, quality, restore
-from dfformer.tasks.restorer import Restorer, enlarged, tiled
+from dfformer.tasks.restorer import Restorer, SelfEnsemble, enlarged, tiled
 from dfformer.tasks.table import task_part
 
 SMALL: dict[str, Any] = {"depths": [1, 1, 1, 1], "dims": [16, 16, 16, 16], "strides": [2, 2, 2, 2]}
@@ -119,6 +119,18 @@ def test_any_size_begins_with_the_enlarged_input_and_every_parameter_learns(stri
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_a_self_ensemble_averages_over_turns_and_mirror_images() -> None:
+    """The mean of what a direction makes of an image knows no direction; each result is turned back to its place."""
+    model = Local(scale=2, reach=1)
+    kernel = model.conv.weight.detach().clone()
+    image = torch.rand(1, 3, 6, 9)
+    with torch.no_grad():
+        result = SelfEnsemble(model)(image)
+        ways = [turned.rot90(turns, (2, 3)) for turned in (kernel, kernel.mT) for turns in range(4)]
+        model.conv.weight.copy_(torch.stack(ways).mean(0))
+        torch.testing.assert_close(result, model(image))
+
+
 def test_quality() -> None:
     """Both sums by hand: a difference of 10 levels everywhere; the same image."""
     image = torch.randint(0, 240, (3, 20, 30), dtype=torch.uint8)
@@ -157,6 +169,11 @@ def test_train_evaluate_and_predict(
         row, larger = csv.DictReader(file)
     for name in ("psnr", "ssim", "input_psnr", "input_ssim"):
         assert float(row[name]) == pytest.approx(last[name]), name
+    assert main(["eval", checkpoint, *data, "--csv", str(table), "--self-ensemble"]) == 0
+    with table.open() as file:
+        [ensemble] = csv.DictReader(file)
+    assert float(ensemble["psnr"]) > float(row["psnr"]) + 0.01
+    assert (row["self_ensemble"], ensemble["self_ensemble"]) == ("False", "True")
     assert (row["images"], row["tile_width"], larger["tile_height"], larger["tile_width"]) == ("3", "32", "48", "64")
 
     targets = root / "targets" / "val"

@@ -17,6 +17,8 @@ from dfformer_kernels import __version__
 _BROKEN_PIPE, _INTERRUPTED, _FAILED = 141, 130, 2
 # Lower bounds of arguments that several commands have.
 _LEAST = {"topk": 1, "batch_size": 1, "synthetic_images": 1, "workers": 0}
+# The files that several commands write, and how their names end.
+_REPORTS = {"json": ".json", "csv": ".csv"}
 _ALL = Command("The DFFormer family of vision models.", commands=COMMANDS)
 
 
@@ -110,6 +112,10 @@ def _parsed(prog: str, command: Command, argv: list[str]) -> argparse.Namespace:
     for name, least in _LEAST.items():
         if (value := getattr(arguments, name, least)) < least:
             raise ValueError(f"--{name.replace('_', '-')}: got {value}, accepted are numbers from {least} up")
+    for name, suffix in _REPORTS.items():
+        path = getattr(arguments, name, None)
+        if path and path.is_file() and path.suffix.lower() != suffix:  # e.g. an image, where the name was forgotten
+            raise ValueError(f"--{name}: got {path}, which exists; accepted are a new file or one ending in {suffix}")
     for name in _models(arguments):
         _check_model(name)
     _check_model_args(arguments)

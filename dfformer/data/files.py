@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from dfformer.utils.text import abbreviate
 
@@ -199,7 +199,8 @@ def read_image(
 ) -> Image.Image:
     """The decoded image of a file; the first frame if it has several.
 
-    16 bits a channel and floats from 0 to 1 are scaled to 8 bits. Transparency is dropped, as in timm and torchvision.
+    12 or 16 bits a channel and floats from 0 to 1 are scaled to 8 bits. Transparency is dropped, as in timm and
+    torchvision.
 
     Args:
         file: a file, or an image that is already open.
@@ -218,25 +219,36 @@ def read_image(
 
 def _converted(image: Image.Image, mode: str, exif_orientation: bool) -> Image.Image:
     image.load()
-    turned = image
-    if exif_orientation:
-        turned = ImageOps.exif_transpose(image)
-        turned.format = image.format
-    turned = _eight_bits(turned)
+    highest = _highest(image)
+    turned = ImageOps.exif_transpose(image) if exif_orientation else image
+    turned = _eight_bits(turned, highest)
     if turned.mode in ("P", "PA") and "transparency" in turned.info:
         turned = turned.convert("RGBA")  # Pillow warns about a direct conversion to RGB
     return turned.convert(mode)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """``image``, converted to 8 bits if it has 16 bits a channel or floats."""
+def _highest(image: Image.Image) -> float | None:
+    """The value of white in an image with more than 8 bits a channel; None for other images.
+
+    Raises ValueError for pixels that are not supported.
+    """
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # these have 16 bits too
-        highest = 65535.0
+        highest = 2.0 ** tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] - 1
     elif image.mode == "F":
         highest = 1.0
     elif image.mode == "I":
         raise ValueError("pixels: got 32-bit integers, accepted are 8 or 16 bits a channel, or floats from 0 to 1")
     else:
+        return None
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # Pillow inverts only 8 bits
+        raise ValueError("pixels: got more than 8 bits with 0 as white, accepted is 0 as black")
+    return highest
+
+
+def _eight_bits(image: Image.Image, highest: float | None) -> Image.Image:
+    """``image``, converted to 8 bits if its white is ``highest``."""
+    if highest is None:
         return image
     values = np.asarray(image).astype(np.float64)
     if not ((values >= 0) & (values <= highest)).all():  # also for NaN
@@ -257,7 +269,7 @@ def image_mode(channels: int) -> str:
 
 
 def check_image(path: Path, exif_orientation: bool = False) -> ImageInfo:
-    """The size and orientation of an image file; ValueError if it is no image or is truncated.
+    """The size and orientation of an image file; ValueError if it is no image, is truncated or has unsupported pixels.
 
     Only the header and the end of the file are read, unless the end does not show that the file is complete.
     """
@@ -265,6 +277,7 @@ def check_image(path: Path, exif_orientation: bool = False) -> ImageInfo:
         marker = _ENDS.get(image.format or "")
         if marker is None or marker not in _tail(path):
             image.load()
+        _highest(image)
         orientation = orientation_of(image)
         width, height = image.size
         swapped = exif_orientation and orientation >= 5

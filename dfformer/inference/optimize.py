@@ -70,7 +70,7 @@ def optimize_for_inference(
     with torch.inference_mode(False), torch.no_grad():
         served = deepcopy(model, _results(model)).eval().requires_grad_(False)
         if img_size is not None:
-            _fix_filters(served, to_2tuple(img_size))
+            _fix_filters(served, to_2tuple(img_size), left_alone)
         shared = _shared(served)
         for name, module in list(served.named_modules()):
             if isinstance(module, MetaFormerBlock):
@@ -115,14 +115,19 @@ class InferenceModel(nn.Module):
         return super().train(False)
 
 
-def _fix_filters(model: nn.Module, img_size: tuple[int, int]) -> None:
+def _fix_filters(model: nn.Module, img_size: tuple[int, int], left_alone: list[LeftAlone]) -> None:
     planes: dict[SpectralFilter, tuple[int, int]] = {}
 
     def note_plane(module: SpectralFilter, inputs: tuple[Tensor, ...]) -> None:
         planes[module] = module.plane_of(inputs[0])
 
-    spectral = [m for m in model.modules() if isinstance(m, SpectralFilter)]
-    handles = [m.register_forward_pre_hook(note_plane) for m in spectral]
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, SpectralFilter):
+            if "complex_weights" in {**module._parameters, **module._buffers}:
+                handles.append(module.register_forward_pre_hook(note_plane))
+            else:
+                left_alone.append(LeftAlone(name, ("its filters are computed at each call",)))
     like = next(model.parameters())
     in_chans = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
     try:
@@ -145,8 +150,9 @@ def _fold_norms(name: str, block: Any, shared: set[int], left_alone: list[LeftAl
             left_alone.append(LeftAlone(f"{name}.{child}".lstrip("."), tuple(reasons)))
             continue
         for path, kind in _READERS[type(reader)].items():
-            if kind is nn.Linear:
-                reader.get_submodule(path).weight.mul_(norm.weight)
+            if kind is nn.Linear:  # a new weight, because other layers may have the numbers of the old one
+                layer = reader.get_submodule(path)
+                layer.weight = nn.Parameter(layer.weight * norm.weight, requires_grad=False)
         setattr(block, child, nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False))
 
 
@@ -164,8 +170,8 @@ def _against_folding(norm: nn.Module, reader: nn.Module, shared: set[int]) -> li
     for path, kind in _READERS[type(reader)].items():
         child = children.get(path)
         against = ["it is absent"] if child is None else reasons_against(child, kind)
-        if not against and isinstance(child, nn.Linear) and id(child.weight) in shared:
-            against.append("other layers have its weight")
+        if not against and id(child) in shared:
+            against.append("it has several names")
         reasons += [f"its reader's {path}: {reason}" for reason in against]
     return reasons
 
@@ -177,8 +183,8 @@ def _results(model: nn.Module) -> dict[int, Any]:
 
 
 def _shared(model: nn.Module) -> set[int]:
-    """The ids of parameters that the model has under several names."""
-    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    """The ids of modules that the model has under several names."""
+    counts = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     return {identity for identity, count in counts.items() if count > 1}
 
 

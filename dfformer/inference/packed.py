@@ -142,7 +142,12 @@ class PackedMlp(nn.Module):
         self.fc2 = fc2
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.fc1.may_use_packed(x) and is_exact(self.fc1, PackedLinear, x)):
+        if not (
+            is_exact(self.fc1, PackedLinear, x)
+            and self.fc1.may_use_packed(x)
+            and is_exact(self.act, StarReLU, x)
+            and is_exact(self.fc2, PackedLinear, x)
+        ):
             return self._layers(x)
         rows = x.reshape(-1, x.shape[-1])
         parts = chunks(len(rows), self.fc1._weight.shape[0] * x.itemsize)

@@ -15,14 +15,22 @@ from torch.nn.modules import module as torch_module
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _NATIVE = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 _FORWARDS: dict[type[nn.Module], Any] = {}
 
 
+def _original(name: str, kind: type[nn.Module]) -> Any:
+    """A method of a class; None if another was put in its place before this module was imported."""
+    method = getattr(kind, name)
+    return method if getattr(method, "__globals__", {}).get("__name__") == kind.__module__ else None
+
+
+_CALL, _CALL_IMPL = (_original(name, nn.Module) for name in ("__call__", "_call_impl"))
+
+
 def fusible(kind: type[ModuleT]) -> type[ModuleT]:
     """Class decorator: records this class's ``forward`` for fused steps, so that a patched one is noticed."""
-    _FORWARDS[kind] = kind.forward
+    _FORWARDS[kind] = _original("forward", kind)
     return kind
 
 
@@ -51,7 +59,7 @@ def reasons_against(module: nn.Module, kind: type[nn.Module], x: Any = None) -> 
         or kind.forward is not _FORWARDS.get(kind, kind.forward)
     ):
         reasons.append("its forward was replaced")
-    if has_hooks(module):
+    if has_hooks(module) or (x is None and _has_state_hooks(module)):
         reasons.append("it has hooks")
     if kind.__call__ is not _CALL or kind._call_impl is not _CALL_IMPL or torch.jit.is_tracing():
         reasons.append("it is being traced")
@@ -77,6 +85,11 @@ def has_hooks(module: nn.Module) -> bool:
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
     )
+
+
+def _has_state_hooks(module: nn.Module) -> bool:
+    """Whether hooks change what is saved or loaded; they matter only where a module is replaced."""
+    return any(hooks for name, hooks in vars(module).items() if "state_dict" in name and name.endswith("_hooks"))
 
 
 def _is_native(t: Any) -> bool:

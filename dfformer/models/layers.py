@@ -194,7 +194,7 @@ def build_activation(
 
 
 def _is_without_bias(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
-    return is_exact(layer, nn.Linear, x) and layer._parameters["bias"] is None
+    return is_exact(layer, nn.Linear, x) and layer.bias is None
 
 
 def call_linear(layer: nn.Module, x: Tensor) -> Tensor:

@@ -154,6 +154,16 @@ def test_predict_misused(arguments: list[str], message: str, capsys: pytest.Capt
     assert message in capsys.readouterr().err
 
 
+def test_a_table_replaces_no_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = checkpoint.read_bytes()
+    assert main(["eval", "absent.safetensors", "--dataset", "digits", "--csv", str(checkpoint)]) == 2
+    assert (
+        f"--csv: got {checkpoint}, which exists; accepted are a new file or one ending in .csv"
+        in capsys.readouterr().err
+    )
+    assert checkpoint.read_bytes() == before
+
+
 COMMANDS = [["predict", "image.png"], ["eval", "m.pth"], ["export", "m.onnx"], ["show", "filters"]]
 
 

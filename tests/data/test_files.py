@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from image_files import READABLE, UNREADABLE, noise, oriented, ramp, write_all, write_flipped
+from image_files import READABLE, UNREADABLE, noise, oriented, ramp, tiff, write_all, write_flipped
 from PIL import Image, ImageOps
 
 from dfformer.data.files import check_each, check_image, image_files, orientation_note, read_class_names, read_image
@@ -110,6 +110,25 @@ def test_sixteen_bits_and_floats_are_scaled(tmp_path: Path) -> None:
     assert same(read_image(tmp_path / "e.tif", "RGB"), np.asarray(Image.fromarray(ramp()).convert("RGB")))
     Image.fromarray(np.array([[1200, 4000]], dtype=np.uint16)).save(tmp_path / "dark.png")
     assert np.asarray(read_image(tmp_path / "dark.png", "L")).tolist() == [[5, 16]]
+
+
+def test_twelve_bits_are_scaled(tmp_path: Path) -> None:
+    deep = (ramp().astype(np.uint32) * 4095 + 127) // 255
+    first, second = deep.ravel()[::2], deep.ravel()[1::2]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8)
+    (tmp_path / "x.tif").write_bytes(tiff(packed.tobytes(), bits=12))
+    assert same(read_image(tmp_path / "x.tif", "L"), ramp())
+
+
+@pytest.mark.parametrize("pixels", [ramp().astype(np.uint16) * 257, ramp().astype(np.float32) / 255], ids=["16", "f"])
+def test_zero_as_white_is_inverted_or_refused(pixels: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "8.tif").write_bytes(tiff((255 - ramp()).tobytes(), bits=8, black_is_zero=False))
+    assert same(read_image(tmp_path / "8.tif", "L"), ramp())
+    content = tiff(pixels.tobytes(), 8 * pixels.itemsize, is_float=pixels.itemsize == 4, black_is_zero=False)
+    (tmp_path / "x.tif").write_bytes(content)
+    for read in (check_image, lambda path: read_image(path, "L")):
+        with pytest.raises(ValueError, match=r"x\.tif: pixels: got more than 8 bits with 0 as white, accepted is"):
+            read(tmp_path / "x.tif")
 
 
 @pytest.mark.parametrize(

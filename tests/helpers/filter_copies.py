@@ -31,7 +31,7 @@ class Routing(nn.Module):
 
 def interpolated(weight: Tensor, H: int, K: int, mode: str = "bicubic") -> Tensor:
     """Stored filters (h,k,F,2) for another plane, as an image."""
-    h, k, filters, _ = weight.shape
+    h, k, filters = weight.shape[:3]
     planes = weight.permute(2, 3, 0, 1).reshape(1, 2 * filters, h, k)
     planes = F.interpolate(planes, size=(H, K), mode=mode, align_corners=True)
     return planes.reshape(filters, 2, H, K).permute(2, 3, 0, 1).contiguous()
@@ -294,6 +294,16 @@ class Nested(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         X = torch.fft.rfft2(self.inner(x)) * torch.view_as_complex(self.outer)
         return torch.fft.irfft2(X, s=x.shape[-2:])
+
+
+class ResizedIfNeeded(Authors):
+    """Asks the spectrum for its plane."""
+
+    def _basis(self, X: Tensor) -> Tensor:
+        weights: Tensor = self.complex_weights
+        if weights.shape[:2] != X.shape[1:3]:
+            weights = interpolated(weights, X.shape[1], X.shape[2])
+        return torch.view_as_complex(weights)
 
 
 class WithDropout(Authors):

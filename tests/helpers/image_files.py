@@ -20,6 +20,14 @@ def ramp() -> np.ndarray:
     return np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
+def tiff(pixels: bytes, bits: int, is_float: bool = False, black_is_zero: bool = True) -> bytes:
+    """A grey TIFF of 16x16, in forms that Pillow does not write."""
+    tags = {256: 16, 257: 16, 258: bits, 259: 1, 262: int(black_is_zero), 273: 8, 277: 1, 278: 16, 279: len(pixels)}
+    tags[339] = 3 if is_float else 1
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
 def oriented(image: Image.Image, path: Path, orientation: int) -> None:
     """Writes ``image`` with an EXIF orientation."""
     exif = Image.Exif()

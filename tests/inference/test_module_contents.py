@@ -11,6 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from dfformer import StarReLU, optimize_for_inference
+from dfformer.models import exact
 from dfformer_kernels.tolerance import relative_error
 
 
@@ -146,6 +147,28 @@ def test_what_is_patched_on_the_class_is_honoured(attribute: str, monkeypatch: p
     assert relative_error(optimize_for_inference(model)(x), patched) < 1e-4
 
 
+@pytest.mark.parametrize(("kind", "method"), [(nn.Linear, "forward"), (nn.Module, "__call__")])
+def test_what_was_patched_before_the_import_is_honoured(
+    kind: type[nn.Module], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As programs do that patch torch when they start."""
+    model, x = trained(), images()
+    plain, original = model(x), getattr(kind, method)
+
+    def patched(self: nn.Module, *args: Any) -> Any:
+        return (2 if isinstance(self, nn.Linear) else 1) * original(self, *args)
+
+    monkeypatch.setattr(kind, method, patched)
+    monkeypatch.setattr(exact, "_FORWARDS", {**exact._FORWARDS})
+    exact.fusible(nn.Linear)
+    monkeypatch.setattr(exact, "_CALL", exact._original("__call__", nn.Module))
+    expected = model(x)
+    assert relative_error(expected, plain) > 1e-3
+    with torch.no_grad():
+        assert relative_error(model(x), expected) < 1e-5
+    assert relative_error(optimize_for_inference(model)(x), expected) < 1e-4
+
+
 @pytest.mark.parametrize("name", ["norm1", "norm2", "mlp.fc1", "token_mixer.pwconv1"])
 def test_a_weight_that_is_a_buffer(name: str) -> None:
     """As in a hypernetwork, or a frozen copy."""
@@ -153,6 +176,52 @@ def test_a_weight_that_is_a_buffer(name: str) -> None:
     owner, _, child = f"stages.1.0.{name}".rpartition(".")
     weight_as_buffer(model.get_submodule(owner), child)
     assert relative_error(optimize_for_inference(model)(x), model(x)) < 1e-4
+
+
+def test_a_bias_that_is_an_attribute() -> None:
+    model, x = responsive(), images()
+    plain = model(x)
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    for layer in layers:
+        if layer.bias is None:
+            del layer.bias
+            layer.bias = torch.full((layer.out_features,), 0.1)
+    expected = model(x)
+    assert relative_error(expected, plain) > 1e-3
+    assert relative_error(optimize_for_inference(model)(x), expected) < 1e-4
+
+
+def test_hooks_of_a_state_dict_are_kept() -> None:
+    model = trained()
+    layer: nn.Module = model.get_submodule("stages.1.0.mlp.fc1")
+    layer.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({f"{prefix}rank": torch.ones(1)}))
+    served = optimize_for_inference(model)
+    assert "model.stages.1.0.mlp.fc1.rank" in served.state_dict()
+    assert any(entry.name == "stages.1.0.mlp" and "hooks" in str(entry) for entry in served.left_alone)
+
+
+class Halved(nn.Module):
+    def forward(self, filters: Tensor) -> Tensor:
+        return filters / 2
+
+    def right_inverse(self, filters: Tensor) -> Tensor:
+        return 2 * filters
+
+
+COMPUTED: dict[str, Callable[[nn.Module], object]] = {
+    "prune": lambda mixer: prune.l1_unstructured(mixer, "complex_weights", 0.5),
+    "parametrization": lambda mixer: parametrize.register_parametrization(mixer, "complex_weights", Halved()),
+}
+
+
+@pytest.mark.parametrize("computed", COMPUTED)
+def test_filters_that_are_computed_are_not_fixed(computed: str) -> None:
+    model, x = responsive(), images(96, 96)
+    COMPUTED[computed](model.get_submodule("stages.1.0.token_mixer"))
+    served = optimize_for_inference(model, img_size=96)
+    assert relative_error(served(x), model(x)) < 1e-4
+    reason = "stages.1.0.token_mixer: its filters are computed at each call"
+    assert [str(entry) for entry in served.left_alone if "filters" in str(entry)] == [reason]
 
 
 def test_global_hooks_see_every_module() -> None:

@@ -127,6 +127,15 @@ def tie_weights(model: Any) -> None:
     model.stages[0][1].mlp.fc1.weight = model.stages[0][0].mlp.fc1.weight
 
 
+def tie_buffers(model: Any) -> None:
+    """Frozen weights with the same numbers, behind norms with different scales."""
+    first, second = (model.stages[0][n].mlp.fc1 for n in (0, 1))
+    weight = first.weight.detach()
+    for layer in (first, second):
+        del layer.weight
+        layer.register_buffer("weight", weight)
+
+
 def share_mixer(model: Any) -> None:
     model.stages[0][1].token_mixer = model.stages[0][0].token_mixer
 
@@ -163,7 +172,10 @@ def with_biases(model: Any) -> None:
         block.mlp.fc2.bias = nn.Parameter(torch.full((24,), 0.5))
 
 
-STRUCTURES = (share_mlp, tie_weights, share_mixer, another_block, another_routing, routing_in_sequence, with_biases)
+STRUCTURES = (
+    *(share_mlp, tie_weights, tie_buffers, share_mixer),
+    *(another_block, another_routing, routing_in_sequence, with_biases),
+)
 
 
 @pytest.mark.parametrize("change", STRUCTURES, ids=lambda change: change.__name__)

@@ -49,6 +49,27 @@ def test_products_with_packed_weights_are_counted(served: InferenceModel) -> Non
     assert counter.get_total_flops() == 2 * 15 * layer.in_features * layer.out_features
 
 
+@pytest.mark.parametrize("part", ["fc1", "act", "fc2"])
+def test_a_hook_sees_the_whole_of_a_call(part: str, served: InferenceModel) -> None:
+    """Not the few rows that are computed at a time."""
+    shapes: list[tuple[int, ...]] = []
+    layer = served.get_submodule(f"model.stages.0.0.mlp.{part}")
+    layer.register_forward_hook(lambda module, args, y: shapes.append(tuple(y.shape)))
+    served(images())
+    [shape] = shapes
+    assert len(shape) == 4
+
+
+def test_a_layer_may_be_replaced(served: InferenceModel) -> None:
+    x, mlp = images(), served.get_submodule("model.stages.0.0.mlp")
+    y = served(x)
+    assert isinstance(mlp.fc1, PackedLinear)
+    layer = nn.Linear(mlp.fc1.in_features, mlp.fc1.out_features, bias=False)
+    layer.weight = nn.Parameter(mlp.fc1.weight, requires_grad=False)
+    mlp.fc1 = layer
+    assert relative_error(served(x), y) < ERROR
+
+
 def _other_weight(model: InferenceModel, layer: PackedLinear, name: str) -> Any:
     return torch.func.functional_call(model, {f"{name}.weight": torch.zeros_like(layer.weight)}, (images(),))
 

@@ -49,7 +49,15 @@ def _json_is_an_image(images: Path, out: Path) -> list[str]:
     return ["--output", str(out), "--json", str(images / "a.png")]
 
 
-TARGETS = [_same_folder, _linked_folder, _hard_link, _somebody_elses, _a_file, _json_is_an_image]
+def _json_is_another_image(images: Path, out: Path) -> list[str]:
+    """As where the name of the JSON was forgotten."""
+    out.mkdir()
+    noise(seed=9).save(out / "x.png")
+    return ["--output", str(out / "new"), "--json", str(out / "x.png")]
+
+
+TARGETS = [_same_folder, _linked_folder, _hard_link, _somebody_elses, _a_file]
+TARGETS += [_json_is_an_image, _json_is_another_image]
 
 
 @pytest.mark.parametrize(("task", "target"), [*(("segment", target) for target in TARGETS), ("detect", _same_folder)])

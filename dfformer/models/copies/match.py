@@ -111,10 +111,12 @@ def fuse(traced: Trace, expected: Expected) -> fx.Graph:
         _check_plane(traced, chain, expected)
         weight, arguments = _stored_filters(traced, chain, step, expected)
         x = chain.x
-        with graph.inserting_before(chain.inverse):
-            if name_of(x) in CASTS and values.dtype(x) == torch.float32:
+        if name_of(x) in CASTS and values.dtype(x) == torch.float32:
+            next(n for n in graph.nodes if n.op != "placeholder").prepend(weight)  # so that the signal may need it
+            with graph.inserting_before(chain.forward):
                 x = graph.call_function(cast_signal, (first_input(x), weight), {"in_half": expected.in_half})
-                traced.values[x] = traced.values[chain.x]
+            traced.values[x] = traced.values[chain.x]
+        with graph.inserting_before(chain.inverse):
             filters = graph.call_function(stored_basis, (weight, x), arguments)
         return chain._replace(x=x, filters=filters), step._replace(filters=(0, 1, 2, 3), is_complex=False)
 

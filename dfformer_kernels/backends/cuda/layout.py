@@ -137,8 +137,9 @@ def variant_of(step: Step, chip: Chip, lanes: int, planes: int, threads: int | N
     """``step`` with so many lanes, and planes in shared memory; None if ``chip`` has no room for it."""
     rows, columns = _rows(step), _columns(step)
     registers, width = _registers(step, rows, columns), 1
-    # Short columns leave a thread registers for two channels, and a multiprocessor warps enough.
-    if columns == _COLUMNS_IN_REGISTERS and step.C % 2 == 0 and lanes >= 4 and 1.6 * registers <= _MOST_REGISTERS:
+    # Short columns leave a thread registers for two channels, and a multiprocessor warps enough. With fewer than 16
+    # lanes some planes would spill.
+    if columns == _COLUMNS_IN_REGISTERS and step.C % 2 == 0 and lanes >= 16 and 1.6 * registers <= _MOST_REGISTERS:
         registers, width = int(1.6 * registers), 2
     chosen = threads or _threads(step, lanes // width, registers)
     shared_bytes = _shared_bytes(step, rows, lanes, chosen * width, planes)
@@ -189,12 +190,14 @@ def _registers(step: Step, rows: int, columns: int) -> int:
     """
     N2 = step.H if columns == _COLUMNS_IN_REGISTERS else _second_factor(step.H)
     row = step.W // 2 if rows == _HALF_ROWS else step.W
+    odd = step.C % 2  # which costs registers for addresses: an even number of channels lets it add them to one base
+    filters = step.F + 2 * max(step.F - 4, 0)  # beyond four, each takes three times as much
     if step.backward:
         for_row = min(3 * row + 74, _MOST_REGISTERS) if row <= 80 else 3 * row + 74
-        return max(for_row, 7 * N2 + 6 * step.F + 16, 4 * (step.H // N2) + 40)
-    addresses = row + 16 if step.C % 2 else 0  # of pixels, which an even number of channels lets it add to one base
-    for_column = 5 * N2 + 4 * step.F + 20 if N2 <= 8 else 2 * N2 + 4 * step.F + 28
-    return max(2 * row + 36 + addresses, for_column, 4 * (step.H // N2) + 30)
+        for_column = min(7 * N2 + 2 * step.F + 4 * filters + 16 + 8 * odd, _MOST_REGISTERS)
+        return max(for_row, for_column, 4 * (step.H // N2) + 40)
+    for_column = (5 * N2 + 20 if N2 <= 8 else 2 * N2 + 28) + 4 * filters + 8 * odd
+    return max(2 * row + 36 + odd * (row + 16), for_column, 4 * (step.H // N2) + 30)
 
 
 def _shared_bytes(step: Step, rows: int, lanes: int, threads: int, planes: int) -> int:

@@ -26,6 +26,7 @@ _FIELDS: dict[str, dict[str, type]] = {
 _ROUNDING = 1.0  # pixels by which a box may extend beyond its image before that counts as a mistake
 _LEAST_SIDE = 0.01  # pixels; a smaller box may become empty as float32, or when flipped or resized
 _LARGEST = 1e9  # number in a box
+_LARGEST_INTEGER = 2**53  # that a checkpoint can keep
 
 
 class Objects(NamedTuple):
@@ -85,6 +86,8 @@ class CocoImages(BoxDataset, FileDataset[tuple[Image.Image, Objects]]):
             self.images = [image for image in self.images if not image[3].crowd.all()]
         if all(objects.crowd.all() for *_, objects in self.images):
             raise ValueError(f"{self.file}: no images with objects, crowds not counted")
+        if all((objects.boxes <= 1).all() for *_, objects in self.images):
+            raise ValueError(f"{self.file}: all boxes lie within one pixel, accepted are boxes in pixels")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -135,6 +138,8 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
             for field, wanted in fields.items():
                 if not isinstance(entry, dict) or type(entry.get(field)) is not wanted:
                     raise ValueError(f"{path}: {kind}[{n}] has no {field!r} of type {wanted.__name__}")
+                if wanted is int and abs(entry[field]) > _LARGEST_INTEGER:
+                    raise ValueError(f"{path}: {kind}[{n}] has a {field!r} above {_LARGEST_INTEGER}")
         [(most_common, times)] = Counter(entry["id"] for entry in entries).most_common(1)
         if times > 1:
             raise ValueError(f"{path}: {times} {kind} have the id {most_common}")
@@ -165,8 +170,10 @@ def _boxes(
             problems.append(f"annotation {name} has the unknown category {category}")
         elif len(bbox) != 4 or not all(map(_is_number, bbox)):
             problems.append(f"annotation {name}: the box {str(bbox)[:99]} is not four numbers")
-        elif entry.get("iscrowd", 0) not in (0, 1) or not _is_number(entry.get("area", 0)):
-            problems.append(f"annotation {name}: iscrowd must be 0 or 1, and area a number")
+        elif entry.get("iscrowd", 0) not in (0, 1) or not (
+            _is_number(entry.get("area", 0)) and entry.get("area", 0) >= 0
+        ):
+            problems.append(f"annotation {name}: iscrowd must be 0 or 1, and area a number from 0")
         else:
             box, beyond = _clip(bbox, sizes[image])
             has_area = min(box[2] - box[0], box[3] - box[1]) >= _LEAST_SIDE

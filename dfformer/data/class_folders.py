@@ -61,7 +61,8 @@ class ClassTar(ImageDataset[tuple[IO[bytes], int, str]]):
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
-            found = list(_members(file, PurePosixPath(), 0))
+            members = {member.path: member for member in _members(file, PurePosixPath(), 0)}
+        found = list(members.values())  # of members with the same path the last, as if they were extracted
         if found and all(len(member.path.parts) > 2 and member.path.parts[0] == path.stem for member in found):
             found = [member._replace(path=PurePosixPath(*member.path.parts[1:])) for member in found]
         self.members = sorted(found, key=lambda member: natural_key(str(member.path)))
@@ -85,6 +86,8 @@ def _members(file: IO[bytes], inside: PurePosixPath, start: int) -> Iterator[Mem
         for entry in tar:
             path = inside / PurePosixPath(entry.name.lstrip("/"))
             is_link = entry.islnk() or entry.issym() or entry.sparse
+            if ".." in path.parts:
+                raise tarfile.ReadError(f"{path} is outside of the file's folder")
             if any(part.startswith(".") for part in path.parts) or not (entry.isreg() or is_link):
                 continue
             if is_link and (path.suffix.lower() in IMAGE_SUFFIXES or not path.suffix):  # a folder has no suffix

@@ -1,5 +1,6 @@
 """Images with a class for every pixel: folders in ADE20K's layout and synthetic digits, checked and prepared."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dfformer.data.files import (
     read_image,
 )
 from dfformer.data.transforms import resize_shorter_side
+from dfformer.utils.text import abbreviate, echo
 
 IGNORED = 255  # in masks: a pixel that counts neither in the loss nor in the metrics
 BACKGROUND = "background"
@@ -52,7 +54,7 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
     def __init__(self, root: Path, split: str, reduce_zero_label: bool, exif_orientation: bool = False) -> None:
         images, masks = root / "images" / split, root / "annotations" / split
         self.folder, self.exif_orientation = masks, exif_orientation
-        self._any_class = False  # in the masks checked so far
+        self._found: set[int] = set()  # classes in the masks checked so far
         self.images = images_in(images)
         if not masks.is_dir():
             raise ValueError(f"{masks}: is not a folder")
@@ -75,8 +77,11 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
 
     def check(self) -> list[bool]:
         turned = super().check()
-        if not self._any_class:
+        if not self._found:
             raise ValueError(f"{self.folder}: no pixel of its masks has a class, all are ignored")
+        if absent := [name for n, name in enumerate(self.classes) if n not in self._found]:  # e.g. where 255 is meant
+            count = f"{len(absent)} of {len(self.classes)} classes are in none of its masks"
+            echo(f"{self.folder}: {count}: {abbreviate(absent)}", file=sys.stderr)
         return turned
 
     def check_file(self, index: int) -> bool:
@@ -84,11 +89,11 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
         if not path.is_file():
             raise ValueError(f"{self.images[index]} has no mask {path}")
         with opened(path) as mask:
-            self._any_class |= self._check_mask(mask, info.size)
+            self._found |= self._check_mask(mask, info.size)
         return info.turned
 
-    def _check_mask(self, mask: Image.Image, size: tuple[int, int]) -> bool:
-        """Whether any pixel of a mask has a class; ValueError if the mask cannot belong to an image of ``size``."""
+    def _check_mask(self, mask: Image.Image, size: tuple[int, int]) -> set[int]:
+        """The classes in a mask; ValueError if the mask cannot belong to an image of ``size``."""
         if mask.mode not in ("L", "P"):
             raise ValueError(f"has mode {mask.mode}, accepted are L and P: one channel of 8 bits")
         if mask.size != size:
@@ -98,7 +103,7 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
         unknown = labels[(labels > last) & (labels != IGNORED)]
         if unknown.size:
             raise ValueError(f"has label {unknown[0]}, accepted are 0 to {last} and {IGNORED}")
-        return bool((self.to_class[labels] != IGNORED).any())
+        return {*self.to_class[labels].tolist()} - {IGNORED}
 
 
 def _check_one_image_each(images: list[Path], masks: list[Path]) -> None:

@@ -160,6 +160,12 @@ ANNOTATIONS: dict[str, tuple[Change, str]] = {
     "crowd": (_entry("annotations", iscrowd="no"), "annotation 20: iscrowd must be 0 or 1"),
     "crowd-digits": (_entry("annotations", iscrowd=10**400), "annotation 20: iscrowd must be 0 or 1"),
     "area": (_entry("annotations", area=float("inf")), "annotation 20: iscrowd must be 0 or 1, and area a number"),
+    "area-below-0": (_entry("annotations", area=-1), "annotation 20: iscrowd must be 0 or 1, and area a number from 0"),
+    "id-digits": (_entry("images", id=10**400), "images[2] has a 'id' above 9007199254740992"),
+    "relative": (
+        lambda content: [entry.update(bbox=[0.2, 0.3, 0.5, 0.4]) for entry in content["annotations"]],
+        "all boxes lie within one pixel, accepted are boxes in pixels",
+    ),
     "area-digits": (_entry("annotations", area=10**400), "annotation 20: iscrowd must be 0 or 1, and area a number"),
     "image": (_entry("annotations", image_id=9), "annotation 20 is of image 9, which is not listed"),
     "no-list": (_without("categories"), "has no list 'categories'"),

@@ -153,6 +153,25 @@ def test_images_of_other_formats_in_a_tar_file_are_not_left_out_in_silence(tmp_p
         open_dataset("", str(tmp_path), "test")
 
 
+def test_paths_in_a_tar_file_that_leave_it(tmp_path: Path) -> None:
+    write(tmp_path / "val", "cat/1.png", "dog/2.png")
+    with tarfile.open(tmp_path / "test.tar", "w") as tar:
+        tar.add(tmp_path / "val", arcname=".")
+        tar.add(tmp_path / "val" / "cat" / "1.png", arcname="../fox/1.png")
+    with pytest.raises(ValueError, match=r"test[.]tar: [.][.]/fox/1[.]png is outside"):
+        open_dataset("", str(tmp_path), "test")
+
+
+def test_a_path_that_a_tar_file_has_twice_is_one_image(tmp_path: Path) -> None:
+    """The last, as if the file were extracted."""
+    write(tmp_path / "val", "cat/1.png", "dog/2.png")
+    with tarfile.open(tmp_path / "test.tar", "w") as tar:
+        for source in ("cat/1.png", "dog/2.png"):
+            tar.add(tmp_path / "val" / "cat" / "1.png", arcname="cat/1.png")
+            tar.add(tmp_path / "val" / source, arcname=source)
+    assert len(open_dataset("", str(tmp_path), "test")) == 2
+
+
 def test_a_damaged_image_is_named_when_it_is_read(tmp_path: Path) -> None:
     """Instead of the next one in its place."""
     folder = write(tmp_path / "val", "cat/1.png", "dog/2.png")

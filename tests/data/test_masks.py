@@ -49,6 +49,17 @@ def test_labels_become_classes(root: Path) -> None:
     assert opened(root, reduce_zero_label=False)[0][1][0, :4].tolist() == [0, 1, 2, 3]
 
 
+def test_classes_that_no_mask_has_are_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where the objects of two classes are white in a mask, 255, which is no class."""
+    check_images(opened(root))
+    assert capsys.readouterr().err == ""
+    (root / "classes.txt").write_text("background\nobject")
+    for path in (root / "annotations").rglob("*.png"):
+        Image.fromarray(255 * (np.arange(40 * 30, dtype=np.uint8).reshape(30, 40) % 2)).save(path)
+    check_images(opened(root, reduce_zero_label=False))
+    assert capsys.readouterr().err.endswith("train: 1 of 2 classes are in none of its masks: object\n")
+
+
 @pytest.mark.parametrize("count", [254, 255])
 @pytest.mark.parametrize("reduce_zero_label", [False, True])
 def test_255_is_no_class_however_many_there_are(count: int, reduce_zero_label: bool, root: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from accuracy.dense import MEASURES
 from accuracy.images import VIEWS
@@ -42,6 +42,7 @@ def learning_figure(results: Sequence[Result]) -> Figure:
         ax.yaxis.set_minor_locator(NullLocator())
     for ax, label in zip(picture.axes, _row_labels(picture, ("epochs", "seconds of one thread")), strict=True):
         ax.set_xlabel(label)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     picture.suptitle("Speed of learning: mean over seeds, with a band from the best to the worst", fontsize=12)
     return picture
 

@@ -92,7 +92,7 @@ AXES: dict[str, dict[str, Any]] = {
     "task": {name: name for name in (INFERENCE, TRAINING)},
     "dtype": {name: name for name in ("float32", "bfloat16")},
     "mode": {name: name for name in (EAGER, COMPILED)},
-    "batch": {f"b{B}": B for B in (1, 8)},
+    "batch": {f"b{B}": B for B in (1, 8, 128)},
     "size": {f"{H}" if H == W else f"{H}x{W}": (H, W) for H, W in (*SMALL_SIZES, *SIZES)},
     "provider": {name: name for name in PROVIDERS},
 }
@@ -124,8 +124,9 @@ PLANS: dict[str, dict[tuple[str, str, str], dict[int, list[tuple[int, int]]]]] =
         (TRAINING, "float32", COMPILED): COMPILED_SIZES,
         (TRAINING, "bfloat16", EAGER): {1: _up_to(1024), 8: _up_to(224)},
     },
-    "cuda": {
+    "cuda": {  # published figures of such models are of 128 images of 224x224
         (task, dtype, mode): {B: _up_to(1536) if mode == EAGER else [(224, 224), (1024, 1024)] for B in (1, 8)}
+        | {128: [(224, 224)]}
         for task, dtype, mode in itertools.product((INFERENCE, TRAINING), ("float32", "bfloat16"), (EAGER, COMPILED))
     },
 }

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from dfformer_kernels.graph.vocabulary import name_of
 
+_ORDERINGS = (operator.lt, operator.le, operator.gt, operator.ge)
 # What Python code may ask of a tensor and branch on, because trials vary it.
 _SIZES = {"shape", "size", "_length", "dim", "ndim", "numel", "is_floating_point", "is_complex"}
 
@@ -34,12 +35,14 @@ class DifferentCopyError(UnsupportedCopyError):
 class Trace(NamedTuple):
     """The graph of a module's forward, the value of every node for the trial inputs, and the numbers that Python saw.
 
-    The graph is valid for all inputs that lead to the same numbers.
+    The graph is valid for all inputs that lead to the same numbers. ``limits`` are the constants that branches on the
+    order of a size and a constant had: at sizes beyond them the forward may do something else.
     """
 
     graph: fx.Graph
     values: dict[fx.Node, Any]
     seen: list[Any]
+    limits: list[float]
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
@@ -107,7 +110,7 @@ def trace(module: nn.Module, inputs: Sequence[Any], through: Collection[nn.Modul
     # A dtype that no call takes may have been compared with ``is``.
     unused = [n for n in graph.nodes if isinstance(values.get(n), torch.dtype) and not n.users]
     seen = [number for node in (*tracer.seen, *unused) for number in _numbers(node, values)]
-    return Trace(graph, values, seen)
+    return Trace(graph, values, seen, tracer.limits)
 
 
 def _numbers(node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:
@@ -149,6 +152,7 @@ class _Tracer(fx.Tracer):
         self.proxy_buffer_attributes = True
         self._through = through
         self.seen: list[fx.Node] = []
+        self.limits: list[float] = []
         self._evaluating = False
         self.run = fx.Interpreter(root, graph=fx.Graph())
         self.run.args_iter = iter(inputs)
@@ -181,6 +185,8 @@ class _Tracer(fx.Tracer):
         return _Known(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
+        if obj.node.target in _ORDERINGS:
+            self.limits.extend(a for a in obj.node.args if isinstance(a, int | float))
         return bool(_number(obj))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:

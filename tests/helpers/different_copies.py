@@ -45,6 +45,14 @@ class Masked(ChannelsFirst):
         return super()._basis(X) * self.mask
 
 
+class LargePlanes(Authors):
+    """On planes larger than any trial's, it returns its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[1:3]
+        return x if H * W > 10000 else super().forward(x)
+
+
 class Polar(ChannelsFirst):
     """Its filters are magnitudes and phases."""
 

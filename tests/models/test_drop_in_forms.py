@@ -59,6 +59,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "overwritten": (lambda: different.Overwritten(DIM), "fft_rfft2, inside the chain, is also needed by mul_"),
     "no gradient": (lambda: different.ConstantRouting(DIM), "its gradient of reweight"),
     "by batch": (lambda: different.BatchOfTwo(DIM), "with another batch its forward does something else"),
+    "large planes": (lambda: different.LargePlanes(DIM), "branches on whether a size is beyond 10000"),
     "mixed norms": (lambda: different.MixedNorms(DIM), "its norms, 'ortho' and 'forward', do not cancel out"),
     "bilinear": (lambda: different.Bilinear(DIM), "mode='bilinear'"),
     "noise in training": (

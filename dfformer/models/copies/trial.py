@@ -255,6 +255,8 @@ def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple
         where = "in training" if case.training else "with another batch"
         try:
             traced = trace(module, case.inputs)
+            if traced.limits:
+                raise UnsupportedCopyError(f"its forward branches on whether a size is beyond {traced.limits[0]}")
             where = where if native else f"on a {case.plane[0]}x{case.plane[1]} plane"
             yield where, fuse(traced, expected), traced.seen if native else None
         except CopyLimitError:

@@ -20,7 +20,7 @@ _MOST_REGISTERS = 255  # a thread can have
 _MOST_WARPS = 16  # of a block: enough to fill a multiprocessor with two
 
 _ROW_PAIRS, _HALF_ROWS = 0, 1
-_COLUMNS_IN_REGISTERS, _COLUMNS_ROLLED = 0, 2
+_COLUMNS_IN_REGISTERS, COLUMNS_UNROLLED, _COLUMNS_ROLLED = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,13 @@ def _columns(step: Step) -> int:
     """Short columns and those without two factors in registers, others in loops over the factors: fewest registers.
     Backward has two columns at a time.
     """
-    longest = 8 if step.backward else 16
+    longest = longest_in_registers(step.backward)
     return _COLUMNS_ROLLED if longest < step.H and _second_factor(step.H) > 1 else _COLUMNS_IN_REGISTERS
+
+
+def longest_in_registers(backward: bool) -> int:
+    """The longest column of two factors that a thread keeps in registers."""
+    return 8 if backward else 16
 
 
 def _registers(step: Step, rows: int, columns: int) -> int:

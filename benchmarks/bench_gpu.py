@@ -132,8 +132,8 @@ def providers(H: int, direction: str, against: bool, variants: bool) -> Iterator
 
 def other_variants(H: int, direction: str) -> Iterator[tuple[str, Callable[[Step, Chip], Variant | None]]]:
     for lanes, threads, planes in VARIANTS[H, direction]:
-        named = {"lanes": lanes, "threads": threads, "planes": planes}
-        yield f"{lanes} lanes, {threads} threads, {planes} planes", partial(layout.variant_of, **named)
+        variant = partial(layout.variant_of, lanes=lanes, threads=threads, planes=planes)
+        yield f"{lanes} lanes, {threads} threads, {planes} planes", variant
     if layout.longest_in_registers(direction == "backward") < H:
         yield "unrolled columns", with_unrolled_columns
 

@@ -248,6 +248,7 @@ def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple
     Raises UnsupportedCopyError if one computes something else; the message has the difference.
     """
     in_half = not trial.runs_in_half(hypothesis)
+    limits: list[float] = []
     for case in cases(trial, hypothesis):
         native = case.plane == hypothesis.size
         module = trial.copy(case.training)
@@ -255,14 +256,15 @@ def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple
         where = "in training" if case.training else "with another batch"
         try:
             traced = trace(module, case.inputs)
-            if traced.limits:
-                raise UnsupportedCopyError(f"its forward branches on whether a size is beyond {traced.limits[0]}")
+            limits += traced.limits
             where = where if native else f"on a {case.plane[0]}x{case.plane[1]} plane"
             yield where, fuse(traced, expected), traced.seen if native else None
         except CopyLimitError:
             continue
         except DifferentCopyError as error:
             raise (error if native else OtherPlaneError(str(error))) from None
+    if limits:
+        raise UnsupportedCopyError(f"its forward branches on whether a size is beyond {limits[0]}")
 
 
 def difference(trial: Trial, hypothesis: Hypothesis, replace: Callable[[nn.Module], nn.Module]) -> str:

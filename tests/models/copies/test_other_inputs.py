@@ -54,7 +54,7 @@ FILTERS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 }
 BRANCHES: dict[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], str]] = {
     "len": (lambda self, x, y: 2 * y if len(x) == 1 else y, "with another batch"),
-    "larger batch": (lambda self, x, y: 2 * y if x.shape[0] > 4 else y, "beyond 4"),
+    "larger batch": (lambda self, x, y: 2 * y if x.shape[0] > 4 else y, "with another batch"),
     "shape": (lambda self, x, y: 2 * y if x.shape == torch.Size((1, 8, 8, 8)) else y, "with another batch"),
     "key": (lambda self, x, y: y * {1: 2}.get(x.shape[0], 1), "with another batch"),
     "in training": (lambda self, x, y: 2 * y if self.training and len(x) == 1 else y, "in training"),

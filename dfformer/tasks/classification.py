@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import timm
-import torch
 from timm.data import Mixup, resolve_data_config
 from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
@@ -17,7 +16,7 @@ from dfformer.data.transforms import evaluation_transform, training_transform
 from dfformer.models.checkpoint import load_checkpoint, save_checkpoint
 from dfformer.models.metadata import is_ours
 from dfformer.tasks.base import Place, Task, written_args
-from dfformer.tasks.evaluate import Pixels, check_pixel_statistics, count_correct, logits_of
+from dfformer.tasks.evaluate import Pixels, check_pixel_statistics, count_correct, logits_of, means
 
 if TYPE_CHECKING:
     from dfformer.train.config import TrainConfig
@@ -123,11 +122,7 @@ class Classification(Task):
             self.place.rank,
             self.place.world,
         )
-        sums = count_correct(model, loader, self.pixels)
-        values = self.place.add_up(torch.stack(list(sums.values()))).tolist()
-        added = dict(zip(sums, values, strict=True))
-        images = added.pop("images")
-        return {name: value / images for name, value in added.items()}
+        return means(self.place.add_up(count_correct(model, loader, self.pixels)))[1]
 
     def export(self, weights: dict[str, Tensor], path: Path) -> None:
         kept = ("input_size", "mean", "std", "interpolation", "crop_pct")

@@ -33,9 +33,9 @@ from dfformer.data.boxes import (
 from dfformer.models.checkpoint import build_and_load
 from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
 from dfformer.tasks.detector import Detector
-from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress, tabulate
-from dfformer.tasks.predict import find_inputs, predict_each, refuse_arguments
-from dfformer.tasks.results import result_names, write_results
+from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress
+from dfformer.tasks.predict import File, Prediction, Predictor
+from dfformer.tasks.results import plan_results, result_names, write_results
 from dfformer.utils.io import write_atomically
 
 if TYPE_CHECKING:
@@ -190,74 +190,57 @@ def _as_arrays(found: list[Target]) -> list[dict[str, np.ndarray]]:
     return [{name: values.numpy() for name, values in objects.items()} for objects in found]
 
 
-def evaluate_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``eval`` for detection checkpoints."""
-    refuse_arguments(arguments, "detection")
-
-    def measure(checkpoint: Path) -> Iterator[Measured]:
-        model, about = load_detector(checkpoint)
-        for size in _sizes(about, arguments.img_size):
-            model.set_img_size(*size)
-            yield _evaluate(checkpoint, model, about, size, arguments)
-
-    return tabulate(arguments, measure)
-
-
-def _sizes(about: dict[str, Any], given: list[tuple[int, int]] | None) -> list[tuple[int, int]]:
-    """The limits of the shorter and the longer side: as given, or as in training."""
-    return [(min(size), max(size)) for size in given] if given else [tuple(about["data"]["input_size"][1:])]
-
-
-def _evaluate(
-    checkpoint: Path, model: nn.Module, about: dict[str, Any], size: tuple[int, int], arguments: argparse.Namespace
-) -> Measured:
-    place = Place(torch.device(arguments.device))
+def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
+    """``dfformer eval`` of a detection checkpoint."""
+    model, about = load_detector(checkpoint)
+    place, classes = Place(torch.device(arguments.device)), about["classes"]
     dataset = open_box_dataset(dataset_spec(arguments, about), about["repair_boxes"])
-    expected = dict(zip(about["category_ids"], about["classes"], strict=True))
+    expected = dict(zip(about["category_ids"], classes, strict=True))
     check_same_categories(dataset.categories, expected, f"{arguments.root}, split {arguments.split}", str(checkpoint))
     image_data.check_images(dataset)
-    timed = Timed(model.to(place.device), place.device, arguments.amp)
-    loader = progress(_loader(dataset, arguments.workers, place), f"{checkpoint.name} {size[0]}x{size[1]}")
-    measures = average_precision(timed, loader, place, by_class=True)
-    each = dict(zip(measures["classes"], measures["map_per_class"], strict=True))
-    shorter, longer = size
-    return Measured(
-        model=about["architecture"],
-        size={"shorter_side": shorter, "longer_side": longer},
-        title=f"{shorter}x{longer}",
-        images=len(dataset),
-        seconds=timed.seconds,
-        measures={name: measures[name] for name in _MEASURES},
-        summary="mAP {map:.2%}  at IoU 0.5 {map_50:.2%}  at 0.75 {map_75:.2%}".format(**measures),
-        by_class={f"map {name}": each.get(n, float("nan")) for n, name in enumerate(about["classes"])},
-    )
+    loader = _loader(dataset, arguments.workers, place)
+    for shorter, longer in map(sorted, arguments.img_size or [about["data"]["input_size"][1:]]):
+        model.set_img_size(shorter, longer)
+        timed = Timed(model, place.device, arguments.amp)
+        bar = progress(loader, f"{checkpoint.name} {shorter}x{longer}")
+        measures = average_precision(timed, bar, place, by_class=True)
+        each = dict(zip(measures["classes"], measures["map_per_class"], strict=True))
+        yield Measured(
+            model=about["architecture"],
+            size={"shorter_side": shorter, "longer_side": longer},
+            title=f"{shorter}x{longer}",
+            images=len(dataset),
+            seconds=timed.seconds,
+            measures={name: measures[name] for name in _MEASURES},
+            summary="mAP {map:.2%}  at IoU 0.5 {map_50:.2%}  at 0.75 {map_75:.2%}".format(**measures),
+            by_class={f"map {name}": each.get(n, float("nan")) for n, name in enumerate(classes)},
+        )
 
 
-def predict_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``predict`` for a detection checkpoint: pictures, and detections.json in COCO's format."""
-    refuse_arguments(arguments, "detection")
+def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
+    """``dfformer predict`` for a detection checkpoint: pictures, and detections.json in COCO's format."""
     if not 0 <= arguments.min_score <= 1:
         raise ValueError(f"--min-score: got {arguments.min_score}, accepted are numbers from 0 to 1")
     model, about = load_detector(arguments.checkpoint)
-    device = torch.device(arguments.device)
-    model.to(device).set_img_size(*_sizes(about, arguments.img_size and [arguments.img_size])[0])
-    inputs = find_inputs(arguments, arguments.output)
-    ids, results = _image_ids(inputs.paths), dict[Path, list[dict[str, Any]]]()
+    device, classes = torch.device(arguments.device), about["classes"]
+    model.to(device).set_img_size(*sorted(arguments.img_size or about["data"]["input_size"][1:]))
+    stems, ids = plan_results(paths, arguments.output, [".png"]), _image_ids(paths)
+    results: list[dict[str, Any]] = []
 
-    def apply(image: Tensor, path: Path, stem: Path) -> tuple[list[str], list[float]]:
+    def apply(batch: list[File]) -> list[Prediction]:
+        [(path, image, _)] = batch
         [objects] = detect(model, [image], device)
         shown = confident(objects, arguments.min_score)
-        _write_picture(stem, image, shown, about["classes"], arguments.min_score)
-        results[path] = _coco_results(ids[path], objects, about["category_ids"])
-        names = [about["classes"][label] for label in shown["labels"][: arguments.topk].tolist()]
-        return names, shown["scores"][: arguments.topk].tolist()
+        _write_picture(stems[path], image, shown, classes, arguments.min_score)
+        results.extend(_coco_results(ids[path], objects, about["category_ids"]))
+        top = {name: values[: arguments.topk].tolist() for name, values in shown.items()}
+        return [Prediction(str(path), [classes[label] for label in top["labels"]], top["scores"])]
 
     def finish() -> None:
-        everything = json.dumps([entry for entries in results.values() for entry in entries])
-        write_atomically(arguments.output / "detections.json", everything.encode())
+        write_atomically(arguments.output / "detections.json", json.dumps(results).encode())
 
-    prepare, written = v2.functional.pil_to_tensor, "pictures, and detections.json in COCO's format"
-    return predict_each(arguments, inputs, [".png"], prepare, apply, "score", written, finish)
+    written = "pictures, and detections.json in COCO's format"
+    return Predictor(v2.functional.pil_to_tensor, apply, value="score", finish=finish, written=written)
 
 
 def _image_ids(paths: list[Path]) -> dict[Path, int | str]:

@@ -5,7 +5,7 @@ import csv
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,8 +46,6 @@ def data_config(model: nn.Module, img_size: tuple[int, int] | None = None) -> di
     config: dict[str, Any] = resolve_model_data_config(model)
     channels = config["input_size"][0]
     if img_size is not None:
-        if min(img_size) < 1:
-            raise ValueError(f"img_size: got {img_size}, accepted are numbers from 1 up")
         config["input_size"] = (channels, *img_size)
     check_pixel_statistics(config)
     return config
@@ -81,8 +79,8 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     return output
 
 
-def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pixels: Pixels) -> dict[str, Tensor]:
-    """The number of correct images (top1, top5), the summed cross entropy (loss), and the number of images (images).
+def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pixels: Pixels) -> Tensor:
+    """The number of correct images (top-1, top-5), the summed cross entropy, and the number of images; see `means`.
 
     Images labelled -1 do not count. The model is left in eval mode.
     """
@@ -95,7 +93,13 @@ def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pi
             right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
             sums += torch.stack([right[:, 0].sum(), right.sum(), loss, (labels >= 0).sum()]).double()
-    return dict(zip(("top1", "top5", "loss", "images"), sums, strict=True))
+    return sums
+
+
+def means(sums: Tensor) -> tuple[int, dict[str, float]]:
+    """The number of images of `count_correct`, and their accuracies and loss."""
+    *totals, images = sums.tolist()
+    return int(images), {n: total / images for n, total in zip(("top1", "top5", "loss"), totals, strict=True)}
 
 
 class Measured(NamedTuple):
@@ -111,14 +115,6 @@ class Measured(NamedTuple):
     by_class: dict[str, float] = {}  # noqa: RUF012 (never changed)
 
 
-def evaluate_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``eval`` for classifiers: top-1 and top-5 accuracy and cross entropy."""
-    if arguments.crop_pct is not None and not 0 < arguments.crop_pct <= 1:
-        raise ValueError(f"--crop-pct: got {arguments.crop_pct}, accepted are numbers above 0, up to 1")
-    sizes = arguments.img_size or [None]
-    return tabulate(arguments, lambda checkpoint: (evaluate(checkpoint, size, arguments) for size in sizes))
-
-
 def dataset_spec(arguments: argparse.Namespace, about: dict[str, Any]) -> DatasetSpec:
     """The dataset that ``eval``'s arguments name; synthetic images have the size of the checkpoint's training."""
     size = tuple(about["data"]["input_size"][1:])
@@ -126,11 +122,14 @@ def dataset_spec(arguments: argparse.Namespace, about: dict[str, Any]) -> Datase
     return DatasetSpec(*named, size, arguments.synthetic_images, arguments.exif_orientation)
 
 
-def tabulate(arguments: argparse.Namespace, measure: Callable[[Path], Iterable[Measured]]) -> int:
-    """Prints a line for each measurement of each checkpoint, and writes them as rows to ``arguments.csv``."""
+def tabulate(arguments: argparse.Namespace, evaluate: Callable[[Path, argparse.Namespace], Iterable[Measured]]) -> int:
+    """Prints a line for each measurement of each checkpoint, and writes them as rows to ``arguments.csv``.
+
+    ``evaluate`` is the task's: it measures a checkpoint at each of ``arguments.img_size``, or at its own size.
+    """
     rows: list[dict[str, Any]] = []
     for checkpoint in arguments.checkpoints:
-        for found in measure(checkpoint):
+        for found in evaluate(checkpoint, arguments):
             speed = found.images / found.seconds
             row = {"checkpoint": str(checkpoint), "model": found.model, **found.size, "amp": arguments.amp}
             row |= {"images": found.images, **found.measures, "images_per_second": speed, **found.by_class}
@@ -142,12 +141,18 @@ def tabulate(arguments: argparse.Namespace, measure: Callable[[Path], Iterable[M
     return 0
 
 
-def evaluate(checkpoint: Path, img_size: tuple[int, int] | None, arguments: argparse.Namespace) -> Measured:
-    """Evaluates a classifier at an image size (H, W), or at the model's own."""
+def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
+    """``dfformer eval`` of a classifier: top-1 and top-5 accuracy and cross entropy."""
+    if arguments.crop_pct is not None and not 0 < arguments.crop_pct <= 1:
+        raise ValueError(f"--crop-pct: got {arguments.crop_pct}, accepted are numbers above 0, up to 1")
+    for img_size in arguments.img_size or [None]:
+        yield _evaluate(checkpoint, img_size, arguments)
+
+
+def _evaluate(checkpoint: Path, img_size: tuple[int, int] | None, arguments: argparse.Namespace) -> Measured:
     device = torch.device(arguments.device)
     overrides = {**arguments.model_args, **({"img_size": img_size} if img_size else {})}
     model, classes = load_model(checkpoint, arguments.model, **overrides)
-    model.to(device)
     config = data_config(model, img_size)
     if arguments.crop_pct:
         config["crop_pct"] = arguments.crop_pct
@@ -161,17 +166,13 @@ def evaluate(checkpoint: Path, img_size: tuple[int, int] | None, arguments: argp
     loader = image_data.evaluation_loader(dataset, arguments.batch_size, arguments.workers, device.type == "cuda")
     timed = Timed(model, device, arguments.amp)
     pixels = Pixels(config["mean"], config["std"], device)
-    sums = {
-        name: float(value)
-        for name, value in count_correct(timed, progress(loader, f"{checkpoint.name} {H}x{W}"), pixels).items()
-    }
-    images = sums.pop("images")
-    measures = {name: value / images for name, value in sums.items()}
+    sums = count_correct(timed, progress(loader, f"{checkpoint.name} {H}x{W}"), pixels)
+    images, measures = means(sums)
     return Measured(
         model=model.pretrained_cfg.get("architecture", type(model).__name__),  # type: ignore[union-attr, operator]
         size={"height": H, "width": W, "crop_pct": config["crop_pct"]},
         title=f"{H}x{W}  crop {config['crop_pct']:g}",
-        images=int(images),
+        images=images,
         seconds=timed.seconds,
         measures=measures,
         summary=f"top-1 {measures['top1']:.2%}  top-5 {measures['top5']:.2%}",
@@ -179,11 +180,11 @@ def evaluate(checkpoint: Path, img_size: tuple[int, int] | None, arguments: argp
 
 
 class Timed(nn.Module):
-    """Wraps a model and adds up the time spent in it."""
+    """Moves a model to ``device``, and adds up the time spent in it."""
 
     def __init__(self, model: nn.Module, device: torch.device, amp: str) -> None:
         super().__init__()
-        self.model, self.device, self.amp, self.seconds = model, device, amp, 0.0
+        self.model, self.device, self.amp, self.seconds = model.to(device), device, amp, 0.0
 
     def forward(self, images: Tensor) -> Tensor:
         self._wait()

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from dfformer.data.files import (
 from dfformer.data.transforms import evaluation_transform
 from dfformer.models.checkpoint import load_model
 from dfformer.tasks.evaluate import data_config, logits_of
-from dfformer.tasks.results import is_result, plan_results
+from dfformer.tasks.results import is_result
 from dfformer.utils.io import write_json
 from dfformer.utils.text import echo, printable
 
@@ -35,7 +35,7 @@ class Prediction(NamedTuple):
 
     path: str
     classes: list[str]
-    probabilities: list[float]
+    values: list[float]
 
 
 class Failure(NamedTuple):
@@ -67,7 +67,7 @@ class Predictor:
         batch_size: the most images in a batch for ``apply``.
         value: the name in JSON of the number of each class.
         finish: called once at the end, even after an error.
-        note: printed at the end.
+        written: a description of the pictures in ``--output``, for the last printed line.
     """
 
     prepare: Callable[[Any], Any]
@@ -76,55 +76,18 @@ class Predictor:
     batch_size: int = 1
     value: str = "probability"
     finish: Callable[[], None] = lambda: None
-    note: str = ""
+    written: str = ""
 
 
-def predict(
-    model: nn.Module,
-    paths: Iterable[Path],
-    classes: list[str],
-    topk: int = 5,
-    batch_size: int = 16,
-    img_size: tuple[int, int] | None = None,
-    workers: int = 0,
-    on_error: Callable[[Path, Exception], None] | None = None,
-    exif_orientation: bool = False,
-) -> list[Prediction]:
-    """Classifies image files with ``model`` (in eval mode), prepared as its ``pretrained_cfg`` says.
-
-    Args:
-        classes: the name of each class.
-        topk: number of classes to return; limited to all classes.
-        img_size: (H, W) to evaluate at, instead of the model's.
-        workers: number of processes that read images; 0 reads them in this one.
-        on_error: called for a file that fails, and prediction continues; without it a ValueError is raised.
-        exif_orientation: apply images' EXIF orientation.
-    """
-    predictor = _classifier(model, classes, topk, batch_size, img_size)
-    predictions: list[Prediction] = []
-    for outcome, _ in _outcomes(list(paths), predictor, workers, exif_orientation):
-        if isinstance(outcome, Prediction):
-            predictions.append(outcome)
-        elif on_error is None:
-            raise ValueError(f"{outcome.path}: {outcome.error}")
-        else:
-            on_error(Path(outcome.path), ValueError(outcome.error))
-    return predictions
-
-
-def _classifier(
-    model: nn.Module, classes: list[str], topk: int, batch_size: int, img_size: tuple[int, int] | None
-) -> Predictor:
-    if model.training:
-        raise ValueError("model: is in training mode, accepted is eval mode: model.eval()")
-    if topk < 1:
-        raise ValueError(f"topk: got {topk}, accepted are numbers from 1 up")
-    config = data_config(model, img_size)
+def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
+    """``dfformer predict`` for classifiers."""
+    model, classes = _load(arguments)
+    config = data_config(model, arguments.img_size)
 
     def apply(batch: list[File]) -> list[Prediction]:
-        return _classify(model, batch, classes, topk)
+        return _classify(model, batch, classes, arguments.topk)
 
-    return Predictor(evaluation_transform(config), apply, config["input_size"][0], batch_size)
+    return Predictor(evaluation_transform(config), apply, config["input_size"][0], arguments.batch_size)
 
 
 def _classify(model: nn.Module, batch: list[File], classes: list[str], topk: int) -> list[Prediction]:
@@ -132,8 +95,6 @@ def _classify(model: nn.Module, batch: list[File], classes: list[str], topk: int
     images = torch.stack([file.content for file in batch]).to(parameter.device, parameter.dtype)
     with torch.inference_mode():
         logits = logits_of(model, images).float()
-    if len(classes) != logits.shape[1]:
-        raise ValueError(f"classes: got {len(classes)} names, the model has {logits.shape[1]} classes")
     probabilities, indices = logits.softmax(-1).topk(min(topk, len(classes)))
     if not probabilities.isfinite().all():
         raise ValueError("the model's output is not finite")
@@ -143,14 +104,14 @@ def _classify(model: nn.Module, batch: list[File], classes: list[str], topk: int
     ]
 
 
+@dataclass
 class Files(Dataset):
-    """Image files as `File`, prepared by ``transform``."""
+    """Image files as `File`, converted to ``mode`` of PIL, then prepared."""
 
-    def __init__(
-        self, paths: list[Path], transform: Callable[[Any], Any], channels: int, exif_orientation: bool = False
-    ) -> None:
-        self.paths, self.transform, self.mode = paths, transform, image_mode(channels)
-        self.exif_orientation = exif_orientation
+    paths: list[Path]
+    prepare: Callable[[Any], Any]
+    mode: str
+    exif_orientation: bool
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -159,7 +120,7 @@ class Files(Dataset):
         path = self.paths[index]
         try:
             image = read_image(path, self.mode, exif_orientation=self.exif_orientation)
-            return File(path, self.transform(image), orientation_of(image) != 1)
+            return File(path, self.prepare(image), orientation_of(image) != 1)
         except Exception as error:  # any error concerns this file alone
             return File(path, ValueError(_message(path, error)), False)  # not every error can be pickled
 
@@ -168,7 +129,7 @@ def _outcomes(
     paths: list[Path], predictor: Predictor, workers: int, exif_orientation: bool
 ) -> Iterator[tuple[Prediction | Failure, bool]]:
     """The outcome of each file, and whether an EXIF orientation was not applied."""
-    files = Files(paths, predictor.prepare, predictor.channels, exif_orientation)
+    files = Files(paths, predictor.prepare, image_mode(predictor.channels), exif_orientation)
     for batch in DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=list):
         readable = [file for file in batch if not isinstance(file.content, Exception)]
         applied = iter(_guarded(predictor.apply, readable))
@@ -191,36 +152,10 @@ def _message(path: Path, error: BaseException) -> str:
     return (str(error) or type(error).__name__).removeprefix(f"{path}: ")
 
 
-def predict_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``predict`` for classifiers."""
-    model, classes = _load(arguments)
-    predictor = _classifier(model, classes, arguments.topk, arguments.batch_size, arguments.img_size)
-    return predict_files(arguments, find_inputs(arguments), predictor)
+def find_inputs(arguments: argparse.Namespace, draws: bool) -> tuple[list[Path], list[Failure]]:
+    """The images of ``arguments.inputs``, and the folders that could not be listed.
 
-
-_FOR_CLASSIFIERS = ("crop_pct", "model", "model_args", "classes", "pretrained")
-
-
-def refuse_arguments(arguments: argparse.Namespace, task: str) -> None:
-    """Raises ValueError for given arguments that only classifiers use: other checkpoints contain these settings."""
-    values = {name: getattr(arguments, name, None) for name in _FOR_CLASSIFIERS}
-    given = [name for name, value in values.items() if value not in (None, {}) and value is not False]
-    if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(
-            f"{flags}: not for {task}, which uses whole images, and the model and classes of its checkpoint"
-        )
-
-
-class Inputs(NamedTuple):
-    """The requested image files, and the folders that could not be listed."""
-
-    paths: list[Path]
-    unreadable: list[Failure]
-
-
-def find_inputs(arguments: argparse.Namespace, output: Path | None = None) -> Inputs:
-    """The images of ``arguments.inputs``, without earlier results in the folder ``output``.
+    If the task ``draws``, earlier results in the folder ``arguments.output`` are left out.
 
     Raises:
         ValueError: there are no images, or ``arguments.json`` would replace one.
@@ -231,29 +166,35 @@ def find_inputs(arguments: argparse.Namespace, output: Path | None = None) -> In
         unreadable.append(Failure(str(error.filename), error.strerror or type(error).__name__))
 
     paths, given = image_files(arguments.inputs, note), set(arguments.inputs)
-    if output is not None and output.is_dir():
-        folder = real_path(output)
+    if draws and arguments.output.is_dir():
+        folder = real_path(arguments.output)
         paths = [p for p in paths if p in given or not real_path(p).is_relative_to(folder) or not is_result(p)]
     if not paths and not unreadable:
         raise ValueError(f"no images in {', '.join(map(printable, arguments.inputs))}")
     report = arguments.json
     if report and (report.is_dir() or real_path(report) in map(real_path, paths)):
         raise ValueError(f"--json: got {report}, which is a folder or one of the images; accepted is another file")
-    return Inputs(paths, unreadable)
+    return paths, unreadable
 
 
-def predict_files(arguments: argparse.Namespace, inputs: Inputs, predictor: Predictor) -> int:
-    """Runs ``predict`` for any task: writes the JSON first, then prints everything.
+def predict_files(
+    arguments: argparse.Namespace,
+    predictor_of: Callable[[argparse.Namespace, list[Path]], Predictor],
+    draws: bool,
+) -> int:
+    """The command line's ``predict`` for any task: writes the JSON first, then prints everything.
 
-    Returns 1 if any image failed, after all others are done. If the run ends early, the JSON says so for each image
-    that was not reached.
+    ``predictor_of`` is the task's, and ``draws`` says whether it writes pictures. Returns 1 if any image failed, after
+    all others are done. If the run ends early, the JSON says so for each image that was not reached.
     """
-    paths, option = inputs.paths, arguments.exif_orientation
+    paths, failures = find_inputs(arguments, draws)
+    images = len(paths) + len(failures)
+    predictor = predictor_of(arguments, paths)
     workers = min(arguments.workers, len(paths) // predictor.batch_size)  # none for a few images
     predictions: list[Prediction] = []
-    failures, turned = list(inputs.unreadable), []
+    turned: list[bool] = []
     try:
-        for outcome, not_applied in _outcomes(paths, predictor, workers, option):
+        for outcome, not_applied in _outcomes(paths, predictor, workers, arguments.exif_orientation):
             turned.append(not_applied)
             if isinstance(outcome, Prediction):
                 predictions.append(outcome)
@@ -264,44 +205,21 @@ def predict_files(arguments: argparse.Namespace, inputs: Inputs, predictor: Pred
         failures += [Failure(str(path), why) for path in paths[len(turned) :]]
         raise
     finally:
-        unwritten = _write(arguments.json, predictor, predictions, failures)
+        unwritten = _unwritten(predictor.finish)
+        if arguments.json:
+            report = _report(predictions, failures, predictor.value)
+            unwritten += _unwritten(lambda: write_json(arguments.json, report))
     for failure in failures:
         echo(f"skipped {printable(failure.path)}: {printable(failure.error)}", file=sys.stderr)
-    echo(*_table(predictions), *filter(None, [predictor.note]))
+    echo(*_table(predictions))
+    if predictor.written:
+        echo(f"{predictor.written}: {printable(arguments.output)}")
     if note := orientation_note(turned, "--exif-orientation"):
         echo(note, file=sys.stderr)
     if failures:
-        echo(f"{len(failures)} of {len(paths) + len(inputs.unreadable)} images failed", file=sys.stderr)
+        echo(f"{len(failures)} of {images} images failed", file=sys.stderr)
     echo(*unwritten, file=sys.stderr)
     return 1 if failures or unwritten else 0
-
-
-def predict_each(
-    arguments: argparse.Namespace,
-    inputs: Inputs,
-    endings: Sequence[str],
-    prepare: Callable[[Any], Any],
-    apply: Callable[[Any, Path, Path], tuple[list[str], list[float]]],
-    value: str,
-    written: str,
-    finish: Callable[[], None] = lambda: None,
-) -> int:
-    """`predict_files` one by one, with pictures in ``arguments.output``.
-
-    Args:
-        endings: of the pictures of an image.
-        apply: maps a prepared image, its path, and the path of its pictures without ending to names and their values.
-        prepare, value, finish: as for `Predictor`.
-        written: a description of the pictures, for the last printed line.
-    """
-    stems = plan_results(inputs.paths, arguments.output, endings)
-
-    def apply_to_one(batch: list[File]) -> list[Prediction]:
-        [file] = batch
-        return [Prediction(str(file.path), *apply(file.content, file.path, stems[file.path]))]
-
-    note = f"{written}: {printable(arguments.output)}"
-    return predict_files(arguments, inputs, Predictor(prepare, apply_to_one, value=value, finish=finish, note=note))
 
 
 def _load(arguments: argparse.Namespace) -> tuple[nn.Module, list[str]]:
@@ -332,41 +250,25 @@ def _default_classes(num_classes: int) -> list[str]:
     return [f"class {i}" for i in range(num_classes)]
 
 
-def _table(predictions: Sequence[Prediction]) -> list[str]:
+def _table(predictions: list[Prediction]) -> Iterator[str]:
     width = max((len(printable(p.path)) for p in predictions), default=0)
-    return [
-        f"{printable(p.path):<{width}}  "
-        + "  ".join(
-            f"{printable(name)} {100 * probability:.1f}%"
-            for name, probability in zip(p.classes, p.probabilities, strict=True)
-        )
-        for p in predictions
-    ]
+    for p in predictions:
+        top = (f"{printable(c)} {100 * value:.1f}%" for c, value in zip(p.classes, p.values, strict=True))
+        yield "  ".join([f"{printable(p.path):<{width}}", *top])
 
 
-def _write(
-    report: Path | None, predictor: Predictor, predictions: list[Prediction], failures: list[Failure]
-) -> list[str]:
-    """Writes the files about all images together; returns those that could not be written, and why."""
-    writing: list[Callable[[], None]] = [predictor.finish]
-    if report is not None:
-        content = _report(predictions, failures, predictor.value)
-        writing.append(lambda: write_json(report, content))
-    unwritten = []
-    for write in writing:
-        try:
-            write()
-        except OSError as error:
-            unwritten.append(f"not written: {printable(error)}")
-    return unwritten
+def _unwritten(write: Callable[[], None]) -> list[str]:
+    """Writes a file about all images together; returns why it could not be written, if so."""
+    try:
+        write()
+    except OSError as error:
+        return [f"not written: {printable(error)}"]
+    return []
 
 
 def _report(predictions: list[Prediction], failures: list[Failure], value: str) -> dict[str, Any]:
     images = [
-        {
-            "path": p.path,
-            "top": [{"class": c, value: q} for c, q in zip(p.classes, p.probabilities, strict=True)],
-        }
+        {"path": p.path, "top": [{"class": c, value: number} for c, number in zip(p.classes, p.values, strict=True)]}
         for p in predictions
     ]
     return {"predictions": images, "errors": [failure._asdict() for failure in failures]}

@@ -22,10 +22,10 @@ from dfformer.data import images as image_data
 from dfformer.data.pairs import Degradation, InputAndTarget, RestorationTensors, nothing_like, open_pair_dataset
 from dfformer.models.checkpoint import build_and_load, load_checkpoint
 from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
-from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress, tabulate
-from dfformer.tasks.predict import find_inputs, predict_each, refuse_arguments
+from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress
+from dfformer.tasks.predict import File, Prediction, Predictor
 from dfformer.tasks.restorer import Restorer, SelfEnsemble, enlarged, tiled
-from dfformer.tasks.results import write_results
+from dfformer.tasks.results import plan_results, write_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -181,58 +181,51 @@ def _wanted(checkpoint: Path, arguments: argparse.Namespace) -> tuple[nn.Module,
     return (SelfEnsemble(model) if arguments.self_ensemble else model), about
 
 
-def evaluate_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``eval`` for restoration checkpoints."""
-    refuse_arguments(arguments, "restoration")
-
-    def measure(checkpoint: Path) -> Iterator[Measured]:
-        model, about = _wanted(checkpoint, arguments)
-        for tile in arguments.img_size or [tuple(about["data"]["input_size"][1:])]:
-            yield _evaluate(checkpoint, model, about, tile, arguments)
-
-    return tabulate(arguments, measure)
-
-
-def _evaluate(
-    checkpoint: Path, model: nn.Module, about: dict[str, Any], tile: tuple[int, int], arguments: argparse.Namespace
-) -> Measured:
+def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
+    """``dfformer eval`` of a restoration checkpoint."""
+    model, about = _wanted(checkpoint, arguments)
     place, degradation = Place(torch.device(arguments.device)), Degradation(**about["degradation"])
     dataset = open_pair_dataset(dataset_spec(arguments, about), degradation)
     image_data.check_images(dataset)
     loader = _loader(RestorationTensors(dataset, degradation), arguments.workers, place)
-    timed = Timed(model.to(place.device), place.device, arguments.amp)
-    bar = progress(loader, f"{checkpoint.name} {tile[0]}x{tile[1]}")
-    measures = mean_quality(timed, bar, place, degradation.scale, tile, arguments.batch_size)
-    return Measured(
-        model=about["architecture"],
-        size={"tile_height": tile[0], "tile_width": tile[1], "self_ensemble": arguments.self_ensemble},
-        title=f"tiles {tile[0]}x{tile[1]}" + ", self-ensemble" * arguments.self_ensemble,
-        images=len(dataset),
-        seconds=timed.seconds,
-        measures=measures,
-        summary="PSNR {psnr:.2f} dB  SSIM {ssim:.4f}  (input {input_psnr:.2f} dB, {input_ssim:.4f})".format(**measures),
-    )
+    for tile in arguments.img_size or [tuple(about["data"]["input_size"][1:])]:
+        timed = Timed(model, place.device, arguments.amp)
+        bar = progress(loader, f"{checkpoint.name} {tile[0]}x{tile[1]}")
+        measures = mean_quality(timed, bar, place, degradation.scale, tile, arguments.batch_size)
+        yield Measured(
+            model=about["architecture"],
+            size={"tile_height": tile[0], "tile_width": tile[1], "self_ensemble": arguments.self_ensemble},
+            title=f"tiles {tile[0]}x{tile[1]}" + ", self-ensemble" * arguments.self_ensemble,
+            images=len(dataset),
+            seconds=timed.seconds,
+            measures=measures,
+            summary="PSNR {psnr:.2f} dB  SSIM {ssim:.4f}  (input {input_psnr:.2f} dB, {input_ssim:.4f})".format(
+                **measures
+            ),
+        )
 
 
 _ENDINGS = (".png", "_picture.png")
 
 
-def predict_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``predict`` for a restoration checkpoint: the restored image, and a picture for comparison."""
+def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
+    """``dfformer predict`` for a restoration checkpoint: the restored image, and a picture for comparison."""
     from dfformer.analysis.dense_figures import restorations
 
-    refuse_arguments(arguments, "restoration")
     model, about = _wanted(arguments.checkpoint, arguments)
     device, scale = torch.device(arguments.device), about["degradation"]["scale"]
     model.to(device)
     tile = arguments.img_size or tuple(about["data"]["input_size"][1:])
+    stems = plan_results(paths, arguments.output, _ENDINGS)
 
-    def apply(image: Tensor, path: Path, stem: Path) -> tuple[list[str], list[float]]:
+    def apply(batch: list[File]) -> list[Prediction]:
+        [(path, image, _)] = batch
         restored = restore(model, image, scale, tile, device, arguments.batch_size)
         before, after = _array(enlarged_only(image, scale)), _array(restored)
-        figure = restorations([{"input": before, "restored": after}], stem.name)
-        write_results(stem, dict(zip(_ENDINGS, (Image.fromarray(after), figure), strict=True)))
-        return ["mean change"], [float(np.abs(after.astype(np.float64) - before).mean() / 255)]
+        figure = restorations([{"input": before, "restored": after}], stems[path].name)
+        write_results(stems[path], dict(zip(_ENDINGS, (Image.fromarray(after), figure), strict=True)))
+        change = float(np.abs(after.astype(np.float64) - before).mean() / 255)
+        return [Prediction(str(path), ["mean change"], [change])]
 
-    prepare, inputs = v2.functional.pil_to_tensor, find_inputs(arguments, arguments.output)
-    return predict_each(arguments, inputs, _ENDINGS, prepare, apply, "share", "restored images and pictures")
+    written = "restored images and pictures"
+    return Predictor(v2.functional.pil_to_tensor, apply, value="share", written=written)

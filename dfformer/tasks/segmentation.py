@@ -34,9 +34,9 @@ from dfformer.data.masks import (
 from dfformer.data.transforms import resize_shorter_side
 from dfformer.models.checkpoint import build_and_load
 from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
-from dfformer.tasks.evaluate import Measured, Pixels, Timed, check_classes_of_data, dataset_spec, progress, tabulate
-from dfformer.tasks.predict import find_inputs, predict_each, refuse_arguments
-from dfformer.tasks.results import write_results
+from dfformer.tasks.evaluate import Measured, Pixels, Timed, check_classes_of_data, dataset_spec, progress
+from dfformer.tasks.predict import File, Prediction, Predictor
+from dfformer.tasks.results import plan_results, write_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -202,63 +202,50 @@ class Segmentation(DenseTask):
         return {"predictions.png": figure}
 
 
-def evaluate_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``eval`` for segmentation checkpoints."""
-    refuse_arguments(arguments, "segmentation")
-
-    def measure(checkpoint: Path) -> Iterator[Measured]:
-        model, about = load_segmenter(checkpoint)
-        for size in arguments.img_size or [about["data"]["input_size"][1:]]:
-            yield _evaluate(checkpoint, model, about, min(size), arguments)
-
-    return tabulate(arguments, measure)
-
-
-def _evaluate(
-    checkpoint: Path, model: nn.Module, about: dict[str, Any], shorter: int, arguments: argparse.Namespace
-) -> Measured:
-    device = torch.device(arguments.device)
+def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
+    """``dfformer eval`` of a segmentation checkpoint."""
+    model, about = load_segmenter(checkpoint)
+    place, classes = Place(torch.device(arguments.device)), about["classes"]
     dataset = open_mask_dataset(dataset_spec(arguments, about), about["reduce_zero_label"])
-    check_classes_of_data(checkpoint, about["classes"], dataset.classes)
+    check_classes_of_data(checkpoint, classes, dataset.classes)
     image_data.check_images(dataset)
-    loader = _loader(dataset, shorter, arguments.workers, Place(device))
-    timed = Timed(model.to(device), device, arguments.amp)
-    pixels = Pixels(about["data"]["mean"], about["data"]["std"], device)
-    confusion = count_pixels(timed, progress(loader, f"{checkpoint.name} {shorter}"), pixels, len(dataset.classes))
-    measures = _measures(confusion)
-    iou = zip(dataset.classes, intersection_over_union(confusion).tolist(), strict=True)
-    return Measured(
-        model=about["architecture"],
-        size={"shorter_side": shorter},
-        title=f"shorter side {shorter}",
-        images=len(dataset),
-        seconds=timed.seconds,
-        measures=measures,
-        summary=f"mIoU {measures['miou']:.2%}  pixel accuracy {measures['pixel_accuracy']:.2%}",
-        by_class={f"iou {name}": value for name, value in iou},
-    )
+    pixels = Pixels(about["data"]["mean"], about["data"]["std"], place.device)
+    for size in arguments.img_size or [about["data"]["input_size"][1:]]:
+        timed, shorter = Timed(model, place.device, arguments.amp), min(size)
+        bar = progress(_loader(dataset, shorter, arguments.workers, place), f"{checkpoint.name} {shorter}")
+        confusion = count_pixels(timed, bar, pixels, len(classes))
+        measures, iou = _measures(confusion), intersection_over_union(confusion).tolist()
+        yield Measured(
+            model=about["architecture"],
+            size={"shorter_side": shorter},
+            title=f"shorter side {shorter}",
+            images=len(dataset),
+            seconds=timed.seconds,
+            measures=measures,
+            summary="mIoU {miou:.2%}  pixel accuracy {pixel_accuracy:.2%}".format(**measures),
+            by_class={f"iou {name}": value for name, value in zip(classes, iou, strict=True)},
+        )
 
 
 _ENDINGS = (".png", "_picture.png")
 
 
-def predict_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``predict`` for a segmentation checkpoint: a mask and a picture for each image."""
-    refuse_arguments(arguments, "segmentation")
+def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
+    """``dfformer predict`` for a segmentation checkpoint: a mask and a picture for each image."""
     model, about = load_segmenter(arguments.checkpoint)
     model.to(arguments.device)
     pixels = Pixels(about["data"]["mean"], about["data"]["std"], torch.device(arguments.device))
     shorter = min(arguments.img_size or about["data"]["input_size"][1:])
+    stems = plan_results(paths, arguments.output, _ENDINGS)
 
-    def apply(content: tuple[np.ndarray, Tensor], path: Path, stem: Path) -> tuple[list[str], list[float]]:
-        image, resized = content
+    def apply(batch: list[File]) -> list[Prediction]:
+        [(path, (image, resized), _)] = batch
         with torch.inference_mode():
             mask = segment(model, pixels(resized[None]), image.shape[:2])[0].cpu().numpy()
-        _write_mask(stem, image, mask, about["classes"])
-        return _shares(mask, about["classes"], arguments.topk)
+        _write_mask(stems[path], image, mask, about["classes"])
+        return [Prediction(str(path), *_shares(mask, about["classes"], arguments.topk))]
 
-    prepare, inputs = partial(_with_resized, shorter=shorter), find_inputs(arguments, arguments.output)
-    return predict_each(arguments, inputs, _ENDINGS, prepare, apply, "share", "masks and pictures")
+    return Predictor(partial(_with_resized, shorter=shorter), apply, value="share", written="masks and pictures")
 
 
 def _with_resized(image: Image.Image, shorter: int) -> tuple[np.ndarray, Tensor]:

@@ -7,26 +7,26 @@ _TASKS: dict[str, dict[str, str]] = {
     "classify": {
         "loading": "dfformer.models.checkpoint:load_model",
         "training": "dfformer.tasks.classification:Classification",  # see `dfformer.tasks.base.Task`
-        "evaluation": "dfformer.tasks.evaluate:evaluate_command",
-        "prediction": "dfformer.tasks.predict:predict_command",
+        "evaluation": "dfformer.tasks.evaluate:evaluate",  # see `dfformer.tasks.evaluate.tabulate`
+        "prediction": "dfformer.tasks.predict:predictor",  # see `dfformer.tasks.predict.predict_files`
     },
     "segment": {
         "loading": "dfformer.tasks.segmentation:load_segmenter",
         "training": "dfformer.tasks.segmentation:Segmentation",
-        "evaluation": "dfformer.tasks.segmentation:evaluate_command",
-        "prediction": "dfformer.tasks.segmentation:predict_command",
+        "evaluation": "dfformer.tasks.segmentation:evaluate",
+        "prediction": "dfformer.tasks.segmentation:predictor",
     },
     "detect": {
         "loading": "dfformer.tasks.detection:load_detector",
         "training": "dfformer.tasks.detection:Detection",
-        "evaluation": "dfformer.tasks.detection:evaluate_command",
-        "prediction": "dfformer.tasks.detection:predict_command",
+        "evaluation": "dfformer.tasks.detection:evaluate",
+        "prediction": "dfformer.tasks.detection:predictor",
     },
     "restore": {
         "loading": "dfformer.tasks.restoration:load_restorer",
         "training": "dfformer.tasks.restoration:Restoration",
-        "evaluation": "dfformer.tasks.restoration:evaluate_command",
-        "prediction": "dfformer.tasks.restoration:predict_command",
+        "evaluation": "dfformer.tasks.restoration:evaluate",
+        "prediction": "dfformer.tasks.restoration:predictor",
     },
 }
 

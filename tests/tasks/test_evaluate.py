@@ -16,7 +16,6 @@ from timm.data import create_transform, resolve_model_data_config
 from dfformer.cli.main import main
 from dfformer.data import images
 from dfformer.models.checkpoint import load_model, save_checkpoint
-from dfformer.tasks.predict import predict
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_size": 32}
 CLASSES = ["ant", "bee", "cat"]
@@ -135,22 +134,6 @@ def test_models_that_do_not_classify_images(
     ):
         assert main([*command, "--workers", "0", "--batch-size", "1"]) != 0
         assert message in capsys.readouterr().err
-
-
-WRONG_CALLS: dict[str, tuple[dict[str, Any], str]] = {
-    "few-classes": ({"classes": ["a"]}, "classes: got 1 names, the model has 3 classes"),
-    "many-classes": ({"classes": list("abcd")}, "classes: got 4 names, the model has 3 classes"),
-    "topk": ({"topk": 0}, "topk: got 0, accepted are numbers from 1 up"),
-    "size": ({"img_size": (0, 32)}, r"img_size: got \(0, 32\), accepted are numbers from 1 up"),
-    "training": ({}, "model: is in training mode"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "message"), WRONG_CALLS.values(), ids=WRONG_CALLS.keys())
-def test_wrong_calls_of_predict(arguments: dict[str, Any], message: str, root: Path) -> None:
-    model = timm.create_model("dfformer_s18", **SMALL, num_classes=3).train("training" in message)
-    with pytest.raises(ValueError, match=message):
-        predict(model, [root / "val" / "ant" / "0.png"], **{"classes": CLASSES, **arguments})
 
 
 def test_bfloat16(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,26 +90,32 @@ class FailsOnBlack(torch.nn.Module):
         return logits
 
 
-def test_an_image_that_the_model_fails_on(checkpoints: dict[str, str], tmp_path: Path) -> None:
+def test_an_image_that_the_model_fails_on(
+    run: Callable[..., tuple[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Costs the others of its batch nothing."""
     for n in range(5):
         noise(seed=n).save(tmp_path / f"{n}.png")
     Image.new("RGB", (40, 30)).save(tmp_path / "2.png")
-    model, classes = load_model(checkpoints["classify"])
-    assert classes is not None
-    paths, errors = sorted(tmp_path.glob("*.png")), dict[str, str]()
-    failing = FailsOnBlack(model).eval()
-    found = predict.predict(
-        failing, paths, classes, batch_size=4, on_error=lambda path, error: errors.update({path.name: str(error)})
-    )
-    expected = predict.predict(model, paths, classes, batch_size=4)
-    assert [p.path for p in found] == [p.path for p in expected if not p.path.endswith("2.png")]
-    for mine in found:
-        [other] = [p for p in expected if p.path == mine.path]
-        assert mine.probabilities == pytest.approx(other.probabilities, rel=1e-5)
-    assert errors == {"2.png": "not enough memory: you tried to allocate 999 bytes"}
-    with pytest.raises(ValueError, match=r"2\.png: not enough memory"):
-        predict.predict(failing, paths, classes)
+    status, expected = run("classify", [tmp_path], "--batch-size", "4")
+    assert status == 0
+
+    def failing(*arguments: Any) -> tuple[torch.nn.Module, list[str] | None]:
+        model, classes = load_model(*arguments)
+        return FailsOnBlack(model).eval(), classes
+
+    monkeypatch.setattr(predict, "load_model", failing)
+    status, report = run("classify", [tmp_path], "--batch-size", "4")
+    assert status == 1
+    [error] = report["errors"]
+    assert error["path"].endswith("2.png")
+    assert error["error"] == "not enough memory: you tried to allocate 999 bytes"
+    others = [p for p in expected["predictions"] if not p["path"].endswith("2.png")]
+    assert [p["path"] for p in report["predictions"]] == [p["path"] for p in others]
+    for mine, other in zip(report["predictions"], others, strict=True):
+        assert [t["probability"] for t in mine["top"]] == pytest.approx(
+            [t["probability"] for t in other["top"]], rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("task", ["segment", "detect"])
@@ -278,11 +284,15 @@ def test_wrong_arguments_of_a_model(
 
 
 MISUSES = {
-    "model": ("segment", ["--model", "dfformer_s18"], "--model: not for segmentation"),
-    "model-args": ("detect", ["--model-args", '{"depths": [1]}'], "--model-args: not for detection"),
-    "classes": ("detect", ["--classes", "names.txt"], "--classes: not for detection"),
+    "model": (
+        "segment",
+        ["--model", "dfformer_s18"],
+        "--model: not for the task segment, only for",
+    ),
+    "model-args": ("detect", ["--model-args", '{"depths": [1]}'], "--model-args: not for the task detect"),
+    "classes": ("detect", ["--classes", "names.txt"], "--classes: not for the task detect"),
     "score": ("detect", ["--min-score", "nan"], "--min-score: got nan, accepted are numbers from 0 to 1"),
-    "pretrained": ("segment", ["--pretrained"], "--pretrained: not for segmentation"),
+    "pretrained": ("segment", ["--pretrained"], "--pretrained: not for the task segment"),
     "self-ensemble": ("detect", ["--self-ensemble"], "--self-ensemble: not for the task detect"),
     "no images": ("segment", ["empty\n"], "no images in empty\\n"),
 }

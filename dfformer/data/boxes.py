@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 
 from dfformer.data import synthetic_digits
 from dfformer.data.files import DatasetSpec, FileDataset, ImageDataset, check_image, read_image, real_path
+from dfformer.utils.io import unique_keys
 from dfformer.utils.text import abbreviate
 
 # The required fields of each entry of an annotation file, with their types.
@@ -125,7 +126,7 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: does not exist")
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_object)
+        content = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not JSON: {error}") from error
     for kind, fields in _FIELDS.items():
@@ -143,15 +144,6 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
         [(most_common, times)] = Counter(entry["id"] for entry in entries).most_common(1)
         if times > 1:
             raise ValueError(f"{path}: {times} {kind} have the id {most_common}")
-    return content
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError if it has a key twice, of which json would keep the last."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        [(key, times)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"an object has the key {key[:99]!r} {times} times")
     return content
 
 

@@ -56,7 +56,11 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     if isinstance(content, dict):
         nested = next((content[key] for key in _NESTED_KEYS if isinstance(content.get(key), dict)), None)
         content = content if nested is None else nested
-    if not isinstance(content, dict) or not content or not all(map(_is_named_tensor, content.items())):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items())
+    ):
         raise CheckpointError(f"{path}: holds no state dict (a mapping of names to tensors, or one under a key of "
                               f"{', '.join(_NESTED_KEYS)})")  # fmt: skip
     for name, tensor in content.items():
@@ -67,10 +71,6 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
             f"{path}: model_args.depths: adds up to {blocks} blocks, the file has {len(content)} tensors"
         )
     return clean_state_dict(content), metadata
-
-
-def _is_named_tensor(entry: tuple[Any, Any]) -> bool:
-    return isinstance(entry[0], str) and isinstance(entry[1], Tensor)
 
 
 def _check_stored(path: Path, name: str, tensor: Tensor) -> None:

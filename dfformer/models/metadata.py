@@ -5,32 +5,25 @@ is an error. Model arguments in recipes must pass the same tables, so every trai
 """
 
 import json
-import math
 import re
 import reprlib
 import unicodedata
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import timm
 
 from dfformer.models.filter_resize import RULES
 from dfformer.models.registry import VARIANTS
+from dfformer.utils.accepted import Kind
+from dfformer.utils.io import unique_keys
 from dfformer.utils.suggest import did_you_mean
 
 _MOST_TEXT = 16 * 2**20  # characters; the names of ImageNet-21k's classes take 0.5 million
-_MOST_DIGITS = 18  # of an integer
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")  # timm's NAME or NAME.TAG; no hub's name, no path
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
-
-
-class Kind(NamedTuple):
-    """The values that a setting accepts, and their description for messages."""
-
-    accepts: Callable[[Any], bool]
-    words: str
 
 
 def whole(low: int, high: int) -> Kind:
@@ -145,37 +138,19 @@ DETECTOR: dict[str, Kind] = {
 # The degradation that a restorer undoes; see `dfformer.data.pairs.Degradation`.
 DEGRADATION: dict[str, Kind] = {"scale": whole(1, 4), "blur": real(0, 5), "noise": real(0, 255)}
 _DICT = Kind(lambda value: isinstance(value, dict), "mappings")
-_CLASSES = list_of(NAME, 1, 1_000_000)
-_CATEGORY_IDS = list_of(whole(-(2**53), 2**53), 1, 1_000_000)
 _ABOUT: dict[str, Kind] = {
     "architecture": either(NONE, Kind(_is_architecture, "names of models of timm, without a hub or a path")),
     "model_args": _DICT,
-    "classes": either(NONE, _CLASSES),
+    "classes": either(NONE, list_of(NAME, 1, 1_000_000)),
     "data": _DICT,
 }
-# By task: the keys that a checkpoint may have, and those that it must have.
-_TASKS: dict[str, tuple[dict[str, Kind], tuple[str, ...]]] = {
-    "classify": (_ABOUT, ()),
-    "segment": (
-        {**_ABOUT, "decoder": _DICT, "reduce_zero_label": FLAG},
-        ("architecture", "model_args", "classes", "data", "decoder", "reduce_zero_label"),
-    ),
-    "detect": (
-        {
-            **_ABOUT,
-            "detector": _DICT,
-            "repair_boxes": FLAG,
-            "category_ids": list_of(whole(-(2**53), 2**53), 1, 1_000_000),
-        },
-        ("architecture", "model_args", "classes", "data", "detector", "repair_boxes", "category_ids"),
-    ),
-    "restore": (
-        {**_ABOUT, "classes": NONE, "degradation": _DICT},
-        ("architecture", "model_args", "data", "degradation"),
-    ),
+# By task: what a checkpoint has besides. Those of a dense task have every key of both tables.
+_TASKS: dict[str, dict[str, Kind]] = {
+    "classify": {},
+    "segment": {"decoder": _DICT, "reduce_zero_label": FLAG},
+    "detect": {"detector": _DICT, "repair_boxes": FLAG, "category_ids": list_of(whole(-(2**53), 2**53), 1, 1_000_000)},
+    "restore": {"classes": NONE, "degradation": _DICT},
 }
-
-
 # The settings that belong to single tasks: each table by its key in a checkpoint.
 _OWN = {"decoder": DECODER, "detector": DETECTOR, "degradation": DEGRADATION}
 _COMPLETE = ("detector", "degradation")  # those whose settings must all be present
@@ -220,11 +195,10 @@ def check_metadata(about: Mapping[str, Any]) -> None:
     task = about.get("task", "classify")
     if not isinstance(task, str) or task not in _TASKS:
         raise ValueError(f"task: got {shortened(task)}, accepted are {', '.join(_TASKS)}")
-    table, needed = _TASKS[task]
-    check_settings(about, {**table, "task": choice(task)})
-    for name in needed:
-        if about.get(name) is None:
-            raise ValueError(f"{name}: is missing, a checkpoint for the task {task} has it")
+    table = {**_ABOUT, **_TASKS[task], "task": choice(task)}
+    check_settings(about, table)
+    if task != "classify":
+        _check_complete(about, [name for name, kind in table.items() if kind is not NONE], task)
     architecture = about.get("architecture") or next(iter(VARIANTS))
     check_architecture(architecture)
     check_model_args(architecture, about.get("model_args", {}))
@@ -244,14 +218,16 @@ def _check_channels(channels: int, data: Mapping[str, Any]) -> None:
         raise ValueError(f"data.input_size: got {list(data['input_size'])}, the model has {channels} input channels")
 
 
+def _check_complete(given: Mapping[str, Any], needed: Iterable[str], task: str, prefix: str = "") -> None:
+    for name in needed:
+        if given.get(name) is None:
+            raise ValueError(f"{prefix}{name}: is missing, a checkpoint for the task {task} has it")
+
+
 def _check_dense(about: Mapping[str, Any]) -> None:
-    for name in ("input_size", "mean", "std"):
-        if name not in about["data"]:
-            raise ValueError(f"data.{name}: is missing, a checkpoint for the task {about['task']} has it")
-    for own in _COMPLETE:
-        for name in _OWN[own] if own in about else ():
-            if name not in about[own]:
-                raise ValueError(f"{own}.{name}: is missing, a checkpoint for the task {about['task']} has it")
+    _check_complete(about["data"], ("input_size", "mean", "std"), about["task"], "data.")
+    for own in about.keys() & set(_COMPLETE):
+        _check_complete(about[own], _OWN[own], about["task"], f"{own}.")
     if about["task"] == "detect":
         different = len(set(about["category_ids"]))
         if not different == len(about["category_ids"]) == len(about["classes"]):
@@ -278,17 +254,11 @@ def write_metadata(about: Mapping[str, Any]) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parses strict JSON from an untrusted source: no repeated keys, NaN, infinity or very long numbers, not too deep.
-
-    Raises:
-        ValueError: the text breaks one of these rules.
-    """
+    """Parses JSON from an untrusted source; ValueError if it is not JSON, has a key twice, or is too long or deep."""
     if len(text) > _MOST_TEXT:
         raise ValueError(f"has {len(text)} characters, accepted are {_MOST_TEXT}")
     try:
-        return json.loads(
-            text, object_pairs_hook=_unique, parse_int=_whole, parse_float=_finite, parse_constant=_no_constant
-        )
+        return json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError:
         raise ValueError("is nested too deep") from None
 
@@ -296,32 +266,6 @@ def parse_json(text: str) -> Any:
 def shortened(value: Any) -> str:
     """``repr(value)``, shortened for messages; works for any value."""
     return _short.repr(value)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in content:
-            raise ValueError(f"{shortened(name)}: is repeated")
-        content[name] = value
-    return content
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
-        raise ValueError(f"has a number of {len(digits)} digits, accepted are {_MOST_DIGITS}")
-    return int(digits)
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if not math.isfinite(number):
-        raise ValueError(f"has a number that is not finite: {digits[:20]}")
-    return number
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"has a number that is not finite: {name}")
 
 
 def _readable(name: Any) -> str:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dfformer.models.registry import VARIANTS
 from dfformer.models.spectral import SpectralFilter
+from dfformer.utils.text import abbreviate
 
-_MOST_LISTED = 10  # names of a kind
 _BLOCK = re.compile(r"\bstages[._](\d+)\.(\d+)\.")
 _CHANNELS = re.compile(r"\bstages[._](\d+)\.0\.norm1\.weight$")
 # Parts of tensor names that tell a block's token mixer; the first match counts.
@@ -45,11 +45,11 @@ class Mismatch(NamedTuple):
     def __str__(self) -> str:
         parts = {
             "missing": self.missing,
-            "unexpected": self.unexpected,
+            "unexpected": [name[:200] for name in self.unexpected],  # names in the file may be anything
             "wrongly shaped": [f"{name} ({shapes})" for name, shapes in self.wrong_shape.items()],
             "of another kind of number": [f"{name} ({types})" for name, types in self.wrong_type.items()],
         }
-        return "\n".join(f"{title} ({len(names)}): {_some(names)}" for title, names in parts.items() if names)
+        return "\n".join(f"{title} ({len(names)}): {abbreviate(names, 10)}" for title, names in parts.items() if names)
 
 
 def compare(model: nn.Module, state_dict: Mapping[str, Tensor], exactly: bool = False) -> Mismatch:
@@ -94,28 +94,21 @@ def compare(model: nn.Module, state_dict: Mapping[str, Tensor], exactly: bool = 
     )
 
 
-class _Layout(NamedTuple):
+def _layout(weights: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
     """What the names and shapes of weights tell about a MetaFormer, by stage."""
-
-    depths: dict[int, int]
-    dims: dict[int, int]
-    mixers: dict[int, str]
-
-    @classmethod
-    def of(cls, weights: Mapping[str, Tensor]) -> "_Layout":
-        depths: dict[int, int] = {}
-        dims: dict[int, int] = {}
-        mixers: dict[int, str] = {}
-        for name, tensor in weights.items():
-            if found := _BLOCK.search(name):
-                stage, block = (min(int(number[:6]), 10**6) for number in found.groups())
-                depths[stage] = max(depths.get(stage, 0), block + 1)
-                mixer = next((mixer for part, mixer in _MIXERS.items() if part in name), None)
-                if mixer and mixers.get(stage) != "DynamicFilter":
-                    mixers[stage] = mixer
-            if (found := _CHANNELS.search(name)) and tensor.ndim:
-                dims[int(found[1][:6])] = len(tensor)
-        return cls(depths, dims, mixers)
+    depths: dict[int, int] = {}
+    dims: dict[int, int] = {}
+    mixers: dict[int, str] = {}
+    for name, tensor in weights.items():
+        if found := _BLOCK.search(name):
+            stage, block = (min(int(number[:6]), 10**6) for number in found.groups())
+            depths[stage] = max(depths.get(stage, 0), block + 1)
+            mixer = next((mixer for part, mixer in _MIXERS.items() if part in name), None)
+            if mixer and mixers.get(stage) != "DynamicFilter":
+                mixers[stage] = mixer
+        if (found := _CHANNELS.search(name)) and tensor.ndim:
+            dims[int(found[1][:6])] = len(tensor)
+    return {"token mixers": mixers, "depths": depths, "dims": dims}
 
 
 def causes(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
@@ -123,26 +116,20 @@ def causes(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
     family = next((f for part, f in _FAMILIES.items() if _has(given, part) and not _has(own, part)), None)
     if family:
         return [f"the checkpoint is of {family}"]
-    model, checkpoint = _Layout.of(own), _Layout.of(given)
     if not own.keys() & given.keys():
         return ["the checkpoint is of another kind of model: no name is the same"]
-    found = [
-        *_by_stage("token mixers", "{} in", checkpoint.mixers, model.mixers),
-        *_by_stage("depths", "{} blocks in", checkpoint.depths, model.depths),
-        *_by_stage("dims", "{} channels in", checkpoint.dims, model.dims),
-    ]
+    model, checkpoint = _layout(own), _layout(given)
+    found = []
+    for what, unit in (("token mixers", ""), ("depths", " blocks"), ("dims", " channels")):
+        theirs, ours = checkpoint[what], model[what]
+        differing = [stage for stage in theirs.keys() | ours.keys() if theirs.get(stage) != ours.get(stage)]
+        if differing:
+            stage = min(differing)
+            has = f"has {theirs.get(stage, 'no')}{unit} in stage {stage}"
+            found.append(f"{what} differ: the checkpoint {has}, the model {ours.get(stage, 'no')}")
     if found and (name := _variant(checkpoint)):
         found.append(f"the checkpoint looks like {name}")
     return found or [*_by_tensor(own, given)]
-
-
-def _by_stage(what: str, unit: str, given: Mapping[int, Any], own: Mapping[int, Any]) -> list[str]:
-    """The first stage in which two models differ, as a sentence."""
-    for stage in sorted(given.keys() | own.keys()):
-        if given.get(stage) != own.get(stage):
-            theirs, ours = (unit.format(values.get(stage, "no")) for values in (given, own))
-            return [f"{what} differ: the checkpoint has {theirs} stage {stage}, the model {ours.rsplit(' ', 1)[0]}"]
-    return []
 
 
 def _by_tensor(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterable[str]:
@@ -167,19 +154,13 @@ def _has(weights: Mapping[str, Tensor], part: str) -> bool:
     return any(part in name for name in weights)
 
 
-def _variant(layout: _Layout) -> str | None:
+def _variant(layout: dict[str, dict[int, Any]]) -> str | None:
     """The model of this package that has this layout."""
     for name, args in VARIANTS.items():
         mixers = args["token_mixers"]
         mixers = mixers if isinstance(mixers, tuple) else (mixers,) * len(args["depths"])
         names = [(mixer.func if isinstance(mixer, partial) else mixer).__name__ for mixer in mixers]
-        if layout == (*(dict(enumerate(values)) for values in (args["depths"], args["dims"], names)),):
+        own = {"token mixers": names, "depths": args["depths"], "dims": args["dims"]}
+        if layout == {what: dict(enumerate(values)) for what, values in own.items()}:
             return name
     return None
-
-
-def _some(names: list[str]) -> str:
-    """At most ten names, without line breaks: names come with the file and may contain anything."""
-    listed = [name[:200] if name.isprintable() else repr(name[:200]) for name in names[:_MOST_LISTED]]
-    rest = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
-    return ", ".join(listed) + rest

@@ -1,4 +1,7 @@
-"""Writes files completely or not at all: after a full disk, an error or a crash the old file is still there."""
+"""Writes files completely or not at all: after a full disk, an error or a crash the old file is still there.
+
+Also JSON without surprises.
+"""
 
 import json
 import math
@@ -6,6 +9,7 @@ import os
 import re
 import secrets
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,6 +65,15 @@ def write_json(path: str | Path, content: Any) -> None:
     """Writes ``content`` as JSON; numbers that are not finite become null, which every parser accepts."""
     text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
     write_atomically(path, text.encode())
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """``object_pairs_hook`` of json: ValueError for an object with a key twice, of which json would keep the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{key[:60]!r}: is repeated")
+    return content
 
 
 def _finite(content: Any) -> Any:

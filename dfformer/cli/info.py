@@ -86,8 +86,8 @@ def processor() -> str:
 
 
 def model_table(img_size: tuple[int, int]) -> str:
-    """A table with one line per model: parameters, GMACs, activations."""
-    titles = ("model", "params M", "GMACs", "of it spectral", "activations M", "saved MiB", "stage planes")
+    """A table with one line per model: parameters, GMACs, what training saves, planes."""
+    titles = ("model", "params M", "GMACs", "of it spectral", "saved MiB", "stage planes")
     rows = [titles]
     for name in VARIANTS:
         p = profile(partial(timm.create_model, name), img_size)
@@ -97,7 +97,6 @@ def model_table(img_size: tuple[int, int]) -> str:
                 f"{p.parameters / 1e6:.1f}",
                 f"{p.macs / 1e9:.2f}",
                 f"{p.spectral_macs / 1e9:.2f}",
-                f"{p.activations / 1e6:.1f}",
                 f"{p.saved_bytes / 2**20:.0f}",
                 " ".join(f"{H}x{W}x{C}" for H, W, C in p.planes),
             )

@@ -1,15 +1,26 @@
-"""Counts a model's parameters, multiply-adds (including transforms and mixing), and activations."""
+"""Counts a model's parameters, multiply-adds (including transforms and mixing), and what training saves."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from dfformer.models.layers import channels_last
-from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter
+import dfformer_kernels.ops.flops  # noqa: F401 (registers the operators' formulas)
+
+
+def _transform(x: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    """FLOPs of a transform in torch.fft, for which torch has no formula; the real plane is the larger one."""
+    B, H, W, C = max(x, out_shape, key=math.prod)
+    return round(2.5 * B * H * W * C * math.log2(H * W))
+
+
+_TRANSFORMS = {torch.ops.aten._fft_r2c: _transform, torch.ops.aten._fft_c2r: _transform}
+_OPERATORS = (torch.ops.dfformer.dynamic_filter, torch.ops.dfformer.global_filter)
+_SPECTRAL = {*_TRANSFORMS, *_OPERATORS, torch.ops.aten.bmm}  # AFNO2D's products are the only batched ones
 
 
 @dataclass(frozen=True)
@@ -17,9 +28,8 @@ class Profile:
     """Counts for one image."""
 
     parameters: int
-    macs: int  # linear, convolution, spectral (one multiply and one add each)
+    macs: int  # half the FLOPs of linear layers, convolutions and spectral parts
     spectral_macs: int  # the part of macs in transforms, filter mixing and products
-    activations: int  # output elements of linear, convolution and filter layers
     saved_bytes: int  # that one training forward keeps for backward, without the parameters
     planes: tuple[tuple[int, int, int], ...]  # H, W, C of every stage
 
@@ -27,25 +37,21 @@ class Profile:
 def profile(make_model: Callable[[], nn.Module], img_size: tuple[int, int], in_chans: int = 3) -> Profile:
     """Profiles the model that ``make_model`` builds, on (H, W) images, on the meta device, without computing anything.
 
-    A real 2-D transform of N points counts 2.5 N log2 N flops, the usual figure, that is 1.25 N log2 N multiply-adds a
-    channel; mixing F filters 2F and the complex product 4 for each kept frequency and channel.
+    See `dfformer_kernels.ops.flops` for what counts.
     """
-    counter = _Counter()
     with torch.device("meta"):
         model = make_model().train()
         image = torch.empty(1, in_chans, *img_size)
-        saved = saved_for_backward(model, image)  # before the hooks, which prevent fusing
+        saved = saved_for_backward(model, image)
         with torch.no_grad():
             features = model.forward_intermediates(image, intermediates_only=True)  # type: ignore[operator]
-            for module in model.modules():
-                if type(module) in _MACS:
-                    module.register_forward_hook(counter.count)
-            model(image)
+            with FlopCounterMode(display=False, custom_mapping=_TRANSFORMS) as counter:
+                model(image)
+    flops = counter.get_flop_counts()["Global"]
     return Profile(
         parameters=sum(p.numel() for p in model.parameters()),
-        macs=counter.macs,
-        spectral_macs=counter.spectral_macs,
-        activations=counter.activations,
+        macs=sum(flops.values()) // 2,
+        spectral_macs=sum(flops[op] for op in _SPECTRAL & flops.keys()) // 2,
         saved_bytes=saved,
         planes=tuple((f.shape[2], f.shape[3], f.shape[1]) for f in features),
     )
@@ -65,43 +71,3 @@ def saved_for_backward(model: nn.Module, *inputs: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(*inputs)
     return sum(storage.nbytes() for storage in storages.values())
-
-
-def _linear_macs(module: Any, x: Tensor, y: Tensor) -> int:
-    return y.numel() * module.in_features
-
-
-def _conv_macs(module: Any, x: Tensor, y: Tensor) -> int:
-    return y.numel() * module.weight[0].numel()
-
-
-def _spectral_macs(module: Any, x: Tensor, y: Tensor) -> int:
-    B, H, W, _ = channels_last(x, module.data_format).shape
-    C, K, N = module.pwconv1.out_features, W // 2 + 1, H * W
-    transforms = 2 * round(1.25 * N * math.log2(N)) if N > 1 else 0
-    if isinstance(module, AFNO2D):
-        per_channel = 4 * (module.w1.shape[2] + module.w2.shape[2])
-    else:
-        per_channel = 4 + (2 * module.num_filters if isinstance(module, DynamicFilter) else 0)
-    return B * C * (transforms + H * K * per_channel)
-
-
-_MACS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {
-    nn.Linear: _linear_macs,
-    nn.Conv2d: _conv_macs,
-    DynamicFilter: _spectral_macs,
-    GlobalFilter: _spectral_macs,
-    AFNO2D: _spectral_macs,
-}
-
-
-class _Counter:
-    def __init__(self) -> None:
-        self.macs = self.spectral_macs = self.activations = 0
-
-    def count(self, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        macs = _MACS[type(module)](module, inputs[0], y)
-        self.macs += macs
-        self.activations += y.numel()
-        if _MACS[type(module)] is _spectral_macs:
-            self.spectral_macs += macs

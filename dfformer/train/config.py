@@ -4,10 +4,12 @@ The defaults are the authors' recipe for ImageNet-1k: the command in their READM
 defaults of their ``train.py``. A recipe file names the model and the settings that differ.
 """
 
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from dfformer.data.files import DatasetSpec
+from dfformer.models.metadata import DATA, DEGRADATION, DETECTOR, IMAGE_SIZE, SHARE, Kind, list_of, real, whole
 from dfformer.train.checks import check, flatten
 from dfformer.train.recipes import with_recipe_files
 from dfformer.utils.suggest import did_you_mean
@@ -21,8 +23,25 @@ except ImportError as error:
     raise RuntimeError(f"training needs what pip install 'dfformer[train]' brings: {error}") from error
 
 
+# The values that settings accept. A number from a file must not make a run endless.
+_POSITIVE = real(0, 1e9)
+_COUNT = whole(1, 10**9)
+_RANGE = Kind(lambda value: 0 < value[0] <= value[1] <= 1e9, "two numbers above 0, least and most")
+# Leaves out timm's readers that run commands, e.g. webdataset's.
+_DATASET = Kind(
+    lambda name: bool(re.fullmatch(r"[^/:]*|(torch|hfds)/.+", name)), "'torch/NAME' and 'hfds/NAME' of timm's"
+)
+_MILESTONES = Kind(
+    lambda value: value == sorted(set(value)) and min(value, default=1) >= 1, "epochs from 1, in ascending order"
+)
+
 MODE = "dfformer_yaml"  # for ``ArgumentParser(parser_mode=)``
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+
+
+def setting(kind: Kind, default: Any) -> Any:
+    """A field whose values `check` compares with ``kind``; None, where the type allows it, needs no comparison."""
+    return field(default=default, metadata={"kind": kind})
 
 
 @dataclass
@@ -74,20 +93,20 @@ class DataConfig:
         synthetic_images: number of images of synthetic_digits for training and for validation.
     """
 
-    dataset: str = ""
+    dataset: str = setting(_DATASET, "")
     root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
     download: bool = False
-    img_size: int | tuple[int, int] = 224
-    mean: list[float] | None = None
-    std: list[float] | None = None
+    img_size: int | tuple[int, int] = setting(IMAGE_SIZE, 224)
+    mean: list[float] | None = setting(DATA["mean"], None)  # noqa: RUF009 (None is not mutable)
+    std: list[float] | None = setting(DATA["std"], None)  # noqa: RUF009
     interpolation: Interpolation | None = None
-    crop_pct: float | None = None
-    workers: int = 8
+    crop_pct: float | None = setting(DATA["crop_pct"], None)
+    workers: int = setting(whole(0, 1024), 8)
     check_images: bool = True
     exif_orientation: bool = False
-    synthetic_images: tuple[int, int] = (1000, 200)
+    synthetic_images: tuple[int, int] = setting(list_of(whole(1, 10**7), 2, 2), (1000, 200))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -119,17 +138,17 @@ class AugmentConfig:
         smoothing: label smoothing.
     """
 
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    color_jitter: float = 0.4
+    scale: tuple[float, float] = setting(_RANGE, (0.08, 1.0))
+    ratio: tuple[float, float] = setting(_RANGE, (3 / 4, 4 / 3))
+    hflip: float = setting(SHARE, 0.5)
+    color_jitter: float = setting(_POSITIVE, 0.4)
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     interpolation: Interpolation | Literal["random"] = "random"
-    re_prob: float = 0.25
+    re_prob: float = setting(SHARE, 0.25)
     re_mode: Literal["pixel", "rand", "const"] = "pixel"
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    smoothing: float = 0.1
+    mixup: float = setting(_POSITIVE, 0.8)
+    cutmix: float = setting(_POSITIVE, 1.0)
+    smoothing: float = setting(SHARE, 0.1)
 
 
 @dataclass
@@ -147,9 +166,9 @@ class SegmentConfig:
 
     decoder: dict[str, Any] = field(default_factory=dict)
     reduce_zero_label: bool = False
-    scale: tuple[float, float] = (0.5, 2.0)
-    most_of_one_class: float = 0.75
-    hflip: float = 0.5
+    scale: tuple[float, float] = setting(_RANGE, (0.5, 2.0))
+    most_of_one_class: float = setting(SHARE, 0.75)
+    hflip: float = setting(SHARE, 0.5)
     photometric: bool = True
 
 
@@ -165,10 +184,10 @@ class DetectConfig:
         repair_boxes: clip boxes to their image and leave out boxes without area, instead of refusing them.
     """
 
-    channels: int = 256
-    anchor_scale: float = 4.0
-    norm_groups: int = 0
-    hflip: float = 0.5
+    channels: int = setting(DETECTOR["channels"], 256)
+    anchor_scale: float = setting(DETECTOR["anchor_scale"], 4.0)
+    norm_groups: int = setting(DETECTOR["norm_groups"], 0)
+    hflip: float = setting(SHARE, 0.5)
     repair_boxes: bool = False
 
 
@@ -185,10 +204,10 @@ class RestoreConfig:
         crops: number of crops of each training image in an epoch.
     """
 
-    scale: int = 1
-    blur: float = 0.0
-    noise: float = 0.0
-    crops: int = 1
+    scale: int = setting(DEGRADATION["scale"], 1)
+    blur: float = setting(DEGRADATION["blur"], 0.0)
+    noise: float = setting(DEGRADATION["noise"], 0.0)
+    crops: int = setting(whole(1, 10**6), 1)
 
 
 @dataclass
@@ -215,20 +234,20 @@ class OptimConfig:
     """
 
     opt: str = "adamw"
-    lr: float = 1e-3
-    global_batch: int = 1024
-    accumulation: int = 1
-    weight_decay: float = 0.05
-    clip_grad: float | None = None
-    epochs: int = 300
-    cooldown_epochs: int = 10
+    lr: float = setting(_POSITIVE, 1e-3)
+    global_batch: int = setting(_COUNT, 1024)
+    accumulation: int = setting(_COUNT, 1)
+    weight_decay: float = setting(_POSITIVE, 0.05)
+    clip_grad: float | None = setting(_POSITIVE, None)
+    epochs: int = setting(whole(1, 10**6), 300)
+    cooldown_epochs: int = setting(whole(0, 10**6), 10)
     schedule: Literal["cosine", "poly", "step", "multistep", "constant"] = "cosine"
-    decay_rate: float = 0.1
-    milestones: list[int] = field(default_factory=list)
-    warmup_epochs: float = 20
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-5
-    ema_decay: float = 0.0
+    decay_rate: float = setting(_POSITIVE, 0.1)
+    milestones: list[int] = field(default_factory=list, metadata={"kind": _MILESTONES})
+    warmup_epochs: float = setting(_POSITIVE, 20)
+    warmup_lr: float = setting(_POSITIVE, 1e-6)
+    min_lr: float = setting(_POSITIVE, 1e-5)
+    ema_decay: float = setting(SHARE, 0.0)
 
 
 @dataclass
@@ -266,13 +285,13 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     output: str = "runs/train"
     resume: bool = False
-    seed: int = 0
+    seed: int = setting(whole(0, 2**63 - 1), 0)
     device: str = "auto"
     amp: Literal["none", "bfloat16", "float16"] = "none"
     distributed: Literal["ddp", "fsdp"] = "ddp"
-    save_steps: int = 0
-    keep: int = 2
-    log_steps: int = 50
+    save_steps: int = setting(whole(0, 10**9), 0)
+    keep: int = setting(_COUNT, 2)
+    log_steps: int = setting(_COUNT, 50)
     tensorboard: bool = False
 
 

@@ -1,7 +1,5 @@
 """YAML from an untrusted source: no tags, aliases, repeated keys, deep nesting or very long numbers."""
 
-import math
-from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -9,15 +7,14 @@ from jsonargparse._loaders_dumpers import get_yaml_default_loader, yaml_load
 
 _MOST_TEXT = 2**20  # characters
 _DEEPEST = 20
-_LARGEST = 2**63
 
 
 def load(text: str) -> Any:
     """The value of a recipe, or of a setting on the command line.
 
     Raises:
-        ValueError: the text is too long or nested too deep, or it has an alias, a tag, a repeated key, or an
-            infinite or very long number. yaml.YAMLError: it is not YAML.
+        ValueError: the text is too long or nested too deep, or it has an alias, a tag, a repeated key, or a very long
+            number. yaml.YAMLError: it is not YAML.
     """
     if len(text) > _MOST_TEXT:
         raise ValueError(f"YAML: has {len(text)} characters, accepted are {_MOST_TEXT}")
@@ -35,9 +32,7 @@ def load(text: str) -> Any:
     node = yaml.compose(text, Loader=get_yaml_default_loader())
     if node is not None:
         _check_keys(node)
-    value = yaml_load(text)
-    _check_numbers(value)
-    return value
+    return yaml_load(text)
 
 
 def _is_endless(text: str) -> bool:
@@ -56,15 +51,3 @@ def _check_keys(node: yaml.Node) -> None:
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             _check_keys(value)
-
-
-def _check_numbers(value: Any) -> None:
-    parts: Iterable[Any] = ()
-    if isinstance(value, dict):
-        parts = (*value.keys(), *value.values())
-    elif isinstance(value, list):
-        parts = value
-    elif isinstance(value, int | float) and not (math.isfinite(value) and abs(value) < _LARGEST):
-        raise ValueError(f"YAML: got the number {str(value)[:20]}, accepted are finite ones")
-    for part in parts:
-        _check_numbers(part)

@@ -1,11 +1,13 @@
 """Recipes and settings are not trusted: what no run can have is an error that names it."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from dfformer.train.config import parse
+from dfformer.train.checks import flatten
+from dfformer.train.config import TrainConfig, parse
 from dfformer.train.strict_yaml import load
 
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
@@ -25,9 +27,9 @@ RECIPES: dict[str, tuple[str, str]] = {
     "400-digits-of-lr": (f"optim: {{lr: {DIGITS}}}", "number"),
     "400-digits-of-args": (f"model: {{args: {{num_classes: {DIGITS}}}}}", "number"),
     "5000-digits": (f"seed: {'9' * 5000}", "number"),
-    "infinity": ("optim: {lr: .inf}", "finite"),
-    "nan": ("optim: {min_lr: .nan}", "finite"),
-    "nan-in-list": ("data: {mean: [.nan, 0, 0]}", "finite"),
+    "infinity": ("optim: {lr: .inf}", "optim.lr: got inf, accepted are numbers"),
+    "nan": ("optim: {min_lr: .nan}", "optim.min_lr: got nan, accepted are numbers"),
+    "nan-in-list": ("data: {mean: [.nan, 0, 0]}", r"data.mean: got \[nan, 0.0, 0.0\]"),
     "long": ("# " + "x" * 2**21, "characters"),
     "another-recipe": ("config: /etc/hostname", "config: is not accepted in a recipe"),
     "packaged-recipe": ("recipe: digits", "recipe: is not accepted in a recipe"),
@@ -85,7 +87,7 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
     "400-digits": (["--optim.epochs", DIGITS], "number"),
     "400-digits-of-size": (["--data.img_size", DIGITS], "number"),
     "billion-epochs": (["--optim.epochs", "1000000000"], r"optim\.epochs"),
-    "huge-size": (["--data.img_size", "4097"], r"data\.img_size: got 4097, accepted are numbers from 1 to 4096"),
+    "huge-size": (["--data.img_size", "4097"], r"data\.img_size: got 4097, accepted are whole numbers from 1 to 4096"),
     "second-order": (["--optim.opt", "adahessian"], r"optim\.opt: got 'adahessian', accepted are .* without second"),
     "needs-a-library": (["--optim.opt", "fusedadam"], r"optim\.opt: got 'fusedadam', which cannot be used here"),
     "milestones-order": (["--optim.milestones", "[3, 1]"], r"optim\.milestones: got .3, 1., .* in ascending order"),
@@ -119,3 +121,13 @@ def test_what_recipes_have() -> None:
 
 def test_a_grey_recipe_is_refused_by_the_command(refusal: Callable[[list[str]], str]) -> None:
     assert "data.mean: is not given" in refusal(["train", "--model.args.in_chans", "1", "--data.dataset", "digits"])
+
+
+NUMBERS = [name for name, value in flatten(asdict(TrainConfig())).items() if type(value) in (int, float)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_limits(name: str) -> None:
+    for value in ("-1", "1e300"):
+        with pytest.raises(ValueError, match=name):
+            parse([f"--{name}", value])

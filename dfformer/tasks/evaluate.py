@@ -5,7 +5,7 @@ import csv
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,7 +135,7 @@ def tabulate(arguments: argparse.Namespace, evaluate: Callable[[Path, argparse.N
             row |= {"images": found.images, **found.measures, "images_per_second": speed, **found.by_class}
             rows.append(row)
             if arguments.csv:  # after each, so that earlier results remain if the next one fails
-                write_csv(arguments.csv, list(row), [list(row.values()) for row in rows])
+                write_csv(arguments.csv, rows)
             line = f"{found.title}  {found.images} images  {found.summary}  {speed:.1f} images/s"
             echo(f"{printable(checkpoint)}  {line}")
     return 0
@@ -225,10 +225,10 @@ def progress(loader: DataLoader, name: str) -> Iterable[Any]:
     return tqdm(loader, desc=name, unit="batch", leave=False, disable=not sys.stderr.isatty())
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a table atomically; characters that are not Unicode become escapes."""
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a table atomically, with the columns of the last row; characters that are not Unicode become escapes."""
     text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(columns)
+    writer = csv.DictWriter(text, rows[-1])
+    writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue().encode(errors="backslashreplace"))

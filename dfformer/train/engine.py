@@ -65,18 +65,14 @@ def train(config: TrainConfig, place: Place) -> list[dict[str, float]]:
     folder = Path(config.output)
     with ExitStack() as held:
         _on_first(place, lambda: held.enter_context(locked(folder)))
-        return _train(config, place, folder)
-
-
-def _train(config: TrainConfig, place: Place, folder: Path) -> list[dict[str, float]]:
-    if checkpoints(folder) and not config.resume:
-        raise ValueError(
-            f"output: {folder} already contains a run; pass --resume=true to continue it, or another folder"
-        )
-    seed_everything(config.seed)
-    task: Task = task_part(config.task, "training")(config, place)
-    _on_first(place, task.check)
-    return Engine(config, task, place).run()
+        if checkpoints(folder) and not config.resume:
+            raise ValueError(
+                f"output: {folder} already contains a run; pass --resume=true to continue it, or another folder"
+            )
+        seed_everything(config.seed)
+        task: Task = task_part(config.task, "training")(config, place)
+        _on_first(place, task.check)
+        return Engine(config, task, place).run()
 
 
 @contextmanager
@@ -124,6 +120,9 @@ class Engine:
         self.model = _built(task).to(place.device)
         optim = config.optim
         self.ema = ModelEmaV3(self.model, decay=optim.ema_decay, use_warmup=True) if optim.ema_decay else None
+        self.models = {"state_dict": self.model}  # by their key in checkpoints
+        if self.ema:
+            self.models["state_dict_ema"] = self.ema.module
         self.runner = self._distribute()
         self.optimizer = create_optimizer_v2(self.model, optim.opt, lr=optim.lr, weight_decay=optim.weight_decay)
         self.steps = task.batches.steps  # per epoch
@@ -157,7 +156,7 @@ class Engine:
         if self.place.world == 1:
             return self.model
         if self.config.distributed == "fsdp":
-            for model in [self.model, self.ema.module] if self.ema else [self.model]:
+            for model in self.models.values():
                 for metaformer in (module for module in model.modules() if isinstance(module, DFFormer)):
                     for block in blocks(metaformer).values():
                         fully_shard(block)
@@ -228,9 +227,7 @@ class Engine:
             with self._gradients_stay_here(part < len(batches) - 1):
                 self.scaler.scale(loss).backward()
             total += loss.detach()
-        if self.place.world > 1:
-            distributed.all_reduce(total)
-            total /= self.place.world
+        total = self.place.add_up(total) / self.place.world
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()
         self._must_be_finite(float(total), norm, batches)
@@ -294,9 +291,7 @@ class Engine:
     def _validate(self) -> dict[str, float]:
         """Measures of the model, and of the averaged weights with the prefix ``ema_``."""
         row: dict[str, float] = {}
-        for prefix, model in (("", self.model), ("ema_", self.ema.module if self.ema else None)):
-            if model is None:
-                continue
+        for prefix, model in zip(("", "ema_"), self.models.values(), strict=False):
             with autocast(self.place.device, self.config.amp):
                 measures = self.task.validate(model)
             row |= {f"{prefix}{name}": value for name, value in measures.items()}
@@ -327,8 +322,7 @@ class Engine:
     def _save(self) -> None:
         """Writes everything that `_resume` needs. The schedule and all randomness are functions of the step."""
         state = {
-            "state_dict": _whole_weights(self.model),
-            **({"state_dict_ema": _whole_weights(self.ema.module)} if self.ema else {}),
+            **{name: _whole_weights(model) for name, model in self.models.items()},
             "optimizer": sharded.get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
@@ -346,7 +340,7 @@ class Engine:
             return None
         path, state = found
         self._must_be_the_same_run(path, json.loads(state["config"]))
-        for model, name in ((self.model, "state_dict"), *([(self.ema.module, "state_dict_ema")] if self.ema else [])):
+        for name, model in self.models.items():
             must_fit(model, state.get(name, {}), path, exactly=True)
             sharded.set_model_state_dict(model, state[name], options=_WHOLE)
         try:

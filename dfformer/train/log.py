@@ -1,7 +1,6 @@
 """Logs of a training run: steps, epochs, a learning curve, printed lines, and the message of an interruption."""
 
 import csv
-import io
 import json
 import shlex
 import sys
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from dfformer.analysis.figures import learning_curve
 from dfformer.tasks.base import Task
+from dfformer.tasks.evaluate import write_csv
 from dfformer.train.config import TrainConfig
 from dfformer.train.state import checkpoints
 from dfformer.utils.io import write_atomically
@@ -40,7 +40,11 @@ class Log:
         write_atomically(folder / "config.json", json.dumps(asdict(config), indent=2).encode())
         if history:  # an earlier run may have been killed before it wrote the last row
             self._write_epochs(history)
-        self.events = _tensorboard(folder, step) if config.tensorboard else None
+        self.events: Any = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def step(self, values: dict[str, float]) -> None:
         self.steps.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
@@ -53,11 +57,7 @@ class Log:
         sys.stdout.flush()  # also where it is a file or a pipe
 
     def _write_epochs(self, history: list[dict[str, float]]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, history[-1])
-        writer.writeheader()
-        writer.writerows(history)
-        write_atomically(self.folder / EPOCHS, text.getvalue().encode())
+        write_csv(self.folder / EPOCHS, history)
         measure = [row.get(f"ema_{self.metric}", row[self.metric]) for row in history]
         figure = learning_curve(
             [row["train_loss"] for row in history], None, measure, self.metric, "validation", self.unit
@@ -102,11 +102,3 @@ def interruption(folder: Path, arguments: Sequence[str], distributed: bool) -> s
 def _whole_lines(path: Path) -> list[str]:
     """The lines of a file, if it exists, without a last line that was cut off."""
     return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RuntimeError(f"tensorboard: needs {error.name}: pip install tensorboard") from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)

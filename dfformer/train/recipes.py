@@ -1,11 +1,10 @@
 """The packaged recipes by name. They are files in the wheel, or in recipes/ of a checkout."""
 
+import argparse
 from pathlib import Path
 
 import dfformer
 from dfformer.utils.suggest import did_you_mean
-
-_FLAGS = ("--recipe", "--config")
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -44,13 +43,7 @@ def find_recipe(name: str) -> Path:
 def with_recipe_files(arguments: list[str]) -> list[str]:
     """``train``'s arguments with recipes' names replaced by files, and with recipes first, so that all other arguments
     take precedence."""
-    recipes, others, rest = [], [], iter(arguments)
-    for argument in rest:
-        flag, assigned, value = argument.partition("=")
-        if flag not in _FLAGS:
-            others.append(argument)
-        elif name := value if assigned else next(rest, ""):
-            recipes.append(f"{flag}={find_recipe(name)}")
-        else:
-            others.append(argument)  # the parser reports the missing value
-    return recipes + others
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe", "--config", action="append", default=[])
+    given, others = parser.parse_known_args(arguments)
+    return [*(f"--recipe={find_recipe(name)}" for name in given.recipe), *others]

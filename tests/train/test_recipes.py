@@ -32,8 +32,10 @@ def test_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_other_arguments_stay_as_they_are() -> None:
-    arguments = ["--output", "digits", "--model.name=digits", "--seed", "1", "--recipe"]
+    arguments = ["--output", "digits", "--model.name=digits", "--seed", "-1", "--model.args", "{}"]
     assert with_recipe_files(arguments) == arguments
+    with pytest.raises(ValueError, match=r"--recipe.*: expected one argument"):
+        parse(["--seed", "1", "--recipe"])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from dfformer.analysis.palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
 from dfformer.cli.info import environment
 from dfformer_kernels.autotune import version
 
@@ -30,6 +31,18 @@ ALLOCATORS: dict[str, dict[str, str]] = {
 }
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+# Colours and markers of the families of models, in all pictures that compare some.
+FAMILIES = {
+    "dfformer": (BLUE, "o"),
+    "cdfformer": (GREEN, "s"),
+    "gfformer": (PURPLE, "D"),
+    "convformer": (VERMILLION, "^"),
+    "caformer": (BLACK, "v"),
+    "convnext": (ORANGE, "P"),
+    "swin": (SKY, "*"),
+}
 
 
 def names(accepted: Sequence[str]) -> Callable[[str], list[str]]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from common import FAMILIES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -11,7 +12,6 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from accuracy.dense import MEASURES
 from accuracy.images import VIEWS
 from accuracy.training import Result
-from dfformer.analysis.palette import MODELS
 from dfformer.models.filter_resize import RULES
 
 VIEW_TITLES = {
@@ -28,7 +28,7 @@ def learning_figure(results: Sequence[Result]) -> Figure:
         error = 100 - accuracy
         x = (spent if seconds else epochs).mean(0)
         low, high = error.min(0), error.max(0)
-        colour, marker = MODELS[found[0].model]
+        colour, marker = FAMILIES[found[0].model]
         ax.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
         ax.plot(x, error.mean(0), color=colour, marker=marker, markersize=4, label=found[0].model)
 
@@ -51,7 +51,7 @@ def sizes_figure(results: Sequence[Result]) -> Figure:
     """Accuracy at other sizes than the training size, for two kinds of resizing."""
 
     def draw(ax: Axes, found: Sequence[Result], view: str) -> None:
-        colour, marker = MODELS[found[0].model]
+        colour, marker = FAMILIES[found[0].model]
         rules = RULES if f"{view} 2 {RULES[0]}" in found[0].sizes else ("",)
         for rule, line in zip(rules, ("-", "--"), strict=False):
             at = {float(k.split()[1]): k for k in found[0].sizes if k.split()[0] == view and k.endswith(rule)}
@@ -78,7 +78,7 @@ def _panels(
 ) -> Figure:
     """A panel for each of ``rows``, by its title, and each set of images; one legend below."""
     sets = list(dict.fromkeys(r.images for r in results))
-    models = [name for name in MODELS if name in {r.model for r in results}]
+    models = [name for name in FAMILIES if name in {r.model for r in results}]
     picture = Figure(figsize=(1 + 4.2 * len(sets), 8.4), layout="constrained")
     for line, (row, title) in zip(picture.subplots(2, len(sets), squeeze=False), rows.items(), strict=True):
         for ax, images in zip(line, sets, strict=True):

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from common import DTYPES, TIMERS, allocated_peak, resident_peak
+from common import DTYPES, FAMILIES, TIMERS, allocated_peak, resident_peak
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dfformer
-from dfformer.analysis.palette import BLUE, GREY, MODELS
+from dfformer.analysis.palette import BLUE, GREY
 from dfformer.models.spectral import SpectralFilter
 from dfformer.utils.eager_baseline import eager_baseline
 from dfformer.utils.profile import saved_for_backward
@@ -74,13 +74,13 @@ AUTHORS, CONVFORMER = "authors", "convformer_s18"
 PROVIDERS = {
     AUTHORS: Provider("dfformer_s18", GREY, "X", sized=True, compiled=True, variant=eager_baseline),
     "authors swapped": Provider("dfformer_s18", GREY, "P", sized=True, checked=True, variant=filters_replaced),
-    "dfformer_s18": Provider("dfformer_s18", *MODELS["dfformer"], sized=True, checked=True, compiled=True),
-    "cdfformer_s18": Provider("cdfformer_s18", *MODELS["cdfformer"], sized=True, checked=True),
-    "gfformer_s18": Provider("gfformer_s18", *MODELS["gfformer"], sized=True, checked=True),
-    CONVFORMER: Provider("convformer_s18", *MODELS["convformer"], compiled=True),
-    "caformer_s18": Provider("caformer_s18", *MODELS["caformer"], compiled=True),
-    "convnext_tiny": Provider("convnext_tiny", *MODELS["convnext"]),
-    "swin_tiny": Provider("swin_tiny_patch4_window7_224", *MODELS["swin"], sized=True),
+    "dfformer_s18": Provider("dfformer_s18", *FAMILIES["dfformer"], sized=True, checked=True, compiled=True),
+    "cdfformer_s18": Provider("cdfformer_s18", *FAMILIES["cdfformer"], sized=True, checked=True),
+    "gfformer_s18": Provider("gfformer_s18", *FAMILIES["gfformer"], sized=True, checked=True),
+    CONVFORMER: Provider("convformer_s18", *FAMILIES["convformer"], compiled=True),
+    "caformer_s18": Provider("caformer_s18", *FAMILIES["caformer"], compiled=True),
+    "convnext_tiny": Provider("convnext_tiny", *FAMILIES["convnext"]),
+    "swin_tiny": Provider("swin_tiny_patch4_window7_224", *FAMILIES["swin"], sized=True),
 }
 if optimize := getattr(dfformer, "optimize_for_inference", None):
     PROVIDERS["dfformer_s18 optimized"] = Provider(

@@ -40,7 +40,7 @@ def predictions_grid(
     columns = 10
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(columns * 0.95, rows * 1.2 + 0.6), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []}).flat)
     for ax, image, label, guess, p in zip(axes, images, labels, predicted, confidence, strict=False):
         right = label == guess
         ax.imshow(image.numpy(), cmap="gray_r")
@@ -52,8 +52,6 @@ def predictions_grid(
         )
         for spine in ax.spines.values():
             spine.set(color="#d0d0d0" if right else WRONG, linewidth=1 if right else 3)
-    for ax in axes:
-        ax.set(xticks=[], yticks=[])
     for ax in axes[len(images) :]:
         ax.set_axis_off()
     figure.suptitle(title, fontsize=11)
@@ -79,9 +77,8 @@ def learning_curve(
         right.plot(epochs, factor * np.array(train_accuracy), ".-", color=GREY, label="training (augmented)")
     right.plot(epochs, factor * np.array(test_accuracy), ".-", color=WRONG, label=images)
     shown = [*test_accuracy, *(train_accuracy if train_accuracy is not None else ())]
-    low, high = at_least(factor * np.array(shown), least, 0, most)
-    margin = 0.05 * (high - low)
-    right.set(xlabel="epoch", ylabel=f"{measure} ({unit})", ylim=(low - margin, high + margin))
+    limits = _limits(factor * np.array(shown), least, 0, most)
+    right.set(xlabel="epoch", ylabel=f"{measure} ({unit})", ylim=limits)
     right.annotate(
         f"{factor * test_accuracy[-1]:.1f} {unit}",
         (epochs[-1], factor * test_accuracy[-1]),
@@ -188,9 +185,7 @@ def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], title: str, cap
     axes[filters].boxplot(list(bits.numpy()), positions=range(count), orientation="horizontal", showfliers=False)
     axes[filters].axvline(np.log2(filters), color=WRONG, linestyle=":", label="all filters alike")
     axes[filters].set_yticks(range(count), names, fontsize=8)
-    low, high = at_least(bits.numpy(), LEAST_BITS, 0, float(np.log2(filters)) or LEAST_BITS)
-    margin = 0.05 * (high - low)
-    axes[filters].set_xlim(low - margin, high + margin)
+    axes[filters].set_xlim(_limits(bits.numpy(), LEAST_BITS, 0, float(np.log2(filters)) or LEAST_BITS))
     axes[filters].set_xlabel("entropy of the shares (bits)", fontsize=9)
     axes[filters].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     _title(figure, title, caption)
@@ -209,9 +204,7 @@ def responses(
     figure = Figure(
         figsize=(1.65 * len(columns) + 1.5, 1.65 * len(rows) * H / W + 0.3 * len(rows) + 0.9), layout="constrained"
     )
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
+    axes = figure.subplots(len(rows), len(columns), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for r, planes in enumerate(maps):
         spreads = [_spread(plane, planes[0]) for plane in planes]
         axes[r, 0].set_ylabel(literal(rows[r]), fontsize=9)
@@ -246,9 +239,7 @@ def spectra_by_depth(spectra: dict[str, Spectrum], title: str, caption: str = ""
     right.set(ylabel="Δ log amplitude, highest frequency")
     right.set_xticks(range(1, count + 1), names, rotation=90, fontsize=7)
     for ax, values in ((left, torch.cat([s.amplitude for s in spectra.values()])), (right, highest)):
-        low, high = at_least(np.asarray(values), LEAST_LOG)
-        margin = 0.05 * (high - low)
-        ax.set_ylim(low - margin, high + margin)
+        ax.set_ylim(_limits(np.asarray(values), LEAST_LOG))
         _clear(ax)
     _title(figure, title, caption)
     return figure
@@ -352,14 +343,17 @@ def at_least(values: np.ndarray, span: float, low: float = -np.inf, high: float 
 
 def full_spectrum(half: Tensor, width: int) -> np.ndarray:
     """The full spectrum (H,width,...) for the half spectrum (H,K,...) of a real kernel, frequency 0 in the middle."""
-    H, K = half.shape[:2]
-    columns = torch.arange(width)
-    mirrored = columns >= K
-    rows = (-torch.arange(H)) % H
-    other_half = half[rows][:, torch.where(mirrored, width - columns, 0)].conj()
-    own_half = half[:, torch.where(mirrored, 0, columns)]
-    selector = mirrored.view(1, -1, *[1] * (half.dim() - 2))
-    return np.fft.fftshift(torch.where(selector, other_half, own_half).resolve_conj().numpy(), axes=(0, 1))
+    right = half.resolve_conj().numpy()
+    H, K = right.shape[:2]
+    left = right[-np.arange(H) % H][:, width - np.arange(K, width)].conj()
+    return np.fft.fftshift(np.concatenate([right, left], axis=1), axes=(0, 1))
+
+
+def _limits(values: np.ndarray, span: float, low: float = -np.inf, high: float = np.inf) -> tuple[float, float]:
+    """`at_least`, with a margin."""
+    least, most = at_least(values, span, low, high)
+    margin = 0.05 * (most - least)
+    return least - margin, most + margin
 
 
 def _title(figure: Figure, title: str, caption: str) -> None:

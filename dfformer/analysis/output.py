@@ -10,11 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from dfformer.utils.io import write_atomically
 
@@ -85,8 +84,7 @@ def _data_url(png: io.BytesIO) -> str:
 
 
 def _thumbnail(pixels: Tensor) -> str:
-    values = (255 * pixels).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    image = Image.fromarray(np.ascontiguousarray(values[..., 0] if values.shape[2] == 1 else values))
+    image = to_pil_image((255 * pixels).round().to(torch.uint8))
     image.thumbnail((MOST_PIXELS, MOST_PIXELS))
     png = io.BytesIO()
     image.save(png, "PNG")

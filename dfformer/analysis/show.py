@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from torch import nn
@@ -144,12 +145,7 @@ def show_receptive_field(models: list[Loaded], samples: Samples, output: Output,
     output.table(
         "receptive_field",
         ("model", "row", "column", "contribution"),
-        (
-            (name, r, c, value)
-            for name, field in fields.items()
-            for r, line in enumerate(field.tolist())
-            for c, value in enumerate(line)
-        ),
+        ((name, *pixel, value) for name, field in fields.items() for pixel, value in np.ndenumerate(field.numpy())),
     )
 
 
@@ -172,11 +168,7 @@ def show_similarity(models: list[Loaded], samples: Samples, output: Output, patt
     output.table(
         "similarity",
         ("model", "layer", "other_model", "other_layer", "cka"),
-        (
-            (labels[0], row, labels[1], column, float(cka[a, b]))
-            for a, row in enumerate(names[0])
-            for b, column in enumerate(names[1])
-        ),
+        ((labels[0], names[0][a], labels[1], names[1][b], value) for (a, b), value in np.ndenumerate(cka.numpy())),
     )
 
 

@@ -67,10 +67,8 @@ def _show_basis(
 def _half_spectrum(filters: Tensor) -> Iterator[tuple[int, int, float, float]]:
     """Rows (vertical frequency, horizontal frequency, real part, imaginary part), in cycles a plane, of (H,K)."""
     H = len(filters)
-    for h, row in enumerate(filters.tolist()):
-        vertical = h if h < (H + 1) // 2 else h - H
-        for k, value in enumerate(row):
-            yield vertical, k, value.real, value.imag
+    for (h, k), value in np.ndenumerate(filters.numpy().astype(np.complex128)):
+        yield (h if h < (H + 1) // 2 else h - H), k, value.real, value.imag
 
 
 def _show_routing(title: str, shares: Tensor, samples: Samples, name: str, output: Output) -> None:
@@ -78,9 +76,8 @@ def _show_routing(title: str, shares: Tensor, samples: Samples, name: str, outpu
     bits = analysis.entropy(shares)
     class_shares = torch.stack([shares[members].mean(0) for members in groups.values()])
     class_bits = torch.stack([bits[members].mean(0) for members in groups.values()])
-    if len(groups) > 1:
-        labels, drawn, drawn_bits = list(groups), class_shares, class_bits
-    else:
+    labels, drawn, drawn_bits = list(groups), class_shares, class_bits
+    if len(groups) == 1:
         labels, drawn, drawn_bits = [sample.name for sample in samples.samples], shares, bits
     labels, drawn, drawn_bits = labels[:DRAWN_CLASSES], drawn[:DRAWN_CLASSES], drawn_bits[:DRAWN_CLASSES]
     caption = (
@@ -125,7 +122,7 @@ def _show_mixed(
         parts["classes"] = (list(groups)[:DRAWN_CLASSES], list(groups.values())[:DRAWN_CLASSES])
     for part, (labels, members) in parts.items():
         filters = analysis.mix(torch.stack([shares[i].mean(0) for i in members])[..., channels], basis)
-        pictures = [torch.stack([samples.pixels(i, loaded) for i in own]).mean(0) for own in members]
+        pictures = [torch.stack([samples.pixels(i, loaded) for i in own]).mean(0).permute(1, 2, 0) for own in members]
         what = {
             "images": f"{len(labels)} of {samples.description} and the filters they make",
             "classes": f"{len(labels)} classes of {samples.description}, averages of images and of the filters "
@@ -137,7 +134,7 @@ def _show_mixed(
         )
         title = f"{loaded.name}: {layer}, mixed filters"
         picture = figures.mixed_filters(
-            [_for_imshow(p) for p in pictures], labels, filters, channels, plane[1], title, caption
+            [picture.numpy() for picture in pictures], labels, filters, channels, plane[1], title, caption
         )
         output.figure(f"filters.{layer}.mixed_{part}", picture)
         output.table(
@@ -150,10 +147,6 @@ def _show_mixed(
                 for row in _half_spectrum(filters[n, ..., c])
             ),
         )
-
-
-def _for_imshow(picture: Tensor) -> np.ndarray:
-    return picture[0].numpy() if len(picture) == 1 else picture.permute(1, 2, 0).numpy()
 
 
 def show_response(models: list[Loaded], samples: Samples, output: Output, pattern: str | None) -> None:
@@ -197,11 +190,10 @@ def _show_response(
         drawn,
         ("input", "filter", "row", "column", "value"),
         (
-            (source, column, r, c, value)
+            (source, column, *pixel, value)
             for source, planes in zip(inputs, maps, strict=True)
-            for column, values in zip(columns, planes, strict=True)
-            for r, line in enumerate(values.tolist())
-            for c, value in enumerate(line)
+            for column, plane in zip(columns, planes, strict=True)
+            for pixel, value in np.ndenumerate(plane.double().numpy())
         ),
     )
 

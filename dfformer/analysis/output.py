@@ -4,7 +4,6 @@ import base64
 import csv
 import io
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dfformer.utils.io import write_atomically
+from dfformer.utils.io import finite, write_atomically
 
 MOST_ROWS = 1000  # of a table on the page; longer tables are only written as CSV
 MOST_PIXELS = 160  # along the longer side of an image beside its filters
@@ -42,8 +41,7 @@ class Output:
         writer.writerow(header)
         writer.writerows([f"{v:.9g}" if isinstance(v, float) else v for v in row] for row in rows)
         if len(rows) <= MOST_ROWS:
-            finite = [[None if isinstance(v, float) and not math.isfinite(v) else v for v in row] for row in rows]
-            self._page["tables"].append({"name": name, "header": list(header), "rows": finite})
+            self._page["tables"].append({"name": name, "header": list(header), "rows": finite(rows)})
         self._write(f"{name}.csv", text.getvalue().encode())
 
     def filters(

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from dfformer.data.files import image_files, read_image
+from dfformer.data.files import image_files, image_mode, read_image
+from dfformer.data.photographs import sklearn_photographs
 from dfformer.data.transforms import evaluation_transform
 from dfformer.tasks.evaluate import data_config
 from dfformer.tasks.results import result_names
@@ -34,11 +35,10 @@ class Loaded(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image that is opened on demand, with its name, class and source."""
+    """An image that is opened on demand, with its name and class."""
 
     name: str
     group: str
-    source: str
     open: Callable[[], Image.Image]
 
 
@@ -70,13 +70,8 @@ class Samples(NamedTuple):
 
     def prepared(self, index: int, loaded: Loaded) -> Tensor:
         """An image preprocessed for ``loaded``, (in_chans,H,W)."""
-        transform = evaluation_transform(loaded.config)
-        sample = self.samples[index]
-        try:
-            with sample.open() as image:
-                return transform(image.convert("L" if loaded.config["input_size"][0] == 1 else "RGB"))
-        except ValueError as error:
-            raise ValueError(f"{sample.source}: cannot be read ({error})") from error
+        image = self.samples[index].open().convert(image_mode(loaded.config["input_size"][0]))
+        return evaluation_transform(loaded.config)(image)
 
     def pixels(self, index: int, loaded: Loaded) -> Tensor:
         """An image preprocessed for ``loaded``, before normalisation: (in_chans,H,W) from 0 to 1."""
@@ -96,7 +91,7 @@ def load_samples(inputs: Sequence[Path], channels: set[int], crops: bool = False
         if not files:
             raise ValueError(f"no images in {', '.join(map(str, inputs))}")
         samples = [
-            Sample(name, name if path in given else path.parent.name, str(path), partial(read_image, path, mode))
+            Sample(name, name if path in given else path.parent.name, partial(read_image, path, mode))
             for name, path in zip(result_names(files), files, strict=True)
         ]
         return Samples(f"{len(samples)} image{'s'[: len(samples) > 1]}", samples)
@@ -110,35 +105,28 @@ def load_samples(inputs: Sequence[Path], channels: set[int], crops: bool = False
 def _digits() -> Samples:
     data = load_digits()
     samples = [
-        _in_memory(f"{data.target[i]}_{i}", str(data.target[i]), (data.images[i] * (255 / 16)).round())
-        for i in range(0, len(data.images), 5)
+        Sample(f"{label}_{i}", str(label), Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8)).copy)
+        for i, (label, pixels) in enumerate(zip(data.target, data.images, strict=True))
     ]
-    return Samples(f"{len(samples)} handwritten digits of scikit-learn", samples)
+    return Samples("360 handwritten digits of scikit-learn", samples[::5])
 
 
 def _photographs() -> Samples:
-    data = load_sample_images()
-    names = [Path(name).stem for name in data.filenames]
-    samples = [_in_memory(name, name, pixels) for name, pixels in zip(names, data.images, strict=True)]
+    samples = [Sample(name, name, photograph.copy) for name, photograph in sklearn_photographs().items()]
     return Samples("scikit-learn's two photographs", samples)
 
 
 def _photograph_crops(rows: int = 4, columns: int = 8) -> Samples:
     samples = []
-    for photograph in _photographs().samples:
-        pixels = np.asarray(photograph.open())
-        H, W, _ = pixels.shape
+    for name, photograph in sklearn_photographs().items():
+        W, H = photograph.size
         side = H // 2
-        tops, lefts = (np.linspace(0, n - side, k).astype(int) for n, k in ((H, rows), (W, columns)))
+        tops, lefts = (np.linspace(0, n - side, k).astype(int).tolist() for n, k in ((H, rows), (W, columns)))
         samples += [
-            _in_memory(f"{photograph.name} {top},{left}", photograph.name, pixels[top : top + side, left : left + side])
+            Sample(f"{name} {top},{left}", name, partial(photograph.crop, (left, top, left + side, top + side)))
             for top, left in product(tops, lefts)
         ]
     return Samples(f"{len(samples)} overlapping crops of scikit-learn's two photographs", samples)
-
-
-def _in_memory(name: str, group: str, pixels: np.ndarray) -> Sample:
-    return Sample(name, group, name, lambda: Image.fromarray(pixels.astype(np.uint8)))
 
 
 def device_of(model: nn.Module) -> torch.device:

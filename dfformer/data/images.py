@@ -102,10 +102,10 @@ def open_dataset(
     mode = image_mode(channels)
     if name == DIGITS:
         return DigitImages(split, mode)
-    if name and "/" not in name:
+    if name and not name.lower().startswith(("torch/", "hfds/")):  # timm would read any other name as a folder
         raise ValueError(
-            f"dataset: got {name!r}, accepted are '' for class folders, {DIGITS!r}, and timm's names such as "
-            f"'torch/cifar10'{did_you_mean(name, [DIGITS])}"
+            f"dataset: got {name!r}, accepted are '' (class folders), {DIGITS!r}, and timm's 'torch/...' and 'hfds/...'"
+            f"{did_you_mean(name, [DIGITS])}"
         )
     folder = given_root(root)
     source = _library_dataset(name, folder, split, download) if name else _class_images(folder, split)
@@ -154,13 +154,6 @@ class LibraryDataset(ImageDataset[tuple[Any, int, str]]):
 
 
 def _library_dataset(name: str, root: Path, split: str, download: bool) -> LibraryDataset:
-    prefix = name.partition("/")[0].lower()
-    if prefix in ("tfds", "wds", "hfids"):
-        raise ValueError(f"{name}: streamed datasets have no order to resume in; accepted are map-style ones")
-    if prefix not in ("torch", "hfds") or "/" not in name:  # timm would read any other name as a folder
-        raise ValueError(
-            f"dataset: got {name!r}, accepted are '' (class folders), {DIGITS!r}, and timm's 'torch/...' and 'hfds/...'"
-        )
     try:
         dataset = create_dataset(name, root=str(root), split=split, search_split=False, download=download)
     except (AssertionError, RuntimeError, ImportError, OSError) as error:

@@ -3,7 +3,6 @@
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from dfformer.data.files import read_image
@@ -31,12 +30,22 @@ def photographs(split: str) -> dict[str, Image.Image]:
 
 
 @cache
+def sklearn_photographs() -> dict[str, Image.Image]:
+    """The two photographs of scikit-learn by name."""
+    from sklearn.datasets import load_sample_images
+
+    data = load_sample_images()
+    names = [Path(name).stem for name in data.filenames]
+    return dict(zip(names, map(Image.fromarray, data.images), strict=True))
+
+
+@cache
 def _photograph(name: str) -> Image.Image:
     try:
         import skimage
-        from sklearn.datasets import load_sample_image
+
+        if "." not in name:
+            return sklearn_photographs()[name]
     except ImportError as error:
         raise RuntimeError(f"the photographs need what pip install 'dfformer[train,dense]' brings: {error}") from error
-    if "." in name:
-        return read_image(Path(skimage.__file__).parent / "data" / name, "RGB")
-    return Image.fromarray(np.array(load_sample_image(f"{name}.jpg")))
+    return read_image(Path(skimage.__file__).parent / "data" / name, "RGB")

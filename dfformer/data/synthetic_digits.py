@@ -1,12 +1,14 @@
 """Images made on the fly for segmentation and detection: real handwritten digits pasted on real photographs."""
 
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.ops import masks_to_boxes
 
 from dfformer.data.images import DigitImages
+from dfformer.data.photographs import sklearn_photographs
 
 NAME = "synthetic_digits"
 CLASSES = [str(digit) for digit in range(10)]
@@ -74,12 +76,14 @@ class SyntheticDigits:
             labels.append(label)
             owner[place][coverage >= 0.5] = len(areas)
         classes = np.array([0, *(1 + label for label in labels)], dtype=np.uint8)
-        boxes = np.array([_box(owner == 1 + n) for n in range(len(areas))], dtype=np.float32)
+        boxes = masks_to_boxes(torch.from_numpy(owner == 1 + np.arange(len(areas))[:, None, None])).numpy()
+        boxes[:, 2:] += 1
         image = Image.fromarray(pixels.round().astype(np.uint8))
         return SyntheticImage(image, classes[owner], boxes, np.array(labels, dtype=np.int64))
 
     def _background(self, rng: np.random.Generator) -> Image.Image:
-        photo = _photographs()[rng.integers(len(_photographs()))]
+        photographs = list(sklearn_photographs().values())
+        photo = photographs[rng.integers(len(photographs))]
         border = int(_TRAINING_COLUMNS * photo.width)
         first, last = (0, border) if self.split == "train" else (border, photo.width)
         scale = rng.integers(*_CROP_SIDES, endpoint=True) / min(self.size)
@@ -98,13 +102,6 @@ class SyntheticDigits:
         return coverage, self.digits.labels[index]
 
 
-@cache
-def _photographs() -> list[Image.Image]:
-    from sklearn.datasets import load_sample_images  # scikit-learn is installed, because the digits come from it
-
-    return [Image.fromarray(pixels) for pixels in load_sample_images().images]
-
-
 def _place(
     rng: np.random.Generator, ink: np.ndarray, owner: np.ndarray, areas: list[int]
 ) -> tuple[slice, slice] | None:
@@ -117,8 +114,3 @@ def _place(
         if all(seen[1:] >= (1 - MOST_HIDDEN) * np.array(areas)):
             return place
     return None
-
-
-def _box(seen: np.ndarray) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
-    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1

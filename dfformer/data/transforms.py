@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -44,22 +45,17 @@ def evaluation_transform(config: dict[str, Any], as_uint8: bool = False) -> v2.C
     H, W = config["input_size"][-2:]
     most = _MOST_ELONGATED * max(H / W, W / H)
     transform = create_transform(**config, is_training=False, use_prefetcher=as_uint8)
-    return v2.Compose([_CutStrip(most), transform])
+    return v2.Compose([partial(_cut_strip, most=most), transform])
 
 
-class _CutStrip:
-    """The middle of an image that is more than ``most`` times as long as wide."""
-
-    def __init__(self, most: float) -> None:
-        self.most = most
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        longest = int(self.most * min(image.size))
-        if max(image.size) <= longest:
-            return image
-        size = [min(side, longest) for side in image.size]
-        left, top = ((side - kept) // 2 for side, kept in zip(image.size, size, strict=True))
-        return image.crop((left, top, left + size[0], top + size[1]))
+def _cut_strip(image: Image.Image, most: float) -> Image.Image:
+    """The middle of an image, at most ``most`` times as long as wide."""
+    longest = int(most * min(image.size))
+    if max(image.size) <= longest:
+        return image
+    size = [min(side, longest) for side in image.size]
+    left, top = ((side - kept) // 2 for side, kept in zip(image.size, size, strict=True))
+    return image.crop((left, top, left + size[0], top + size[1]))
 
 
 def check_auto_augment(policy: str | None) -> None:

@@ -63,7 +63,7 @@ def write_atomically(path: str | Path, content: bytes | Callable[[IO[bytes]], An
 
 def write_json(path: str | Path, content: Any) -> None:
     """Writes ``content`` as JSON; numbers that are not finite become null, which every parser accepts."""
-    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
     write_atomically(path, text.encode())
 
 
@@ -76,11 +76,12 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """``content`` with None in place of numbers that are not finite, which strict JSON does not have."""
     if isinstance(content, dict):
-        return {name: _finite(value) for name, value in content.items()}
+        return {name: finite(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

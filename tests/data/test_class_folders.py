@@ -205,7 +205,7 @@ def test_splits_with_other_classes(tmp_path: Path) -> None:
 def test_other_names_of_datasets(name: str, tmp_path: Path) -> None:
     """timm would read a folder for most of them, with other classes than ours."""
     write(tmp_path / "val", "cat/1.png", "dog/2.png")
-    with pytest.raises(ValueError, match=f"dataset: got '{name}', accepted|streamed|Unknown torchvision"):
+    with pytest.raises(ValueError, match=f"dataset: got '{name}', accepted|Unknown torchvision"):
         open_dataset(name, str(tmp_path), "val")
 
 

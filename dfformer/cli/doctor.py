@@ -5,22 +5,21 @@ and the next one runs in a new process. Speed is measured by benchmarks/.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from itertools import product
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from dfformer.cli.info import environment, print_environment
+from dfformer.utils.io import write_json
 from dfformer_kernels import backends, dispatch, dynamic_filter, global_filter, reference, star_relu
 from dfformer_kernels.dispatch import Problem
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
@@ -46,27 +45,21 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
-class Device:
-    """A device to check, with its dtypes and the batch size of `PLANES`."""
-
-    type: str
-    dtypes: tuple[torch.dtype, ...]
-    batch: int
-
-    def problems(self, quick: bool) -> list[Problem]:
-        large = [(self.batch, *plane) for plane in PLANES]
-        shapes = [*([] if quick else large), *QUICK_SHAPES]
-        return [_problem(op, self.type, dtype, shape) for shape in shapes for dtype in self.dtypes for op in OPERATORS]
+# The devices to check: their dtypes, and the batch size of `PLANES`.
+DEVICES = {
+    "cpu": ((torch.float32, torch.bfloat16), 2),
+    "cuda": ((torch.float32, torch.bfloat16, torch.float16, torch.float64), 32),
+}
 
 
-CPU = Device("cpu", (torch.float32, torch.bfloat16), batch=2)
-GPU = Device("cuda", (torch.float32, torch.bfloat16, torch.float16, torch.float64), batch=32)
-
-
-def devices() -> list[Device]:
-    """The devices of this machine."""
-    return [CPU, GPU] if torch.cuda.is_available() else [CPU]
+def problems(quick: bool) -> Iterator[Problem]:
+    """Both directions of every operator on this machine's devices."""
+    for device, (dtypes, batch) in DEVICES.items():
+        if device == "cuda" and not torch.cuda.is_available():
+            continue
+        large = [(batch, *plane) for plane in PLANES]
+        for shape, dtype, op in product([*([] if quick else large), *QUICK_SHAPES], dtypes, OPERATORS):
+            yield Problem(op, device, dtype, shape, F if op == "dynamic_filter" else 0, True)
 
 
 class Check(NamedTuple):
@@ -83,52 +76,35 @@ class Check(NamedTuple):
     failure: str = ""  # empty if the check passed
 
 
-@dataclass
-class Findings:
-    """Everything that is printed and written to the report."""
-
-    environment: dict[str, str]
-    unavailable: dict[str, list[str]] = field(default_factory=dict)  # backend to reasons
-    checks: list[Check] = field(default_factory=list)
-
-    @property
-    def failed(self) -> int:
-        return sum(bool(check.failure) for check in self.checks)
-
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = vars(self) | {"checks": [check._asdict() for check in self.checks], "passed": not self.failed}
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def doctor_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``doctor``."""
-    return 0 if examine(arguments.quick, arguments.json) else 1
+    """Prints a line for each check, and writes all of them to ``arguments.json``; returns 0 if all passed."""
+    unavailable: dict[str, list[str]] = {}
+    checks: list[Check] = []
 
+    def write() -> None:
+        if arguments.json:
+            passed = not any(check.failure for check in checks)
+            content = {"environment": environment(), "unavailable": unavailable, "passed": passed}
+            write_json(arguments.json, content | {"checks": [check._asdict() for check in checks]})
 
-def examine(quick: bool = False, report: Path | None = None) -> bool:
-    """Prints a line for each check, and returns whether all passed. Also writes the findings to ``report``."""
-    findings = Findings(environment())
-    if report:
-        findings.write(report)
+    write()  # a file that cannot be written is told before anything is checked
     print_environment()
     print(f"\n{'backend':<8}{'device':<8}{'operator':<16}{'dtype':<10}{'shape':<20}{'error y':>9}{'error grad':>12}")
     try:
         with Worker() as worker:
             for name, reasons in backends().items():
                 if reasons:
-                    findings.unavailable[name] = reasons
+                    unavailable[name] = reasons
                     print(f"{name:<8}not available: {'; '.join(reasons)}")
                     continue
-                for problem in (p for device in devices() for p in device.problems(quick) if _supported(name, p)):
-                    findings.checks.append(_isolated_check(worker, name, problem))
-                    _print_check(findings.checks[-1])
+                for problem in (p for p in problems(arguments.quick) if _supported(name, p)):
+                    checks.append(_isolated_check(worker, name, problem))
+                    _print_check(checks[-1])
     finally:
-        if report:
-            findings.write(report)
-    passed = len(findings.checks) - findings.failed
-    print(f"{passed} of {len(findings.checks)} checks passed" + (f", {findings.failed} FAILED" * bool(findings.failed)))
-    return not findings.failed
+        write()
+    failed = sum(bool(check.failure) for check in checks)
+    print(f"{len(checks) - failed} of {len(checks)} checks passed" + f", {failed} FAILED" * (failed > 0))
+    return 1 if failed else 0
 
 
 def _supported(backend: str, problem: Problem) -> bool:
@@ -138,8 +114,9 @@ def _supported(backend: str, problem: Problem) -> bool:
 
 
 def _isolated_check(worker: "Worker", backend: str, problem: Problem) -> Check:
+    dtype, shape = str(problem.dtype).removeprefix("torch."), "x".join(map(str, problem.shape))
     default = dispatch.select(problem).name == backend
-    check = Check(backend, *_words(problem), default=default)
+    check = Check(backend, problem.device, problem.op, dtype, shape, default)
     try:
         check = check._replace(**worker.run(check_backend, backend, problem))
     except WorkerError as lost:
@@ -215,10 +192,6 @@ class Worker(AbstractContextManager["Worker"]):
         self.end()
 
 
-def _problem(op: str, device: str, dtype: torch.dtype, shape: Shape) -> Problem:
-    return Problem(op, device, dtype, shape, F if op == "dynamic_filter" else 0, True)
-
-
 def _inputs(problem: Problem) -> tuple[list[Tensor], Tensor]:
     """The operator's inputs in the order of its schema, and a gradient of its result."""
     (B, H, W, C), dtype, device = problem.shape, problem.dtype, problem.device
@@ -244,9 +217,3 @@ def _both(run: Callable[..., Tensor], inputs: list[Tensor], grad_y: Tensor) -> l
     leaves = [t.detach().requires_grad_() for t in inputs]
     y = run(*leaves)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
-
-
-def _words(problem: Problem) -> tuple[str, str, str, str]:
-    """Device, operator, dtype and shape."""
-    dtype = str(problem.dtype).removeprefix("torch.")
-    return problem.device, problem.op, dtype, "x".join(map(str, problem.shape))

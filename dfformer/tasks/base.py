@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import timm
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, default_collate
 
 from dfformer.data import images as image_data
-from dfformer.models.checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from dfformer.models import checkpoint
 from dfformer.models.metadata import check_classes, is_ours
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from dfformer.train.config import TrainConfig
 
-
 SHOWN = 6  # images in predictions.png
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Task(ABC):
     metric: str  # key of `validate`'s result by which the best weights are selected; larger is better
     unit = "%"  # of the displayed metric; "%" for a fraction
     classes: list[str] | None  # None if the data does not name them
+    model_args: dict[str, Any]  # of ``timm.create_model``
 
     def __init__(
         self,
@@ -91,23 +92,31 @@ class Task(ABC):
         """Pictures of predictions on some validation images, by file name. Called in all processes."""
         return {}
 
+    @abstractmethod
+    def image_settings(self) -> dict[str, Any]:
+        """How images are prepared, for the checkpoint."""
+
+    def save(self, weights: dict[str, Tensor], path: Path, **about: Any) -> None:
+        """Writes a checkpoint; ``about`` has further entries of its description."""
+        arguments = {name: value for name, value in self.model_args.items() if name != "pretrained"}
+        described = self.config.model.name, arguments, self.classes or None, self.image_settings()
+        checkpoint.save_checkpoint(weights, path, *described, **about)
+
     def loader(self, tensors: Any, collate: image_data.Collate = default_collate) -> DataLoader:
         """Training batches of ``tensors``, the prepared training set."""
         workers, pinned = self.config.data.workers, self.place.device.type == "cuda"
         return image_data.training_loader(tensors, self.batches, workers, pinned, collate)
 
 
-def written_args(args: dict[str, Any]) -> dict[str, Any]:
-    """The model arguments that a checkpoint stores: all but those that name the weights training started from."""
-    return {name: value for name, value in args.items() if name != "pretrained"}
+def load_dense(path: str | Path, task: str, build: Callable[[dict[str, Any]], Model]) -> tuple[Model, dict[str, Any]]:
+    """The model that ``build`` creates from the description in a checkpoint, in eval mode, and that description.
 
-
-def read_dense_checkpoint(path: str | Path, task: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`read_checkpoint`; raises CheckpointError unless the file is for ``task``."""
-    state_dict, about = read_checkpoint(path)
+    Raises CheckpointError unless the file is for ``task``.
+    """
+    state_dict, about = checkpoint.read_checkpoint(path)
     if about.get("task") != task:
-        raise CheckpointError(f"{path}: is not for the task {task}, or does not say so")
-    return state_dict, about
+        raise checkpoint.CheckpointError(f"{path}: is not for the task {task}, or does not say so")
+    return checkpoint.build_and_load(lambda: build(about), state_dict, path), about
 
 
 def whole_images(
@@ -128,16 +137,9 @@ class DenseTask(Task):
     classes: list[str]
     norm_each_map = True  # in this package's encoders, as in the authors' for dense prediction
 
-    def __init__(
-        self,
-        config: "TrainConfig",
-        place: Place,
-        train_set: Any,
-        val_set: Any,
-        classes: list[str],
-        epoch: int | None = None,
-    ) -> None:
-        super().__init__(config, place, train_set, val_set, classes, epoch)
+    def __init__(self, config: "TrainConfig", place: Place, *data: Any) -> None:
+        """``data``: as for `Task`."""
+        super().__init__(config, place, *data)
         model_cfg = timm.get_pretrained_cfg(config.model.name)
         self.mean, self.std = config.data.mean or list(model_cfg.mean), config.data.std or list(model_cfg.std)
         self.model_args = self._encoder_args()
@@ -159,7 +161,7 @@ class DenseTask(Task):
             return {}
         arguments = {name: value for name, value in self.model_args.items() if name != "fork_feat"}
         classifier = timm.create_model(model.name, **arguments)
-        load_checkpoint(classifier, model.checkpoint)  # strict; timm would ignore missing weights
+        checkpoint.load_checkpoint(classifier, model.checkpoint)  # strict; timm would ignore missing weights
         return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": classifier.state_dict()}}
 
     @abstractmethod
@@ -172,8 +174,5 @@ class DenseTask(Task):
             model.set_grad_checkpointing()
         return cast(nn.Module, model)
 
-    def save(self, weights: dict[str, Tensor], path: Path, **about: Any) -> None:
-        """Writes a checkpoint; ``about`` has further entries of its description."""
-        images = {"input_size": [3, *self.config.data.size], "mean": self.mean, "std": self.std}
-        arguments = written_args(self.model_args), self.classes or None, images
-        save_checkpoint(weights, path, self.config.model.name, *arguments, **about)
+    def image_settings(self) -> dict[str, Any]:
+        return {"input_size": [3, *self.config.data.size], "mean": self.mean, "std": self.std}

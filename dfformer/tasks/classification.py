@@ -1,7 +1,7 @@
 """Image classification: any model of timm, trained with timm's augmentation, mixup and cutmix."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import timm
 from timm.data import Mixup, resolve_data_config
@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 
 from dfformer.data import images as image_data
 from dfformer.data.transforms import evaluation_transform, training_transform
-from dfformer.models.checkpoint import load_checkpoint, save_checkpoint
+from dfformer.models.checkpoint import load_checkpoint
 from dfformer.models.metadata import is_ours
-from dfformer.tasks.base import Place, Task, written_args
-from dfformer.tasks.evaluate import Pixels, check_pixel_statistics, count_correct, logits_of, means
+from dfformer.tasks.base import Place, Task
+from dfformer.tasks.evaluate import Pixels, count_correct, logits_of, means
 
 if TYPE_CHECKING:
     from dfformer.train.config import TrainConfig
@@ -86,7 +86,6 @@ class Classification(Task):
         channels = self.model_args.get("in_chans", 3)
         overrides = {"input_size": (channels, *img_size)} | {k: v for k, v in overrides.items() if v is not None}
         self.data_config = resolve_data_config(overrides, model=model)
-        check_pixel_statistics(self.data_config)
         self.pixels = Pixels(self.data_config["mean"], self.data_config["std"], self.place.device)
         self.erase = RandomErasing(augment.re_prob, mode=augment.re_mode, device=self.place.device)
         self.val_set.transform = evaluation_transform(self.data_config, as_uint8=True)
@@ -124,13 +123,8 @@ class Classification(Task):
         )
         return means(self.place.add_up(count_correct(model, loader, self.pixels)))[1]
 
+    def image_settings(self) -> dict[str, Any]:
+        return {name: self.data_config[name] for name in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+
     def export(self, weights: dict[str, Tensor], path: Path) -> None:
-        kept = ("input_size", "mean", "std", "interpolation", "crop_pct")
-        save_checkpoint(
-            weights,
-            path,
-            self.config.model.name,
-            written_args(self.model_args),
-            self.classes,
-            {name: self.data_config[name] for name in kept},
-        )
+        self.save(weights, path)

@@ -30,8 +30,7 @@ from dfformer.data.boxes import (
     collate,
     open_box_dataset,
 )
-from dfformer.models.checkpoint import build_and_load
-from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
+from dfformer.tasks.base import SHOWN, DenseTask, Place, load_dense, whole_images
 from dfformer.tasks.detector import Detector
 from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress
 from dfformer.tasks.predict import File, Prediction, Predictor
@@ -56,15 +55,13 @@ def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
     (COCO's), ``data`` (mean, std and input_size, whose last two numbers limit the shorter and the longer side),
     ``detector`` (channels, anchor_scale, norm_groups) and ``repair_boxes`` (whether its data needed repairs).
     """
-    state_dict, about = read_dense_checkpoint(path, "detect")
-    encoder, pixels = about["architecture"], about["data"]
 
-    def build() -> Detector:
-        size, classes = pixels["input_size"][1:], len(about["classes"])
-        mean, std = pixels["mean"], pixels["std"]
-        return Detector(encoder, about["model_args"], classes, size, mean, std, **about["detector"])
+    def build(about: dict[str, Any]) -> Detector:
+        encoder, pixels = (about["architecture"], about["model_args"]), about["data"]
+        images = pixels["input_size"][1:], pixels["mean"], pixels["std"]
+        return Detector(*encoder, len(about["classes"]), *images, **about["detector"])
 
-    return build_and_load(build, state_dict, path), about
+    return load_dense(path, "detect", build)
 
 
 def _on(device: torch.device, images: list[Tensor]) -> list[Tensor]:

@@ -47,18 +47,12 @@ def data_config(model: nn.Module, img_size: tuple[int, int] | None = None) -> di
     channels = config["input_size"][0]
     if img_size is not None:
         config["input_size"] = (channels, *img_size)
-    check_pixel_statistics(config)
-    return config
-
-
-def check_pixel_statistics(config: dict[str, Any]) -> None:
-    """Raises ValueError unless mean and std have one number per channel."""
-    channels = config["input_size"][0]
     for name in ("mean", "std"):
         if len(config[name]) != channels:
             raise ValueError(
                 f"data.{name}: got {tuple(config[name])}, accepted is a number for each of {channels} channels"
             )
+    return config
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:

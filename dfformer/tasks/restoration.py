@@ -20,8 +20,8 @@ from torchvision.transforms import v2
 
 from dfformer.data import images as image_data
 from dfformer.data.pairs import Degradation, InputAndTarget, RestorationTensors, nothing_like, open_pair_dataset
-from dfformer.models.checkpoint import build_and_load, load_checkpoint
-from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
+from dfformer.models.checkpoint import load_checkpoint
+from dfformer.tasks.base import SHOWN, DenseTask, Place, load_dense, whole_images
 from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress
 from dfformer.tasks.predict import File, Prediction, Predictor
 from dfformer.tasks.restorer import Restorer, SelfEnsemble, enlarged, tiled
@@ -42,13 +42,12 @@ def load_restorer(path: str | Path) -> tuple[Restorer, dict[str, Any]]:
     last two numbers are the tile's) and ``degradation`` (the scale, blur and noise that the model was trained to undo,
     see `dfformer.data.pairs.Degradation`).
     """
-    state_dict, about = read_dense_checkpoint(path, "restore")
-    pixels, scale = about["data"], about["degradation"]["scale"]
 
-    def build() -> Restorer:
+    def build(about: dict[str, Any]) -> Restorer:
+        pixels, scale = about["data"], about["degradation"]["scale"]
         return Restorer(about["architecture"], about["model_args"], scale, pixels["mean"], pixels["std"])
 
-    return build_and_load(build, state_dict, path), about
+    return load_dense(path, "restore", build)
 
 
 def restore(

@@ -32,8 +32,7 @@ from dfformer.data.masks import (
     open_mask_dataset,
 )
 from dfformer.data.transforms import resize_shorter_side
-from dfformer.models.checkpoint import build_and_load
-from dfformer.tasks.base import SHOWN, DenseTask, Place, read_dense_checkpoint, whole_images
+from dfformer.tasks.base import SHOWN, DenseTask, Place, load_dense, whole_images
 from dfformer.tasks.evaluate import Measured, Pixels, Timed, check_classes_of_data, dataset_spec, progress
 from dfformer.tasks.predict import File, Prediction, Predictor
 from dfformer.tasks.results import plan_results, write_results
@@ -83,10 +82,11 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, dict[str, Any]]:
     The description has ``architecture`` and ``model_args`` of the encoder, ``decoder``, ``classes`` (names), ``data``
     (input_size, mean, std) and ``reduce_zero_label`` (whether 0 stood for no class in its training masks).
     """
-    state_dict, about = read_dense_checkpoint(path, "segment")
-    encoder, classes = about["architecture"], len(about["classes"])
-    model = build_and_load(lambda: Segmenter(encoder, about["model_args"], classes, about["decoder"]), state_dict, path)
-    return model, about
+
+    def build(about: dict[str, Any]) -> Segmenter:
+        return Segmenter(about["architecture"], about["model_args"], len(about["classes"]), about["decoder"])
+
+    return load_dense(path, "segment", build)
 
 
 def segment(model: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:

@@ -27,7 +27,7 @@ class Here(doctor.Worker):
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "devices", lambda: [doctor.CPU])
+    monkeypatch.setattr(doctor, "DEVICES", {"cpu": doctor.DEVICES["cpu"]})
 
 
 @pytest.fixture
@@ -106,8 +106,7 @@ def test_an_error_is_reported_and_the_rest_goes_on(
 @pytest.mark.usefixtures("here")
 def test_all_dtypes_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The CPU examined as if it were a GPU."""
-    gpu = doctor.Device("cpu", tuple(BOUND), batch=1)
-    monkeypatch.setattr(doctor, "devices", lambda: [gpu])
+    monkeypatch.setattr(doctor, "DEVICES", {"cpu": (tuple(BOUND), 1)})
     monkeypatch.setattr(doctor, "PLANES", [(6, 5, 3)] * 3)
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -151,4 +150,4 @@ def test_a_report_that_cannot_be_written_is_refused_first(tmp_path: Path, capsys
     assert main(["doctor", "--quick", "--json", str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == f"dfformer doctor: {tmp_path}: Is a directory\n"
+    assert printed.err == f"dfformer doctor: {tmp_path} is a folder, accepted is the name of a file\n"

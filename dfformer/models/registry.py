@@ -30,6 +30,25 @@ from dfformer.models.metaformer import DFFormer
 from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter
 from dfformer.utils.text import reason, without_advice
 
+__all__ = [
+    "VARIANTS",
+    "cdfformer_b36",
+    "cdfformer_m36",
+    "cdfformer_s18",
+    "cdfformer_s36",
+    "dfformer_b36",
+    "dfformer_m36",
+    "dfformer_s18",
+    "dfformer_s18_afno",
+    "dfformer_s18_d8",
+    "dfformer_s18_gelu",
+    "dfformer_s18_k2",
+    "dfformer_s18_relu",
+    "dfformer_s36",
+    "gfformer_s18",
+    "register_models",
+]
+
 # depths and dims of the four sizes (paper, table 1)
 _SIZES: dict[str, dict[str, Any]] = {
     "s18": {"depths": (3, 3, 9, 3), "dims": (64, 128, 320, 512)},
@@ -45,13 +64,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"cdfformer_{size}": {**args, "token_mixers": _CONV_THEN_DYNAMIC} for size, args in _SIZES.items()},
     "gfformer_s18": {**_SIZES["s18"], "token_mixers": GlobalFilter},
     # the paper's ablations
-    **{
-        f"dfformer_s18_{act.__name__.lower()}": {
-            **_SIZES["s18"],
-            "token_mixers": partial(DynamicFilter, act1_layer=act),
-            "mlp_act": act,
-        }
-        for act in (nn.GELU, nn.ReLU)
+    "dfformer_s18_gelu": {
+        **_SIZES["s18"],
+        "token_mixers": partial(DynamicFilter, act1_layer=nn.GELU),
+        "mlp_act": nn.GELU,
+    },
+    "dfformer_s18_relu": {
+        **_SIZES["s18"],
+        "token_mixers": partial(DynamicFilter, act1_layer=nn.ReLU),
+        "mlp_act": nn.ReLU,
     },
     "dfformer_s18_k2": {**_SIZES["s18"], "token_mixers": partial(DynamicFilter, num_filters=2)},
     "dfformer_s18_d8": {**_SIZES["s18"], "token_mixers": partial(DynamicFilter, reweight_expansion_ratio=0.125)},
@@ -83,6 +104,11 @@ def _cfg(name: str) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in VARIANTS})
 _entry_points: list[Callable[..., nn.Module]] = []
+
+
+def _entry_point(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    _entry_points.append(function)
+    return function
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -154,35 +180,88 @@ def _in_order_of_execution(model: DFFormer) -> nn.Module:
     return flat
 
 
-def _entry_point(name: str, description: str) -> Callable[..., nn.Module]:
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create(name, pretrained, **kwargs)
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"{description}."
-    _entry_points.append(create)
-    return create
+@_entry_point
+def dfformer_s18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-S18: dynamic filters in all four stages."""
+    return _create("dfformer_s18", pretrained, **kwargs)
 
 
-# One by one, so that an IDE finds them.
-_DYNAMIC = "dynamic filters in all four stages"
-_MIXED = "separable convolutions in the first two stages, dynamic filters in the last two"
-dfformer_s18 = _entry_point("dfformer_s18", f"DFFormer-S18: {_DYNAMIC}")
-dfformer_s36 = _entry_point("dfformer_s36", f"DFFormer-S36: {_DYNAMIC}")
-dfformer_m36 = _entry_point("dfformer_m36", f"DFFormer-M36: {_DYNAMIC}")
-dfformer_b36 = _entry_point("dfformer_b36", f"DFFormer-B36: {_DYNAMIC}")
-cdfformer_s18 = _entry_point("cdfformer_s18", f"CDFFormer-S18: {_MIXED}")
-cdfformer_s36 = _entry_point("cdfformer_s36", f"CDFFormer-S36: {_MIXED}")
-cdfformer_m36 = _entry_point("cdfformer_m36", f"CDFFormer-M36: {_MIXED}")
-cdfformer_b36 = _entry_point("cdfformer_b36", f"CDFFormer-B36: {_MIXED}")
-gfformer_s18 = _entry_point("gfformer_s18", "GFFormer-S18: global filters, one learned filter per channel")
-dfformer_s18_gelu = _entry_point("dfformer_s18_gelu", "DFFormer-S18 with GELU instead of StarReLU")
-dfformer_s18_relu = _entry_point("dfformer_s18_relu", "DFFormer-S18 with ReLU instead of StarReLU")
-dfformer_s18_k2 = _entry_point("dfformer_s18_k2", "DFFormer-S18 with a basis of two filters")
-dfformer_s18_d8 = _entry_point("dfformer_s18_d8", "DFFormer-S18 with a routing MLP of half the width")
-dfformer_s18_afno = _entry_point(
-    "dfformer_s18_afno", "DFFormer-S18 with adaptive Fourier neural operators instead of dynamic filters"
-)
+@_entry_point
+def dfformer_s36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-S36: dynamic filters in all four stages."""
+    return _create("dfformer_s36", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_m36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-M36: dynamic filters in all four stages."""
+    return _create("dfformer_m36", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_b36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-B36: dynamic filters in all four stages."""
+    return _create("dfformer_b36", pretrained, **kwargs)
+
+
+@_entry_point
+def cdfformer_s18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CDFFormer-S18: separable convolutions in the first two stages, dynamic filters in the last two."""
+    return _create("cdfformer_s18", pretrained, **kwargs)
+
+
+@_entry_point
+def cdfformer_s36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CDFFormer-S36: separable convolutions in the first two stages, dynamic filters in the last two."""
+    return _create("cdfformer_s36", pretrained, **kwargs)
+
+
+@_entry_point
+def cdfformer_m36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CDFFormer-M36: separable convolutions in the first two stages, dynamic filters in the last two."""
+    return _create("cdfformer_m36", pretrained, **kwargs)
+
+
+@_entry_point
+def cdfformer_b36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CDFFormer-B36: separable convolutions in the first two stages, dynamic filters in the last two."""
+    return _create("cdfformer_b36", pretrained, **kwargs)
+
+
+@_entry_point
+def gfformer_s18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GFFormer-S18: global filters, one learned filter per channel."""
+    return _create("gfformer_s18", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_s18_gelu(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-S18 with GELU instead of StarReLU."""
+    return _create("dfformer_s18_gelu", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_s18_relu(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-S18 with ReLU instead of StarReLU."""
+    return _create("dfformer_s18_relu", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_s18_k2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-S18 with a basis of two filters."""
+    return _create("dfformer_s18_k2", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_s18_d8(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-S18 with a routing MLP of half the width."""
+    return _create("dfformer_s18_d8", pretrained, **kwargs)
+
+
+@_entry_point
+def dfformer_s18_afno(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DFFormer-S18 with adaptive Fourier neural operators instead of dynamic filters."""
+    return _create("dfformer_s18_afno", pretrained, **kwargs)
 
 
 def register_models() -> None:

@@ -5,33 +5,31 @@
 """
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import timm
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import normalize, pil_to_tensor, to_dtype, to_pil_image
 from tqdm import tqdm
 
 from dfformer.analysis import figures
-from dfformer.analysis.metrics import capture, mix, most_different, routing, spectral_layers, stored_filters
 from dfformer.analysis.output import Output
+from dfformer.analysis.samples import Loaded, load_samples
+from dfformer.analysis.show_filters import show_filters
 from dfformer.cli.info import environment
 from dfformer.data.images import DIGITS_MEAN, DIGITS_STD, Digits, load_digit_images
+from dfformer.data.photographs import sklearn_photographs
 from dfformer.models.checkpoint import load_model, save_checkpoint
 from dfformer.models.spectral import DynamicFilter
 from dfformer.utils.eager_baseline import eager_baseline
+from dfformer.utils.io import write_json
 from dfformer.utils.profile import saved_for_backward
 from dfformer_kernels.dispatch import Problem, select
 from dfformer_kernels.tolerance import relative_error
@@ -75,23 +73,16 @@ class Comparison(NamedTuple):
 
 
 def demo_command(arguments: argparse.Namespace) -> int:
-    """The command line's ``demo``."""
-    run_demo(arguments.output, seed=arguments.seed, quick=arguments.quick)
-    return 0
-
-
-def run_demo(folder: Path, seed: int = 0, quick: bool = False) -> None:
-    """Writes report.html, report.json, digits.safetensors, digits/*.png and the pictures into ``folder``."""
+    """Writes report.html, report.json, digits.safetensors, digits/*.png, pictures and tables into a folder."""
     start = time.perf_counter()
-    effort = QUICK if quick else FULL
-    output = Output(folder, dpi=130)
-    digits = load_digit_images(seed)
-    model, history = train(digits, effort.epochs, seed)
+    effort = QUICK if arguments.quick else FULL
+    output = Output(arguments.output, dpi=130)
+    digits = load_digit_images(arguments.seed)
+    trained, history = train(digits, effort.epochs, arguments.seed)
     accuracy = history["test_accuracy"][-1]
     if accuracy < effort.target:
         raise RuntimeError(f"the digits model got {accuracy:.2%} of the test set right, not {effort.target:.0%}")
-    reload_error = save_and_reload(model, digits, folder)
-    draw_digits(model, digits, history, output)
+    draw_digits(saved_and_reloaded(trained, digits, output.folder), digits, history, output)
     comparisons = compare_on_photos(effort.repetitions)
     draw_comparisons(comparisons, output)
     report = {
@@ -100,15 +91,16 @@ def run_demo(folder: Path, seed: int = 0, quick: bool = False) -> None:
             op: select(Problem(op, "cpu", torch.float32, (1, 56, 56, 128))).name
             for op in ("dynamic_filter", "star_relu")
         },
-        "seed": seed,
-        "quick": quick,
+        "seed": arguments.seed,
+        "quick": arguments.quick,
         "seconds": round(time.perf_counter() - start, 1),
-        "digits": {**history, "reload_difference": reload_error},
+        "digits": history,
         "photos": [c._asdict() for c in comparisons],
     }
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(output.folder / "report.json", report)
     output.report("dfformer demo", explanation(report))
-    print(f"digits: {accuracy:.2%} of {len(digits.test_y)} test images right; read {folder / 'report.html'}")
+    print(f"digits: {accuracy:.2%} of {len(digits.test_y)} test images right; read {output.folder / 'report.html'}")
+    return 0
 
 
 def train(digits: Digits, epochs: int, seed: int) -> tuple[nn.Module, dict[str, list[float]]]:
@@ -166,12 +158,9 @@ def probabilities(model: nn.Module, images: Tensor) -> Tensor:
         return torch.cat([model(normalise(batch)).softmax(1) for batch in images.split(256)])
 
 
-def save_and_reload(model: nn.Module, digits: Digits, output: Path) -> float:
-    """Writes the checkpoint, and some test images for ``dfformer predict``.
-
-    Returns the largest difference of the reloaded model's outputs, which must be 0."""
-    path = output / "digits.safetensors"
-    names = [str(digit) for digit in range(10)]
+def saved_and_reloaded(model: nn.Module, digits: Digits, output: Path) -> nn.Module:
+    """Writes the checkpoint, and some test images for ``dfformer predict``; returns the model of the checkpoint."""
+    path, folder = output / "digits.safetensors", output / "digits"
     data = {
         "input_size": (1, 32, 32),
         "mean": (DIGITS_MEAN,),
@@ -179,21 +168,18 @@ def save_and_reload(model: nn.Module, digits: Digits, output: Path) -> float:
         "crop_pct": 1.0,
         "interpolation": "bilinear",
     }
-    save_checkpoint(model, path, ARCHITECTURE, MODEL_ARGS, names, data)
+    save_checkpoint(model, path, ARCHITECTURE, MODEL_ARGS, [str(digit) for digit in range(10)], data)
     reloaded, _ = load_model(path)
-    difference = (probabilities(reloaded, digits.test_x) - probabilities(model, digits.test_x)).abs().max().item()
-    if difference != 0:
-        raise RuntimeError(f"the reloaded checkpoint's outputs differ by {difference}")
-    folder = output / "digits"
+    if not torch.equal(probabilities(reloaded, digits.test_x), probabilities(model, digits.test_x)):
+        raise RuntimeError("the reloaded checkpoint's outputs differ")
     folder.mkdir(exist_ok=True)
     for n in range(10):
-        pixels = (255 * digits.test_x[n, 0]).round().to(torch.uint8).numpy()
-        Image.fromarray(pixels).save(folder / f"{n}_is_{digits.test_y[n]}.png")
-    return difference
+        to_pil_image((255 * digits.test_x[n]).round().to(torch.uint8)).save(folder / f"{n}_is_{digits.test_y[n]}.png")
+    return reloaded
 
 
 def draw_digits(model: nn.Module, digits: Digits, history: dict[str, list[float]], output: Output) -> None:
-    """The four pictures of the digits model, and its filters."""
+    """The pictures of the digits model, and of the filters that it makes for the images in ``digits/``."""
     confidence, predicted = probabilities(model, digits.test_x).max(1)
     wrong = predicted != digits.test_y
     order = torch.cat([torch.nonzero(wrong).flatten(), torch.nonzero(~wrong).flatten()])[:50]
@@ -210,42 +196,19 @@ def draw_digits(model: nn.Module, digits: Digits, history: dict[str, list[float]
     output.figure("predictions", grid)
     curve = figures.learning_curve(history["loss"], history["train_accuracy"], history["test_accuracy"])
     output.figure("learning_curve", curve)
-    shown = torch.stack([digits.test_x[digits.test_y == digit][0] for digit in range(10)])
-    layers: dict[str, Any] = spectral_layers(model)
-    inputs = capture(model, layers, normalise(shown), inputs=True)
-    found = {
-        name: (stored_filters(layer, layer.size), routing(layer, inputs[name]), layer.size)
-        for name, layer in layers.items()
-    }
-    output.filters({f"a {digit}": image for digit, image in enumerate(shown)}, found)
-    basis, shares, (_, width) = found[SHOWN_LAYER]
-    names = [f"filter {f}" for f in range(basis.shape[2])]
-    learned = figures.filter_basis(basis, width, names, f"Learned filter basis of {SHOWN_LAYER}")
-    output.figure("filter_basis", learned)
-    filters = mix(shares, basis)
-    channels = most_different(filters, 4)
-    mixed = figures.mixed_filters(
-        list(shown[:, 0].numpy()),
-        [str(digit) for digit in range(10)],
-        filters[..., channels],
-        channels,
-        width,
-        f"The filter each image makes for itself in {SHOWN_LAYER}: the 4 channels that differ most",
-    )
-    output.figure("mixed_filters", mixed)
+    samples = load_samples([output.folder / "digits"], {1})
+    show_filters([Loaded("digits", model)], samples, output, SHOWN_LAYER)
 
 
 def compare_on_photos(repetitions: int) -> list[Comparison]:
     """Compares DFFormer-S18, with fresh weights, on both photographs at 224 and at full size."""
     model = timm.create_model("dfformer_s18").eval()
-    photos = load_sample_images()
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     comparisons = []
-    for name, pixels in zip(photos.filenames, photos.images, strict=True):
-        image = torch.tensor(np.array(pixels), dtype=torch.float32).permute(2, 0, 1)[None] / 255
-        image = (image - mean) / std
+    for name, photograph in sklearn_photographs().items():
+        pixels = to_dtype(pil_to_tensor(photograph), torch.float32, scale=True)
+        image = normalize(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)[None]
         small = F.interpolate(image, size=(224, 224), mode="bicubic", antialias=True)
-        comparisons += [compare(model, Path(name).stem, x, repetitions) for x in (small, image)]
+        comparisons += [compare(model, name, x, repetitions) for x in (small, image)]
     return comparisons
 
 
@@ -260,17 +223,13 @@ def compare(model: nn.Module, photo: str, x: Tensor, repetitions: int) -> Compar
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repetitions + 1):
         for contender, measured in zip(models, times, strict=True):
-            measured.append(milliseconds(partial(inference, contender)))
+            start = time.perf_counter()
+            inference(contender)
+            measured.append(1e3 * (time.perf_counter() - start))
     eager, fused = (inference(contender) for contender in models)
     medians = [statistics.median(measured[1:]) for measured in times]  # the first run of each warms up
     kept = [saved_for_backward(contender, x) / 2**20 for contender in models]
     return Comparison(photo, x.shape[2], x.shape[3], relative_error(fused, eager), *medians, *kept)
-
-
-def milliseconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def draw_comparisons(comparisons: list[Comparison], output: Output) -> None:

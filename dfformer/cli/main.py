@@ -116,34 +116,26 @@ def _parsed(prog: str, command: Command, argv: list[str]) -> argparse.Namespace:
         path = getattr(arguments, name, None)
         if path and path.is_file() and path.suffix.lower() != suffix:  # e.g. an image, where the name was forgotten
             raise ValueError(f"--{name}: got {path}, which exists; accepted are a new file or one ending in {suffix}")
-    for name in _models(arguments):
-        _check_model(name)
-    _check_model_args(arguments)
+    models, model_args = getattr(arguments, "model", None) or [], getattr(arguments, "model_args", {})
+    if models or model_args:
+        _check_models(models, model_args)
     return arguments
 
 
-def _models(arguments: argparse.Namespace) -> list[str]:
-    given: str | list[str] = getattr(arguments, "model", None) or []
-    return [given] if isinstance(given, str) else given
-
-
-def _check_model(name: str) -> None:
+def _check_models(names: str | list[str], args: dict[str, Any]) -> None:
+    """Checks ``--model``, given once or several times, and ``--model-args``."""
     import timm
 
     import dfformer  # noqa: F401 (registers the models with timm)
+    from dfformer.models.metadata import check_model_args
 
-    if ":" not in name and not timm.is_model(name):  # a prefix such as hf-hub: names another source
-        raise ValueError(f"--model: got {name!r}, which timm does not know{did_you_mean(name, timm.list_models())}")
-
-
-def _check_model_args(arguments: argparse.Namespace) -> None:
-    given: dict[str, Any] = getattr(arguments, "model_args", {})
-    if "pretrained" in given:
+    for name in [names] if isinstance(names, str) else names:
+        if ":" not in name and not timm.is_model(name):  # a prefix such as hf-hub: names another source
+            raise ValueError(f"--model: got {name!r}, which timm does not know{did_you_mean(name, timm.list_models())}")
+    if "pretrained" in args:
         raise ValueError("--model-args.pretrained: is not accepted here, weights are --checkpoint's or --pretrained's")
-    if given:
-        from dfformer.models.metadata import check_model_args
-
-        check_model_args(arguments.model, given, "--model-args.")
+    if args:
+        check_model_args(names if isinstance(names, str) else None, args, "--model-args.")
 
 
 def _message(error: Exception) -> str:

@@ -46,6 +46,8 @@ class Task(ABC):
     unit = "%"  # of the displayed metric; "%" for a fraction
     classes: list[str] | None  # None if the data does not name them
     model_args: dict[str, Any]  # of ``timm.create_model``
+    samples: Any  # the training set as `loss` takes it, before `collate`
+    collate: image_data.Collate = staticmethod(default_collate)
 
     def __init__(
         self,
@@ -74,19 +76,12 @@ class Task(ABC):
     def build_model(self) -> nn.Module: ...
 
     @abstractmethod
-    def training_loader(self) -> DataLoader: ...
-
-    @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch from the loader. Random numbers come from the global generators."""
 
     @abstractmethod
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Metrics over all validation images. Each process handles a part; all return the same result."""
-
-    @abstractmethod
-    def export(self, weights: dict[str, Tensor], path: Path) -> None:
-        """Writes weights for use."""
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         """Pictures of predictions on some validation images, by file name. Called in all processes."""
@@ -96,16 +91,19 @@ class Task(ABC):
     def image_settings(self) -> dict[str, Any]:
         """How images are prepared, for the checkpoint."""
 
-    def save(self, weights: dict[str, Tensor], path: Path, **about: Any) -> None:
-        """Writes a checkpoint; ``about`` has further entries of its description."""
+    def description(self) -> dict[str, Any]:
+        """What else a checkpoint needs to say of the model."""
+        return {}
+
+    def export(self, weights: dict[str, Tensor], path: Path) -> None:
+        """Writes weights for use."""
         arguments = {name: value for name, value in self.model_args.items() if name != "pretrained"}
         described = self.config.model.name, arguments, self.classes or None, self.image_settings()
-        checkpoint.save_checkpoint(weights, path, *described, **about)
+        checkpoint.save_checkpoint(weights, path, *described, self.config.task, **self.description())
 
-    def loader(self, tensors: Any, collate: image_data.Collate = default_collate) -> DataLoader:
-        """Training batches of ``tensors``, the prepared training set."""
+    def training_loader(self) -> DataLoader:
         workers, pinned = self.config.data.workers, self.place.device.type == "cuda"
-        return image_data.training_loader(tensors, self.batches, workers, pinned, collate)
+        return image_data.training_loader(self.samples, self.batches, workers, pinned, self.collate)
 
 
 def load_dense(path: str | Path, task: str, build: Callable[[dict[str, Any]], Model]) -> tuple[Model, dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Image classification: any model of timm, trained with timm's augmentation, mixup and cutmix."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -9,7 +8,6 @@ from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from dfformer.data import images as image_data
 from dfformer.data.transforms import evaluation_transform, training_transform
@@ -28,6 +26,7 @@ class Classification(Task):
     """Images with one label each; cross entropy, mixup and cutmix; top-1 and top-5."""
 
     metric = "top1"
+    collate = staticmethod(fast_collate)
 
     def __init__(self, config: "TrainConfig", place: Place) -> None:
         given = config.data
@@ -89,6 +88,7 @@ class Classification(Task):
         self.pixels = Pixels(self.data_config["mean"], self.data_config["std"], self.place.device)
         self.erase = RandomErasing(augment.re_prob, mode=augment.re_mode, device=self.place.device)
         self.val_set.transform = evaluation_transform(self.data_config, as_uint8=True)
+        self.samples = self.train_set
         self.train_set.transform = training_transform(
             self.data_config["input_size"],
             scale=augment.scale,
@@ -99,9 +99,6 @@ class Classification(Task):
             interpolation=augment.interpolation,
             mean=self.data_config["mean"],
         )
-
-    def training_loader(self) -> DataLoader:
-        return self.loader(self.train_set, fast_collate)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, labels = self.pixels(batch[0]), batch[1].to(self.place.device, non_blocking=True)
@@ -125,6 +122,3 @@ class Classification(Task):
 
     def image_settings(self) -> dict[str, Any]:
         return {name: self.data_config[name] for name in ("input_size", "mean", "std", "interpolation", "crop_pct")}
-
-    def export(self, weights: dict[str, Tensor], path: Path) -> None:
-        self.save(weights, path)

@@ -103,6 +103,7 @@ class Detection(DenseTask):
     """Images with boxes around objects; focal loss and L1; COCO's mean average precision."""
 
     metric = "map"
+    collate = staticmethod(collate)
 
     def __init__(self, config: "TrainConfig", place: Place) -> None:
         given = config.data
@@ -123,14 +124,12 @@ class Detection(DenseTask):
         where = f"{given.root}, split {given.val_split}"
         check_same_categories(val_set.categories, self.categories, where, f"split {given.train_split}")
         super().__init__(config, place, train_set, val_set, list(train_set.categories.values()))
+        self.samples = DetectionTensors(train_set, config.detect.hflip)
         self.detector = {name: getattr(config.detect, name) for name in ("channels", "anchor_scale", "norm_groups")}
 
     def on_encoder(self, arguments: dict[str, Any]) -> Detector:
         name, size = self.config.model.name, self.config.data.size
         return Detector(name, arguments, len(self.classes), size, self.mean, self.std, **self.detector)
-
-    def training_loader(self) -> DataLoader:
-        return self.loader(DetectionTensors(self.train_set, self.config.detect.hflip), collate)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, targets = batch
@@ -144,15 +143,9 @@ class Detection(DenseTask):
         measures = average_precision(model, loader, self.place)
         return {name: measures[name] for name in _MEASURES[:3]}  # the others are NaN if there are no such objects
 
-    def export(self, weights: dict[str, Tensor], path: Path) -> None:
-        self.save(
-            weights,
-            path,
-            task="detect",
-            category_ids=list(self.categories),
-            detector=self.detector,
-            repair_boxes=self.config.detect.repair_boxes,
-        )
+    def description(self) -> dict[str, Any]:
+        repaired = self.config.detect.repair_boxes
+        return {"category_ids": list(self.categories), "detector": self.detector, "repair_boxes": repaired}
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         from dfformer.analysis.dense_figures import detections

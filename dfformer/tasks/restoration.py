@@ -120,8 +120,8 @@ class Restoration(DenseTask):
             raise ValueError("distributed: got fsdp, accepted to restore is ddp")
         train_set = open_pair_dataset(given.spec(training=True), self.degradation, given.size)
         val_set = open_pair_dataset(given.spec(training=False), self.degradation)
-        self.crops = RestorationTensors(train_set, self.degradation, given.size, wanted.crops)
-        super().__init__(config, place, train_set, val_set, [], len(self.crops))
+        self.samples = RestorationTensors(train_set, self.degradation, given.size, wanted.crops)
+        super().__init__(config, place, train_set, val_set, [], len(self.samples))
 
     def _encoder_weights(self) -> dict[str, Any]:
         return {}  # `on_encoder` loads the weights of a whole restorer
@@ -133,9 +133,6 @@ class Restoration(DenseTask):
             load_checkpoint(restorer, model.checkpoint)
         return restorer
 
-    def training_loader(self) -> DataLoader:
-        return self.loader(self.crops)
-
     def loss(self, model: nn.Module, batch: InputAndTarget) -> Tensor:
         source, target = (pixels.to(self.place.device, non_blocking=True).float() / 255 for pixels in batch)
         return F.l1_loss(model(source), target)
@@ -145,8 +142,8 @@ class Restoration(DenseTask):
         loader = _loader(RestorationTensors(self.val_set, self.degradation), given.workers, self.place)
         return mean_quality(model, loader, self.place, scale, given.size, _TILES_AT_ONCE)
 
-    def export(self, weights: dict[str, Tensor], path: Path) -> None:
-        self.save(weights, path, task="restore", degradation=vars(self.degradation))
+    def description(self) -> dict[str, Any]:
+        return {"degradation": vars(self.degradation)}
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         from dfformer.analysis.dense_figures import restorations

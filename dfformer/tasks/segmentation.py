@@ -147,22 +147,19 @@ class Segmentation(DenseTask):
         train_set, val_set = (open_mask_dataset(config.data.spec(training), zero) for training in (True, False))
         super().__init__(config, place, train_set, val_set, train_set.classes)
         self.pixels = Pixels(self.mean, self.std, place.device)
-
-    def on_encoder(self, arguments: dict[str, Any]) -> Segmenter:
-        return Segmenter(self.config.model.name, arguments, len(self.classes), self.config.segment.decoder)
-
-    def training_loader(self) -> DataLoader:
-        given, augment = self.config.data, self.config.segment
+        augment = config.segment
         transform = TrainTransform(
-            given.size,
+            config.data.size,
             augment.scale,
             augment.most_of_one_class,
             augment.hflip,
             augment.photometric,
             fill=[round(255 * mean) for mean in self.mean],
         )
-        tensors = SegmentationTensors(self.train_set, transform)
-        return self.loader(tensors)
+        self.samples = SegmentationTensors(train_set, transform)
+
+    def on_encoder(self, arguments: dict[str, Any]) -> Segmenter:
+        return Segmenter(self.config.model.name, arguments, len(self.classes), self.config.segment.decoder)
 
     def loss(self, model: nn.Module, batch: ImageAndMask) -> Tensor:
         """The mean over all pixels, where ignored ones count as 0. So it does not depend on how a batch is split."""
@@ -175,14 +172,9 @@ class Segmentation(DenseTask):
         loader = _loader(self.val_set, min(given.size), given.workers, self.place)
         return _measures(count_pixels(model, loader, self.pixels, len(self.classes)))
 
-    def export(self, weights: dict[str, Tensor], path: Path) -> None:
-        self.save(
-            weights,
-            path,
-            task="segment",
-            decoder=self.config.segment.decoder,
-            reduce_zero_label=self.config.segment.reduce_zero_label,
-        )
+    def description(self) -> dict[str, Any]:
+        given = self.config.segment
+        return {"decoder": given.decoder, "reduce_zero_label": given.reduce_zero_label}
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         from dfformer.analysis.dense_figures import segmentations

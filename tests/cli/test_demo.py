@@ -12,16 +12,13 @@ from dfformer.analysis.figures import full_spectrum
 from dfformer.cli import demo
 from dfformer.cli.main import main
 from dfformer.data.images import Digits
+from dfformer.data.photographs import sklearn_photographs
 
 
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    load_photos = demo.load_sample_images
-
-    def one_photo() -> object:
-        photos = load_photos()
-        photos.images, photos.filenames = [photos.images[0][:96, :128]], photos.filenames[:1]
-        return photos
+    def one_photograph() -> dict[str, Image.Image]:
+        return {"china": sklearn_photographs()["china"].crop((0, 0, 128, 96))}
 
     load_digits = demo.load_digit_images
 
@@ -29,7 +26,7 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         digits = load_digits(seed)
         return Digits(digits.train_x[:192], digits.train_y[:192], digits.test_x[:40], digits.test_y[:40])
 
-    monkeypatch.setattr(demo, "load_sample_images", one_photo)
+    monkeypatch.setattr(demo, "sklearn_photographs", one_photograph)
     monkeypatch.setattr(demo, "load_digit_images", some_digits)
     monkeypatch.setattr(demo, "QUICK", demo.Effort(epochs=1, target=0.0, repetitions=1))
     return tmp_path / "demo"
@@ -40,12 +37,11 @@ def test_demo_writes_everything(output: Path, capsys: pytest.CaptureFixture[str]
     report = (output / "report.html").read_text()
     pictures = {path.stem for path in output.glob("*.png")}
     assert pictures == {name for name in pictures if f'"name": "{name}"' in report}, "every picture is in the report"
-    assert len(pictures) == 6
+    assert len(pictures) == 7
     for picture in output.glob("*.png"):
         assert np.asarray(Image.open(picture).convert("L")).std() > 5, f"{picture.name} shows nothing"
     content = json.loads((output / "report.json").read_text())
     assert content["seed"] == 3
-    assert content["digits"]["reload_difference"] == 0
     assert all(photo["difference"] < 1e-5 and photo["fused_mib"] < photo["eager_mib"] for photo in content["photos"])
     assert main(["predict", "--checkpoint", str(output / "digits.safetensors"), str(output / "digits")]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 10

@@ -114,8 +114,7 @@ def filter_basis(filters: Tensor, width: int, names: Sequence[str], title: str, 
     _colour_bar(figure, top, axes[0], "log10 |filter|", shrink=0.85)
     bar = _colour_bar(figure, bottom, axes[1], "phase (rad)", shrink=0.85)
     bar.set_ticks([-np.pi, 0, np.pi], labels=["-π", "0", "π"])
-    _title(figure, title, caption)
-    return figure
+    return _titled(figure, title, caption)
 
 
 def mixed_filters(
@@ -154,8 +153,7 @@ def mixed_filters(
     axes[1, 0].set_title("average", fontsize=9)
     _colour_bar(figure, mean, axes[1:, 0], "log10 |average filter|", shrink=0.7, location="left")
     _colour_bar(figure, change, axes[1:, -1], "gain against the average (dB)", shrink=0.7)
-    _title(figure, title, caption)
-    return figure
+    return _titled(figure, title, caption)
 
 
 def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], title: str, caption: str = "") -> Figure:
@@ -188,8 +186,7 @@ def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], title: str, cap
     axes[filters].set_xlim(_limits(bits.numpy(), LEAST_BITS, 0, float(np.log2(filters)) or LEAST_BITS))
     axes[filters].set_xlabel("entropy of the shares (bits)", fontsize=9)
     axes[filters].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
-    _title(figure, title, caption)
-    return figure
+    return _titled(figure, title, caption)
 
 
 def responses(
@@ -216,8 +213,7 @@ def responses(
             below = gain if c or not spread else ""
             axes[r, c].set_title("\n".join(filter(None, (above, below))), fontsize=8)
     _colour_bar(figure, image, axes, "value (standard deviations from the mean)", shrink=0.6)
-    _title(figure, title, caption)
-    return figure
+    return _titled(figure, title, caption)
 
 
 def spectra_by_depth(spectra: dict[str, Spectrum], title: str, caption: str = "") -> Figure:
@@ -241,8 +237,7 @@ def spectra_by_depth(spectra: dict[str, Spectrum], title: str, caption: str = ""
     for ax, values in ((left, torch.cat([s.amplitude for s in spectra.values()])), (right, highest)):
         ax.set_ylim(_limits(np.asarray(values), LEAST_LOG))
         _clear(ax)
-    _title(figure, title, caption)
-    return figure
+    return _titled(figure, title, caption)
 
 
 def receptive_fields(
@@ -282,8 +277,7 @@ def receptive_fields(
     axes[-1].set(xlim=(0, 100), ylim=(0, 101))
     axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
     _clear(axes[-1])
-    _title(figure, title, caption)
-    return figure
+    return _titled(figure, title, caption)
 
 
 def similarity_matrix(
@@ -304,8 +298,7 @@ def similarity_matrix(
             color = "white" if value <= (lowest + 1) / 2 else "black"  # black where there is no value
             ax.text(b, a, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
     _colour_bar(figure, image, ax, "CKA (linear)", shrink=0.9)
-    _title(figure, title, caption)
-    return figure
+    return _titled(figure, title, caption)
 
 
 def comparison_bars(
@@ -356,12 +349,13 @@ def _limits(values: np.ndarray, span: float, low: float = -np.inf, high: float =
     return least - margin, most + margin
 
 
-def _title(figure: Figure, title: str, caption: str) -> None:
-    """Sets the title above, and the caption in small print below."""
+def _titled(figure: Figure, title: str, caption: str) -> Figure:
+    """``figure`` with a title above, and a caption in small print below."""
     figure.suptitle(literal(title), fontsize=11)
     letters_an_inch = 17  # of 8 points
     text = textwrap.fill(caption, int(letters_an_inch * figure.get_figwidth()))
     figure.supxlabel(literal(text), x=0.01, ha="left", fontsize=8, color="#404040")
+    return figure
 
 
 def _clear(ax: Axes) -> None:

@@ -90,9 +90,6 @@ class CocoImages(BoxDataset, FileDataset[tuple[Image.Image, Objects]]):
         if all((objects.boxes <= 1).all() for *_, objects in self.images):
             raise ValueError(f"{self.file}: all boxes lie within one pixel, accepted are boxes in pixels")
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __getitem__(self, index: int) -> tuple[Image.Image, Objects]:
         image = read_image(self._path(index), "RGB", exif_orientation=self.exif_orientation)
         self._check_size(index, image.size)
@@ -209,9 +206,6 @@ class SyntheticBoxes(BoxDataset):
 
     def __init__(self, split: str, img_size: tuple[int, int], count: int) -> None:
         self.images = synthetic_digits.SyntheticDigits(split, img_size, count)
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Objects]:
         sample = self.images[index]

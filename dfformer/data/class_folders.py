@@ -38,17 +38,14 @@ class ClassFolders(ImageDataset[tuple[Path, int, str]]):
         names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
         depth = len(folder.parts)
         self.classes, self.labels = _labelled([path.parts[depth:] for path in files], folder, names)
-        self.files = [str(path) for path in files]  # strings are smaller, and workers may copy the list
-
-    def __len__(self) -> int:
-        return len(self.files)
+        self.images = [str(path) for path in files]  # strings are smaller, and workers may copy the list
 
     def __getitem__(self, index: int) -> tuple[Path, int, str]:
         """The file, its label, and its name for errors."""
-        return Path(self.files[index]), self.labels[index], self.files[index]
+        return Path(self.images[index]), self.labels[index], self.images[index]
 
     def check(self) -> list[bool]:
-        return [info.turned for info in check_each(check_image, [Path(name) for name in self.files])]
+        return [info.turned for info in check_each(check_image, [Path(name) for name in self.images])]
 
 
 class ClassTar(ImageDataset[tuple[IO[bytes], int, str]]):
@@ -65,15 +62,12 @@ class ClassTar(ImageDataset[tuple[IO[bytes], int, str]]):
         found = list(members.values())  # of members with the same path the last, as if they were extracted
         if found and all(len(member.path.parts) > 2 and member.path.parts[0] == path.stem for member in found):
             found = [member._replace(path=PurePosixPath(*member.path.parts[1:])) for member in found]
-        self.members = sorted(found, key=lambda member: natural_key(str(member.path)))
-        self.classes, self.labels = _labelled([member.path.parts for member in self.members], path, [])
-
-    def __len__(self) -> int:
-        return len(self.members)
+        self.images = sorted(found, key=lambda member: natural_key(str(member.path)))
+        self.classes, self.labels = _labelled([member.path.parts for member in self.images], path, [])
 
     def __getitem__(self, index: int) -> tuple[IO[bytes], int, str]:
         """The file, its label, and its name for errors."""
-        member = self.members[index]
+        member = self.images[index]
         with self.path.open("rb") as file:
             file.seek(member.offset)
             content = io.BytesIO(file.read(member.size))

@@ -64,10 +64,12 @@ class DatasetSpec(NamedTuple):
 
 
 class ImageDataset(ABC, Generic[Sample]):
-    """The base of a task's datasets."""
+    """The base of a task's datasets, with ``images`` of any kind."""
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    images: Any
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample: ...

@@ -56,10 +56,10 @@ def load_digit_images(seed: int) -> Digits:
     return Digits(images[train], labels[train], images[test], labels[test])
 
 
-class DigitImages(ImageDataset[tuple[Any, int]]):
-    """The digits, train or val, as pairs of PIL image (``mode``) and label, like timm's datasets."""
+class DigitImages(ImageDataset[tuple[Image.Image, int, str]]):
+    """The digits, train or val."""
 
-    def __init__(self, split: str, mode: str = "L") -> None:
+    def __init__(self, split: str) -> None:
         digits = load_digit_images(seed=0)
         splits = {"train": (digits.train_x, digits.train_y), "val": (digits.test_x, digits.test_y)}
         if split not in splits:
@@ -68,15 +68,10 @@ class DigitImages(ImageDataset[tuple[Any, int]]):
         self.images = (255 * images[:, 0]).round().to(torch.uint8).numpy()
         self.labels: list[int] = labels.tolist()
         self.classes = [str(digit) for digit in range(10)]
-        self.mode = mode
-        self.transform: Any = None
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = Image.fromarray(self.images[index]).convert(self.mode)
-        return (self.transform(image) if self.transform else image), self.labels[index]
+    def __getitem__(self, index: int) -> tuple[Image.Image, int, str]:
+        """The image, its label, and a name for errors."""
+        return Image.fromarray(self.images[index]), self.labels[index], f"digit {index}"
 
 
 def open_dataset(
@@ -101,7 +96,7 @@ def open_dataset(
     """
     mode = image_mode(channels)
     if name == DIGITS:
-        return DigitImages(split, mode)
+        return Images(DigitImages(split), mode, exif_orientation)
     if name and not name.lower().startswith(("torch/", "hfds/")):  # timm would read any other name as a folder
         raise ValueError(
             f"dataset: got {name!r}, accepted are '' (class folders), {DIGITS!r}, and timm's 'torch/...' and 'hfds/...'"
@@ -133,19 +128,16 @@ class LibraryDataset(ImageDataset[tuple[Any, int, str]]):
     """
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+        self.images = dataset
         self.reader: Any = getattr(dataset, "reader", None)  # Hugging Face's datasets have one
         self.classes = class_names(self.reader or dataset)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, int, str]:
         """A file or an image, its label, and a name for errors."""
         name = f"image {index}"
         if self.reader is None:
             try:
-                return (*self.dataset[index], name)
+                return (*self.images[index], name)
             except Exception as error:  # torchvision decodes here
                 raise ValueError(f"{name}: {error or type(error).__name__}") from error
         file, label = self.reader[index]  # timm's dataset would silently return the next image for a damaged one
@@ -163,6 +155,9 @@ def _library_dataset(name: str, root: Path, split: str, download: bool) -> Libra
     return LibraryDataset(dataset)
 
 
+Source = ClassFolders | ClassTar | DigitImages | LibraryDataset
+
+
 class Images(ImageDataset[tuple[Any, int]]):
     """``source`` as pairs of image and label, with a settable ``transform`` of the image.
 
@@ -173,16 +168,13 @@ class Images(ImageDataset[tuple[Any, int]]):
         exif_orientation: apply images' EXIF orientation.
     """
 
-    def __init__(self, source: ClassFolders | ClassTar | LibraryDataset, mode: str, exif_orientation: bool) -> None:
-        self.source, self.mode, self.exif_orientation = source, mode, exif_orientation
+    def __init__(self, source: Source, mode: str, exif_orientation: bool) -> None:
+        self.images, self.mode, self.exif_orientation = source, mode, exif_orientation
         self.classes = source.classes
         self.transform: Any = None
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        content, label, name = self.source[index]
+        content, label, name = self.images[index]
         image = read_image(content, self.mode, name, self.exif_orientation)
         try:
             return (self.transform(image) if self.transform else image), label
@@ -190,7 +182,7 @@ class Images(ImageDataset[tuple[Any, int]]):
             raise ValueError(f"{name}: {error or type(error).__name__}") from error
 
     def check(self) -> list[bool]:
-        turned = self.source.check()
+        turned = self.images.check()
         return [] if self.exif_orientation else turned
 
 

@@ -66,9 +66,6 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
         labels = np.arange(self.first_label, min(self.first_label + len(self.classes), IGNORED))
         self.to_class[labels] = labels - self.first_label
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         pixels = read_image(self.images[index], "RGB", exif_orientation=self.exif_orientation)
         with opened(self.masks[index]) as mask:
@@ -121,9 +118,6 @@ class SyntheticMasks(MaskDataset):
 
     def __init__(self, split: str, img_size: tuple[int, int], count: int) -> None:
         self.images = synthetic_digits.SyntheticDigits(split, img_size, count)
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         sample = self.images[index]

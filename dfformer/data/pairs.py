@@ -118,9 +118,6 @@ class Photographs(PairDataset):
     def __init__(self, split: str) -> None:
         self.images = list(photographs.photographs(split).values())
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __getitem__(self, index: int) -> Pair:
         return None, self.images[index]
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,11 +78,11 @@ class Samples(NamedTuple):
         return (self.prepared(index, loaded) * std + mean).clamp(0, 1)
 
 
-def load_samples(inputs: Sequence[Path], channels: set[int], crops: bool = False) -> Samples:
+def load_samples(inputs: Sequence[Path], channels: set[int]) -> Samples:
     """Image files and folders; the class of an image in a folder is the folder's name.
 
-    Without inputs, images of scikit-learn: 360 of its handwritten digits for models of grey images; for models of
-    colour images its two photographs, or 64 overlapping ``crops`` of them.
+    Without inputs, images of scikit-learn: 360 of its handwritten digits for models of grey images, its two photographs
+    for models of colour images.
     """
     if inputs:
         given = {path for path in inputs if not path.is_dir()}
@@ -99,7 +98,8 @@ def load_samples(inputs: Sequence[Path], channels: set[int], crops: bool = False
         return _digits()
     if not channels <= {1, 3}:
         raise ValueError(f"in_chans: got {channels}, scikit-learn's images and image files have 1 channel or 3")
-    return _photograph_crops() if crops else _photographs()
+    samples = [Sample(name, name, photograph.copy) for name, photograph in sklearn_photographs().items()]
+    return Samples("scikit-learn's two photographs", samples)
 
 
 def _digits() -> Samples:
@@ -109,24 +109,6 @@ def _digits() -> Samples:
         for i, (label, pixels) in enumerate(zip(data.target, data.images, strict=True))
     ]
     return Samples("360 handwritten digits of scikit-learn", samples[::5])
-
-
-def _photographs() -> Samples:
-    samples = [Sample(name, name, photograph.copy) for name, photograph in sklearn_photographs().items()]
-    return Samples("scikit-learn's two photographs", samples)
-
-
-def _photograph_crops(rows: int = 4, columns: int = 8) -> Samples:
-    samples = []
-    for name, photograph in sklearn_photographs().items():
-        W, H = photograph.size
-        side = H // 2
-        tops, lefts = (np.linspace(0, n - side, k).astype(int).tolist() for n, k in ((H, rows), (W, columns)))
-        samples += [
-            Sample(f"{name} {top},{left}", name, partial(photograph.crop, (left, top, left + side, top + side)))
-            for top, left in product(tops, lefts)
-        ]
-    return Samples(f"{len(samples)} overlapping crops of scikit-learn's two photographs", samples)
 
 
 def device_of(model: nn.Module) -> torch.device:

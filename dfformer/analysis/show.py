@@ -33,7 +33,7 @@ def show_command(arguments: argparse.Namespace) -> int:
     if len(models) > most:
         raise ValueError(f"--checkpoint, --model: got {len(models)} models, {arguments.what} takes {most}")
     channels = {loaded.config["input_size"][0] for loaded in models}
-    samples = load_samples(arguments.inputs, channels, crops=arguments.what == "similarity")
+    samples = load_samples(arguments.inputs, channels)
     output = Output(arguments.output)
     show(models, samples, output, getattr(arguments, "layer", None))
     names = ", ".join(loaded.name for loaded in models)

@@ -72,14 +72,10 @@ def _half_spectrum(filters: Tensor) -> Iterator[tuple[int, int, float, float]]:
 
 
 def _show_routing(title: str, shares: Tensor, samples: Samples, name: str, output: Output) -> None:
-    groups = samples.groups
-    bits = analysis.entropy(shares)
-    class_shares = torch.stack([shares[members].mean(0) for members in groups.values()])
-    class_bits = torch.stack([bits[members].mean(0) for members in groups.values()])
-    labels, drawn, drawn_bits = list(groups), class_shares, class_bits
-    if len(groups) == 1:
-        labels, drawn, drawn_bits = [sample.name for sample in samples.samples], shares, bits
-    labels, drawn, drawn_bits = labels[:DRAWN_CLASSES], drawn[:DRAWN_CLASSES], drawn_bits[:DRAWN_CLASSES]
+    groups, bits = samples.groups, analysis.entropy(shares)
+    rows = groups if len(groups) > 1 else {sample.name: [n] for n, sample in enumerate(samples.samples)}
+    labels = list(rows)[:DRAWN_CLASSES]
+    drawn, drawn_bits = (torch.stack([values[rows[label]].mean(0) for label in labels]) for values in (shares, bits))
     caption = (
         f"The routing's softmax weight of each filter in each of {shares.shape[2]} channels, averaged over the "
         f"images of a class, on {samples.description}. Right: their entropy (quartiles over channels)."
@@ -100,8 +96,10 @@ def _show_routing(title: str, shares: Tensor, samples: Samples, name: str, outpu
         ("class", "channel", "entropy_bits", *(f"share_{f}" for f in filters)),
         (
             (group, c, own_bits, *own_shares)
-            for group, of_class, bits_of_class in zip(groups, class_shares, class_bits, strict=True)
-            for c, (own_bits, own_shares) in enumerate(zip(bits_of_class.tolist(), of_class.T.tolist(), strict=True))
+            for group, own in groups.items()
+            for c, (own_bits, own_shares) in enumerate(
+                zip(bits[own].mean(0).tolist(), shares[own].mean(0).T.tolist(), strict=True)
+            )
         ),
     )
 

@@ -6,7 +6,6 @@ Also JSON without surprises.
 import json
 import math
 import os
-import re
 import secrets
 import stat
 from collections import Counter
@@ -14,8 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
-
-_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 
 
 @contextmanager
@@ -50,9 +47,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def remove_partial(folder: Path) -> None:
     """Removes the temporary files of killed writers from ``folder``, in which no writer may be active."""
-    for path in folder.glob(".*.partial"):
-        if _PARTIAL.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    for path in folder.glob(f".?*.{'[0-9a-f]' * 8}.partial"):
+        path.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:

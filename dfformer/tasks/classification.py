@@ -1,20 +1,36 @@
-"""Image classification: any model of timm, trained with timm's augmentation, mixup and cutmix."""
+"""Image classification by any model of timm: training with timm's augmentation, evaluation and prediction."""
 
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
-from timm.data import Mixup, resolve_data_config
+import torch
+from timm.data import ImageNetInfo, Mixup, resolve_data_config
 from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfformer.data import images as image_data
+from dfformer.data.files import read_class_names
 from dfformer.data.transforms import evaluation_transform, training_transform
-from dfformer.models.checkpoint import load_checkpoint
+from dfformer.models.checkpoint import load_checkpoint, load_model
 from dfformer.models.metadata import is_ours
 from dfformer.tasks.base import Place, Task
-from dfformer.tasks.evaluate import Pixels, count_correct, logits_of, means
+from dfformer.tasks.evaluate import (
+    Measured,
+    Pixels,
+    Timed,
+    check_classes_of_data,
+    count_correct,
+    data_config,
+    logits_of,
+    means,
+    progress,
+)
+from dfformer.tasks.predict import File, Predictor, Top
 
 if TYPE_CHECKING:
     from dfformer.train.config import TrainConfig
@@ -122,3 +138,90 @@ class Classification(Task):
 
     def image_settings(self) -> dict[str, Any]:
         return {name: self.data_config[name] for name in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+
+
+def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
+    """``dfformer eval`` of a classifier: top-1 and top-5 accuracy and cross entropy."""
+    if arguments.crop_pct is not None and not 0 < arguments.crop_pct <= 1:
+        raise ValueError(f"--crop-pct: got {arguments.crop_pct}, accepted are numbers above 0, up to 1")
+    device, named = torch.device(arguments.device), (arguments.dataset, arguments.root, arguments.split)
+    for img_size in arguments.img_size or [None]:
+        overrides = {**arguments.model_args, **({"img_size": img_size} if img_size else {})}
+        model, classes = load_model(checkpoint, arguments.model, **overrides)
+        config = data_config(model, img_size)
+        config["crop_pct"] = arguments.crop_pct or config["crop_pct"]
+        channels, H, W = config["input_size"]
+        dataset = image_data.open_dataset(*named, channels, exif_orientation=arguments.exif_orientation)
+        _check_classes(classes, model, dataset, checkpoint)
+        image_data.check_images(dataset)
+        dataset.transform = evaluation_transform(config, as_uint8=True)
+        loader = image_data.evaluation_loader(dataset, arguments.batch_size, arguments.workers, device.type == "cuda")
+        timed = Timed(model, device, arguments.amp)
+        bar = progress(loader, f"{checkpoint.name} {H}x{W}")
+        images, measures = means(count_correct(timed, bar, Pixels(config["mean"], config["std"], device)))
+        yield Measured(
+            model=model.pretrained_cfg.get("architecture", type(model).__name__),  # type: ignore[union-attr, operator]
+            size={"height": H, "width": W, "crop_pct": config["crop_pct"]},
+            title=f"{H}x{W}  crop {config['crop_pct']:g}",
+            images=images,
+            seconds=timed.seconds,
+            measures=measures,
+            summary="top-1 {top1:.2%}  top-5 {top5:.2%}".format(**measures),
+        )
+
+
+def _check_classes(classes: list[str] | None, model: Any, dataset: Any, checkpoint: Path) -> None:
+    found = image_data.class_names(dataset)
+    if found is None:
+        return
+    if classes is not None:
+        check_classes_of_data(checkpoint, classes, found)
+    if len(found) != model.num_classes:
+        raise ValueError(f"{checkpoint}: has {model.num_classes} classes, the data {len(found)}")
+
+
+def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
+    """``dfformer predict`` for a classifier: the most probable classes."""
+    model, classes = _load(arguments)
+    config = data_config(model, arguments.img_size)
+    parameter = next(model.parameters())
+
+    def apply(batch: list[File]) -> list[Top]:
+        images = torch.stack([file.content for file in batch]).to(parameter.device, parameter.dtype)
+        with torch.inference_mode():
+            logits = logits_of(model, images).float()
+        probabilities, indices = logits.softmax(-1).topk(min(arguments.topk, len(classes)))
+        if not probabilities.isfinite().all():
+            raise ValueError("the model's output is not finite")
+        named = [[classes[i] for i in index] for index in indices.tolist()]
+        return [list(zip(*top, strict=True)) for top in zip(named, probabilities.tolist(), strict=True)]
+
+    return Predictor(evaluation_transform(config), apply, config["input_size"][0], arguments.batch_size)
+
+
+def _load(arguments: argparse.Namespace) -> tuple[nn.Module, list[str]]:
+    overrides = dict(arguments.model_args)
+    if arguments.img_size:
+        overrides["img_size"] = arguments.img_size
+    if arguments.checkpoint:
+        model, classes = load_model(arguments.checkpoint, arguments.model, **overrides)
+    elif arguments.pretrained and arguments.model:
+        model, classes = timm.create_model(arguments.model, pretrained=True, **overrides).eval(), None
+    else:
+        raise ValueError("pass --checkpoint FILE, or --model NAME with --pretrained; untrained weights predict nothing")
+    if arguments.classes:
+        classes = read_class_names(arguments.classes)
+    num_classes: Any = model.num_classes
+    if not num_classes:
+        raise ValueError(f"{arguments.checkpoint or arguments.model}: num_classes is 0, the model has no classifier")
+    classes = classes or _default_classes(num_classes)
+    if len(classes) != num_classes:
+        raise ValueError(f"--classes: got {len(classes)} names, the model has {num_classes} classes")
+    return model.to(arguments.device), classes
+
+
+def _default_classes(num_classes: int) -> list[str]:
+    if num_classes == 1000:
+        imagenet = ImageNetInfo()
+        return [imagenet.index_to_description(i) for i in range(1000)]
+    return [f"class {i}" for i in range(num_classes)]

@@ -33,7 +33,7 @@ from dfformer.data.boxes import (
 from dfformer.tasks.base import SHOWN, DenseTask, Place, load_dense, whole_images
 from dfformer.tasks.detector import Detector
 from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress
-from dfformer.tasks.predict import File, Prediction, Predictor
+from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.tasks.results import plan_results, result_names, write_results
 from dfformer.utils.io import write_atomically
 
@@ -217,14 +217,14 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
     stems, ids = plan_results(paths, arguments.output, [".png"]), _image_ids(paths)
     results: list[dict[str, Any]] = []
 
-    def apply(batch: list[File]) -> list[Prediction]:
-        [(path, image, _)] = batch
+    def apply(batch: list[File]) -> list[Top]:
+        [(path, image, *_)] = batch
         [objects] = detect(model, [image], device)
         shown = confident(objects, arguments.min_score)
         _write_picture(stems[path], image, shown, classes, arguments.min_score)
         results.extend(_coco_results(ids[path], objects, about["category_ids"]))
-        top = {name: values[: arguments.topk].tolist() for name, values in shown.items()}
-        return [Prediction(str(path), [classes[label] for label in top["labels"]], top["scores"])]
+        labels, scores = (shown[name][: arguments.topk].tolist() for name in ("labels", "scores"))
+        return [[(classes[label], score) for label, score in zip(labels, scores, strict=True)]]
 
     def finish() -> None:
         write_atomically(arguments.output / "detections.json", json.dumps(results).encode())

@@ -1,11 +1,11 @@
-"""``dfformer eval`` of classifiers at any resolution, and the parts that other tasks' evaluations share."""
+"""The parts that the evaluations of several tasks share."""
 
 import argparse
 import csv
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dfformer.data import images as image_data
 from dfformer.data.files import DatasetSpec
-from dfformer.data.transforms import evaluation_transform
-from dfformer.models.checkpoint import load_model
 from dfformer.utils.io import write_atomically
 from dfformer.utils.text import abbreviate, echo, printable
 
@@ -135,44 +132,6 @@ def tabulate(arguments: argparse.Namespace, evaluate: Callable[[Path, argparse.N
     return 0
 
 
-def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
-    """``dfformer eval`` of a classifier: top-1 and top-5 accuracy and cross entropy."""
-    if arguments.crop_pct is not None and not 0 < arguments.crop_pct <= 1:
-        raise ValueError(f"--crop-pct: got {arguments.crop_pct}, accepted are numbers above 0, up to 1")
-    for img_size in arguments.img_size or [None]:
-        yield _evaluate(checkpoint, img_size, arguments)
-
-
-def _evaluate(checkpoint: Path, img_size: tuple[int, int] | None, arguments: argparse.Namespace) -> Measured:
-    device = torch.device(arguments.device)
-    overrides = {**arguments.model_args, **({"img_size": img_size} if img_size else {})}
-    model, classes = load_model(checkpoint, arguments.model, **overrides)
-    config = data_config(model, img_size)
-    if arguments.crop_pct:
-        config["crop_pct"] = arguments.crop_pct
-    channels, H, W = config["input_size"]
-    dataset = image_data.open_dataset(
-        arguments.dataset, arguments.root, arguments.split, channels, exif_orientation=arguments.exif_orientation
-    )
-    _check_classes(classes, model, dataset, checkpoint)
-    image_data.check_images(dataset)
-    dataset.transform = evaluation_transform(config, as_uint8=True)
-    loader = image_data.evaluation_loader(dataset, arguments.batch_size, arguments.workers, device.type == "cuda")
-    timed = Timed(model, device, arguments.amp)
-    pixels = Pixels(config["mean"], config["std"], device)
-    sums = count_correct(timed, progress(loader, f"{checkpoint.name} {H}x{W}"), pixels)
-    images, measures = means(sums)
-    return Measured(
-        model=model.pretrained_cfg.get("architecture", type(model).__name__),  # type: ignore[union-attr, operator]
-        size={"height": H, "width": W, "crop_pct": config["crop_pct"]},
-        title=f"{H}x{W}  crop {config['crop_pct']:g}",
-        images=images,
-        seconds=timed.seconds,
-        measures=measures,
-        summary=f"top-1 {measures['top1']:.2%}  top-5 {measures['top5']:.2%}",
-    )
-
-
 class Timed(nn.Module):
     """Moves a model to ``device``, and adds up the time spent in it."""
 
@@ -192,16 +151,6 @@ class Timed(nn.Module):
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _check_classes(classes: list[str] | None, model: Any, dataset: Any, checkpoint: Path) -> None:
-    found = image_data.class_names(dataset)
-    if found is None:
-        return
-    if classes is not None:
-        check_classes_of_data(checkpoint, classes, found)
-    if len(found) != model.num_classes:
-        raise ValueError(f"{checkpoint}: has {model.num_classes} classes, the data {len(found)}")
 
 
 def check_classes_of_data(checkpoint: Path, classes: list[str], found: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""``dfformer predict``: classifies image files, as a table and as JSON; also the parts that other tasks share."""
+"""``dfformer predict`` as far as tasks share it: finds and reads image files, prints a table, and writes JSON."""
 
 import argparse
 import sys
@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
-import torch
-from timm.data import ImageNetInfo
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from dfformer.data.files import (
@@ -18,42 +14,26 @@ from dfformer.data.files import (
     image_mode,
     orientation_note,
     orientation_of,
-    read_class_names,
     read_image,
     real_path,
 )
-from dfformer.data.transforms import evaluation_transform
-from dfformer.models.checkpoint import load_model
-from dfformer.tasks.evaluate import data_config, logits_of
 from dfformer.tasks.results import is_result
 from dfformer.utils.io import write_json
 from dfformer.utils.text import echo, printable
 
-
-class Prediction(NamedTuple):
-    """The top classes of an image, best first: names with probabilities, or with another value of the task."""
-
-    path: str
-    classes: list[str]
-    values: list[float]
-
-
-class Failure(NamedTuple):
-    """An image without a prediction, and the reason."""
-
-    path: str
-    error: str
+Top = list[tuple[str, float]]  # names, best first, with their probabilities or another value of the task
 
 
 class File(NamedTuple):
-    """An image file: its prepared content or the error, and whether an EXIF orientation was not applied."""
+    """An image file: its content is first prepared for the model, then what is predicted, unless there is an error."""
 
     path: Path
-    content: Any
-    turned: bool
+    content: Any = None
+    error: str = ""
+    turned: bool = False  # it has an EXIF orientation that was not applied
 
 
-Apply = Callable[[list[File]], list[Prediction]]
+Apply = Callable[[list[File]], list[Top]]
 
 
 @dataclass
@@ -79,31 +59,6 @@ class Predictor:
     written: str = ""
 
 
-def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
-    """``dfformer predict`` for classifiers."""
-    model, classes = _load(arguments)
-    config = data_config(model, arguments.img_size)
-
-    def apply(batch: list[File]) -> list[Prediction]:
-        return _classify(model, batch, classes, arguments.topk)
-
-    return Predictor(evaluation_transform(config), apply, config["input_size"][0], arguments.batch_size)
-
-
-def _classify(model: nn.Module, batch: list[File], classes: list[str], topk: int) -> list[Prediction]:
-    parameter = next(model.parameters())
-    images = torch.stack([file.content for file in batch]).to(parameter.device, parameter.dtype)
-    with torch.inference_mode():
-        logits = logits_of(model, images).float()
-    probabilities, indices = logits.softmax(-1).topk(min(topk, len(classes)))
-    if not probabilities.isfinite().all():
-        raise ValueError("the model's output is not finite")
-    return [
-        Prediction(str(file.path), [classes[i] for i in index.tolist()], probability.tolist())
-        for file, index, probability in zip(batch, indices, probabilities, strict=True)
-    ]
-
-
 @dataclass
 class Files(Dataset):
     """Image files as `File`, converted to ``mode`` of PIL, then prepared."""
@@ -120,31 +75,26 @@ class Files(Dataset):
         path = self.paths[index]
         try:
             image = read_image(path, self.mode, exif_orientation=self.exif_orientation)
-            return File(path, self.prepare(image), orientation_of(image) != 1)
-        except Exception as error:  # any error concerns this file alone
-            return File(path, ValueError(_message(path, error)), False)  # not every error can be pickled
+            return File(path, self.prepare(image), turned=orientation_of(image) != 1)
+        except Exception as error:  # any error concerns this file alone, and not every error can be pickled
+            return File(path, error=_message(path, error))
 
 
-def _outcomes(
-    paths: list[Path], predictor: Predictor, workers: int, exif_orientation: bool
-) -> Iterator[tuple[Prediction | Failure, bool]]:
-    """The outcome of each file, and whether an EXIF orientation was not applied."""
+def _outcomes(paths: list[Path], predictor: Predictor, workers: int, exif_orientation: bool) -> Iterator[File]:
+    """Each file with its prediction."""
     files = Files(paths, predictor.prepare, image_mode(predictor.channels), exif_orientation)
     for batch in DataLoader(files, predictor.batch_size, num_workers=workers, collate_fn=list):
-        readable = [file for file in batch if not isinstance(file.content, Exception)]
-        applied = iter(_guarded(predictor.apply, readable))
-        for file in batch:
-            failed = isinstance(file.content, Exception)
-            yield Failure(str(file.path), str(file.content)) if failed else next(applied), file.turned
+        predicted = iter(_guarded(predictor.apply, [file for file in batch if not file.error]))
+        yield from (file if file.error else next(predicted) for file in batch)
 
 
-def _guarded(apply: Apply, batch: list[File]) -> list[Prediction | Failure]:
+def _guarded(apply: Apply, batch: list[File]) -> list[File]:
     """``apply`` of a batch; if it fails, of each image alone, so that a faulty image does not affect the others."""
     try:
-        return [*apply(batch)] if batch else []
+        return [file._replace(content=top) for file, top in zip(batch, apply(batch), strict=True)] if batch else []
     except Exception as error:
         if len(batch) == 1:
-            return [Failure(str(batch[0].path), _message(batch[0].path, error))]
+            return [batch[0]._replace(content=None, error=_message(batch[0].path, error))]
         return [outcome for file in batch for outcome in _guarded(apply, [file])]
 
 
@@ -152,7 +102,7 @@ def _message(path: Path, error: BaseException) -> str:
     return (str(error) or type(error).__name__).removeprefix(f"{path}: ")
 
 
-def find_inputs(arguments: argparse.Namespace, draws: bool) -> tuple[list[Path], list[Failure]]:
+def find_inputs(arguments: argparse.Namespace, draws: bool) -> tuple[list[Path], list[File]]:
     """The images of ``arguments.inputs``, and the folders that could not be listed.
 
     If the task ``draws``, earlier results in the folder ``arguments.output`` are left out.
@@ -160,10 +110,10 @@ def find_inputs(arguments: argparse.Namespace, draws: bool) -> tuple[list[Path],
     Raises:
         ValueError: there are no images, or ``arguments.json`` would replace one.
     """
-    unreadable: list[Failure] = []
+    unreadable: list[File] = []
 
     def note(error: OSError) -> None:
-        unreadable.append(Failure(str(error.filename), error.strerror or type(error).__name__))
+        unreadable.append(File(Path(str(error.filename)), error=error.strerror or type(error).__name__))
 
     paths, given = image_files(arguments.inputs, note), set(arguments.inputs)
     if draws and arguments.output.is_dir():
@@ -187,74 +137,42 @@ def predict_files(
     ``predictor_of`` is the task's, and ``draws`` says whether it writes pictures. Returns 1 if any image failed, after
     all others are done. If the run ends early, the JSON says so for each image that was not reached.
     """
-    paths, failures = find_inputs(arguments, draws)
-    images = len(paths) + len(failures)
+    paths, unreadable = find_inputs(arguments, draws)
     predictor = predictor_of(arguments, paths)
     workers = min(arguments.workers, len(paths) // predictor.batch_size)  # none for a few images
-    predictions: list[Prediction] = []
-    turned: list[bool] = []
+    outcomes: list[File] = []
     try:
-        for outcome, not_applied in _outcomes(paths, predictor, workers, arguments.exif_orientation):
-            turned.append(not_applied)
-            if isinstance(outcome, Prediction):
-                predictions.append(outcome)
-            else:
-                failures.append(outcome)
+        for outcome in _outcomes(paths, predictor, workers, arguments.exif_orientation):
+            outcomes.append(outcome)  # at once, so that those before an error are kept
     except BaseException as error:
         why = f"not reached: {type(error).__name__} {error}".strip()
-        failures += [Failure(str(path), why) for path in paths[len(turned) :]]
+        outcomes += [File(path, error=why) for path in paths[len(outcomes) :]]
         raise
     finally:
+        predicted = [file for file in outcomes if not file.error]
+        failed = unreadable + [file for file in outcomes if file.error]
         unwritten = _unwritten(predictor.finish)
         if arguments.json:
-            report = _report(predictions, failures, predictor.value)
+            report = _report(predicted, failed, predictor.value)
             unwritten += _unwritten(lambda: write_json(arguments.json, report))
-    for failure in failures:
-        echo(f"skipped {printable(failure.path)}: {printable(failure.error)}", file=sys.stderr)
-    echo(*_table(predictions))
+    for file in failed:
+        echo(f"skipped {printable(file.path)}: {printable(file.error)}", file=sys.stderr)
+    echo(*_table(predicted))
     if predictor.written:
         echo(f"{predictor.written}: {printable(arguments.output)}")
-    if note := orientation_note(turned, "--exif-orientation"):
+    if note := orientation_note([file.turned for file in outcomes], "--exif-orientation"):
         echo(note, file=sys.stderr)
-    if failures:
-        echo(f"{len(failures)} of {images} images failed", file=sys.stderr)
+    if failed:
+        echo(f"{len(failed)} of {len(unreadable + outcomes)} images failed", file=sys.stderr)
     echo(*unwritten, file=sys.stderr)
-    return 1 if failures or unwritten else 0
+    return 1 if failed or unwritten else 0
 
 
-def _load(arguments: argparse.Namespace) -> tuple[nn.Module, list[str]]:
-    overrides = dict(arguments.model_args)
-    if arguments.img_size:
-        overrides["img_size"] = arguments.img_size
-    if arguments.checkpoint:
-        model, classes = load_model(arguments.checkpoint, arguments.model, **overrides)
-    elif arguments.pretrained and arguments.model:
-        model, classes = timm.create_model(arguments.model, pretrained=True, **overrides).eval(), None
-    else:
-        raise ValueError("pass --checkpoint FILE, or --model NAME with --pretrained; untrained weights predict nothing")
-    if arguments.classes:
-        classes = read_class_names(arguments.classes)
-    num_classes: Any = model.num_classes
-    if not num_classes:
-        raise ValueError(f"{arguments.checkpoint or arguments.model}: num_classes is 0, the model has no classifier")
-    classes = classes or _default_classes(num_classes)
-    if len(classes) != num_classes:
-        raise ValueError(f"--classes: got {len(classes)} names, the model has {num_classes} classes")
-    return model.to(arguments.device), classes
-
-
-def _default_classes(num_classes: int) -> list[str]:
-    if num_classes == 1000:
-        imagenet = ImageNetInfo()
-        return [imagenet.index_to_description(i) for i in range(1000)]
-    return [f"class {i}" for i in range(num_classes)]
-
-
-def _table(predictions: list[Prediction]) -> Iterator[str]:
-    width = max((len(printable(p.path)) for p in predictions), default=0)
-    for p in predictions:
-        top = (f"{printable(c)} {100 * value:.1f}%" for c, value in zip(p.classes, p.values, strict=True))
-        yield "  ".join([f"{printable(p.path):<{width}}", *top])
+def _table(predicted: list[File]) -> Iterator[str]:
+    width = max((len(printable(file.path)) for file in predicted), default=0)
+    for file in predicted:
+        top = (f"{printable(name)} {100 * value:.1f}%" for name, value in file.content)
+        yield "  ".join([f"{printable(file.path):<{width}}", *top])
 
 
 def _unwritten(write: Callable[[], None]) -> list[str]:
@@ -266,9 +184,11 @@ def _unwritten(write: Callable[[], None]) -> list[str]:
     return []
 
 
-def _report(predictions: list[Prediction], failures: list[Failure], value: str) -> dict[str, Any]:
-    images = [
-        {"path": p.path, "top": [{"class": c, value: number} for c, number in zip(p.classes, p.values, strict=True)]}
-        for p in predictions
-    ]
-    return {"predictions": images, "errors": [failure._asdict() for failure in failures]}
+def _report(predicted: list[File], failed: list[File], value: str) -> dict[str, Any]:
+    def top(file: File) -> list[dict[str, Any]]:
+        return [{"class": name, value: number} for name, number in file.content]
+
+    return {
+        "predictions": [{"path": str(file.path), "top": top(file)} for file in predicted],
+        "errors": [{"path": str(file.path), "error": file.error} for file in failed],
+    }

@@ -23,7 +23,7 @@ from dfformer.data.pairs import Degradation, InputAndTarget, RestorationTensors,
 from dfformer.models.checkpoint import load_checkpoint
 from dfformer.tasks.base import SHOWN, DenseTask, Place, load_dense, whole_images
 from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress
-from dfformer.tasks.predict import File, Prediction, Predictor
+from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.tasks.restorer import Restorer, SelfEnsemble, enlarged, tiled
 from dfformer.tasks.results import plan_results, write_results
 
@@ -214,14 +214,13 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
     tile = arguments.img_size or tuple(about["data"]["input_size"][1:])
     stems = plan_results(paths, arguments.output, _ENDINGS)
 
-    def apply(batch: list[File]) -> list[Prediction]:
-        [(path, image, _)] = batch
+    def apply(batch: list[File]) -> list[Top]:
+        [(path, image, *_)] = batch
         restored = restore(model, image, scale, tile, device, arguments.batch_size)
         before, after = _array(enlarged_only(image, scale)), _array(restored)
         figure = restorations([{"input": before, "restored": after}], stems[path].name)
         write_results(stems[path], dict(zip(_ENDINGS, (Image.fromarray(after), figure), strict=True)))
-        change = float(np.abs(after.astype(np.float64) - before).mean() / 255)
-        return [Prediction(str(path), ["mean change"], [change])]
+        return [[("mean change", float(np.abs(after.astype(np.float64) - before).mean() / 255))]]
 
     written = "restored images and pictures"
     return Predictor(v2.functional.pil_to_tensor, apply, value="share", written=written)

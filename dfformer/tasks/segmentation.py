@@ -34,7 +34,7 @@ from dfformer.data.masks import (
 from dfformer.data.transforms import resize_shorter_side
 from dfformer.tasks.base import SHOWN, DenseTask, Place, load_dense, whole_images
 from dfformer.tasks.evaluate import Measured, Pixels, Timed, check_classes_of_data, dataset_spec, progress
-from dfformer.tasks.predict import File, Prediction, Predictor
+from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.tasks.results import plan_results, write_results
 
 if TYPE_CHECKING:
@@ -230,12 +230,12 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
     shorter = min(arguments.img_size or about["data"]["input_size"][1:])
     stems = plan_results(paths, arguments.output, _ENDINGS)
 
-    def apply(batch: list[File]) -> list[Prediction]:
-        [(path, (image, resized), _)] = batch
+    def apply(batch: list[File]) -> list[Top]:
+        [(path, (image, resized), *_)] = batch
         with torch.inference_mode():
             mask = segment(model, pixels(resized[None]), image.shape[:2])[0].cpu().numpy()
         _write_mask(stems[path], image, mask, about["classes"])
-        return [Prediction(str(path), *_shares(mask, about["classes"], arguments.topk))]
+        return [_shares(mask, about["classes"], arguments.topk)]
 
     return Predictor(partial(_with_resized, shorter=shorter), apply, value="share", written="masks and pictures")
 
@@ -255,7 +255,6 @@ def _write_mask(stem: Path, image: np.ndarray, mask: np.ndarray, classes: list[s
     write_results(stem, dict(zip(_ENDINGS, (palette, figure), strict=True)))
 
 
-def _shares(mask: np.ndarray, classes: list[str], topk: int) -> tuple[list[str], list[float]]:
+def _shares(mask: np.ndarray, classes: list[str], topk: int) -> Top:
     shares = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
-    top = [int(n) for n in np.argsort(-shares, kind="stable")[:topk] if shares[n]]
-    return [classes[n] for n in top], [float(shares[n]) for n in top]
+    return [(classes[n], float(shares[n])) for n in np.argsort(-shares, kind="stable")[:topk] if shares[n]]

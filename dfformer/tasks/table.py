@@ -3,31 +3,14 @@
 import pkgutil
 from typing import Any, Literal
 
-_TASKS: dict[str, dict[str, str]] = {
-    "classify": {
-        "loading": "dfformer.models.checkpoint:load_model",
-        "training": "dfformer.tasks.classification:Classification",  # see `dfformer.tasks.base.Task`
-        "evaluation": "dfformer.tasks.evaluate:evaluate",  # see `dfformer.tasks.evaluate.tabulate`
-        "prediction": "dfformer.tasks.predict:predictor",  # see `dfformer.tasks.predict.predict_files`
-    },
-    "segment": {
-        "loading": "dfformer.tasks.segmentation:load_segmenter",
-        "training": "dfformer.tasks.segmentation:Segmentation",
-        "evaluation": "dfformer.tasks.segmentation:evaluate",
-        "prediction": "dfformer.tasks.segmentation:predictor",
-    },
-    "detect": {
-        "loading": "dfformer.tasks.detection:load_detector",
-        "training": "dfformer.tasks.detection:Detection",
-        "evaluation": "dfformer.tasks.detection:evaluate",
-        "prediction": "dfformer.tasks.detection:predictor",
-    },
-    "restore": {
-        "loading": "dfformer.tasks.restoration:load_restorer",
-        "training": "dfformer.tasks.restoration:Restoration",
-        "evaluation": "dfformer.tasks.restoration:evaluate",
-        "prediction": "dfformer.tasks.restoration:predictor",
-    },
+# Each task's module, its function that loads a checkpoint, and its class that trains, see `dfformer.tasks.base.Task`.
+# Each module also has `evaluate`, for `dfformer.tasks.evaluate.tabulate`, and `predictor`, for
+# `dfformer.tasks.predict.predict_files`.
+_TASKS: dict[str, tuple[str, str, str]] = {
+    "classify": ("classification", "load_model", "Classification"),
+    "segment": ("segmentation", "load_segmenter", "Segmentation"),
+    "detect": ("detection", "load_detector", "Detection"),
+    "restore": ("restoration", "load_restorer", "Restoration"),
 }
 
 
@@ -40,4 +23,6 @@ def check_task(task: str) -> None:
 def task_part(task: str, part: Literal["loading", "training", "evaluation", "prediction"]) -> Any:
     """A class or function of a task."""
     check_task(task)
-    return pkgutil.resolve_name(_TASKS[task][part])
+    module, loading, training = _TASKS[task]
+    parts = {"loading": loading, "training": training, "evaluation": "evaluate", "prediction": "predictor"}
+    return pkgutil.resolve_name(f"dfformer.tasks.{module}:{parts[part]}")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dfformer.cli.main import main
 from dfformer.models.checkpoint import load_model
-from dfformer.tasks import detection, predict, results
+from dfformer.tasks import classification, detection, predict, results
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_size": 32}
 TASKS = ["classify", "segment", "detect"]
@@ -104,7 +104,7 @@ def test_an_image_that_the_model_fails_on(
         model, classes = load_model(*arguments)
         return FailsOnBlack(model).eval(), classes
 
-    monkeypatch.setattr(predict, "load_model", failing)
+    monkeypatch.setattr(classification, "load_model", failing)
     status, report = run("classify", [tmp_path], "--batch-size", "4")
     assert status == 1
     [error] = report["errors"]

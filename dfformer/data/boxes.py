@@ -153,22 +153,20 @@ def _boxes(
     problems = []
     for entry in annotations:
         name, image, category, bbox = entry["id"], entry["image_id"], entry["category_id"], entry["bbox"]
+        crowd, area = entry.get("iscrowd", 0), entry.get("area", 0)
         if image not in sizes:
             problems.append(f"annotation {name} is of image {image}, which is not listed")
         elif category not in categories:
             problems.append(f"annotation {name} has the unknown category {category}")
         elif len(bbox) != 4 or not all(map(_is_number, bbox)):
             problems.append(f"annotation {name}: the box {str(bbox)[:99]} is not four numbers")
-        elif entry.get("iscrowd", 0) not in (0, 1) or not (
-            _is_number(entry.get("area", 0)) and entry.get("area", 0) >= 0
-        ):
+        elif crowd not in (0, 1) or not (_is_number(area) and area >= 0):
             problems.append(f"annotation {name}: iscrowd must be 0 or 1, and area a number from 0")
         else:
             box, beyond = _clip(bbox, sizes[image])
             has_area = min(box[2] - box[0], box[3] - box[1]) >= _LEAST_SIDE
             if has_area and (repair or beyond <= _ROUNDING):
-                area = entry.get("area", bbox[2] * bbox[3])
-                found[image].append((box, label[category], entry.get("iscrowd", 0), area))
+                found[image].append((box, label[category], crowd, entry.get("area", bbox[2] * bbox[3])))
             elif not repair:
                 inside = "is not inside its image of {}x{}".format(*sizes[image])
                 what = "has no area" if min(bbox[2:]) < _LEAST_SIDE else inside

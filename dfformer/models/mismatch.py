@@ -71,13 +71,9 @@ def compare(model: nn.Module, state_dict: Mapping[str, Tensor], exactly: bool = 
         and (exactly or not (name in filters and filters[name].accepts(state_dict[name])))
     }
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier", "head.fc2")
-    reinitialised = {f"{classifier}.weight", f"{classifier}.bias"}
-    if (
-        exactly
-        or not reinitialised <= wrong
-        or own[f"{classifier}.weight"].shape[1:] != state_dict[f"{classifier}.weight"].shape[1:]
-    ):
-        reinitialised = set()
+    weight, bias = f"{classifier}.weight", f"{classifier}.bias"
+    fits = {weight, bias} <= wrong and own[weight].shape[1:] == state_dict[weight].shape[1:]  # but for the classes
+    reinitialised = {weight, bias} if fits and not exactly else set()
     return Mismatch(
         missing=sorted(own.keys() - state_dict.keys()),
         unexpected=sorted(state_dict.keys() - own.keys()),

@@ -30,25 +30,6 @@ from dfformer.models.metaformer import DFFormer
 from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter
 from dfformer.utils.text import reason, without_advice
 
-__all__ = [
-    "VARIANTS",
-    "cdfformer_b36",
-    "cdfformer_m36",
-    "cdfformer_s18",
-    "cdfformer_s36",
-    "dfformer_b36",
-    "dfformer_m36",
-    "dfformer_s18",
-    "dfformer_s18_afno",
-    "dfformer_s18_d8",
-    "dfformer_s18_gelu",
-    "dfformer_s18_k2",
-    "dfformer_s18_relu",
-    "dfformer_s36",
-    "gfformer_s18",
-    "register_models",
-]
-
 # depths and dims of the four sizes (paper, table 1)
 _SIZES: dict[str, dict[str, Any]] = {
     "s18": {"depths": (3, 3, 9, 3), "dims": (64, 128, 320, 512)},

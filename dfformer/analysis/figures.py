@@ -162,10 +162,8 @@ def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], title: str, cap
     A row is an image or a class. Channels are sorted by their strongest filter.
     """
     count, filters, _ = shares.shape
-    mean = shares.mean(0)
-    order = torch.tensor(
-        sorted(range(shares.shape[2]), key=lambda c: (int(mean[:, c].argmax()), -float(mean[:, c].max())))
-    )
+    mean = shares.mean(0).numpy()
+    order = np.lexsort((-mean.max(0), mean.argmax(0)))
     even = 1 / filters
     limit = max(float((shares - even).abs().max()), LEAST_SHARE * even)
     norm = TwoSlopeNorm(even, max(even - limit, 0), even + limit)

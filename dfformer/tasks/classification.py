@@ -162,11 +162,9 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         yield Measured(
             model=model.pretrained_cfg.get("architecture", type(model).__name__),  # type: ignore[union-attr, operator]
             size={"height": H, "width": W, "crop_pct": config["crop_pct"]},
-            title=f"{H}x{W}  crop {config['crop_pct']:g}",
             images=images,
             seconds=timed.seconds,
             measures=measures,
-            summary="top-1 {top1:.2%}  top-5 {top5:.2%}".format(**measures),
         )
 
 

@@ -198,11 +198,9 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         yield Measured(
             model=about["architecture"],
             size={"shorter_side": shorter, "longer_side": longer},
-            title=f"{shorter}x{longer}",
             images=len(dataset),
             seconds=timed.seconds,
             measures={name: measures[name] for name in _MEASURES},
-            summary="mAP {map:.2%}  at IoU 0.5 {map_50:.2%}  at 0.75 {map_75:.2%}".format(**measures),
             by_class={f"map {name}": each.get(n, float("nan")) for n, name in enumerate(classes)},
         )
 

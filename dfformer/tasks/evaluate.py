@@ -98,12 +98,10 @@ class Measured(NamedTuple):
 
     model: str
     size: dict[str, Any]  # the columns that say at which size
-    title: str  # the same for the printed line
     images: int
     seconds: float  # of forward passes, without waiting for images
     measures: dict[str, float]
-    summary: str  # the most important measures, for the printed line
-    by_class: dict[str, float] = {}  # noqa: RUF012 (never changed)
+    by_class: dict[str, float] = {}  # noqa: RUF012 (never changed); not printed
 
 
 def dataset_spec(arguments: argparse.Namespace, about: dict[str, Any]) -> DatasetSpec:
@@ -123,12 +121,12 @@ def tabulate(arguments: argparse.Namespace, evaluate: Callable[[Path, argparse.N
         for found in evaluate(checkpoint, arguments):
             speed = found.images / found.seconds
             row = {"checkpoint": str(checkpoint), "model": found.model, **found.size, "amp": arguments.amp}
-            row |= {"images": found.images, **found.measures, "images_per_second": speed, **found.by_class}
-            rows.append(row)
+            row |= {"images": found.images, **found.measures, "images_per_second": speed}
+            rows.append(row | found.by_class)
             if arguments.csv:  # after each, so that earlier results remain if the next one fails
                 write_csv(arguments.csv, rows)
-            line = f"{found.title}  {found.images} images  {found.summary}  {speed:.1f} images/s"
-            echo(f"{printable(checkpoint)}  {line}")
+            shown = (f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {printable(v)}" for name, v in row.items())
+            echo("  ".join(shown))
     return 0
 
 

@@ -191,13 +191,9 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         yield Measured(
             model=about["architecture"],
             size={"tile_height": tile[0], "tile_width": tile[1], "self_ensemble": arguments.self_ensemble},
-            title=f"tiles {tile[0]}x{tile[1]}" + ", self-ensemble" * arguments.self_ensemble,
             images=len(dataset),
             seconds=timed.seconds,
             measures=measures,
-            summary="PSNR {psnr:.2f} dB  SSIM {ssim:.4f}  (input {input_psnr:.2f} dB, {input_ssim:.4f})".format(
-                **measures
-            ),
         )
 
 

@@ -210,11 +210,9 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         yield Measured(
             model=about["architecture"],
             size={"shorter_side": shorter},
-            title=f"shorter side {shorter}",
             images=len(dataset),
             seconds=timed.seconds,
             measures=measures,
-            summary="mIoU {miou:.2%}  pixel accuracy {pixel_accuracy:.2%}".format(**measures),
             by_class={f"iou {name}": value for name, value in zip(classes, iou, strict=True)},
         )
 

@@ -99,7 +99,7 @@ def open_dataset(
         return Images(DigitImages(split), mode, exif_orientation)
     if name and not name.lower().startswith(("torch/", "hfds/")):  # timm would read any other name as a folder
         raise ValueError(
-            f"dataset: got {name!r}, accepted are '' (class folders), {DIGITS!r}, and timm's 'torch/...' and 'hfds/...'"
+            f"dataset: got {name!r}, accepted are '' for class folders, {DIGITS!r}, and timm's 'torch/...' and 'hfds/...'"
             f"{did_you_mean(name, [DIGITS])}"
         )
     folder = given_root(root)

@@ -88,13 +88,11 @@ def _batch_size(default: int) -> Argument:
     return Argument("--batch-size", type=int, default=default, help=f"default: {default}")
 
 
-_SHOW_BEFORE = (
+_SHOW = (
     Argument("inputs", nargs="*", type=Path, metavar="IMAGE", help="default: scikit-learn's"),
     Argument("--checkpoint", action="append", type=Path, help=".safetensors or .pth"),
     Argument("--model", action="append", help="e.g. dfformer_s18; with or without a checkpoint"),
     _PRETRAINED,
-)
-_SHOW_AFTER = (
     _IMG_SIZE,
     Argument("--output", type=Path, default=Path("show"), help="folder to write to (default: show)"),
     _DEVICE,
@@ -103,34 +101,29 @@ _LAYER = Argument("--layer", metavar="PATTERN", help="only layers with such name
 _UNTRAINED = Argument("--untrained", action="store_true", help="also show the same model with fresh weights")
 
 
-def _shows(summary: str, *own: Argument, details: str = "") -> Command:
-    return Command(
-        summary,
-        "dfformer.analysis.show:show_command",
-        (*_SHOW_BEFORE, *own, *_SHOW_AFTER),
-        details=details,
-        extra="demo",
-    )
+def _shows(summary: str, details: str, *own: Argument) -> Command:
+    run = "dfformer.analysis.show:show_command"
+    return Command(summary, run, (*own, *_SHOW), details=details, extra="demo")
 
 
 SHOW = {
     "filters": _shows(
         "stored filters, routing, and mixed filters",
+        "Stored filters, the weights that the routing gives them, and the mixed filters of images and classes.",
         _LAYER,
-        details="Stored filters, the weights that the routing gives them, and the mixed filters of images and classes.",
     ),
-    "response": _shows("responses of the filters to an image and their input", _LAYER),
-    "spectrum": _shows("relative log amplitude of feature maps by depth", _LAYER),
+    "response": _shows("responses of the filters to an image and their input", "", _LAYER),
+    "spectrum": _shows("relative log amplitude of feature maps by depth", "", _LAYER),
     "receptive-field": _shows(
         "effective receptive fields of one or several models",
+        "Effective receptive fields, of several models side by side (repeat --checkpoint or --model).",
         _UNTRAINED,
-        details="Effective receptive fields, of several models side by side (repeat --checkpoint or --model).",
     ),
     "similarity": _shows(
         "CKA between the layers of one model or two",
+        "CKA between the layers of a model, or of two (repeat --checkpoint or --model).",
         _UNTRAINED,
         _LAYER,
-        details="CKA between the layers of a model, or of two (repeat --checkpoint or --model).",
     ),
 }
 

@@ -3,6 +3,7 @@
 import argparse
 import platform
 import subprocess
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def info_command(arguments: argparse.Namespace) -> int:
     for name, reasons in backends().items():
         print(f"  {name:<8}{'no: ' + '; '.join(reasons) if reasons else 'available'}")
     print(f"\nmodels at {H}x{W}, one image (transforms and filter mixing are counted)")
-    print(model_table((H, W)))
+    print(*model_table((H, W)), sep="\n")
     return 0
 
 
@@ -85,22 +86,11 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def model_table(img_size: tuple[int, int]) -> str:
-    """A table with one line per model: parameters, GMACs, what training saves, planes."""
-    titles = ("model", "params M", "GMACs", "of it spectral", "saved MiB", "stage planes")
-    rows = [titles]
+def model_table(img_size: tuple[int, int]) -> Iterator[str]:
+    """A line for each model: parameters, GMACs, what training saves, planes."""
+    yield f"  {'model':<18}{'params M':>10}{'GMACs':>9}{'of it spectral':>16}{'saved MiB':>11}  stage planes"
     for name in VARIANTS:
         p = profile(partial(timm.create_model, name), img_size)
-        rows.append(
-            (
-                name,
-                f"{p.parameters / 1e6:.1f}",
-                f"{p.macs / 1e9:.2f}",
-                f"{p.spectral_macs / 1e9:.2f}",
-                f"{p.saved_bytes / 2**20:.0f}",
-                " ".join(f"{H}x{W}x{C}" for H, W, C in p.planes),
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
-    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join(f"  {line[0].strip():<{widths[0]}}  {'  '.join(line[1:-1])}  {line[-1].strip()}" for line in lines)
+        numbers = f"{p.parameters / 1e6:>10.1f}{p.macs / 1e9:>9.2f}{p.spectral_macs / 1e9:>16.2f}"
+        planes = " ".join(f"{H}x{W}x{C}" for H, W, C in p.planes)
+        yield f"  {name:<18}{numbers}{p.saved_bytes / 2**20:>11.0f}  {planes}"

@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    path, command, rest = _found(argv)
-    prog = _prog(path)
+    prog, command, rest = _found(argv)
     if command.commands:
         parser = _group_parser(prog, command)
         parser.parse_args(rest)
@@ -62,27 +61,20 @@ def _run(argv: list[str]) -> int:
 
 def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace | list[str]]:
     """The command of a command line, and its arguments: a list if it has a parser of its own, otherwise parsed."""
-    path, command, rest = _found(list(argv))
-    return command, rest if command.own_parser else _parsed(_prog(path), command, rest)
+    prog, command, rest = _found(list(argv))
+    return command, rest if command.own_parser else _parsed(prog, command, rest)
 
 
-def _prog(path: Sequence[str]) -> str:
-    return " ".join(["dfformer", *path])
-
-
-def _found(argv: list[str]) -> tuple[list[str], Command, list[str]]:
-    """The path of a command in the table, the command (or a group), and the remaining arguments."""
-    path: list[str] = []
-    command = _ALL
+def _found(argv: list[str]) -> tuple[str, Command, list[str]]:
+    """The words of a command in the table, the command (or a group), and the remaining arguments."""
+    prog, command = "dfformer", _ALL
     while command.commands and argv and not argv[0].startswith("-"):
         if argv[0] not in command.commands:
             hint = did_you_mean(argv[0], command.commands)
             message = f"command: got {argv[0]!r}, accepted are {', '.join(command.commands)}{hint}"
-            _group_parser(_prog(path), command).error(message)
-        command = command.commands[argv[0]]
-        path.append(argv[0])
-        argv = argv[1:]
-    return path, command, argv
+            _group_parser(prog, command).error(message)
+        prog, command, argv = f"{prog} {argv[0]}", command.commands[argv[0]], argv[1:]
+    return prog, command, argv
 
 
 def _group_parser(prog: str, group: Command) -> argparse.ArgumentParser:

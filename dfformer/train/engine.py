@@ -43,10 +43,6 @@ from dfformer.utils.io import write_atomically
 from dfformer.utils.text import reason
 
 
-class TrainingError(RuntimeError):
-    """Training cannot continue: the loss is not finite."""
-
-
 def train_command(arguments: list[str]) -> int:
     """The command line's ``train``."""
     config = parse(arguments)
@@ -116,13 +112,14 @@ class Engine:
 
     def __init__(self, config: TrainConfig, task: Task, place: Place) -> None:
         self.config, self.task, self.place = config, task, place
-        self.folder = Path(config.output)
+        self.folder, self.first = Path(config.output), place.rank == 0
         self.model = _built(task).to(place.device)
         optim = config.optim
         self.ema = ModelEmaV3(self.model, decay=optim.ema_decay, use_warmup=True) if optim.ema_decay else None
         self.models = {"state_dict": self.model}  # by their key in checkpoints
         if self.ema:
             self.models["state_dict_ema"] = self.ema.module
+        self.result = [*self.models.values()][-1]  # the model that is exported and drawn
         self.runner = self._distribute()
         self.optimizer = create_optimizer_v2(self.model, optim.opt, lr=optim.lr, weight_decay=optim.weight_decay)
         self.steps = task.batches.steps  # per epoch
@@ -144,10 +141,6 @@ class Engine:
         self.loss_sum = 0.0  # over the steps done in this epoch
         self.history: list[dict[str, float]] = []
         self.resumed_from = self._resume() if config.resume else None
-
-    @property
-    def first(self) -> bool:
-        return self.place.rank == 0
 
     def _distribute(self) -> nn.Module:
         if self.config.model.compile:
@@ -254,12 +247,12 @@ class Engine:
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _must_be_finite(self, loss: float, norm: float, batches: list[Any]) -> None:
-        """Raises TrainingError before weights become bad. The scaler skips steps whose scaled gradients overflow."""
+        """Raises RuntimeError before weights become bad. The scaler skips steps whose scaled gradients overflow."""
         if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
             return
         bad = [name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         latest = checkpoints(self.folder)
-        raise TrainingError(
+        raise RuntimeError(
             f"step {self.step + 1}: the loss is {loss}, the gradient's norm {norm} at learning rate "
             f"{self.optimizer.param_groups[0]['lr']:.3g}; first module whose output is not finite: "
             f"{self._first_bad_module(batches) or 'none'}; parameters with bad gradients: "
@@ -300,14 +293,9 @@ class Engine:
     def _score(self, row: dict[str, float]) -> float:
         return row.get(f"ema_{self.task.metric}", row[self.task.metric])
 
-    @property
-    def _result(self) -> nn.Module:
-        """The model that is exported and drawn."""
-        return self.ema.module if self.ema else self.model
-
     def _export(self) -> None:
         """Writes the latest weights and the best so far, for use."""
-        weights = _whole_weights(self._result)
+        weights = _whole_weights(self.result)
         if self.first:
             self.task.export(weights, self.folder / "last.safetensors")
             if self._score(self.history[-1]) > max(map(self._score, self.history[:-1]), default=-math.inf):
@@ -315,7 +303,7 @@ class Engine:
 
     def _draw(self) -> None:
         with autocast(self.place.device, self.config.amp):
-            pictures = self.task.pictures(self._result)
+            pictures = self.task.pictures(self.result)
         for name, figure in pictures.items() if self.first else ():
             write_atomically(self.folder / name, partial(figure.savefig, dpi=110))
 

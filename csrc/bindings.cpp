@@ -13,6 +13,7 @@
 
 namespace py = pybind11;
 using namespace dfformer;
+using namespace py::literals;
 
 namespace {
 
@@ -21,23 +22,24 @@ using Address = std::uintptr_t;
 // Limits far beyond any image or basis. Kernels use int for both, and square a side.
 constexpr std::int64_t max_side = 32768, max_filters = 65536;
 
+constexpr std::int64_t any_size = std::numeric_limits<std::int64_t>::max();
+
+void check_range(const char* got, std::int64_t value, std::int64_t least, std::int64_t most) {
+    if (value < least || value > most)
+        throw std::invalid_argument(got + std::to_string(value) + ", accepted are " + std::to_string(least) + " to " +
+                                    std::to_string(most));
+}
+
 DType checked_dtype(int dtype) {
-    if (dtype < 0 || dtype >= num_dtypes)
-        throw std::invalid_argument("dtype: got code " + std::to_string(dtype) + ", accepted are 0 to " +
-                                    std::to_string(num_dtypes - 1));
+    check_range("dtype: got code ", dtype, 0, num_dtypes - 1);
     return static_cast<DType>(dtype);
 }
 
 void check_size(std::int64_t n, DType dtype) {
-    const std::int64_t most = std::numeric_limits<std::int64_t>::max() / item_size[static_cast<int>(dtype)];
-    if (n < 0 || n > most)
-        throw std::invalid_argument("n: got " + std::to_string(n) + ", accepted are 0 to " + std::to_string(most));
+    check_range("n: got ", n, 0, any_size / item_size[static_cast<int>(dtype)]);
 }
 
-void check_threads(int threads) {
-    if (threads < 1 || threads > 4096)
-        throw std::invalid_argument("threads: got " + std::to_string(threads) + ", accepted are 1 to 4096");
-}
+void check_threads(int threads) { check_range("threads: got ", threads, 1, 4096); }
 
 const void* input(const char* name, Address address, std::int64_t n) {
     if (n > 0 && address == 0)
@@ -80,17 +82,11 @@ FilterProblem checked_problem(const std::array<std::int64_t, 5>& shape, int dtyp
                               std::optional<std::pair<double, double>> star_relu, const Form& form) {
     const auto [B, H, W, C, F] = shape;
     const DType dtype = checked_dtype(dtype_code);
-    const auto check = [&](const char* name, std::int64_t size, std::int64_t least, std::int64_t most) {
-        if (size < least || size > most)
-            throw std::invalid_argument("shape: got " + std::string(name) + " = " + std::to_string(size) +
-                                        ", accepted are " + std::to_string(least) + " to " + std::to_string(most));
-    };
-    constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max();
-    check("B", B, 1, most);
-    check("H", H, 1, max_side);
-    check("W", W, 1, max_side);
-    check("C", C, 1, most);
-    check("F", F, 0, max_filters);
+    check_range("shape: got B = ", B, 1, any_size);
+    check_range("shape: got H = ", H, 1, max_side);
+    check_range("shape: got W = ", W, 1, max_side);
+    check_range("shape: got C = ", C, 1, any_size);
+    check_range("shape: got F = ", F, 0, max_filters);
     // 32 bytes per element: the largest complex item, doubled because C is rounded up to whole registers
     check_product({B, H, W, C, 32});
     check_product({B, std::max<std::int64_t>(F, 1), C, 32});
@@ -102,15 +98,18 @@ FilterProblem checked_problem(const std::array<std::int64_t, 5>& shape, int dtyp
 
 const void* required(const char* name, Address address) { return input(name, address, 1); }
 
+FilterTensors required_inputs(const FilterProblem& problem, Address x, Address logits, Address filters) {
+    return {.x = required("x", x),
+            .logits = problem.F > 0 ? required("logits", logits) : nullptr,
+            .filters = required("filters", filters)};
+}
+
 void bind_filter(const std::array<std::int64_t, 5>& shape, int dtype,
                  std::optional<std::pair<double, double>> star_relu, Address x, Address logits, Address filters,
                  Address y, int threads, const Form& form) {
     const FilterProblem problem = checked_problem(shape, dtype, star_relu, form);
     check_threads(threads);
-    FilterTensors tensors{};
-    tensors.x = required("x", x);
-    tensors.logits = problem.F > 0 ? required("logits", logits) : nullptr;
-    tensors.filters = required("filters", filters);
+    FilterTensors tensors = required_inputs(problem, x, logits, filters);
     tensors.y = output("y", y, 1);
     const py::gil_scoped_release no_gil;
     filter(problem, tensors, threads);
@@ -127,10 +126,7 @@ std::pair<double, double> bind_filter_backward(const std::array<std::int64_t, 5>
         throw std::invalid_argument("need_scalars: got true, accepted without StarReLU is false");
     if (grad_logits && problem.F == 0)
         throw std::invalid_argument("grad_logits: got an address, accepted for a global filter (F = 0) is 0");
-    FilterTensors tensors{};
-    tensors.x = required("x", x);
-    tensors.logits = problem.F > 0 ? required("logits", logits) : nullptr;
-    tensors.filters = required("filters", filters);
+    FilterTensors tensors = required_inputs(problem, x, logits, filters);
     tensors.grad_y = required("grad_y", grad_y);
     tensors.grad_x = reinterpret_cast<void*>(grad_x);
     tensors.grad_logits = reinterpret_cast<void*>(grad_logits);
@@ -149,16 +145,14 @@ std::int64_t bind_filter_workspace(const std::array<std::int64_t, 5>& shape, int
 // `shape` is (H, W, N).
 cufft::Transform checked_transform(int device, const std::array<std::int64_t, 3>& shape, int dtype_code, bool inverse) {
     const auto [H, W, N] = shape;
-    const DType dtype = checked_dtype(dtype_code);
-    if (dtype != DType::float32 && dtype != DType::float64)
-        throw std::invalid_argument("dtype: got code " + std::to_string(dtype_code) + ", accepted are 0 and 1");
-    if (device < 0) throw std::invalid_argument("device: got " + std::to_string(device) + ", accepted are 0 and more");
+    check_range("dtype: got code ", dtype_code, 0, 1);
+    check_range("device: got ", device, 0, std::numeric_limits<int>::max());
     if (H < 1 || H > max_side || W < 1 || W > max_side || N < 1)
         throw std::invalid_argument("shape: got H, W, N = " + std::to_string(H) + ", " + std::to_string(W) + ", " +
                                     std::to_string(N) + ", accepted are sides of 1 to " + std::to_string(max_side) +
                                     " and N >= 1");
     check_product({H, W / 2 + 1, N, 16});
-    return {device, H, W, N, dtype, inverse};
+    return {device, H, W, N, static_cast<DType>(dtype_code), inverse};
 }
 
 std::int64_t bind_cufft_plan(int device, const std::array<std::int64_t, 3>& shape, int dtype, bool inverse,
@@ -183,29 +177,26 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "The compiled core. It takes raw addresses: call it through dfformer_kernels.backends.cpu and .cufft only.";
     m.def("supported_isas", &supported_isas);
     m.def("active_isa", &active_isa);
-    m.def("set_active_isa", &set_active_isa, py::arg("name"));
+    m.def("set_active_isa", &set_active_isa, "name"_a);
     m.attr("max_side") = max_side;
     m.attr("max_filters") = max_filters;
     const py::call_guard<py::gil_scoped_release> no_gil;
-    m.def("star_relu", &bind_star_relu, no_gil, py::arg("x"), py::arg("y"), py::arg("n"), py::arg("dtype"),
-          py::arg("scale"), py::arg("bias"), py::arg("threads"));
-    m.def("star_relu_backward", &bind_star_relu_backward, no_gil, py::arg("grad_y"), py::arg("x"), py::arg("grad_x"),
-          py::arg("n"), py::arg("dtype"), py::arg("scale"), py::arg("threads"));
-    m.def("filter", &bind_filter, py::arg("shape"), py::arg("dtype"), py::arg("star_relu"), py::arg("x"),
-          py::arg("logits"), py::arg("filters"), py::arg("y"), py::arg("threads"), py::arg("form") = usual_form);
-    m.def("filter_backward", &bind_filter_backward, py::arg("shape"), py::arg("dtype"), py::arg("star_relu"),
-          py::arg("grad_y"), py::arg("x"), py::arg("logits"), py::arg("filters"), py::arg("grad_x"),
-          py::arg("grad_logits"), py::arg("grad_filters"), py::arg("need_scalars"), py::arg("threads"),
-          py::arg("form") = usual_form);
-    m.def("filter_workspace", &bind_filter_workspace, py::arg("shape"), py::arg("dtype"), py::arg("backward"),
-          py::arg("threads"), "Bytes of workspace that a call allocates.");
+    m.def("star_relu", &bind_star_relu, no_gil, "x"_a, "y"_a, "n"_a, "dtype"_a, "scale"_a, "bias"_a, "threads"_a);
+    m.def("star_relu_backward", &bind_star_relu_backward, no_gil, "grad_y"_a, "x"_a, "grad_x"_a, "n"_a, "dtype"_a,
+          "scale"_a, "threads"_a);
+    m.def("filter", &bind_filter, "shape"_a, "dtype"_a, "star_relu"_a, "x"_a, "logits"_a, "filters"_a, "y"_a,
+          "threads"_a, "form"_a = usual_form);
+    m.def("filter_backward", &bind_filter_backward, "shape"_a, "dtype"_a, "star_relu"_a, "grad_y"_a, "x"_a, "logits"_a,
+          "filters"_a, "grad_x"_a, "grad_logits"_a, "grad_filters"_a, "need_scalars"_a, "threads"_a,
+          "form"_a = usual_form);
+    m.def("filter_workspace", &bind_filter_workspace, "shape"_a, "dtype"_a, "backward"_a, "threads"_a,
+          "Bytes of workspace that a call allocates.");
     m.attr("cufft_plans_per_device") = cufft::plans_per_device;
-    m.def("cufft_open", &cufft::open, no_gil, py::arg("path"));
-    m.def("cufft_plan", &bind_cufft_plan, no_gil, py::arg("device"), py::arg("shape"), py::arg("dtype"),
-          py::arg("inverse"), py::arg("capturing"), "Bytes of workspace that cufft_run needs.");
-    m.def("cufft_run", &bind_cufft_run, no_gil, py::arg("device"), py::arg("shape"), py::arg("dtype"),
-          py::arg("inverse"), py::arg("capturing"), py::arg("input"), py::arg("output"), py::arg("workspace"),
-          py::arg("workspace_bytes"), py::arg("stream"));
-    m.def("cufft_clear", &cufft::clear, no_gil, py::arg("device"));
-    m.def("cufft_plan_count", &cufft::plan_count, no_gil, py::arg("device"));
+    m.def("cufft_open", &cufft::open, no_gil, "path"_a);
+    m.def("cufft_plan", &bind_cufft_plan, no_gil, "device"_a, "shape"_a, "dtype"_a, "inverse"_a, "capturing"_a,
+          "Bytes of workspace that cufft_run needs.");
+    m.def("cufft_run", &bind_cufft_run, no_gil, "device"_a, "shape"_a, "dtype"_a, "inverse"_a, "capturing"_a, "input"_a,
+          "output"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a);
+    m.def("cufft_clear", &cufft::clear, no_gil, "device"_a);
+    m.def("cufft_plan_count", &cufft::plan_count, no_gil, "device"_a);
 }

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
-#include <type_traits>
 
 #include "isa.h"
 
@@ -43,13 +42,10 @@ void for_each_chunk(std::int64_t n, int threads, const Run& run) {
     for (std::int64_t c = 0; c < chunks; c++) run(c * chunk, std::min(chunk, n - c * chunk), c);
 }
 
+// Null stays null.
 template <class Pointer>
 Pointer offset(Pointer base, std::int64_t bytes) {
-    if (!base) return nullptr;
-    if constexpr (std::is_same_v<Pointer, void*>)
-        return static_cast<char*>(base) + bytes;
-    else
-        return static_cast<const char*>(base) + bytes;
+    return base ? reinterpret_cast<Pointer>(reinterpret_cast<std::uintptr_t>(base) + bytes) : nullptr;
 }
 
 }  // namespace

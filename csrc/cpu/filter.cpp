@@ -101,8 +101,7 @@ class Driver {
         const std::int64_t lanes = kernels_.vector_bytes / item_;
         const std::int64_t channel_tiles = (problem.C + lanes - 1) / lanes;
         tiles_ = problem.B * channel_tiles;
-        call_ = {&problem_, &tensors, row_plan_.get(), column_plan_.get(), channel_tiles, row_stride(), nullptr,
-                 nullptr,   0,        pixel_at_.data()};
+        call_ = {&problem_, &tensors, row_plan_.get(), column_plan_.get(), channel_tiles, row_stride()};
         set_steps();
         const FilterWorkspace workspace = kernel_.workspace(call_);
         tile_bytes_ = padded(workspace.tile_bytes);
@@ -123,7 +122,10 @@ class Driver {
         const Memory memory = allocate(tiles_bytes());
         const Memory slots = allocate(slots_bytes());
         const Memory sums = allocate(sums_bytes());
+        const std::vector<std::int32_t> pixel_at =
+            problem_.channels_first ? pixel_table() : std::vector<std::int32_t>{};
         memory_ = memory.get();
+        call_.pixel_at = pixel_at.data();
         call_.slots = slots.get();
         sums_ = reinterpret_cast<double*>(sums.get());
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
@@ -143,14 +145,20 @@ class Driver {
         const auto column_plan = plan_for<T>(static_cast<int>(problem_.H));
         row_plan_ = row_plan;
         column_plan_ = column_plan;
+        position_ = row_plan->position;
+        pairs_ = column_plan->pairs;
         num_pairs_ = column_plan->num_pairs;
         item_ = sizeof(T);
-        if (!problem_.channels_first) return;
-        pixel_at_.resize(problem_.H * problem_.W);
+    }
+
+    // Where a tile's workspace holds each pixel, in registers.
+    std::vector<std::int32_t> pixel_table() const {
+        std::vector<std::int32_t> at(problem_.H * problem_.W);
         for (int i = 0; i < 2 * num_pairs_; i++)
-            for (int w = 0; column_plan->pairs[i] >= 0 && w < problem_.W; w++)
-                pixel_at_[column_plan->pairs[i] * problem_.W + w] =
-                    static_cast<std::int32_t>(2 * (i / 2 * row_stride() + row_plan->position[w]) + i % 2);
+            for (int w = 0; pairs_[i] >= 0 && w < problem_.W; w++)
+                at[pairs_[i] * problem_.W + w] =
+                    static_cast<std::int32_t>(2 * (i / 2 * row_stride() + position_[w]) + i % 2);
+        return at;
     }
 
     // An odd stride spreads a column over all cache sets.
@@ -277,7 +285,7 @@ class Driver {
     const FilterProblem problem_;
     const bool backward_;
     std::shared_ptr<const void> row_plan_, column_plan_;
-    std::vector<std::int32_t> pixel_at_;
+    const int *position_, *pairs_;  // of the row plan and the column plan
     struct Step {
         FilterStep run;
         int count;

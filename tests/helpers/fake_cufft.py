@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfformer_kernels.backends import cpu
 from dfformer_kernels.backends.cufft import libcufft
 
 DTYPES = [torch.float32, torch.float64]
@@ -81,6 +82,13 @@ class HostMemory(libcufft.Cuda):
 def host_memory() -> HostMemory:
     assert isinstance(libcufft._cuda, HostMemory)
     return libcufft._cuda
+
+
+def clear_plans(device: torch.device | str = "cpu") -> None:
+    """Frees the memory that cuFFT keeps on the device for later transforms, except what captured CUDA graphs use."""
+    device = torch.device(device)
+    with libcufft._cuda.guard(device):
+        cpu.core().cufft_clear(libcufft._cuda.index(device))
 
 
 def planes(shape: tuple[int, int, int], dtype: torch.dtype, seed: int = 0) -> Tensor:

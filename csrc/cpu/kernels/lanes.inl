@@ -202,28 +202,20 @@ template <bool upper, class Vec>
 inline Vec interleave(Vec a, Vec b) {
     return interleave<upper>(a, b, typename CountTo<sizeof(Vec) / sizeof(a[0])>::Type{});
 }
-// Horizontal sums, and float64 accumulators of registers of either type.
-inline double lane_sum(F64 v) {
-    double sum = 0;
-    for (int i = 0; i < VECTOR_BYTES / 8; i++) sum += v[i];
-    return sum;
-}
-inline double lane_sum(F64Wide v) {
-    double sum = 0;
-    for (int i = 0; i < VECTOR_BYTES / 4; i++) sum += v[i];
-    return sum;
-}
+// Horizontal sum of float64 lanes.
 template <class Vec>
-struct Accumulator;
-template <>
-struct Accumulator<F32> {
-    F64Wide sum{};
-    void add(F32 v) { sum += __builtin_convertvector(v, F64Wide); }
-};
-template <>
-struct Accumulator<F64> {
-    F64 sum{};
-    void add(F64 v) { sum += v; }
+inline double lane_sum(Vec v) {
+    double sum = 0;
+    for (int i = 0; i < int(sizeof(v) / sizeof(v[0])); i++) sum += v[i];
+    return sum;
+}
+// A float64 sum of registers of either type.
+inline F64Wide widened(F32 v) { return __builtin_convertvector(v, F64Wide); }
+inline F64 widened(F64 v) { return v; }
+template <class Vec>
+struct Accumulator {
+    decltype(widened(Vec{})) sum{};
+    void add(Vec v) { sum += widened(v); }
 };
 
 }  // namespace

@@ -22,6 +22,11 @@ struct Planes : ColumnsOf<typename L::Vec> {
         explicit Activation(const Tile& tile) : scale(V{} + T(tile.problem.scale)), bias(V{} + T(tile.problem.bias)) {}
         FFT_INLINE V operator()(V x) const { return StarReLU<L>::forward_lane(x, scale, bias); }
     };
+    // fn(what is applied to x as it is loaded)
+    template <class Fn>
+    static void with_activation(const Tile& tile, const Fn& fn) {
+        tile.problem.star_relu ? fn(Activation(tile)) : fn(Identity{});
+    }
 
     static std::int64_t plane(const Tile& tile) { return std::int64_t{tile.H} * tile.W; }
 
@@ -59,10 +64,10 @@ struct Planes : ColumnsOf<typename L::Vec> {
     static void load_planes(const FilterCall& call, const TileGroup& group, void*, int first, int last) {
         for (int g = 0; g < group.count; g++) {
             const Tile tile(call, group.tasks[g]);
-            if (tile.needs_x_spectrum() && tile.problem.star_relu)
-                load_segments(tile, tile.tensors.x, tile.x_spectrum, first, last, Activation(tile));
-            else if (tile.needs_x_spectrum())
-                load_segments(tile, tile.tensors.x, tile.x_spectrum, first, last, Identity{});
+            if (tile.needs_x_spectrum())
+                with_activation(tile, [&](const auto& act) {
+                    load_segments(tile, tile.tensors.x, tile.x_spectrum, first, last, act);
+                });
             if (tile.backward()) load_segments(tile, tile.tensors.grad_y, tile.y_spectrum, first, last, Identity{});
         }
     }

@@ -6,15 +6,8 @@ template <class L>
 struct Filter : Planes<L> {
     using Base = Planes<L>;
     using Base::lanes, Base::load, Base::store, Base::store_sums;
-    using typename Base::Activation, typename Base::Identity, typename Base::Line, typename Base::Storage,
-        typename Base::Tile, typename Base::T, typename Base::V;
-
-    static const Storage* pixels(const Tile& tile, const void* tensor, std::int64_t row) {
-        return static_cast<const Storage*>(tensor) + tile.row_offset(row);
-    }
-    static Storage* pixels(const Tile& tile, void* tensor, std::int64_t row) {
-        return static_cast<Storage*>(tensor) + tile.row_offset(row);
-    }
+    using typename Base::Identity, typename Base::Line, typename Base::Storage, typename Base::Tile, typename Base::T,
+        typename Base::V;
 
     // Pairs of rows of a tensor, starting at pair `first`.
     struct RowPairs {
@@ -107,10 +100,9 @@ struct Filter : Planes<L> {
                     if (tile.backward()) transform_loaded_rows(tile, start, count, y_line, scratch);
                     continue;
                 }
-                if (tile.needs_x_spectrum() && tile.problem.star_relu)
-                    transform_rows(x, count, x_line, scratch, Activation(tile));
-                else if (tile.needs_x_spectrum())
-                    transform_rows(x, count, x_line, scratch, Identity{});
+                if (tile.needs_x_spectrum())
+                    Base::with_activation(tile,
+                                          [&](const auto& act) { transform_rows(x, count, x_line, scratch, act); });
                 if (tile.backward()) transform_rows(grad_y, count, y_line, scratch, Identity{});
             }
     }
@@ -157,29 +149,10 @@ struct Filter : Planes<L> {
             }
         }
         const bool non_temporal = use_non_temporal(tile, rows.a, count);
-        switch (count) {
-            case 1:
-                return store_tiles<1>(rows, tile.W, line, stride, non_temporal);
-            case 2:
-                return store_tiles<2>(rows, tile.W, line, stride, non_temporal);
-            case 3:
-                return store_tiles<3>(rows, tile.W, line, stride, non_temporal);
-            case 4:
-                return store_tiles<4>(rows, tile.W, line, stride, non_temporal);
-            case 5:
-                return store_tiles<5>(rows, tile.W, line, stride, non_temporal);
-            case 6:
-                return store_tiles<6>(rows, tile.W, line, stride, non_temporal);
-            case 7:
-                return store_tiles<7>(rows, tile.W, line, stride, non_temporal);
-            case 8:
-                return store_tiles<8>(rows, tile.W, line, stride, non_temporal);
-        }
-    }
-    template <int count>
-    static void store_tiles(const RowPair& rows, int W, const Line* line, std::int64_t stride, bool non_temporal) {
-        if (non_temporal) return store_tiles<count, can_stream>(rows, W, line, stride);
-        store_tiles<count, false>(rows, W, line, stride);
+        unrolled<1, TileGroup::max_count + 1>([&](auto tiles) UNROLLED_BODY {
+            if (tiles == count && non_temporal) store_tiles<tiles.value, can_stream>(rows, tile.W, line, stride);
+            if (tiles == count && !non_temporal) store_tiles<tiles.value, false>(rows, tile.W, line, stride);
+        });
     }
     template <int count, bool non_temporal>
     static void store_tiles(const RowPair& rows, int W, const Line* line, std::int64_t stride) {
@@ -221,8 +194,10 @@ struct Filter : Planes<L> {
             if (rows[i] < 0) continue;
             const int next = pair + 1 < tile.pairs || i == 0 ? rows[i + 1] : -1;
             const std::int64_t ahead = next < 0 ? 0 : (next - rows[i]) * W * C;
-            const Storage* x = pixels(tile, tile.tensors.x, rows[i]);
-            Storage* __restrict grad_x = tile.tensors.grad_x ? pixels(tile, tile.tensors.grad_x, rows[i]) : nullptr;
+            const std::int64_t offset = tile.row_offset(rows[i]);
+            const Storage* x = static_cast<const Storage*>(tile.tensors.x) + offset;
+            Storage* __restrict grad_x = static_cast<Storage*>(tile.tensors.grad_x);
+            if (grad_x) grad_x += offset;
             for (std::int64_t w = 0; w < W; w++) {
                 const Line& grad_u = line[position[w]];
                 __builtin_prefetch(x + w * C + ahead, 0, 2);

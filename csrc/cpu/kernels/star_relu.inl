@@ -25,12 +25,8 @@ struct StarReLU {
         const Vec scale = Vec{} + static_cast<Arithmetic>(scale_), bias = Vec{} + static_cast<Arithmetic>(bias_);
         std::int64_t i = 0;
         for (; i + L::count <= n; i += L::count) L::store(y + i, forward_lane(L::load(x + i), scale, bias));
-        if (i < n) {
-            Scalar tail[L::count] = {};
-            __builtin_memcpy(tail, x + i, (n - i) * sizeof(Scalar));
-            L::store(tail, forward_lane(L::load(tail), scale, bias));
-            __builtin_memcpy(y + i, tail, (n - i) * sizeof(Scalar));
-        }
+        if (const int rest = int(n - i))
+            store_first<L>(y + i, forward_lane(load_first<L>(x + i, rest), scale, bias), rest);
     }
 
     // Adds `group` terms in the arithmetic type, then their sum in float64: few roundings, few conversions.
@@ -71,12 +67,9 @@ struct StarReLU {
             const Vec g = backward_lane(L::load(grad_y + i), L::load(x + i), two_scale, sums);
             if (grad_x) L::store(grad_x + i, g);
         }
-        if (i < n) {
-            Scalar tail_grad[L::count] = {}, tail_x[L::count] = {};
-            __builtin_memcpy(tail_grad, grad_y + i, (n - i) * sizeof(Scalar));
-            __builtin_memcpy(tail_x, x + i, (n - i) * sizeof(Scalar));
-            L::store(tail_grad, backward_lane(L::load(tail_grad), L::load(tail_x), two_scale, sums));
-            if (grad_x) __builtin_memcpy(grad_x + i, tail_grad, (n - i) * sizeof(Scalar));
+        if (const int rest = int(n - i)) {
+            const Vec g = backward_lane(load_first<L>(grad_y + i, rest), load_first<L>(x + i, rest), two_scale, sums);
+            if (grad_x) store_first<L>(grad_x + i, g, rest);
         }
         sums.flush();
         result[0] = lane_sum(sums.scale.sum);

@@ -207,24 +207,12 @@ void unrolled_pass(const PassOf<V>& pass, std::int64_t lines, const Source& sour
 template <bool inverse, bool twiddled, class V, class Source, class Sink>
 void run_pass_of_any_radix(const PassOf<V>& pass, std::int64_t lines, Complex<V>* scratch, const Source& source,
                            const Sink& sink) {
-    switch (pass.radix) {
-        case 1:
-            return unrolled_pass<inverse, twiddled, 1, V>(pass, lines, source, sink);
-        case 2:
-            return unrolled_pass<inverse, twiddled, 2, V>(pass, lines, source, sink);
-        case 3:
-            return unrolled_pass<inverse, twiddled, 3, V>(pass, lines, source, sink);
-        case 4:
-            return unrolled_pass<inverse, twiddled, 4, V>(pass, lines, source, sink);
-        case 5:
-            return unrolled_pass<inverse, twiddled, 5, V>(pass, lines, source, sink);
-        case 7:
-            return unrolled_pass<inverse, twiddled, 7, V>(pass, lines, source, sink);
-        case 8:
-            return unrolled_pass<inverse, twiddled, 8, V>(pass, lines, source, sink);
-        default:
-            return run_butterflies<inverse, twiddled, V>(pass, lines, pass.radix, scratch, source, sink);
-    }
+    if (pass.roots || pass.convolution)
+        return run_butterflies<inverse, twiddled, V>(pass, lines, pass.radix, scratch, source, sink);
+    unrolled<0, sizeof(unrolled_radices) / sizeof(int)>([&](auto i) UNROLLED_BODY {
+        constexpr int R = unrolled_radices[i.value];
+        if (pass.radix == R) unrolled_pass<inverse, twiddled, R, V>(pass, lines, source, sink);
+    });
 }
 
 template <bool inverse, class V, class Source, class Sink>

@@ -115,12 +115,6 @@ def irfft2(Z: Tensor, W: int) -> Tensor:
     return _transform(Z, Z.new_empty((*several, H, W, N)), (H, W, N), inverse=True)
 
 
-def clear_plans(device: torch.device) -> None:
-    """Frees the memory that cuFFT keeps on the device for later transforms, except what captured CUDA graphs use."""
-    with _cuda.guard(device):
-        cpu.core().cufft_clear(_cuda.index(device))
-
-
 def _check(name: str, t: Tensor, shape: str, fits: bool) -> None:
     """The last check before the core trusts a pointer."""
     dense = t.numel() > 0 and t.is_contiguous() and not t.is_neg()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import require_backend, require_compiler
-from fake_cufft import Fake, HostMemory, host_memory
+from fake_cufft import Fake, HostMemory, clear_plans, host_memory
 from paths import NATIVE
 
 from dfformer_kernels.backends import cpu
@@ -43,6 +43,6 @@ def fake(fake_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     fake.assert_no_violation()
     for device in (0, 1):  # each device's plans while it is the current one
         host_memory().here.device = device
-        libcufft.clear_plans(torch.device("cpu"))
+        clear_plans()
     cpu.core().cufft_open(str(fake_path))  # drops what was captured
     assert fake.live_plans == 0

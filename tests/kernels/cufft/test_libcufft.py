@@ -173,7 +173,7 @@ BUFFERS = {"input": 64, "output": 128, "workspace": 256, "workspace_bytes": 1 <<
         ({"shape": (4, 4, 0)}, "shape: got H, W, N = 4, 4, 0"),
         ({"shape": (4, 32769, 2)}, "sides of 1 to 32768"),
         ({"shape": (4, 4, 2**61)}, "more bytes than 64 bits count"),
-        ({"dtype": 2}, "dtype: got code 2, accepted are 0 and 1"),
+        ({"dtype": 2}, "dtype: got code 2, accepted are 0 to 1"),
         ({"dtype": -1}, "dtype: got code -1"),
         ({"input": 0}, "input: got a null pointer"),
         ({"output": 0}, "output: got a null pointer"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import require, require_compiler
-from fake_cufft import DTYPES, EXECUTE, Fake, host_memory, planes, run_one, spectra
+from fake_cufft import DTYPES, EXECUTE, Fake, clear_plans, host_memory, planes, run_one, spectra
 from paths import NATIVE
 from torch import Tensor
 
@@ -114,7 +114,7 @@ def test_a_call_that_lacks_memory_is_made_again_once_torchs_is_released(
     """But for an inverse that was launched: it may have overwritten its input."""
     name = EXECUTE[torch.float32, inverse] if function == "cufftExec" else function
     wanted = run_one(torch.float32, inverse)
-    libcufft.clear_plans(torch.device("cpu"))
+    clear_plans()
     released: list[int] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: released.append(fake.calls(name)))
     fake.fail(name, code)
@@ -140,7 +140,7 @@ def test_memory_is_not_released_during_capture(fake: Fake, monkeypatch: pytest.M
 def test_an_error_of_a_plans_destruction_is_not_raised(fake: Fake) -> None:
     run_one(torch.float32, False)
     fake.fail("cufftDestroy", 6)
-    libcufft.clear_plans(torch.device("cpu"))
+    clear_plans()
     assert (fake.calls("cufftDestroy"), fake.live_plans) == (1, 0)
 
 
@@ -177,14 +177,14 @@ def test_plans_used_last_are_kept(fake: Fake) -> None:
 
 
 def test_each_device_has_plans_of_its_own(fake: Fake) -> None:
-    cpu_device, count = torch.device("cpu"), cpu.core().cufft_plan_count
+    count = cpu.core().cufft_plan_count
     for index in (0, 1):
         host_memory().here.device = index
         run_one(torch.float32, False)
         run_one(torch.float32, False)
     assert (fake.live_plans, count(0), count(1)) == (2, 1, 1)
     host_memory().here.device = 0
-    libcufft.clear_plans(cpu_device)
+    clear_plans()
     assert (fake.live_plans, count(0), count(1)) == (1, 0, 1)
 
 
@@ -212,7 +212,7 @@ def test_a_captured_plan_outlives_all_others(fake: Fake) -> None:
     with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
         run_one(torch.float32, True)
     host_memory().is_capturing = False
-    libcufft.clear_plans(torch.device("cpu"))
+    clear_plans()
     assert fake.live_plans == 1
     for N in range(cpu.core().cufft_plans_per_device + 1):
         libcufft.rfft2(planes((1, 2, N + 1), torch.float32))
@@ -229,7 +229,7 @@ def test_a_graph_replays_when_its_plans_have_been_dropped() -> None:
     with torch.cuda.graph(graph):
         Z = libcufft.rfft2(u)
         back = libcufft.irfft2(Z.clone(), 10)
-    libcufft.clear_plans(device)
+    clear_plans(device)
     for given in inputs:
         u.copy_(given)
         graph.replay()

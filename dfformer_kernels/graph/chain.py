@@ -13,19 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from dfformer_kernels.graph.trace import DifferentCopyError, ancestors
+from dfformer_kernels.graph.trace import DifferentCopyError, ancestors, reached
 from dfformer_kernels.graph.vocabulary import (
     CASTS,
     FRESH,
     IN_PLACE,
     Transform,
-    Values,
     first_input,
     is_linear,
     is_mutating,
     is_softmax,
+    is_tensor,
     name_of,
+    shape_of,
     transform_of,
+    value_of,
 )
 
 # A program may ask these of a spectrum, because its input and the graph hold the answers.
@@ -51,14 +53,14 @@ class Chain(NamedTuple):
     channels_first: bool
 
 
-def inverse_transforms(graph: fx.Graph, values: Values) -> list[fx.Node]:
+def inverse_transforms(graph: fx.Graph) -> list[fx.Node]:
     """The nodes where a chain may end: complex-to-real transforms, and inverse complex transforms that feed none."""
-    inverse = {node: t.kind for node in graph.nodes if (t := transform_of(node, values)) and t.inverse}
+    inverse = {node: t.kind for node in graph.nodes if (t := transform_of(node)) and t.inverse}
     needed = {n for node, kind in inverse.items() if kind == "c2r" for n in ancestors(node)}
     return [node for node, kind in inverse.items() if kind == "c2r" or node not in needed]
 
 
-def find(graph: fx.Graph, inverse: fx.Node, values: Values) -> tuple[list[Chain], list[str]]:
+def find(graph: fx.Graph, inverse: fx.Node) -> tuple[list[Chain], list[str]]:
     """The candidates for the chain that ends at ``inverse``, and the reasons why others were ruled out.
 
     Candidates differ in which tensors they take as filters and routing. These may be views of one another; those next
@@ -67,14 +69,14 @@ def find(graph: fx.Graph, inverse: fx.Node, values: Values) -> tuple[list[Chain]
 
     Raises DifferentCopyError, with the first difference from a filter step, if there is no candidate.
     """
-    transform = transform_of(inverse, values)
+    transform = transform_of(inverse)
     if transform is None or transform.kind != "c2r":
         raise DifferentCopyError(f"{name_of(inverse)} takes a full spectrum, where rfft2 and irfft2 were looked for")
     chains: list[Chain] = []
     reasons: list[str] = []
     for with_softmax in (True, False):
         try:
-            chains += _chains(graph, inverse, values, with_softmax)
+            chains += _chains(graph, inverse, with_softmax)
         except DifferentCopyError as error:
             reasons.append(str(error))
     if not chains:
@@ -82,18 +84,18 @@ def find(graph: fx.Graph, inverse: fx.Node, values: Values) -> tuple[list[Chain]
     return chains, reasons
 
 
-def _chains(graph: fx.Graph, inverse: fx.Node, values: Values, with_softmax: bool) -> list[Chain]:
-    passed = _passed(inverse, values, with_softmax)
-    forward, softmax = _ends(inverse, passed, values)
+def _chains(graph: fx.Graph, inverse: fx.Node, with_softmax: bool) -> list[Chain]:
+    passed = _passed(inverse, with_softmax)
+    forward, softmax = _ends(inverse, passed)
     if with_softmax and softmax is None:
         return []
     order = {node: i for i, node in enumerate(graph.nodes)}
     nodes = _dependent(sorted(passed, key=order.__getitem__), forward, softmax)
     x = first_input(forward)
-    channels_first = _check_transforms(nodes, forward, inverse, values)
+    channels_first = _check_transforms(nodes, forward, inverse)
     _check_use(nodes, forward, inverse, softmax)
     chains = []
-    for outside, between in _outside(nodes, (forward, softmax), passed, values, order):
+    for outside, between in _outside(nodes, (forward, softmax), passed, order):
         replaced = sorted({*nodes, *between}, key=order.__getitem__)
         _check_in_place(replaced, set(nodes) - {softmax})
         _check_between(graph, replaced, [x, forward, *outside, *([first_input(softmax)] if softmax else [])])
@@ -103,37 +105,33 @@ def _chains(graph: fx.Graph, inverse: fx.Node, values: Values, with_softmax: boo
     return chains
 
 
-def _passed(inverse: fx.Node, values: Values, with_softmax: bool) -> set[fx.Node]:
+def _passed(inverse: fx.Node, with_softmax: bool) -> set[fx.Node]:
     """The nodes passed on the way back from ``inverse``, up to forward transforms, softmaxes and non-linear nodes."""
-    passed = {inverse}
-    waiting = list(_tensors(inverse, values))
-    while waiting:
-        node = waiting.pop()
-        if node in passed:
-            continue
-        if _is_forward(node, values) or (with_softmax and is_softmax(node)):
-            passed.add(node)
-        elif is_linear(node, values):
-            passed.add(node)
-            waiting.extend(_tensors(node, values))
-    return passed
+
+    def is_end(node: fx.Node) -> bool:
+        return _is_forward(node) or (with_softmax and is_softmax(node))
+
+    def onward(node: fx.Node) -> list[fx.Node]:
+        return [] if is_end(node) else [n for n in _tensors(node) if is_end(n) or is_linear(n)]
+
+    return reached([inverse], onward)
 
 
-def _is_forward(node: fx.Node, values: Values) -> bool:
-    transform = transform_of(node, values)
+def _is_forward(node: fx.Node) -> bool:
+    transform = transform_of(node)
     return transform is not None and transform.kind == "r2c"
 
 
-def _tensors(node: fx.Node, values: Values) -> Iterator[fx.Node]:
-    return (n for n in node.all_input_nodes if values.is_tensor(n))
+def _tensors(node: fx.Node) -> Iterator[fx.Node]:
+    return (n for n in node.all_input_nodes if is_tensor(n))
 
 
-def _ends(inverse: fx.Node, passed: set[fx.Node], values: Values) -> tuple[fx.Node, fx.Node | None]:
+def _ends(inverse: fx.Node, passed: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
     """The forward transform, and the softmax or None."""
-    forwards = [node for node in passed if _is_forward(node, values)]
+    forwards = [node for node in passed if _is_forward(node)]
     softmaxes = [node for node in passed if is_softmax(node)]
     if not forwards:
-        raise DifferentCopyError(_obstacle(inverse, passed, values))
+        raise DifferentCopyError(_obstacle(inverse, passed))
     if len(forwards) > 1:
         raise DifferentCopyError(f"its irfft2 takes {len(forwards)} spectra")
     if len(softmaxes) > 1:
@@ -141,10 +139,10 @@ def _ends(inverse: fx.Node, passed: set[fx.Node], values: Values) -> tuple[fx.No
     return forwards[0], softmaxes[0] if softmaxes else None
 
 
-def _obstacle(inverse: fx.Node, passed: set[fx.Node], values: Values) -> str:
-    for node in sorted((n for p in passed for n in _tensors(p, values) if n not in passed), reverse=True):
-        sources = [n for n in ancestors(node) if transform_of(n, values)]
-        if any(_is_forward(n, values) for n in sources):
+def _obstacle(inverse: fx.Node, passed: set[fx.Node]) -> str:
+    for node in sorted((n for p in passed for n in _tensors(p) if n not in passed), reverse=True):
+        sources = [n for n in ancestors(node) if transform_of(n)]
+        if any(_is_forward(n) for n in sources):
             return f"between rfft2 and irfft2 stands {_described(node)}"
         if sources:
             return f"its spectrum comes from {name_of(sources[0])}, where rfft2 was looked for"
@@ -169,7 +167,6 @@ def _outside(
     nodes: list[fx.Node],
     ends: tuple[fx.Node, fx.Node | None],
     passed: set[fx.Node],
-    values: Values,
     order: dict[fx.Node, int],
 ) -> Iterator[tuple[set[fx.Node], set[fx.Node]]]:
     """Each way to cut the chain off from the rest of the graph: the tensors it then takes, and the nodes between.
@@ -178,7 +175,7 @@ def _outside(
     are yielded that leave filters alone or, without a softmax, filters and weights.
     """
     inside, between = set(nodes), set[fx.Node]()
-    outside = {n for node in nodes if node not in ends for n in _tensors(node, values)} - inside
+    outside = {n for node in nodes if node not in ends for n in _tensors(node)} - inside
     if not outside:
         raise DifferentCopyError("it multiplies its spectrum with no filters")
     names = ", ".join(sorted(_described(n) for n in outside))
@@ -194,16 +191,16 @@ def _outside(
         if last is None:
             break
         between.add(last)
-        outside = outside - {last} | set(_tensors(last, values))
+        outside = outside - {last} | set(_tensors(last))
     if not found:
         raise DifferentCopyError(f"its spectrum meets more than filters and their weights ({names})")
 
 
-def _check_transforms(nodes: list[fx.Node], forward: fx.Node, inverse: fx.Node, values: Values) -> bool:
+def _check_transforms(nodes: list[fx.Node], forward: fx.Node, inverse: fx.Node) -> bool:
     """Whether ``x`` is channels-first. Refuses other axes, norms that do not cancel, and other sizes."""
     x = first_input(forward)
-    rank = len(values.shape(x))
-    transforms = {node: t for node in nodes if (t := transform_of(node, values))}
+    rank = len(shape_of(x))
+    transforms = {node: t for node in nodes if (t := transform_of(node))}
     there = [t for t in transforms.values() if not t.inverse]
     back = [t for t in transforms.values() if t.inverse]
     axes = [tuple(sorted(a for t in side for a in t.axes)) for side in (there, back)]
@@ -215,16 +212,16 @@ def _check_transforms(nodes: list[fx.Node], forward: fx.Node, inverse: fx.Node, 
         if sum(t.exponent for t in transforms.values() if axis in t.axes) != -1:
             norms = f"{transforms[forward].norm!r} and {transforms[inverse].norm!r}"
             raise DifferentCopyError(f"its norms, {norms}, do not cancel out")
-    _check_plane(transforms, forward, inverse, axes[0], values)
+    _check_plane(transforms, forward, inverse, axes[0])
     return axes[0] == (2, 3)
 
 
 def _check_plane(
-    transforms: dict[fx.Node, Transform], forward: fx.Node, inverse: fx.Node, axes: tuple[int, ...], values: Values
+    transforms: dict[fx.Node, Transform], forward: fx.Node, inverse: fx.Node, axes: tuple[int, ...]
 ) -> None:
-    before, after = values[first_input(forward)].shape, values[inverse].shape
+    before, after = value_of(first_input(forward)).shape, value_of(inverse).shape
     kept = (*(before[a] for a in axes[:1]), before[axes[1]] // 2 + 1)
-    spectrum = values[forward].shape
+    spectrum = value_of(forward).shape
     if not all(same(spectrum[a], n) for a, n in zip(axes, kept, strict=True)):
         raise DifferentCopyError("it crops or pads the plane before it transforms")
     if any(t.resizes for t in transforms.values() if t.kind == "c2c"):
@@ -284,12 +281,4 @@ def _check_between(graph: fx.Graph, nodes: list[fx.Node], inputs: Iterable[fx.No
 
 def _may_share_memory(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """``nodes``, and all nodes that they may be views of."""
-    found: set[fx.Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            if node.op != "call_function" or name_of(node) not in FRESH:
-                waiting.extend(node.all_input_nodes)
-    return found
+    return reached(nodes, lambda n: () if n.op == "call_function" and name_of(n) in FRESH else n.all_input_nodes)

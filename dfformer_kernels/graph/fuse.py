@@ -69,9 +69,8 @@ def _fuse_exported(program: ExportedProgram) -> list[Finding]:
 def _rewritten(graph: fx.Graph) -> list[Finding]:
     from dfformer_kernels.graph.rewrite import rewrite
     from dfformer_kernels.graph.step import ATEN
-    from dfformer_kernels.graph.vocabulary import Values
 
-    return rewrite(graph, Values(), ATEN, _where)
+    return rewrite(graph, ATEN, _where)
 
 
 def _where(node: fx.Node) -> str:

@@ -30,7 +30,6 @@ from dfformer_kernels.graph.trace import (
     make_traceable,
     trace,
 )
-from dfformer_kernels.graph.vocabulary import Values
 
 _THERE = {getattr(torch.fft, name) for name in ("rfft", "rfft2", "rfftn", "fft", "fft2", "fftn")}
 _BACK = {getattr(torch.fft, name) for name in ("irfft", "irfft2", "irfftn", "ifft", "ifft2", "ifftn")}
@@ -171,11 +170,12 @@ def _rewritten(
     for case, times, training in (("", 2, False), ("in training", 2, True), ("with another batch", 3, False)):
         inputs = _trial_inputs(given, times)
         traced = copy.deepcopy(module).train(training)
-        make_traceable(traced, {name: value for name, value in inputs.items() if not isinstance(value, Tensor)})
+        make_traceable(traced)
         names = [name for name, m in module.named_modules(remove_duplicate=False) if m in spectral]
         through = {traced.get_submodule(name) for name in names}
-        program = trace(traced, [x for x in inputs.values() if isinstance(x, Tensor)], through)
-        here = rewrite(program.graph, Values(program.values), PYTHON, lambda node: where)
+        constants = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
+        program = trace(traced, [x for x in inputs.values() if isinstance(x, Tensor)], constants, through)
+        here = rewrite(program.graph, PYTHON, lambda node: where)
         if not any(finding.operator for finding in here):
             return here, None
         graphs.append((case, program.graph, program.seen))

@@ -1,6 +1,7 @@
 """Rewrites a graph in place: replaces each chain that is proven to be the step; reports a finding for every chain."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,16 +11,13 @@ from dfformer_kernels.graph.chain import Chain, find, inverse_transforms, is_que
 from dfformer_kernels.graph.report import Finding
 from dfformer_kernels.graph.step import Operators, Step, match
 from dfformer_kernels.graph.trace import DifferentCopyError, ancestors
-from dfformer_kernels.graph.vocabulary import Values, is_mutating, name_of
-
-_VALUES = ("val", "example_value")  # where export and Dynamo keep a node's value
+from dfformer_kernels.graph.vocabulary import VALUES, is_mutating, name_of
 
 Adapt = Callable[[fx.Graph, Chain, Step], tuple[Chain, Step]]
 
 
 def rewrite(
     graph: fx.Graph,
-    values: Values,
     operators: Operators,
     where: Callable[[fx.Node], str],
     adapt: Adapt = lambda graph, chain, step: (chain, step),
@@ -29,9 +27,9 @@ def rewrite(
     ``adapt`` may insert nodes that other tensors for the step come from, or raise DifferentCopyError.
     """
     found = []
-    for inverse in inverse_transforms(graph, values):
+    for inverse in inverse_transforms(graph):
         try:
-            chain, step = adapt(graph, *match(*find(graph, inverse, values), values))
+            chain, step = adapt(graph, *match(*find(graph, inverse)))
         except (DifferentCopyError, ValueError) as error:
             found.append(Finding(where(inverse), reason=str(error)))
             continue
@@ -46,22 +44,23 @@ def rewrite(
 def _emit(graph: fx.Graph, chain: Chain, step: Step, operators: Operators) -> None:
     """Turns ``chain.inverse`` into the last node of the step. It keeps its name, which a signature may refer to."""
     inverse = chain.inverse
-    key = next((key for key in _VALUES if key in inverse.meta), None)
-
-    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        node = graph.call_function(function, args, kwargs)
-        node.meta = dict(inverse.meta)
-        if key is not None:
-            known, named = fx.map_arg((args, kwargs), lambda n: n.meta[key])
-            with torch.no_grad():
-                node.meta[key] = function(*known, **named)
-        return node
-
+    call = partial(add_call, graph, inverse)
     with graph.inserting_before(inverse):
         last = step.build(call, operators, chain.x, chain.routing, chain.filters)
     inverse.op, inverse.target = "call_function", last.target
     inverse.args, inverse.kwargs, inverse.meta = last.args, last.kwargs, last.meta
     graph.erase_node(last)
+
+
+def add_call(graph: fx.Graph, like: fx.Node, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """Adds a node that calls ``function``, with its value, and what else the graph keeps of the node ``like``."""
+    node = graph.call_function(function, args, kwargs)
+    node.meta = dict(like.meta)
+    key = next(key for key in VALUES if key in like.meta)
+    known, named = fx.map_arg((args, kwargs), lambda n: n.meta[key])
+    with torch.no_grad():
+        node.meta[key] = function(*known, **named)
+    return node
 
 
 def _erase(graph: fx.Graph, chain: Chain, replaced: set[fx.Node]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from dfformer_kernels import reference
 from dfformer_kernels.graph.chain import Chain, same
 from dfformer_kernels.graph.trace import DifferentCopyError, called_whole, first_line
-from dfformer_kernels.graph.vocabulary import Values, evaluate, example, softmax_axis
+from dfformer_kernels.graph.vocabulary import evaluate, example, shape_of, softmax_axis, value_of
 from dfformer_kernels.ops import filter as ops
 from dfformer_kernels.tolerance import relative_error
 
@@ -113,7 +113,7 @@ class Step(NamedTuple):
         return call(aten.contiguous.default, y)
 
 
-def match(chains: list[Chain], reasons: list[str], values: Values) -> tuple[Chain, Step]:
+def match(chains: list[Chain], reasons: list[str]) -> tuple[Chain, Step]:
     """The chain that is a step at the lowest cost, and that step: outputs and gradients agree on random inputs.
 
     Raises DifferentCopyError if there is none, with the first of ``reasons``, to which reasons found here are added.
@@ -121,68 +121,68 @@ def match(chains: list[Chain], reasons: list[str], values: Values) -> tuple[Chai
     fitting: list[tuple[Chain, Step]] = []
     for chain in chains:
         try:
-            fitting += [(chain, step) for step in _candidates(chain, values)]
+            fitting += [(chain, step) for step in _candidates(chain)]
         except DifferentCopyError as error:
             reasons.append(str(error))
     for chain, step in sorted(fitting, key=lambda pair: pair[1].cost):
-        reason = _difference(step, _results(chain, values))
+        reason = _difference(step, _results(chain))
         if not reason:
             return chain, step
         reasons.append(reason)
-    raise DifferentCopyError(reasons[0] if reasons else _other_shape(chains[0], values))
+    raise DifferentCopyError(reasons[0] if reasons else _other_shape(chains[0]))
 
 
-def _candidates(chain: Chain, values: Values) -> Iterator[Step]:
+def _candidates(chain: Chain) -> Iterator[Step]:
     """The steps whose shapes fit."""
-    x = values.dtype(chain.x)
-    B, H, W, C = _map_shape(chain, values)
+    x = value_of(chain.x).dtype
+    B, H, W, C = _map_shape(chain)
     compute = reference.compute_dtype(x)
-    _check_dtypes(chain, values, compute)
-    dtype = values.dtype(chain.filters)
+    _check_dtypes(chain, compute)
+    dtype = value_of(chain.filters).dtype
     cast = None if torch.empty(0, dtype=dtype).real.dtype == compute else compute
-    shape = (*values[chain.filters].shape, *((2,) if dtype.is_complex else ()))
+    shape = (*value_of(chain.filters).shape, *((2,) if dtype.is_complex else ()))
     kind = "filters" if chain.routing is None else "weights" if chain.softmax is None else "softmax"
-    routings = [(C, ())] if chain.routing is None else list(_routings(chain, values, B, C))
+    routings = [(C, ())] if chain.routing is None else list(_routings(chain, B, C))
     samples = (B,) if kind == "filters" and len(shape) == 5 else ()
     for (filters, routing), order in itertools.product(routings, itertools.permutations(range(len(shape)))):
         expected = (*samples, H, W // 2 + 1, filters, 2)
         fits = len(shape) == len(expected) and all(map(same, [shape[axis] for axis in order], expected))
         if fits and (not dtype.is_complex or order[-1] == len(shape) - 1):
-            if values[chain.filters].is_conj():
+            if value_of(chain.filters).is_conj():
                 raise DifferentCopyError(
                     "its filters are a lazy conjugate, which has no view as pairs; conj_physical() has"
                 )
             yield Step(kind, chain.channels_first, order, dtype.is_complex, routing, example(C), cast)
 
 
-def _map_shape(chain: Chain, values: Values) -> tuple[int, int, int, int]:
+def _map_shape(chain: Chain) -> tuple[int, int, int, int]:
     """B, H, W, C of the chain's input, which may be symbols."""
-    B, *rest = values[chain.x].shape
+    B, *rest = value_of(chain.x).shape
     C, H, W = rest if chain.channels_first else (rest[2], *rest[:2])
     return B, H, W, C
 
 
-def _other_shape(chain: Chain, values: Values) -> str:
-    B, H, W, C = _map_shape(chain, values)
-    name, filters = ("C", C) if chain.softmax is None else ("F", next(_routings(chain, values, B, C))[0])
-    theirs = f"{chain.filters.name} of shape {values.shape(chain.filters)}"
+def _other_shape(chain: Chain) -> str:
+    B, H, W, C = _map_shape(chain)
+    name, filters = ("C", C) if chain.softmax is None else ("F", next(_routings(chain, B, C))[0])
+    theirs = f"{chain.filters.name} of shape {shape_of(chain.filters)}"
     return f"its filters, {theirs}, are not (H, K, {name}) = {example((H, W // 2 + 1, filters))}"
 
 
-def _check_dtypes(chain: Chain, values: Values, compute: torch.dtype) -> None:
-    x = values.dtype(chain.x)
-    if not x.is_floating_point or values.dtype(chain.inverse) != x:
-        raise DifferentCopyError(f"it makes {values.dtype(chain.inverse)} of {x}")
-    routing = x if chain.routing is None else values.dtype(chain.routing)
+def _check_dtypes(chain: Chain, compute: torch.dtype) -> None:
+    x = value_of(chain.x).dtype
+    if not x.is_floating_point or value_of(chain.inverse).dtype != x:
+        raise DifferentCopyError(f"it makes {value_of(chain.inverse).dtype} of {x}")
+    routing = x if chain.routing is None else value_of(chain.routing).dtype
     is_number = routing.is_floating_point or routing.is_complex
     if not is_number or reference.compute_dtype(routing) not in (torch.float32, compute):
         raise DifferentCopyError(f"its logits are {routing} beside {x}")
 
 
-def _routings(chain: Chain, values: Values, B: int, C: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+def _routings(chain: Chain, B: int, C: int) -> Iterator[tuple[int, tuple[int, ...]]]:
     """F, and each permutation of the routing's axes to (B,F), (B,F,C,1..) or (B,F,1,1..)."""
     assert chain.routing is not None
-    shape = values[chain.routing].shape
+    shape = value_of(chain.routing).shape
     axes = range(1, len(shape))
     if chain.softmax is not None:
         axis = softmax_axis(chain.softmax)
@@ -195,7 +195,7 @@ def _routings(chain: Chain, values: Values, B: int, C: int) -> Iterator[tuple[in
         for order in orders
         if 0 not in order and all(same(shape[a], 1) or (i == 0 and same(shape[a], C)) for i, a in enumerate(order[1:]))
     ]
-    if fitting and same(shape[0], B) and not values.dtype(chain.routing).is_complex:
+    if fitting and same(shape[0], B) and not value_of(chain.routing).dtype.is_complex:
         yield from ((shape[axis], (0, axis, *rest)) for axis, *rest in fitting)
     elif chain.softmax is not None:
         raise DifferentCopyError(
@@ -212,16 +212,16 @@ class _Results(NamedTuple):
     gradients: list[Tensor]
 
 
-def _results(chain: Chain, values: Values) -> _Results:
+def _results(chain: Chain) -> _Results:
     generator = torch.Generator().manual_seed(0)
     nodes = [node for node in (chain.x, chain.routing, chain.filters) if node is not None]
     with _undisturbed():
-        inputs = [_random(values.shape(node), values.dtype(node).is_complex, generator) for node in nodes]
+        inputs = [_random(shape_of(node), value_of(node).dtype.is_complex, generator) for node in nodes]
         computed: dict[fx.Node, Any] = dict(zip(nodes, inputs, strict=True))
         try:
             for node in chain.nodes:
                 if node not in computed:
-                    computed[node] = evaluate(node, computed, values)
+                    computed[node] = evaluate(node, computed)
             y = computed[chain.inverse]
             grad_y = _random(tuple(y.shape), False, generator)
             return _Results(inputs, y, grad_y, _gradients(y, inputs, grad_y))

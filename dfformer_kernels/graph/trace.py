@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from dfformer_kernels.graph.vocabulary import name_of
+from dfformer_kernels.graph.vocabulary import is_tensor, name_of, value_of
 
 _ORDERINGS = (operator.lt, operator.le, operator.gt, operator.ge)
 # What Python code may ask of a tensor and branch on, because trials vary it.
@@ -33,28 +33,32 @@ class DifferentCopyError(UnsupportedCopyError):
 
 
 class Trace(NamedTuple):
-    """The graph of a module's forward, the value of every node for the trial inputs, and the numbers that Python saw.
+    """The graph of a module's forward, with the value of every node for the trial inputs, and the numbers Python saw.
 
     The graph is valid for all inputs that lead to the same numbers. ``limits`` are the constants that branches on the
     order of a size and a constant had: at sizes beyond them the forward may do something else.
     """
 
     graph: fx.Graph
-    values: dict[fx.Node, Any]
     seen: list[Any]
     limits: list[float]
 
 
+def reached(start: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """``start``, and all nodes that steps from a node to ``onward(node)`` reach from there."""
+    found: set[fx.Node] = set()
+    waiting = list(start)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(onward(node))
+    return found
+
+
 def ancestors(node: fx.Node) -> set[fx.Node]:
     """The nodes that ``node`` is computed from."""
-    found: set[fx.Node] = set()
-    waiting = list(node.all_input_nodes)
-    while waiting:
-        current = waiting.pop()
-        if current not in found:
-            found.add(current)
-            waiting.extend(current.all_input_nodes)
-    return found
+    return reached(node.all_input_nodes, lambda n: n.all_input_nodes)
 
 
 def common_graph(graphs: Iterable[tuple[str, fx.Graph, list[Any] | None]]) -> fx.Graph:
@@ -85,16 +89,19 @@ def _calls(graph: fx.Graph) -> list[tuple[str, str]]:
     return calls
 
 
-def trace(module: nn.Module, inputs: Sequence[Any], through: Collection[nn.Module] = ()) -> Trace:
-    """Traces ``module`` on ``inputs``, and submodules in ``through`` with it.
+def trace(
+    module: nn.Module, inputs: Sequence[Any], constants: Mapping[str, Any], through: Collection[nn.Module] = ()
+) -> Trace:
+    """Traces ``module``, prepared by `make_traceable`, on ``inputs``, and submodules in ``through`` with it.
 
-    This may change ``module``: its buffers, and attributes that its forward sets.
+    The graph has the values of ``constants`` for inputs of these names, and takes all others. This may change
+    ``module``: its buffers, and attributes that its forward sets.
 
     Raises:
         UnsupportedCopyError: its forward cannot be written as a graph, or does more than compute a result.
     """
     before = dict(vars(module))
-    tracer = _Tracer(module, inputs, through)
+    tracer = _Tracer(module, inputs, constants, through)
     try:
         with torch.no_grad():
             graph = tracer.trace(module)
@@ -106,14 +113,12 @@ def trace(module: nn.Module, inputs: Sequence[Any], through: Collection[nn.Modul
     changed = [name for name in changed if not name.startswith("_tensor_constant")]
     if changed:
         raise UnsupportedCopyError(f"its forward sets self.{changed[0]}, which the replacement would not")
-    values = tracer.run.env
     # A dtype that no call takes may have been compared with ``is``.
-    unused = [n for n in graph.nodes if isinstance(values.get(n), torch.dtype) and not n.users]
-    seen = [number for node in (*tracer.seen, *unused) for number in _numbers(node, values)]
-    return Trace(graph, values, seen, tracer.limits)
+    unused = [n for n in graph.nodes if isinstance(value_of(n), torch.dtype) and not n.users]
+    return Trace(graph, [number for node in (*tracer.seen, *unused) for number in _numbers(node)], tracer.limits)
 
 
-def _numbers(node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:
+def _numbers(node: fx.Node) -> list[Any]:
     """The numbers among a node's value and the values it is computed from; the search ends at tensors.
 
     Raises UnsupportedCopyError if they tell of a tensor something else than its sizes, which trials do not vary.
@@ -121,11 +126,11 @@ def _numbers(node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:
     found, waiting = [], [(node, True)]
     while waiting:
         current, whole = waiting.pop()
-        value, inputs = values.get(current), current.all_input_nodes
+        value, inputs = value_of(current), current.all_input_nodes
         if isinstance(value, Tensor):
             continue
         name = name_of(current).rpartition(".")[2]
-        if any(isinstance(values.get(n), Tensor) for n in inputs) and name not in _SIZES:
+        if any(map(is_tensor, inputs)) and name not in _SIZES:
             raise UnsupportedCopyError(f"its forward branches on {name} of a tensor")
         if isinstance(value, int | float):
             found.append(value)
@@ -147,15 +152,24 @@ def first_line(error: Exception) -> str:
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, root: nn.Module, inputs: Sequence[Any], through: Collection[nn.Module]) -> None:
+    def __init__(
+        self, root: nn.Module, inputs: Sequence[Any], constants: Mapping[str, Any], through: Collection[nn.Module]
+    ) -> None:
         super().__init__(autowrap_functions=_wrapped_functions())
         self.proxy_buffer_attributes = True
-        self._through = through
+        self._constants, self._through = constants, through
         self.seen: list[fx.Node] = []
         self.limits: list[float] = []
         self._evaluating = False
         self.run = fx.Interpreter(root, graph=fx.Graph())
         self.run.args_iter = iter(inputs)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        inputs = {name: self._constants.get(name) for name in inputs_of(self.root)}
+        for name in inputs:
+            if name not in self._constants:
+                inputs[name] = self.create_proxy("placeholder", name, (), {})
+        return root_fn, [self.root, *inputs.values()]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self._through
@@ -170,7 +184,7 @@ class _Tracer(fx.Tracer):
         if kind != "output":
             self._evaluating = True
             try:
-                self.run.env[node] = self.run.run_node(node)
+                self.run.env[node] = node.meta["val"] = self.run.run_node(node)
             finally:
                 self._evaluating = False
         return node
@@ -224,8 +238,7 @@ class _Known(fx.Proxy):
 
 
 def _value(proxy: fx.Proxy) -> Any:
-    assert isinstance(proxy.tracer, _Tracer)
-    return proxy.tracer.run.env[proxy.node]
+    return value_of(proxy.node)
 
 
 def _seen(proxy: fx.Proxy) -> Any:
@@ -279,37 +292,12 @@ def inputs_of(module: nn.Module) -> dict[str, Any]:
     return {p.name: p.default for p in parameters}
 
 
-# By number of inputs: a forward that passes its inputs to a function.
-_FORWARDS: dict[int, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    1: lambda function: lambda self, x: function(self, x),
-    2: lambda function: lambda self, x, y: function(self, x, y),
-    3: lambda function: lambda self, x, y, z: function(self, x, y, z),
-}
+def make_traceable(module: nn.Module) -> None:
+    """Prepares ``module`` for `trace`: ``len`` of a tensor becomes a call in the graph, and what is tied is untied.
 
-
-def make_traceable(module: nn.Module, constants: Mapping[str, Any]) -> None:
-    """Gives ``module`` a subclass of its class whose forward has these values of some inputs, and takes the others.
-
-    Tied tensors and modules are untied, because the graph refers to each by the name that the code has. Raises
-    UnsupportedCopyError if none or too many are left.
+    Each name in the module gets a tensor or module of its own, because the graph refers to it by the name.
     """
-    _untie(module)
-    names = list(inputs_of(module))
-    count = len(names) - len(constants)
-    if count not in _FORWARDS:
-        raise UnsupportedCopyError(f"its forward takes {count} inputs")
     with_function(module, "len", _length)
-    kind = type(module)
-
-    def forward(self: nn.Module, *given: Any) -> Any:
-        remaining = iter(given)
-        return kind.forward(self, *(constants[name] if name in constants else next(remaining) for name in names))
-
-    module.__class__ = type(kind.__name__, (kind,), {"forward": _FORWARDS[count](forward)})
-
-
-def _untie(module: nn.Module) -> None:
-    """Gives each name in ``module`` a tensor or module of its own."""
     seen: set[int] = set()
     for name, child in list(module.named_modules(remove_duplicate=False)):
         if id(child) in seen:

@@ -23,6 +23,7 @@ _LAYERS = """linear addmm baddbmm conv1d conv2d convolution mean amax amin adapt
     softmax batch_norm layer_norm group_norm native_layer_norm _native_batch_norm_legit_functional"""
 FRESH = {*_LAYERS.split(), *_PRODUCTS.split()}
 
+VALUES = ("val", "example_value")  # where export and Dynamo keep a node's value; our own traces do as export
 _WIDE_DTYPES = {
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
@@ -65,16 +66,16 @@ def name_of(node: fx.Node) -> str:
     return name.removeprefix("fft_") if known else f"{origin}.{name}"
 
 
-def is_linear(node: fx.Node, values: "Values") -> bool:
+def is_linear(node: fx.Node) -> bool:
     """Whether a node is linear in each of its tensors, or adds or multiplies a number."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = name_of(node)
     if name in _ARITHMETIC:
         tensors = [a for a in node.args if not isinstance(a, int | float | complex)]
-        return not node.kwargs and all(isinstance(a, fx.Node) and values.is_tensor(a) for a in tensors)
+        return not node.kwargs and all(isinstance(a, fx.Node) and is_tensor(a) for a in tensors)
     if name == "getitem":
-        return isinstance(node.args[0], fx.Node) and values.is_tensor(node.args[0])
+        return isinstance(node.args[0], fx.Node) and is_tensor(node.args[0])
     return name in _LINEAR or is_complex_transform(node)
 
 
@@ -116,12 +117,12 @@ def is_complex_transform(node: fx.Node) -> bool:
     )
 
 
-def transform_of(node: fx.Node, values: "Values") -> Transform | None:
+def transform_of(node: fx.Node) -> Transform | None:
     """The transform that a node computes, with axes counted from the front; None if it computes no transform."""
     if node.op != "call_function" or not isinstance(first_input(node), fx.Node):
         return None
     name = name_of(node)
-    rank = len(values.shape(first_input(node)))
+    rank = len(shape_of(first_input(node)))
     if name in ("_fft_r2c", "_fft_c2r", "_fft_c2c"):
         return _aten_transform(name, node.args, rank)
     stem = name.rstrip("2n")
@@ -166,28 +167,19 @@ def _bound(node: fx.Node, names: tuple[str, ...], synonyms: dict[str, str]) -> l
     return [given[name] for name in names]
 
 
-class Values:
-    """The known values of nodes: a real or fake tensor, or a number, which may be symbolic."""
+def value_of(node: fx.Node) -> Any:
+    """What is known of a node's value: a real or fake tensor, or a number, which may be symbolic."""
+    return next((node.meta[key] for key in VALUES if key in node.meta), None)
 
-    def __init__(self, known: Mapping[fx.Node, Any] | None = None) -> None:
-        self._known = known
 
-    def __getitem__(self, node: fx.Node) -> Any:
-        if self._known is not None:
-            return self._known.get(node)
-        return node.meta.get("val", node.meta.get("example_value"))
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(value_of(node), Tensor)
 
-    def is_tensor(self, node: fx.Node) -> bool:
-        return isinstance(self[node], Tensor)
 
-    def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """The shape of a node's value; symbolic sizes are those of the example that the graph was made with."""
-        value = self[node]
-        return tuple(example(size) for size in value.shape) if isinstance(value, Tensor) else ()
-
-    def dtype(self, node: fx.Node) -> torch.dtype:
-        dtype: torch.dtype = self[node].dtype
-        return dtype
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node's value; symbolic sizes are those of the example that the graph was made with."""
+    value = value_of(node)
+    return example(tuple(value.shape)) if isinstance(value, Tensor) else ()  # type: ignore[no-any-return]
 
 
 def example(value: Any) -> Any:
@@ -205,11 +197,11 @@ def example(value: Any) -> Any:
     return int(hint)
 
 
-def evaluate(node: fx.Node, computed: Mapping[fx.Node, Any], values: Values) -> Any:
+def evaluate(node: fx.Node, computed: Mapping[fx.Node, Any]) -> Any:
     """The value of a node in double precision on the CPU, even if the graph asks for another dtype or device."""
 
     def of_node(argument: fx.Node) -> Any:
-        return computed[argument] if argument in computed else example(values[argument])
+        return computed[argument] if argument in computed else example(value_of(argument))
 
     args, kwargs = fx.node.map_aggregate(fx.map_arg((node.args, dict(node.kwargs)), of_node), _widened)
     if is_softmax(node):

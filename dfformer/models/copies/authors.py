@@ -8,7 +8,7 @@ from torch import fx, nn
 from dfformer.models.copies.match import cast_signal, stored_basis
 from dfformer_kernels.graph.step import dynamic_filter, global_filter
 from dfformer_kernels.graph.trace import UnsupportedCopyError, has_hooks, make_traceable, trace
-from dfformer_kernels.graph.vocabulary import CASTS, VIEWS, first_input, name_of
+from dfformer_kernels.graph.vocabulary import CASTS, VIEWS, first_input, name_of, value_of
 from dfformer_kernels.tolerance import relative_error
 
 _OPERATORS = (cast_signal, stored_basis, dynamic_filter, global_filter)
@@ -48,15 +48,15 @@ def is_star_relu(act: nn.Module) -> bool:
     for training in (False, True):
         try:
             module = copy.deepcopy(act).to("cpu", torch.float64).train(training)
-            make_traceable(module, {})
+            make_traceable(module)
             module.load_state_dict({"scale": scale, "bias": bias})
-            traced = trace(module, [x.clone()])
+            traced = trace(module, [x.clone()], {})
         except (UnsupportedCopyError, RuntimeError):
             return False
         [result] = [first_input(node) for node in traced.graph.nodes if node.op == "output"]
         if traced.seen or not _is_polynomial(traced.graph, module):
             return False
-        if not relative_error(traced.values[result], scale * x.relu() ** 2 + bias) < _SAME_FORMULA:
+        if not relative_error(value_of(result), scale * x.relu() ** 2 + bias) < _SAME_FORMULA:
             return False
     return True
 

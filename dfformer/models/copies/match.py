@@ -13,16 +13,25 @@ from dfformer_kernels.dft_matmul import as_pairs
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.graph.chain import Chain
 from dfformer_kernels.graph.compare import AGREEMENT
-from dfformer_kernels.graph.rewrite import rewrite
+from dfformer_kernels.graph.rewrite import add_call, rewrite
 from dfformer_kernels.graph.step import PYTHON, Step, called, named_difference
 from dfformer_kernels.graph.trace import (
     DifferentCopyError,
-    Trace,
     UnsupportedCopyError,
     ancestors,
     called_whole,
+    reached,
 )
-from dfformer_kernels.graph.vocabulary import CASTS, VIEWS, Values, first_input, is_mutating, name_of, transform_of
+from dfformer_kernels.graph.vocabulary import (
+    CASTS,
+    VIEWS,
+    first_input,
+    is_mutating,
+    is_tensor,
+    name_of,
+    transform_of,
+    value_of,
+)
 
 # The orders of axes that filters are stored in, and the permutation of each to (H,K,F,2).
 STORAGE: dict[str, tuple[int, ...]] = {"(H,K,F,2)": (0, 1, 2, 3), "(F,H,K,2)": (1, 2, 0, 3)}
@@ -93,42 +102,40 @@ def authors_resize(weight: Tensor, H: int, K: int) -> Tensor:
 _RESIZING = (F.interpolate, authors_resize)
 
 
-def fuse(traced: Trace, expected: Expected) -> fx.Graph:
-    """Replaces every chain of ``traced``, the forward of a copy, by our step.
+def fuse(traced: fx.Graph, expected: Expected) -> fx.Graph:
+    """Replaces every chain of ``traced``, the forward of a copy, by our step, and returns it.
 
     Raises:
         CopyLimitError: the copy does not accept this plane.
         UnsupportedCopyError: there is no chain, or one computes something else; the message has the difference.
     """
-    values = Values(traced.values)
-    back = [t for node in traced.graph.nodes if (t := transform_of(node, values)) and t.kind == "c2r"]
+    back = [t for node in traced.nodes if (t := transform_of(node)) and t.kind == "c2r"]
     if not back:
         raise UnsupportedCopyError("its forward calls no torch.fft.irfft2")
     if expected.plane != expected.size and expected.plane[1] % 2 and not all(t.resizes for t in back):
         raise CopyLimitError("irfft2 without s returns even widths only")
 
     def with_stored_filters(graph: fx.Graph, chain: Chain, step: Step) -> tuple[Chain, Step]:
-        _check_plane(traced, chain, expected)
-        weight, arguments = _stored_filters(traced, chain, step, expected)
+        _check_plane(chain, expected)
+        weight, arguments = _stored_filters(graph, chain, step, expected)
         x = chain.x
-        if name_of(x) in CASTS and values.dtype(x) == torch.float32:
+        if name_of(x) in CASTS and value_of(x).dtype == torch.float32:
             next(n for n in graph.nodes if n.op != "placeholder").prepend(weight)  # so that the signal may need it
             with graph.inserting_before(chain.forward):
-                x = graph.call_function(cast_signal, (first_input(x), weight), {"in_half": expected.in_half})
-            traced.values[x] = traced.values[chain.x]
+                x = add_call(graph, x, cast_signal, first_input(x), weight, in_half=expected.in_half)
         with graph.inserting_before(chain.inverse):
-            filters = graph.call_function(stored_basis, (weight, x), arguments)
+            filters = add_call(graph, x, stored_basis, weight, x, **arguments)
         return chain._replace(x=x, filters=filters), step._replace(filters=(0, 1, 2, 3), is_complex=False)
 
-    for finding in rewrite(traced.graph, values, PYTHON, str, with_stored_filters):
+    for finding in rewrite(traced, PYTHON, str, with_stored_filters):
         if finding.reason:
             raise DifferentCopyError(finding.reason)
-    return traced.graph
+    return traced
 
 
-def _check_plane(traced: Trace, chain: Chain, expected: Expected) -> None:
+def _check_plane(chain: Chain, expected: Expected) -> None:
     """Refuses a chain that filters something else than the whole plane of the module's input."""
-    batch, *sizes = traced.values[chain.x].shape
+    batch, *sizes = value_of(chain.x).shape
     plane = tuple(sizes[1:] if chain.channels_first else sizes[:2])
     if plane != expected.plane:
         raise DifferentCopyError(
@@ -138,7 +145,7 @@ def _check_plane(traced: Trace, chain: Chain, expected: Expected) -> None:
         raise DifferentCopyError(f"it transforms a batch of {batch} for an input of {expected.batch}")
     for node in ancestors(chain.x):
         if name_of(node) in ("view", "reshape"):
-            _check_view(traced.values[node.all_input_nodes[0]].shape, traced.values[node].shape, plane)
+            _check_view(value_of(node.all_input_nodes[0]).shape, value_of(node).shape, plane)
 
 
 def _check_view(before: torch.Size, after: torch.Size, plane: tuple[int, ...]) -> None:
@@ -152,44 +159,39 @@ def _check_view(before: torch.Size, after: torch.Size, plane: tuple[int, ...]) -
             raise DifferentCopyError(f"it views {theirs} data as {ours}, which mixes channels with positions")
 
 
-def _stored_filters(traced: Trace, chain: Chain, step: Step, expected: Expected) -> tuple[fx.Node, dict[str, Any]]:
+def _stored_filters(graph: fx.Graph, chain: Chain, step: Step, expected: Expected) -> tuple[fx.Node, dict[str, Any]]:
     """The parameter that the chain's filters are, after resizing, and the other arguments of `stored_basis`."""
-    theirs = step.basis(called, traced.values[chain.filters])
+    theirs = step.basis(called, value_of(chain.filters))
     sources = {chain.filters} | ancestors(chain.filters)
-    stored = [n for n in traced.graph.nodes if n in sources and n.op == "get_attr" and "." not in str(n.target)]
+    stored = [n for n in graph.nodes if n in sources and n.op == "get_attr" and "." not in str(n.target)]
     reasons = []
     for node, storage in itertools.product(stored, STORAGE):
         arguments = {"channels_first": chain.channels_first, "storage": storage}
         arguments |= {"size": expected.size, "resize": expected.resize}
         try:
-            ours = stored_basis(traced.values[node], traced.values[chain.x], **arguments)
+            ours = stored_basis(value_of(node), value_of(chain.x), **arguments)
         except (ValueError, RuntimeError):  # no filters, or filters of another plane
             continue
         reason = named_difference(ours, theirs, AGREEMENT)
         if not reason:
-            _check_path(traced, node, chain.filters)
+            _check_path(graph, node, chain.filters)
             return node, arguments
         made = f"what it makes of its filters ({name_of(chain.filters)}) {reason}"
-        reasons.append(_other_resizing(traced, expected) or made)
+        reasons.append(_other_resizing(graph, expected) or made)
     raise DifferentCopyError(reasons[0] if reasons else "its spectrum meets no filters of its own")
 
 
-def _check_path(traced: Trace, stored: fx.Node, filters: fx.Node) -> None:
+def _check_path(graph: fx.Graph, stored: fx.Node, filters: fx.Node) -> None:
     """Refuses what does more between the parameter and the product than move, cast or resize the values.
 
     A mask of ones, for example, changes nothing in a trial, but may be another mask later.
     """
-    path, waiting = {stored}, [filters]
-    while waiting:
-        node = waiting.pop()
-        if node in path:
-            continue
+    path = reached([filters], lambda n: () if n is stored else filter(is_tensor, n.all_input_nodes))
+    for node in reversed([n for n in graph.nodes if n in path - {stored}]):
         is_moving = node.target in _RESIZING or name_of(node) in _MOVING
         if not (is_moving and node.op in ("call_function", "call_method")):
             raise DifferentCopyError(f"between its stored filters and their product stands {name_of(node)}")
-        path.add(node)
-        waiting += [n for n in node.all_input_nodes if isinstance(traced.values[n], Tensor)]
-    for node in filter(is_mutating, traced.graph.nodes):
+    for node in filter(is_mutating, graph.nodes):
         written = node.kwargs.get("out", first_input(node))
         while isinstance(written, fx.Node) and written not in path and name_of(written) in _MOVING:
             written = first_input(written)
@@ -197,12 +199,12 @@ def _check_path(traced: Trace, stored: fx.Node, filters: fx.Node) -> None:
             raise DifferentCopyError(f"it writes into its filters ({name_of(node)})")
 
 
-def _other_resizing(traced: Trace, expected: Expected) -> str:
+def _other_resizing(graph: fx.Graph, expected: Expected) -> str:
     """How filters are resized by another rule; "" if the plane is theirs."""
     H, W = expected.plane
     if expected.size in ((H, W), (H, W ^ 1)):  # an even width and the next one have equally many frequencies
         return ""
-    for node in traced.graph.nodes:
+    for node in graph.nodes:
         if node.target is F.interpolate:
             given = inspect.signature(F.interpolate).bind(*node.args, **node.kwargs).arguments
             mode, corners = given.get("mode", "nearest"), bool(given.get("align_corners"))

@@ -98,9 +98,9 @@ class Trial:
         inputs = inputs_of(module)
         self.names = tuple(name for name, default in inputs.items() if default is inspect.Parameter.empty)
         self.optional = {name: default for name, default in inputs.items() if name not in self.names}
-        if any(not isinstance(default, int | float | str | None) for default in self.optional.values()):
+        if not self.names or any(not isinstance(v, int | float | str | None) for v in self.optional.values()):
             raise UnsupportedCopyError(f"its forward has optional inputs ({', '.join(self.optional)})")
-        make_traceable(self.module, self.optional)
+        make_traceable(self.module)
         self.device = device_of(module)
         self._probe: nn.Module | None = None
         with torch.no_grad():
@@ -255,10 +255,10 @@ def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple
         expected = Expected(len(case.inputs[0]), case.plane, hypothesis.size, resize, in_half)
         where = "in training" if case.training else "with another batch"
         try:
-            traced = trace(module, case.inputs)
+            traced = trace(module, case.inputs, trial.optional)
             limits += traced.limits
             where = where if native else f"on a {case.plane[0]}x{case.plane[1]} plane"
-            yield where, fuse(traced, expected), traced.seen if native else None
+            yield where, fuse(traced.graph, expected), traced.seen if native else None
         except CopyLimitError:
             continue
         except DifferentCopyError as error:

@@ -10,9 +10,7 @@ import json
 import math
 import statistics
 import threading
-import warnings
 from collections.abc import Callable, Mapping
-from functools import cache
 from importlib import metadata
 from itertools import pairwise
 
@@ -21,6 +19,7 @@ import torch
 from dfformer_kernels import disk_cache as disk
 from dfformer_kernels.device import refuse_capture
 from dfformer_kernels.problem import KernelBuildError, Problem
+from dfformer_kernels.warn_once import warn_once
 
 
 class Gpu:
@@ -53,7 +52,7 @@ class Autotuner:
     def __init__(self, gpu: Gpu | None = None) -> None:
         self._gpu = gpu or Gpu()
         self._chosen: dict[Problem, str] = {}
-        self._winners: dict[str, str] | None = None  # by class of problems; None until the file has been read
+        self._winners: dict[str, str] = {}  # by class of problems
         self._lock = threading.RLock()
 
     def choice(self, problem: Problem) -> str | None:
@@ -83,11 +82,9 @@ class Autotuner:
             return chosen
 
     def forget(self, problem: Problem) -> None:
-        """Forgets the choice for ``problem`` and its class, because the chosen backend failed to run it."""
+        """Forgets the choice for ``problem``, because the chosen backend failed to run it and is no candidate now."""
         with self._lock:
             self._chosen.pop(problem, None)
-            if self._winners:
-                self._winners.pop(self._class_of(problem), None)
 
     def _winner(
         self,
@@ -95,10 +92,11 @@ class Autotuner:
         calls: Mapping[str, Callable[[], object]],
         on_build_error: Callable[[str, KernelBuildError], None],
     ) -> str | None:
-        class_, winners = self._class_of(problem), self._remembered()
+        class_ = self._class_of(problem)
+        self._winners |= self._read()
         if len(calls) == 1:
             return next(iter(calls))
-        if winners.get(class_) not in calls:
+        if self._winners.get(class_) not in calls:
             seconds = {}
             for name, call in calls.items():
                 try:
@@ -109,9 +107,11 @@ class Autotuner:
                     continue  # it may run when more memory is free
             if not seconds:
                 return None
-            winners[class_] = min(seconds, key=lambda name: seconds[name])
-            self._save(winners)
-        return winners[class_]
+            # Other processes may have written theirs in the meantime.
+            self._winners |= self._read() | {class_: min(seconds, key=lambda name: seconds[name])}
+            content = {"versions": self._gpu.versions(), "winners": dict(sorted(self._winners.items()))}
+            disk.write(self._file(), json.dumps(content, indent=1).encode())
+        return self._winners[class_]
 
     def _class_of(self, problem: Problem) -> str:
         batch, *plane = problem.shape if "filter" in problem.op else (math.prod(problem.shape),)
@@ -125,13 +125,8 @@ class Autotuner:
         }
         return ", ".join(parts + [name for name, is_so in flags.items() if is_so])
 
-    def _remembered(self) -> dict[str, str]:
-        if self._winners is None:
-            self._winners = self._read()
-        return self._winners
-
     def _read(self) -> dict[str, str]:
-        """The choices in the file. Warns and returns none if `_save` could not have written the file."""
+        """The choices in the file. Warns and returns none if no version of this class could have written the file."""
         name = self._file()
         data = disk.read(name)
         if data is None:
@@ -142,15 +137,10 @@ class Autotuner:
             if content["versions"] != self._gpu.versions() or not all(isinstance(w, str) for w in winners.values()):
                 raise ValueError("it is of other versions or has other content")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            _warn_corrupted(f"{disk.directory() / name}", f"{type(error).__name__}: {error}")
+            path, reason = disk.directory() / name, f"{type(error).__name__}: {error}"
+            warn_once(f"dfformer_kernels ignores {path}, which it cannot have written ({reason})")
             return {}
         return winners
-
-    def _save(self, winners: dict[str, str]) -> None:
-        """Writes the choices, together with those that other processes have written in the meantime."""
-        self._winners = self._read() | winners
-        content = {"versions": self._gpu.versions(), "winners": dict(sorted(self._winners.items()))}
-        disk.write(self._file(), json.dumps(content, indent=1).encode())
 
     def _file(self) -> str:
         versions = json.dumps(self._gpu.versions(), sort_keys=True).encode()
@@ -163,8 +153,3 @@ def version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "absent"
-
-
-@cache
-def _warn_corrupted(path: str, error: str) -> None:
-    warnings.warn(f"dfformer_kernels ignores {path}, which it cannot have written ({error})", stacklevel=2)

@@ -7,9 +7,9 @@ a result, so a directory that cannot be written only causes a warning.
 
 import os
 import tempfile
-import warnings
-from functools import cache
 from pathlib import Path
+
+from dfformer_kernels.warn_once import warn_once
 
 
 def directory() -> Path:
@@ -44,10 +44,8 @@ def write(name: str, data: bytes) -> None:
         _warn_unwritable(folder, str(error))
 
 
-@cache
 def _warn_unwritable(folder: Path, reason: str) -> None:
-    warnings.warn(
+    warn_once(
         f"dfformer_kernels cannot keep files in {folder} ({reason}); kernels will be compiled and backends measured "
-        "again in every process. DFFORMER_CACHE_DIR names another directory.",
-        stacklevel=3,
+        "again in every process. DFFORMER_CACHE_DIR names another directory."
     )

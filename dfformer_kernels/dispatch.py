@@ -9,12 +9,11 @@ warning that gives the reason, unless the backend was named. All other errors pr
 """
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from dfformer_kernels.backends import cpu, torch_fft
 from dfformer_kernels.backends.cuda import launch as cuda
 from dfformer_kernels.backends.cufft import passes as cufft
 from dfformer_kernels.problem import KernelBuildError, Problem
+from dfformer_kernels.warn_once import warn_once
 
 Kernel = Callable[..., Any]  # (tensors) -> Tensor forward, (grad_y, tensors, needs) -> list[Tensor] backward
 
@@ -193,7 +193,10 @@ def candidates(problem: Problem, name: str | None = None) -> tuple[Backend, ...]
     if supporting[0] is TABLE[-1] and name is None:
         for backend in here:
             if reasons := backend.unavailable_reasons():
-                _warn_unavailable(backend.name, "; ".join(reasons))
+                warn_once(
+                    f"dfformer_kernels' {backend.name!r} backend is not available and torch.fft is used instead, which "
+                    f"is slower: {'; '.join(reasons)}. DFFORMER_BACKEND=torch silences this."
+                )
     return tuple(supporting)
 
 
@@ -241,24 +244,9 @@ def _rule_out(name: str, problem: Problem, error: KernelBuildError) -> None:
     _build_errors[name, _any_batch(problem)] = str(error)
     select.cache_clear()
     autotuner.forget(problem)
-    _warn_fallback(name, str(error))
-
-
-@cache
-def _warn_fallback(name: str, reason: str) -> None:
-    warnings.warn(
+    warn_once(
         f"dfformer_kernels' {name!r} backend cannot build its kernel and another backend is used instead, which may be "
-        f"much slower: {reason}. DFFORMER_BACKEND={name} makes this an error.",
-        stacklevel=2,
-    )
-
-
-@cache
-def _warn_unavailable(name: str, reasons: str) -> None:
-    warnings.warn(
-        f"dfformer_kernels' {name!r} backend is not available and torch.fft is used instead, which is slower: "
-        f"{reasons}. DFFORMER_BACKEND=torch silences this.",
-        stacklevel=2,
+        f"much slower: {error}. DFFORMER_BACKEND={name} makes this an error."
     )
 
 

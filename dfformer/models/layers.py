@@ -77,15 +77,9 @@ class SquaredReLU(nn.Module):
 class Scale(nn.Module):
     """Learnable scaling of each channel, used on the residual branch."""
 
-    def __init__(
-        self,
-        dim: int,
-        init_value: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, dim: int, init_value: float = 1.0) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.full((dim,), float(init_value), device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.full((dim,), float(init_value)))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale
@@ -121,8 +115,27 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class Projections(nn.Module):
+    """The base of the token mixers: ``pwconv1`` and ``act1`` come first, ``act2`` and ``pwconv2`` last."""
+
+    # These are created in the authors' order, because the state of an optimiser depends on it.
+    pwconv1: nn.Module
+    act1: nn.Module
+    act2: nn.Module
+    pwconv2: nn.Module
+
+    def expand(self, x: Tensor) -> Tensor:
+        """``act1(pwconv1(x))``."""
+        return self.act1(self.pwconv1(x) if torch.jit.is_scripting() else call_linear(self.pwconv1, x))
+
+    def project(self, y: Tensor) -> Tensor:
+        """``pwconv2(act2(y))``."""
+        y = self.act2(y)
+        return self.pwconv2(y) if torch.jit.is_scripting() else call_linear(self.pwconv2, y)
+
+
 @fusible
-class SepConv(nn.Module):
+class SepConv(Projections):
     """Inverted separable convolution: expand, StarReLU, depthwise convolution, project.
 
     ``x`` is (B,H,W,dim), with any plane. ``size`` is accepted and ignored, because spectral mixers need it.
@@ -151,35 +164,21 @@ class SepConv(nn.Module):
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            y = self.act1(self.pwconv1(x)).permute(0, 3, 1, 2)
-            return self.pwconv2(self.act2(self.dwconv(y).permute(0, 2, 3, 1)))
-        else:
-            y = self.act1(call_linear(self.pwconv1, x)).permute(0, 3, 1, 2)
-            y = call_convolution(self.dwconv, y).permute(0, 2, 3, 1)
-            return call_linear(self.pwconv2, self.act2(y))
+        y = self.expand(x).permute(0, 3, 1, 2)
+        y = self.dwconv(y) if torch.jit.is_scripting() else call_convolution(self.dwconv, y)
+        return self.project(y.permute(0, 2, 3, 1))
 
 
 class MlpHead(nn.Module):
     """The official classification head: expand by 4, squared ReLU, norm, dropout, classify."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        mlp_ratio: float = 4,
-        drop_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, dim: int, num_classes: int, drop_rate: float = 0.0) -> None:
         super().__init__()
-        placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        hidden = int(mlp_ratio * dim)
-        self.fc1 = nn.Linear(dim, hidden, **placed)
+        self.fc1 = nn.Linear(dim, 4 * dim)
         self.act = SquaredReLU()
-        self.norm = nn.LayerNorm(hidden, **placed)
+        self.norm = nn.LayerNorm(4 * dim)
         self.head_dropout = nn.Dropout(drop_rate)
-        self.fc2 = nn.Linear(hidden, num_classes, **placed)
+        self.fc2 = nn.Linear(4 * dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.head_dropout(self.norm(self.act(self.fc1(x)))))

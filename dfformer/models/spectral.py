@@ -14,6 +14,7 @@ from dfformer.models.filter_resize import check_rule, resize_filter, scriptable_
 from dfformer.models.layers import (
     Activation,
     Mlp,
+    Projections,
     StarReLU,
     build_activation,
     call_linear,
@@ -32,27 +33,16 @@ Scalars = tuple[Tensor, Tensor] | None  # StarReLU's scale and bias if the filte
 
 
 @torch.fx.wrap
-def dynamic_filter_step(x: Tensor, logits: Tensor, basis: Tensor, star_relu: Scalars) -> Tensor:
-    """See `dfformer_kernels.dynamic_filter`."""
-    if torch.jit.is_scripting():
-        scale, bias = _unpacked(star_relu)
-        return torch.ops.dfformer.dynamic_filter(x, logits, basis, scale, bias, None)
+def filter_step(x: Tensor, logits: Tensor | None, filters: Tensor, star_relu: Scalars) -> Tensor:
+    """`dfformer_kernels.dynamic_filter`, or without logits `dfformer_kernels.global_filter`."""
+    if torch.jit.is_scripting():  # then StarReLU is never left to the step
+        if logits is None:
+            return torch.ops.dfformer.global_filter(x, filters, None, None, None)
+        return torch.ops.dfformer.dynamic_filter(x, logits, filters, None, None, None)
+    elif logits is None:
+        return global_filter(x, filters, star_relu)
     else:
-        return dynamic_filter(x, logits, basis, star_relu)
-
-
-@torch.fx.wrap
-def global_filter_step(x: Tensor, weight: Tensor, star_relu: Scalars) -> Tensor:
-    """See `dfformer_kernels.global_filter`."""
-    if torch.jit.is_scripting():
-        scale, bias = _unpacked(star_relu)
-        return torch.ops.dfformer.global_filter(x, weight, scale, bias, None)
-    else:
-        return global_filter(x, weight, star_relu)
-
-
-def _unpacked(star_relu: Scalars) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if star_relu is None else star_relu
+        return dynamic_filter(x, logits, filters, star_relu)
 
 
 @torch.fx.wrap
@@ -75,14 +65,12 @@ def fitted_filters(weight: Tensor, size: tuple[int, int], H: int, W: int, weight
         return resize_filter(weight, size, (H, W), rule).to(dtype)
 
 
-class SpectralFilter(nn.Module):
+class SpectralFilter(Projections):
     """The base of `DynamicFilter` and `GlobalFilter`: two projections, the stored filters and their resizing.
 
     ``complex_weights`` is (H, W//2 + 1, ..., 2) for planes of ``size`` (H, W). If a state dict has filters for another
     plane, loading resizes them by the rule ``resize``; see `dfformer.models.filter_resize`.
     """
-
-    # The attributes of a layer are created in the authors' order, because the state of an optimiser depends on it.
 
     def __init__(
         self,
@@ -126,20 +114,29 @@ class SpectralFilter(nn.Module):
         _, H, W, _ = channels_last(x, self.data_format).shape
         return H, W
 
+    def forward(self, x: Tensor) -> Tensor:
+        x = channels_last(x, self.data_format)
+        logits, filters = self.logits(x), self.filters_for((x.shape[1], x.shape[2]))
+        y, star_relu = self.load(x)
+        return from_channels_last(self.project(self.filter(y, logits, filters, star_relu)), self.data_format)
+
+    def logits(self, x: Tensor) -> Tensor | None:
+        """The logits (B,F,C) of the weights of a basis, from x (B,H,W,dim); by default there is no basis."""
+        return None
+
     def load(self, x: Tensor) -> tuple[Tensor, Scalars]:
         """``pwconv1(x)``, and the StarReLU for the filter step to apply; any other activation is applied here."""
         if torch.jit.is_scripting():
-            return self.act1(self.pwconv1(x)), None
+            return self.expand(x), None
         else:
             x = call_linear(self.pwconv1, x)
             if is_exact(self.act1, StarReLU, x):
                 return x, (self.act1.scale, self.act1.bias)
             return self.act1(x), None
 
-    def store(self, y: Tensor) -> Tensor:
-        """``pwconv2(act2(y))``."""
-        y = self.act2(y)
-        return self.pwconv2(y) if torch.jit.is_scripting() else call_linear(self.pwconv2, y)
+    def filter(self, x: Tensor, logits: Tensor | None, filters: Tensor, star_relu: Scalars) -> Tensor:
+        """The filter step, see `filter_step`."""
+        return filter_step(x, logits, filters, star_relu)
 
     def filters_for(self, plane: tuple[int, int]) -> Tensor:
         """The filters for planes of ``plane`` (H, W), in the dtype of the arithmetic."""
@@ -250,16 +247,8 @@ class DynamicFilter(SpectralFilter):
     def _build_routing(self, dim: int, C: int, **placed: Any) -> None:
         self.reweight = Mlp(dim, self._hidden, self.num_filters * C, **placed)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = channels_last(x, self.data_format)
-        logits = self.reweight(x.mean(dim=(1, 2))).unflatten(1, (self.num_filters, -1))
-        y, star_relu = self.load(x)
-        y = self.store(self.filter(y, logits, self.filters_for((x.shape[1], x.shape[2])), star_relu))
-        return from_channels_last(y, self.data_format)
-
-    def filter(self, x: Tensor, logits: Tensor, basis: Tensor, star_relu: Scalars) -> Tensor:
-        """The filter step, see `dfformer_kernels.dynamic_filter`."""
-        return dynamic_filter_step(x, logits, basis, star_relu)
+    def logits(self, x: Tensor) -> Tensor | None:
+        return self.reweight(x.mean(dim=(1, 2))).unflatten(1, (self.num_filters, -1))
 
 
 @fusible
@@ -269,19 +258,9 @@ class GlobalFilter(SpectralFilter):
     The arguments are those of `DynamicFilter`. ``complex_weights`` is (H, W//2 + 1, C, 2).
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = channels_last(x, self.data_format)
-        y, star_relu = self.load(x)
-        y = self.store(self.filter(y, self.filters_for((x.shape[1], x.shape[2])), star_relu))
-        return from_channels_last(y, self.data_format)
-
-    def filter(self, x: Tensor, weight: Tensor, star_relu: Scalars) -> Tensor:
-        """The filter step, see `dfformer_kernels.global_filter`."""
-        return global_filter_step(x, weight, star_relu)
-
 
 @fusible
-class AFNO2D(nn.Module):
+class AFNO2D(Projections):
     """Adaptive Fourier neural operator (arXiv:2111.13587) between two projections, the paper's ablation.
 
     One block-diagonal two-layer MLP runs on every frequency. No parameter depends on the plane, so ``size`` is
@@ -324,14 +303,8 @@ class AFNO2D(nn.Module):
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = channels_last(x, self.data_format)
-        if torch.jit.is_scripting():
-            x = self.act1(self.pwconv1(x))
-            y = self.pwconv2(self.act2(x + self.filter(x)))
-        else:
-            x = self.act1(call_linear(self.pwconv1, x))
-            y = call_linear(self.pwconv2, self.act2(x + self.filter(x)))
-        return from_channels_last(y, self.data_format)
+        x = self.expand(channels_last(x, self.data_format))
+        return from_channels_last(self.project(x + self.filter(x)), self.data_format)
 
     def filter(self, x: Tensor) -> Tensor:
         """The neural operator of x (B,H,W,C), in x's dtype."""

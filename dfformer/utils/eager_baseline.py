@@ -26,13 +26,14 @@ class _StarReLU(StarReLU):
 
 
 class _DynamicFilter(DynamicFilter):
-    def filter(self, x: Tensor, logits: Tensor, basis: Tensor, star_relu: Scalars) -> Tensor:
-        return reference.dynamic_filter(x, logits, basis, *(star_relu or (None, None)))
+    def filter(self, x: Tensor, logits: Tensor | None, filters: Tensor, star_relu: Scalars) -> Tensor:
+        assert logits is not None
+        return reference.dynamic_filter(x, logits, filters, *(star_relu or (None, None)))
 
 
 class _GlobalFilter(GlobalFilter):
-    def filter(self, x: Tensor, weight: Tensor, star_relu: Scalars) -> Tensor:
-        return reference.global_filter(x, weight, *(star_relu or (None, None)))
+    def filter(self, x: Tensor, logits: Tensor | None, filters: Tensor, star_relu: Scalars) -> Tensor:
+        return reference.global_filter(x, filters, *(star_relu or (None, None)))
 
 
 EAGER: dict[type[nn.Module], type[nn.Module]] = {

@@ -179,7 +179,7 @@ def is_tensor(node: fx.Node) -> bool:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """The shape of a node's value; symbolic sizes are those of the example that the graph was made with."""
     value = value_of(node)
-    return example(tuple(value.shape)) if isinstance(value, Tensor) else ()  # type: ignore[no-any-return]
+    return example(tuple(value.shape)) if isinstance(value, Tensor) else ()
 
 
 def example(value: Any) -> Any:

@@ -7,11 +7,12 @@ from cases import counting
 
 from dfformer_kernels import dispatch
 from dfformer_kernels.dispatch import Backend
+from dfformer_kernels.warn_once import warn_once
 
 
 def clear_caches() -> None:
     dispatch.select.cache_clear()
-    dispatch._warn_unavailable.cache_clear()
+    warn_once.cache_clear()
 
 
 @pytest.fixture

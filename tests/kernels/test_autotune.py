@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from dfformer_kernels import autotune, device, dispatch
-from dfformer_kernels import disk_cache as cache
+from dfformer_kernels import device, dispatch
 from dfformer_kernels.autotune import Autotuner, Gpu
 from dfformer_kernels.dispatch import Backend
 from dfformer_kernels.problem import KernelBuildError, Problem
+from dfformer_kernels.warn_once import warn_once
 
 PROBLEM = Problem("dynamic_filter", "cuda", torch.float32, (8, 14, 14, 640), 4, True)
 SPEEDS: dict[str, float | Exception] = {"cuda": 2.0, "cufft": 1.0, "torch": 3.0}  # seconds a call
@@ -58,8 +58,7 @@ def restart(gpu: FakeGpu) -> None:
     dispatch.autotuner = Autotuner(gpu)
     dispatch._build_errors.clear()
     dispatch.select.cache_clear()
-    for warn in (dispatch._warn_fallback, autotune._warn_corrupted, cache._warn_unwritable):
-        warn.cache_clear()
+    warn_once.cache_clear()
 
 
 def run(problem: Problem = PROBLEM) -> Any:

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 
 from dfformer_kernels import disk_cache as cache
+from dfformer_kernels.warn_once import warn_once
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache directory; nothing warned about yet."""
     monkeypatch.setenv("DFFORMER_CACHE_DIR", str(tmp_path))
-    cache._warn_unwritable.cache_clear()
+    warn_once.cache_clear()
     return tmp_path
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from fake_cuda import FakeDriver, Result
 
-from dfformer_kernels import disk_cache as cache
 from dfformer_kernels.backends.cuda import nvrtc
 from dfformer_kernels.backends.cuda.layout import CHIPS
 from dfformer_kernels.problem import KernelBuildError
+from dfformer_kernels.warn_once import warn_once
 
 TINY = {"tiny.cu": '#include "tiny.h"\nextern "C" __global__ void tiny(float* x) { *x = VALUE + OFFSET; }'}
 TINY["tiny.h"] = "#define OFFSET 1"
@@ -26,7 +26,7 @@ TINY["tiny.h"] = "#define OFFSET 1"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache directory; nothing warned about or announced yet."""
     monkeypatch.setenv("DFFORMER_CACHE_DIR", str(tmp_path))
-    cache._warn_unwritable.cache_clear()
+    warn_once.cache_clear()
     nvrtc._announce.cache_clear()
     return tmp_path
 

@@ -94,7 +94,7 @@ Factors cheapest_factors(int n, KnownFactors& known) {
         if (best.radices.empty() || candidate.cost < best.cost) best = candidate;
     };
     for (int radix : unrolled_radices)
-        if (radix > 1 && n % radix == 0) consider(radix);
+        if (n % radix == 0) consider(radix);
     for (int rest = n; rest > 1;) {
         const int prime = smallest_factor(rest);
         if (!is_unrolled(prime)) consider(prime);
@@ -235,7 +235,7 @@ std::shared_ptr<const Plan<T>> build(int size) {
                 for (int r = 1; r < R; r++) twiddles.push_back(root(static_cast<std::int64_t>(sample[m]) * r, N));
             pass.twiddles = owned->table(twiddles);
         }
-        if (!is_unrolled(R)) add_prime(*owned, pass);
+        if (R > 1 && !is_unrolled(R)) add_prime(*owned, pass);
         owned->passes.insert(owned->passes.begin(), pass);
 
         std::vector<int> longer_sample(N), longer_frequency(N);

@@ -43,8 +43,8 @@ struct Plan {
     std::int64_t scratch;  // complex elements of scratch that the passes need
 };
 
-// Radices with an unrolled butterfly; 1 is that of a line of one point.
-inline constexpr int unrolled_radices[] = {1, 2, 3, 4, 5, 7, 8};
+// Radices with an unrolled butterfly.
+inline constexpr int unrolled_radices[] = {2, 3, 4, 5, 7, 8};
 
 // T is float or double. Thread-safe. The `plan_cache_limit` most recently used plans of each T are cached.
 template <class T>

@@ -8,7 +8,6 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dfformer.models.exact import fusible, is_exact
 from dfformer_kernels import convolution, linear, mlp, star_relu
@@ -64,13 +63,6 @@ class StarReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return star_relu_step(x, self.scale, self.bias)
-
-
-class SquaredReLU(nn.Module):
-    """``relu(x)^2`` (Primer, arXiv:2109.08668)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
 
 
 @fusible
@@ -167,21 +159,6 @@ class SepConv(Projections):
         y = self.expand(x).permute(0, 3, 1, 2)
         y = self.dwconv(y) if torch.jit.is_scripting() else call_convolution(self.dwconv, y)
         return self.project(y.permute(0, 2, 3, 1))
-
-
-class MlpHead(nn.Module):
-    """The official classification head: expand by 4, squared ReLU, norm, dropout, classify."""
-
-    def __init__(self, dim: int, num_classes: int, drop_rate: float = 0.0) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.act = SquaredReLU()
-        self.norm = nn.LayerNorm(4 * dim)
-        self.head_dropout = nn.Dropout(drop_rate)
-        self.fc2 = nn.Linear(4 * dim, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.head_dropout(self.norm(self.act(self.fc1(x)))))
 
 
 def build_activation(

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from timm.layers import SelectAdaptivePool2d, to_2tuple, trunc_normal_
+from timm.models.metaformer import MlpHead
 from torch import Tensor, nn
 
 from dfformer.models.blocks import (
@@ -21,7 +22,7 @@ from dfformer.models.blocks import (
     norm,
 )
 from dfformer.models.filter_resize import check_rule
-from dfformer.models.layers import Activation, MlpHead, StarReLU
+from dfformer.models.layers import Activation, StarReLU
 from dfformer.models.spectral import DynamicFilter, SpectralFilter
 from dfformer.utils.accepted import COUNT, COUNT_OR_0, MODULE, RATE, SCALE, check_arguments
 from dfformer_kernels.ops.conv2d import output_plane
@@ -334,7 +335,7 @@ class DFFormer(nn.Module):
         if self.num_classes == 0:
             return nn.Identity()
         if self.use_mlp_head:
-            return MlpHead(self.num_features, self.num_classes, drop_rate=self.drop_rate)
+            return MlpHead(self.num_features, self.num_classes, norm_layer=nn.LayerNorm, drop_rate=self.drop_rate)
         # The last layer has the name that timm expects of the classifier.
         layers = [("drop", nn.Dropout(self.drop_rate)), ("fc2", nn.Linear(self.num_features, self.num_classes))]
         return nn.Sequential(OrderedDict(layers))

@@ -8,6 +8,7 @@ from torch import Tensor
 from dfformer_kernels.reference import compute_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LOWER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> None:
@@ -16,12 +17,7 @@ def check_star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> None:
 
 
 def check_dynamic_filter(
-    x: Tensor,
-    logits: Tensor,
-    basis: Tensor,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    softmax: bool = True,
+    x: Tensor, logits: Tensor, basis: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
 ) -> None:
     op = "dynamic_filter"
     B, H, W, C = _check_plane(op, x)
@@ -56,7 +52,7 @@ def check_convolution(
 ) -> None:
     op = "convolution"
     _, H, W, C = _check_plane(op, x)
-    _check_same_kind(op, "weight", x, weight)
+    _check_kind(op, "weight", x, weight, (x.dtype,))
     for name, pair, least in (("stride", stride, 1), ("padding", padding, 0)):
         if len(pair) != 2 or min(pair) < least:
             _fail(op, name, f"two numbers >= {least}", list(pair))
@@ -68,7 +64,7 @@ def check_convolution(
     if not all(1 <= size <= most for size, most in zip(weight.shape[2:], largest, strict=True)):
         _fail(op, "weight", f"a kernel of at most {largest}, the padded plane", _shape(weight))
     if bias is not None:
-        _check_same_kind(op, "bias", x, bias)
+        _check_kind(op, "bias", x, bias, (x.dtype,))
         if bias.shape != weight.shape[:1]:
             _fail(op, "bias", f"shape {_shape(weight)[:1]}", _shape(bias))
 
@@ -122,36 +118,22 @@ def _check_plane(op: str, x: Tensor) -> torch.Size:
 
 def _check_companion(op: str, name: str, x: Tensor, t: Tensor) -> None:
     """Checks a tensor whose dtype may differ from x's, except that float64 requires float64 ``x``."""
-    _check_device(op, name, x, t)
-    if t.dtype == x.dtype:
-        return
-    if t.dtype not in DTYPES or compute_dtype(t.dtype) not in (torch.float32, compute_dtype(x.dtype)):
-        accepted = DTYPES if x.dtype == torch.float64 else tuple(d for d in DTYPES if d != torch.float64)
-        _fail(op, name, f"dtype {_names(accepted)} beside {_names([x.dtype])} x", _names([t.dtype]), TypeError)
+    _check_kind(op, name, x, t, DTYPES if x.dtype == torch.float64 else _LOWER_DTYPES)
 
 
 def _check_matrix(op: str, name: str, factor: Tensor, weight_name: str, weight: Tensor, x: Tensor) -> None:
     """Checks a weight (N,K) for a factor (...,K), of x's dtype and device."""
     if factor.dim() < 1:
         _fail(op, name, "shape (...,K)", _shape(factor))
-    _check_same_kind(op, weight_name, x, weight)
+    _check_kind(op, weight_name, x, weight, (x.dtype,))
     if weight.dim() != 2 or weight.shape[1] != factor.shape[-1]:
         _fail(op, weight_name, f"shape (N, {factor.shape[-1]}) for {name} of shape {_shape(factor)}", _shape(weight))
-
-
-def _check_same_kind(op: str, name: str, x: Tensor, t: Tensor) -> None:
-    _check_device(op, name, x, t)
-    if t.dtype != x.dtype:
-        _fail(op, name, f"dtype {_names([x.dtype])}, that of x", _names([t.dtype]), TypeError)
 
 
 def _check_spectral(op: str, name: str, x: Tensor, t: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     if t.shape != shape:
         _fail(op, name, f"shape {meaning} = {shape} for x of shape {_shape(x)}", _shape(t))
-    _check_device(op, name, x, t)
-    if t.dtype != compute_dtype(x.dtype):
-        accepted = compute_dtype(x.dtype)
-        _fail(op, name, f"dtype {_names([accepted])} beside {_names([x.dtype])} x", _names([t.dtype]), TypeError)
+    _check_kind(op, name, x, t, (compute_dtype(x.dtype),))
 
 
 def _check_scalars(op: str, x: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
@@ -165,9 +147,11 @@ def _check_scalars(op: str, x: Tensor, scale: Tensor | None, bias: Tensor | None
         _check_companion(op, name, x, t)
 
 
-def _check_device(op: str, name: str, x: Tensor, t: Tensor) -> None:
+def _check_kind(op: str, name: str, x: Tensor, t: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     if t.device != x.device:
         _fail(op, name, f"on {x.device}, where x is", f"it on {t.device}")
+    if t.dtype not in dtypes:
+        _fail(op, name, f"dtype {_names(dtypes)} beside {_names([x.dtype])} x", _names([t.dtype]), TypeError)
 
 
 def _fail(op: str, name: str, accepted: str, given: object, error: type[Exception] = ValueError) -> None:

@@ -284,7 +284,7 @@ GlobalFilterFunction = _define("global_filter", "Tensor x, Tensor weight, Tensor
 
 
 def _matrix_products(op: str, tensors: Sequence[Any], options: Sequence[bool]) -> Tensor:
-    CHECKS[op](*tensors, *options)
+    CHECKS[op](*tensors)
     with without_autocast(tensors[0].device):
         return dft_matmul.KERNELS[op](*tensors, *options)
 

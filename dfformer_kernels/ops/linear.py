@@ -6,7 +6,6 @@ many rows is therefore that convolution. All other products, and all gradients, 
 """
 
 import platform
-from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from operator import mul
@@ -46,19 +45,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Convolution.apply(x, weight, bias)
 
 
-def linear_backward(grad_y: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    """The needed gradients of (x, weight), for ``linear`` without bias.
-
-    ``grad_y`` (M,N), ``x`` (M,K), ``weight`` (N,K). MKL computes these products on every processor. oneDNN's gradient
-    of the convolution for x ran at a sixth of MKL's rate (25088 rows, two cores of an AMD EPYC), its others at the
-    same rate.
-    """
-    need_x, need_weight = needs
-    return ([grad_y @ weight] if need_x else []) + ([grad_y.t() @ x] if need_weight else [])
-
-
 class _Convolution(torch.autograd.Function):
-    """``linear`` as a convolution in oneDNN."""
+    """``linear`` as a convolution in oneDNN.
+
+    MKL computes the gradients on every processor. oneDNN's gradient of the convolution for x ran at a sixth of MKL's
+    rate (25088 rows, two cores of an AMD EPYC), its others at the same rate.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,13 +65,14 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        *needs, need_bias = ctx.needs_input_grad
+        need_x, need_weight, need_bias = ctx.needs_input_grad
         N, K = weight.shape
         rows = grad_y.reshape(-1, N)
-        gradients = iter(linear_backward(rows, x.reshape(-1, K), weight, needs))
-        grad_x, grad_weight = (next(gradients) if need else None for need in needs)
-        grad_x = None if grad_x is None else grad_x.reshape(x.shape)
-        return grad_x, grad_weight, rows.sum(0) if need_bias else None
+        return (
+            (rows @ weight).reshape(x.shape) if need_x else None,
+            rows.t() @ x.reshape(-1, K) if need_weight else None,
+            rows.sum(0) if need_bias else None,
+        )
 
 
 def prefers_convolution(x: Tensor, weight: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfformer_kernels.ops import checks
 from dfformer_kernels.ops.filter import star_relu as apply_star_relu
-from dfformer_kernels.ops.linear import linear, linear_backward
+from dfformer_kernels.ops.linear import linear
 from dfformer_kernels.ops.registration import is_differentiated, is_transformed
 
 # Without gradients, the CPU computes this much of the hidden activations at a time: it fits the caches of two cores.
@@ -88,9 +88,8 @@ class MlpFunction(torch.autograd.Function):
             with torch.enable_grad():
                 wanted = list(compress(tensors, needs))
                 gradients = iter(torch.autograd.grad(_layers(*tensors), wanted, grad_y, create_graph=again))
-        else:
-            gradients = iter(_gradients(grad_y, hidden, tensors, needs))
-        return tuple(next(gradients) if need else None for need in needs)
+            return tuple(next(gradients) if need else None for need in needs)
+        return _gradients(grad_y, hidden, tensors, needs)
 
 
 def _layers(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor) -> Tensor:
@@ -109,28 +108,24 @@ def _in_chunks(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2:
     return y
 
 
-def _gradients(grad_y: Tensor, hidden: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    """The needed gradients of ``tensors`` (x, weight1, scale, bias, weight2)."""
+def _gradients(
+    grad_y: Tensor, hidden: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``tensors`` (x, weight1, scale, bias, weight2); None where one is not needed."""
     x, weight1, scale, bias, weight2 = tensors
     need_x, need_weight1, need_scale, need_bias, need_weight2 = needs
-    shape, grad_y, x, hidden = x.shape, _rows(grad_y), _rows(x), _rows(hidden)
-    need_hidden = need_x or need_weight1
-    need_activated = need_hidden or need_scale or need_bias
-    activated = apply_star_relu(hidden, scale, bias) if need_weight2 else hidden
-    by_output = iter(linear_backward(grad_y, activated, weight2, (need_activated, need_weight2)))
-    gradients = []
-    if need_activated:
-        needs_of_star_relu = [need_hidden, need_scale, need_bias]
-        of_star_relu = torch.ops.dfformer.star_relu_backward(
-            next(by_output), hidden, scale, bias, needs_of_star_relu, None
-        )
-        if need_hidden:
-            grad_hidden, *of_star_relu = of_star_relu
-            gradients = linear_backward(grad_hidden, x, weight1, (need_x, need_weight1))
-            if need_x:
-                gradients[0] = gradients[0].view(shape)
-        gradients += of_star_relu
-    return [*gradients, *by_output]
+    grad_y, hidden = _rows(grad_y), _rows(hidden)
+    grad_x = grad_weight1 = grad_scale = grad_bias = grad_weight2 = None
+    if need_weight2:
+        grad_weight2 = grad_y.t() @ apply_star_relu(hidden, scale, bias)
+    parts = [need_x or need_weight1, need_scale, need_bias]
+    if any(parts):
+        gradients = torch.ops.dfformer.star_relu_backward(grad_y @ weight2, hidden, scale, bias, parts, None)
+        remaining = iter(gradients)
+        grad_hidden, grad_scale, grad_bias = (next(remaining) if need else None for need in parts)
+        grad_x = (grad_hidden @ weight1).view(x.shape) if need_x else None
+        grad_weight1 = grad_hidden.t() @ _rows(x) if need_weight1 else None
+    return grad_x, grad_weight1, grad_scale, grad_bias, grad_weight2
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def test_reset_classifier_keeps_device_dtype_and_mode(device: str, dtype: torch.
     assert head is not before
     assert model.num_classes == 5
     assert head.fc2.weight.shape[0] == 5
-    assert head.head_dropout.p == 0.3
+    assert head.head_drop.p == 0.3
     assert {(p.device.type, p.dtype) for p in head.parameters()} == {(device, dtype)}
     assert {module.training for module in head.modules()} == {training}
 

@@ -118,10 +118,8 @@ void direct_butterfly(const PassOf<V>& pass, Complex<V>* a) {
     for (int i = 0; i < radix; i++) a[i] = results[i];
 }
 
-template <class V>
+template <bool inverse, class V>
 void transform_line(const PlanOf<V>& plan, Complex<V>* line);
-template <class V>
-void inverse_transform_line(const PlanOf<V>& plan, Complex<V>* line);
 
 // A prime p as a circular convolution of p - 1 points (Rader): with samples and frequencies numbered by powers of a
 // generator, their product n k becomes a sum of exponents. `a` has room for 2 p - 1 points.
@@ -131,12 +129,12 @@ void rader_butterfly(const PassOf<V>& pass, Complex<V>* a) {
     const Complex<V> first = a[0];
     Complex<V>* line = a + pass.radix;
     for (int p = 0; p < convolution.size; p++) line[p] = a[pass.inputs[p]];
-    transform_line<V>(convolution, line);
+    transform_line<false, V>(convolution, line);
     Complex<V>& sum = line[convolution.frequency_at[0]];
     a[0] = first + sum;
     for (int p = 0; p < convolution.size; p++) line[p] = line[p] * pair_at(pass.spectrum, p);
     sum = sum + first;  // sample 0 is no power of the generator, and adds to every frequency
-    inverse_transform_line<V>(convolution, line);
+    transform_line<true, V>(convolution, line);
     for (int p = 0; p < convolution.size; p++) a[pass.outputs[p]] = line[p];
 }
 
@@ -148,9 +146,9 @@ void bluestein_butterfly(const PassOf<V>& pass, Complex<V>* a) {
     Complex<V>* line = a + pass.radix;
     for (int p = 0; p < convolution.size; p++) line[p] = Complex<V>{};
     for (int n = 0; n < pass.radix; n++) line[convolution.position[n]] = a[n] * pair_at(pass.chirp, n);
-    transform_line<V>(convolution, line);
+    transform_line<false, V>(convolution, line);
     for (int p = 0; p < convolution.size; p++) line[p] = line[p] * pair_at(pass.spectrum, p);
-    inverse_transform_line<V>(convolution, line);
+    transform_line<true, V>(convolution, line);
     for (int k = 0; k < pass.radix; k++) a[k] = line[convolution.position[k]] * pair_at(pass.chirp, k);
 }
 
@@ -207,12 +205,24 @@ void unrolled_pass(const PassOf<V>& pass, std::int64_t lines, const Source& sour
 template <bool inverse, bool twiddled, class V, class Source, class Sink>
 void run_pass_of_any_radix(const PassOf<V>& pass, std::int64_t lines, Complex<V>* scratch, const Source& source,
                            const Sink& sink) {
-    if (pass.roots || pass.convolution)
-        return run_butterflies<inverse, twiddled, V>(pass, lines, pass.radix, scratch, source, sink);
-    unrolled<0, sizeof(unrolled_radices) / sizeof(int)>([&](auto i) UNROLLED_BODY {
-        constexpr int R = unrolled_radices[i.value];
-        if (pass.radix == R) unrolled_pass<inverse, twiddled, R, V>(pass, lines, source, sink);
-    });
+    switch (pass.radix) {
+        case 1:
+            return unrolled_pass<inverse, twiddled, 1, V>(pass, lines, source, sink);
+        case 2:
+            return unrolled_pass<inverse, twiddled, 2, V>(pass, lines, source, sink);
+        case 3:
+            return unrolled_pass<inverse, twiddled, 3, V>(pass, lines, source, sink);
+        case 4:
+            return unrolled_pass<inverse, twiddled, 4, V>(pass, lines, source, sink);
+        case 5:
+            return unrolled_pass<inverse, twiddled, 5, V>(pass, lines, source, sink);
+        case 7:
+            return unrolled_pass<inverse, twiddled, 7, V>(pass, lines, source, sink);
+        case 8:
+            return unrolled_pass<inverse, twiddled, 8, V>(pass, lines, source, sink);
+        default:
+            return run_butterflies<inverse, twiddled, V>(pass, lines, pass.radix, scratch, source, sink);
+    }
 }
 
 template <bool inverse, class V, class Source, class Sink>
@@ -275,13 +285,9 @@ void run_passes(const PlanOf<V>& plan, int first, int last, std::int64_t lines, 
     if (inverse) run_passes_of_part<true, V>(plan, first, split, 1, lines, line, stride, scratch);
 }
 
-template <class V>
+template <bool inverse, class V>
 void transform_line(const PlanOf<V>& plan, Complex<V>* line) {
-    run_passes<false, V>(plan, 0, plan.num_passes, 1, line, 0, nullptr);
-}
-template <class V>
-void inverse_transform_line(const PlanOf<V>& plan, Complex<V>* line) {
-    run_passes<true, V>(plan, 0, plan.num_passes, 1, line, 0, nullptr);
+    run_passes<inverse, V>(plan, 0, plan.num_passes, 1, line, 0, nullptr);
 }
 
 }  // namespace

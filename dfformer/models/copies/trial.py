@@ -132,37 +132,19 @@ class Trial:
             raise UnsupportedCopyError(f"it runs on no trial input ({tried})")
 
     def _problem(self, hypothesis: Hypothesis) -> Exception | None:
-        """The error of the module on such inputs; None if it runs."""
         self._probe = self._probe or self.copy(training=False)
-        try:
-            with torch.no_grad():
-                result = self._probe.forward(*self.on_device(hypothesis.inputs(hypothesis.size, 2)))
-        except Exception as error:  # foreign code may raise anything
-            return error
-        try:
-            tensors(result)
-        except TypeError as error:
-            raise UnsupportedCopyError(str(error)) from None
-        return None
+        return _error_of(self._probe, self.on_device(hypothesis.inputs(hypothesis.size, 2)))
 
     def runs(self, case: Case) -> bool:
-        try:
-            with torch.no_grad():
-                self.copy(case.training).forward(*case.inputs)
-            return True
-        except Exception:  # foreign code may raise anything
-            return False
+        return _error_of(self.copy(case.training), case.inputs) is None
 
     def runs_in_half(self, hypothesis: Hypothesis) -> bool:
         """Whether the module runs with all of its parameters and inputs in float16 or bfloat16."""
         inputs = self.on_device(hypothesis.inputs(hypothesis.size, 1))
         for dtype in (torch.float16, torch.bfloat16):
-            try:
-                with torch.no_grad():
-                    self.copy(False).to(dtype).forward(*(x.to(dtype) if isinstance(x, Tensor) else x for x in inputs))
+            cast = [x.to(dtype) if isinstance(x, Tensor) else x for x in inputs]
+            if _error_of(self.copy(training=False).to(dtype), cast) is None:
                 return True
-            except Exception:  # foreign code may raise anything
-                continue
         return False
 
     def on_device(self, inputs: Sequence[Any]) -> list[Any]:
@@ -202,6 +184,23 @@ class Trial:
             rest = [_NUMBERS.get(name.lower(), other or first) for name in self.names[1:]]
             if not other or "(B,C)" in rest:
                 yield (first, *rest)
+
+
+def _error_of(module: nn.Module, inputs: Sequence[Any]) -> Exception | None:
+    """The error of ``module`` on such inputs; None if it runs.
+
+    Raises UnsupportedCopyError if the result is something else than tensors.
+    """
+    try:
+        with torch.no_grad():
+            result = module.forward(*inputs)
+    except Exception as error:  # foreign code may raise anything
+        return error
+    try:
+        tensors(result)
+    except TypeError as error:
+        raise UnsupportedCopyError(str(error)) from None
+    return None
 
 
 def _plain(module: nn.Module) -> list[Tensor]:

@@ -30,18 +30,9 @@ _SONAMES = {"12": "libcufft.so.11", "13": "libcufft.so.12"}  # by torch's major 
 # cuFFT's results that mean a lack of device memory, and those of planning that are the fault of the library or plan.
 # A call may also report others that it did not cause, such as an illegal access of an earlier kernel.
 _NO_MEMORY = ("CUFFT_ALLOC_FAILED", "CUFFT_INTERNAL_ERROR")
-_NO_PLAN = tuple(
-    f"CUFFT_{name}"
-    for name in (
-        "INVALID_SIZE",
-        "SETUP_FAILED",
-        "NOT_IMPLEMENTED",
-        "LICENSE_ERROR",
-        "NOT_SUPPORTED",
-        "MISSING_DEPENDENCY",
-        "NVRTC_FAILURE",
-        "NVJITLINK_FAILURE",
-    )
+_NO_PLAN = (
+    *("CUFFT_INVALID_SIZE", "CUFFT_SETUP_FAILED", "CUFFT_NOT_IMPLEMENTED", "CUFFT_LICENSE_ERROR"),
+    *("CUFFT_NOT_SUPPORTED", "CUFFT_MISSING_DEPENDENCY", "CUFFT_NVRTC_FAILURE", "CUFFT_NVJITLINK_FAILURE"),
 )
 
 

@@ -121,10 +121,12 @@ def _gradients(
     parts = [need_x or need_weight1, need_scale, need_bias]
     if any(parts):
         gradients = torch.ops.dfformer.star_relu_backward(grad_y @ weight2, hidden, scale, bias, parts, None)
+        if parts[0]:
+            grad_hidden, *gradients = gradients
+            grad_x = (grad_hidden @ weight1).view(x.shape) if need_x else None
+            grad_weight1 = grad_hidden.t() @ _rows(x) if need_weight1 else None
         remaining = iter(gradients)
-        grad_hidden, grad_scale, grad_bias = (next(remaining) if need else None for need in parts)
-        grad_x = (grad_hidden @ weight1).view(x.shape) if need_x else None
-        grad_weight1 = grad_hidden.t() @ _rows(x) if need_weight1 else None
+        grad_scale, grad_bias = (next(remaining) if need else None for need in parts[1:])
     return grad_x, grad_weight1, grad_scale, grad_bias, grad_weight2
 
 

@@ -118,10 +118,9 @@ def mix(X: Tensor, W: int, logits: Tensor | None, filters: Tensor, softmax: bool
     S, H, K, width, _ = X.shape
     N = S * width
     tile, grid = _spectrum_tiles(X, N)
-    if logits is None:
-        C, F, strides = filters.shape[-2], 0, (0, 0, 0)
-    else:
-        (_, F, C), strides = logits.shape, logits.stride()
+    C, F, strides = filters.shape[-2], 0, [0, 0, 0]
+    if logits is not None:
+        (_, F, C), strides = logits.shape, [*logits.stride()]
     sizes = (H, W, H * K, N, C, width, _sample_stride(filters))
     _launch(kernels.mix_kernel, grid, X, logits, filters, *sizes, *strides, F, softmax, _compute(X), *tile)
 

@@ -99,8 +99,8 @@ def open_dataset(
         return Images(DigitImages(split), mode, exif_orientation)
     if name and not name.lower().startswith(("torch/", "hfds/")):  # timm would read any other name as a folder
         raise ValueError(
-            f"dataset: got {name!r}, accepted are '' for class folders, {DIGITS!r}, and timm's 'torch/...' and 'hfds/...'"
-            f"{did_you_mean(name, [DIGITS])}"
+            f"dataset: got {name!r}, accepted are '' for class folders, {DIGITS!r}, and timm's 'torch/...' and "
+            f"'hfds/...'{did_you_mean(name, [DIGITS])}"
         )
     folder = given_root(root)
     source = _library_dataset(name, folder, split, download) if name else _class_images(folder, split)

@@ -159,7 +159,7 @@ def probabilities(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def saved_and_reloaded(model: nn.Module, digits: Digits, output: Path) -> nn.Module:
-    """Writes the checkpoint, and some test images for ``dfformer predict``; returns the model of the checkpoint."""
+    """Writes the checkpoint, and a test image of each digit; returns the model of the checkpoint."""
     path, folder = output / "digits.safetensors", output / "digits"
     data = {
         "input_size": (1, 32, 32),
@@ -173,8 +173,9 @@ def saved_and_reloaded(model: nn.Module, digits: Digits, output: Path) -> nn.Mod
     if not torch.equal(probabilities(reloaded, digits.test_x), probabilities(model, digits.test_x)):
         raise RuntimeError("the reloaded checkpoint's outputs differ")
     folder.mkdir(exist_ok=True)
-    for n in range(10):
-        to_pil_image((255 * digits.test_x[n]).round().to(torch.uint8)).save(folder / f"{n}_is_{digits.test_y[n]}.png")
+    for digit in range(10):
+        pixels = (255 * digits.test_x[digits.test_y == digit][0]).round().to(torch.uint8)
+        to_pil_image(pixels).save(folder / f"{digit}.png")
     return reloaded
 
 
@@ -196,7 +197,7 @@ def draw_digits(model: nn.Module, digits: Digits, history: dict[str, list[float]
     output.figure("predictions", grid)
     curve = figures.learning_curve(history["loss"], history["train_accuracy"], history["test_accuracy"])
     output.figure("learning_curve", curve)
-    samples = load_samples([output.folder / "digits"], {1})
+    samples = load_samples([output.folder / "digits" / f"{digit}.png" for digit in range(10)], {1})
     show_filters([Loaded("digits", model)], samples, output, SHOWN_LAYER)
 
 

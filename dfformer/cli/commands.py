@@ -84,6 +84,10 @@ _SELF_ENSEMBLE = Argument(
 )
 
 
+def _output(folder: str) -> Argument:
+    return Argument("--output", type=Path, default=Path(folder), help=f"folder to write to (default: {folder})")
+
+
 def _batch_size(default: int) -> Argument:
     return Argument("--batch-size", type=int, default=default, help=f"default: {default}")
 
@@ -94,7 +98,7 @@ _SHOW = (
     Argument("--model", action="append", help="e.g. dfformer_s18; with or without a checkpoint"),
     _PRETRAINED,
     _IMG_SIZE,
-    Argument("--output", type=Path, default=Path("show"), help="folder to write to (default: show)"),
+    _output("show"),
     _DEVICE,
 )
 _LAYER = Argument("--layer", metavar="PATTERN", help="only layers with such names, e.g. 'stages.2.*'")
@@ -200,12 +204,7 @@ COMMANDS = {
             _WORKERS_ARGUMENT,
             _DEVICE,
             Argument("--json", type=Path, help="also write the result to this file"),
-            Argument(
-                "--output",
-                type=Path,
-                default=Path("predictions"),
-                help="folder for masks, boxes, restored images and pictures (default: predictions)",
-            ),
+            _output("predictions"),
         ),
         details="Classifies or restores images, segments them, or detects objects, depending on the checkpoint.",
         extra="train",
@@ -244,7 +243,7 @@ COMMANDS = {
         "train on handwritten digits, compare on photographs",
         "dfformer.cli.demo:demo_command",
         (
-            Argument("--output", type=Path, default=Path("demo"), help="folder to write to (default: demo)"),
+            _output("demo"),
             Argument("--seed", type=int, default=0, help="default: 0"),
             Argument("--quick", action="store_true", help="less training, fewer repetitions"),
         ),

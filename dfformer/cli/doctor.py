@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,10 +70,10 @@ class Check(NamedTuple):
     op: str
     dtype: str
     shape: str
-    default: bool = False  # this backend runs the problem by default
-    error_y: float = math.nan
-    error_grad: float = math.nan  # the largest of all inputs'
-    failure: str = ""  # empty if the check passed
+    default: bool  # this backend runs the problem by default
+    error_y: float
+    error_grad: float  # the largest of all inputs'
+    failure: str  # empty if the check passed
 
 
 def doctor_command(arguments: argparse.Namespace) -> int:
@@ -116,18 +116,17 @@ def _supported(backend: str, problem: Problem) -> bool:
 def _isolated_check(worker: "Worker", backend: str, problem: Problem) -> Check:
     dtype, shape = str(problem.dtype).removeprefix("torch."), "x".join(map(str, problem.shape))
     default = dispatch.select(problem).name == backend
-    check = Check(backend, problem.device, problem.op, dtype, shape, default)
     try:
-        check = check._replace(**worker.run(check_backend, backend, problem))
+        outcome = worker.run(check_backend, backend, problem)
+        if outcome[2] and math.isnan(outcome[0]):  # an error may have broken the device's context
+            worker.end()
     except WorkerError as lost:
-        return check._replace(failure=str(lost))
-    if math.isnan(check.error_y):  # an error may have broken the device's context
-        worker.end()
-    return check
+        outcome = math.nan, math.nan, str(lost)
+    return Check(backend, problem.device, problem.op, dtype, shape, default, *outcome)
 
 
-def check_backend(backend: str, problem: Problem) -> dict[str, Any]:
-    """Compares y and all gradients with float64; returns those fields of `Check`."""
+def check_backend(backend: str, problem: Problem) -> tuple[float, float, str]:
+    """Compares y and all gradients with float64; returns the last three fields of `Check`."""
     run = OPERATORS[problem.op]
     try:
         inputs, grad_y = _inputs(problem)
@@ -137,14 +136,10 @@ def check_backend(backend: str, problem: Problem) -> dict[str, Any]:
         y, *grads = _both(partial(run, backend=backend), inputs, grad_y)
         errors = relative_error(y, expected_y), max(gradient_errors(grads, expected_grads))
     except Exception as error:
-        return {"failure": f"{type(error).__name__}: {error}"}
+        return math.nan, math.nan, f"{type(error).__name__}: {error}"
     bound = BOUND[problem.dtype]
     passed = max(errors) <= bound and not any(map(math.isnan, errors))
-    return {
-        "error_y": errors[0],
-        "error_grad": errors[1],
-        "failure": "" if passed else f"the bound is {bound:.1e}",
-    }
+    return *errors, "" if passed else f"the bound is {bound:.1e}"
 
 
 def _print_check(c: Check) -> None:

@@ -1,5 +1,6 @@
 """YAML from an untrusted source: no tags, aliases, repeated keys, deep nesting or very long numbers."""
 
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -40,14 +41,11 @@ def _is_endless(text: str) -> bool:
 
 
 def _check_keys(node: yaml.Node) -> None:
+    children = node.value if isinstance(node, yaml.CollectionNode) else []
     if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""
-            if name in seen:
-                raise ValueError(f"YAML: the key {name[:60]!r} is repeated")
-            seen.add(name)
-            _check_keys(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_keys(value)
+        names = [str(key.value) for key, _ in node.value]
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"YAML: the key {repeated[0][:60]!r} is repeated")
+        children = [value for _, value in node.value]
+    for child in children:
+        _check_keys(child)

@@ -219,14 +219,9 @@ def open_box_dataset(spec: DatasetSpec, repair_boxes: bool = False, training: bo
     return CocoImages(folder, spec.split, repair_boxes, training, spec.exif_orientation)
 
 
-def check_same_categories(found: dict[int, str], expected: dict[int, str], where: str, of: str) -> None:
-    """Raises ValueError unless ids and names are the same."""
-    if found == expected:
-        return
-    different = sorted(f"{name} ({number})" for number, name in found.items() ^ expected.items())
-    raise ValueError(
-        f"{where}: its {len(found)} categories are not the {len(expected)} of {of}: {abbreviate(different)}"
-    )
+def with_ids(categories: dict[int, str]) -> list[str]:
+    """The names of categories with their ids, to compare and to show."""
+    return [f"{name} ({number})" for number, name in categories.items()]
 
 
 Target = dict[str, Tensor]  # boxes, labels, iscrowd, area: Objects by the names of torchvision and torchmetrics

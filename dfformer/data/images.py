@@ -8,7 +8,7 @@ import io
 import random
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ class LibraryDataset(ImageDataset[tuple[Any, int, str]]):
     def __init__(self, dataset: Any) -> None:
         self.images = dataset
         self.reader: Any = getattr(dataset, "reader", None)  # Hugging Face's datasets have one
-        self.classes = class_names(self.reader or dataset)
+        self.classes = _class_names(self.reader or dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, int, str]:
         """A file or an image, its label, and a name for errors."""
@@ -186,7 +186,7 @@ class Images(ImageDataset[tuple[Any, int]]):
         return [] if self.exif_orientation else turned
 
 
-def class_names(dataset: Any) -> list[str] | None:
+def _class_names(dataset: Any) -> list[str] | None:
     """The class names of a dataset, or of one of timm's readers, in the order of their labels; None if unknown."""
     mapping = getattr(dataset, "class_to_idx", None) or getattr(dataset, "class_name_to_idx", None)
     if mapping:
@@ -195,16 +195,16 @@ def class_names(dataset: Any) -> list[str] | None:
     return list(map(str, names)) if names else None
 
 
-def check_same_classes(train: Any, val: Any, where: str) -> None:
-    """Raises ValueError unless both splits have the same classes, because labels are positions in the sorted list."""
-    expected, found = class_names(train), class_names(val)
-    if expected is None or found is None or expected == found:
+def check_same_classes(found: Sequence[str] | None, expected: Sequence[str] | None, where: str | Path, of: str) -> None:
+    """Raises ValueError unless both are the same, because labels are positions in these lists; None is not known."""
+    if found is None or expected is None or list(found) == list(expected):
         return
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     raise ValueError(
-        f"{where}: its classes are not those of the training images"
+        f"{where}: its classes are not those of {of}"
         + (f"; missing: {abbreviate(missing)}" if missing else "")
-        + (f"; not in training: {abbreviate(extra)}" if extra else "")
+        + (f"; unknown: {abbreviate(unknown)}" if unknown else "")
+        + ("" if missing or unknown else "; their order differs")
     )
 
 

@@ -23,7 +23,6 @@ from dfformer.tasks.evaluate import (
     Measured,
     Pixels,
     Timed,
-    check_classes_of_data,
     count_correct,
     data_config,
     logits_of,
@@ -51,8 +50,9 @@ class Classification(Task):
             image_data.open_dataset(given.dataset, given.root, split, channels, given.download, given.exif_orientation)
             for split in (given.train_split, given.val_split)
         )
-        image_data.check_same_classes(train_set, val_set, f"{given.root}, split {given.val_split}")
-        super().__init__(config, place, train_set, val_set, image_data.class_names(train_set))
+        where = f"{given.root}, split {given.val_split}"
+        image_data.check_same_classes(val_set.classes, train_set.classes, where, "the training images")
+        super().__init__(config, place, train_set, val_set, train_set.classes)
         self.model_args = {**config.model.args, **self._num_classes()}
         self.mix = self._mixup()
 
@@ -169,13 +169,9 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
 
 
 def _check_classes(classes: list[str] | None, model: Any, dataset: Any, checkpoint: Path) -> None:
-    found = image_data.class_names(dataset)
-    if found is None:
-        return
-    if classes is not None:
-        check_classes_of_data(checkpoint, classes, found)
-    if len(found) != model.num_classes:
-        raise ValueError(f"{checkpoint}: has {model.num_classes} classes, the data {len(found)}")
+    image_data.check_same_classes(classes, dataset.classes, checkpoint, "the data")
+    if dataset.classes is not None and len(dataset.classes) != model.num_classes:
+        raise ValueError(f"{checkpoint}: has {model.num_classes} classes, the data {len(dataset.classes)}")
 
 
 def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:

@@ -26,9 +26,9 @@ from dfformer.data.boxes import (
     BoxDataset,
     DetectionTensors,
     Target,
-    check_same_categories,
     collate,
     open_box_dataset,
+    with_ids,
 )
 from dfformer.tasks.base import SHOWN, DenseTask, Place, load_dense, whole_images
 from dfformer.tasks.detector import Detector
@@ -122,7 +122,8 @@ class Detection(DenseTask):
             )
         self.categories = train_set.categories
         where = f"{given.root}, split {given.val_split}"
-        check_same_categories(val_set.categories, self.categories, where, f"split {given.train_split}")
+        expected = with_ids(self.categories)
+        image_data.check_same_classes(with_ids(val_set.categories), expected, where, f"split {given.train_split}")
         super().__init__(config, place, train_set, val_set, list(train_set.categories.values()))
         self.samples = DetectionTensors(train_set, config.detect.hflip)
         self.detector = {name: getattr(config.detect, name) for name in ("channels", "anchor_scale", "norm_groups")}
@@ -185,8 +186,8 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
     model, about = load_detector(checkpoint)
     place, classes = Place(torch.device(arguments.device)), about["classes"]
     dataset = open_box_dataset(dataset_spec(arguments, about), about["repair_boxes"])
-    expected = dict(zip(about["category_ids"], classes, strict=True))
-    check_same_categories(dataset.categories, expected, f"{arguments.root}, split {arguments.split}", str(checkpoint))
+    own = with_ids(dict(zip(about["category_ids"], classes, strict=True)))
+    image_data.check_same_classes(own, with_ids(dataset.categories), checkpoint, "the data")
     image_data.check_images(dataset)
     loader = _loader(dataset, arguments.workers, place)
     for shorter, longer in map(sorted, arguments.img_size or [about["data"]["input_size"][1:]]):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dfformer.data.files import DatasetSpec
 from dfformer.utils.io import write_atomically
-from dfformer.utils.text import abbreviate, echo, printable
+from dfformer.utils.text import echo, printable
 
 AMP_TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -149,16 +149,6 @@ class Timed(nn.Module):
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def check_classes_of_data(checkpoint: Path, classes: list[str], found: list[str]) -> None:
-    """Raises ValueError unless a checkpoint has the classes of the data, in the same order."""
-    if classes != found:
-        different = abbreviate(sorted(set(classes) ^ set(found)))
-        raise ValueError(
-            f"{checkpoint}: its {len(classes)} classes are not the data's {len(found)}; "
-            f"only in one of them: {different or 'none, their order differs'}"
-        )
 
 
 def progress(loader: DataLoader, name: str) -> Iterable[Any]:

@@ -33,7 +33,7 @@ from dfformer.data.masks import (
 )
 from dfformer.data.transforms import resize_shorter_side
 from dfformer.tasks.base import SHOWN, DenseTask, Place, load_dense, whole_images
-from dfformer.tasks.evaluate import Measured, Pixels, Timed, check_classes_of_data, dataset_spec, progress
+from dfformer.tasks.evaluate import Measured, Pixels, Timed, dataset_spec, progress
 from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.tasks.results import plan_results, write_results
 
@@ -199,7 +199,7 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
     model, about = load_segmenter(checkpoint)
     place, classes = Place(torch.device(arguments.device)), about["classes"]
     dataset = open_mask_dataset(dataset_spec(arguments, about), about["reduce_zero_label"])
-    check_classes_of_data(checkpoint, classes, dataset.classes)
+    image_data.check_same_classes(classes, dataset.classes, checkpoint, "the data")
     image_data.check_images(dataset)
     pixels = Pixels(about["data"]["mean"], about["data"]["std"], place.device)
     for size in arguments.img_size or [about["data"]["input_size"][1:]]:

@@ -11,9 +11,9 @@ import torch
 from image_files import noise, oriented
 from PIL import Image
 
-from dfformer.data.boxes import CocoImages, DetectionTensors, check_same_categories, open_box_dataset
+from dfformer.data.boxes import CocoImages, DetectionTensors, open_box_dataset, with_ids
 from dfformer.data.files import DatasetSpec
-from dfformer.data.images import check_images
+from dfformer.data.images import check_images, check_same_classes
 
 CATEGORIES = {7: "dark", 3: "bright"}  # in no order, with gaps
 Change = Callable[[dict[str, Any]], object]
@@ -237,8 +237,8 @@ def test_a_missing_file(root: Path) -> None:
 
 
 def test_other_categories() -> None:
-    with pytest.raises(ValueError, match=r"here: its 2 categories are not the 1 of there: grey \(9\)"):
-        check_same_categories({1: "a", 9: "grey"}, {1: "a"}, "here", "there")
+    with pytest.raises(ValueError, match=r"here: its classes are not those of there; unknown: grey \(9\)"):
+        check_same_classes(with_ids({1: "a", 9: "grey"}), with_ids({1: "a"}), "here", "there")
 
 
 def test_boxes_of_images_as_viewers_show_them(root: Path) -> None:

@@ -147,7 +147,7 @@ MISUSES = {
     "no-split": (["--root", "{root}", "--split", "test"], "has neither a folder 'test' nor test.tar"),
     "crop": (["--root", "{root}", "--crop-pct", "0"], "--crop-pct: got 0.0"),
     "batch": (["--root", "{root}", "--batch-size", "0"], "--batch-size"),
-    "classes": (["--dataset", "digits"], "its 3 classes are not the data's 10; only in one of them: 0, 1, 2, 3, 4"),
+    "classes": (["--dataset", "digits"], "its classes are not those of the data; missing: 0, 1, 2, 3, 4"),
     "unknown": (["--root", "{root}", "--dataset", "torch/nothing"], "Unknown torchvision dataset nothing"),
 }
 

@@ -74,7 +74,6 @@ _EXIF_ORIENTATION = Argument(
     "--exif-orientation", action="store_true", help="rotate and mirror images as viewers do; default: as stored"
 )
 _PRETRAINED = Argument("--pretrained", action="store_true", help="download the authors' weights of --model")
-_IMG_SIZE = Argument("--img-size", type=plane, metavar="N or HxW", help="default: the model's")
 _DEVICE = Argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1; default: cpu")
 _WORKERS_ARGUMENT = Argument(
     "--workers", type=int, default=_WORKERS, help=f"processes that read images (here: {_WORKERS})"
@@ -82,6 +81,10 @@ _WORKERS_ARGUMENT = Argument(
 _SELF_ENSEMBLE = Argument(
     "--self-ensemble", action="store_true", help="restoration: average over images turned and mirrored in eight ways"
 )
+
+
+def _img_size(words: str = "default: the model's", **options: Any) -> Argument:
+    return Argument("--img-size", type=plane, metavar="N or HxW", help=words, **options)
 
 
 def _output(folder: str) -> Argument:
@@ -97,7 +100,7 @@ _SHOW = (
     Argument("--checkpoint", action="append", type=Path, help=".safetensors or .pth"),
     Argument("--model", action="append", help="e.g. dfformer_s18; with or without a checkpoint"),
     _PRETRAINED,
-    _IMG_SIZE,
+    _img_size(),
     _output("show"),
     _DEVICE,
 )
@@ -135,7 +138,7 @@ COMMANDS = {
     "info": Command(
         "show versions, available backends and the models",
         "dfformer.cli.info:info_command",
-        (Argument("--img-size", type=plane, default=(224, 224), metavar="N or HxW", help="default: 224"),),
+        (_img_size("default: 224", default=(224, 224)),),
     ),
     "doctor": Command(
         "verify every backend against float64",
@@ -168,13 +171,7 @@ COMMANDS = {
             _EXIF_ORIENTATION,
             _MODEL,
             _MODEL_ARGS,
-            Argument(
-                "--img-size",
-                nargs="+",
-                type=plane,
-                metavar="N or HxW",
-                help="one or several; default: the model's",
-            ),
+            _img_size("one or several; default: the model's", nargs="+"),
             Argument("--crop-pct", type=float, help="share of the image's side that is kept; default: the model's"),
             _SELF_ENSEMBLE,
             _batch_size(64),
@@ -196,7 +193,7 @@ COMMANDS = {
             _MODEL_ARGS,
             _PRETRAINED,
             Argument("--classes", type=Path, help="a text file with a class name a line"),
-            _IMG_SIZE,
+            _img_size(),
             Argument("--topk", type=int, default=5, help="default: 5"),
             Argument("--min-score", type=float, default=0.3, help="lowest score of objects; default: 0.3"),
             _SELF_ENSEMBLE,
@@ -217,7 +214,7 @@ COMMANDS = {
             _CHECKPOINT,
             _MODEL,
             _PRETRAINED,
-            Argument("--img-size", type=plane, metavar="N or HxW", help="of the images; default: the model's"),
+            _img_size("of the images; default: the model's"),
             Argument(
                 "--format",
                 help="pt2, aoti (a .pt2 too), onnx, openvino (.xml), executorch (.pte), coreml (.mlpackage), "

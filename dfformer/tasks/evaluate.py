@@ -20,8 +20,6 @@ from dfformer.data.files import DatasetSpec
 from dfformer.utils.io import write_atomically
 from dfformer.utils.text import echo, printable
 
-AMP_TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class Pixels:
     """Maps uint8 images (B,C,H,W) to normalised float32 images on ``device``, in channels-last memory."""
@@ -53,9 +51,8 @@ def data_config(model: nn.Module, img_size: tuple[int, int] | None = None) -> di
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
-    """Mixed precision, by a name in AMP_TYPES."""
-    dtype = AMP_TYPES[amp]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    """Mixed precision in the dtype called ``amp``, or none."""
+    return torch.autocast(device.type, dtype=getattr(torch, amp, None), enabled=amp != "none")
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:

@@ -181,16 +181,13 @@ class Segmentation(DenseTask):
 
         model.eval()
         whole = SegmentationTensors(self.val_set, EvalTransform(min(self.config.data.size)))
-        images, truths, predictions = [], [], []
-        for index in range(min(SHOWN, len(self.val_set))):
-            image, truth = self.val_set[index]
-            with torch.inference_mode():
-                prediction = segment(model, self.pixels(whole[index][0][None]), truth.shape)[0]
-            images.append(np.asarray(image))
-            truths.append(truth)
-            predictions.append(prediction.cpu().numpy())
+        shown = range(min(SHOWN, len(self.val_set)))
+        images, truths = zip(*(self.val_set[index] for index in shown), strict=True)
+        with torch.inference_mode():
+            found = [segment(model, self.pixels(whole[n][0][None]), truths[n].shape)[0].cpu().numpy() for n in shown]
         title = f"{self.config.model.name}: the first {len(images)} validation images"
-        figure = segmentations(images, {"truth": truths, "prediction": predictions}, self.classes, title)
+        masks = {"truth": truths, "prediction": found}
+        figure = segmentations([np.asarray(image) for image in images], masks, self.classes, title)
         return {"predictions.png": figure}
 
 

@@ -27,10 +27,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dfformer.analysis.metrics import blocks
 from dfformer.data.images import seed_everything
+from dfformer.models.blocks import MetaFormerBlock
 from dfformer.models.checkpoint import CheckpointError, must_fit
-from dfformer.models.metaformer import DFFormer
 from dfformer.tasks.base import Place, Task
 from dfformer.tasks.evaluate import autocast
 from dfformer.tasks.table import task_part
@@ -150,9 +149,8 @@ class Engine:
             return self.model
         if self.config.distributed == "fsdp":
             for model in self.models.values():
-                for metaformer in (module for module in model.modules() if isinstance(module, DFFormer)):
-                    for block in blocks(metaformer).values():
-                        fully_shard(block)
+                for block in [module for module in model.modules() if isinstance(module, MetaFormerBlock)]:
+                    fully_shard(block)
                 fully_shard(model)
             return self.model
         devices = [self.place.device] if self.place.device.type == "cuda" else None
@@ -215,9 +213,9 @@ class Engine:
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.place.device)
         for part, batch in enumerate(batches):
-            with self._gradients_stay_here(part < len(batches) - 1), autocast(self.place.device, self.config.amp):
-                loss = self.task.loss(self.runner, batch) / len(batches)
             with self._gradients_stay_here(part < len(batches) - 1):
+                with autocast(self.place.device, self.config.amp):
+                    loss = self.task.loss(self.runner, batch) / len(batches)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         total = self.place.add_up(total) / self.place.world

@@ -9,6 +9,17 @@
 
 #include "../dynamic_filter.h"
 
+// Functions between BEGIN_TARGET and END_TARGET are compiled for these instructions.
+#define AS_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define BEGIN_TARGET(instructions) \
+    AS_PRAGMA(clang attribute push(__attribute__((target(instructions))), apply_to = function))
+#define END_TARGET _Pragma("clang attribute pop")
+#else
+#define BEGIN_TARGET(instructions) _Pragma("GCC push_options") AS_PRAGMA(GCC target(instructions))
+#define END_TARGET _Pragma("GCC pop_options")
+#endif
+
 namespace dfformer::cpu {
 
 // Serial kernels over a range of elements; the driver owns threads and the order of reductions.

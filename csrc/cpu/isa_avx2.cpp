@@ -8,21 +8,10 @@
 #define VECTOR_BYTES 32
 #define HAS_F16C 1
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-
+BEGIN_TARGET("avx2,fma,f16c")
 namespace dfformer::cpu {
 #include "kernels/kernels.inl"
 constinit const Kernels avx2_kernels = make_kernels("avx2");
 }  // namespace dfformer::cpu
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+END_TARGET
 #endif

@@ -8,22 +8,10 @@
 #define VECTOR_BYTES 64
 #define HAS_F16C 1
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
-#endif
-
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 namespace dfformer::cpu {
 #include "kernels/kernels.inl"
 constinit const Kernels avx512_kernels = make_kernels("avx512");
 }  // namespace dfformer::cpu
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+END_TARGET
 #endif

@@ -179,7 +179,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("active_isa", &active_isa);
     m.def("set_active_isa", &set_active_isa, "name"_a);
     m.attr("max_side") = max_side;
-    m.attr("max_filters") = max_filters;
     const py::call_guard<py::gil_scoped_release> no_gil;
     m.def("star_relu", &bind_star_relu, no_gil, "x"_a, "y"_a, "n"_a, "dtype"_a, "scale"_a, "bias"_a, "threads"_a);
     m.def("star_relu_backward", &bind_star_relu_backward, no_gil, "grad_y"_a, "x"_a, "grad_x"_a, "n"_a, "dtype"_a,

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dfformer.models.exact import fusible, is_exact
 from dfformer.models.layers import Scale, StarReLU
 from dfformer_kernels import linear
-from dfformer_kernels.ops.mlp import chunks
+from dfformer_kernels.ops.mlp import in_chunks
 from dfformer_kernels.ops.registration import is_transformed
 
 # The number of rows that oneDNN packs a weight for; products of any number of rows can use it.
@@ -149,11 +149,7 @@ class PackedMlp(nn.Module):
             and is_exact(self.fc2, PackedLinear, x)
         ):
             return self._layers(x)
-        rows = x.reshape(-1, x.shape[-1])
-        parts = chunks(len(rows), self.fc1._weight.shape[0] * x.itemsize)
-        results = [self._layers(rows[part]) for part in parts]
-        y = results[0] if len(results) == 1 else torch.cat(results)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return in_chunks(x, self.fc1.out_features, self.fc2.out_features, self._layers)
 
     def _layers(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))

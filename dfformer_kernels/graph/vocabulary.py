@@ -14,7 +14,8 @@ _VIEWS = """view reshape _unsafe_view permute transpose t T mT movedim moveaxis 
 VIEWS = {*_VIEWS.split()}
 CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "cfloat", "_to_copy", "convert_element_type"}
 _PRODUCTS = "einsum matmul bmm mm tensordot sum"
-_LINEAR = {*VIEWS, *CASTS, *_PRODUCTS.split()}
+_COMPLEX_TRANSFORMS = "fft fft2 fftn ifft ifft2 ifftn _fft_c2c"
+_LINEAR = {*VIEWS, *CASTS, *_PRODUCTS.split(), *_COMPLEX_TRANSFORMS.split()}
 # Sums and products that write into their first argument.
 IN_PLACE = {"imul", "mul_", "iadd", "add_", "isub", "sub_"}
 _ARITHMETIC = {"mul", "multiply", "add", "sub", *IN_PLACE}
@@ -76,7 +77,7 @@ def is_linear(node: fx.Node) -> bool:
         return not node.kwargs and all(isinstance(a, fx.Node) and is_tensor(a) for a in tensors)
     if name == "getitem":
         return isinstance(node.args[0], fx.Node) and is_tensor(node.args[0])
-    return name in _LINEAR or is_complex_transform(node)
+    return name in _LINEAR
 
 
 def is_mutating(node: fx.Node) -> bool:
@@ -109,12 +110,6 @@ def softmax_axis(node: fx.Node) -> int | None:
     """The axis of a softmax; None if the call does not give it as a number."""
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     return dim if type(dim) is int else None
-
-
-def is_complex_transform(node: fx.Node) -> bool:
-    return node.op == "call_function" and (
-        name_of(node) in ("fft", "fft2", "fftn", "ifft", "ifft2", "ifftn", "_fft_c2c")
-    )
 
 
 def transform_of(node: fx.Node) -> Transform | None:

@@ -1,7 +1,7 @@
 """MetaFormer's MLP as one autograd Function that saves less than its three layers would."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any
 
@@ -49,7 +49,7 @@ def mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: T
         return MlpFunction.apply(*tensors)
     if not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _layers(*tensors)
-    return _in_chunks(*tensors)
+    return in_chunks(x, len(weight1), len(weight2), lambda rows: _layers(rows, *tensors[1:]))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -60,14 +60,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def chunks(rows: int, row_bytes: int) -> Iterator[slice]:
-    """Splits ``rows`` about evenly so that each slice has at most CHUNK_BYTES of hidden activations.
+def in_chunks(x: Tensor, hidden: int, N: int, layers: Callable[[Tensor], Tensor]) -> Tensor:
+    """``layers(x)`` (...,N) of x (...,K), without gradients, with at most CHUNK_BYTES of hidden activations at a time.
 
-    A row has ``row_bytes`` of them.
+    A row of x has ``hidden`` of them. The chunks are about equally long.
     """
-    count = max(-(-rows * row_bytes // CHUNK_BYTES), 1)
-    size = max(-(-rows // count), 1)
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+    rows = _rows(x)
+    count = -(-len(rows) * hidden * x.itemsize // CHUNK_BYTES)
+    if count <= 1:
+        return layers(x)
+    y = x.new_empty(*x.shape[:-1], N)
+    size = -(-len(rows) // count)
+    for part, of_y in zip(rows.split(size), _rows(y).split(size), strict=True):
+        of_y.copy_(layers(part))
+    return y
 
 
 class MlpFunction(torch.autograd.Function):
@@ -94,18 +100,6 @@ class MlpFunction(torch.autograd.Function):
 
 def _layers(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor) -> Tensor:
     return linear(apply_star_relu(linear(x, weight1), scale, bias), weight2)
-
-
-def _in_chunks(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor) -> Tensor:
-    rows = _rows(x)
-    parts = list(chunks(len(rows), weight1.shape[0] * x.itemsize))
-    if len(parts) <= 1:
-        return _layers(x, weight1, scale, bias, weight2)
-    y = x.new_empty(*x.shape[:-1], weight2.shape[0])
-    rows_of_y = _rows(y)
-    for part in parts:
-        rows_of_y[part] = _layers(rows[part], weight1, scale, bias, weight2)
-    return y
 
 
 def _gradients(

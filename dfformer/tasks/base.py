@@ -117,16 +117,10 @@ def load_dense(path: str | Path, task: str, build: Callable[[dict[str, Any]], Mo
     return checkpoint.build_and_load(lambda: build(about), state_dict, path), about
 
 
-def whole_images(
-    dataset: Any,
-    workers: int,
-    place: Place,
-    collate: image_data.Collate = default_collate,
-    surplus: Callable[[Any], Any] = lambda truth: truth,
-) -> DataLoader:
-    """This process's images and targets, one by one because sizes differ; see `evaluation_loader`."""
+def evaluation_loader(dataset: Any, workers: int, place: Place, batch_size: int = 1, **options: Any) -> DataLoader:
+    """This process's images and targets, by default one by one; for ``options``, see `image_data.evaluation_loader`."""
     pinned = place.device.type == "cuda"
-    return image_data.evaluation_loader(dataset, 1, workers, pinned, place.rank, place.world, collate, surplus)
+    return image_data.evaluation_loader(dataset, batch_size, workers, pinned, place.rank, place.world, **options)
 
 
 class DenseTask(Task):

@@ -18,7 +18,7 @@ from dfformer.data.files import read_class_names
 from dfformer.data.transforms import evaluation_transform, training_transform
 from dfformer.models.checkpoint import load_checkpoint, load_model
 from dfformer.models.metadata import is_ours
-from dfformer.tasks.base import Place, Task
+from dfformer.tasks.base import Place, Task, evaluation_loader
 from dfformer.tasks.evaluate import (
     Measured,
     Pixels,
@@ -126,14 +126,7 @@ class Classification(Task):
         return F.cross_entropy(logits_of(model, images), labels, label_smoothing=self.config.augment.smoothing)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        loader = image_data.evaluation_loader(
-            self.val_set,
-            self.batches.batch,
-            self.config.data.workers,
-            self.place.device.type == "cuda",
-            self.place.rank,
-            self.place.world,
-        )
+        loader = evaluation_loader(self.val_set, self.config.data.workers, self.place, self.batches.batch)
         return means(self.place.add_up(count_correct(model, loader, self.pixels)))[1]
 
     def image_settings(self) -> dict[str, Any]:
@@ -155,7 +148,7 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         _check_classes(classes, model, dataset, checkpoint)
         image_data.check_images(dataset)
         dataset.transform = evaluation_transform(config, as_uint8=True)
-        loader = image_data.evaluation_loader(dataset, arguments.batch_size, arguments.workers, device.type == "cuda")
+        loader = evaluation_loader(dataset, arguments.workers, Place(device), arguments.batch_size)
         timed = Timed(model, device, arguments.amp)
         bar = progress(loader, f"{checkpoint.name} {H}x{W}")
         images, measures = means(count_correct(timed, bar, Pixels(config["mean"], config["std"], device)))

@@ -30,7 +30,7 @@ from dfformer.data.boxes import (
     open_box_dataset,
     with_ids,
 )
-from dfformer.tasks.base import SHOWN, DenseTask, Place, load_dense, whole_images
+from dfformer.tasks.base import SHOWN, DenseTask, Place, evaluation_loader, load_dense
 from dfformer.tasks.detector import Detector
 from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress
 from dfformer.tasks.predict import File, Predictor, Top
@@ -167,7 +167,7 @@ def _no_target(target: Target) -> None:
 
 
 def _loader(dataset: BoxDataset, workers: int, place: Place) -> DataLoader:
-    return whole_images(DetectionTensors(dataset), workers, place, collate, _no_target)
+    return evaluation_loader(DetectionTensors(dataset), workers, place, collate=collate, surplus=_no_target)
 
 
 def confident(objects: Target, min_score: float) -> Target:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 try:
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from dfformer.data import images as image_data
 from dfformer.data.pairs import Degradation, InputAndTarget, RestorationTensors, nothing_like, open_pair_dataset
 from dfformer.models.checkpoint import load_checkpoint
-from dfformer.tasks.base import SHOWN, DenseTask, Place, load_dense, whole_images
+from dfformer.tasks.base import SHOWN, DenseTask, Place, evaluation_loader, load_dense
 from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress
 from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.tasks.restorer import Restorer, SelfEnsemble, enlarged, tiled
@@ -169,7 +169,7 @@ def _array(pixels: Tensor) -> np.ndarray:
 
 
 def _loader(tensors: RestorationTensors, workers: int, place: Place) -> DataLoader:
-    return whole_images(tensors, workers, place, surplus=nothing_like)
+    return evaluation_loader(tensors, workers, place, collate=default_collate, surplus=nothing_like)
 
 
 def _wanted(checkpoint: Path, arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 try:
     from segmentation_models_pytorch import FPN
@@ -32,7 +32,7 @@ from dfformer.data.masks import (
     open_mask_dataset,
 )
 from dfformer.data.transforms import resize_shorter_side
-from dfformer.tasks.base import SHOWN, DenseTask, Place, load_dense, whole_images
+from dfformer.tasks.base import SHOWN, DenseTask, Place, evaluation_loader, load_dense
 from dfformer.tasks.evaluate import Measured, Pixels, Timed, dataset_spec, progress
 from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.tasks.results import plan_results, write_results
@@ -134,7 +134,8 @@ def _measures(confusion: Tensor) -> dict[str, float]:
 
 
 def _loader(dataset: MaskDataset, shorter: int, workers: int, place: Place) -> DataLoader:
-    return whole_images(SegmentationTensors(dataset, EvalTransform(shorter)), workers, place, surplus=ignored_like)
+    tensors = SegmentationTensors(dataset, EvalTransform(shorter))
+    return evaluation_loader(tensors, workers, place, collate=default_collate, surplus=ignored_like)
 
 
 class Segmentation(DenseTask):

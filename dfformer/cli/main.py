@@ -59,12 +59,6 @@ def _run(argv: list[str]) -> int:
         return _INTERRUPTED
 
 
-def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace | list[str]]:
-    """The command of a command line, and its arguments: a list if it has a parser of its own, otherwise parsed."""
-    prog, command, rest = _found(list(argv))
-    return command, rest if command.own_parser else _parsed(prog, command, rest)
-
-
 def _found(argv: list[str]) -> tuple[str, Command, list[str]]:
     """The words of a command in the table, the command (or a group), and the remaining arguments."""
     prog, command = "dfformer", _ALL

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from dfformer import DynamicFilter
-from dfformer.cli.main import parse
+from dfformer.cli import main
 from dfformer.train import config as train_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,9 +89,11 @@ def test_commands_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     for command in COMMAND.findall(page.read_text("utf-8").replace("\\\n", "")):
         assert "#" not in command, "comments stand above commands"
-        _, arguments = parse(shlex.split(command)[1:])
-        if isinstance(arguments, list):  # of `dfformer train`
+        prog, found, arguments = main._found(shlex.split(command)[1:])
+        if found.own_parser:  # `dfformer train`
             train_config.parse(arguments)
+        else:
+            main._parsed(prog, found, arguments)
 
 
 @EVERY_PAGE

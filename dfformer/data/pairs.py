@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -15,6 +15,7 @@ from dfformer.data import photographs
 from dfformer.data.files import DatasetSpec, FileDataset, ImageDataset, check_image, images_in, read_image
 
 LEAST_SIDE = 16  # of a whole image, in pixels; the metrics need it
+_MIRRORINGS = (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE)
 
 InputAndTarget = tuple[Tensor, Tensor]  # uint8 (3,H/scale,W/scale) and uint8 (3,H,W)
 
@@ -140,11 +141,14 @@ def open_pair_dataset(
 
 
 class RestorationTensors(Dataset):
-    """``dataset`` as pairs of tensors: whole images, or ``repeats`` random crops of each, flipped at random.
+    """``dataset`` as pairs of tensors: whole images, or ``repeats`` random crops of each, mirrored at random,
+    along the diagonal too if they are square: in all eight ways.
 
     Args:
         degradation: makes the inputs that ``dataset`` lacks. The noise of a whole image depends only on its index.
         crop: the size (H,W) of target crops; None for whole images, cut to multiples of ``scale``.
+        photometric: change brightness, contrast, saturation, hue and the order of channels of crops at random, before
+            inputs are made from them.
     """
 
     def __init__(
@@ -153,8 +157,10 @@ class RestorationTensors(Dataset):
         degradation: Degradation,
         crop: tuple[int, int] | None = None,
         repeats: int = 1,
+        photometric: bool = False,
     ) -> None:
         self.dataset, self.degradation, self.crop, self.repeats = dataset, degradation, crop, repeats
+        self.photometric = v2.RandomPhotometricDistort() if photometric else nn.Identity()
 
     def __len__(self) -> int:
         return self.repeats * len(self.dataset)
@@ -172,9 +178,11 @@ class RestorationTensors(Dataset):
         if source is not None:
             pair.append(source.crop(box))
         if self.crop:
-            for flip in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM):
+            for mirroring in _MIRRORINGS if taken[0] == taken[1] else _MIRRORINGS[:2]:
                 if _below(2):
-                    pair = [image.transpose(flip) for image in pair]
+                    pair = [image.transpose(mirroring) for image in pair]
+        if source is None:
+            pair = self.photometric(pair)
         pixels = [v2.functional.pil_to_tensor(image) for image in pair]
         if source is None:
             generator = None if self.crop else torch.Generator().manual_seed(index)

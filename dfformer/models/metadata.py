@@ -135,6 +135,8 @@ DETECTOR: dict[str, Kind] = {
     "anchor_scale": real(0.1, 1000),
     "norm_groups": whole(0, 16384),
 }
+# See `dfformer.tasks.restorer.Restorer`.
+RESTORER: dict[str, Kind] = {"channels": whole(1, 1024), "stride": whole(1, 8), "blocks": whole(0, 128)}
 # The degradation that a restorer undoes; see `dfformer.data.pairs.Degradation`.
 DEGRADATION: dict[str, Kind] = {"scale": whole(1, 4), "blur": real(0, 5), "noise": real(0, 255)}
 _DICT = Kind(lambda value: isinstance(value, dict), "mappings")
@@ -149,11 +151,11 @@ _TASKS: dict[str, dict[str, Kind]] = {
     "classify": {},
     "segment": {"decoder": _DICT, "reduce_zero_label": FLAG},
     "detect": {"detector": _DICT, "repair_boxes": FLAG, "category_ids": list_of(whole(-(2**53), 2**53), 1, 1_000_000)},
-    "restore": {"classes": NONE, "degradation": _DICT},
+    "restore": {"classes": NONE, "restorer": _DICT, "degradation": _DICT},
 }
 # The settings that belong to single tasks: each table by its key in a checkpoint.
-_OWN = {"decoder": DECODER, "detector": DETECTOR, "degradation": DEGRADATION}
-_COMPLETE = ("detector", "degradation")  # those whose settings must all be present
+_OWN = {"decoder": DECODER, "detector": DETECTOR, "restorer": RESTORER, "degradation": DEGRADATION}
+_COMPLETE = ("detector", "restorer", "degradation")  # those whose settings must all be present
 
 
 def is_ours(architecture: str) -> bool:

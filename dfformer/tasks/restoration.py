@@ -1,4 +1,4 @@
-"""Image restoration: a U of MetaFormer blocks removes noise or blur, or enlarges; training, evaluation, prediction."""
+"""Image restoration by a `Restorer`: removes noise or blur, or enlarges; training, evaluation, prediction."""
 
 import argparse
 from collections.abc import Iterable, Iterator
@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 from dfformer.data import images as image_data
 from dfformer.data.pairs import Degradation, InputAndTarget, RestorationTensors, nothing_like, open_pair_dataset
 from dfformer.models.checkpoint import load_checkpoint
+from dfformer.models.metadata import RESTORER
 from dfformer.tasks.base import SHOWN, DenseTask, Place, evaluation_loader, load_dense
 from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress
 from dfformer.tasks.predict import File, Predictor, Top
@@ -39,13 +40,13 @@ def load_restorer(path: str | Path) -> tuple[Restorer, dict[str, Any]]:
     """The model of a restoration checkpoint, in eval mode, and the file's description of it.
 
     The description has ``architecture`` and ``model_args`` of the encoder, ``data`` (mean, std and input_size, whose
-    last two numbers are the tile's) and ``degradation`` (the scale, blur and noise that the model was trained to undo,
-    see `dfformer.data.pairs.Degradation`).
+    last two numbers are the tile's), ``restorer`` (channels, stride and blocks) and ``degradation`` (the scale, blur
+    and noise that the model was trained to undo, see `dfformer.data.pairs.Degradation`).
     """
 
     def build(about: dict[str, Any]) -> Restorer:
-        pixels, scale = about["data"], about["degradation"]["scale"]
-        return Restorer(about["architecture"], about["model_args"], scale, pixels["mean"], pixels["std"])
+        encoder, scale, pixels = about["architecture"], about["degradation"]["scale"], about["data"]
+        return Restorer(encoder, about["model_args"], scale, pixels["mean"], pixels["std"], **about["restorer"])
 
     return load_dense(path, "restore", build)
 
@@ -108,6 +109,7 @@ class Restoration(DenseTask):
     def __init__(self, config: "TrainConfig", place: Place) -> None:
         given, wanted = config.data, config.restore
         self.degradation = Degradation(wanted.scale, wanted.blur, wanted.noise)
+        self.restorer = {name: getattr(wanted, name) for name in RESTORER}
         if any(side % wanted.scale for side in given.size):
             raise ValueError(
                 f"data.img_size: got {given.img_size}, accepted are multiples of restore.scale={wanted.scale}"
@@ -119,8 +121,10 @@ class Restoration(DenseTask):
         if config.distributed == "fsdp":  # images differ in size, so processes would wait for one another
             raise ValueError("distributed: got fsdp, accepted to restore is ddp")
         train_set = open_pair_dataset(given.spec(training=True), self.degradation, given.size)
+        if wanted.photometric and train_set[0][0] is not None:
+            raise ValueError("restore.photometric: got True, accepted is false where inputs are files")
         val_set = open_pair_dataset(given.spec(training=False), self.degradation)
-        self.samples = RestorationTensors(train_set, self.degradation, given.size, wanted.crops)
+        self.samples = RestorationTensors(train_set, self.degradation, given.size, wanted.crops, wanted.photometric)
         super().__init__(config, place, train_set, val_set, [], len(self.samples))
 
     def _encoder_weights(self) -> dict[str, Any]:
@@ -128,7 +132,7 @@ class Restoration(DenseTask):
 
     def on_encoder(self, arguments: dict[str, Any]) -> Restorer:
         model = self.config.model
-        restorer = Restorer(model.name, arguments, self.degradation.scale, self.mean, self.std)
+        restorer = Restorer(model.name, arguments, self.degradation.scale, self.mean, self.std, **self.restorer)
         if model.checkpoint:
             load_checkpoint(restorer, model.checkpoint)
         return restorer
@@ -143,7 +147,7 @@ class Restoration(DenseTask):
         return mean_quality(model, loader, self.place, scale, given.size, _TILES_AT_ONCE)
 
     def description(self) -> dict[str, Any]:
-        return {"degradation": vars(self.degradation)}
+        return {"restorer": self.restorer, "degradation": vars(self.degradation)}
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         from dfformer.analysis.dense_figures import restorations

@@ -1,4 +1,4 @@
-"""The restoration model: a U of MetaFormer blocks that adds a correction to its input, tile by tile."""
+"""The restoration model: convolutions around a U of MetaFormer blocks add a correction to its input, tile by tile."""
 
 import math
 from collections.abc import Sequence
@@ -13,66 +13,102 @@ from torch.nn import functional as F
 
 from dfformer.models.metadata import is_ours
 
-# Border of the image, in pixels, that the stem's convolution needs to return 1 / stride of the pixels; strides 1, 2, 4.
+# Border of the map, in pixels, with which the encoder's first convolution returns 1 / stride of them.
 _BORDER = 1
 _OVERLAP = 1 / 4  # of neighbouring tiles, as a share of a tile's side
+
+
+class ResidualBlock(nn.Sequential):
+    """``x + conv(relu(conv(x)))`` with 3x3 convolutions and no norm (EDSR, arXiv:1707.02921)."""
+
+    def __init__(self, channels: int) -> None:
+        convolutions = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
+        super().__init__(convolutions[0], nn.ReLU(), convolutions[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        return x + y
 
 
 class Restorer(nn.Module):
     """Maps images (B,3,H,W) of 0 to 1, of any size, to restored images (B,3,scale*H,scale*W), which are not clipped.
 
-    The encoder is a model of this package without norms between its stages, so that contrast is not lost. The decoder
-    has the same stages, from the last but one to the first. The input of each is the output of the stage below,
-    enlarged by a transposed convolution, plus the encoder's map of the same size. The output is the bicubically
-    enlarged input plus a correction, which is initially zero.
+    A strided convolution makes a map of the image. Residual blocks of convolutions, a U of MetaFormer blocks and as
+    many residual blocks again each add to it. No map is normalised, only the input of a MetaFormer block's branches,
+    so that contrast is not lost. The encoder of the U is a model of this package. Its decoder has the same stages, from
+    the last but one to the first. The input of each is the output of the stage below, enlarged by a transposed
+    convolution, plus the encoder's map of the same size. The output is the bicubically enlarged input plus a
+    correction, which is initially zero.
 
     Args:
         encoder: its name for ``timm.create_model``, one of this package's models.
-        encoder_args: other arguments of the encoder. ``img_size`` is the size of the output; ``strides`` are 1, 2 or 4
-            in the stem, and 2 afterwards.
+        encoder_args: other arguments of the encoder. ``img_size`` is the size of the output; ``strides`` are relative
+            to the map of the image.
         scale: factor between the sides of output and input.
         mean, std: of the pixels.
+        channels, stride: of the map of the image.
+        blocks: number of residual blocks before the U, and after it.
 
     Raises:
-        ValueError: the encoder or its strides are not supported.
+        ValueError: the encoder is not supported.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, encoder: str, encoder_args: dict[str, Any], scale: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        encoder: str,
+        encoder_args: dict[str, Any],
+        scale: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        channels: int = 64,
+        stride: int = 2,
+        blocks: int = 3,
     ) -> None:
         super().__init__()
         if not is_ours(encoder):
             raise ValueError(f"model.name: got {encoder}, accepted to restore are this package's models")
-        bordered = [side + 2 * _BORDER for side in to_2tuple(encoder_args["img_size"])]
-        arguments = {**encoder_args, "img_size": bordered, "downsample_norm": None}
+        plane = [-(-side // stride) + 2 * _BORDER for side in to_2tuple(encoder_args["img_size"])]
+        arguments = {**encoder_args, "img_size": plane, "in_chans": channels, "downsample_norm": nn.Identity}
         self.scale = scale
         self.encoder = timm.create_model(encoder, features_only=True, **arguments)
-        dims, strides = self.encoder.feature_info.channels(), self.encoder.feature_info.reduction()
-        if strides[0] not in (1, 2, 4) or strides != [strides[0] * 2**stage for stage in range(len(dims))]:
-            raise ValueError(
-                f"model.args.strides: got maps of strides {strides}, accepted are 1, 2 or 4, then twice the one before"
-            )
-        self.stride = strides[-1]
         self.stages = timm.create_model(encoder, **{**arguments, "num_classes": 0}).stages[:-1]
-        self.enlarge = nn.ModuleList(nn.ConvTranspose2d(below, dim, 2, 2) for dim, below in pairwise(dims))
-        self.correction = nn.Conv2d(dims[0], 3 * strides[0] ** 2, 3, padding=1)
+        dims, reductions = [channels, *self.encoder.feature_info.channels()], self.encoder.feature_info.reduction()
+        strides = [after // before for before, after in pairwise([1, *reductions])]
+        self.stride = stride * reductions[-1]
+        self.enlarge = nn.ModuleList(
+            nn.ConvTranspose2d(below, dim, step, step)
+            for (dim, below), step in zip(pairwise(dims), strides, strict=True)
+        )
+        self.stem = nn.Conv2d(3, channels, 3 * stride, stride, padding=stride)
+        self.before, self.after = (nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks))) for _ in range(2))
+        self.correction = nn.Conv2d(channels, 3 * stride**2, 3, padding=1)
         for parameter in self.correction.parameters():
             nn.init.zeros_(parameter)
-        self.shuffle = nn.PixelShuffle(strides[0])
+        self.shuffle = nn.PixelShuffle(stride)
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         images = enlarged(images, self.scale)
         H, W = images.shape[-2:]
-        border = (_BORDER, -W % self.stride + _BORDER, _BORDER, -H % self.stride + _BORDER)
-        *skipped, x = self.encoder(F.pad((images - self.mean) / self.std, border, "replicate"))
-        for stage, enlarge, skip in reversed(list(zip(self.stages, self.enlarge, skipped, strict=True))):
-            x = stage((enlarge(x) + skip).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return images + self.shuffle(self.correction(x).float())[..., :H, :W]
+        padded = F.pad((images - self.mean) / self.std, (0, -W % self.stride, 0, -H % self.stride), "replicate")
+        x = self.stem(padded.contiguous(memory_format=torch.channels_last))
+        y = self.before(x)
+        y = x + self.after(y + self._unet(y))
+        return images + self.shuffle(self.correction(y).float())[..., :H, :W]
+
+    def _unet(self, x: Tensor) -> Tensor:
+        """Maps (B,C,H,W), with H and W multiples of the encoder's last stride, to the same size."""
+        *skipped, y = self.encoder(F.pad(x, (_BORDER,) * 4, "replicate"))
+        first, *others = self.enlarge
+        for stage, enlarge, skip in reversed(list(zip(self.stages, others, skipped, strict=True))):
+            y = stage((enlarge(y) + skip).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        result: Tensor = first(y)
+        return result
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in [*self.encoder.model.stages, *self.stages]:

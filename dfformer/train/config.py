@@ -9,7 +9,18 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from dfformer.data.files import DatasetSpec
-from dfformer.models.metadata import DATA, DEGRADATION, DETECTOR, IMAGE_SIZE, SHARE, Kind, list_of, real, whole
+from dfformer.models.metadata import (
+    DATA,
+    DEGRADATION,
+    DETECTOR,
+    IMAGE_SIZE,
+    RESTORER,
+    SHARE,
+    Kind,
+    list_of,
+    real,
+    whole,
+)
 from dfformer.train.checks import check, flatten
 from dfformer.train.recipes import with_recipe_files
 from dfformer.utils.suggest import did_you_mean
@@ -193,7 +204,7 @@ class DetectConfig:
 
 @dataclass
 class RestoreConfig:
-    """Restoration: the degradation to undo, and random crops and flips, which replace ``augment``.
+    """Restoration: the degradation to undo, the model around the U, and random crops, which replace ``augment``.
 
     Inputs are files (see ``data``), or made from the targets, which are blurred, then reduced, then given noise.
 
@@ -202,12 +213,21 @@ class RestoreConfig:
         blur: standard deviation of the Gaussian, in pixels of the target.
         noise: standard deviation of the noise, in levels of 0 to 255.
         crops: number of crops of each training image in an epoch.
+        photometric: change brightness, contrast, saturation, hue and the order of channels of crops at random, before
+            inputs are made from them.
+        channels: of the map of the image, on which convolutions work and to which the U adds.
+        stride: of this map; of 1 it has full resolution.
+        blocks: number of residual blocks of two convolutions before the U, and after it.
     """
 
     scale: int = setting(DEGRADATION["scale"], 1)
     blur: float = setting(DEGRADATION["blur"], 0.0)
     noise: float = setting(DEGRADATION["noise"], 0.0)
     crops: int = setting(whole(1, 10**6), 1)
+    photometric: bool = False
+    channels: int = setting(RESTORER["channels"], 64)
+    stride: int = setting(RESTORER["stride"], 2)
+    blocks: int = setting(RESTORER["blocks"], 3)
 
 
 @dataclass

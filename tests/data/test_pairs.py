@@ -59,6 +59,28 @@ def test_crops_of_both_are_of_one_place(root: Path) -> None:
     assert len(corners) > 15
 
 
+@pytest.mark.parametrize(("crop", "ways"), [((8, 8), 8), ((8, 12), 4)], ids=str)
+def test_crops_are_mirrored_in_all_ways(crop: tuple[int, int], ways: int, root: Path) -> None:
+    """Less their least values, crops of coordinates differ by nothing else."""
+    dataset = open_pair_dataset(DatasetSpec("", str(root), "train"), Degradation(scale=2))
+    crops = RestorationTensors(dataset, Degradation(scale=2), crop, repeats=60)
+    seed_everything(0)
+    targets = [crops[n][1] for n in range(120)]
+    assert len({(target - target.amin((1, 2), keepdim=True)).numpy().tobytes() for target in targets}) == ways
+
+
+def test_photometric_changes_come_before_the_degradation(root: Path) -> None:
+    """The noise stays; the third channel, which is zero here, is exchanged with the others."""
+    without_inputs(root)
+    degradation = Degradation(noise=1.0)
+    dataset = open_pair_dataset(DatasetSpec("", str(root), "train"), degradation)
+    crops: Any = RestorationTensors(dataset, degradation, crop=(8, 12), repeats=20, photometric=True)
+    seed_everything(0)
+    pairs = list(crops)
+    assert max(int((source.int() - target.int()).abs().max()) for source, target in pairs) <= 6
+    assert {int(target.float().std((1, 2)).argmin()) for _, target in pairs} == {0, 1, 2}
+
+
 def test_whole_pairs(root: Path) -> None:
     """What the scale does not divide is cut off; the noise of an image is always the same."""
     without_inputs(root)

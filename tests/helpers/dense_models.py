@@ -17,7 +17,10 @@ DENSE: dict[str, dict[str, Any]] = {
         "category_ids": [0, 1],
         "repair_boxes": False,
     },
-    "restore": {"degradation": {"scale": 2, "blur": 0.0, "noise": 0.0}},
+    "restore": {
+        "restorer": {"channels": 8, "stride": 2, "blocks": 1},
+        "degradation": {"scale": 2, "blur": 0.0, "noise": 0.0},
+    },
 }
 
 
@@ -27,7 +30,7 @@ def dense_checkpoint(task: str, path: Path, architecture: str, arguments: dict[s
     if task == "segment":
         model = Segmenter(architecture, arguments, 2, DENSE[task]["decoder"])
     elif task == "restore":
-        model = Restorer(architecture, arguments, 2, **pixels)
+        model = Restorer(architecture, arguments, 2, **pixels, **DENSE[task]["restorer"])
     else:
         model = Detector(architecture, arguments, 2, (32, 48), **pixels, **DENSE[task]["detector"])
     data = {"input_size": [3, 32, 48], **pixels}

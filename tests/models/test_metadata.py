@@ -242,6 +242,9 @@ def test_checkpoints_of_restoration(trap: Path) -> None:
     refused: list[tuple[str, dict[str, Any]]] = [
         ("degradation.scale", {"degradation": {**undone, "scale": 10**6}}),
         ("degradation.noise", {"degradation": {"scale": 2, "blur": 0.0}}),
+        ("restorer", {"restorer": None}),  # as written before there were convolutions around the U
+        ("restorer.blocks", {"restorer": {"channels": 8, "stride": 2}}),
+        ("restorer.channels", {"restorer": {"channels": 10**6, "stride": 2, "blocks": 1}}),
         ("degradation.gamma", {"degradation": {**undone, "gamma": 2}}),
         ("degradation", {"degradation": None}),
         ("classes", {"classes": ["one"]}),

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -35,7 +37,7 @@ TINY: dict[str, Any] = {
     "task": "restore",
     "model": {"name": "cdfformer_s18", "args": SMALL},
     "data": {"img_size": 32, "workers": 0},
-    "restore": {"noise": 40.0, "crops": 16},
+    "restore": {"noise": 40.0, "crops": 16, "channels": 16, "blocks": 1},
     "optim": {"lr": 4e-3, "global_batch": 8, "epochs": 2, "cooldown_epochs": 0, "warmup_epochs": 0.2, "clip_grad": 1.0},
     "log_steps": 1,
 }
@@ -106,17 +108,29 @@ def test_tiles_of_different_results_join_without_a_step() -> None:
         assert result.diff(dim=axis).abs().max() <= steepest * (result.max() - result.min()) * 1.01
 
 
-@pytest.mark.parametrize("strides", [[1, 2, 2, 2], [2, 2, 2, 2], [4, 2, 2, 2]])
-def test_any_size_begins_with_the_enlarged_input_and_every_parameter_learns(strides: list[int]) -> None:
-    arguments = {**SMALL, "strides": strides, "img_size": [64, 32]}
-    model = Restorer("dfformer_s18", arguments, 2, [0.5] * 3, [0.25] * 3)
-    assert model.stages[0][0].token_mixer.size == (64 // strides[0], 32 // strides[0])
+@pytest.mark.parametrize(
+    ("stride", "strides"), [(1, [1, 2, 2, 2]), (2, [2, 2, 2, 2]), (1, [4, 2, 2, 2]), (3, [3, 2, 1, 4])]
+)
+def test_any_size_begins_with_the_enlarged_input_and_every_parameter_learns(stride: int, strides: list[int]) -> None:
+    side = math.prod([stride, *strides])
+    arguments = {**SMALL, "strides": strides, "img_size": [2 * side, side]}
+    model = Restorer("dfformer_s18", arguments, 2, [0.5] * 3, [0.25] * 3, channels=8, stride=stride, blocks=1)
+    assert model.encoder.model.stages[-1][-1].token_mixer.size == (2, 1)
     images = torch.rand(2, 3, 11, 17)
     assert torch.equal(model(images), enlarged(images, 2))
     nn.init.normal_(model.correction.weight)
     model.set_grad_checkpointing()
     model(torch.rand(2, 3, 32, 16)).square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_contrast_is_kept() -> None:
+    """Only the input of a block's branch is normalised."""
+    arguments = {**SMALL, "img_size": 32}
+    model = Restorer("cdfformer_s18", arguments, 1, [0.5] * 3, [0.25] * 3, channels=8, blocks=1)
+    norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 2 * 7
+    assert all(name.rpartition(".")[2] in ("norm1", "norm2") for name in norms)
 
 
 def test_a_self_ensemble_averages_over_turns_and_mirror_images() -> None:
@@ -153,12 +167,12 @@ class Broken(nn.Module):
 def test_train_evaluate_and_predict(
     command: list[str], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Noise of 40 levels is less after 24 steps: by 1.3 dB, less or more where sums are rounded in another order."""
+    """Noise of 40 levels is less after 24 steps: by 2.9 dB, less or more where sums are rounded in another order."""
     run, out = tmp_path / "run", tmp_path / "out"
     assert main([*command, "--output", str(run)]) == 0
     last = {name: float(value) for name, value in history(run)[-1].items()}
     assert f"best psnr {last['psnr']:.2f} dB after epoch 2" in capsys.readouterr().out
-    assert last["psnr"] - last["input_psnr"] == pytest.approx(1.3, abs=0.7)
+    assert last["psnr"] - last["input_psnr"] == pytest.approx(2.9, abs=0.7)
     assert last["ssim"] > last["input_ssim"]
     assert np.asarray(Image.open(run / "predictions.png").convert("L")).std() > 5
 
@@ -211,7 +225,7 @@ MISUSES = {
     "scale-range": (["--restore.scale", "9"], "restore.scale: got 9, accepted are whole numbers from 1 to 4"),
     "small": (["--data.img_size", "48"], "55x40, accepted are images from 48x48 up"),
     "encoder": (["--model.name", "convnext_atto", "--model.args", "{}"], "accepted to restore are this package's"),
-    "strides": (["--model.args.strides", "[4, 4, 2, 2]"], "model.args.strides: got maps of strides [4, 16, 32, 64]"),
+    "blocks": (["--restore.blocks", "-1"], "restore.blocks: got -1, accepted are whole numbers from 0 to 128"),
     "pretrained": (["--model.args.pretrained", "true"], "model.args.pretrained: got True"),
 }
 
@@ -223,6 +237,12 @@ def test_misuses(
     assert message in refusal([*command, *arguments])
 
 
+def test_colours_of_files_are_kept(command: list[str], root: Path, refusal: Callable[[Sequence[str]], str]) -> None:
+    shutil.copytree(root / "targets", root / "inputs")
+    settings = ["--restore.noise", "0", "--restore.photometric", "true"]
+    assert "restore.photometric: got True, accepted is false where inputs" in refusal([*command, *settings])
+
+
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
     monkeypatch.delitem(sys.modules, "dfformer.tasks.restoration")
@@ -231,13 +251,17 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not FULL, reason="minutes: DFFORMER_TEST_FULL=1")
-def test_the_recipe_of_the_photographs(tmp_path: Path) -> None:
-    """As the documentation says, less what rounding may change."""
+@pytest.mark.parametrize(
+    ("recipe", "steps", "gain"), [("restore_photographs", 360, 0.8), ("denoise_photographs", 90, 7.5)]
+)
+def test_recipes_on_photographs(recipe: str, steps: int, gain: float, tmp_path: Path) -> None:
+    """As the documentation says, less what rounding may change; of denoising a short run."""
     require("skimage", find_spec("skimage") is not None, "no scikit-image: pip install 'dfformer[dense]'")
-    run = tmp_path / "run"
-    assert main(["train", "--recipe", "restore_photographs", "--output", str(run)]) == 0
+    run, crops = tmp_path / "run", steps * 8 // 9
+    length = ["--optim.epochs", "1", "--optim.warmup_epochs", "0.1", "--restore.crops", str(crops)]
+    assert main(["train", "--recipe", recipe, "--output", str(run), *length]) == 0
     last = history(run)[-1]
-    assert float(last["psnr"]) > float(last["input_psnr"]) + 0.6
+    assert float(last["psnr"]) > float(last["input_psnr"]) + gain
 
 
 def test_what_is_compared_with_is_pillows_bicubic() -> None:

@@ -118,7 +118,7 @@ def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
             if not reason:
                 originals[name] = module
             if ours is not module:
-                _set(model, name, ours)
+                model.set_submodule(name, ours)
     return ReplacementReport(model, report, originals)
 
 
@@ -149,12 +149,7 @@ def restore_dynamic_filters(model: nn.Module, report: ReplacementReport) -> None
                 original = copy.deepcopy(original)
             restored[replacement] = _give_back(replacement, original)
         if replacement in restored:
-            _set(model, name, restored[replacement])
-
-
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+            model.set_submodule(name, restored[replacement])
 
 
 def _may_be_copy(module: nn.Module) -> bool:

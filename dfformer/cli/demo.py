@@ -44,7 +44,6 @@ MODEL_ARGS: dict[str, Any] = {
     "in_chans": 1,
     "num_classes": 10,
 }
-SHOWN_LAYER = "stages.2.0.token_mixer"
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 64, 3e-3, 0.05
 
 
@@ -198,7 +197,7 @@ def draw_digits(model: nn.Module, digits: Digits, history: dict[str, list[float]
     curve = figures.learning_curve(history["loss"], history["train_accuracy"], history["test_accuracy"])
     output.figure("learning_curve", curve)
     samples = load_samples([output.folder / "digits" / f"{digit}.png" for digit in range(10)], {1})
-    show_filters([Loaded("digits", model)], samples, output, SHOWN_LAYER)
+    show_filters([Loaded("digits", model)], samples, output, "*")
 
 
 def compare_on_photos(repetitions: int) -> list[Comparison]:

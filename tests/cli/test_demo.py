@@ -1,6 +1,7 @@
 """The demo, shortened: one epoch of few digits, a small photograph. The full one is run by `make demo`."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,9 @@ def test_demo_writes_everything(output: Path, capsys: pytest.CaptureFixture[str]
     report = (output / "report.html").read_text()
     pictures = {path.stem for path in output.glob("*.png")}
     assert pictures == {name for name in pictures if f'"name": "{name}"' in report}, "every picture is in the report"
-    assert len(pictures) == 7
+    assert len(pictures) == 13
+    layers = {f"stages.{layer}.token_mixer" for layer in ("2.0", "2.1", "3.0")}
+    assert set(re.findall(r'"name": "(stages[^"]*)"', report)) == layers, "the sliders have every spectral layer"
     for picture in output.glob("*.png"):
         assert np.asarray(Image.open(picture).convert("L")).std() > 5, f"{picture.name} shows nothing"
     content = json.loads((output / "report.json").read_text())

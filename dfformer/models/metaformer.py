@@ -66,6 +66,7 @@ class DFFormer(nn.Module):
         mixer_args: other arguments, such as ``num_filters`` of `DynamicFilter`; they go to the mixers that take them.
 
     Norms are called with the number of channels and normalise (..., channels), as ``torch.nn.LayerNorm`` does.
+    ``timm.create_model`` drops arguments that are None: pass it ``[None] * 4`` or ``torch.nn.Identity`` instead.
 
     ``forward`` maps (B,in_chans,H,W) images to (B,num_classes) logits, or to (B,C) without a classifier.
 

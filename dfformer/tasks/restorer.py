@@ -72,6 +72,7 @@ class Restorer(nn.Module):
         if not is_ours(encoder):
             raise ValueError(f"model.name: got {encoder}, accepted to restore are this package's models")
         plane = [-(-side // stride) + 2 * _BORDER for side in to_2tuple(encoder_args["img_size"])]
+        # create_model would drop None as a norm.
         arguments = {**encoder_args, "img_size": plane, "in_chans": channels, "downsample_norm": nn.Identity}
         self.scale = scale
         self.encoder = timm.create_model(encoder, features_only=True, **arguments)

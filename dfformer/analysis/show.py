@@ -85,6 +85,10 @@ def _trained(path: Path, name: str | None, **overrides: Any) -> nn.Module:
     encoder: Any = next((module for module in model.modules() if isinstance(module, DFFormer)), None)
     if encoder is None:
         raise ValueError(f"{path}: its encoder {about['architecture']} is not one of dfformer's models")
+    if encoder.in_chans != len(about["data"]["mean"]):
+        raise ValueError(
+            f"{path}: its encoder takes maps of {encoder.in_chans} channels, accepted are models of images"
+        )
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, **about["data"]}
     return encoder
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from dense_models import DENSE, dense_checkpoint
+from dense_models import dense_checkpoint
 from paths import ROOT
 from PIL import Image
 from torch import Tensor, nn
@@ -176,7 +176,7 @@ def test_show_checkpoints_of_the_same_name(checkpoint: Path, folder: Path, tmp_p
     assert {row["model"] for row in read(output / "receptive_field.csv")} == {str(checkpoint), str(other)}
 
 
-@pytest.mark.parametrize("task", DENSE)
+@pytest.mark.parametrize("task", ["segment", "detect"])
 def test_show_the_encoder_of_a_model_for_dense_prediction(task: str, folder: Path, tmp_path: Path) -> None:
     """By itself, and beside one with fresh weights: prepared images and trained weights are what is shown."""
     arguments = {**SMALL, "img_size": [32, 48], "fork_feat": True}
@@ -187,12 +187,18 @@ def test_show_the_encoder_of_a_model_for_dense_prediction(task: str, folder: Pat
     assert isinstance(encoder, DFFormer)
     weights, _ = read_checkpoint(path)
     name = "stages.2.0.token_mixer.complex_weights"
-    stored, *_ = [t for key, t in weights.items() if key.endswith(name)]  # a restorer's way up has others of that name
+    [stored] = [t for key, t in weights.items() if key.endswith(name)]
     assert torch.equal(encoder.state_dict()[name], stored)
     assert show.Loaded("", encoder).config["input_size"] == [3, 32, 48]
     assert show.Loaded("", encoder).config["mean"] == [0.3] * 3
     run("receptive-field", "--checkpoint", path, "--untrained", "--output", output, folder)
     assert column(read(output / "receptive_field.csv"), "contribution").numel() == 2 * 32 * 48
+
+
+def test_show_an_encoder_of_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = dense_checkpoint("restore", tmp_path / "dense.safetensors", "dfformer_s18", {**SMALL, "img_size": [32, 48]})
+    assert main(["show", "spectrum", "--checkpoint", str(path)]) == 2
+    assert "its encoder takes maps of 8 channels, accepted are models of images" in capsys.readouterr().err
 
 
 def test_show_another_encoder_for_dense_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ Projections and convolutions are exactly ``nn.Linear`` and ``nn.Conv2d``, so too
 """
 
 from collections.abc import Callable
-from typing import Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,11 +110,12 @@ class Mlp(nn.Module):
 class Projections(nn.Module):
     """The base of the token mixers: ``pwconv1`` and ``act1`` come first, ``act2`` and ``pwconv2`` last."""
 
-    # These are created in the authors' order, because the state of an optimiser depends on it.
-    pwconv1: nn.Module
-    act1: nn.Module
-    act2: nn.Module
-    pwconv2: nn.Module
+    if TYPE_CHECKING:  # torch.jit.script refuses annotated modules
+        # Created in the authors' order, because the state of an optimiser depends on it.
+        pwconv1: nn.Module
+        act1: nn.Module
+        act2: nn.Module
+        pwconv2: nn.Module
 
     def expand(self, x: Tensor) -> Tensor:
         """``act1(pwconv1(x))``."""

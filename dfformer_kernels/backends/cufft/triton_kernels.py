@@ -173,24 +173,32 @@ def activate_backward_kernel(
 
 @triton.jit
 def mix_kernel(
-    X, logits, filters, H, W, rows, N, C, width, w_stride_b, l_stride_b, l_stride_f, l_stride_c,
+    X, logits, basis, H, W, rows, N, C, width, l_stride_b, l_stride_f, l_stride_c,
     F: tl.constexpr, SOFTMAX: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``X *= M / (HW)``, in place; M is the filters, or with logits ``M[h,k,n] = sum_f r[f,n] filters[h,k,f]``.
-
-    r is softmax(logits), or the logits.
-    """
+    """``X *= M / (HW)``, ``M[h,k,n] = sum_f r[f,n] basis[h,k,f]``, in place; r is softmax(logits), or the logits."""
     row, n, exists = _tile(rows, N, ROWS, COLUMNS)
-    if logits is None:
-        M_real, M_imaginary = _weight(filters, row, n, C, w_stride_b, exists, H, W)
-    else:
-        peak, total = _softmax_scale(logits, n, N, C, l_stride_b, l_stride_f, l_stride_c, F, COMPUTE)
-        M_real, M_imaginary = tl.zeros((ROWS, COLUMNS), COMPUTE), tl.zeros((ROWS, COLUMNS), COMPUTE)
-        for f in range(F):
-            r = _routing(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, peak, total, SOFTMAX, COMPUTE)
-            basis_real, basis_imaginary = _basis(filters, row, rows, f, H, W, F)
-            M_real += basis_real[:, None] * r[None, :]
-            M_imaginary += basis_imaginary[:, None] * r[None, :]
+    peak, total = _softmax_scale(logits, n, N, C, l_stride_b, l_stride_f, l_stride_c, F, COMPUTE)
+    M_real, M_imaginary = tl.zeros((ROWS, COLUMNS), COMPUTE), tl.zeros((ROWS, COLUMNS), COMPUTE)
+    for f in range(F):
+        r = _routing(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, peak, total, SOFTMAX, COMPUTE)
+        basis_real, basis_imaginary = _basis(basis, row, rows, f, H, W, F)
+        M_real += basis_real[:, None] * r[None, :]
+        M_imaginary += basis_imaginary[:, None] * r[None, :]
+    norm = _one_over(H * W, COMPUTE)
+    offset = _points(row, n, rows, width)
+    real, imaginary = _load_complex(X, offset, exists)
+    _store_product(X, offset, exists, real, imaginary, M_real, M_imaginary, norm)
+
+
+@triton.jit
+def global_mix_kernel(
+    X, weight, H, W, rows, N, C, width, w_stride_b,
+    COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``X *= weight / (HW)``, in place."""
+    row, n, exists = _tile(rows, N, ROWS, COLUMNS)
+    M_real, M_imaginary = _weight(weight, row, n, C, w_stride_b, exists, H, W)
     norm = _one_over(H * W, COMPUTE)
     offset = _points(row, n, rows, width)
     real, imaginary = _load_complex(X, offset, exists)

@@ -118,11 +118,14 @@ def mix(X: Tensor, W: int, logits: Tensor | None, filters: Tensor, softmax: bool
     S, H, K, width, _ = X.shape
     N = S * width
     tile, grid = _spectrum_tiles(X, N)
-    C, F, strides = filters.shape[-2], 0, [0, 0, 0]
-    if logits is not None:
-        (_, F, C), strides = logits.shape, [*logits.stride()]
-    sizes = (H, W, H * K, N, C, width, _sample_stride(filters))
-    _launch(kernels.mix_kernel, grid, X, logits, filters, *sizes, *strides, F, softmax, _compute(X), *tile)
+    sizes = (H, W, H * K, N)
+    if logits is None:
+        of_weight = (filters.shape[-2], width, _sample_stride(filters))
+        _launch(kernels.global_mix_kernel, grid, X, filters, *sizes, *of_weight, _compute(X), *tile)
+        return
+    _, F, C = logits.shape
+    routing = (C, width, *logits.stride(), F, softmax)
+    _launch(kernels.mix_kernel, grid, X, logits, filters, *sizes, *routing, _compute(X), *tile)
 
 
 def _sample_stride(weight: Tensor) -> int:

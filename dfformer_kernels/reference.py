@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfformer_kernels.backends.filter_kernels import FilterStep, Gradients, filter_kernels
-
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of arithmetic on tensors stored as ``dtype``."""
@@ -41,6 +39,117 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
         lambda: grad_y.sum().to(bias.dtype).reshape(bias.shape),
     )
     return [gradient() for gradient, need in zip(gradients, needs, strict=True) if need]
+
+
+def dynamic_filter(
+    x: Tensor,
+    logits: Tensor,
+    basis: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    softmax: bool = True,
+) -> Tensor:
+    """The dynamic filter step (paper, section 3.2)::
+
+        u = star_relu(x)                              if scale and bias are given, else x
+        X = rfft2(u)                                  (B,H,K,C), ortho
+        r = softmax(logits, dim=1)                    (B,F,C), or the logits themselves
+        M[b,h,k,c] = sum_f r[b,f,c] basis[h,k,f]      (B,H,K,C)
+        y = irfft2(X * M)                             (B,H,W,C), ortho
+
+    ``x`` (B,H,W,C), ``logits`` (B,F,C), ``basis`` (H,K,F,2).
+    """
+    u = _activate(x, scale, bias)
+    M = _mixed_filter(_routing(logits, u.dtype, softmax), _complex(basis))
+    return _irfft2(_rfft2(u) * M, x.shape[2]).to(x.dtype)
+
+
+def dynamic_filter_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    basis: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    needs: Sequence[bool],
+    softmax: bool = True,
+) -> list[Tensor]:
+    """With ``G = rfft2(grad_y)``, ``D[k] = 1`` for k=0 and k=W/2 (W even) else 2, ``P = D G conj(X)``::
+
+        grad_u             = irfft2(conj(M) * G)                   then StarReLU's gradients
+        grad_r[b,f,c]      = sum_hk Re(P conj(basis[h,k,f]))       then softmax's gradient if there is one
+        grad_basis[h,k,f]  = sum_bc r[b,f,c] P
+
+    Returns the gradients of (x, logits, basis, scale, bias) that are needed, in that order.
+    """
+    need_x, need_logits, need_basis, need_scale, need_bias = needs
+    u = _activate(x, scale, bias)
+    r, filters = _routing(logits, u.dtype, softmax), _complex(basis)
+    G = _rfft2(grad_y.to(u.dtype))
+    of_parameters: list[Tensor] = []
+    of_input: list[Tensor] = []
+    if need_x or need_scale or need_bias:
+        grad_u = _irfft2(_conj(_mixed_filter(r, filters)) * G, x.shape[2])
+        of_input = _activate_backward(grad_u, x, scale, bias, (need_x, need_scale, need_bias))
+    if need_logits or need_basis:
+        P = _half_spectrum_weight(x.shape[2], u) * G * _conj(_rfft2(u))
+        if need_logits:
+            # Rows first, then their sum: one long chain of float32 additions would lose digits on large planes.
+            by_row = _conj(filters).mT @ P
+            grad_r = torch.view_as_real(by_row)[..., 0].sum(1)
+            if softmax:
+                grad_r = r * (grad_r - (r * grad_r).sum(1, keepdim=True))
+            of_parameters.append(grad_r.to(logits.dtype))
+        if need_basis:
+            grad_filters = (P @ r.to(P.dtype).mT[:, None]).sum(0)
+            of_parameters.append(torch.view_as_real(grad_filters).to(basis.dtype))
+    return of_input[:need_x] + of_parameters + of_input[need_x:]
+
+
+def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """``y = irfft2(rfft2(u) * weight)``, ``u = star_relu(x)`` if scale and bias are given, else ``x``.
+
+    ``x`` (B,H,W,C); ``weight`` (H,K,C,2), or (B,H,K,C,2) with one weight for each sample. This is GFNet's global filter
+    (Rao et al., NeurIPS 2021), as GFFormer uses it.
+    """
+    u = _activate(x, scale, bias)
+    return _irfft2(_rfft2(u) * _complex(weight), x.shape[2]).to(x.dtype)
+
+
+def global_filter_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor]:
+    """``grad_u = irfft2(conj(weight) G)``, ``grad_weight = sum_b D G conj(X)``.
+
+    ``G`` and ``D`` are as for the dynamic filter. There is no sum over b if each sample has a weight of its own.
+
+    Returns the gradients of (x, weight, scale, bias) that are needed, in that order.
+    """
+    need_x, need_weight, need_scale, need_bias = needs
+    u = _activate(x, scale, bias)
+    G = _rfft2(grad_y.to(u.dtype))
+    of_parameters: list[Tensor] = []
+    of_input: list[Tensor] = []
+    if need_x or need_scale or need_bias:
+        grad_u = _irfft2(_conj(_complex(weight)) * G, x.shape[2])
+        of_input = _activate_backward(grad_u, x, scale, bias, (need_x, need_scale, need_bias))
+    if need_weight:
+        P = _half_spectrum_weight(x.shape[2], u) * G * _conj(_rfft2(u))
+        of_parameters.append(torch.view_as_real(P if weight.dim() == 5 else P.sum(0)).to(weight.dtype))
+    return of_input[:need_x] + of_parameters + of_input[need_x:]
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        star_relu,
+        star_relu_backward,
+        dynamic_filter,
+        dynamic_filter_backward,
+        global_filter,
+        global_filter_backward,
+    )
+}
 
 
 def _star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -72,14 +181,12 @@ def _complex(pairs: Tensor) -> Tensor:
     return torch.view_as_complex(pairs)
 
 
-def _routing(logits: Tensor | None, dtype: torch.dtype, softmax: bool) -> Tensor | None:
-    if logits is None:
-        return None
+def _routing(logits: Tensor, dtype: torch.dtype, softmax: bool) -> Tensor:
     return logits.to(dtype).softmax(dim=1) if softmax else logits.to(dtype)
 
 
-def _mixed_filter(r: Tensor | None, filters: Tensor) -> Tensor:
-    return filters if r is None else filters @ r.to(filters.dtype)[:, None]
+def _mixed_filter(r: Tensor, filters: Tensor) -> Tensor:
+    return filters @ r.to(filters.dtype)[:, None]
 
 
 def _rfft2(u: Tensor) -> Tensor:
@@ -109,67 +216,3 @@ def _half_spectrum_weight(W: int, like: Tensor) -> Tensor:
     if W % 2 == 0:
         D[-1] = 1
     return D.view(1, 1, -1, 1)
-
-
-def _filter(step: FilterStep) -> Tensor:
-    """The dynamic filter step (paper, section 3.2)::
-
-        u = star_relu(x)                              if scale and bias are given, else x
-        X = rfft2(u)                                  (B,H,K,C), ortho
-        r = softmax(logits, dim=1)                    (B,F,C), or the logits themselves
-        M[b,h,k,c] = sum_f r[b,f,c] basis[h,k,f]      (B,H,K,C)
-        y = irfft2(X * M)                             (B,H,W,C), ortho
-
-    ``x`` (B,H,W,C), ``logits`` (B,F,C), ``basis`` (H,K,F,2). Without logits it is GFNet's global filter (Rao et al.,
-    NeurIPS 2021), as GFFormer uses it: ``M`` is a weight (H,K,C,2), or (B,H,K,C,2) with one weight for each sample.
-    """
-    x, logits, filters, scale, bias, softmax = step
-    u = _activate(x, scale, bias)
-    M = _mixed_filter(_routing(logits, u.dtype, softmax), _complex(filters))
-    return _irfft2(_rfft2(u) * M, x.shape[2]).to(x.dtype)
-
-
-def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) -> Gradients:
-    """With ``G = rfft2(grad_y)``, ``D[k] = 1`` for k=0 and k=W/2 (W even) else 2, ``P = D G conj(X)``::
-
-    grad_u             = irfft2(conj(M) * G)                   then StarReLU's gradients
-    grad_r[b,f,c]      = sum_hk Re(P conj(basis[h,k,f]))       then softmax's gradient if there is one
-    grad_basis[h,k,f]  = sum_bc r[b,f,c] P
-    grad_weight        = sum_b P                               P itself if each sample has a weight of its own
-    """
-    x, logits, filters, scale, bias, softmax = step
-    need_x, need_logits, need_filters, *need_scalars = needs
-    of_input = (need_x, *need_scalars)
-    u = _activate(x, scale, bias)
-    r, M = _routing(logits, u.dtype, softmax), _complex(filters)
-    G = _rfft2(grad_y.to(u.dtype))
-    grad_x = grad_logits = grad_filters = grad_scale = grad_bias = None
-    if any(of_input):
-        grad_u = _irfft2(_conj(_mixed_filter(r, M)) * G, x.shape[2])
-        gradients = iter(_activate_backward(grad_u, x, scale, bias, of_input))
-        grad_x, grad_scale, grad_bias = (next(gradients) if need else None for need in of_input)
-    if need_logits or need_filters:
-        P = _half_spectrum_weight(x.shape[2], u) * G * _conj(_rfft2(u))
-    if need_logits and logits is not None and r is not None:
-        # Rows first, then their sum: one long chain of float32 additions would lose digits on large planes.
-        by_row = _conj(M).mT @ P
-        grad_r = torch.view_as_real(by_row)[..., 0].sum(1)
-        if softmax:
-            grad_r = r * (grad_r - (r * grad_r).sum(1, keepdim=True))
-        grad_logits = grad_r.to(logits.dtype)
-    if need_filters:
-        of_samples = P if r is None else P @ r.to(P.dtype).mT[:, None]
-        total = of_samples if filters.dim() == 5 else of_samples.sum(0)
-        grad_filters = torch.view_as_real(total).to(filters.dtype)
-    return grad_x, grad_logits, grad_filters, grad_scale, grad_bias
-
-
-KERNELS: dict[str, Callable[..., Any]] = {
-    "star_relu": star_relu,
-    "star_relu_backward": star_relu_backward,
-    **filter_kernels(_filter, _filter_backward),
-}
-dynamic_filter: Callable[..., Tensor] = KERNELS["dynamic_filter"]
-dynamic_filter_backward: Callable[..., list[Tensor]] = KERNELS["dynamic_filter_backward"]
-global_filter: Callable[..., Tensor] = KERNELS["global_filter"]
-global_filter_backward: Callable[..., list[Tensor]] = KERNELS["global_filter_backward"]

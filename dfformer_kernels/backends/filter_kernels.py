@@ -13,8 +13,8 @@ class FilterStep(NamedTuple):
     x: Tensor
     logits: Tensor | None
     filters: Tensor
-    scale: Tensor | None = None
-    bias: Tensor | None = None
+    scale: Tensor | None
+    bias: Tensor | None
     softmax: bool = True
 
 
@@ -47,7 +47,7 @@ def filter_kernels(
     ) -> list[Tensor]:
         return needed(*backward(grad_y, FilterStep(x, logits, basis, scale, bias, softmax), needs))
 
-    def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
         return forward(FilterStep(x, None, weight, scale, bias))
 
     def global_filter_backward(

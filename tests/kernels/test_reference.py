@@ -133,7 +133,7 @@ def test_the_reference_compiles_as_one_graph_wherever_tensors_begin(op: Op) -> N
     compiled = torch.compile(getattr(reference, op.name), backend="aot_eager", fullgraph=True)
     for arrange in (torch.clone, at_odd_offset):
         arranged = {name: arrange(t.detach()) for name, t in inputs.items()}
-        assert relative_error(compiled(*arranged.values()), op.reference(arranged)) <= 1e-13
+        assert relative_error(compiled(**arranged), op.reference(arranged)) <= 1e-13
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

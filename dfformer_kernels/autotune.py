@@ -93,7 +93,7 @@ class Autotuner:
         on_build_error: Callable[[str, KernelBuildError], None],
     ) -> str | None:
         class_ = self._class_of(problem)
-        self._winners |= self._read()
+        self._winners = self._read() | self._winners
         if len(calls) == 1:
             return next(iter(calls))
         if self._winners.get(class_) not in calls:

@@ -146,6 +146,7 @@ class PackedMlp(nn.Module):
             is_exact(self.fc1, PackedLinear, x)
             and self.fc1.may_use_packed(x)
             and is_exact(self.act, StarReLU, x)
+            and not any(parameter.requires_grad for parameter in self.act.parameters())
             and is_exact(self.fc2, PackedLinear, x)
         ):
             return self._layers(x)

@@ -4,13 +4,12 @@ A stored filter is (H, K, ...), ``K = W//2 + 1``: rows in FFT order (frequencies
 the non-negative half of the columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn import functional as F
 
 RULES = ("bicubic", "fourier")
 
@@ -49,17 +48,23 @@ def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, in
     (H, W), (new_H, new_W) = size, new_size
     if tuple(weight.shape[:2]) != (H, W // 2 + 1):
         raise ValueError(f"size: got {(H, W)}, but weight of shape {tuple(weight.shape)} is not (H, W//2 + 1, ...)")
+    if rule == "bicubic":
+        rows, columns = (_bicubic, H, new_H), (_bicubic, W // 2 + 1, new_W // 2 + 1)
+    else:
+        rows, columns = (_fourier_rows, H, new_H), (_fourier_columns, W // 2 + 1, new_W // 2 + 1)
     values = weight if weight.dtype == torch.float64 else weight.float()
-    rows = _cached_matrix(rule, "H", H, new_H, values)
-    columns = _cached_matrix(rule, "K", W // 2 + 1, new_W // 2 + 1, values)
-    return _along_H_and_K(values, rows, columns).to(weight.dtype)
+    return _along_H_and_K(values, _matrix(*rows, values), _matrix(*columns, values)).to(weight.dtype)
 
 
 def scriptable_resize(weight: Tensor, size: tuple[int, int], new_size: tuple[int, int], rule: str) -> Tensor:
     """`resize_filter` for torch.jit.script: checks nothing, and computes its matrices at every call."""
+    H, W = size
+    new_H, new_W = new_size
+    if rule == "bicubic":
+        rows, columns = _bicubic(H, new_H), _bicubic(W // 2 + 1, new_W // 2 + 1)
+    else:
+        rows, columns = _fourier_rows(H, new_H), _fourier_columns(W // 2 + 1, new_W // 2 + 1)
     values = weight if weight.dtype == torch.float64 else weight.float()
-    rows = _matrix(rule, "H", size[0], new_size[0])
-    columns = _matrix(rule, "K", size[1] // 2 + 1, new_size[1] // 2 + 1)
     return _along_H_and_K(values, rows.to(values), columns.to(values)).to(weight.dtype)
 
 
@@ -74,17 +79,17 @@ def check_rule(rule: str) -> None:
         raise ValueError(f"resize: got {rule!r}, accepted are {', '.join(map(repr, RULES))}")
 
 
-def _cached_matrix(rule: str, axis: str, old: int, new: int, like: Tensor) -> Tensor:
-    """`_matrix` on like's device and in its dtype."""
+def _matrix(build: Callable[[int, int], Tensor], old: int, new: int, like: Tensor) -> Tensor:
+    """``build(old, new)`` on like's device and in its dtype."""
     device, dtype = like.device, like.dtype
     if torch.compiler.is_compiling() or type(like) not in (Tensor, Parameter):  # traced, or a fake tensor
-        return _matrix(rule, axis, old, new).to(device, dtype)
-    key = (rule, axis, old, new, device, dtype)
+        return build(old, new).to(device, dtype)
+    key = (build, old, new, device, dtype)
     if key not in _cached:
         if len(_cached) >= _MAX_CACHED:
             _cached.clear()
         with torch.inference_mode(False), _untraced():  # cached matrices must also work in training
-            _cached[key] = _matrix(rule, axis, old, new).to(device, dtype)
+            _cached[key] = build(old, new).to(device, dtype)
     return _cached[key]
 
 
@@ -99,14 +104,22 @@ def _untraced() -> Iterator[None]:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
-def _matrix(rule: str, axis: str, old: int, new: int) -> Tensor:
-    """The matrix (new, old), float64, on the CPU, that resizes the axis "H" or "K" of a filter."""
-    if rule == "bicubic":  # separable, so the matrix is what becomes of the identity's columns
-        identity = torch.eye(old, dtype=torch.float64, device="cpu")
-        return F.interpolate(identity[None, None], [new, old], mode="bicubic", align_corners=True)[0, 0]
-    if axis == "K":  # the first min(old, new) frequencies keep their gain, the others get gain 0
-        return torch.eye(new, old, dtype=torch.float64, device="cpu")
-    # Frequencies keep their gain; the highest of an even plane counts for both signs.
+def _bicubic(old: int, new: int) -> Tensor:
+    """(new, old) float64: cubic convolution (a = -0.75, borders repeated) at ``i * (old - 1) / (new - 1)``."""
+    position = torch.arange(new, dtype=torch.float64, device="cpu") * ((old - 1) / (new - 1) if new > 1 else 0.0)
+    first = position.floor()
+    matrix = torch.zeros(new, old, dtype=torch.float64, device="cpu")
+    for tap in range(-1, 3):
+        distance = (position - (first + tap)).abs()
+        near = (1.25 * distance - 2.25) * distance * distance + 1
+        far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
+        column = (first + tap).clamp(0, old - 1)
+        matrix = matrix + _one_hot(column, old) * torch.where(distance <= 1, near, far)[:, None]
+    return matrix
+
+
+def _fourier_rows(old: int, new: int) -> Tensor:
+    """(new, old) float64: frequencies keep their gain; the highest of an even plane counts for both signs."""
     return _folded_frequencies(new, old) if new < old else _folded_frequencies(old, new).sign().T
 
 
@@ -118,3 +131,12 @@ def _folded_frequencies(small: int, large: int) -> Tensor:
     taken = ((signed % small) == index) & (2 * signed.abs() <= small)
     weight = taken.to(torch.float64)
     return weight / weight.sum(1, keepdim=True)
+
+
+def _fourier_columns(old: int, new: int) -> Tensor:
+    """(new, old) float64: the first min(old, new) frequencies keep their gain, the others get gain 0."""
+    return torch.eye(new, old, dtype=torch.float64, device="cpu")
+
+
+def _one_hot(column: Tensor, size: int) -> Tensor:
+    return (column[:, None] == torch.arange(size, device="cpu")).to(torch.float64)

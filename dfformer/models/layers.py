@@ -69,9 +69,15 @@ class StarReLU(nn.Module):
 class Scale(nn.Module):
     """Learnable scaling of each channel, used on the residual branch."""
 
-    def __init__(self, dim: int, init_value: float = 1.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        init_value: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.full((dim,), float(init_value)))
+        self.scale = nn.Parameter(torch.full((dim,), float(init_value), device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale
@@ -121,7 +127,7 @@ class Projections(nn.Module):
         """``act1(pwconv1(x))``."""
         return self.act1(self.pwconv1(x) if torch.jit.is_scripting() else call_linear(self.pwconv1, x))
 
-    def project(self, y: Tensor) -> Tensor:
+    def store(self, y: Tensor) -> Tensor:
         """``pwconv2(act2(y))``."""
         y = self.act2(y)
         return self.pwconv2(y) if torch.jit.is_scripting() else call_linear(self.pwconv2, y)
@@ -159,7 +165,7 @@ class SepConv(Projections):
     def forward(self, x: Tensor) -> Tensor:
         y = self.expand(x).permute(0, 3, 1, 2)
         y = self.dwconv(y) if torch.jit.is_scripting() else call_convolution(self.dwconv, y)
-        return self.project(y.permute(0, 2, 3, 1))
+        return self.store(y.permute(0, 2, 3, 1))
 
 
 def build_activation(

@@ -20,6 +20,7 @@ from dfformer.utils.io import unique_keys
 from dfformer.utils.suggest import did_you_mean
 
 _MOST_TEXT = 16 * 2**20  # characters; the names of ImageNet-21k's classes take 0.5 million
+_MOST_DIGITS = 18  # of an integer
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")  # timm's NAME or NAME.TAG; no hub's name, no path
 
 _short = reprlib.Repr()
@@ -260,9 +261,15 @@ def parse_json(text: str) -> Any:
     if len(text) > _MOST_TEXT:
         raise ValueError(f"has {len(text)} characters, accepted are {_MOST_TEXT}")
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
+        return json.loads(text, object_pairs_hook=unique_keys, parse_int=_whole)
     except RecursionError:
         raise ValueError("is nested too deep") from None
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"has a number of {len(digits)} digits, accepted are {_MOST_DIGITS}")
+    return int(digits)
 
 
 def shortened(value: Any) -> str:

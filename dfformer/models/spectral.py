@@ -118,7 +118,7 @@ class SpectralFilter(Projections):
         x = channels_last(x, self.data_format)
         logits, filters = self.logits(x), self.filters_for((x.shape[1], x.shape[2]))
         y, star_relu = self.load(x)
-        return from_channels_last(self.project(self.filter(y, logits, filters, star_relu)), self.data_format)
+        return from_channels_last(self.store(self.filter(y, logits, filters, star_relu)), self.data_format)
 
     def logits(self, x: Tensor) -> Tensor | None:
         """The logits (B,F,C) of the weights of a basis, from x (B,H,W,dim); by default there is no basis."""
@@ -304,7 +304,7 @@ class AFNO2D(Projections):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.expand(channels_last(x, self.data_format))
-        return from_channels_last(self.project(x + self.filter(x)), self.data_format)
+        return from_channels_last(self.store(x + self.filter(x)), self.data_format)
 
     def filter(self, x: Tensor) -> Tensor:
         """The neural operator of x (B,H,W,C), in x's dtype."""

@@ -190,7 +190,7 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
     image_data.check_same_classes(own, with_ids(dataset.categories), checkpoint, "the data")
     image_data.check_images(dataset)
     loader = _loader(dataset, arguments.workers, place)
-    for shorter, longer in map(sorted, arguments.img_size or [about["data"]["input_size"][1:]]):
+    for shorter, longer in map(sorted, arguments.img_size) if arguments.img_size else [about["data"]["input_size"][1:]]:
         model.set_img_size(shorter, longer)
         timed = Timed(model, place.device, arguments.amp)
         bar = progress(loader, f"{checkpoint.name} {shorter}x{longer}")
@@ -212,7 +212,7 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
         raise ValueError(f"--min-score: got {arguments.min_score}, accepted are numbers from 0 to 1")
     model, about = load_detector(arguments.checkpoint)
     device, classes = torch.device(arguments.device), about["classes"]
-    model.to(device).set_img_size(*sorted(arguments.img_size or about["data"]["input_size"][1:]))
+    model.to(device).set_img_size(*(sorted(arguments.img_size or ()) or about["data"]["input_size"][1:]))
     stems, ids = plan_results(paths, arguments.output, [".png"]), _image_ids(paths)
     results: list[dict[str, Any]] = []
 

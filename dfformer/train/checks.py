@@ -3,7 +3,7 @@
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import timm
 from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
@@ -34,12 +34,16 @@ def check(config: "TrainConfig") -> None:
 
 
 def _check_values(section: Any, prefix: str = "") -> None:
-    """Checks each setting against the ``kind`` of its field."""
+    """Checks each setting against the ``kind`` of its field; a recipe may say null where the type has no None."""
     for field in fields(section):
         value = getattr(section, field.name)
         if is_dataclass(value):
             _check_values(value, f"{prefix}{field.name}.")
-        elif value is not None and "kind" in field.metadata:
+        elif value is None:
+            if type(None) not in get_args(field.type):
+                words = field.metadata["kind"].words if "kind" in field.metadata else "other values"
+                raise ValueError(f"{prefix}{field.name}: got null, accepted are {words}")
+        elif "kind" in field.metadata:
             check_settings({field.name: value}, {field.name: field.metadata["kind"]}, prefix)
 
 

@@ -37,13 +37,14 @@ except ImportError as error:
 # The values that settings accept. A number from a file must not make a run endless.
 _POSITIVE = real(0, 1e9)
 _COUNT = whole(1, 10**9)
-_RANGE = Kind(lambda value: 0 < value[0] <= value[1] <= 1e9, "two numbers above 0, least and most")
+_RANGE = Kind(lambda value: 0 < value[0] <= value[1] <= 1e9, "two numbers above 0 and up to 1e9, least and most")
 # Leaves out timm's readers that run commands, e.g. webdataset's.
 _DATASET = Kind(
     lambda name: bool(re.fullmatch(r"[^/:]*|(torch|hfds)/.+", name)), "'torch/NAME' and 'hfds/NAME' of timm's"
 )
 _MILESTONES = Kind(
-    lambda value: value == sorted(set(value)) and min(value, default=1) >= 1, "epochs from 1, in ascending order"
+    lambda value: value == sorted(set(value)) and all(1 <= epoch <= 10**6 for epoch in value),
+    "epochs from 1 to 1000000, in ascending order",
 )
 
 MODE = "dfformer_yaml"  # for ``ArgumentParser(parser_mode=)``

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dfformer_kernels.ops.flops  # noqa: F401 (registers the operators' formulas)
+from dfformer.models.spectral import AFNO2D
 
 
 def _transform(x: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
@@ -20,7 +21,7 @@ def _transform(x: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -
 
 _TRANSFORMS = {torch.ops.aten._fft_r2c: _transform, torch.ops.aten._fft_c2r: _transform}
 _OPERATORS = (torch.ops.dfformer.dynamic_filter, torch.ops.dfformer.global_filter)
-_SPECTRAL = {*_TRANSFORMS, *_OPERATORS, torch.ops.aten.bmm}  # AFNO2D's products are the only batched ones
+_SPECTRAL = {*_TRANSFORMS, *_OPERATORS}
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,13 @@ def profile(make_model: Callable[[], nn.Module], img_size: tuple[int, int], in_c
             with FlopCounterMode(display=False, custom_mapping=_TRANSFORMS) as counter:
                 model(image)
     flops = counter.get_flop_counts()["Global"]
+    spectral = _SPECTRAL
+    if any(isinstance(module, AFNO2D) for module in model.modules()):
+        spectral = spectral | {torch.ops.aten.bmm}  # nothing else in such a model has batched products
     return Profile(
         parameters=sum(p.numel() for p in model.parameters()),
         macs=sum(flops.values()) // 2,
-        spectral_macs=sum(flops[op] for op in _SPECTRAL & flops.keys()) // 2,
+        spectral_macs=sum(flops[op] for op in spectral & flops.keys()) // 2,
         saved_bytes=saved,
         planes=tuple((f.shape[2], f.shape[3], f.shape[1]) for f in features),
     )

@@ -87,13 +87,13 @@ def test_resuming_amid_an_epoch_is_exact(workers: int, command: list[str], expec
 # Starts training with slow writing of checkpoints, so that kills land in it.
 SLOW = """
 import sys, time
-import torch
+from dfformer.train import state as train_state
 from dfformer.cli.main import main
-def slowly(state, file):
-    save(state, file)
+def slowly(content):
     print("writing", flush=True)
     time.sleep(0.15)
-save, torch.save = torch.save, slowly
+    return digest(content)
+digest, train_state._digest = train_state._digest, slowly
 print("ready", flush=True)
 sys.exit(main(sys.argv[1:]))
 """
@@ -198,7 +198,7 @@ def test_a_state_that_does_not_fit(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its checksums are right, and its settings are those of the run; nothing of it is used."""
+    """Its digest is right, and its settings are those of the run; nothing of it is used."""
     _, state = found(train_state.load_latest_state(expected))
     spoil(state)
     train_state.save_state(tmp_path / "run", 6, state, keep=1)

@@ -212,6 +212,18 @@ def test_complex_filters_that_the_older_exporter_cannot_write(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_onnx_before_any_matrices_are_kept(mixer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a new process: the matrices are made while torch.export traces with fake tensors."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    monkeypatch.setattr(dft_matmul, "_KEPT", {})
+    layer, x = MIXERS[mixer](dim=8, size=(6, 5)).eval(), torch.randn(2, 6, 5, 8)
+    torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "layer.onnx")
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert relative_error(torch.from_numpy(y), layer(x)) < ERROR
+
+
 @pytest.mark.parametrize(
     ("kind", "dynamo"), [("detector", True), ("detector", False), ("classifier", False)]
 )  # test_formats.py has a classifier of the newer exporter

@@ -156,7 +156,8 @@ def matrices(H: int, W: int, dtype: torch.dtype = torch.float64) -> Matrices:
         np.concatenate([weight * cos, -weight * sin]).T,
     )
     numbers = np.float32 if dtype == torch.float32 else np.float64
-    if torch.compiler.is_exporting() and in_onnx_export():  # with fake tensors, where only torch.tensor makes constants
+    # Of fake tensors, which it traces with, only torch.tensor makes constants.
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return Matrices(*(torch.tensor(np.ascontiguousarray(m, numbers)) for m in made))
     with torch.inference_mode(False):  # an inference tensor could not serve autograd later
         # torch.jit.trace records from_numpy, but not data; with kept matrices it must make the same graph again.

@@ -39,6 +39,13 @@ def test_serves_the_same_results(name: str, size: tuple[int, int], dtype: torch.
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_packed_mlp_whose_activation_learns() -> None:
+    """With more rows than it would compute at a time, and an input that needs no gradient."""
+    mlp = PackedMlp(PackedLinear(torch.randn(2048, 512)), PackedLinear(torch.randn(512, 2048))).requires_grad_(True)
+    mlp(torch.randn(3137, 512)).sum().backward()
+    assert mlp.act.scale.grad is not None
+
+
 def test_what_is_optimised() -> None:
     served = optimize_for_inference(trained(), img_size=96)
     layers = list(served.modules())

@@ -30,3 +30,8 @@ def test_saved_bytes_are_the_same_on_meta_and_for_real() -> None:
 
     measured = saved_for_backward(make().train(), torch.randn(1, 3, 32, 32))
     assert profile(make, (32, 32)).saved_bytes == measured
+
+
+def test_attention_is_not_spectral() -> None:
+    found = profile(lambda: timm.create_model("vit_tiny_patch16_224", depth=1), (224, 224))
+    assert found.spectral_macs == 0 < found.macs

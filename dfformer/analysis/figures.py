@@ -60,28 +60,24 @@ def predictions_grid(
 
 def learning_curve(
     loss: Sequence[float],
-    train_accuracy: Sequence[float] | None,
-    test_accuracy: Sequence[float],
+    accuracy: Sequence[float],
     measure: str = "accuracy",
     images: str = "test",
     unit: str = "%",
 ) -> Figure:
-    """Loss and accuracies of ``images`` by epoch. Another ``measure`` is a share of 1, or has another unit than %."""
+    """Training loss, and accuracy on ``images``, by epoch. ``measure`` is a share of 1, or has another unit than %."""
     factor, most, least = (100, 100.0, LEAST_POINTS) if unit == "%" else (1, np.inf, LEAST_GAIN)
     epochs = np.arange(1, len(loss) + 1)
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(epochs, loss, ".-", color=RIGHT)  # with dots, because one epoch makes no line
     left.set(xlabel="epoch", ylabel="training loss", ylim=(min(0, *loss), None))
-    if train_accuracy is not None:
-        right.plot(epochs, factor * np.array(train_accuracy), ".-", color=GREY, label="training (augmented)")
-    right.plot(epochs, factor * np.array(test_accuracy), ".-", color=WRONG, label=images)
-    shown = [*test_accuracy, *(train_accuracy if train_accuracy is not None else ())]
-    limits = _limits(factor * np.array(shown), least, 0, most)
+    right.plot(epochs, factor * np.array(accuracy), ".-", color=WRONG, label=images)
+    limits = _limits(factor * np.array(accuracy), least, 0, most)
     right.set(xlabel="epoch", ylabel=f"{measure} ({unit})", ylim=limits)
     right.annotate(
-        f"{factor * test_accuracy[-1]:.1f} {unit}",
-        (epochs[-1], factor * test_accuracy[-1]),
+        f"{factor * accuracy[-1]:.1f} {unit}",
+        (epochs[-1], factor * accuracy[-1]),
         xytext=(3, 0),
         textcoords="offset points",
         va="center",

@@ -9,7 +9,6 @@ import random
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 from timm.data.loader import fast_collate
-from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,45 +26,30 @@ from dfformer.utils.suggest import did_you_mean
 from dfformer.utils.text import abbreviate, echo
 
 DIGITS = "digits"
-DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of the digits' pixels, scaled to 0..1
-
-
-@dataclass
-class Digits:
-    """Handwritten digits as (N,1,32,32) images scaled to 0..1, with labels (N,)."""
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-
-def load_digit_images(seed: int) -> Digits:
-    """scikit-learn's 1,797 digits of 8x8, enlarged to 32x32, split 80:20 with equal shares of each class."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise RuntimeError("the digits come with scikit-learn: pip install 'dfformer[train]'") from error
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
-    train, test = train_test_split(np.arange(len(images)), test_size=0.2, stratify=data.target, random_state=seed)
-    labels = torch.tensor(data.target)
-    return Digits(images[train], labels[train], images[test], labels[test])
 
 
 class DigitImages(ImageDataset[tuple[Image.Image, int, str]]):
-    """The digits, train or val."""
+    """scikit-learn's 1,797 handwritten digits of 8x8, enlarged to 32x32, split 80:20 with equal shares of each class.
+
+    Args:
+        split: train or val.
+    """
 
     def __init__(self, split: str) -> None:
-        digits = load_digit_images(seed=0)
-        splits = {"train": (digits.train_x, digits.train_y), "val": (digits.test_x, digits.test_y)}
-        if split not in splits:
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError as error:
+            raise RuntimeError("the digits come with scikit-learn: pip install 'dfformer[train]'") from error
+        if split not in ("train", "val"):
             raise ValueError(f"split: got {split!r}, the digits have train and val")
-        images, labels = splits[split]
+        data = load_digits()
+        parts = train_test_split(np.arange(len(data.target)), test_size=0.2, stratify=data.target, random_state=0)
+        part = parts[split == "val"]
+        images = torch.tensor(data.images[part], dtype=torch.float32)[:, None] / 16
+        images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
         self.images = (255 * images[:, 0]).round().to(torch.uint8).numpy()
-        self.labels: list[int] = labels.tolist()
+        self.labels: list[int] = data.target[part].tolist()
         self.classes = [str(digit) for digit in range(10)]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int, str]:

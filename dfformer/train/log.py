@@ -59,9 +59,8 @@ class Log:
     def _write_epochs(self, history: list[dict[str, float]]) -> None:
         write_csv(self.folder / EPOCHS, history)
         measure = [row.get(f"ema_{self.metric}", row[self.metric]) for row in history]
-        figure = learning_curve(
-            [row["train_loss"] for row in history], None, measure, self.metric, "validation", self.unit
-        )
+        losses = [row["train_loss"] for row in history]
+        figure = learning_curve(losses, measure, self.metric, "validation", self.unit)
         write_atomically(self.folder / "learning_curve.png", lambda file: figure.savefig(file, dpi=130))
 
     def _add_events(self, values: dict[str, float]) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 from dfformer.analysis.figures import full_spectrum
 from dfformer.cli import demo
 from dfformer.cli.main import main
-from dfformer.data.images import Digits
+from dfformer.data import images
+from dfformer.data.images import DigitImages
 from dfformer.data.photographs import sklearn_photographs
 
 
@@ -21,14 +22,13 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def one_photograph() -> dict[str, Image.Image]:
         return {"china": sklearn_photographs()["china"].crop((0, 0, 128, 96))}
 
-    load_digits = demo.load_digit_images
-
-    def some_digits(seed: int) -> Digits:
-        digits = load_digits(seed)
-        return Digits(digits.train_x[:192], digits.train_y[:192], digits.test_x[:40], digits.test_y[:40])
+    class FewDigits(DigitImages):
+        def __init__(self, split: str) -> None:
+            super().__init__(split)
+            self.images, self.labels = self.images[:192], self.labels[:192]
 
     monkeypatch.setattr(demo, "sklearn_photographs", one_photograph)
-    monkeypatch.setattr(demo, "load_digit_images", some_digits)
+    monkeypatch.setattr(images, "DigitImages", FewDigits)
     monkeypatch.setattr(demo, "QUICK", demo.Effort(epochs=1, target=0.0, repetitions=1))
     return tmp_path / "demo"
 
@@ -57,12 +57,13 @@ def test_demo_fails_below_its_target(output: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_split_is_stratified_and_disjoint() -> None:
-    digits = demo.load_digit_images(0)
-    assert (len(digits.train_x), len(digits.test_x)) == (1437, 360)
-    shares = torch.bincount(digits.test_y) / torch.bincount(torch.cat([digits.train_y, digits.test_y]))
+    train, test = DigitImages("train"), DigitImages("val")
+    assert (len(train), len(test)) == (1437, 360)
+    train_labels, test_labels = torch.tensor(train.labels), torch.tensor(test.labels)
+    shares = torch.bincount(test_labels) / torch.bincount(torch.cat([train_labels, test_labels]))
     assert ((shares - 0.2).abs() < 0.01).all()
-    again = demo.load_digit_images(0)
-    assert torch.equal(digits.test_x, again.test_x)
+    again = DigitImages("val")
+    assert np.array_equal(test.images, again.images)
 
 
 @pytest.mark.parametrize(("H", "W"), [(4, 6), (5, 7), (1, 4), (6, 1)])

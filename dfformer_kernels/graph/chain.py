@@ -40,15 +40,16 @@ class Chain(NamedTuple):
     """A candidate for the filter step in a graph.
 
     ``nodes`` are the nodes to replace, in the graph's order, with ``inverse`` last. Their inputs are ``x``, ``filters``
-    and, if filters are mixed, ``routing``: the logits of ``softmax``, or the weights if ``softmax`` is None.
+    and, if filters are mixed, the weights ``routing``. If these are a softmax that the step may compute too, ``logits``
+    is its input.
     """
 
     nodes: list[fx.Node]
     forward: fx.Node
     inverse: fx.Node
-    softmax: fx.Node | None
     x: fx.Node
     routing: fx.Node | None
+    logits: fx.Node | None
     filters: fx.Node
     channels_first: bool
 
@@ -60,59 +61,43 @@ def inverse_transforms(graph: fx.Graph) -> list[fx.Node]:
     return [node for node, kind in inverse.items() if kind == "c2r" or node not in needed]
 
 
-def find(graph: fx.Graph, inverse: fx.Node) -> tuple[list[Chain], list[str]]:
-    """The candidates for the chain that ends at ``inverse``, and the reasons why others were ruled out.
+def find(graph: fx.Graph, inverse: fx.Node) -> list[Chain]:
+    """The candidates for the chain that ends at ``inverse``.
 
     Candidates differ in which tensors they take as filters and routing. These may be views of one another; those next
-    to the multiplication come first. Candidates that include the softmax come before those that take its output as
-    weights.
+    to the multiplication come first.
 
     Raises DifferentCopyError, with the first difference from a filter step, if there is no candidate.
     """
     transform = transform_of(inverse)
     if transform is None or transform.kind != "c2r":
         raise DifferentCopyError(f"{name_of(inverse)} takes a full spectrum, where rfft2 and irfft2 were looked for")
-    chains: list[Chain] = []
-    reasons: list[str] = []
-    for with_softmax in (True, False):
-        try:
-            chains += _chains(graph, inverse, with_softmax)
-        except DifferentCopyError as error:
-            reasons.append(str(error))
-    if not chains:
-        raise DifferentCopyError(reasons[0])
-    return chains, reasons
-
-
-def _chains(graph: fx.Graph, inverse: fx.Node, with_softmax: bool) -> list[Chain]:
-    passed = _passed(inverse, with_softmax)
-    forward, softmax = _ends(inverse, passed)
-    if with_softmax and softmax is None:
-        return []
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    nodes = _dependent(sorted(passed, key=order.__getitem__), forward, softmax)
+    passed = sorted(_passed(inverse))
+    forward = _forward(inverse, passed)
+    nodes = _dependent(passed, {forward})
     x = first_input(forward)
     channels_first = _check_transforms(nodes, forward, inverse)
-    _check_use(nodes, forward, inverse, softmax)
+    _check_use(nodes, forward)
     chains = []
-    for outside, between in _outside(nodes, (forward, softmax), passed, order):
-        replaced = sorted({*nodes, *between}, key=order.__getitem__)
-        _check_in_place(replaced, set(nodes) - {softmax})
-        _check_between(graph, replaced, [x, forward, *outside, *([first_input(softmax)] if softmax else [])])
-        for filters in outside:
-            routing = first_input(softmax) if softmax else next((n for n in outside if n is not filters), None)
-            chains.append(Chain(replaced, forward, inverse, softmax, x, routing, filters, channels_first))
+    for outside, between in _cuts(nodes, forward, passed):
+        replaced = sorted({*nodes, *between})
+        _check_in_place(replaced, nodes)
+        if reason := _disturbance(graph, replaced, [x, forward, *outside]):
+            raise DifferentCopyError(reason)
+        for filters in sorted(outside):
+            routing = next((n for n in outside if n is not filters), None)
+            logits = first_input(routing) if routing and is_softmax(routing) else None
+            if routing and logits and _disturbance(graph, sorted([routing, *replaced]), [logits]):
+                logits = None
+            chains.append(Chain(replaced, forward, inverse, x, routing, logits, filters, channels_first))
     return chains
 
 
-def _passed(inverse: fx.Node, with_softmax: bool) -> set[fx.Node]:
-    """The nodes passed on the way back from ``inverse``, up to forward transforms, softmaxes and non-linear nodes."""
-
-    def is_end(node: fx.Node) -> bool:
-        return _is_forward(node) or (with_softmax and is_softmax(node))
+def _passed(inverse: fx.Node) -> set[fx.Node]:
+    """The nodes passed on the way back from ``inverse``, up to forward transforms and non-linear nodes."""
 
     def onward(node: fx.Node) -> list[fx.Node]:
-        return [] if is_end(node) else [n for n in _tensors(node) if is_end(n) or is_linear(n)]
+        return [] if _is_forward(node) else [n for n in _tensors(node) if _is_forward(n) or is_linear(n)]
 
     return reached([inverse], onward)
 
@@ -126,20 +111,17 @@ def _tensors(node: fx.Node) -> Iterator[fx.Node]:
     return (n for n in node.all_input_nodes if is_tensor(n))
 
 
-def _ends(inverse: fx.Node, passed: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
-    """The forward transform, and the softmax or None."""
+def _forward(inverse: fx.Node, passed: list[fx.Node]) -> fx.Node:
+    """The only forward transform among the passed nodes."""
     forwards = [node for node in passed if _is_forward(node)]
-    softmaxes = [node for node in passed if is_softmax(node)]
     if not forwards:
         raise DifferentCopyError(_obstacle(inverse, passed))
     if len(forwards) > 1:
         raise DifferentCopyError(f"its irfft2 takes {len(forwards)} spectra")
-    if len(softmaxes) > 1:
-        raise DifferentCopyError(f"its filters are mixed by {len(softmaxes)} softmaxes")
-    return forwards[0], softmaxes[0] if softmaxes else None
+    return forwards[0]
 
 
-def _obstacle(inverse: fx.Node, passed: set[fx.Node]) -> str:
+def _obstacle(inverse: fx.Node, passed: list[fx.Node]) -> str:
     for node in sorted((n for p in passed for n in _tensors(p) if n not in passed), reverse=True):
         sources = [n for n in ancestors(node) if transform_of(n)]
         if any(_is_forward(n) for n in sources):
@@ -154,40 +136,35 @@ def _described(node: fx.Node) -> str:
     return f"{name_of(node)} by {numbers[0]}" if len(numbers) == 1 else name_of(node)
 
 
-def _dependent(passed: list[fx.Node], forward: fx.Node, softmax: fx.Node | None) -> list[fx.Node]:
-    """The passed nodes that depend on the spectrum or the softmax."""
-    found = {forward, softmax}
+def _dependent(passed: list[fx.Node], sources: set[fx.Node]) -> list[fx.Node]:
+    """The passed nodes that are among ``sources`` or depend on them."""
+    found = set(sources)
     for node in passed:
-        if node not in found and any(n in found for n in node.all_input_nodes):
+        if not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return [node for node in passed if node in found]
 
 
-def _outside(
-    nodes: list[fx.Node],
-    ends: tuple[fx.Node, fx.Node | None],
-    passed: set[fx.Node],
-    order: dict[fx.Node, int],
-) -> Iterator[tuple[set[fx.Node], set[fx.Node]]]:
+def _cuts(nodes: list[fx.Node], forward: fx.Node, passed: list[fx.Node]) -> Iterator[tuple[set[fx.Node], set[fx.Node]]]:
     """Each way to cut the chain off from the rest of the graph: the tensors it then takes, and the nodes between.
 
     The first cut is next to ``nodes``; every further one replaces a tensor by those that it is computed from. Only cuts
-    are yielded that leave filters alone or, without a softmax, filters and weights.
+    are yielded that leave filters alone, or filters and weights.
     """
     inside, between = set(nodes), set[fx.Node]()
-    outside = {n for node in nodes if node not in ends for n in _tensors(node)} - inside
+    outside = {n for node in nodes if node is not forward for n in _tensors(node)} - inside
     if not outside:
         raise DifferentCopyError("it multiplies its spectrum with no filters")
     names = ", ".join(sorted(_described(n) for n in outside))
-    most = 2 if ends[1] is None else 1
+    softmaxes = {n for node in passed for n in _tensors(node) if is_softmax(n)}
+    weights = _dependent(passed, softmaxes)
     found = False
     while True:
-        if len(outside) <= most:
+        if len(outside) <= 2:
             found = True
             yield set(outside), set(between)
-        # A cast to complex belongs to the real weights, so it is replaced first.
-        inner = [(name_of(n) in CASTS, order[n], n) for n in outside if n in passed]
-        last = max(inner)[2] if inner else None
+        # The weights are followed up to their softmax first. A cast to complex belongs to the real weights as well.
+        last = max(outside.intersection(passed), key=lambda n: (n in weights, name_of(n) in CASTS, n), default=None)
         if last is None:
             break
         between.add(last)
@@ -241,15 +218,15 @@ def same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     return bool(statically_known_true(equal))
 
 
-def _check_use(nodes: list[fx.Node], forward: fx.Node, inverse: fx.Node, softmax: fx.Node | None) -> None:
-    """Refuses a chain whose intermediate results are used outside of it, except for the spectrum and the softmax."""
-    inside = set(nodes)
-    shared = set() if any(name_of(node) in IN_PLACE for node in nodes) else {softmax, forward}
-    for node in inside - {inverse}:
+def _check_use(nodes: list[fx.Node], forward: fx.Node) -> None:
+    """Refuses a chain whose intermediate results are used outside of it, except for the spectrum."""
+    is_overwritten = any(name_of(node) in IN_PLACE for node in nodes)
+    for node in nodes[:-1]:
         for user in node.users:
-            allowed = is_question(user) if node is forward else name_of(user) == _ASSERTION
-            allowed |= node in shared and not is_mutating(user)
-            if user not in inside and not allowed:
+            allowed = name_of(user) == _ASSERTION
+            if node is forward:
+                allowed = is_question(user) or not (is_overwritten or is_mutating(user))
+            if user not in nodes and not allowed:
                 what = "a result" if user.op == "output" else _described(user)
                 raise DifferentCopyError(f"{node.name}, inside the chain, is also needed by {what}")
 
@@ -259,24 +236,24 @@ def is_question(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and name_of(node) in (*_QUESTIONS, _ASSERTION)
 
 
-def _check_in_place(nodes: list[fx.Node], own: set[fx.Node]) -> None:
+def _check_in_place(nodes: list[fx.Node], own: list[fx.Node]) -> None:
     for node in nodes:
         if name_of(node) in IN_PLACE and node.args[0] not in own:
             raise DifferentCopyError(f"it writes into a tensor that is not its own ({name_of(node)})")
 
 
-def _check_between(graph: fx.Graph, nodes: list[fx.Node], inputs: Iterable[fx.Node]) -> None:
-    """Refuses a chain if its inputs may be overwritten, or gradients switched on or off, while it runs."""
-    inside, inputs = set(nodes), list(inputs)
+def _disturbance(graph: fx.Graph, nodes: list[fx.Node], inputs: list[fx.Node]) -> str:
+    """What may overwrite ``inputs``, or switch gradients on or off, while the nodes run; "" if nothing does."""
     from_first = itertools.dropwhile(lambda node: node is not nodes[0], graph.nodes)
-    between = [n for n in itertools.takewhile(lambda node: node is not nodes[-1], from_first) if n not in inside]
+    between = [n for n in itertools.takewhile(lambda node: node is not nodes[-1], from_first) if n not in nodes]
     if any(node.op == "call_function" and name_of(node) in _GRADIENT_MODES for node in between):
-        raise DifferentCopyError("gradients are switched on or off inside it")
+        return "gradients are switched on or off inside it"
     writing = [node for node in between if is_mutating(node)]
     read = _may_share_memory(inputs) if writing else set()
     for node in writing:
         if read & _may_share_memory(node.all_input_nodes):
-            raise DifferentCopyError(f"one of its inputs may be overwritten in between ({name_of(node)})")
+            return f"one of its inputs may be overwritten in between ({name_of(node)})"
+    return ""
 
 
 def _may_share_memory(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -29,7 +29,7 @@ def rewrite(
     found = []
     for inverse in inverse_transforms(graph):
         try:
-            chain, step = adapt(graph, *match(*find(graph, inverse)))
+            chain, step = adapt(graph, *match(find(graph, inverse)))
         except (DifferentCopyError, ValueError) as error:
             found.append(Finding(where(inverse), reason=str(error)))
             continue
@@ -45,8 +45,9 @@ def _emit(graph: fx.Graph, chain: Chain, step: Step, operators: Operators) -> No
     """Turns ``chain.inverse`` into the last node of the step. It keeps its name, which a signature may refer to."""
     inverse = chain.inverse
     call = partial(add_call, graph, inverse)
+    routing = chain.logits if step.kind == "softmax" else chain.routing
     with graph.inserting_before(inverse):
-        last = step.build(call, operators, chain.x, chain.routing, chain.filters)
+        last = step.build(call, operators, chain.x, routing, chain.filters)
     inverse.op, inverse.target = "call_function", last.target
     inverse.args, inverse.kwargs, inverse.meta = last.args, last.kwargs, last.meta
     graph.erase_node(last)

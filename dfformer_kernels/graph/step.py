@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, fx
 
 from dfformer_kernels import reference
 from dfformer_kernels.graph.chain import Chain, same
+from dfformer_kernels.graph.compare import undisturbed
 from dfformer_kernels.graph.trace import DifferentCopyError, called_whole, first_line
 from dfformer_kernels.graph.vocabulary import evaluate, example, shape_of, softmax_axis, value_of
 from dfformer_kernels.ops import filter as ops
@@ -46,8 +46,9 @@ ATEN: Operators = {
     "weights": (torch.ops.dfformer.dynamic_filter.default, (None, None, None, False), {}),
     "filters": (torch.ops.dfformer.global_filter.default, (None, None, None), {}),
 }
+# For the proof, which takes any weights for the result of a softmax.
 _REFERENCE: Operators = {
-    "softmax": (reference.dynamic_filter, (), {}),
+    "softmax": (reference.dynamic_filter, (None, None, False), {}),
     "weights": (reference.dynamic_filter, (None, None, False), {}),
     "filters": (reference.global_filter, (), {}),
 }
@@ -113,19 +114,20 @@ class Step(NamedTuple):
         return call(aten.contiguous.default, y)
 
 
-def match(chains: list[Chain], reasons: list[str]) -> tuple[Chain, Step]:
+def match(chains: list[Chain]) -> tuple[Chain, Step]:
     """The chain that is a step at the lowest cost, and that step: outputs and gradients agree on random inputs.
 
-    Raises DifferentCopyError if there is none, with the first of ``reasons``, to which reasons found here are added.
+    Raises DifferentCopyError with the first reason against a chain if there is none.
     """
     fitting: list[tuple[Chain, Step]] = []
+    reasons: list[str] = []
     for chain in chains:
         try:
             fitting += [(chain, step) for step in _candidates(chain)]
         except DifferentCopyError as error:
             reasons.append(str(error))
     for chain, step in sorted(fitting, key=lambda pair: pair[1].cost):
-        reason = _difference(step, _results(chain))
+        reason = _difference(chain, step)
         if not reason:
             return chain, step
         reasons.append(reason)
@@ -134,17 +136,14 @@ def match(chains: list[Chain], reasons: list[str]) -> tuple[Chain, Step]:
 
 def _candidates(chain: Chain) -> Iterator[Step]:
     """The steps whose shapes fit."""
-    x = value_of(chain.x).dtype
     B, H, W, C = _map_shape(chain)
-    compute = reference.compute_dtype(x)
-    _check_dtypes(chain, compute)
-    dtype = value_of(chain.filters).dtype
+    _check_dtypes(chain)
+    compute, dtype = reference.compute_dtype(value_of(chain.x).dtype), value_of(chain.filters).dtype
     cast = None if torch.empty(0, dtype=dtype).real.dtype == compute else compute
     shape = (*value_of(chain.filters).shape, *((2,) if dtype.is_complex else ()))
-    kind = "filters" if chain.routing is None else "weights" if chain.softmax is None else "softmax"
-    routings = [(C, ())] if chain.routing is None else list(_routings(chain, B, C))
-    samples = (B,) if kind == "filters" and len(shape) == 5 else ()
-    for (filters, routing), order in itertools.product(routings, itertools.permutations(range(len(shape)))):
+    routings = [("filters", C, ())] if chain.routing is None else list(_routings(chain, B, C))
+    samples = (B,) if chain.routing is None and len(shape) == 5 else ()
+    for (kind, filters, routing), order in itertools.product(routings, itertools.permutations(range(len(shape)))):
         expected = (*samples, H, W // 2 + 1, filters, 2)
         fits = len(shape) == len(expected) and all(map(same, [shape[axis] for axis in order], expected))
         if fits and (not dtype.is_complex or order[-1] == len(shape) - 1):
@@ -163,84 +162,63 @@ def _map_shape(chain: Chain) -> tuple[int, int, int, int]:
 
 
 def _other_shape(chain: Chain) -> str:
-    B, H, W, C = _map_shape(chain)
-    name, filters = ("C", C) if chain.softmax is None else ("F", next(_routings(chain, B, C))[0])
-    theirs = f"{chain.filters.name} of shape {shape_of(chain.filters)}"
-    return f"its filters, {theirs}, are not (H, K, {name}) = {example((H, W // 2 + 1, filters))}"
+    _, H, W, C = _map_shape(chain)
+    theirs = " and ".join(f"{n.name} of shape {shape_of(n)}" for n in (chain.filters, chain.routing) if n)
+    return f"its filters, {theirs}, are not (H, K, C) = {example((H, W // 2 + 1, C))}"
 
 
-def _check_dtypes(chain: Chain, compute: torch.dtype) -> None:
-    x = value_of(chain.x).dtype
+def _check_dtypes(chain: Chain) -> None:
+    x, routing = value_of(chain.x).dtype, chain.routing
     if not x.is_floating_point or value_of(chain.inverse).dtype != x:
         raise DifferentCopyError(f"it makes {value_of(chain.inverse).dtype} of {x}")
-    routing = x if chain.routing is None else value_of(chain.routing).dtype
-    is_number = routing.is_floating_point or routing.is_complex
-    if not is_number or reference.compute_dtype(routing) not in (torch.float32, compute):
-        raise DifferentCopyError(f"its logits are {routing} beside {x}")
+    if routing is not None and not (value_of(routing).dtype.is_complex or _takes(routing, x)):
+        raise DifferentCopyError(f"its weights are {value_of(routing).dtype} beside {x}")
 
 
-def _routings(chain: Chain, B: int, C: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """F, and each permutation of the routing's axes to (B,F), (B,F,C,1..) or (B,F,1,1..)."""
+def _takes(routing: fx.Node, x: torch.dtype) -> bool:
+    """Whether the operators take weights or logits of this dtype beside ``x``."""
+    dtype = value_of(routing).dtype
+    return dtype.is_floating_point and reference.compute_dtype(dtype) in (torch.float32, reference.compute_dtype(x))
+
+
+def _routings(chain: Chain, B: int, C: int) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """The kind of the step, F, and each permutation of the routing's axes to (B,F), (B,F,C,1..) or (B,F,1,1..)."""
     assert chain.routing is not None
     shape = value_of(chain.routing).shape
-    axes = range(1, len(shape))
-    if chain.softmax is not None:
-        axis = softmax_axis(chain.softmax)
-        if axis is None:
-            raise DifferentCopyError("its softmax does not say over which axis")
-        axes = [axis % len(shape)]  # type: ignore[assignment]
-    orders = [(axis, *rest) for axis in axes for rest in itertools.permutations({*range(1, len(shape))} - {axis})]
-    fitting = [
-        order
-        for order in orders
-        if 0 not in order and all(same(shape[a], 1) or (i == 0 and same(shape[a], C)) for i, a in enumerate(order[1:]))
-    ]
-    if fitting and same(shape[0], B) and not value_of(chain.routing).dtype.is_complex:
-        yield from ((shape[axis], (0, axis, *rest)) for axis, *rest in fitting)
-    elif chain.softmax is not None:
-        raise DifferentCopyError(
-            f"its softmax runs over axis {axes[0]} of {tuple(shape)}, ours over F of (B, F, C) = ({B}, F, {C})"
-        )
+    if value_of(chain.routing).dtype.is_complex or len(shape) < 2 or not same(shape[0], B):
+        return
+    softmax = None
+    if chain.logits is not None and _takes(chain.logits, value_of(chain.x).dtype):
+        softmax = softmax_axis(chain.routing)
+    for axis, *rest in itertools.permutations(range(1, len(shape))):
+        if all(same(shape[a], 1) or (i == 0 and same(shape[a], C)) for i, a in enumerate(rest)):
+            kind = "softmax" if softmax is not None and softmax % len(shape) == axis else "weights"
+            yield kind, shape[axis], (0, axis, *rest)
 
 
-class _Results(NamedTuple):
-    """A chain evaluated on random inputs: the inputs, its output, a random ``grad_y``, and the inputs' gradients."""
-
-    inputs: list[Tensor]
-    y: Tensor
-    grad_y: Tensor
-    gradients: list[Tensor]
-
-
-def _results(chain: Chain) -> _Results:
-    generator = torch.Generator().manual_seed(0)
+def _difference(chain: Chain, step: Step) -> str:
+    """How the step differs from the chain on the same random inputs; "" if they agree."""
     nodes = [node for node in (chain.x, chain.routing, chain.filters) if node is not None]
-    with _undisturbed():
-        inputs = [_random(shape_of(node), value_of(node).dtype.is_complex, generator) for node in nodes]
+    with undisturbed(torch.device("cpu")):
+        inputs = [_random(node) for node in nodes]
         computed: dict[fx.Node, Any] = dict(zip(nodes, inputs, strict=True))
         try:
             for node in chain.nodes:
                 if node not in computed:
                     computed[node] = evaluate(node, computed)
-            y = computed[chain.inverse]
-            grad_y = _random(tuple(y.shape), False, generator)
-            return _Results(inputs, y, grad_y, _gradients(y, inputs, grad_y))
+            theirs = computed[chain.inverse]
+            grad_y = torch.randn_like(theirs)
+            expected = _gradients(theirs, inputs, grad_y)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-            raise DifferentCopyError(f"it cannot be tried ({first_line(error)})") from error
-
-
-def _difference(step: Step, theirs: _Results) -> str:
-    """How the step differs from the chain on the same random inputs; "" if they agree."""
-    with _undisturbed():
-        inputs = [t.detach().requires_grad_() for t in theirs.inputs]
+            return f"it cannot be tried ({first_line(error)})"
         x, *routing, filters = inputs
-        y = step.build(called, _REFERENCE, x, routing[0] if routing else None, filters)
-        if reason := named_difference(y.detach(), theirs.y.detach(), _AGREEMENT):
+        ours = step.build(called, _REFERENCE, x, routing[0] if routing else None, filters)
+        if reason := named_difference(ours.detach(), theirs.detach(), _AGREEMENT):
             return f"on random inputs its output {reason}"
-        gradients = _gradients(y, inputs, theirs.grad_y)
+        gradients = _gradients(ours, inputs, grad_y)
     names = ["input", "routing", "filters"] if routing else ["input", "filters"]
-    for name, ours, expected in zip(names, gradients, theirs.gradients, strict=True):
-        if not relative_error(ours, expected) <= _AGREEMENT:
+    for name, gradient, theirs in zip(names, gradients, expected, strict=True):
+        if not relative_error(gradient, theirs) <= _AGREEMENT:
             return f"the gradient of its {name} differs from ours"
     return ""
 
@@ -267,13 +245,7 @@ def _gradients(y: Tensor, inputs: list[Tensor], grad_y: Tensor) -> list[Tensor]:
     return [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in real]
 
 
-def _random(shape: tuple[int, ...], is_complex: bool, generator: torch.Generator) -> Tensor:
-    dtype = torch.complex128 if is_complex else torch.float64
-    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").requires_grad_()
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Switches gradients on inside, and autocast and inference mode off."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        yield
+def _random(node: fx.Node) -> Tensor:
+    """A random input for the trial in place of a node's value."""
+    dtype = torch.complex128 if value_of(node).dtype.is_complex else torch.float64
+    return torch.randn(shape_of(node), dtype=dtype, device="cpu").requires_grad_()

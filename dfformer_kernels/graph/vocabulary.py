@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 # These are linear in each tensor argument, so with sums and products they only compute polynomials of their inputs.
 _VIEWS = """view reshape _unsafe_view permute transpose t T mT movedim moveaxis swapaxes swapdims flatten unflatten
@@ -114,52 +114,45 @@ def softmax_axis(node: fx.Node) -> int | None:
 
 def transform_of(node: fx.Node) -> Transform | None:
     """The transform that a node computes, with axes counted from the front; None if it computes no transform."""
-    if node.op != "call_function" or not isinstance(first_input(node), fx.Node):
-        return None
     name = name_of(node)
-    rank = len(shape_of(first_input(node)))
-    if name in ("_fft_r2c", "_fft_c2r", "_fft_c2c"):
-        return _aten_transform(name, node.args, rank)
     stem = name.rstrip("2n")
-    if stem not in ("rfft", "irfft", "fft", "ifft"):
+    is_aten = name in ("_fft_r2c", "_fft_c2r", "_fft_c2c")
+    if node.op != "call_function" or not (is_aten or stem in ("rfft", "irfft", "fft", "ifft")):
         return None
-    _, sizes, axes, norm = _bound(node, ("input", "s", "dim", "norm"), {"self": "input", "n": "s"})
-    if name == stem:
-        axes = -1 if axes is None else axes
-    elif axes is None:
-        axes = (-2, -1) if name.endswith("2") else tuple(range(rank))
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
-    inverse, norm = stem.startswith("i"), norm or "backward"
+    given = node.normalized_arguments(nn.Module(), normalize_to_only_use_kwargs=True)
+    if given is None or not isinstance(given.kwargs["input"], fx.Node):
+        return None
+    return (_aten_transform if is_aten else _torch_transform)(name, **given.kwargs)
+
+
+def _torch_transform(name: str, input: fx.Node, dim: Any, norm: str | None, s: Any = None, n: Any = None) -> Transform:
+    inverse, norm = name.startswith("i"), norm or "backward"
     exponent = {"ortho": -0.5, "backward": -1.0 * inverse, "forward": -1.0 * (not inverse)}[norm]
-    kind = "c2c" if "r" not in stem else "c2r" if inverse else "r2c"
-    return Transform(kind, inverse, _from_front(axes, rank), exponent, sizes is not None, norm)
+    kind = "c2c" if "r" not in name else "c2r" if inverse else "r2c"
+    resizes = s is not None or n is not None
+    return Transform(kind, inverse, _from_front(input, dim), exponent, resizes, norm)
 
 
-def _aten_transform(name: str, args: tuple[Any, ...], rank: int) -> Transform | None:
-    _, axes, normalization, last = args
+def _aten_transform(
+    name: str, input: fx.Node, dim: Any, normalization: int, forward: bool = True, onesided: bool = True, **size: Any
+) -> Transform | None:
     kind = name.removeprefix("_fft_")
-    inverse = kind == "c2r" or (kind == "c2c" and not last)
+    inverse = kind == "c2r" or not forward
     exponent = {0: 0.0, 1: -0.5, 2: -1.0}[normalization]
-    if kind == "r2c" and not last:
-        return None  # the full spectrum
     norm = "ortho" if exponent == -0.5 else "backward" if (exponent == -1.0) is inverse else "forward"
-    return Transform(kind, inverse, _from_front(axes, rank), exponent, kind == "c2r", norm)
+    return Transform(kind, inverse, _from_front(input, dim), exponent, kind == "c2r", norm) if onesided else None
 
 
-def _from_front(axes: Any, rank: int) -> tuple[int, ...]:
-    return tuple(axis % rank for axis in axes)
+def _from_front(input: fx.Node, axes: Any) -> tuple[int, ...]:
+    rank = len(shape_of(input))
+    if axes is None:
+        return tuple(range(rank))
+    return tuple(axis % rank for axis in ([axes] if isinstance(axes, int) else axes))
 
 
 def first_input(node: fx.Node) -> Any:
     """A node's first argument, by position or by name."""
     return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
-
-
-def _bound(node: fx.Node, names: tuple[str, ...], synonyms: dict[str, str]) -> list[Any]:
-    given: dict[str, Any] = dict.fromkeys(names)
-    given.update(zip(names, node.args, strict=False))
-    given.update({synonyms.get(key, key): value for key, value in node.kwargs.items()})
-    return [given[name] for name in names]
 
 
 def value_of(node: fx.Node) -> Any:
@@ -199,8 +192,6 @@ def evaluate(node: fx.Node, computed: Mapping[fx.Node, Any]) -> Any:
         return computed[argument] if argument in computed else example(value_of(argument))
 
     args, kwargs = fx.node.map_aggregate(fx.map_arg((node.args, dict(node.kwargs)), of_node), _widened)
-    if is_softmax(node):
-        return torch.softmax(args[0] if args else kwargs["input"], softmax_axis(node))  # type: ignore[arg-type]
     if node.op == "call_method":
         method = _WIDE_METHODS.get(str(node.target), str(node.target))
         return getattr(args[0], method)(*args[1:], **kwargs)

@@ -325,7 +325,7 @@ OTHER: dict[str, tuple[Step, str]] = {
     "overwritten by an activation": (_activated, r"may be overwritten in between \(relu\)"),
     "overwritten by another name": (_multiplied, r"may be overwritten in between \(__imul__\)"),
     "two spectra": (_two_spectra, "takes 2 spectra"),
-    "two softmaxes": (_two_softmaxes, "mixed by 2 softmaxes"),
+    "two softmaxes": (_two_softmaxes, r"its filters, einsum of .* and einsum_1 of shape .*, are not \(H, K, C\)"),
     "one image's filters": (_one_image, "output differs from ours"),
     "one row of filters": (_single_row, "output differs from ours"),
     "shifted": (lambda x, r, b: back(torch.fft.fftshift(there(x), dim=1) * mixed(r, b)), "stands fftshift"),

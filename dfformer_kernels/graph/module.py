@@ -50,29 +50,22 @@ class _Recorder(TorchFunctionMode):
     ``owners`` holds the innermost calls that transform both there and back.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.owners: dict[nn.Module, _Call] = {}
         self.spectral: set[nn.Module] = set()
         self._active: list[_Call] = []
-        self._model = model
 
-    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def record(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Runs the model once, in evaluation mode."""
-        modes = [(module, module.training) for module in self._model.modules()]
         with ExitStack() as stack:
-            for module, _ in modes:
-                before = module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
-                after = module.register_forward_hook(self._leave, always_call=True)
-                stack.callback(before.remove)
-                stack.callback(after.remove)
-            try:
-                self._model.eval()
-                with self, torch.no_grad():
-                    self._model(*args, **kwargs)
-            finally:
-                for module, training in modes:
-                    module.training = training
+            for module in model.modules():
+                stack.callback(setattr, module, "training", module.training)
+                stack.enter_context(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+                stack.enter_context(module.register_forward_hook(self._leave, always_call=True))
+            model.eval()
+            with self, torch.no_grad():
+                model(*args, **kwargs)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._active.append(_Call(module, args, kwargs))
@@ -96,8 +89,8 @@ class _Recorder(TorchFunctionMode):
 
 def fuse_module(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Finding]:
     """Calls ``model`` with these arguments, and fuses in place the chains that run."""
-    recorder = _Recorder(model)
-    recorder.record(args, kwargs)
+    recorder = _Recorder()
+    recorder.record(model, args, kwargs)
     names = {module: name or "the model" for name, module in model.named_modules()}
     found = []
     for owner, call in recorder.owners.items():
@@ -128,8 +121,11 @@ def _fuse_call(call: _Call, where: str, spectral: Collection[nn.Module]) -> list
         tensors = tuple(name for name, value in given.items() if isinstance(value, Tensor))
         kind = fused_class(type(module), Program.of(graph, tensors, given))
         for training in (False, True):
-            if reason := _difference(module, kind, list(_trial_inputs(given, 2).values()), training):
-                return [Finding(where, reason=reason)]
+            inputs = list(_trial_inputs(given, 2).values())
+            original, fused = (copy.deepcopy(module).train(training) for _ in range(2))
+            fused.__class__ = kind
+            if reason := compare.difference(compare.results(original, inputs), compare.results(fused, inputs)):
+                raise UnsupportedCopyError(reason)
     module.__class__ = kind
     return found
 
@@ -181,14 +177,3 @@ def _rewritten(
         graphs.append((case, program.graph, program.seen))
         found = found or here
     return found, common_graph(graphs)
-
-
-def _difference(module: nn.Module, kind: type[nn.Module], inputs: list[Any], training: bool) -> str:
-    """How a copy of ``module`` differs when its class is ``kind``; "" if it does not."""
-    try:
-        theirs = compare.results(copy.deepcopy(module).train(training), inputs)
-        fused = copy.deepcopy(module).train(training)
-        fused.__class__ = kind
-        return compare.difference(theirs, compare.results(fused, inputs))
-    except Exception as error:  # foreign code may raise anything
-        return f"it cannot be tried ({first_line(error)})"

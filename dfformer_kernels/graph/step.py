@@ -19,14 +19,16 @@ from dfformer_kernels.tolerance import relative_error
 _AGREEMENT = 1e-9
 
 Call = Callable[..., Any]  # takes a function and its arguments; runs it, or adds a node that calls it
-# For each kind of step, the function to call and its arguments after the tensors.
-Operators = Mapping[str, tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]]
+# For each kind of step, the function to call and its arguments after the tensors. If several kinds agree, the first one
+# wins, because it has the least work before the operator.
+Operators = Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]
 
 
 @called_whole  # for symbolic traces
-def dynamic_filter(x: Tensor, logits: Tensor, basis: Tensor, *, normalization: str | None = "softmax") -> Tensor:
+def dynamic_filter(x: Tensor, logits: Tensor, basis: Tensor, softmax: bool = True) -> Tensor:
     """The public operator on a basis of any dtype, because autocast and ``half()`` change those of foreign code."""
-    return ops.dynamic_filter(x, logits, basis.to(reference.compute_dtype(x.dtype)), normalization=normalization)
+    basis = basis.to(reference.compute_dtype(x.dtype))
+    return ops.dynamic_filter(x, logits, basis, normalization="softmax" if softmax else None)
 
 
 @called_whole
@@ -35,25 +37,15 @@ def global_filter(x: Tensor, weight: Tensor) -> Tensor:
     return ops.global_filter(x, weight.to(reference.compute_dtype(x.dtype)))
 
 
-PYTHON: Operators = {
-    "softmax": (dynamic_filter, (), {}),
-    "weights": (dynamic_filter, (), {"normalization": None}),
-    "filters": (global_filter, (), {}),
-}
-# For graphs of ATen operators. StarReLU and the backend's name are None.
-ATEN: Operators = {
-    "softmax": (torch.ops.dfformer.dynamic_filter.default, (None, None, None), {}),
-    "weights": (torch.ops.dfformer.dynamic_filter.default, (None, None, None, False), {}),
-    "filters": (torch.ops.dfformer.global_filter.default, (None, None, None), {}),
-}
-# For the proof, which takes any weights for the result of a softmax.
-_REFERENCE: Operators = {
-    "softmax": (reference.dynamic_filter, (None, None, False), {}),
-    "weights": (reference.dynamic_filter, (None, None, False), {}),
-    "filters": (reference.global_filter, (), {}),
-}
-# In order of preference: if several kinds agree, the one with the least work before the operator wins.
-_PREFERRED = tuple(PYTHON)
+def _operators(dynamic: Callable[..., Any], global_: Callable[..., Any], *unused: None) -> Operators:
+    return {"softmax": (dynamic, unused), "weights": (dynamic, (*unused, False)), "filters": (global_, unused)}
+
+
+PYTHON = _operators(dynamic_filter, global_filter)
+# For graphs of ATen operators, without StarReLU or the name of a backend.
+_OPS = torch.ops.dfformer
+ATEN = _operators(_OPS.dynamic_filter.default, _OPS.global_filter.default, None, None, None)
+_REFERENCE = _operators(reference.dynamic_filter, reference.global_filter, None, None)
 
 
 class Step(NamedTuple):
@@ -79,7 +71,7 @@ class Step(NamedTuple):
     @property
     def cost(self) -> tuple[int, int, bool]:
         """The sort key, smallest preferred; complex filters come last, because they need a view as pairs."""
-        return len(self.filters), _PREFERRED.index(self.kind), self.is_complex
+        return len(self.filters), [*PYTHON].index(self.kind), self.is_complex
 
     def basis(self, call: Call, filters: Any) -> Any:
         """The filters as the operators take them."""
@@ -92,14 +84,14 @@ class Step(NamedTuple):
     def build(self, call: Call, operators: Operators, x: Any, routing: Any, filters: Any) -> Any:
         """Calls an operator and ATen's views; the result is contiguous, in x's layout, as irfft2's is."""
         aten = torch.ops.aten
-        operator, rest, named = operators[self.kind]
+        operator, rest = operators[self.kind]
         filters = self.basis(call, filters)
         if operators is ATEN and self.dtype is not None:
             filters = call(aten._to_copy.default, filters, dtype=self.dtype)
         if self.channels_first:
             x = call(aten.permute.default, x, [0, 2, 3, 1])
         if not self.routing:
-            y = call(operator, x, filters, *rest, **named)
+            y = call(operator, x, filters, *rest)
         else:
             if self.routing != tuple(range(len(self.routing))):
                 routing = call(aten.permute.default, routing, list(self.routing))
@@ -108,7 +100,7 @@ class Step(NamedTuple):
             if len(self.routing) == 2:
                 routing = call(aten.unsqueeze.default, routing, 2)
             routing = call(aten.expand.default, routing, [-1, -1, self.channels])
-            y = call(operator, x, routing, filters, *rest, **named)
+            y = call(operator, x, routing, filters, *rest)
         if self.channels_first:
             y = call(aten.permute.default, y, [0, 3, 1, 2])
         return call(aten.contiguous.default, y)
@@ -197,7 +189,12 @@ def _routings(chain: Chain, B: int, C: int) -> Iterator[tuple[str, int, tuple[in
 
 
 def _difference(chain: Chain, step: Step) -> str:
-    """How the step differs from the chain on the same random inputs; "" if they agree."""
+    """How the step differs from the chain on the same random inputs; "" if they agree.
+
+    The weights are random inputs, even if they are a softmax's in the graph and the step computes it too.
+    """
+    if step.kind == "softmax":
+        step = step._replace(kind="weights")
     nodes = [node for node in (chain.x, chain.routing, chain.filters) if node is not None]
     with undisturbed(torch.device("cpu")):
         inputs = [_random(node) for node in nodes]

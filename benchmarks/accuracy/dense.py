@@ -20,10 +20,10 @@ from accuracy.models import SHAPE
 from accuracy.training import Case, Result
 from dfformer.data.images import seed_everything
 from dfformer.models.layers import SepConv
-from dfformer.tasks.base import Place
 from dfformer.tasks.table import task_part
 from dfformer.train.config import parse
 from dfformer.train.engine import Engine
+from dfformer.utils.device import Place
 
 SIDE = 64  # of the images, in pixels
 # What differs from the recipes segment_digits and detect_digits of this package: models and images are smaller.

@@ -27,11 +27,11 @@ from dfformer.data.photographs import sklearn_photographs
 from dfformer.data.transforms import evaluation_transform
 from dfformer.models.checkpoint import load_model, save_checkpoint
 from dfformer.models.spectral import DynamicFilter
-from dfformer.tasks.base import Place
 from dfformer.tasks.evaluate import data_config
 from dfformer.train.config import ModelConfig, parse
 from dfformer.train.engine import train
 from dfformer.train.state import checkpoints
+from dfformer.utils.device import Place
 from dfformer.utils.eager_baseline import eager_baseline
 from dfformer.utils.io import write_atomically, write_json
 from dfformer.utils.profile import saved_for_backward

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dfformer.data import synthetic_digits
-from dfformer.data.files import DatasetSpec, FileDataset, ImageDataset, check_image, read_image, real_path
+from dfformer.data.files import DatasetSpec, FileDataset, ImageDataset, Samples, check_image, read_image, real_path
 from dfformer.utils.io import unique_keys
 from dfformer.utils.text import abbreviate
 
@@ -227,22 +226,21 @@ def with_ids(categories: dict[int, str]) -> list[str]:
 Target = dict[str, Tensor]  # boxes, labels, iscrowd, area: Objects by the names of torchvision and torchmetrics
 
 
-class DetectionTensors(Dataset):
-    """``dataset`` as pairs of an image uint8 (3,H,W) and its target. In training, without crowds and randomly flipped.
+class DetectionTensors(Samples):
+    """``images`` as pairs of an image uint8 (3,H,W) and its target. In training, without crowds and randomly flipped.
+
+    Batches are lists, because images differ in size and targets in length.
 
     Args:
         hflip: probability of a horizontal flip; None for evaluation.
     """
 
-    def __init__(self, dataset: BoxDataset, hflip: float | None = None) -> None:
-        self.dataset, self.training = dataset, hflip is not None
+    def __init__(self, images: BoxDataset, hflip: float | None = None) -> None:
+        self.images, self.training = images, hflip is not None
         self.flip = v2.RandomHorizontalFlip(hflip or 0.0)
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        image, objects = self.dataset[index]
+        image, objects = self.images[index]
         if self.training:
             objects = Objects(*(values[objects.crowd == 0] for values in objects))
         boxes = tv_tensors.BoundingBoxes(objects.boxes, format="XYXY", canvas_size=(image.height, image.width))
@@ -250,8 +248,11 @@ class DetectionTensors(Dataset):
         rest = zip(("labels", "iscrowd", "area"), map(torch.from_numpy, objects[1:]), strict=True)
         return pixels.as_subclass(Tensor), {"boxes": flipped.as_subclass(Tensor), **dict(rest)}
 
+    @staticmethod
+    def collate(samples: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
+        images, targets = zip(*samples, strict=True)
+        return list(images), list(targets)
 
-def collate(samples: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
-    """Collates into lists, because images differ in size and targets in length."""
-    images, targets = zip(*samples, strict=True)
-    return list(images), list(targets)
+    @staticmethod
+    def uncounted(target: Target) -> None:
+        return None

@@ -14,6 +14,7 @@ from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
+from torch.utils.data import default_collate
 
 from dfformer.utils.text import abbreviate
 
@@ -100,6 +101,20 @@ class FileDataset(ImageDataset[Sample]):
         if self.exif_orientation or found != expected[::-1]:
             return ""
         return "; if the image has an EXIF orientation, exif_orientation applies it"
+
+
+class Samples(ImageDataset[tuple[Any, Any]]):
+    """The base of what a task trains and evaluates with: pairs of an image and its target, made of those in ``images``.
+
+    ``collate`` makes a batch of a list of pairs.
+    """
+
+    collate: Callable[[list[Any]], Any] = staticmethod(default_collate)
+
+    @staticmethod
+    @abstractmethod
+    def uncounted(target: Any) -> Any:
+        """A target that does not count, in place of ``target``."""
 
 
 class ImageInfo(NamedTuple):

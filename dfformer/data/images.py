@@ -8,7 +8,7 @@ import io
 import random
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from dfformer.data.class_folders import ClassFolders, ClassTar
-from dfformer.data.files import ImageDataset, given_root, image_mode, orientation_note, read_image
+from dfformer.data.files import ImageDataset, Samples, given_root, image_mode, orientation_note, read_image
+from dfformer.utils.device import Place
 from dfformer.utils.suggest import did_you_mean
 from dfformer.utils.text import abbreviate, echo
 
@@ -141,7 +142,7 @@ def _library_dataset(name: str, root: Path, split: str, download: bool) -> Libra
 Source = ClassFolders | ClassTar | DigitImages | LibraryDataset
 
 
-class Images(ImageDataset[tuple[Any, int]]):
+class Images(Samples):
     """``source`` as pairs of image and label, with a settable ``transform`` of the image.
 
     An image that cannot be read raises a ValueError that names it.
@@ -150,6 +151,8 @@ class Images(ImageDataset[tuple[Any, int]]):
         mode: the PIL mode that images are converted to.
         exif_orientation: apply images' EXIF orientation.
     """
+
+    collate = staticmethod(fast_collate)
 
     def __init__(self, source: Source, mode: str, exif_orientation: bool) -> None:
         self.images, self.mode, self.exif_orientation = source, mode, exif_orientation
@@ -163,6 +166,10 @@ class Images(ImageDataset[tuple[Any, int]]):
             return (self.transform(image) if self.transform else image), label
         except Exception as error:
             raise ValueError(f"{name}: {error or type(error).__name__}") from error
+
+    @staticmethod
+    def uncounted(target: int) -> int:
+        return -1
 
     def check(self) -> list[bool]:
         turned = self.images.check()
@@ -210,18 +217,15 @@ def seed_everything(*numbers: int) -> None:
     torch.manual_seed(int(state[2]))
 
 
-class SeededImages(Dataset):
-    """``dataset`` indexed by (epoch, index), with augmentation seeded by (seed, epoch, index)."""
+class _Seeded(Dataset):
+    """``samples`` indexed by (epoch, index), with augmentation seeded by (seed, epoch, index)."""
 
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, samples: Samples, seed: int) -> None:
+        self.samples, self.seed = samples, seed
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any]:
         seed_everything(self.seed, *key)
-        return self.dataset[key[1]]
+        return self.samples[key[1]]
 
 
 class GlobalBatches:
@@ -264,62 +268,37 @@ class GlobalBatches:
                 yield [(self.epoch, index) for index in indices.tolist()]
 
 
-Collate = Callable[[list[Any]], Any]
-
-
-def training_loader(
-    dataset: Any, batches: GlobalBatches, workers: int, pin_memory: bool, collate: Collate = fast_collate
-) -> DataLoader:
-    """Pairs of an image and its target in the order of ``batches``, collated by ``collate``.
-
-    timm's returns uint8 images (B,channels,H,W) and labels (B,).
-    """
+def training_loader(samples: Samples, batches: GlobalBatches, workers: int, place: Place) -> DataLoader:
+    """``samples`` in the order of ``batches``."""
     return DataLoader(
-        SeededImages(dataset, batches.seed),
+        _Seeded(samples, batches.seed),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
+        collate_fn=samples.collate,
+        pin_memory=place.device.type == "cuda",
         persistent_workers=workers > 0,
     )
 
 
-def _no_label(truth: Any) -> int:
-    return -1
-
-
 class _Padded(Dataset):
-    """``dataset``, extended by repeated images without target, so that all processes get equally many."""
+    """``samples``, extended by repeated images whose targets do not count, so that all processes get equally many."""
 
-    def __init__(self, dataset: Any, surplus: Callable[[Any], Any]) -> None:
-        self.dataset, self.surplus = dataset, surplus
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image, truth = self.dataset[index % len(self.dataset)]
-        return image, truth if index < len(self.dataset) else self.surplus(truth)
+        image, target = self.samples[index % len(self.samples)]
+        return image, target if index < len(self.samples) else self.samples.uncounted(target)
 
 
-def evaluation_loader(
-    dataset: Any,
-    batch_size: int,
-    workers: int,
-    pin_memory: bool,
-    rank: int = 0,
-    world: int = 1,
-    collate: Collate = fast_collate,
-    surplus: Callable[[Any], Any] = _no_label,
-) -> DataLoader:
-    """Images and their targets in the dataset's order, every ``world``-th from ``rank`` on.
-
-    All processes get equally many. For repeated images at the end, ``surplus`` changes the target, by default to the
-    label -1, so that they do not count.
-    """
-    each = -(-len(dataset) // world)
+def evaluation_loader(samples: Samples, workers: int, place: Place, batch_size: int = 1) -> DataLoader:
+    """This process's part of ``samples`` in their order: every ``world``-th from ``rank`` on; equally many for all."""
+    each = -(-len(samples) // place.world)
     return DataLoader(
-        _Padded(dataset, surplus),
+        _Padded(samples),
         batch_size=batch_size,
-        sampler=range(rank, each * world, world),
+        sampler=range(place.rank, each * place.world, place.world),
         num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
+        collate_fn=samples.collate,
+        pin_memory=place.device.type == "cuda",
     )

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -18,6 +18,7 @@ from dfformer.data.files import (
     DatasetSpec,
     FileDataset,
     ImageDataset,
+    Samples,
     check_image,
     images_in,
     opened,
@@ -145,19 +146,20 @@ def _class_names(root: Path) -> list[str]:
     return names
 
 
-class SegmentationTensors(Dataset):
-    """``dataset`` as pairs of tensors that ``transform`` returned, an image and its mask."""
+class SegmentationTensors(Samples):
+    """``images`` as pairs of tensors that ``transform`` returned, an image and its mask."""
 
-    def __init__(self, dataset: MaskDataset, transform: Callable[[Any, Any], ImageAndMask]) -> None:
-        self.dataset, self.transform = dataset, transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __init__(self, images: MaskDataset, transform: Callable[[Any, Any], ImageAndMask]) -> None:
+        self.images, self.transform = images, transform
 
     def __getitem__(self, index: int) -> ImageAndMask:
-        image, mask = self.dataset[index]
+        image, mask = self.images[index]
         pixels, classes = self.transform(v2.functional.to_image(image), tv_tensors.Mask(mask))
         return pixels.as_subclass(Tensor), classes.as_subclass(Tensor)
+
+    @staticmethod
+    def uncounted(target: Tensor) -> Tensor:
+        return torch.full_like(target, IGNORED)
 
 
 class TrainTransform:
@@ -199,16 +201,10 @@ class TrainTransform:
         return self.rest(*cropped)
 
 
-class EvalTransform:
-    """The whole image, with a shorter side of ``shorter`` pixels (see `resize_shorter_side`), and the original mask."""
-
-    def __init__(self, shorter: int) -> None:
-        self.shorter = shorter
-
-    def __call__(self, image: Any, mask: Any) -> ImageAndMask:
-        return resize_shorter_side(image, self.shorter), mask
+def whole_images(images: MaskDataset, shorter: int) -> SegmentationTensors:
+    """Whole images, resized by `resize_shorter_side`, with their original masks."""
+    return SegmentationTensors(images, partial(_resized, shorter=shorter))
 
 
-def ignored_like(mask: Tensor) -> Tensor:
-    """A mask of ``mask``'s shape without any class."""
-    return torch.full_like(mask, IGNORED)
+def _resized(image: Any, mask: Any, shorter: int) -> ImageAndMask:
+    return resize_shorter_side(image, shorter), mask

@@ -8,11 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from dfformer.data import photographs
-from dfformer.data.files import DatasetSpec, FileDataset, ImageDataset, check_image, images_in, read_image
+from dfformer.data.files import DatasetSpec, FileDataset, ImageDataset, Samples, check_image, images_in, read_image
 
 LEAST_SIDE = 16  # of a whole image, in pixels; the metrics need it
 _MIRRORINGS = (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE)
@@ -140,12 +139,12 @@ def open_pair_dataset(
     return PairFolder(folder, spec.split, degradation.scale, made, least, spec.exif_orientation)
 
 
-class RestorationTensors(Dataset):
-    """``dataset`` as pairs of tensors: whole images, or ``repeats`` random crops of each, mirrored at random,
+class RestorationTensors(Samples):
+    """``images`` as pairs of tensors: whole images, or ``repeats`` random crops of each, mirrored at random,
     along the diagonal too if they are square: in all eight ways.
 
     Args:
-        degradation: makes the inputs that ``dataset`` lacks. The noise of a whole image depends only on its index.
+        degradation: makes the inputs that ``images`` lack. The noise of a whole image depends only on its index.
         crop: the size (H,W) of target crops; None for whole images, cut to multiples of ``scale``.
         photometric: change brightness, contrast, saturation, hue and the order of channels of crops at random, before
             inputs are made from them.
@@ -153,28 +152,28 @@ class RestorationTensors(Dataset):
 
     def __init__(
         self,
-        dataset: PairDataset,
+        images: PairDataset,
         degradation: Degradation,
         crop: tuple[int, int] | None = None,
         repeats: int = 1,
         photometric: bool = False,
     ) -> None:
-        self.dataset, self.degradation, self.crop, self.repeats = dataset, degradation, crop, repeats
+        self.images, self.degradation, self.crop, self.repeats = images, degradation, crop, repeats
         self.photometric = v2.RandomPhotometricDistort() if photometric else nn.Identity()
 
     def __len__(self) -> int:
-        return self.repeats * len(self.dataset)
+        return self.repeats * len(self.images)
 
     def __getitem__(self, index: int) -> InputAndTarget:
         if not 0 <= index < len(self):  # ends a loop over the dataset
             raise IndexError(f"index: got {index}, there are {len(self)} pairs")
-        source, target = self.dataset[index % len(self.dataset)]
+        source, target = self.images[index % len(self.images)]
         scale = self.degradation.scale
         cells = [side // scale for side in target.size]  # wide and high, in pixels of the input
         taken = [side // scale for side in self.crop[::-1]] if self.crop else cells
         left, top = (_below(cell - side + 1) if self.crop else 0 for cell, side in zip(cells, taken, strict=True))
         box = (left, top, left + taken[0], top + taken[1])
-        pair = [target.crop(tuple(scale * edge for edge in box))]  # type: ignore[arg-type]
+        pair = [target.crop(tuple(scale * edge for edge in box))]
         if source is not None:
             pair.append(source.crop(box))
         if self.crop:
@@ -189,11 +188,11 @@ class RestorationTensors(Dataset):
             pixels.append(self.degradation(pixels[0], generator))
         return pixels[1], pixels[0]
 
+    @staticmethod
+    def uncounted(target: Tensor) -> Tensor:
+        """A target without pixels."""
+        return target[:, :0]
+
 
 def _below(count: int) -> int:
     return int(torch.randint(count, ()))
-
-
-def nothing_like(target: Tensor) -> Tensor:
-    """A target without pixels, which does not count."""
-    return target[:, :0]

@@ -2,18 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import timm
-import torch
-from torch import Tensor, distributed, nn
-from torch.utils.data import DataLoader, default_collate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from dfformer.data import images as image_data
+from dfformer.data.files import Samples
 from dfformer.models import checkpoint
 from dfformer.models.metadata import check_classes, is_ours
+from dfformer.utils.device import Place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,21 +24,6 @@ SHOWN = 6  # images in predictions.png
 Model = TypeVar("Model", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class Place:
-    """This process's device and rank, and the number of processes."""
-
-    device: torch.device
-    rank: int = 0
-    world: int = 1
-
-    def add_up(self, values: Tensor) -> Tensor:
-        """Adds up ``values`` of all processes, in place."""
-        if self.world > 1:
-            distributed.all_reduce(values)
-        return values
-
-
 class Task(ABC):
     """What the engine requires of a task, and what all tasks share."""
 
@@ -46,8 +31,7 @@ class Task(ABC):
     unit = "%"  # of the displayed metric; "%" for a fraction
     classes: list[str] | None  # None if the data does not name them
     model_args: dict[str, Any]  # of ``timm.create_model``
-    samples: Any  # the training set as `loss` takes it, before `collate`
-    collate: image_data.Collate = staticmethod(default_collate)
+    samples: Samples  # the training set as `loss` takes it, in batches
 
     def __init__(
         self,
@@ -88,22 +72,24 @@ class Task(ABC):
         return {}
 
     @abstractmethod
-    def image_settings(self) -> dict[str, Any]:
-        """How images are prepared, for the checkpoint."""
+    def own_description(self) -> dict[str, Any]:
+        """What else a checkpoint says of the model: how images are prepared (``data``), and settings of the task."""
 
     def description(self) -> dict[str, Any]:
-        """What else a checkpoint needs to say of the model."""
-        return {}
+        """What a checkpoint says of the model."""
+        arguments = {name: value for name, value in self.model_args.items() if name != "pretrained"}
+        described = {"task": self.config.task, "architecture": self.config.model.name, "model_args": arguments}
+        return {**described, "classes": self.classes or None, **self.own_description()}
 
     def export(self, weights: dict[str, Tensor], path: Path) -> None:
         """Writes weights for use."""
-        arguments = {name: value for name, value in self.model_args.items() if name != "pretrained"}
-        described = self.config.model.name, arguments, self.classes or None, self.image_settings()
-        checkpoint.save_checkpoint(weights, path, *described, self.config.task, **self.description())
+        checkpoint.save_checkpoint(weights, path, **self.description())
 
     def training_loader(self) -> DataLoader:
-        workers, pinned = self.config.data.workers, self.place.device.type == "cuda"
-        return image_data.training_loader(self.samples, self.batches, workers, pinned, self.collate)
+        return image_data.training_loader(self.samples, self.batches, self.config.data.workers, self.place)
+
+    def validation_loader(self, samples: Samples, batch_size: int = 1) -> DataLoader:
+        return image_data.evaluation_loader(samples, self.config.data.workers, self.place, batch_size)
 
 
 def load_dense(path: str | Path, task: str, build: Callable[[dict[str, Any]], Model]) -> tuple[Model, dict[str, Any]]:
@@ -117,16 +103,11 @@ def load_dense(path: str | Path, task: str, build: Callable[[dict[str, Any]], Mo
     return checkpoint.build_and_load(lambda: build(about), state_dict, path), about
 
 
-def evaluation_loader(dataset: Any, workers: int, place: Place, batch_size: int = 1, **options: Any) -> DataLoader:
-    """This process's images and targets, by default one by one; for ``options``, see `image_data.evaluation_loader`."""
-    pinned = place.device.type == "cuda"
-    return image_data.evaluation_loader(dataset, batch_size, workers, pinned, place.rank, place.world, **options)
-
-
 class DenseTask(Task):
     """The base of tasks on whole images, whose model has an encoder of timm."""
 
     classes: list[str]
+    build: Callable[[dict[str, Any]], Any]  # a model, from its description in a checkpoint
     norm_each_map = True  # in this package's encoders, as in the authors' for dense prediction
 
     def __init__(self, config: "TrainConfig", place: Place, *data: Any) -> None:
@@ -156,15 +137,13 @@ class DenseTask(Task):
         checkpoint.load_checkpoint(classifier, model.checkpoint)  # strict; timm would ignore missing weights
         return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": classifier.state_dict()}}
 
-    @abstractmethod
-    def on_encoder(self, arguments: dict[str, Any]) -> Any:
-        """The task's model, on an encoder created with ``arguments``."""
-
     def build_model(self) -> nn.Module:
-        model: Any = self.on_encoder({**self.model_args, **self._encoder_weights()})
+        about = self.description()
+        model: nn.Module = self.build({**about, "model_args": {**self.model_args, **self._encoder_weights()}})
         if self.config.model.grad_checkpointing:
-            model.set_grad_checkpointing()
-        return cast(nn.Module, model)
+            model.set_grad_checkpointing()  # type: ignore[operator]
+        return model
 
-    def image_settings(self) -> dict[str, Any]:
-        return {"input_size": [3, *self.config.data.size], "mean": self.mean, "std": self.std}
+    def own_description(self) -> dict[str, Any]:
+        size = [3, *self.config.data.size]
+        return {"data": {"input_size": size, "mean": self.mean, "std": self.std}}

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 from timm.data import ImageNetInfo, Mixup, resolve_data_config
-from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,18 +17,19 @@ from dfformer.data.files import read_class_names
 from dfformer.data.transforms import evaluation_transform, training_transform
 from dfformer.models.checkpoint import load_checkpoint, load_model
 from dfformer.models.metadata import is_ours
-from dfformer.tasks.base import Place, Task, evaluation_loader
+from dfformer.tasks.base import Task
 from dfformer.tasks.evaluate import (
     Measured,
     Pixels,
     Timed,
+    batches,
     count_correct,
     data_config,
     logits_of,
     means,
-    progress,
 )
 from dfformer.tasks.predict import File, Predictor, Top
+from dfformer.utils.device import Place
 
 if TYPE_CHECKING:
     from dfformer.train.config import TrainConfig
@@ -41,7 +41,6 @@ class Classification(Task):
     """Images with one label each; cross entropy, mixup and cutmix; top-1 and top-5."""
 
     metric = "top1"
-    collate = staticmethod(fast_collate)
 
     def __init__(self, config: "TrainConfig", place: Place) -> None:
         given = config.data
@@ -53,6 +52,7 @@ class Classification(Task):
         where = f"{given.root}, split {given.val_split}"
         image_data.check_same_classes(val_set.classes, train_set.classes, where, "the training images")
         super().__init__(config, place, train_set, val_set, train_set.classes)
+        self.samples = train_set
         self.model_args = {**config.model.args, **self._num_classes()}
         self.mix = self._mixup()
 
@@ -104,7 +104,6 @@ class Classification(Task):
         self.pixels = Pixels(self.data_config["mean"], self.data_config["std"], self.place.device)
         self.erase = RandomErasing(augment.re_prob, mode=augment.re_mode, device=self.place.device)
         self.val_set.transform = evaluation_transform(self.data_config, as_uint8=True)
-        self.samples = self.train_set
         self.train_set.transform = training_transform(
             self.data_config["input_size"],
             scale=augment.scale,
@@ -126,11 +125,12 @@ class Classification(Task):
         return F.cross_entropy(logits_of(model, images), labels, label_smoothing=self.config.augment.smoothing)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        loader = evaluation_loader(self.val_set, self.config.data.workers, self.place, self.batches.batch)
+        loader = self.validation_loader(self.val_set, self.batches.batch)
         return means(self.place.add_up(count_correct(model, loader, self.pixels)))[1]
 
-    def image_settings(self) -> dict[str, Any]:
-        return {name: self.data_config[name] for name in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    def own_description(self) -> dict[str, Any]:
+        names = ("input_size", "mean", "std", "interpolation", "crop_pct")
+        return {"data": {name: self.data_config[name] for name in names}}
 
 
 def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
@@ -148,9 +148,8 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         _check_classes(classes, model, dataset, checkpoint)
         image_data.check_images(dataset)
         dataset.transform = evaluation_transform(config, as_uint8=True)
-        loader = evaluation_loader(dataset, arguments.workers, Place(device), arguments.batch_size)
         timed = Timed(model, device, arguments.amp)
-        bar = progress(loader, f"{checkpoint.name} {H}x{W}")
+        bar = batches(dataset, arguments, f"{checkpoint.name} {H}x{W}", arguments.batch_size)
         images, measures = means(count_correct(timed, bar, Pixels(config["mean"], config["std"], device)))
         yield Measured(
             model=model.pretrained_cfg.get("architecture", type(model).__name__),  # type: ignore[union-attr, operator]

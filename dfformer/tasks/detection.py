@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils.data import DataLoader
 
 try:
     import pycocotools  # noqa: F401 (torchmetrics would only report it missing after an epoch)
@@ -22,19 +21,14 @@ from torchvision.ops import nms
 from torchvision.transforms import v2
 
 from dfformer.data import images as image_data
-from dfformer.data.boxes import (
-    BoxDataset,
-    DetectionTensors,
-    Target,
-    collate,
-    open_box_dataset,
-    with_ids,
-)
-from dfformer.tasks.base import SHOWN, DenseTask, Place, evaluation_loader, load_dense
+from dfformer.data.boxes import DetectionTensors, Target, open_box_dataset, with_ids
+from dfformer.models.metadata import DETECTOR
+from dfformer.tasks.base import SHOWN, DenseTask, load_dense
 from dfformer.tasks.detector import Detector
-from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress
+from dfformer.tasks.evaluate import Measured, Timed, at_each_size, batches, dataset_spec, own_size
 from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.tasks.results import plan_results, result_names, write_results
+from dfformer.utils.device import Place
 from dfformer.utils.io import write_atomically
 
 if TYPE_CHECKING:
@@ -48,6 +42,12 @@ _MEASURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 Batch = tuple[list[Tensor], list[Target]]
 
 
+def _detector(about: dict[str, Any]) -> Detector:
+    images = about["data"]
+    data = (len(about["classes"]), own_size(about), images["mean"], images["std"])
+    return Detector(about["architecture"], about["model_args"], *data, **about["detector"])
+
+
 def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
     """The model of a detection checkpoint, in eval mode, and the file's description of it.
 
@@ -55,13 +55,7 @@ def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
     (COCO's), ``data`` (mean, std and input_size, whose last two numbers limit the shorter and the longer side),
     ``detector`` (channels, anchor_scale, norm_groups) and ``repair_boxes`` (whether its data needed repairs).
     """
-
-    def build(about: dict[str, Any]) -> Detector:
-        encoder, pixels = (about["architecture"], about["model_args"]), about["data"]
-        images = pixels["input_size"][1:], pixels["mean"], pixels["std"]
-        return Detector(*encoder, len(about["classes"]), *images, **about["detector"])
-
-    return load_dense(path, "detect", build)
+    return load_dense(path, "detect", _detector)
 
 
 def _on(device: torch.device, images: list[Tensor]) -> list[Tensor]:
@@ -103,7 +97,7 @@ class Detection(DenseTask):
     """Images with boxes around objects; focal loss and L1; COCO's mean average precision."""
 
     metric = "map"
-    collate = staticmethod(collate)
+    build = staticmethod(_detector)
 
     def __init__(self, config: "TrainConfig", place: Place) -> None:
         given = config.data
@@ -126,11 +120,6 @@ class Detection(DenseTask):
         image_data.check_same_classes(with_ids(val_set.categories), expected, where, f"split {given.train_split}")
         super().__init__(config, place, train_set, val_set, list(train_set.categories.values()))
         self.samples = DetectionTensors(train_set, config.detect.hflip)
-        self.detector = {name: getattr(config.detect, name) for name in ("channels", "anchor_scale", "norm_groups")}
-
-    def on_encoder(self, arguments: dict[str, Any]) -> Detector:
-        name, size = self.config.model.name, self.config.data.size
-        return Detector(name, arguments, len(self.classes), size, self.mean, self.std, **self.detector)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, targets = batch
@@ -140,13 +129,15 @@ class Detection(DenseTask):
         return torch.stack(list(losses.values())).sum()
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        loader = _loader(self.val_set, self.config.data.workers, self.place)
+        loader = self.validation_loader(DetectionTensors(self.val_set))
         measures = average_precision(model, loader, self.place)
         return {name: measures[name] for name in _MEASURES[:3]}  # the others are NaN if there are no such objects
 
-    def description(self) -> dict[str, Any]:
-        repaired = self.config.detect.repair_boxes
-        return {"category_ids": list(self.categories), "detector": self.detector, "repair_boxes": repaired}
+    def own_description(self) -> dict[str, Any]:
+        given = self.config.detect
+        own = {"category_ids": list(self.categories), "repair_boxes": given.repair_boxes}
+        own["detector"] = {name: getattr(given, name) for name in DETECTOR}
+        return super().own_description() | own
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         from dfformer.analysis.dense_figures import detections
@@ -160,14 +151,6 @@ class Detection(DenseTask):
         title = f"{self.config.model.name}: the first {len(images)} validation images"
         rows = {"truth": truth, f"found, score {_MIN_SCORE:g} and up": _as_arrays(found)}
         return {"predictions.png": detections(images, rows, self.classes, title)}
-
-
-def _no_target(target: Target) -> None:
-    return None
-
-
-def _loader(dataset: BoxDataset, workers: int, place: Place) -> DataLoader:
-    return evaluation_loader(DetectionTensors(dataset), workers, place, collate=collate, surplus=_no_target)
 
 
 def confident(objects: Target, min_score: float) -> Target:
@@ -189,21 +172,18 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
     own = with_ids(dict(zip(about["category_ids"], classes, strict=True)))
     image_data.check_same_classes(own, with_ids(dataset.categories), checkpoint, "the data")
     image_data.check_images(dataset)
-    loader = _loader(dataset, arguments.workers, place)
-    for shorter, longer in map(sorted, arguments.img_size) if arguments.img_size else [about["data"]["input_size"][1:]]:
+
+    def measure(timed: Timed, size: tuple[int, int]) -> Any:
+        shorter, longer = sorted(size)
         model.set_img_size(shorter, longer)
-        timed = Timed(model, place.device, arguments.amp)
-        bar = progress(loader, f"{checkpoint.name} {shorter}x{longer}")
+        bar = batches(DetectionTensors(dataset), arguments, f"{checkpoint.name} {shorter}x{longer}")
         measures = average_precision(timed, bar, place, by_class=True)
         each = dict(zip(measures["classes"], measures["map_per_class"], strict=True))
-        yield Measured(
-            model=about["architecture"],
-            size={"shorter_side": shorter, "longer_side": longer},
-            images=len(dataset),
-            seconds=timed.seconds,
-            measures={name: measures[name] for name in _MEASURES},
-            by_class={f"map {name}": each.get(n, float("nan")) for n, name in enumerate(classes)},
-        )
+        by_class = {f"map {name}": each.get(n, float("nan")) for n, name in enumerate(classes)}
+        columns = {"shorter_side": shorter, "longer_side": longer}
+        return columns, {name: measures[name] for name in _MEASURES}, by_class
+
+    return at_each_size(model, about, len(dataset), arguments, measure)
 
 
 def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
@@ -212,7 +192,7 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
         raise ValueError(f"--min-score: got {arguments.min_score}, accepted are numbers from 0 to 1")
     model, about = load_detector(arguments.checkpoint)
     device, classes = torch.device(arguments.device), about["classes"]
-    model.to(device).set_img_size(*(sorted(arguments.img_size or ()) or about["data"]["input_size"][1:]))
+    model.to(device).set_img_size(*(sorted(arguments.img_size or own_size(about))))
     stems, ids = plan_results(paths, arguments.output, [".png"]), _image_ids(paths)
     results: list[dict[str, Any]] = []
 

@@ -5,7 +5,7 @@ import csv
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dfformer.data.files import DatasetSpec
+from dfformer.data.files import DatasetSpec, Samples
+from dfformer.data.images import evaluation_loader
+from dfformer.utils.device import Place
 from dfformer.utils.io import write_atomically
 from dfformer.utils.text import echo, printable
 
@@ -103,9 +104,28 @@ class Measured(NamedTuple):
 
 def dataset_spec(arguments: argparse.Namespace, about: dict[str, Any]) -> DatasetSpec:
     """The dataset that ``eval``'s arguments name; synthetic images have the size of the checkpoint's training."""
-    size = tuple(about["data"]["input_size"][1:])
     named = (arguments.dataset, arguments.root, arguments.split)
-    return DatasetSpec(*named, size, arguments.synthetic_images, arguments.exif_orientation)
+    return DatasetSpec(*named, own_size(about), arguments.synthetic_images, arguments.exif_orientation)
+
+
+def own_size(about: dict[str, Any]) -> tuple[int, int]:
+    """The size (H,W) in a checkpoint's description."""
+    H, W = about["data"]["input_size"][1:]
+    return H, W
+
+
+# Measures a model at a size: the columns that say at which, the measures, and those by class.
+Measure = Callable[["Timed", tuple[int, int]], tuple[dict[str, Any], dict[str, float], dict[str, float]]]
+
+
+def at_each_size(
+    model: nn.Module, about: dict[str, Any], images: int, arguments: argparse.Namespace, measure: Measure
+) -> Iterator[Measured]:
+    """Measures a dense task's model on ``images`` images, at each of ``arguments.img_size`` or at its own size."""
+    for size in arguments.img_size or [own_size(about)]:
+        timed = Timed(model, torch.device(arguments.device), arguments.amp)
+        columns, measures, by_class = measure(timed, size)
+        yield Measured(about["architecture"], columns, images, timed.seconds, measures, by_class)
 
 
 def tabulate(arguments: argparse.Namespace, evaluate: Callable[[Path, argparse.Namespace], Iterable[Measured]]) -> int:
@@ -148,8 +168,9 @@ class Timed(nn.Module):
             torch.cuda.synchronize(self.device)
 
 
-def progress(loader: DataLoader, name: str) -> Iterable[Any]:
-    """The batches of ``loader``, with a progress bar on a terminal."""
+def batches(samples: Samples, arguments: argparse.Namespace, name: str, batch_size: int = 1) -> Iterable[Any]:
+    """``samples`` in batches, with a progress bar on a terminal."""
+    loader = evaluation_loader(samples, arguments.workers, Place(torch.device(arguments.device)), batch_size)
     return tqdm(loader, desc=name, unit="batch", leave=False, disable=not sys.stderr.isatty())
 
 

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, default_collate
 
 try:
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -19,14 +18,15 @@ except ImportError as error:
 from torchvision.transforms import v2
 
 from dfformer.data import images as image_data
-from dfformer.data.pairs import Degradation, InputAndTarget, RestorationTensors, nothing_like, open_pair_dataset
+from dfformer.data.pairs import Degradation, InputAndTarget, RestorationTensors, open_pair_dataset
 from dfformer.models.checkpoint import load_checkpoint
 from dfformer.models.metadata import RESTORER
-from dfformer.tasks.base import SHOWN, DenseTask, Place, evaluation_loader, load_dense
-from dfformer.tasks.evaluate import Measured, Timed, dataset_spec, progress
+from dfformer.tasks.base import SHOWN, DenseTask, load_dense
+from dfformer.tasks.evaluate import Measured, Timed, at_each_size, batches, dataset_spec, own_size
 from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.tasks.restorer import Restorer, SelfEnsemble, enlarged, tiled
 from dfformer.tasks.results import plan_results, write_results
+from dfformer.utils.device import Place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 _TILES_AT_ONCE = 16
 
 
+def _restorer(about: dict[str, Any]) -> Restorer:
+    images = about["degradation"]["scale"], about["data"]["mean"], about["data"]["std"]
+    return Restorer(about["architecture"], about["model_args"], *images, **about["restorer"])
+
+
 def load_restorer(path: str | Path) -> tuple[Restorer, dict[str, Any]]:
     """The model of a restoration checkpoint, in eval mode, and the file's description of it.
 
@@ -43,12 +48,7 @@ def load_restorer(path: str | Path) -> tuple[Restorer, dict[str, Any]]:
     last two numbers are the tile's), ``restorer`` (channels, stride and blocks) and ``degradation`` (the scale, blur
     and noise that the model was trained to undo, see `dfformer.data.pairs.Degradation`).
     """
-
-    def build(about: dict[str, Any]) -> Restorer:
-        encoder, scale, pixels = about["architecture"], about["degradation"]["scale"], about["data"]
-        return Restorer(encoder, about["model_args"], scale, pixels["mean"], pixels["std"], **about["restorer"])
-
-    return load_dense(path, "restore", build)
+    return load_dense(path, "restore", _restorer)
 
 
 def restore(
@@ -104,12 +104,12 @@ class Restoration(DenseTask):
     """Images and their targets; mean absolute error; PSNR and SSIM of whole images, in tiles."""
 
     metric, unit = "psnr", "dB"
+    build = staticmethod(_restorer)
     norm_each_map = False
 
     def __init__(self, config: "TrainConfig", place: Place) -> None:
         given, wanted = config.data, config.restore
         self.degradation = Degradation(wanted.scale, wanted.blur, wanted.noise)
-        self.restorer = {name: getattr(wanted, name) for name in RESTORER}
         if any(side % wanted.scale for side in given.size):
             raise ValueError(
                 f"data.img_size: got {given.img_size}, accepted are multiples of restore.scale={wanted.scale}"
@@ -128,26 +128,26 @@ class Restoration(DenseTask):
         super().__init__(config, place, train_set, val_set, [], len(self.samples))
 
     def _encoder_weights(self) -> dict[str, Any]:
-        return {}  # `on_encoder` loads the weights of a whole restorer
+        return {}  # `build_model` loads the weights of a whole restorer
 
-    def on_encoder(self, arguments: dict[str, Any]) -> Restorer:
-        model = self.config.model
-        restorer = Restorer(model.name, arguments, self.degradation.scale, self.mean, self.std, **self.restorer)
-        if model.checkpoint:
-            load_checkpoint(restorer, model.checkpoint)
-        return restorer
+    def build_model(self) -> nn.Module:
+        model, weights = super().build_model(), self.config.model.checkpoint
+        if weights:
+            load_checkpoint(model, weights)
+        return model
 
     def loss(self, model: nn.Module, batch: InputAndTarget) -> Tensor:
         source, target = (pixels.to(self.place.device, non_blocking=True).float() / 255 for pixels in batch)
         return F.l1_loss(model(source), target)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        given, scale = self.config.data, self.degradation.scale
-        loader = _loader(RestorationTensors(self.val_set, self.degradation), given.workers, self.place)
-        return mean_quality(model, loader, self.place, scale, given.size, _TILES_AT_ONCE)
+        loader = self.validation_loader(RestorationTensors(self.val_set, self.degradation))
+        tiles = self.degradation.scale, self.config.data.size, _TILES_AT_ONCE
+        return mean_quality(model, loader, self.place, *tiles)
 
-    def description(self) -> dict[str, Any]:
-        return {"restorer": self.restorer, "degradation": vars(self.degradation)}
+    def own_description(self) -> dict[str, Any]:
+        restorer = {name: getattr(self.config.restore, name) for name in RESTORER}
+        return {**super().own_description(), "restorer": restorer, "degradation": vars(self.degradation)}
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         from dfformer.analysis.dense_figures import restorations
@@ -172,10 +172,6 @@ def _array(pixels: Tensor) -> np.ndarray:
     return pixels.permute(1, 2, 0).numpy()
 
 
-def _loader(tensors: RestorationTensors, workers: int, place: Place) -> DataLoader:
-    return evaluation_loader(tensors, workers, place, collate=default_collate, surplus=nothing_like)
-
-
 def _wanted(checkpoint: Path, arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     model, about = load_restorer(checkpoint)
     return (SelfEnsemble(model) if arguments.self_ensemble else model), about
@@ -187,18 +183,14 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
     place, degradation = Place(torch.device(arguments.device)), Degradation(**about["degradation"])
     dataset = open_pair_dataset(dataset_spec(arguments, about), degradation)
     image_data.check_images(dataset)
-    loader = _loader(RestorationTensors(dataset, degradation), arguments.workers, place)
-    for tile in arguments.img_size or [tuple(about["data"]["input_size"][1:])]:
-        timed = Timed(model, place.device, arguments.amp)
-        bar = progress(loader, f"{checkpoint.name} {tile[0]}x{tile[1]}")
+
+    def measure(timed: Timed, tile: tuple[int, int]) -> Any:
+        H, W = tile
+        bar = batches(RestorationTensors(dataset, degradation), arguments, f"{checkpoint.name} {H}x{W}")
         measures = mean_quality(timed, bar, place, degradation.scale, tile, arguments.batch_size)
-        yield Measured(
-            model=about["architecture"],
-            size={"tile_height": tile[0], "tile_width": tile[1], "self_ensemble": arguments.self_ensemble},
-            images=len(dataset),
-            seconds=timed.seconds,
-            measures=measures,
-        )
+        return {"tile_height": H, "tile_width": W, "self_ensemble": arguments.self_ensemble}, measures, {}
+
+    return at_each_size(model, about, len(dataset), arguments, measure)
 
 
 _ENDINGS = (".png", "_picture.png")
@@ -211,7 +203,7 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
     model, about = _wanted(arguments.checkpoint, arguments)
     device, scale = torch.device(arguments.device), about["degradation"]["scale"]
     model.to(device)
-    tile = arguments.img_size or tuple(about["data"]["input_size"][1:])
+    tile = arguments.img_size or own_size(about)
     stems = plan_results(paths, arguments.output, _ENDINGS)
 
     def apply(batch: list[File]) -> list[Top]:

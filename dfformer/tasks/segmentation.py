@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, default_collate
 
 try:
     from segmentation_models_pytorch import FPN
@@ -23,19 +22,18 @@ from torchvision.transforms import v2
 from dfformer.data import images as image_data
 from dfformer.data.masks import (
     IGNORED,
-    EvalTransform,
     ImageAndMask,
-    MaskDataset,
     SegmentationTensors,
     TrainTransform,
-    ignored_like,
     open_mask_dataset,
+    whole_images,
 )
 from dfformer.data.transforms import resize_shorter_side
-from dfformer.tasks.base import SHOWN, DenseTask, Place, evaluation_loader, load_dense
-from dfformer.tasks.evaluate import Measured, Pixels, Timed, dataset_spec, progress
+from dfformer.tasks.base import SHOWN, DenseTask, load_dense
+from dfformer.tasks.evaluate import Measured, Pixels, Timed, at_each_size, batches, dataset_spec, own_size
 from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.tasks.results import plan_results, write_results
+from dfformer.utils.device import Place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,17 +74,17 @@ class Segmenter(nn.Module):
         getattr(encoder, "model", encoder).set_grad_checkpointing(enable)
 
 
+def _segmenter(about: dict[str, Any]) -> Segmenter:
+    return Segmenter(about["architecture"], about["model_args"], len(about["classes"]), about["decoder"])
+
+
 def load_segmenter(path: str | Path) -> tuple[Segmenter, dict[str, Any]]:
     """The model of a segmentation checkpoint, in eval mode, and the file's description of it.
 
     The description has ``architecture`` and ``model_args`` of the encoder, ``decoder``, ``classes`` (names), ``data``
     (input_size, mean, std) and ``reduce_zero_label`` (whether 0 stood for no class in its training masks).
     """
-
-    def build(about: dict[str, Any]) -> Segmenter:
-        return Segmenter(about["architecture"], about["model_args"], len(about["classes"]), about["decoder"])
-
-    return load_dense(path, "segment", build)
+    return load_dense(path, "segment", _segmenter)
 
 
 def segment(model: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
@@ -94,16 +92,14 @@ def segment(model: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
     logits = model(images).float()
     if not logits.isfinite().all():
         raise ValueError("the model's output is not finite")
-    at_once = max(1, int(_VALUES_AT_ONCE / (len(logits) * size[0] * size[1])))
-    best = classes = torch.empty(0)
+    best = logits.new_full((len(logits), *size), -torch.inf)
+    classes = torch.zeros_like(best, dtype=torch.uint8)
+    at_once = max(1, int(_VALUES_AT_ONCE / best.numel()))
     for first in range(0, logits.shape[1], at_once):
         part = F.interpolate(logits[:, first : first + at_once], tuple(size), mode="bilinear")
         value, index = part.max(1)
-        index = (first + index).to(torch.uint8)
-        if first:
-            index = torch.where(value > best, index, classes)
-            value = torch.maximum(value, best)
-        best, classes = value, index
+        classes = torch.where(value > best, (first + index).to(torch.uint8), classes)
+        best = torch.maximum(value, best)
     return classes
 
 
@@ -133,15 +129,11 @@ def _measures(confusion: Tensor) -> dict[str, float]:
     return {"miou": float(miou), "pixel_accuracy": float(confusion.diagonal().sum() / confusion.sum())}
 
 
-def _loader(dataset: MaskDataset, shorter: int, workers: int, place: Place) -> DataLoader:
-    tensors = SegmentationTensors(dataset, EvalTransform(shorter))
-    return evaluation_loader(tensors, workers, place, collate=default_collate, surplus=ignored_like)
-
-
 class Segmentation(DenseTask):
     """Images with a class for every pixel; cross entropy; mean IoU of whole images at their own size."""
 
     metric = "miou"
+    build = staticmethod(_segmenter)
 
     def __init__(self, config: "TrainConfig", place: Place) -> None:
         zero = config.segment.reduce_zero_label
@@ -159,9 +151,6 @@ class Segmentation(DenseTask):
         )
         self.samples = SegmentationTensors(train_set, transform)
 
-    def on_encoder(self, arguments: dict[str, Any]) -> Segmenter:
-        return Segmenter(self.config.model.name, arguments, len(self.classes), self.config.segment.decoder)
-
     def loss(self, model: nn.Module, batch: ImageAndMask) -> Tensor:
         """The mean over all pixels, where ignored ones count as 0. So it does not depend on how a batch is split."""
         masks = batch[1].to(self.place.device, non_blocking=True).long()
@@ -169,20 +158,22 @@ class Segmentation(DenseTask):
         return F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum") / masks.numel()
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        given = self.config.data
-        loader = _loader(self.val_set, min(given.size), given.workers, self.place)
+        loader = self.validation_loader(self._whole())
         return _measures(count_pixels(model, loader, self.pixels, len(self.classes)))
 
-    def description(self) -> dict[str, Any]:
+    def _whole(self) -> SegmentationTensors:
+        return whole_images(self.val_set, min(self.config.data.size))
+
+    def own_description(self) -> dict[str, Any]:
         given = self.config.segment
-        return {"decoder": given.decoder, "reduce_zero_label": given.reduce_zero_label}
+        own = {"decoder": given.decoder, "reduce_zero_label": given.reduce_zero_label}
+        return super().own_description() | own
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         from dfformer.analysis.dense_figures import segmentations
 
         model.eval()
-        whole = SegmentationTensors(self.val_set, EvalTransform(min(self.config.data.size)))
-        shown = range(min(SHOWN, len(self.val_set)))
+        whole, shown = self._whole(), range(min(SHOWN, len(self.val_set)))
         images, truths = zip(*(self.val_set[index] for index in shown), strict=True)
         with torch.inference_mode():
             found = [segment(model, self.pixels(whole[n][0][None]), truths[n].shape)[0].cpu().numpy() for n in shown]
@@ -195,24 +186,23 @@ class Segmentation(DenseTask):
 def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
     """``dfformer eval`` of a segmentation checkpoint."""
     model, about = load_segmenter(checkpoint)
-    place, classes = Place(torch.device(arguments.device)), about["classes"]
+    classes, pixels = about["classes"], _pixels(about, arguments)
     dataset = open_mask_dataset(dataset_spec(arguments, about), about["reduce_zero_label"])
     image_data.check_same_classes(classes, dataset.classes, checkpoint, "the data")
     image_data.check_images(dataset)
-    pixels = Pixels(about["data"]["mean"], about["data"]["std"], place.device)
-    for size in arguments.img_size or [about["data"]["input_size"][1:]]:
-        timed, shorter = Timed(model, place.device, arguments.amp), min(size)
-        bar = progress(_loader(dataset, shorter, arguments.workers, place), f"{checkpoint.name} {shorter}")
+
+    def measure(timed: Timed, size: tuple[int, int]) -> Any:
+        bar = batches(whole_images(dataset, min(size)), arguments, f"{checkpoint.name} {min(size)}")
         confusion = count_pixels(timed, bar, pixels, len(classes))
-        measures, iou = _measures(confusion), intersection_over_union(confusion).tolist()
-        yield Measured(
-            model=about["architecture"],
-            size={"shorter_side": shorter},
-            images=len(dataset),
-            seconds=timed.seconds,
-            measures=measures,
-            by_class={f"iou {name}": value for name, value in zip(classes, iou, strict=True)},
-        )
+        iou = intersection_over_union(confusion).tolist()
+        by_class = {f"iou {name}": value for name, value in zip(classes, iou, strict=True)}
+        return {"shorter_side": min(size)}, _measures(confusion), by_class
+
+    return at_each_size(model, about, len(dataset), arguments, measure)
+
+
+def _pixels(about: dict[str, Any], arguments: argparse.Namespace) -> Pixels:
+    return Pixels(about["data"]["mean"], about["data"]["std"], torch.device(arguments.device))
 
 
 _ENDINGS = (".png", "_picture.png")
@@ -222,8 +212,7 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
     """``dfformer predict`` for a segmentation checkpoint: a mask and a picture for each image."""
     model, about = load_segmenter(arguments.checkpoint)
     model.to(arguments.device)
-    pixels = Pixels(about["data"]["mean"], about["data"]["std"], torch.device(arguments.device))
-    shorter = min(arguments.img_size or about["data"]["input_size"][1:])
+    pixels, shorter = _pixels(about, arguments), min(arguments.img_size or own_size(about))
     stems = plan_results(paths, arguments.output, _ENDINGS)
 
     def apply(batch: list[File]) -> list[Top]:

@@ -30,14 +30,14 @@ from tqdm import tqdm
 from dfformer.data.images import seed_everything
 from dfformer.models.blocks import MetaFormerBlock
 from dfformer.models.checkpoint import CheckpointError, must_fit
-from dfformer.tasks.base import Place, Task
+from dfformer.tasks.base import Task
 from dfformer.tasks.evaluate import autocast
 from dfformer.tasks.table import task_part
 from dfformer.train.checks import flatten
 from dfformer.train.config import FREE_TO_CHANGE, TrainConfig, parse
 from dfformer.train.log import Log, interruption
 from dfformer.train.state import checkpoints, load_latest_state, locked, optimizer_layout, save_state
-from dfformer.utils.device import usable_device
+from dfformer.utils.device import Place, usable_device
 from dfformer.utils.io import write_atomically
 from dfformer.utils.text import reason
 

@@ -1,6 +1,24 @@
-"""Devices by name. A device that cannot be used is refused before anything else is done."""
+"""Devices by name, and the processes of a run. A device that cannot be used is refused before anything else is done."""
+
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, distributed
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process's device and rank, and the number of processes."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """Adds up ``values`` of all processes, in place."""
+        if self.world > 1:
+            distributed.all_reduce(values)
+        return values
 
 
 def usable_device(name: str) -> torch.device:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dfformer.data.files import DatasetSpec
 from dfformer.data.images import seed_everything
-from dfformer.data.pairs import Degradation, RestorationTensors, nothing_like, open_pair_dataset
+from dfformer.data.pairs import Degradation, RestorationTensors, open_pair_dataset
 from dfformer.data.photographs import photographs
 
 SIZE = (24, 36)  # H, W of the targets
@@ -91,7 +91,7 @@ def test_whole_pairs(root: Path) -> None:
     assert (source.shape, target.shape) == ((3, 4, 7), (3, 20, 35))
     assert torch.equal(source, again)
     assert not torch.equal(source, other)
-    assert nothing_like(target).numel() == 0
+    assert RestorationTensors.uncounted(target).numel() == 0
 
 
 def test_degradation() -> None:

@@ -19,10 +19,10 @@ from dfformer.cli.main import main
 from dfformer.data import boxes
 from dfformer.models.checkpoint import CheckpointError, save_checkpoint
 from dfformer.tasks import detection as detect
-from dfformer.tasks.base import Place
 from dfformer.tasks.detector import Pyramid
 from dfformer.tasks.table import task_part
 from dfformer.train.config import parse
+from dfformer.utils.device import Place
 
 CATEGORIES = {7: "dark", 3: "bright"}  # in no order, with gaps
 SMALL: dict[str, Any] = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
@@ -138,8 +138,8 @@ def test_a_batch_of_several_images_is_the_mean_of_each(root: Path) -> None:
     model = task.build_model().train()
     prepared = boxes.DetectionTensors(task.train_set, 0.0)
     samples = [prepared[n] for n in range(4)]
-    each = [task.loss(model, boxes.collate([sample])).item() for sample in samples]
-    assert task.loss(model, boxes.collate(samples)).item() == pytest.approx(np.mean(each), rel=1e-5)
+    each = [task.loss(model, boxes.DetectionTensors.collate([sample])).item() for sample in samples]
+    assert task.loss(model, boxes.DetectionTensors.collate(samples)).item() == pytest.approx(np.mean(each), rel=1e-5)
 
 
 # Measures
@@ -166,7 +166,7 @@ def test_measures(root: Path) -> None:
         found.append({"boxes": target["boxes"], "labels": target["labels"], "scores": torch.where(right, 0.9, 0.0)})
         found[-1] = {name: values[right] for name, values in found[-1].items()}
     noise = {"boxes": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([0]), "scores": torch.tensor([1.0])}
-    batches = [boxes.collate([sample]) for sample in samples] + [([samples[0][0]], [None])]
+    batches = [boxes.DetectionTensors.collate([sample]) for sample in samples] + [([samples[0][0]], [None])]
     measures = detect.average_precision(Oracle([*found, noise]), batches, CPU, by_class=True)
     assert measures["map"] == pytest.approx(0.5)
     assert measures["map_per_class"] == pytest.approx([1, 0])

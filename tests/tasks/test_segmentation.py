@@ -22,7 +22,6 @@ from dfformer.cli.main import main
 from dfformer.data.transforms import resize_shorter_side
 from dfformer.models.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from dfformer.tasks import segmentation
-from dfformer.tasks.base import Place
 from dfformer.tasks.evaluate import Pixels
 from dfformer.tasks.segmentation import (
     Segmenter,
@@ -33,6 +32,7 @@ from dfformer.tasks.segmentation import (
 )
 from dfformer.tasks.table import task_part
 from dfformer.train.config import parse
+from dfformer.utils.device import Place
 
 CLASSES = ["sky", "sea", "sand"]
 SMALL: dict[str, Any] = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}

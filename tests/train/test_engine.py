@@ -23,6 +23,7 @@ from dfformer.data import images
 from dfformer.models.checkpoint import load_model, read_checkpoint
 from dfformer.train import state as train_state
 from dfformer.train.config import parse
+from dfformer.utils.device import Place
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 OWN_RECIPES = ("digits", "transfer")  # classification with values of this project
@@ -290,13 +291,16 @@ def test_the_images_of_a_step_do_not_depend_on_who_works(world: int, accumulatio
 
 
 def test_evaluation_counts_each_image_once() -> None:
-    dataset = [(torch.full((1, 2, 2), n, dtype=torch.uint8), n) for n in range(7)]
-    labels = [
-        label
-        for rank in range(3)
-        for _, batch in images.evaluation_loader(dataset, 2, 0, False, rank, 3)
-        for label in batch.tolist()
-    ]
+    class Numbers(images.Images):
+        def __init__(self) -> None:
+            self.images = range(7)
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return torch.full((1, 2, 2), index, dtype=torch.uint8), index
+
+    places = [Place(torch.device("cpu"), rank, 3) for rank in range(3)]
+    loaders = [images.evaluation_loader(Numbers(), 0, place, batch_size=2) for place in places]
+    labels = [label for loader in loaders for _, batch in loader for label in batch.tolist()]
     assert sorted(labels) == [-1, -1, *range(7)]
 
 

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import product
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ from dfformer_kernels.dispatch import Problem
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 Shape = tuple[int, int, int, int]  # (B, H, W, C)
-P = ParamSpec("P")
-T = TypeVar("T")
 
 # Odd, prime, one-row and rectangular planes, with channel counts that are no multiple of a vector.
 QUICK_SHAPES: list[Shape] = [(2, 14, 14, 32), (2, 7, 7, 20), (1, 13, 9, 5), (2, 1, 6, 3), (1, 5, 1, 2)]
@@ -161,19 +159,18 @@ class Worker(AbstractContextManager["Worker"]):
         self._pool: ProcessPoolExecutor | None = None
         self._others = set(multiprocessing.active_children())
 
-    def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Returns the function's result; raises WorkerError if its process crashes or takes more than `LIMIT_S`."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        future = self._pool.submit(function, *args, **kwargs)
+        future = self._pool.submit(function, *args)
         try:
             return future.result(LIMIT_S)
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, TimeoutError) as error:
             self.end()
-            raise WorkerError("its process crashed") from error
-        except TimeoutError as error:
-            self.end()
-            raise WorkerError(f"it hangs: no result after {LIMIT_S:g} s") from error
+            crashed = isinstance(error, BrokenProcessPool)
+            why = "its process crashed" if crashed else f"it hangs: no result after {LIMIT_S:g} s"
+            raise WorkerError(why) from error
 
     def end(self) -> None:
         """Ends the process; the next function gets a new one."""

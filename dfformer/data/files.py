@@ -48,7 +48,7 @@ def given_root(root: str | None) -> Path:
 
 
 class DatasetSpec(NamedTuple):
-    """A split of a dataset for segmentation, detection or restoration."""
+    """A split of a dataset."""
 
     name: str  # "" for files in ``root``, or the name of a built-in dataset
     root: str | None

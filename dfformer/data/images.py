@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from dfformer.data.class_folders import ClassFolders, ClassTar
-from dfformer.data.files import ImageDataset, Samples, given_root, image_mode, orientation_note, read_image
+from dfformer.data.files import DatasetSpec, ImageDataset, Samples, given_root, image_mode, orientation_note, read_image
 from dfformer.utils.device import Place
 from dfformer.utils.suggest import did_you_mean
 from dfformer.utils.text import abbreviate, echo
@@ -58,37 +58,29 @@ class DigitImages(ImageDataset[tuple[Image.Image, int, str]]):
         return Image.fromarray(self.images[index]), self.labels[index], f"digit {index}"
 
 
-def open_dataset(
-    name: str,
-    root: str | None,
-    split: str,
-    channels: int = 3,
-    download: bool = False,
-    exif_orientation: bool = False,
-) -> Any:
+def open_dataset(spec: DatasetSpec, channels: int = 3, download: bool = False) -> Any:
     """A map-style dataset of (image, label), with a settable ``transform``.
 
     Args:
-        name: "" for class folders or a .tar of them, "digits", or timm's name of another dataset.
-        root: the dataset's location; for "", the folder that contains the split, as a folder or a .tar file.
+        spec: its name is "" for class folders or a .tar of them (its root contains the split, as a folder or a .tar
+            file), "digits", or timm's name of another dataset.
         channels: number of channels of the model's images, see `dfformer.data.files.image_mode`.
-        exif_orientation: apply images' EXIF orientation.
 
     Raises:
         ValueError: the dataset or split does not exist, is streamed or has no images, a class folder has no images, or
             images cannot have this number of channels.
     """
-    mode = image_mode(channels)
+    mode, name = image_mode(channels), spec.name
     if name == DIGITS:
-        return Images(DigitImages(split), mode, exif_orientation)
+        return Images(DigitImages(spec.split), mode, spec.exif_orientation)
     if name and not name.lower().startswith(("torch/", "hfds/")):  # timm would read any other name as a folder
         raise ValueError(
             f"dataset: got {name!r}, accepted are '' for class folders, {DIGITS!r}, and timm's 'torch/...' and "
             f"'hfds/...'{did_you_mean(name, [DIGITS])}"
         )
-    folder = given_root(root)
-    source = _library_dataset(name, folder, split, download) if name else _class_images(folder, split)
-    return Images(source, mode, exif_orientation)
+    folder = given_root(spec.root)
+    source = _library_dataset(name, folder, spec.split, download) if name else _class_images(folder, spec.split)
+    return Images(source, mode, spec.exif_orientation)
 
 
 def _class_images(root: Path, split: str) -> ClassFolders | ClassTar:

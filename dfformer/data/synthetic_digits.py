@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torchvision.ops import masks_to_boxes
 
+from dfformer.data.files import ImageDataset
 from dfformer.data.images import DigitImages
 from dfformer.data.photographs import sklearn_photographs
 
@@ -36,7 +37,7 @@ class SyntheticImage(NamedTuple):
     labels: np.ndarray
 
 
-class SyntheticDigits:
+class SyntheticDigits(ImageDataset[SyntheticImage]):
     """``count`` images of 1 to 4 of scikit-learn's digits in light ink on dimmed crops of its two photographs.
 
     Size, place and ink of each digit are random; an image is a function of (seed, split, index). Training and
@@ -52,14 +53,11 @@ class SyntheticDigits:
         self.size: tuple[int, int] = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         if min(self.size) < 16 or count < 1:
             raise ValueError(f"img_size, count: got {img_size}, {count}; accepted are numbers from 16 and from 1 up")
-        self.split, self.count, self.seed = split, count, seed
-
-    def __len__(self) -> int:
-        return self.count
+        self.images, self.split, self.seed = range(count), split, seed
 
     def __getitem__(self, index: int) -> SyntheticImage:
-        if not 0 <= index < self.count:
-            raise IndexError(f"index: got {index}, there are {self.count} images")
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: got {index}, there are {len(self)} images")
         rng = np.random.default_rng([self.seed, self.split == "train", index])
         pixels = _DIMMED * np.asarray(self._background(rng), dtype=np.float32)
         owner = np.zeros(self.size, dtype=np.uint8)  # 1 + number of the digit visible at a pixel

@@ -1,8 +1,8 @@
 """Transforms of images for models: timm's, and the one rule for resizing whole images."""
 
 import re
-from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from PIL import Image
@@ -78,14 +78,9 @@ def training_transform(input_size: tuple[int, int, int], **augment: Any) -> Any:
     return transform
 
 
-def _augment_ops(transform: Any) -> Iterator[auto_augment.AugmentOp]:
-    if isinstance(transform, auto_augment.AugmentOp):
-        yield transform
-    parts = transform if isinstance(transform, list | tuple) else []
-    for name in ("transforms", "ops", "policy"):  # attributes of Compose; of RandAugment and AugMix; of AutoAugment
-        parts = [*parts, *getattr(transform, name, [])]
-    for part in parts:
-        yield from _augment_ops(part)
+def _augment_ops(transform: Any) -> list[auto_augment.AugmentOp]:
+    parts = transform.transforms  # RandAugment and AugMix have ops, AutoAugment has lists of them
+    return [op for part in parts for op in chain(getattr(part, "ops", []), *getattr(part, "policy", []))]
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:

@@ -179,11 +179,11 @@ def check_model_args(architecture: str | None, args: Mapping[str, Any], prefix: 
     check_settings(args, MODEL_ARGS if architecture is None or is_ours(architecture) else TIMM_ARGS, prefix)
 
 
-def check_architecture(architecture: str) -> None:
+def check_architecture(architecture: str, name: str = "architecture") -> None:
     """Raises ValueError unless this model is registered with timm, so it is neither on a hub nor in a folder."""
     if not _is_architecture(architecture) or not timm.is_model(architecture):
-        hint = did_you_mean(architecture[:200], timm.list_models())
-        raise ValueError(f"architecture: timm knows no model {shortened(architecture)}{hint}")
+        hint = did_you_mean(architecture[:200], timm.list_models()) or "; `dfformer info` lists this package's models"
+        raise ValueError(f"{name}: timm knows no model {shortened(architecture)}{hint}")
 
 
 def check_classes(classes: list[str]) -> None:

@@ -68,7 +68,10 @@ class Task(ABC):
         """Metrics over all validation images. Each process handles a part; all return the same result."""
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
-        """Pictures of predictions on some validation images, by file name. Called in all processes."""
+        """Pictures of predictions of a model in eval mode on some validation images, by file name.
+
+        Called in all processes.
+        """
         return {}
 
     @abstractmethod
@@ -138,10 +141,8 @@ class DenseTask(Task):
         return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": classifier.state_dict()}}
 
     def build_model(self) -> nn.Module:
-        about = self.description()
-        model: nn.Module = self.build({**about, "model_args": {**self.model_args, **self._encoder_weights()}})
-        if self.config.model.grad_checkpointing:
-            model.set_grad_checkpointing()  # type: ignore[operator]
+        arguments = {**self.model_args, **self._encoder_weights()}
+        model: nn.Module = self.build({**self.description(), "model_args": arguments})
         return model
 
     def own_description(self) -> dict[str, Any]:

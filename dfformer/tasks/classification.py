@@ -25,6 +25,7 @@ from dfformer.tasks.evaluate import (
     batches,
     count_correct,
     data_config,
+    dataset_spec,
     logits_of,
     means,
 )
@@ -46,8 +47,7 @@ class Classification(Task):
         given = config.data
         channels = config.model.args.get("in_chans", 3)
         train_set, val_set = (
-            image_data.open_dataset(given.dataset, given.root, split, channels, given.download, given.exif_orientation)
-            for split in (given.train_split, given.val_split)
+            image_data.open_dataset(given.spec(training), channels, given.download) for training in (True, False)
         )
         where = f"{given.root}, split {given.val_split}"
         image_data.check_same_classes(val_set.classes, train_set.classes, where, "the training images")
@@ -90,8 +90,6 @@ class Classification(Task):
         model = timm.create_model(config.model.name, **self.model_args)
         if config.model.checkpoint:
             load_checkpoint(model, config.model.checkpoint)
-        if config.model.grad_checkpointing:
-            model.set_grad_checkpointing(True)
         self._prepare_images(model, img_size)
         return model
 
@@ -104,16 +102,9 @@ class Classification(Task):
         self.pixels = Pixels(self.data_config["mean"], self.data_config["std"], self.place.device)
         self.erase = RandomErasing(augment.re_prob, mode=augment.re_mode, device=self.place.device)
         self.val_set.transform = evaluation_transform(self.data_config, as_uint8=True)
-        self.train_set.transform = training_transform(
-            self.data_config["input_size"],
-            scale=augment.scale,
-            ratio=augment.ratio,
-            hflip=augment.hflip,
-            color_jitter=augment.color_jitter,
-            auto_augment=augment.auto_augment,
-            interpolation=augment.interpolation,
-            mean=self.data_config["mean"],
-        )
+        names = ("scale", "ratio", "hflip", "color_jitter", "auto_augment", "interpolation")
+        augmented = {"mean": self.data_config["mean"], **{name: getattr(augment, name) for name in names}}
+        self.train_set.transform = training_transform(self.data_config["input_size"], **augmented)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, labels = self.pixels(batch[0]), batch[1].to(self.place.device, non_blocking=True)
@@ -137,14 +128,14 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
     """``dfformer eval`` of a classifier: top-1 and top-5 accuracy and cross entropy."""
     if arguments.crop_pct is not None and not 0 < arguments.crop_pct <= 1:
         raise ValueError(f"--crop-pct: got {arguments.crop_pct}, accepted are numbers above 0, up to 1")
-    device, named = torch.device(arguments.device), (arguments.dataset, arguments.root, arguments.split)
+    device = torch.device(arguments.device)
     for img_size in arguments.img_size or [None]:
         overrides = {**arguments.model_args, **({"img_size": img_size} if img_size else {})}
         model, classes = load_model(checkpoint, arguments.model, **overrides)
         config = data_config(model, img_size)
         config["crop_pct"] = arguments.crop_pct or config["crop_pct"]
         channels, H, W = config["input_size"]
-        dataset = image_data.open_dataset(*named, channels, exif_orientation=arguments.exif_orientation)
+        dataset = image_data.open_dataset(dataset_spec(arguments, (H, W)), channels)
         _check_classes(classes, model, dataset, checkpoint)
         image_data.check_images(dataset)
         dataset.transform = evaluation_transform(config, as_uint8=True)

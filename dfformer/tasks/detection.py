@@ -142,7 +142,6 @@ class Detection(DenseTask):
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         from dfformer.analysis.dense_figures import detections
 
-        model.eval()
         shown = [self.val_set[index] for index in range(min(SHOWN, len(self.val_set)))]
         images = [np.asarray(image) for image, _ in shown]
         truth = [{"boxes": objects.boxes, "labels": objects.labels} for _, objects in shown]
@@ -168,7 +167,7 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
     """``dfformer eval`` of a detection checkpoint."""
     model, about = load_detector(checkpoint)
     place, classes = Place(torch.device(arguments.device)), about["classes"]
-    dataset = open_box_dataset(dataset_spec(arguments, about), about["repair_boxes"])
+    dataset = open_box_dataset(dataset_spec(arguments, own_size(about)), about["repair_boxes"])
     own = with_ids(dict(zip(about["category_ids"], classes, strict=True)))
     image_data.check_same_classes(own, with_ids(dataset.categories), checkpoint, "the data")
     image_data.check_images(dataset)

@@ -102,10 +102,10 @@ class Measured(NamedTuple):
     by_class: dict[str, float] = {}  # noqa: RUF012 (never changed); not printed
 
 
-def dataset_spec(arguments: argparse.Namespace, about: dict[str, Any]) -> DatasetSpec:
-    """The dataset that ``eval``'s arguments name; synthetic images have the size of the checkpoint's training."""
+def dataset_spec(arguments: argparse.Namespace, img_size: tuple[int, int]) -> DatasetSpec:
+    """The dataset that ``eval``'s arguments name; synthetic images have the size ``img_size``."""
     named = (arguments.dataset, arguments.root, arguments.split)
-    return DatasetSpec(*named, own_size(about), arguments.synthetic_images, arguments.exif_orientation)
+    return DatasetSpec(*named, img_size, arguments.synthetic_images, arguments.exif_orientation)
 
 
 def own_size(about: dict[str, Any]) -> tuple[int, int]:

@@ -152,7 +152,6 @@ class Restoration(DenseTask):
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         from dfformer.analysis.dense_figures import restorations
 
-        model.eval()
         scale, shown = self.degradation.scale, []
         whole = RestorationTensors(self.val_set, self.degradation)
         for source, target in (whole[index] for index in range(min(SHOWN, len(whole)))):
@@ -181,7 +180,7 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
     """``dfformer eval`` of a restoration checkpoint."""
     model, about = _wanted(checkpoint, arguments)
     place, degradation = Place(torch.device(arguments.device)), Degradation(**about["degradation"])
-    dataset = open_pair_dataset(dataset_spec(arguments, about), degradation)
+    dataset = open_pair_dataset(dataset_spec(arguments, own_size(about)), degradation)
     image_data.check_images(dataset)
 
     def measure(timed: Timed, tile: tuple[int, int]) -> Any:

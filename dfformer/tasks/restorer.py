@@ -168,12 +168,9 @@ def tiled(model: nn.Module, image: Tensor, scale: int, tile: tuple[int, int], at
         outputs = model(torch.stack([image[:, top : top + sides[0], left : left + sides[1]] for top, left in some]))
         for (top, left), output in zip(some, outputs, strict=True):
             weight = weights[0][top][:, None] * weights[1][left]
-            here = (
-                slice(None),
-                *(slice(scale * at, scale * at + n) for at, n in zip((top, left), weight.shape, strict=True)),
-            )
-            result[here] += weight * output
-            total[here] += weight
+            down, across = (slice(scale * at, scale * at + n) for at, n in zip((top, left), weight.shape, strict=True))
+            result[:, down, across] += weight * output
+            total[:, down, across] += weight
     return result / total
 
 

@@ -172,7 +172,6 @@ class Segmentation(DenseTask):
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         from dfformer.analysis.dense_figures import segmentations
 
-        model.eval()
         whole, shown = self._whole(), range(min(SHOWN, len(self.val_set)))
         images, truths = zip(*(self.val_set[index] for index in shown), strict=True)
         with torch.inference_mode():
@@ -187,7 +186,7 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
     """``dfformer eval`` of a segmentation checkpoint."""
     model, about = load_segmenter(checkpoint)
     classes, pixels = about["classes"], _pixels(about, arguments)
-    dataset = open_mask_dataset(dataset_spec(arguments, about), about["reduce_zero_label"])
+    dataset = open_mask_dataset(dataset_spec(arguments, own_size(about)), about["reduce_zero_label"])
     image_data.check_same_classes(classes, dataset.classes, checkpoint, "the data")
     image_data.check_images(dataset)
 

@@ -1,6 +1,5 @@
 """Checks the settings of a training run: ranges of numbers, and names of models, optimisers and datasets."""
 
-import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -9,7 +8,7 @@ import timm
 from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
 
 from dfformer.data.transforms import check_auto_augment
-from dfformer.models.metadata import DECODER, FLAG, check_model_args, check_settings
+from dfformer.models.metadata import DECODER, FLAG, check_architecture, check_model_args, check_settings
 from dfformer.tasks.table import check_task
 from dfformer.utils.suggest import did_you_mean
 from dfformer.utils.text import reason
@@ -48,10 +47,8 @@ def _check_values(section: Any, prefix: str = "") -> None:
 
 
 def _check_names(config: "TrainConfig") -> None:
-    model, optimizer = config.model.name, config.optim.opt.lower().split("_")[-1]  # without timm's prefix "lookahead_"
-    if not re.fullmatch(r"\w+(\.\w+)?", model) or not timm.is_model(model):
-        hint = did_you_mean(model[:100], timm.list_models()) or "; `dfformer info` lists this package's models"
-        raise ValueError(f"model.name: timm knows no model {model[:100]!r}{hint}")
+    check_architecture(config.model.name, "model.name")
+    optimizer = config.optim.opt.lower().split("_")[-1]  # without timm's prefix "lookahead_"
     if optimizer not in list_optimizers():
         hint = did_you_mean(optimizer[:100], list_optimizers())
         raise ValueError(f"optim.opt: timm knows no optimiser {config.optim.opt[:100]!r}{hint}")
@@ -63,7 +60,7 @@ def _check_names(config: "TrainConfig") -> None:
         raise ValueError(f"optim.opt: got {config.optim.opt!r}, which cannot be used here: {reason(error)}") from error
     args = dict(config.model.args)
     check_settings({"pretrained": args.pop("pretrained", False)}, {"pretrained": FLAG}, "model.args.")
-    check_model_args(model, args, "model.args.")
+    check_model_args(config.model.name, args, "model.args.")
     check_settings(config.segment.decoder, DECODER, "segment.decoder.")
     check_auto_augment(config.augment.auto_augment)
 
@@ -71,14 +68,12 @@ def _check_names(config: "TrainConfig") -> None:
 def _check_channels(config: "TrainConfig") -> None:
     channels, default = config.model.args.get("in_chans", 3), timm.get_pretrained_cfg(config.model.name)
     for name in ("mean", "std"):
-        values = getattr(config.data, name)
+        values, got = getattr(config.data, name), "got"
+        if values is None and config.task == "classify":
+            values, got = getattr(default, name, None), "is not given, and the model's default is"
         if values is not None and len(values) != channels:
-            raise ValueError(f"data.{name}: got {values}, accepted is a number for each of {channels} channels")
-        if values is None and config.task == "classify" and default and len(getattr(default, name)) != channels:
-            raise ValueError(
-                f"data.{name}: is not given, and the model's default has {len(getattr(default, name))} values; "
-                f"accepted is a number for each of the {channels} channels (model.args.in_chans)"
-            )
+            accepted = f"accepted is a number for each of {channels} channels (model.args.in_chans)"
+            raise ValueError(f"data.{name}: {got} {values}, {accepted}")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -126,7 +126,7 @@ class DataConfig:
         return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
 
     def spec(self, training: bool) -> DatasetSpec:
-        """The training or the validation split, for segmentation, detection and restoration."""
+        """The training or the validation split."""
         split = self.train_split if training else self.val_split
         count = self.synthetic_images[0 if training else 1]
         return DatasetSpec(self.dataset, self.root, split, self.size, count, self.exif_orientation)

@@ -113,6 +113,8 @@ class Engine:
         self.config, self.task, self.place = config, task, place
         self.folder, self.first = Path(config.output), place.rank == 0
         self.model = _built(task).to(place.device)
+        if config.model.grad_checkpointing:
+            self.model.set_grad_checkpointing()  # type: ignore[operator]
         optim = config.optim
         self.ema = ModelEmaV3(self.model, decay=optim.ema_decay, use_warmup=True) if optim.ema_decay else None
         self.models = {"state_dict": self.model}  # by their key in checkpoints
@@ -300,6 +302,7 @@ class Engine:
                 self.task.export(weights, self.folder / "best.safetensors")
 
     def _draw(self) -> None:
+        self.result.eval()
         with autocast(self.place.device, self.config.amp):
             pictures = self.task.pictures(self.result)
         for name, figure in pictures.items() if self.first else ():

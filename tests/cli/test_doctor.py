@@ -125,7 +125,7 @@ def test_a_process_that_crashes_and_one_that_hangs(monkeypatch: pytest.MonkeyPat
     problem = dispatch.Problem("star_relu", "cpu", torch.float32, (1, 4, 4, 3), 0, True)
     with doctor.Worker() as worker:
         with pytest.raises(doctor.WorkerError, match="its process crashed"):
-            worker.run(doctor.check_backend, Killer(), problem)  # type: ignore[arg-type]
+            worker.run(doctor.check_backend, Killer(), problem)
         monkeypatch.setattr(doctor, "LIMIT_S", 0.5)
         with pytest.raises(doctor.WorkerError, match=r"it hangs: no result after 0\.5 s"):
             worker.run(time.sleep, 1000)

@@ -11,6 +11,7 @@ import pytest
 from image_files import noise, oriented
 
 from dfformer.data.class_folders import ClassFolders, ClassTar
+from dfformer.data.files import DatasetSpec
 from dfformer.data.images import check_images, check_same_classes, open_dataset
 
 
@@ -57,13 +58,13 @@ def test_a_tar_file_gives_the_images_of_its_folders(tmp_path: Path) -> None:
     (tmp_path / "nested").mkdir()
     for name in ("cat", "dog"):
         packed(folder / name).rename(tmp_path / "nested" / f"{name}.tar")
-    expected = [np.asarray(image) for image, _ in _all(open_dataset("", str(tmp_path), "val"))]
+    expected = [np.asarray(image) for image, _ in _all(open_dataset(DatasetSpec("", str(tmp_path), "val")))]
     for around, source in ((".", folder), ("val", folder), (".", tmp_path / "nested")):
         (tmp_path / "test.tar").unlink(missing_ok=True)
         packed(source, around).rename(tmp_path / (name := "val.tar" if around == "val" else "test.tar"))
         (tmp_path / "elsewhere").mkdir(exist_ok=True)
         (tmp_path / name).rename(tmp_path / "elsewhere" / name)
-        dataset = open_dataset("", str(tmp_path / "elsewhere"), name.removesuffix(".tar"))
+        dataset = open_dataset(DatasetSpec("", str(tmp_path / "elsewhere"), name.removesuffix(".tar")))
         assert dataset.classes == ["cat", "dog"]
         assert all(np.array_equal(image, other) for (image, _), other in zip(_all(dataset), expected, strict=True))
 
@@ -116,7 +117,7 @@ def test_what_is_wrong_is_named(spoil: Callable[[Path], object], message: str, t
     write(tmp_path / "val", "cat/1.png", "dog/2.png")
     spoil(tmp_path)
     with pytest.raises(ValueError, match=message):
-        check_images(open_dataset("", str(tmp_path), "val"))
+        check_images(open_dataset(DatasetSpec("", str(tmp_path), "val")))
 
 
 def test_tar_files_that_are_none(tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_tar_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 3])
     for split, message in (("packed", "accepted are .tar files without compression"), ("cut", "cut.tar: ")):
         with pytest.raises(ValueError, match=message):
-            open_dataset("", str(tmp_path), split)
+            open_dataset(DatasetSpec("", str(tmp_path), split))
 
 
 @pytest.mark.parametrize("link", ["hard link", "link", "linked class"])
@@ -142,7 +143,7 @@ def test_links_in_a_tar_file_are_not_left_out_in_silence(link: str, tmp_path: Pa
         (folder / "kitten").symlink_to("cat")
     packed(folder).rename(tmp_path / "test.tar")
     with pytest.raises(ValueError, match=r"test\.tar: (cat/|kitten).* is a link, .*; accepted are .* without"):
-        open_dataset("", str(tmp_path), "test")
+        open_dataset(DatasetSpec("", str(tmp_path), "test"))
 
 
 def test_images_of_other_formats_in_a_tar_file_are_not_left_out_in_silence(tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_images_of_other_formats_in_a_tar_file_are_not_left_out_in_silence(tmp_p
     (folder / "dog" / "3.tga").write_bytes(b"")
     packed(folder).rename(tmp_path / "test.tar")
     with pytest.raises(ValueError, match=r"[.]tga images are not supported, accepted are .*dog/3[.]tga"):
-        open_dataset("", str(tmp_path), "test")
+        open_dataset(DatasetSpec("", str(tmp_path), "test"))
 
 
 def test_paths_in_a_tar_file_that_leave_it(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_paths_in_a_tar_file_that_leave_it(tmp_path: Path) -> None:
         tar.add(tmp_path / "val", arcname=".")
         tar.add(tmp_path / "val" / "cat" / "1.png", arcname="../fox/1.png")
     with pytest.raises(ValueError, match=r"test[.]tar: [.][.]/fox/1[.]png is outside"):
-        open_dataset("", str(tmp_path), "test")
+        open_dataset(DatasetSpec("", str(tmp_path), "test"))
 
 
 def test_a_path_that_a_tar_file_has_twice_is_one_image(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_a_path_that_a_tar_file_has_twice_is_one_image(tmp_path: Path) -> None:
         for source in ("cat/1.png", "dog/2.png"):
             tar.add(tmp_path / "val" / "cat" / "1.png", arcname="cat/1.png")
             tar.add(tmp_path / "val" / source, arcname=source)
-    assert len(open_dataset("", str(tmp_path), "test")) == 2
+    assert len(open_dataset(DatasetSpec("", str(tmp_path), "test"))) == 2
 
 
 def test_a_damaged_image_is_named_when_it_is_read(tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def test_a_damaged_image_is_named_when_it_is_read(tmp_path: Path) -> None:
     (folder / "dog" / "2.png").write_bytes(content)
     packed(folder).rename(tmp_path / "test.tar")
     for split in ("val", "test"):
-        dataset = open_dataset("", str(tmp_path), split)
+        dataset = open_dataset(DatasetSpec("", str(tmp_path), split))
         check_images(dataset)
         with pytest.raises(ValueError, match=r"dog/2\.png: "):
             _all(dataset)
@@ -188,7 +189,7 @@ def test_a_damaged_image_is_named_when_it_is_read(tmp_path: Path) -> None:
 
 def test_a_failing_transform_names_the_image(tmp_path: Path) -> None:
     write(tmp_path / "val", "cat/1.png", "dog/2.png")
-    dataset = open_dataset("", str(tmp_path), "val")
+    dataset = open_dataset(DatasetSpec("", str(tmp_path), "val"))
     dataset.transform = lambda image: 1 / 0
     with pytest.raises(ValueError, match=r"cat/1\.png: division by zero"):
         dataset[0]
@@ -196,7 +197,7 @@ def test_a_failing_transform_names_the_image(tmp_path: Path) -> None:
 
 def test_splits_with_other_classes(tmp_path: Path) -> None:
     write(tmp_path, "train/cat/1.png", "train/dog/2.png", "val/cat/1.png", "val/fox/2.png")
-    train, val = (open_dataset("", str(tmp_path), split) for split in ("train", "val"))
+    train, val = (open_dataset(DatasetSpec("", str(tmp_path), split)) for split in ("train", "val"))
     with pytest.raises(ValueError, match=r"here: its classes are not those of there; missing: dog; unknown: fox"):
         check_same_classes(val.classes, train.classes, "here", "there")
 
@@ -206,15 +207,15 @@ def test_other_names_of_datasets(name: str, tmp_path: Path) -> None:
     """timm would read a folder for most of them, with other classes than ours."""
     write(tmp_path / "val", "cat/1.png", "dog/2.png")
     with pytest.raises(ValueError, match=f"dataset: got '{name}', accepted|Unknown torchvision"):
-        open_dataset(name, str(tmp_path), "val")
+        open_dataset(DatasetSpec(name, str(tmp_path), "val"))
 
 
 def test_orientations_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "val", "cat/1.png", "dog/2.png")
     oriented(noise(), tmp_path / "val" / "dog" / "3.jpg", 6)
-    check_images(open_dataset("", str(tmp_path), "val"))
+    check_images(open_dataset(DatasetSpec("", str(tmp_path), "val")))
     assert "1 of 3 images have an EXIF orientation, which is not applied" in capsys.readouterr().err
-    turned = open_dataset("", str(tmp_path), "val", exif_orientation=True)
+    turned = open_dataset(DatasetSpec("", str(tmp_path), "val", exif_orientation=True))
     check_images(turned)
     assert not capsys.readouterr().err
     assert [image.size for image, _ in _all(turned)] == [(40, 30), (40, 30), (30, 40)]
@@ -226,4 +227,4 @@ def test_sizes_in_a_header_are_not_believed(tmp_path: Path) -> None:
     info.size = 10**12
     (tmp_path / "val.tar").write_bytes(info.tobuf() + io.BytesIO(bytes(2048)).getvalue())
     with pytest.raises(ValueError, match=r"val\.tar: "):
-        open_dataset("", str(tmp_path), "val")
+        open_dataset(DatasetSpec("", str(tmp_path), "val"))

@@ -20,6 +20,7 @@ from train_runs import NOTHING_RANDOM, assert_same_result, history, steps, torch
 from dfformer import VARIANTS
 from dfformer.cli.main import main
 from dfformer.data import images
+from dfformer.data.files import DatasetSpec
 from dfformer.models.checkpoint import load_model, read_checkpoint
 from dfformer.train import state as train_state
 from dfformer.train.config import parse
@@ -211,7 +212,7 @@ def test_an_image_that_cannot_be_decoded_is_named_when_it_is_read(archive: bool,
     if archive:
         with tarfile.open(root / "test.tar", "w") as tar:
             tar.add(root / "val", arcname=".")
-    dataset = images.open_dataset("", str(root), "test" if archive else "val")
+    dataset = images.open_dataset(DatasetSpec("", str(root), "test" if archive else "val"))
     images.check_images(dataset)
     with pytest.raises(ValueError, match=r"cat/1\.png: "):
         [dataset[n] for n in range(len(dataset))]
@@ -228,7 +229,7 @@ def test_a_dataset_of_torchvision(command: list[str], root: Path, tmp_path: Path
 
 def test_a_dataset_of_hugging_face(root: Path, tmp_path: Path) -> None:
     require("datasets", find_spec("datasets") is not None, "no datasets: pip install datasets")
-    dataset = images.open_dataset(f"hfds/{root}", str(tmp_path / "cache"), "train")
+    dataset = images.open_dataset(DatasetSpec(f"hfds/{root}", str(tmp_path / "cache"), "train"))
     assert (len(dataset), dataset.classes) == (25, list(CLASSES))
     assert dataset[0][0].size == (24, 20)
 

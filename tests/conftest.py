@@ -48,6 +48,12 @@ def require_compiler() -> None:
     require("cpu", works, "no working C++ compiler")
 
 
+def require_compiled_graphs() -> None:
+    """For tests of what our operators are in torch.compile's graphs, as opposed to exported programs."""
+    if torch.compile(lambda x: x + torch.compiler.is_exporting(), backend="eager")(torch.zeros(1)).any():
+        pytest.skip("this torch says under torch.compile that it exports, and gets what exported programs have")
+
+
 def require_backend(name: str) -> None:
     reasons = backends()[name]
     require(name, not reasons, f"backend {name}: {'; '.join(reasons)}")

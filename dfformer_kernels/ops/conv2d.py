@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.ops import checks
 from dfformer_kernels.ops.mlp import autocast_dtype
-from dfformer_kernels.ops.registration import differentiate, refuse_tangents, register
+from dfformer_kernels.ops.registration import differentiate, is_in_compiled_graph, refuse_tangents, register
 from dfformer_kernels.problem import not_a_view
 
 Pair = Sequence[int]
@@ -46,8 +46,7 @@ def convolution(
     Raises:
         ValueError, TypeError: a bad argument, by name (custom operator); otherwise what ``F.conv2d`` raises.
     """
-    # In torch 2.10 and 2.11 is_exporting is true under torch.compile too, which then has F.conv2d and its copies.
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if not is_in_compiled_graph():
         return F.conv2d(x, weight, bias, stride, padding, groups=groups)
     if dtype := autocast_dtype(x):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

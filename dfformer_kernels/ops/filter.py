@@ -25,6 +25,7 @@ from dfformer_kernels.ops import checks
 from dfformer_kernels.ops.registration import (
     differentiate,
     is_differentiated,
+    is_in_compiled_graph,
     is_transformed,
     refuse_tangents,
     register,
@@ -47,6 +48,11 @@ def star_relu(x: Tensor, scale: Tensor, bias: Tensor, *, backend: str | None = N
         ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
     """
     checks.check_tensors("star_relu", x=x, scale=scale, bias=bias)
+    if requested_backend(backend) is None and is_in_compiled_graph():
+        # Inductor merges the expression with its neighbours, and writes the result over x if nothing else reads x.
+        checks.check_star_relu(x, scale, bias)
+        y = reference.star_relu(x, scale, bias)
+        return y if is_channels_first(x) else y.contiguous()
     return _run("star_relu", backend, x, scale, bias)
 
 

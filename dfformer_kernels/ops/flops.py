@@ -64,6 +64,10 @@ def _convolution(x: Shape, weight: Shape, bias: Shape | None, stride: Shape, pad
     return 2 * x[0] * math.prod(plane) * math.prod(weight)
 
 
+def _linear(x: Shape, weight: Shape, *_: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 def _nothing(*_: Any) -> int:
     return 0
 
@@ -77,6 +81,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "global_filter": _global_filter,
     "global_filter_backward": _global_filter_backward,
     "convolution": _convolution,
+    "linear": _linear,
 }
 
 

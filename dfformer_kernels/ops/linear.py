@@ -6,7 +6,6 @@ many rows is therefore that convolution. All other products, and all gradients, 
 """
 
 import platform
-from functools import cache
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -16,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfformer_kernels.ops.registration import is_transformed
+from dfformer_kernels.dispatch import without_autocast
+from dfformer_kernels.ops.registration import (
+    differentiate,
+    is_in_compiled_graph,
+    is_transformed,
+    refuse_tangents,
+    register,
+)
 
 _TENSORS = (Tensor, nn.Parameter)
 # From this number of rows the convolution is faster, although it reorders the weight at every call. GFLOP/s of MKL and
@@ -42,6 +48,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     broadcast = bias is not None and bias.shape != weight.shape[:1]  # F.linear accepts this, a convolution does not
     if broadcast or not prefers_convolution(x, weight) or is_transformed((x, weight, bias)):
         return F.linear(x, weight, bias)
+    if is_in_compiled_graph():
+        return torch.ops.dfformer.linear(x, weight, bias)
     return _Convolution.apply(x, weight, bias)
 
 
@@ -53,14 +61,17 @@ class _Convolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1,K,M,1), channels-last
         y = F.conv2d(image, weight[:, :, None, None], bias)  # (1,N,M,1)
         shape = (*x.shape[:-1], weight.shape[0])
         strides = [*accumulate(reversed(shape[1:]), mul, initial=1)][::-1]
         # Reshaped in place: with gradients, a caller could not write to a result that is a view.
         return y.contiguous(memory_format=torch.channels_last).as_strided_(shape, strides)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,9 +86,27 @@ class _Convolution(torch.autograd.Function):
         )
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    refuse_tangents("linear", (x, weight, bias))
+    with without_autocast(x.device):
+        return (_Convolution.forward if has_many_rows(x) else F.linear)(x, weight, bias)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(F.linear(x, weight, bias).shape)
+
+
+# Compiled graphs contain this operator, because Inductor would multiply by MKL.
+register("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _fake)
+differentiate("linear", _Convolution)
+
+
 def prefers_convolution(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``linear`` computes these tensors as a convolution in oneDNN, outside of torch.func's transforms."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not mkl_is_slow():
+    """Whether ``linear`` computes these tensors as a convolution in oneDNN, outside of torch.func's transforms.
+
+    Under torch.compile, which may not know the number of rows, the operator decides this last point at every call.
+    """
+    if not MKL_IS_SLOW or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
     return (
         type(x) in _TENSORS
@@ -89,13 +118,17 @@ def prefers_convolution(x: Tensor, weight: Tensor) -> bool:
         and x.dim() > 0
         and x.shape[-1] == weight.shape[1] > 0
         and weight.shape[0] > 0
-        and x.numel() >= MANY_ROWS * x.shape[-1]
+        and (is_in_compiled_graph() or has_many_rows(x))
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-@cache
+def has_many_rows(x: Tensor) -> bool:
+    """Whether x (..., K) has so many rows that a convolution is faster than MKL."""
+    return x.numel() >= MANY_ROWS * x.shape[-1]
+
+
 def mkl_is_slow() -> bool:
     """Whether this is an x86 processor that is not Intel's, and this build of torch has oneDNN."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -103,5 +136,11 @@ def mkl_is_slow() -> bool:
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux
-    return cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; the first processor is enough, and many take long to list
+    if not cpuinfo.is_file():
+        return platform.processor()
+    with cpuinfo.open(encoding="utf-8", errors="replace") as file:
+        return file.read(4096)
+
+
+MKL_IS_SLOW = mkl_is_slow()  # once, because Dynamo cannot trace it

@@ -31,6 +31,14 @@ def differentiate(name: str, function: Any) -> None:
     )
 
 
+def is_in_compiled_graph() -> bool:
+    """Whether torch.compile traces the caller for Inductor, and not torch.export for other runtimes.
+
+    In torch 2.10 and 2.11 it is always False, because there torch.compile says that it exports.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a transform of torch.func is active, or one of ``tensors`` has a forward-mode tangent.
 

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from cases import DTYPES
-from conftest import require_compiler
+from conftest import require_compiled_graphs, require_compiler
 from extent import FULL
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
@@ -177,10 +177,7 @@ def two_stages() -> nn.Module:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_models_keep_their_layout() -> None:
     require_compiler()
-    if torch.compile(lambda x: x + torch.compiler.is_exporting(), backend="eager")(torch.zeros(1)).any():
-        pytest.skip(
-            "this torch says under torch.compile that it exports, and exported programs hold torch's convolution"
-        )
+    require_compiled_graphs()
     assert reordered(two_stages()) == []
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS
-from conftest import require_compiler
+from conftest import require_compiled_graphs, require_compiler
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -143,7 +143,7 @@ def test_with_two_threads(op: Op) -> None:
 @pytest.fixture(params=["mkl", "convolution"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What ordinary float32 products are, whoever made this processor."""
-    monkeypatch.setattr(linear_module, "mkl_is_slow", lambda: request.param == "convolution")
+    monkeypatch.setattr(linear_module, "MKL_IS_SLOW", request.param == "convolution")
     monkeypatch.setattr(linear_module, "MANY_ROWS", 1)
     return request.param
 
@@ -188,7 +188,7 @@ def test_second_derivatives_of_either_library() -> None:
 
 @pytest.mark.parametrize("rows", [linear_module.MANY_ROWS - 1, linear_module.MANY_ROWS])
 def test_few_rows_are_no_convolution(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_module, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(linear_module, "MKL_IS_SLOW", True)
     x, weight = torch.empty(rows, 4), torch.empty(5, 4)
     assert linear_module.prefers_convolution(x, weight) == (rows == linear_module.MANY_ROWS)
 
@@ -354,3 +354,38 @@ def test_what_is_made_without_gradients_can_be_changed_in_place_with_them(
     expected = y.sum()
     y.mul_(factor).sum().backward()
     assert factor.grad == expected
+
+
+@pytest.mark.parametrize("rows", [6, 200])
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck_of_the_operator_in_compiled_graphs(rows: int, bias: bool) -> None:
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((2, rows // 2, 4), (5, 4), (5,))]
+    torch.library.opcheck(torch.ops.dfformer.linear, (*tensors[:2], tensors[2] if bias else None))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_one_compiled_graph_multiplies_few_and_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_compiler()
+    require_compiled_graphs()
+    monkeypatch.setattr(linear_module, "MKL_IS_SLOW", True)
+    calls: list[int] = []
+    convolution = linear_module._Convolution.forward
+
+    def counted(x: Tensor, *others: Any) -> Tensor:
+        calls.append(len(x))
+        return convolution(x, *others)
+
+    monkeypatch.setattr(linear_module._Convolution, "forward", counted)
+    op = OPS["linear_bias"]
+    compiled = torch.compile(op.run, fullgraph=True, dynamic=True)
+    for rows in (33, 333):
+        assert_correct(op._replace(run=compiled), *make(op, (rows, 8)))
+    assert calls == [333]
+
+
+def test_exported_programs_have_no_operator_of_their_own_for_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "MKL_IS_SLOW", True)
+    layer = torch.nn.Module()
+    layer.forward = lambda x: linear(x, torch.ones(3, 4))  # type: ignore[method-assign]
+    program = torch.export.export(layer, (torch.ones(200, 4),))
+    assert "aten.linear.default" in {str(node.target) for node in program.graph.nodes}

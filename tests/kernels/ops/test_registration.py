@@ -19,11 +19,12 @@ from cases import (
     make_grad,
     make_inputs,
 )
-from conftest import require_compiler
+from conftest import require_compiled_graphs, require_compiler
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dfformer_kernels import dynamic_filter, star_relu
+from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL_OPS = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
@@ -94,9 +95,13 @@ def result_and_gradients(function: Callable[[Inputs], Tensor], inputs: Inputs) -
     return y.detach(), gradients(y, inputs, LAYOUTS["expanded_all"](y))
 
 
+# StarReLU is an expression in compiled graphs, and has tests of its own below.
+OPAQUE = [name for name in OPS if name != "star_relu"]
+
+
 @pytest.mark.parametrize(
     ("name", "compiler"),
-    [*((name, "aot_eager") for name in OPS), ("dynamic_filter+star_relu", "inductor")],
+    [*((name, "aot_eager") for name in OPAQUE), ("dynamic_filter+star_relu", "inductor")],
 )
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_results_equal_eager_ones_from_the_first_call_on(name: str, compiler: str) -> None:
@@ -113,10 +118,11 @@ def test_compiled_results_equal_eager_ones_from_the_first_call_on(name: str, com
     assert_same_bits(second, eager)
 
 
-@ALL_OPS
+@pytest.mark.parametrize("name", OPAQUE)
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_kernels_are_right_on_their_first_call(op: Op) -> None:
+def test_compiled_kernels_are_right_on_their_first_call(name: str) -> None:
     """Where no gradient is wanted, torch (2.14) runs a graph's first call in a mode that drops lazy conjugations."""
+    op = OPS[name]
     inputs = make_inputs(op, SMALL, torch.float32, requires_grad=False)
 
     def kernels(inputs: Inputs) -> list[Tensor]:
@@ -137,6 +143,39 @@ def test_one_dynamic_graph_serves_all_shapes() -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         result = result_and_gradients(compiled, second)
     assert_same_bits(result, result_and_gradients(surrounded(op), second))
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_star_relu_is_an_operator_in_compiled_graphs_only_if_a_backend_is_named(backend: str | None) -> None:
+    require_compiled_graphs()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    x, one = torch.randn(6), torch.ones(1)
+    torch.compile(lambda x: star_relu(x, one, one, backend=backend), fullgraph=True, backend=keep)(x)
+    targets = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert ("dfformer.star_relu" in targets) == (backend is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_star_relu_is_within_the_bound_in_either_memory_format(dtype: torch.dtype) -> None:
+    require_compiler()
+    op = OPS["star_relu"]
+    compiled = torch.compile(surrounded(op), fullgraph=True)
+    for layout in ("channels_first", "sliced"):
+        inputs = make_inputs(op, SMALL, dtype)
+        inputs["x"] = LAYOUTS[layout](inputs["x"].detach()).requires_grad_()
+        y, grads = result_and_gradients(compiled, inputs)
+        exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+        wanted_y, wanted = result_and_gradients(surrounded(op), exact)
+        assert signature([y]) == signature([surrounded(op)(inputs)])
+        assert relative_error(y, wanted_y) <= BOUND[dtype]
+        assert all(error <= BOUND[dtype] for error in gradient_errors([*grads.values()], [*wanted.values()]))
 
 
 class Step(nn.Module):

@@ -16,7 +16,7 @@ from dfformer.models.copies.trial import Trial, device_of, difference, find, for
 from dfformer.models.layers import StarReLU
 from dfformer.models.spectral import DynamicFilter, GlobalFilter, SpectralFilter
 from dfformer_kernels.graph.compare import undisturbed
-from dfformer_kernels.graph.subclass import FusedModule, Program, check_names, fused_class, is_fused_class
+from dfformer_kernels.graph.subclass import FusedModule, check_names, fused_class, is_fused_class
 from dfformer_kernels.graph.trace import DifferentCopyError, UnsupportedCopyError, has_hooks
 
 _NAME = "complex_weight"  # the name of the filters in the authors' layers and most copies
@@ -205,7 +205,7 @@ def _tried(module: nn.Module, official: bool) -> _Replace:
     check_names(module)
     trial = Trial(module)
     hypothesis, resize, graph = find(trial)
-    kind = fused_class(type(module), Program.of(graph, trial.names, trial.optional))
+    kind = fused_class(type(module), graph, trial.names, trial.optional)
 
     def with_graph(original: nn.Module) -> nn.Module:
         original.__class__ = kind

@@ -18,14 +18,12 @@ from dfformer_kernels.graph.vocabulary import (
     CASTS,
     FRESH,
     IN_PLACE,
-    Transform,
     first_input,
     is_linear,
     is_mutating,
-    is_softmax,
     is_tensor,
     name_of,
-    shape_of,
+    softmax_axis,
     transform_of,
     value_of,
 )
@@ -75,18 +73,19 @@ def find(graph: fx.Graph, inverse: fx.Node) -> list[Chain]:
     passed = sorted(_passed(inverse))
     forward = _forward(inverse, passed)
     nodes = _dependent(passed, {forward})
+    softmaxes = {n for node in passed for n in _tensors(node) if softmax_axis(n) is not None}
     x = first_input(forward)
-    channels_first = _check_transforms(nodes, forward, inverse)
+    channels_first = _check_transforms(nodes)
     _check_use(nodes, forward)
     chains = []
-    for outside, between in _cuts(nodes, forward, passed):
+    for outside, between in _cuts(nodes, passed, _dependent(passed, softmaxes)):
         replaced = sorted({*nodes, *between})
         _check_in_place(replaced, nodes)
         if reason := _disturbance(graph, replaced, [x, forward, *outside]):
             raise DifferentCopyError(reason)
         for filters in sorted(outside):
             routing = next((n for n in outside if n is not filters), None)
-            logits = first_input(routing) if routing and is_softmax(routing) else None
+            logits = first_input(routing) if routing in softmaxes else None
             if routing and logits and _disturbance(graph, sorted([routing, *replaced]), [logits]):
                 logits = None
             chains.append(Chain(replaced, forward, inverse, x, routing, logits, filters, channels_first))
@@ -145,67 +144,57 @@ def _dependent(passed: list[fx.Node], sources: set[fx.Node]) -> list[fx.Node]:
     return [node for node in passed if node in found]
 
 
-def _cuts(nodes: list[fx.Node], forward: fx.Node, passed: list[fx.Node]) -> Iterator[tuple[set[fx.Node], set[fx.Node]]]:
+def _cuts(
+    nodes: list[fx.Node], passed: list[fx.Node], weights: list[fx.Node]
+) -> list[tuple[set[fx.Node], set[fx.Node]]]:
     """Each way to cut the chain off from the rest of the graph: the tensors it then takes, and the nodes between.
 
-    The first cut is next to ``nodes``; every further one replaces a tensor by those that it is computed from. Only cuts
-    are yielded that leave filters alone, or filters and weights.
+    The first cut is next to ``nodes``; every further one replaces a tensor by those that it is computed from. The first
+    to go are ``weights``, which depend on a softmax. Only cuts count that leave filters alone, or filters and weights.
     """
-    inside, between = set(nodes), set[fx.Node]()
-    outside = {n for node in nodes if node is not forward for n in _tensors(node)} - inside
+    outside, between = {n for node in nodes[1:] for n in _tensors(node)} - {*nodes}, set[fx.Node]()
     if not outside:
         raise DifferentCopyError("it multiplies its spectrum with no filters")
     names = ", ".join(sorted(_described(n) for n in outside))
-    softmaxes = {n for node in passed for n in _tensors(node) if is_softmax(n)}
-    weights = _dependent(passed, softmaxes)
-    found = False
+    cuts = []
     while True:
         if len(outside) <= 2:
-            found = True
-            yield set(outside), set(between)
-        # The weights are followed up to their softmax first. A cast to complex belongs to the real weights as well.
+            cuts.append((outside, between))
+        # A cast to complex belongs to the real weights, so it is replaced first.
         last = max(outside.intersection(passed), key=lambda n: (n in weights, name_of(n) in CASTS, n), default=None)
         if last is None:
             break
-        between.add(last)
-        outside = outside - {last} | set(_tensors(last))
-    if not found:
+        outside, between = outside - {last} | {*_tensors(last)}, between | {last}
+    if not cuts:
         raise DifferentCopyError(f"its spectrum meets more than filters and their weights ({names})")
+    return cuts
 
 
-def _check_transforms(nodes: list[fx.Node], forward: fx.Node, inverse: fx.Node) -> bool:
-    """Whether ``x`` is channels-first. Refuses other axes, norms that do not cancel, and other sizes."""
-    x = first_input(forward)
-    rank = len(shape_of(x))
-    transforms = {node: t for node in nodes if (t := transform_of(node))}
-    there = [t for t in transforms.values() if not t.inverse]
-    back = [t for t in transforms.values() if t.inverse]
-    axes = [tuple(sorted(a for t in side for a in t.axes)) for side in (there, back)]
-    halved = transforms[forward].axes[-1], transforms[inverse].axes[-1]
-    if rank != 4 or axes[0] not in ((1, 2), (2, 3)) or axes[0] != axes[1] or halved != (axes[0][1],) * 2:
+def _check_transforms(nodes: list[fx.Node]) -> bool:
+    """Whether a chain is channels-first. Refuses other axes, norms that do not cancel, and other sizes."""
+    before, spectrum, after = (value_of(node).shape for node in (first_input(nodes[0]), nodes[0], nodes[-1]))
+    transforms = [t for node in nodes if (t := transform_of(node))]
+    forward, inverse = transforms[0], transforms[-1]
+    sides = [[t for t in transforms if t.inverse is back] for back in (False, True)]
+    axes = [tuple(sorted(a for t in side for a in t.axes)) for side in sides]
+    norms = [{a: t.norm for t in side for a in t.axes} for side in sides]
+    halved = forward.axes[-1], inverse.axes[-1]
+    if len(before) != 4 or axes[0] not in ((1, 2), (2, 3)) or axes[0] != axes[1] or halved != (axes[0][1],) * 2:
         shown = " and ".join(f"{(*sorted(set(a) - {h}), h)}" for a, h in zip(axes, halved, strict=True))
-        raise DifferentCopyError(f"it transforms axes {shown} of a {rank}-D tensor, ours (1, 2) or (2, 3) of a 4-D one")
-    for axis in axes[0]:
-        if sum(t.exponent for t in transforms.values() if axis in t.axes) != -1:
-            norms = f"{transforms[forward].norm!r} and {transforms[inverse].norm!r}"
-            raise DifferentCopyError(f"its norms, {norms}, do not cancel out")
-    _check_plane(transforms, forward, inverse, axes[0])
-    return axes[0] == (2, 3)
-
-
-def _check_plane(
-    transforms: dict[fx.Node, Transform], forward: fx.Node, inverse: fx.Node, axes: tuple[int, ...]
-) -> None:
-    before, after = value_of(first_input(forward)).shape, value_of(inverse).shape
-    kept = (*(before[a] for a in axes[:1]), before[axes[1]] // 2 + 1)
-    spectrum = value_of(forward).shape
-    if not all(same(spectrum[a], n) for a, n in zip(axes, kept, strict=True)):
+        raise DifferentCopyError(
+            f"it transforms axes {shown} of a {len(before)}-D tensor, ours (1, 2) or (2, 3) of a 4-D one"
+        )
+    if norms[0] != norms[1]:
+        raise DifferentCopyError(f"its norms, {forward.norm!r} and {inverse.norm!r}, do not cancel out")
+    H, W = axes[0]
+    if not (same(spectrum[H], before[H]) and same(spectrum[W], before[W] // 2 + 1)):
         raise DifferentCopyError("it crops or pads the plane before it transforms")
-    if any(t.resizes for t in transforms.values() if t.kind == "c2c"):
+    if any(t.resizes for t in transforms if t.kind == "c2c"):
         raise DifferentCopyError("it gives a size to a complex transform")
-    if len(after) != 4 or not all(same(before[a], after[a]) for a in axes):
-        theirs, ours = (" x ".join(str(shape[a]) for a in axes) for shape in (after, before))
+    if len(after) != 4 or not all(same(before[a], after[a]) for a in (H, W)):
+        theirs, ours = (f"{shape[H]} x {shape[W]}" for shape in (after, before))
         raise DifferentCopyError(f"it goes back to a plane of {theirs}, where the input has {ours}")
+    return (H, W) == (2, 3)
 
 
 def same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:

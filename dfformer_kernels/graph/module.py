@@ -20,7 +20,7 @@ from dfformer_kernels.graph import compare
 from dfformer_kernels.graph.report import Finding
 from dfformer_kernels.graph.rewrite import rewrite
 from dfformer_kernels.graph.step import PYTHON
-from dfformer_kernels.graph.subclass import Program, check_names, fused_class
+from dfformer_kernels.graph.subclass import check_names, fused_class
 from dfformer_kernels.graph.trace import (
     UnsupportedCopyError,
     common_graph,
@@ -119,7 +119,7 @@ def _fuse_call(call: _Call, where: str, spectral: Collection[nn.Module]) -> list
         if graph is None:
             return found
         tensors = tuple(name for name, value in given.items() if isinstance(value, Tensor))
-        kind = fused_class(type(module), Program.of(graph, tensors, given))
+        kind = fused_class(type(module), graph, tensors, given)
         for training in (False, True):
             inputs = list(_trial_inputs(given, 2).values())
             original, fused = (copy.deepcopy(module).train(training) for _ in range(2))
@@ -142,8 +142,7 @@ def _given(call: _Call) -> dict[str, Any]:
 
 def _trial_inputs(given: Mapping[str, Any], times: int) -> dict[str, Any]:
     """Random inputs of the same shapes, with ``times`` the batch size."""
-    tensors = [value for value in given.values() if isinstance(value, Tensor) and value.dim()]
-    batch = len(tensors[0]) if tensors else 0
+    batch = next((len(value) for value in given.values() if isinstance(value, Tensor) and value.dim()), 0)
     inputs = {}
     for name, value in given.items():
         if isinstance(value, Tensor) and value.dim() and len(value) == batch:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from dfformer_kernels.graph.chain import Chain, find, inverse_transforms, is_question
 from dfformer_kernels.graph.report import Finding
-from dfformer_kernels.graph.step import Operators, Step, match
+from dfformer_kernels.graph.step import PYTHON, Operators, Step, match
 from dfformer_kernels.graph.trace import DifferentCopyError, ancestors
 from dfformer_kernels.graph.vocabulary import VALUES, is_mutating, name_of
 
@@ -33,7 +33,7 @@ def rewrite(
         except (DifferentCopyError, ValueError) as error:
             found.append(Finding(where(inverse), reason=str(error)))
             continue
-        found.append(Finding(where(inverse), operator=step.operator))
+        found.append(Finding(where(inverse), operator=PYTHON[step.kind][0].__name__))
         replaced = ancestors(inverse)
         _emit(graph, chain, step, operators)
         _erase(graph, chain, replaced)

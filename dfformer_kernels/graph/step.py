@@ -65,10 +65,6 @@ class Step(NamedTuple):
     dtype: torch.dtype | None
 
     @property
-    def operator(self) -> str:
-        return PYTHON[self.kind][0].__name__
-
-    @property
     def cost(self) -> tuple[int, int, bool]:
         """The sort key, smallest preferred; complex filters come last, because they need a view as pairs."""
         return len(self.filters), [*PYTHON].index(self.kind), self.is_complex

@@ -29,13 +29,6 @@ class Program(NamedTuple):
     passed: tuple[str, ...]
     expected: tuple[tuple[str, Any], ...]
 
-    @classmethod
-    def of(cls, graph: fx.Graph, passed: tuple[str, ...], expected: Mapping[str, Any]) -> "Program":
-        """``expected`` holds values of those inputs that the graph is only valid for."""
-        code = graph.python_code("self")
-        names = tuple((name, value) for name, value in code.globals.items() if name not in _BUILTINS)
-        return cls(code.src, names, passed, tuple((name, key_of(value)) for name, value in expected.items()))
-
     def function(self) -> Callable[..., Any]:
         namespace = {**_BUILTINS, **dict(self.names)}
         exec(self.source, namespace)
@@ -92,8 +85,14 @@ def is_fused_class(kind: type[nn.Module]) -> bool:
     return "fused_programs" in vars(kind)
 
 
-def fused_class(kind: Any, program: Program) -> type[FusedModule]:
-    """A subclass of ``kind`` that runs ``program`` if its inputs fit, otherwise what ``kind`` runs."""
+def fused_class(kind: Any, graph: fx.Graph, passed: tuple[str, ...], expected: Mapping[str, Any]) -> type[FusedModule]:
+    """A subclass of ``kind`` that runs ``graph`` if its inputs fit, otherwise what ``kind`` runs.
+
+    The graph takes the inputs ``passed``. It is valid for values like those in ``expected``.
+    """
+    code = graph.python_code("self")
+    names = tuple((name, value) for name, value in code.globals.items() if name not in _BUILTINS)
+    program = Program(code.src, names, passed, tuple((name, key_of(value)) for name, value in expected.items()))
     if is_fused_class(kind):
         return _fused_class(kind.original_class, (program, *kind.fused_programs))
     return _fused_class(kind, (program,))

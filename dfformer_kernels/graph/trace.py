@@ -109,10 +109,9 @@ def trace(
         raise
     except Exception as error:  # foreign code may raise anything
         raise UnsupportedCopyError(f"its forward cannot be traced ({first_line(error)})") from error
-    changed = [name for name, value in vars(module).items() if before.get(name, before) is not value]
-    changed = [name for name in changed if not name.startswith("_tensor_constant")]
-    if changed:
-        raise UnsupportedCopyError(f"its forward sets self.{changed[0]}, which the replacement would not")
+    for name, value in vars(module).items():
+        if before.get(name, before) is not value and not name.startswith("_tensor_constant"):
+            raise UnsupportedCopyError(f"its forward sets self.{name}, which the replacement would not")
     # A dtype that no call takes may have been compared with ``is``.
     unused = [n for n in graph.nodes if isinstance(value_of(n), torch.dtype) and not n.users]
     return Trace(graph, [number for node in (*tracer.seen, *unused) for number in _numbers(node)], tracer.limits)
@@ -165,11 +164,9 @@ class _Tracer(fx.Tracer):
         self.run.args_iter = iter(inputs)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        inputs = {name: self._constants.get(name) for name in inputs_of(self.root)}
-        for name in inputs:
-            if name not in self._constants:
-                inputs[name] = self.create_proxy("placeholder", name, (), {})
-        return root_fn, [self.root, *inputs.values()]
+        names = inputs_of(self.root)
+        given = {n: self.create_proxy("placeholder", n, (), {}) for n in names if n not in self._constants}
+        return root_fn, [self.root, *({**self._constants, **given}[name] for name in names)]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self._through
@@ -319,9 +316,8 @@ def with_function(module: nn.Module, name: str, function: Callable[..., Any]) ->
         for key, method in vars(base).items():
             if isinstance(method, types.FunctionType) and name in method.__code__.co_names:
                 namespace = {**method.__globals__, name: function}
-                methods[key] = types.FunctionType(
-                    method.__code__, namespace, key, method.__defaults__, method.__closure__
-                )
-                methods[key].__kwdefaults__ = method.__kwdefaults__
-                vars(methods[key]).update(vars(method))
+                copied = types.FunctionType(method.__code__, namespace, key, method.__defaults__, method.__closure__)
+                copied.__kwdefaults__ = method.__kwdefaults__
+                vars(copied).update(vars(method))
+                methods[key] = copied
     module.__class__ = type(kind.__name__, (kind,), methods)

@@ -38,14 +38,12 @@ _WIDE_METHODS = {"float": "double", "half": "double", "bfloat16": "double", "cfl
 class Transform(NamedTuple):
     """A discrete Fourier transform.
 
-    ``kind`` is "r2c", "c2c" or "c2r". The transform scales by the length of each axis to the power ``exponent``, -0.5
-    for "ortho". ``resizes`` tells whether the call gives a size.
+    ``kind`` is "r2c", "c2c" or "c2r", and ``norm`` is torch's name. ``resizes`` tells whether the call gives a size.
     """
 
     kind: str
     inverse: bool
     axes: tuple[int, ...]
-    exponent: float
     resizes: bool
     norm: str
 
@@ -102,12 +100,10 @@ def _named_arguments(node: fx.Node) -> Mapping[str, Any]:
         return node.kwargs
 
 
-def is_softmax(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and name_of(node) in ("softmax", "_softmax")
-
-
 def softmax_axis(node: fx.Node) -> int | None:
-    """The axis of a softmax; None if the call does not give it as a number."""
+    """The axis of a softmax; None if the node is none, or does not give it as a number."""
+    if node.op not in ("call_function", "call_method") or name_of(node) not in ("softmax", "_softmax"):
+        return None
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     return dim if type(dim) is int else None
 
@@ -126,11 +122,10 @@ def transform_of(node: fx.Node) -> Transform | None:
 
 
 def _torch_transform(name: str, input: fx.Node, dim: Any, norm: str | None, s: Any = None, n: Any = None) -> Transform:
-    inverse, norm = name.startswith("i"), norm or "backward"
-    exponent = {"ortho": -0.5, "backward": -1.0 * inverse, "forward": -1.0 * (not inverse)}[norm]
+    inverse = name.startswith("i")
     kind = "c2c" if "r" not in name else "c2r" if inverse else "r2c"
     resizes = s is not None or n is not None
-    return Transform(kind, inverse, _from_front(input, dim), exponent, resizes, norm)
+    return Transform(kind, inverse, _from_front(input, dim), resizes, norm or "backward")
 
 
 def _aten_transform(
@@ -138,9 +133,9 @@ def _aten_transform(
 ) -> Transform | None:
     kind = name.removeprefix("_fft_")
     inverse = kind == "c2r" or not forward
-    exponent = {0: 0.0, 1: -0.5, 2: -1.0}[normalization]
-    norm = "ortho" if exponent == -0.5 else "backward" if (exponent == -1.0) is inverse else "forward"
-    return Transform(kind, inverse, _from_front(input, dim), exponent, kind == "c2r", norm) if onesided else None
+    # 0 does not scale, 1 scales by the root of the length and 2 by the length.
+    norm = "ortho" if normalization == 1 else "backward" if (normalization == 2) is inverse else "forward"
+    return Transform(kind, inverse, _from_front(input, dim), kind == "c2r", norm) if onesided else None
 
 
 def _from_front(input: fx.Node, axes: Any) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ for both directions, with (2H,2H) and (W+2,W) matrices. A half spectrum is (B,2,
 parts. Dtypes are as in `dfformer_kernels.reference`. A trace contains a plane's matrices as constants.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from dfformer_kernels import reference
-from dfformer_kernels.reference import compute_dtype
 
 
 def dynamic_filter(
@@ -27,15 +25,15 @@ def dynamic_filter(
 ) -> Tensor:
     """See `dfformer_kernels.reference.dynamic_filter`."""
     (H, K, filters, _), C = basis.shape, x.shape[3]
-    u = _activate(x, scale, bias)
-    r = logits.to(u.dtype).softmax(dim=1) if softmax else logits.to(u.dtype)
+    u = reference.activate(x, scale, bias)
+    r = reference.routing(logits, u.dtype, softmax)
     parts = basis.to(u.dtype).permute(3, 0, 1, 2).reshape(2 * H * K, filters)  # (B,F,C) to real then imaginary parts
     return _filtered(u, (parts @ r).reshape(-1, 2, H, K, C)).to(x.dtype)
 
 
 def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """See `dfformer_kernels.reference.global_filter`."""
-    u = _activate(x, scale, bias)
+    u = reference.activate(x, scale, bias)
     parts = weight.dim() - 4  # not -4, which the older exporter would write into the file
     return _filtered(u, weight.to(u.dtype).movedim(parts + 3, parts)).to(x.dtype)
 
@@ -77,7 +75,7 @@ def as_pairs(filters: Tensor) -> Tensor:
 def rfft2(u: Tensor) -> Tensor:
     """The orthonormal transform of real (B,H,W,C): (B,2,H,K,C)."""
     _, H, W, C = u.shape
-    matrices = _matrices_for(H, W, u)
+    matrices = _matrices_on(int(H), int(W), u.dtype, u.device)
     columns = (matrices.forward_columns @ u).reshape(-1, 2 * H, (W // 2 + 1) * C)
     return (matrices.forward_rows @ columns).reshape(-1, 2, H, W // 2 + 1, C)
 
@@ -85,14 +83,9 @@ def rfft2(u: Tensor) -> Tensor:
 def irfft2(Z: Tensor, W: int) -> Tensor:
     """The inverse of `rfft2`: (B,2,H,K,C) to (B,H,W,C). Ignores the imaginary parts that the convention ignores."""
     _, _, H, K, C = Z.shape
-    matrices = _matrices_for(H, W, Z)
+    matrices = _matrices_on(int(H), int(W), Z.dtype, Z.device)
     rows = (matrices.inverse_rows @ Z.reshape(-1, 2 * H, K * C)).reshape(-1, H, 2 * K, C)
     return matrices.inverse_columns @ rows
-
-
-def _activate(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    u = x.to(compute_dtype(x.dtype))
-    return u if scale is None or bias is None else reference.star_relu(u, scale, bias)
 
 
 def _filtered(u: Tensor, M: Tensor) -> Tensor:
@@ -110,10 +103,6 @@ class Matrices(NamedTuple):
     forward_rows: Tensor  # (2H, 2H): from (row, part) to (part, row)
     inverse_rows: Tensor  # (2H, 2H): from (part, row) to (row, part)
     inverse_columns: Tensor  # (W, 2K)
-
-
-def _matrices_for(H: int, W: int, like: Tensor) -> Matrices:
-    return _matrices_on(int(H), int(W), like.dtype, like.device)
 
 
 def be_constants() -> None:
@@ -141,19 +130,16 @@ _KEPT: dict[tuple[int, int, torch.dtype, torch.device], Matrices] = {}
 
 def matrices(H: int, W: int, dtype: torch.dtype = torch.float64) -> Matrices:
     """The matrices of (H,W) planes on the CPU, float32 or float64. numpy computes them, which no trace records."""
-    cos, sin = _cos_sin(W // 2 + 1, W)
-    weight = np.full((W // 2 + 1, 1), 2.0)  # how many columns of the full spectrum it stands for
-    weight[0] = 1
-    if W % 2 == 0:
-        weight[-1] = 1
-    row_cos, row_sin = _cos_sin(H, H)
-    rows = np.stack([np.stack([row_cos, row_sin], -1), np.stack([-row_sin, row_cos], -1)])  # part, row, row, part
-    forward_rows = rows.reshape(2 * H, 2 * H)
+    K = W // 2 + 1
+    columns = np.fft.rfft(np.eye(W), norm="ortho").T
+    rows = np.fft.fft(np.eye(H), norm="ortho")
+    parts = np.stack([np.stack([rows.real, -rows.imag], -1), np.stack([rows.imag, rows.real], -1)])
+    forward_rows = parts.reshape(2 * H, 2 * H)
     made = (
-        np.concatenate([cos, -sin]),
+        np.concatenate([columns.real, columns.imag]),
         forward_rows,
         forward_rows.T,  # the transform is unitary
-        np.concatenate([weight * cos, -weight * sin]).T,
+        np.fft.irfft(np.concatenate([np.eye(K), 1j * np.eye(K)]), W, norm="ortho").T,
     )
     numbers = np.float32 if dtype == torch.float32 else np.float64
     # Of fake tensors, which it traces with, only torch.tensor makes constants.
@@ -162,11 +148,3 @@ def matrices(H: int, W: int, dtype: torch.dtype = torch.float64) -> Matrices:
     with torch.inference_mode(False):  # an inference tensor could not serve autograd later
         # torch.jit.trace records from_numpy, but not data; with kept matrices it must make the same graph again.
         return Matrices(*(torch.from_numpy(np.ascontiguousarray(m, numbers)).data for m in made))
-
-
-def _cos_sin(frequencies: int, N: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of ``2 pi k n / N``, (frequencies, N), orthonormal; sin is exactly 0 if N divides ``2 k n``."""
-    turns = np.outer(np.arange(frequencies), np.arange(N)) % N
-    angle = turns * (2 * math.pi / N)
-    sin = np.where(2 * turns % N == 0, 0.0, np.sin(angle))
-    return np.cos(angle) / math.sqrt(N), sin / math.sqrt(N)

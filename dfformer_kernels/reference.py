@@ -59,8 +59,8 @@ def dynamic_filter(
 
     ``x`` (B,H,W,C), ``logits`` (B,F,C), ``basis`` (H,K,F,2).
     """
-    u = _activate(x, scale, bias)
-    M = _mixed_filter(_routing(logits, u.dtype, softmax), _complex(basis))
+    u = activate(x, scale, bias)
+    M = _mixed_filter(routing(logits, u.dtype, softmax), _complex(basis))
     return _irfft2(_rfft2(u) * M, x.shape[2]).to(x.dtype)
 
 
@@ -83,8 +83,8 @@ def dynamic_filter_backward(
     Returns the gradients of (x, logits, basis, scale, bias) that are needed, in that order.
     """
     need_x, need_logits, need_basis, need_scale, need_bias = needs
-    u = _activate(x, scale, bias)
-    r, filters = _routing(logits, u.dtype, softmax), _complex(basis)
+    u = activate(x, scale, bias)
+    r, filters = routing(logits, u.dtype, softmax), _complex(basis)
     G = _rfft2(grad_y.to(u.dtype))
     of_parameters: list[Tensor] = []
     of_input: list[Tensor] = []
@@ -112,7 +112,7 @@ def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: 
     ``x`` (B,H,W,C); ``weight`` (H,K,C,2), or (B,H,K,C,2) with one weight for each sample. This is GFNet's global filter
     (Rao et al., NeurIPS 2021), as GFFormer uses it.
     """
-    u = _activate(x, scale, bias)
+    u = activate(x, scale, bias)
     return _irfft2(_rfft2(u) * _complex(weight), x.shape[2]).to(x.dtype)
 
 
@@ -126,7 +126,7 @@ def global_filter_backward(
     Returns the gradients of (x, weight, scale, bias) that are needed, in that order.
     """
     need_x, need_weight, need_scale, need_bias = needs
-    u = _activate(x, scale, bias)
+    u = activate(x, scale, bias)
     G = _rfft2(grad_y.to(u.dtype))
     of_parameters: list[Tensor] = []
     of_input: list[Tensor] = []
@@ -157,7 +157,8 @@ def _star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return scale.to(u.dtype).reshape(()) * u.relu().square() + bias.to(u.dtype).reshape(())
 
 
-def _activate(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def activate(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``u`` of `dynamic_filter`: x after StarReLU if there is one, in the dtype of arithmetic."""
     if scale is None or bias is None:
         return x.to(compute_dtype(x.dtype))
     return _star_relu(x, scale, bias)
@@ -181,7 +182,8 @@ def _complex(pairs: Tensor) -> Tensor:
     return torch.view_as_complex(pairs)
 
 
-def _routing(logits: Tensor, dtype: torch.dtype, softmax: bool) -> Tensor:
+def routing(logits: Tensor, dtype: torch.dtype, softmax: bool) -> Tensor:
+    """``r`` of `dynamic_filter`: softmax of the logits or the logits themselves, as ``dtype``."""
     return logits.to(dtype).softmax(dim=1) if softmax else logits.to(dtype)
 
 

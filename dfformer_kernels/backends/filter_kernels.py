@@ -35,26 +35,16 @@ def filter_kernels(
     def dynamic_filter(*step: Any) -> Tensor:
         return forward(FilterStep(*step))
 
-    def dynamic_filter_backward(
-        grad_y: Tensor,
-        x: Tensor,
-        logits: Tensor,
-        basis: Tensor,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        needs: Sequence[bool],
-        softmax: bool = True,
-    ) -> list[Tensor]:
-        return needed(*backward(grad_y, FilterStep(x, logits, basis, scale, bias, softmax), needs))
+    def dynamic_filter_backward(grad_y: Tensor, *args: Any) -> list[Tensor]:
+        tensors, needs, options = args[:5], args[5], args[6:]
+        return needed(*backward(grad_y, FilterStep(*tensors, *options), needs))
 
-    def global_filter(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        return forward(FilterStep(x, None, weight, scale, bias))
+    def global_filter(x: Tensor, *others: Any) -> Tensor:
+        return forward(FilterStep(x, None, *others))
 
-    def global_filter_backward(
-        grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
-    ) -> list[Tensor]:
-        need_x, *others = needs
-        return needed(*backward(grad_y, FilterStep(x, None, weight, scale, bias), (need_x, False, *others)))
+    def global_filter_backward(grad_y: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
+        *others, (need_x, *needs) = args
+        return needed(*backward(grad_y, FilterStep(x, None, *others), (need_x, False, *needs)))
 
     kernels = (dynamic_filter, dynamic_filter_backward, global_filter, global_filter_backward)
     return {kernel.__name__: kernel for kernel in kernels}

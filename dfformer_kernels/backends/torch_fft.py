@@ -17,13 +17,11 @@ _ran = Prepared()
 
 def run(kernel: Callable[..., Any], name: str, *args: Any) -> Any:
     """``kernel(*args)``; raises RuntimeError if it would have to plan during capture."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if not any(t.device.type == "cuda" for t in tensors):
+    if not any(isinstance(a, Tensor) and a.device.type == "cuda" for a in args):
         return kernel(*args)
     # A plan depends on strides, and each needed gradient may take another transform.
-    layouts = tuple((t.device, t.dtype, t.shape, t.stride()) for t in tensors)
-    others = tuple(tuple(a) if isinstance(a, list) else a for a in args if not isinstance(a, Tensor))
-    key = (name, layouts, others)
+    layout = [(a.device, a.dtype, a.shape, a.stride()) if isinstance(a, Tensor) else str(a) for a in args]
+    key = (name, *layout)
     new = _ran.is_new(key, f"{name} on torch.fft")
     result = kernel(*args)
     if new:

@@ -92,15 +92,12 @@ def check_tensors(op: str, **arguments: object) -> None:
             _fail(op, name, "a tensor", type(argument).__name__, TypeError)
 
 
-def check_needs(op: str, needs: Sequence[bool], count: int) -> None:
-    if len(needs) != count:
-        _fail(op, "needs", f"{count} flags, one for each input", list(needs))
-
-
-def check_grad_y(op: str, grad_y: Tensor, x: Tensor) -> None:
+def check_backward(op: str, grad_y: Tensor, x: Tensor, needs: Sequence[bool], inputs: int) -> None:
     if grad_y.shape != x.shape:
         _fail(op, "grad_y", f"shape {_shape(x)}, that of x", _shape(grad_y))
     _check_companion(op, "grad_y", x, grad_y)
+    if len(needs) != inputs:
+        _fail(op, "needs", f"{inputs} flags, one for each input", list(needs))
 
 
 def _check_x(op: str, x: Tensor) -> None:

@@ -19,7 +19,7 @@ from dfformer_kernels.ops.registration import differentiate, is_in_compiled_grap
 from dfformer_kernels.problem import not_a_view
 
 Pair = Sequence[int]
-_DILATION, _NOT_TRANSPOSED, _NO_OUTPUT_PADDING = (1, 1), False, (0, 0)
+_NEITHER_DILATED_NOR_TRANSPOSED = ((1, 1), False, (0, 0))  # the last is the padding of a transposed one's output
 
 
 def convolution(
@@ -91,19 +91,10 @@ class _Gradient:
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         stride, padding, groups = ctx.sizes
+        settings = (stride, padding, *_NEITHER_DILATED_NOR_TRANSPOSED, groups)
         needs = list(ctx.needs_input_grad[:3])
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad_y.permute(0, 3, 1, 2),
-            x.permute(0, 3, 1, 2),
-            weight,
-            weight.shape[:1],
-            stride,
-            padding,
-            _DILATION,
-            _NOT_TRANSPOSED,
-            _NO_OUTPUT_PADDING,
-            groups,
-            needs,
+            grad_y.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, weight.shape[:1], *settings, needs
         )
         return grad_x.permute(0, 2, 3, 1) if needs[0] else None, grad_weight, grad_bias, None, None, None
 

@@ -176,19 +176,12 @@ def _call(
 def _run(op: str, backend: str | None, *tensors: Tensor | None, options: tuple[bool, ...] = ()) -> Tensor:
     backend = requested_backend(backend)
     if is_transformed(tensors):
-        CHECKS[op](*tensors)
+        getattr(checks, f"check_{op}")(*tensors)
         with without_autocast(tensors[0].device):  # type: ignore[union-attr] # x is there
             return getattr(reference, op)(*tensors, *options)
     if dft_matmul.in_onnx_export():
         return _matrix_products(op, tensors, options)
     return getattr(torch.ops.dfformer, op)(*tensors, backend, *options)
-
-
-CHECKS: dict[str, Callable[..., None]] = {
-    "star_relu": checks.check_star_relu,
-    "dynamic_filter": checks.check_dynamic_filter,
-    "global_filter": checks.check_global_filter,
-}
 
 
 def _define(name: str, inputs: str, options: str = "") -> type[Any]:
@@ -199,7 +192,7 @@ def _define(name: str, inputs: str, options: str = "") -> type[Any]:
     defaults; kernels take them after the tensors.
     """
     backward_name = f"{name}_backward"
-    check, count = CHECKS[name], inputs.count("Tensor")
+    check, count = getattr(checks, f"check_{name}"), inputs.count("Tensor")
 
     def forward_impl(*args: Any) -> Tensor:
         tensors, backend, options = args[:count], args[count], args[count + 1 :]
@@ -241,8 +234,7 @@ def _define(name: str, inputs: str, options: str = "") -> type[Any]:
 
     def check_backward(grad_y: Tensor, tensors: Sequence[Any], needs: Sequence[bool]) -> None:
         check(*tensors)
-        checks.check_grad_y(backward_name, grad_y, tensors[0])
-        checks.check_needs(backward_name, needs, len(tensors))
+        checks.check_backward(backward_name, grad_y, tensors[0], needs, count)
 
     register(f"{name}({inputs}, str? backend{options}) -> Tensor", forward_impl, forward_fake)
     backward_schema = f"{backward_name}(Tensor grad_y, {inputs}, bool[] needs, str? backend{options}) -> Tensor[]"
@@ -290,7 +282,7 @@ GlobalFilterFunction = _define("global_filter", "Tensor x, Tensor weight, Tensor
 
 
 def _matrix_products(op: str, tensors: Sequence[Any], options: Sequence[bool]) -> Tensor:
-    CHECKS[op](*tensors)
+    getattr(checks, f"check_{op}")(*tensors)
     with without_autocast(tensors[0].device):
         return dft_matmul.KERNELS[op](*tensors, *options)
 
@@ -302,9 +294,8 @@ def _decomposition(op: str, count: int) -> Callable[..., Tensor]:
 
 # In the form that `torch.export.ExportedProgram.run_decompositions` takes.
 MATMUL_DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
-    torch.ops.dfformer.star_relu.default: _decomposition("star_relu", 3),
-    torch.ops.dfformer.dynamic_filter.default: _decomposition("dynamic_filter", 5),
-    torch.ops.dfformer.global_filter.default: _decomposition("global_filter", 4),
+    getattr(torch.ops.dfformer, op).default: _decomposition(op, count)
+    for op, count in (("star_relu", 3), ("dynamic_filter", 5), ("global_filter", 4))
 }
 
 

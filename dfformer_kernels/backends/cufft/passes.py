@@ -6,8 +6,9 @@ result back. Alternatively, if `by_sample` chooses so, each sample is a separate
 like x and y, and if x has the arithmetic dtype, only StarReLU needs passes.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -38,7 +39,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     """Why it cannot run ``problem``, whose x is on a GPU; empty if it can."""
     shape = problem.shape
     if problem.op.startswith("star_relu"):
-        extents = {"elements a channel": _product(shape[:-1]), "channels": _product(shape[-1:])}
+        extents = {"elements a channel": math.prod(shape[:-1]), "channels": math.prod(shape[-1:])}
     else:
         extents = {"H*W": shape[1] * shape[2], "B*C": shape[0] * shape[3]}
     return [f"{name} is {n}, above {_MAX_EXTENT}" for name, n in extents.items() if n > _MAX_EXTENT]
@@ -155,10 +156,6 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(1, -1, x.shape[-1] if x.dim() else 1)
 
 
-def _product(sizes: Sequence[int]) -> int:
-    return int(torch.Size(sizes).numel())
-
-
 @cache
 def _triton() -> ModuleType:
     try:
@@ -177,17 +174,15 @@ def _transforms(device_type: str) -> tuple[Callable[[Tensor], Tensor], Callable[
     return _torch_rfft2, _torch_irfft2
 
 
-def _torch_rfft2(u: Tensor) -> Tensor:
-    def transform(u: Tensor) -> Tensor:
-        return torch.view_as_real(torch.fft.rfft2(u, dim=(1, 2), norm="backward").contiguous())
-
-    return torch_fft.run(transform, "rfft2", u)
+def _rfft2(u: Tensor) -> Tensor:
+    return torch.view_as_real(torch.fft.rfft2(u, dim=(1, 2), norm="backward").contiguous())
 
 
-def _torch_irfft2(Z: Tensor, W: int) -> Tensor:
-    def transform(Z: Tensor, W: int) -> Tensor:
-        # "forward" leaves the scaling to the forward transform: none here.
-        z = torch.view_as_complex(Z)
-        return torch.fft.irfft2(z, s=(Z.shape[1], W), dim=(1, 2), norm="forward").contiguous()
+def _irfft2(Z: Tensor, W: int) -> Tensor:
+    # "forward" leaves the scaling to the forward transform: none here.
+    z = torch.view_as_complex(Z)
+    return torch.fft.irfft2(z, s=(Z.shape[1], W), dim=(1, 2), norm="forward").contiguous()
 
-    return torch_fft.run(transform, "irfft2", Z, W)
+
+_torch_rfft2 = partial(torch_fft.run, _rfft2, "rfft2")
+_torch_irfft2 = partial(torch_fft.run, _irfft2, "irfft2")

@@ -153,13 +153,9 @@ def mix_backward(
     grad_logits = None
     if r_slots is not None:
         grad_r = r_slots.sum(0, dtype=torch.float64)  # float64: softmax's gradient takes differences
-        grad_logits = _softmax_backward(grad_r, logits) if softmax else _by_sample(grad_r, logits)
+        by_sample = grad_r.unflatten(1, (-1, C)).transpose(0, 1)  # (B,F,C)
+        grad_logits = _softmax_backward(grad_r, logits) if softmax else by_sample.to(logits.dtype)
     return grad_logits, None if basis_slots is None else basis_slots.sum(0)
-
-
-def _by_sample(grad_r: Tensor, logits: Tensor) -> Tensor:
-    """Converts (F,B*C) to the shape (B,F,C) and dtype of logits."""
-    return grad_r.unflatten(1, (len(logits), -1)).transpose(0, 1).to(logits.dtype)
 
 
 def _softmax_backward(grad_r: Tensor, logits: Tensor) -> Tensor:

@@ -75,55 +75,39 @@ class Autotuner:
         """
         refuse_capture(f"{problem.op} on {problem.shape}, whose fastest backend is to be measured,")
         with self._lock:
-            chosen = self._chosen.get(problem) or self._winner(problem, calls, on_build_error)
-            if chosen is None:
-                return next(iter(calls))
-            self._chosen[problem] = chosen
-            return chosen
+            if problem in self._chosen:
+                return self._chosen[problem]
+            class_ = self._class_of(problem)
+            self._winners = self._read() | self._winners
+            winner = next(iter(calls)) if len(calls) == 1 else self._winners.get(class_)
+            if winner is None or winner not in calls:
+                seconds = {}
+                for name, call in calls.items():
+                    try:
+                        seconds[name] = self._gpu.seconds(call, problem.device_index)
+                    except KernelBuildError as error:
+                        on_build_error(name, error)
+                    except torch.OutOfMemoryError:
+                        continue  # it may run when more memory is free
+                if not seconds:
+                    return next(iter(calls))
+                winner = min(seconds, key=lambda name: seconds[name])
+                # Other processes may have written theirs in the meantime.
+                self._winners |= self._read() | {class_: winner}
+                content = {"versions": self._gpu.versions(), "winners": dict(sorted(self._winners.items()))}
+                disk.write(self._file(), json.dumps(content, indent=1).encode())
+            self._chosen[problem] = winner
+            return winner
 
     def forget(self, problem: Problem) -> None:
         """Forgets the choice for ``problem``, because the chosen backend failed to run it and is no candidate now."""
         with self._lock:
             self._chosen.pop(problem, None)
 
-    def _winner(
-        self,
-        problem: Problem,
-        calls: Mapping[str, Callable[[], object]],
-        on_build_error: Callable[[str, KernelBuildError], None],
-    ) -> str | None:
-        class_ = self._class_of(problem)
-        self._winners = self._read() | self._winners
-        if len(calls) == 1:
-            return next(iter(calls))
-        if self._winners.get(class_) not in calls:
-            seconds = {}
-            for name, call in calls.items():
-                try:
-                    seconds[name] = self._gpu.seconds(call, problem.device_index)
-                except KernelBuildError as error:
-                    on_build_error(name, error)
-                except torch.OutOfMemoryError:
-                    continue  # it may run when more memory is free
-            if not seconds:
-                return None
-            # Other processes may have written theirs in the meantime.
-            self._winners |= self._read() | {class_: min(seconds, key=lambda name: seconds[name])}
-            content = {"versions": self._gpu.versions(), "winners": dict(sorted(self._winners.items()))}
-            disk.write(self._file(), json.dumps(content, indent=1).encode())
-        return self._winners[class_]
-
     def _class_of(self, problem: Problem) -> str:
         batch, *plane = problem.shape if "filter" in problem.op else (math.prod(problem.shape),)
-        size = "x".join(map(str, (1 << (batch - 1).bit_length(), *plane)))
-        dtype = str(problem.dtype).removeprefix("torch.")
-        parts = [self._gpu.name(problem.device_index), problem.op, size, f"F={problem.filters}", dtype]
-        flags = {
-            "star_relu": problem.star_relu,
-            "weights": not problem.softmax,
-            "per sample": problem.weight_per_sample,
-        }
-        return ", ".join(parts + [name for name, is_so in flags.items() if is_so])
+        like_it = problem._replace(shape=(1 << (batch - 1).bit_length(), *plane), device_index=0)
+        return f"{self._gpu.name(problem.device_index)}, {like_it}"
 
     def _read(self) -> dict[str, str]:
         """The choices in the file. Warns and returns none if no version of this class could have written the file."""

@@ -31,21 +31,13 @@ def write(name: str, data: bytes) -> None:
     folder = directory()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-    except OSError as error:
-        _warn_unwritable(folder, str(error))
-        return
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        Path(temporary).replace(folder / name)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.") as temporary:
+            file = Path(temporary) / name
+            file.touch(mode=0o600)
+            file.write_bytes(data)
+            file.replace(folder / name)
     except OSError as error:  # e.g. the disk is full
-        Path(temporary).unlink(missing_ok=True)
-        _warn_unwritable(folder, str(error))
-
-
-def _warn_unwritable(folder: Path, reason: str) -> None:
-    warn_once(
-        f"dfformer_kernels cannot keep files in {folder} ({reason}); kernels will be compiled and backends measured "
-        "again in every process. DFFORMER_CACHE_DIR names another directory."
-    )
+        warn_once(
+            f"dfformer_kernels cannot keep files in {folder} ({error}); kernels will be compiled and backends measured "
+            "again in every process. DFFORMER_CACHE_DIR names another directory."
+        )

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import BoundaryNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import AbstractPathEffect, withStroke
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from torch import Tensor
 
@@ -30,6 +31,7 @@ LEAST_SHARE = 0.5  # of an even share, in both directions
 LEAST_BITS = 0.5
 LEAST_LOG = 1.0  # of a natural logarithm
 LEAST_CKA = 0.5
+NO_TICKS = {"xticks": [], "yticks": []}
 MOST_WRITTEN = 150  # cells of a matrix whose numbers can be read
 
 
@@ -39,20 +41,16 @@ def predictions_grid(
     """Images (N,H,W) in a grid with what was predicted; mistakes are framed, with the true label beside."""
     columns = 10
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(columns * 0.95, rows * 1.2 + 0.6), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []}).flat)
-    for ax, image, label, guess, p in zip(axes, images, labels, predicted, confidence, strict=False):
-        right = label == guess
+    figure, axes = panels(rows, columns, columns * 0.95, rows * 1.2 + 0.6, subplot_kw=NO_TICKS)
+    for ax, image, label, guess, p in zip(axes.flat, images, labels, predicted, confidence, strict=False):
         ax.imshow(image.numpy(), cmap="gray_r")
-        ax.set_title(
-            literal(f"{guess}  {100 * p:.0f}%" if right else f"{guess}, is {label}"),
-            fontsize=8,
-            color=RIGHT if right else WRONG,
-            fontweight="normal" if right else "bold",
-        )
-        for spine in ax.spines.values():
-            spine.set(color="#d0d0d0" if right else WRONG, linewidth=1 if right else 3)
-    for ax in axes[len(images) :]:
+        if label == guess:
+            ax.set_title(literal(f"{guess}  {100 * p:.0f}%"), fontsize=8, color=RIGHT)
+            ax.spines[:].set(color="#d0d0d0", linewidth=1)
+        else:
+            ax.set_title(literal(f"{guess}, is {label}"), fontsize=8, color=WRONG, fontweight="bold")
+            ax.spines[:].set(color=WRONG, linewidth=3)
+    for ax in axes.flat[len(images) :]:
         ax.set_axis_off()
     figure.suptitle(title, fontsize=11)
     return figure
@@ -68,26 +66,17 @@ def learning_curve(
     """Training loss, and accuracy on ``images``, by epoch. ``measure`` is a share of 1, or has another unit than %."""
     factor, most, least = (100, 100.0, LEAST_POINTS) if unit == "%" else (1, np.inf, LEAST_GAIN)
     epochs = np.arange(1, len(loss) + 1)
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, [[left, right]] = panels(1, 2, 8, 3.4)
     left.plot(epochs, loss, ".-", color=RIGHT)  # with dots, because one epoch makes no line
     left.set(xlabel="epoch", ylabel="training loss", ylim=(min(0, *loss), None))
-    right.plot(epochs, factor * np.array(accuracy), ".-", color=WRONG, label=images)
+    last = f"{images}, in the end {factor * accuracy[-1]:.1f} {unit}"
+    right.plot(epochs, factor * np.array(accuracy), ".-", color=WRONG, label=last)
     limits = _limits(factor * np.array(accuracy), least, 0, most)
     right.set(xlabel="epoch", ylabel=f"{measure} ({unit})", ylim=limits)
-    right.annotate(
-        f"{factor * accuracy[-1]:.1f} {unit}",
-        (epochs[-1], factor * accuracy[-1]),
-        xytext=(3, 0),
-        textcoords="offset points",
-        va="center",
-        color=WRONG,
-        annotation_clip=False,
-    )
     right.legend(loc="lower right", frameon=False)
     for ax in (left, right):
         ax.set_xlim(0.5, len(loss) + 0.5)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _whole_ticks(9, ax.xaxis)
         _clear(ax)
     return figure
 
@@ -97,8 +86,7 @@ def filter_basis(filters: Tensor, width: int, names: Sequence[str], title: str, 
     spectra = full_spectrum(filters, width)
     magnitude, phase = np.log10(np.abs(spectra) + 1e-12), np.angle(spectra)
     count = spectra.shape[-1]
-    figure = Figure(figsize=(2.3 * count + 1, 5.2), layout="constrained")
-    axes = figure.subplots(2, count, squeeze=False)
+    figure, axes = panels(2, count, 2.3 * count + 1, 5.2)
     low, high = at_least(np.percentile(magnitude, [1, 100]), LEAST_DECADES)
     for f in range(count):
         top = _spectrum(axes[0, f], magnitude[..., f], "magma", low, high)
@@ -132,8 +120,8 @@ def mixed_filters(
     average = spectra.mean(0)
     gain = 20 * np.log10(spectra / average)
     limit = max(float(np.percentile(np.abs(gain), 99)), LEAST_GAIN)
-    figure = Figure(figsize=(1.2 * (count + 1) + 1.6, 1.25 * (len(channels) + 1) + 0.7), layout="constrained")
-    axes = figure.subplots(len(channels) + 1, count + 1, squeeze=False)
+    rows, columns = len(channels) + 1, count + 1
+    figure, axes = panels(rows, columns, 1.2 * columns + 1.6, 1.25 * rows + 0.7)
     axes[0, 0].set_axis_off()
     for n in range(count):
         axes[0, n + 1].imshow(images[n], cmap="gray")
@@ -163,12 +151,11 @@ def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], title: str, cap
     even = 1 / filters
     limit = max(float((shares - even).abs().max()), LEAST_SHARE * even)
     norm = TwoSlopeNorm(even, max(even - limit, 0), even + limit)
-    figure = Figure(figsize=(2.4 * filters + 3.2, 0.22 * count + 2.2), layout="constrained")
-    axes = figure.subplots(1, filters + 1, squeeze=False, sharey=True)[0]
+    figure, [axes] = panels(1, filters + 1, 2.4 * filters + 3.2, 0.22 * count + 2.2, sharey=True)
     for f in range(filters):
         drawn = shares[:, f, order].numpy()
         image = axes[f].imshow(drawn, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
-        axes[f].xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+        _whole_ticks(4, axes[f].xaxis)
         axes[f].set_title(f"filter {f}", fontsize=10)
         axes[f].set_xlabel("channel (sorted)", fontsize=9)
     names = [literal(label) for label in labels]
@@ -192,10 +179,8 @@ def responses(
     deviations, response to input. A plane that is constant up to rounding is drawn grey and has no gain.
     """
     H, W = maps[0][0].shape
-    figure = Figure(
-        figsize=(1.65 * len(columns) + 1.5, 1.65 * len(rows) * H / W + 0.3 * len(rows) + 0.9), layout="constrained"
-    )
-    axes = figure.subplots(len(rows), len(columns), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    width, height = 1.65 * len(columns) + 1.5, 1.65 * len(rows) * H / W + 0.3 * len(rows) + 0.9
+    figure, axes = panels(len(rows), len(columns), width, height, subplot_kw=NO_TICKS)
     for r, planes in enumerate(maps):
         spreads = [_spread(plane, planes[0]) for plane in planes]
         axes[r, 0].set_ylabel(literal(rows[r]), fontsize=9)
@@ -213,8 +198,7 @@ def responses(
 def spectra_by_depth(spectra: dict[str, Spectrum], title: str, caption: str = "") -> Figure:
     """Relative log amplitude against frequency, a curve for each layer; that of the highest frequency against depth."""
     names, count = list(spectra), len(spectra)
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    figure, [[left, right]] = panels(1, 2, 9, 4, width_ratios=(1.2, 1))
     colours = [colormaps["viridis"](depth / max(count - 1, 1)) for depth in range(count)]
     for colour, spectrum in zip(colours, spectra.values(), strict=True):
         left.plot(spectrum.frequency, spectrum.amplitude, color=colour, marker=".", markersize=4, linewidth=1.2)
@@ -243,26 +227,21 @@ def receptive_fields(
 ) -> Figure:
     """Receptive fields (H,W) by model, each with the squares of two ``areas``, and the area that holds any share."""
     count = len(fields)
-    figure = Figure(figsize=(3.3 * count + 4, 3.8), layout="constrained")
-    axes = figure.subplots(1, count + 1, squeeze=False)[0]
+    figure, [axes] = panels(1, count + 1, 3.3 * count + 4, 3.8)
     axes[-1].set_prop_cycle(color=CYCLE)
     # White lines are visible on bright pixels too.
-    outlined: list[AbstractPathEffect] = [withStroke(linewidth=2, foreground="black")]
+    outlined = {"path_effects": [withStroke(linewidth=2, foreground="black")]}
     for ax, (name, field), centre, squares in zip(axes, fields.items(), centres, areas, strict=False):
         relative = (field / field.max() + 1e-12).log10().numpy()
         image = ax.imshow(relative, cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
         for area, side in zip(squares, ("right", "left"), strict=True):  # at other corners, not to overlap
             left, top = centre[1] - area.side / 2, centre[0] - area.side / 2
-            square = Rectangle((left, top), area.side, area.side, fill=False, edgecolor="white", linewidth=0.8)
-            square.set_path_effects(outlined)
-            ax.add_patch(square)
+            frame(ax, left, top, area.side, area.side, "white", 0.8, **outlined)
             x = min(left + area.side, field.shape[1]) if side == "right" else max(left, 0)
-            label = ax.annotate(f"{area.share:.0%}", (x, max(top, 1)), color="white", fontsize=7, va="bottom", ha=side)
-            label.set_path_effects(outlined)
+            ax.text(x, max(top, 1), f"{area.share:.0%}", color="white", fontsize=7, va="bottom", ha=side, **outlined)
         H, W = field.shape
         ax.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5), xlabel="column (pixel)", ylabel="row (pixel)")
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        _whole_ticks(5, ax.xaxis, ax.yaxis)
         ax.set_title(literal(name), fontsize=9)
         share = field.flatten().sort(descending=True).values.cumsum(0)
         axes[-1].plot(100 * np.arange(1, H * W + 1) / (H * W), 100 * share, label=literal(name))
@@ -279,8 +258,7 @@ def similarity_matrix(
 ) -> Figure:
     """CKA (a,b) of the ``layers`` of two ``models`` (rows, columns)."""
     rows, columns = layers
-    figure = Figure(figsize=(0.34 * len(columns) + 3, 0.34 * len(rows) + 2.2), layout="constrained")
-    ax = figure.subplots()
+    figure, [[ax]] = panels(1, 1, 0.34 * len(columns) + 3, 0.34 * len(rows) + 2.2)
     lowest = min(np.floor(10 * np.nan_to_num(cka.numpy(), nan=1).min()) / 10, 1 - LEAST_CKA)
     image = ax.imshow(cka.numpy(), cmap="magma", vmin=lowest, vmax=1, interpolation="nearest")
     ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
@@ -299,18 +277,30 @@ def comparison_bars(
     rows: Sequence[tuple[str, float, float]], names: tuple[str, str], ylabel: str, title: str
 ) -> Figure:
     """Pairs of bars: rows of (label, first value, second value)."""
-    figure = Figure(figsize=(1.6 * len(rows) + 2.5, 3.4), layout="constrained")
-    ax = figure.subplots()
+    figure, [[ax]] = panels(1, 1, 1.6 * len(rows) + 2.5, 3.4)
+    labels, *values = zip(*rows, strict=True)
     position = np.arange(len(rows))
-    for offset, index, color in ((-0.2, 1, GREY), (0.2, 2, RIGHT)):
-        bars = ax.bar(position + offset, [float(row[index]) for row in rows], 0.38, color=color, label=names[index - 1])
-        ax.bar_label(bars, fmt="%.3g", fontsize=8)
-    ax.set_xticks(position, [row[0] for row in rows])
+    for offset, heights, name, color in zip((-0.2, 0.2), values, names, (GREY, RIGHT), strict=True):
+        ax.bar_label(ax.bar(position + offset, heights, 0.38, color=color, label=name), fmt="%.3g", fontsize=8)
+    ax.set_xticks(position, labels)
     ax.set(ylabel=ylabel, title=title)
     ax.margins(y=0.15)
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of a size in inches, and its axes (rows,columns)."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def frame(
+    ax: Axes, left: float, top: float, width: float, height: float, colour: Any, line: float, **options: Any
+) -> None:
+    """Outlines a part of an image."""
+    ax.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=colour, linewidth=line, **options))
 
 
 def literal(text: str) -> str:
@@ -375,6 +365,10 @@ def _spectrum(ax: Axes, values: np.ndarray, colours: str, low: float, high: floa
     H, W = values.shape
     extent = (-(W // 2) - 0.5, W - W // 2 - 0.5, H - H // 2 - 0.5, -(H // 2) - 0.5)
     image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, extent=extent, interpolation="nearest")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))  # there are no frequencies in between
+    _whole_ticks(4, ax.xaxis, ax.yaxis)  # there are no frequencies in between
     return image
+
+
+def _whole_ticks(most: int, *axes: Axis) -> None:
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))

@@ -34,7 +34,10 @@ _NAMES = """complex_weights pwconv1 act1 reweight act2 pwconv2 size filter_size 
 _OFFICIAL = {*_NAMES.split()}
 _STAR_RELU = {"scale", "bias", "relu", "inplace"}
 
-_Replace = Callable[[nn.Module], nn.Module]  # fuses a module: changes its class, or builds another from its parts
+_INHERITED = frozenset(vars(nn.Module()))
+
+_Replace = Callable[[nn.Module], nn.Module]  # fuses a module by a change of its class, and returns it
+_Original = dict[str, tuple[type[nn.Module], dict[str, Any]]]  # by path in a layer: a class and its own attributes
 
 
 class Replacement(NamedTuple):
@@ -53,13 +56,13 @@ class Replacement(NamedTuple):
 class ReplacementReport(list[Replacement]):
     """What `replace_dynamic_filters` found: one `Replacement` for each name. ``print`` shows a table."""
 
-    def __init__(self, model: nn.Module, found: list[Replacement], originals: dict[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, found: list[Replacement], originals: dict[str, _Original]) -> None:
         super().__init__(found)
         self.model = model
         self.originals = originals
 
     def undo(self) -> None:
-        """Puts the original layers back, with the parameters, buffers and submodules the replacements have now.
+        """Gives the layers their original classes, with the parameters, buffers and submodules that they have now.
 
         Raises:
             ValueError: a replacement is no longer where it was put; nothing is changed.
@@ -83,9 +86,10 @@ def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
     A look-alike is a module with filters of its own, ``(H, W//2 + 1, F, 2)`` or complex ``(H, W//2 + 1, F)``. Its
     forward calls torch.fft.rfft2, multiplies the result with the filters, mixed by weights or one per channel, and
     calls irfft2. The name of its class, the layout of its maps, and what it does before and after do not matter. The
-    authors' own layers are replaced by `DynamicFilter` and `GlobalFilter` with the same parameters and submodules. Any
-    other becomes an instance of a subclass of its class. The subclass runs the original's forward with the fused step
-    in place of that chain, for all values of the required inputs. If an optional input is given, it runs the original.
+    authors' own layers become instances of `DynamicFilter` and `GlobalFilter`. Any other becomes one of a subclass of
+    its class. Each stays the same object, with its parameters and submodules. The subclass runs the original's forward
+    with the fused step in place of that chain, for all values of the required inputs. If an optional input is given, it
+    runs the original.
 
     Each formula is first compared with a copy of the layer on random inputs and weights: outputs, gradients, buffers
     and use of random numbers, in evaluation and training, on the plane of its filters and on others that it runs on.
@@ -106,50 +110,47 @@ def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
         if _may_be_copy(module):
             names.setdefault(module, []).append(name)
     known: dict[Hashable, _Replace] = {}
-    replace = {module: _replacement(module, known, module is not model) for module in names}
+    replace = {module: _replacement(module, known) for module in names}
     report, originals = [], {}
     for module, outcome in replace.items():
         if not outcome:
             continue
-        kind = type(module).__qualname__
-        ours, reason = (module, outcome) if isinstance(outcome, str) else (outcome(module), "")
-        for name in names[module]:
-            report.append(Replacement(name or "the model", kind, type(ours).__name__, reason))
-            if not reason:
-                originals[name] = module
-            if ours is not module:
-                model.set_submodule(name, ours)
+        kind, reason = type(module).__qualname__, ""
+        if isinstance(outcome, str):
+            reason = outcome
+        else:
+            original = {path: (type(part), _own_attributes(part)) for path, part in module.named_modules()}
+            originals |= dict.fromkeys(names[module], original)
+            outcome(module)
+        report += [Replacement(name or "the model", kind, type(module).__name__, reason) for name in names[module]]
     return ReplacementReport(model, report, originals)
 
 
 def restore_dynamic_filters(model: nn.Module, report: ReplacementReport) -> None:
     """Undoes `replace_dynamic_filters` in ``model``, which is the report's model or a copy of it, such as an EMA.
 
-    The original layers get the parameters, buffers and submodules that the replacements have now.
+    The layers keep the parameters, buffers and submodules that they have now.
 
     Raises:
         ValueError: a replacement is no longer where it was put; nothing is changed.
     """
-    ours: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     for name in report.originals:
         try:
-            ours[name] = model.get_submodule(name)
+            layers[name] = model.get_submodule(name)
         except AttributeError:
             raise ValueError(f"model: got one without a module {name!r}, accepted is the report's or a copy") from None
-        kind = type(ours[name])
-        if not (issubclass(kind, DynamicFilter | GlobalFilter) or is_fused_class(kind)):
+        kind = type(layers[name])
+        if not (issubclass(kind, SpectralFilter) or is_fused_class(kind)):
             raise ValueError(f"model: got {kind.__name__} at {name!r}, accepted is the layer that was put there")
-    restored: dict[nn.Module, nn.Module] = {}
-    for name, replacement in ours.items():
-        if isinstance(replacement, FusedModule):
-            replacement.restore()
-        elif replacement not in restored and isinstance(replacement, SpectralFilter):
-            original = report.originals[name]
-            if model is not report.model:
-                original = copy.deepcopy(original)
-            restored[replacement] = _give_back(replacement, original)
-        if replacement in restored:
-            model.set_submodule(name, restored[replacement])
+    for name, layer in layers.items():
+        if isinstance(layer, FusedModule):
+            layer.restore()
+            continue
+        parts = dict(layer.named_modules())
+        for path, (kind, attributes) in report.originals[name].items():
+            if isinstance(parts.get(path), SpectralFilter | StarReLU):
+                _become(parts[path], kind, attributes if model is report.model else copy.deepcopy(attributes))
 
 
 def _may_be_copy(module: nn.Module) -> bool:
@@ -168,7 +169,7 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _replacement(module: nn.Module, known: dict[Hashable, _Replace], has_parent: bool) -> _Replace | str:
+def _replacement(module: nn.Module, known: dict[Hashable, _Replace]) -> _Replace | str:
     """What fuses ``module``, or the reason why nothing does; "" if it is no look-alike.
 
     ``known`` says how modules of each formula were fused; this one's is added.
@@ -176,7 +177,7 @@ def _replacement(module: nn.Module, known: dict[Hashable, _Replace], has_parent:
     try:
         _check_tensors(module)
         with undisturbed(device_of(module)):
-            official = has_parent and _only_computes(module, _OFFICIAL) and _may_be_official(module)
+            official = _only_computes(module, _OFFICIAL)
             formula = official, formula_of(module)
             if formula not in known:
                 known[formula] = _tried(module, official)
@@ -212,7 +213,7 @@ def _tried(module: nn.Module, official: bool) -> _Replace:
         return original
 
     if official and hypothesis.layouts == ("(B,H,W,C)",) and is_authors(graph):
-        replace = functools.partial(_build_official, size=hypothesis.size, resize=resize)
+        replace = functools.partial(_make_ours, size=hypothesis.size, resize=resize)
         if not difference(trial, hypothesis, replace):
             return replace
     if reason := difference(trial, hypothesis, with_graph):
@@ -241,59 +242,30 @@ def _only_computes(module: nn.Module, public: set[str]) -> bool:
     return not has_hooks(module) and defined.isdisjoint(methods) and own <= public
 
 
-def _children(module: nn.Module) -> dict[str, nn.Module]:
-    """The direct submodules by name, even if several names have the same."""
-    return {name: m for name, m in module.named_modules(remove_duplicate=False) if name and "." not in name}
-
-
-def _may_be_official(module: nn.Module) -> bool:
-    """Whether a DynamicFilter or GlobalFilter has a place for all parameters and submodules of ``module``."""
-    own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
-    children, required = _children(module).keys(), {"pwconv1", "act1", "pwconv2"}
-    return own == ["complex_weights"] and required <= children <= required | {"act2", "reweight"}
-
-
-def _build_official(module: nn.Module, size: tuple[int, int], resize: str) -> nn.Module:
-    """Our layer with the parts of ``module``, where our StarReLU takes the place of others."""
-    weights = module.get_parameter("complex_weights")
-    C, dim = module.get_parameter("pwconv1.weight").shape
-    arguments: dict[str, Any] = {"expansion_ratio": C / dim, "size": size, "weight_resize": True, "resize": resize}
-    ours: DynamicFilter | GlobalFilter
+def _make_ours(module: nn.Module, size: tuple[int, int], resize: str) -> nn.Module:
+    """Makes an authors' layer one of ours, and its StarReLUs too."""
+    dim = module.get_parameter("pwconv1.weight").shape[1]
+    arguments: dict[str, Any] = {"size": size, "weight_resize": True, "resize": resize}
     with torch.device("meta"):
         if hasattr(module, "reweight"):
-            ours = DynamicFilter(dim, num_filters=weights.shape[2], **arguments)
+            like = DynamicFilter(dim, num_filters=module.get_parameter("complex_weights").shape[2], **arguments)
         else:
-            ours = GlobalFilter(dim, **arguments)
-    ours.complex_weights = weights
-    for name, child in _children(module).items():  # in the original's order, which is that of its state dict
-        if hasattr(ours, name):
-            delattr(ours, name)
-        setattr(ours, name, _star_relu_of(child) if name in ("act1", "act2") else child)
-    if not hasattr(module, "act2"):
-        ours.act2 = nn.Identity()
-    ours.training = module.training
-    return ours
+            like = GlobalFilter(dim, **arguments)
+    for act in (module.get_submodule("act1"), module.get_submodule("act2")):
+        if _only_computes(act, _STAR_RELU) and is_star_relu(act):
+            _become(act, StarReLU, {})
+    _become(module, type(like), _own_attributes(like))
+    return module
 
 
-def _star_relu_of(act: nn.Module) -> nn.Module:
-    """Our StarReLU with the same scalars if ``act`` is one, else ``act``."""
-    if not (_only_computes(act, _STAR_RELU) and is_star_relu(act)):
-        return act
-    with torch.device("meta"):
-        ours = StarReLU()
-    ours.scale, ours.bias = act.get_parameter("scale"), act.get_parameter("bias")
-    ours.training = act.training
-    return ours
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that are not nn.Module's: neither parameters, buffers and submodules, nor hooks."""
+    return {name: value for name, value in vars(module).items() if name not in _INHERITED}
 
 
-def _give_back(replacement: nn.Module, original: nn.Module) -> nn.Module:
-    """``original`` with the parameters, buffers and submodules that ``replacement`` has under the same names."""
-    for name, child in list(original.named_children()):
-        ours = getattr(replacement, name, child)
-        if type(ours) is StarReLU and type(child) is not StarReLU:
-            ours = _give_back(ours, child)
-        setattr(original, name, ours)
-    for name, _ in [*original.named_parameters(recurse=False), *original.named_buffers(recurse=False)]:
-        setattr(original, name, getattr(replacement, name))
-    original.training = replacement.training
-    return original
+def _become(module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) -> None:
+    """Gives a module another class and other `_own_attributes`."""
+    for name in _own_attributes(module):
+        del vars(module)[name]
+    vars(module).update(attributes)
+    module.__class__ = kind  # type: ignore[assignment]

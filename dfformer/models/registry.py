@@ -7,7 +7,6 @@ warnings, and `register_models` takes them back. The functions here always build
 
 import pickle
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 from urllib.error import URLError
@@ -84,12 +83,6 @@ def _cfg(name: str) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in VARIANTS})
-_entry_points: list[Callable[..., nn.Module]] = []
-
-
-def _entry_point(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    _entry_points.append(function)
-    return function
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -161,85 +154,71 @@ def _in_order_of_execution(model: DFFormer) -> nn.Module:
     return flat
 
 
-@_entry_point
 def dfformer_s18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DFFormer-S18: dynamic filters in all four stages."""
     return _create("dfformer_s18", pretrained, **kwargs)
 
 
-@_entry_point
 def dfformer_s36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DFFormer-S36: dynamic filters in all four stages."""
     return _create("dfformer_s36", pretrained, **kwargs)
 
 
-@_entry_point
 def dfformer_m36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DFFormer-M36: dynamic filters in all four stages."""
     return _create("dfformer_m36", pretrained, **kwargs)
 
 
-@_entry_point
 def dfformer_b36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DFFormer-B36: dynamic filters in all four stages."""
     return _create("dfformer_b36", pretrained, **kwargs)
 
 
-@_entry_point
 def cdfformer_s18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CDFFormer-S18: separable convolutions in the first two stages, dynamic filters in the last two."""
     return _create("cdfformer_s18", pretrained, **kwargs)
 
 
-@_entry_point
 def cdfformer_s36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CDFFormer-S36: separable convolutions in the first two stages, dynamic filters in the last two."""
     return _create("cdfformer_s36", pretrained, **kwargs)
 
 
-@_entry_point
 def cdfformer_m36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CDFFormer-M36: separable convolutions in the first two stages, dynamic filters in the last two."""
     return _create("cdfformer_m36", pretrained, **kwargs)
 
 
-@_entry_point
 def cdfformer_b36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CDFFormer-B36: separable convolutions in the first two stages, dynamic filters in the last two."""
     return _create("cdfformer_b36", pretrained, **kwargs)
 
 
-@_entry_point
 def gfformer_s18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """GFFormer-S18: global filters, one learned filter per channel."""
     return _create("gfformer_s18", pretrained, **kwargs)
 
 
-@_entry_point
 def dfformer_s18_gelu(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DFFormer-S18 with GELU instead of StarReLU."""
     return _create("dfformer_s18_gelu", pretrained, **kwargs)
 
 
-@_entry_point
 def dfformer_s18_relu(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DFFormer-S18 with ReLU instead of StarReLU."""
     return _create("dfformer_s18_relu", pretrained, **kwargs)
 
 
-@_entry_point
 def dfformer_s18_k2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DFFormer-S18 with a basis of two filters."""
     return _create("dfformer_s18_k2", pretrained, **kwargs)
 
 
-@_entry_point
 def dfformer_s18_d8(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DFFormer-S18 with a routing MLP of half the width."""
     return _create("dfformer_s18_d8", pretrained, **kwargs)
 
 
-@_entry_point
 def dfformer_s18_afno(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DFFormer-S18 with adaptive Fourier neural operators instead of dynamic filters."""
     return _create("dfformer_s18_afno", pretrained, **kwargs)
@@ -250,12 +229,13 @@ def register_models() -> None:
 
     Call it again to take the names back from other code that registered them. One warning names that code.
     """
-    registered = {f.__name__: model_entrypoint(f.__name__) for f in _entry_points if is_model(f.__name__)}
+    registered = {name: model_entrypoint(name) for name in VARIANTS if is_model(name)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm warns for each name
-        for function in _entry_points:
-            if registered.get(function.__name__) is not function:
-                register_model(function)
+        for name in VARIANTS:
+            own = globals()[name]  # the function of this name
+            if registered.get(name) is not own:
+                register_model(own)
     others = {name: f.__module__ for name, f in registered.items() if f.__module__ != __name__}
     if others:
         warnings.warn(

@@ -203,10 +203,12 @@ def test_all_names_of_a_shared_layer_are_replaced_together() -> None:
     model.a, model.b, model.c, model.d = mixer, nn.ModuleList([mixer]), block, block
     report = replace_dynamic_filters(model)
     assert [r.name for r in report] == ["a", "b.0", "c.0", "d.0"]
-    assert model.a is model.b[0] is not mixer
+    assert model.a is model.b[0] is mixer
+    assert type(mixer) is DynamicFilter
     assert model.c[0] is model.d[0]
     report.undo()
-    assert model.a is model.b[0] is mixer
+    assert type(mixer) is FrequencyMixer
+    assert type(mixer.act1) is Star
 
 
 class NotAFilter(nn.Module):
@@ -254,7 +256,7 @@ def test_a_bare_layer_stays_the_same_object() -> None:
     layer, x = Authors(8), torch.randn(1, 8, 8, 8)
     expected = layer(x)
     report = replace_dynamic_filters(layer)
-    assert str(report[0]) == "the model (Authors): is now FusedAuthors"
+    assert str(report[0]) == "the model (Authors): is now DynamicFilter"
     assert 0 < relative_error(layer(x), expected) < 1e-5
     report.undo()
     assert torch.equal(layer(x), expected)

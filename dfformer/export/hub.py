@@ -2,7 +2,9 @@
 
 import json
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import timm
@@ -37,38 +39,13 @@ def load_hub(folder: Path) -> nn.Module:
 
 
 def _card(architecture: str, classes: int, images: tuple[int, int, int], counts: Profile) -> str:
-    channels, H, W = images
-    spectral, kept = counts.spectral_macs / 1e9, counts.saved_bytes / 2**20
-    return f"""---
-library_name: timm
-pipeline_tag: image-classification
-tags: [image-classification, timm, dfformer]
----
-# {architecture}
-
-A model of the DFFormer family
-([FFT-based Dynamic Token Mixer for Vision](https://arxiv.org/abs/2303.03932), AAAI 2024): {classes} classes,
-images of {channels}x{H}x{W}.
-
-| parameters (M) | GMACs | of it spectral | a training forward keeps (MiB) |
-|---|---|---|---|
-| {counts.parameters / 1e6:.3g} | {counts.macs / 1e9:.2g} | {spectral:.2g} | {kept:.3g} |
-
-Counted for one image, including transforms and filter mixing.
-
-```python
-import timm
-import dfformer  # registers the architecture
-
-model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"
-```
-
-```bibtex
-@inproceedings{{tatsunami2024fft,
-  title={{FFT-based Dynamic Token Mixer for Vision}},
-  author={{Tatsunami, Yuki and Taki, Masato}},
-  booktitle={{Proceedings of the AAAI Conference on Artificial Intelligence}},
-  year={{2024}}
-}}
-```
-"""
+    template = files("dfformer.export").joinpath("model_card.md").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        architecture=architecture,
+        classes=classes,
+        images="x".join(map(str, images)),
+        parameters=f"{counts.parameters / 1e6:.3g}",
+        macs=f"{counts.macs / 1e9:.2g}",
+        spectral=f"{counts.spectral_macs / 1e9:.2g}",
+        kept=f"{counts.saved_bytes / 2**20:.3g}",
+    )

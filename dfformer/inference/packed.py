@@ -98,22 +98,16 @@ class PackedLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         name = f"{prefix}weight"
-        missing_keys, _, errors = args[-3:]
-        stored = state_dict.get(name)
-        if stored is None:
-            missing_keys.append(name)
-        elif stored.shape != self._weight.shape:
-            errors.append(
-                f"size mismatch for {name}: got {tuple(stored.shape)}, accepted is {tuple(self._weight.shape)}"
-            )
-        elif args[0].get("assign_to_params_buffers", False):
-            self._weight = stored.detach().clone()
-            self._pack()
-        else:
-            with torch.no_grad():
-                self._weight.copy_(stored)
-            self._pack()
-        super()._load_from_state_dict({k: t for k, t in state_dict.items() if k != name}, prefix, *args)
+        if isinstance(state_dict.get(name), nn.Parameter):
+            state_dict = {**state_dict, name: state_dict[name].detach()}
+        self._buffers["weight"] = self._weight  # while torch loads
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            self._weight = self._buffers.pop("weight")  # type: ignore[assignment]
+        if self._weight is state_dict.get(name):  # assigned, and the caller's
+            self._weight = self._weight.detach().clone()
+        self._pack()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None, "_given_out": False}

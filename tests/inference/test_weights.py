@@ -94,7 +94,7 @@ def test_a_state_dict_that_does_not_fit_is_refused() -> None:
     served = optimize_for_inference(trained())
     name = "model.stages.2.0.mlp.fc1.weight"
     state = served.state_dict()
-    with pytest.raises(RuntimeError, match=f"size mismatch for {name}: got .2, 2., accepted is"):
+    with pytest.raises(RuntimeError, match=rf"size mismatch for {name}: .*\[2, 2\]"):
         served.load_state_dict({**state, name: torch.ones(2, 2)})
     with pytest.raises(RuntimeError, match=f"Missing key.*{name}"):
         served.load_state_dict({key: t for key, t in state.items() if key != name})

@@ -98,7 +98,8 @@ def has_core(names: list[str]) -> bool:
 def test_a_wheel_built_from_the_sdist_has_the_compiled_core(wheel: Path) -> None:
     names = contents(wheel)
     assert has_core(names)
-    assert {"dfformer/py.typed", "dfformer_kernels/py.typed", "dfformer/analysis/report.html"} <= set(names)
+    assert {"dfformer/py.typed", "dfformer_kernels/py.typed"} <= set(names)
+    assert {"dfformer/analysis/report.html", "dfformer/export/model_card.md"} <= set(names)
     assert [name for name in names if name.endswith("LICENSE")] != []
     assert {name.split("/")[0].split("-")[0] for name in names} == {"dfformer", "dfformer_kernels"}
     assert {name for name in names if name.endswith((".cpp", ".h", ".inl", ".cu"))} == run_time_sources()

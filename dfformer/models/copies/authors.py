@@ -63,15 +63,13 @@ def is_star_relu(act: nn.Module) -> bool:
 
 def _is_polynomial(graph: fx.Graph, module: nn.Module) -> bool:
     """Whether ``graph`` only multiplies and adds its input, the input's relu and parameters."""
-    for node in graph.nodes:
-        if node.op == "call_module" and type(module.get_submodule(str(node.target))) is not nn.ReLU:
-            return False
-        if node.op == "call_module" or name_of(node) in ("relu", "relu_"):
-            if first_input(node).op != "placeholder":
-                return False
-        elif name_of(node) == "pow":
-            if node.args[1:] != (2,):
-                return False
-        elif node.op in ("call_function", "call_method") and name_of(node) not in ("mul", "add", "square"):
-            return False
-    return True
+
+    def multiplies_or_adds(node: fx.Node) -> bool:
+        name = name_of(node)
+        if node.op == "call_module":
+            name = "relu" if type(module.get_submodule(name)) is nn.ReLU else "another module"
+        if name in ("relu", "relu_"):
+            return first_input(node).op == "placeholder"
+        return name in ("mul", "add", "square") or (name == "pow" and node.args[1:] == (2,))
+
+    return all(multiplies_or_adds(node) for node in graph.nodes if node.op.startswith("call"))

@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 
+from dfformer.analysis.figures import frame, panels
 from dfformer.utils.text import printable
 
 MOST_NAMED = 24  # classes in a legend: those with most pixels
@@ -83,15 +84,12 @@ def detections(
 def restorations(pictures: Sequence[dict[str, np.ndarray]], title: str) -> Figure:
     """A row for each image: its last version, and the most changed detail of all versions (H,W,3) uint8, by name."""
     columns = 1 + max(map(len, pictures))
-    figure = Figure(figsize=(2.6 * columns, 2.8 * len(pictures) + 0.5), layout="constrained")
-    axes: np.ndarray = figure.subplots(len(pictures), columns, squeeze=False)
+    figure, axes = panels(len(pictures), columns, 2.6 * columns, 2.8 * len(pictures) + 0.5)
     for cells, versions in zip(axes, pictures, strict=True):
         first, last, *_ = versions.values()
         top, left, side = _most_changed(first, last)
         _show(cells[0], _thinned(last), last.shape, "auto")
-        cells[0].add_patch(
-            Rectangle((left - 0.5, top - 0.5), side, side, fill=False, edgecolor="#e67e22", linewidth=1.5)
-        )
+        frame(cells[0], left - 0.5, top - 0.5, side, side, "#e67e22", 1.5)
         for ax, (name, version) in zip(cells[1:], versions.items(), strict=True):
             detail = version[top : top + side, left : left + side]
             _show(ax, detail, detail.shape, "nearest")
@@ -116,9 +114,8 @@ def _grid(
     """A figure with axes for each row and image; one image is ``alone`` inches wide, several are 2."""
     width = 2.0 if len(images) > 1 else alone
     highest = max(_ratio(image.shape) for image in images)
-    size = (width * len(images) + 0.4, width * highest * len(rows) + margin)
-    figure = Figure(figsize=size, layout="constrained")
-    axes: np.ndarray = figure.subplots(len(rows), len(images), squeeze=False)
+    size = width * len(images) + 0.4, width * highest * len(rows) + margin
+    figure, axes = panels(len(rows), len(images), *size)
     for ax, name in zip(axes[:, 0], rows, strict=True):
         ax.set_ylabel(name, fontsize=9)
     figure.suptitle(_drawable(title), fontsize=11, parse_math=False)
@@ -156,7 +153,7 @@ def _drawable(text: str) -> str:
 
 def _draw_box(ax: Axes, box: np.ndarray, text: str, colour: np.ndarray) -> None:
     left, top, right, bottom = box - 0.5  # imshow's first pixel is centred at 0
-    ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.4))
+    frame(ax, left, top, right - left, bottom - top, colour, 1.4)
     ink = "white" if colour @ (0.299, 0.587, 0.114) < 0.55 else "black"
     around = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
     place: Literal["bottom", "top"] = "bottom" if top > 0.08 * ax.get_ylim()[0] else "top"  # is there room above?

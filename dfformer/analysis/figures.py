@@ -1,4 +1,4 @@
-"""Pictures of training and of models. Every figure is self-contained: axes, units, colour bars, a title, a caption."""
+"""Pictures of training and of models, each with axes, units and colour bars; `titled` adds a title and a caption."""
 
 import textwrap
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ MOST_WRITTEN = 150  # cells of a matrix whose numbers can be read
 
 
 def predictions_grid(
-    images: Tensor, labels: Sequence[str], predicted: Sequence[str], confidence: Sequence[float], title: str
+    images: Tensor, labels: Sequence[str], predicted: Sequence[str], confidence: Sequence[float]
 ) -> Figure:
     """Images (N,H,W) in a grid with what was predicted; mistakes are framed, with the true label beside."""
     columns = 10
@@ -52,7 +52,6 @@ def predictions_grid(
             ax.spines[:].set(color=WRONG, linewidth=3)
     for ax in axes.flat[len(images) :]:
         ax.set_axis_off()
-    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -81,7 +80,7 @@ def learning_curve(
     return figure
 
 
-def filter_basis(filters: Tensor, width: int, names: Sequence[str], title: str, caption: str = "") -> Figure:
+def filter_basis(filters: Tensor, width: int, names: Sequence[str]) -> Figure:
     """Filters (H,K,n), complex, for planes of ``width``: log magnitude and phase of each, frequency 0 in the middle."""
     spectra = full_spectrum(filters, width)
     magnitude, phase = np.log10(np.abs(spectra) + 1e-12), np.angle(spectra)
@@ -98,17 +97,11 @@ def filter_basis(filters: Tensor, width: int, names: Sequence[str], title: str, 
     _colour_bar(figure, top, axes[0], "log10 |filter|", shrink=0.85)
     bar = _colour_bar(figure, bottom, axes[1], "phase (rad)", shrink=0.85)
     bar.set_ticks([-np.pi, 0, np.pi], labels=["-π", "0", "π"])
-    return _titled(figure, title, caption)
+    return figure
 
 
 def mixed_filters(
-    images: Sequence[np.ndarray],
-    labels: Sequence[str],
-    filters: Tensor,
-    channels: Sequence[int],
-    width: int,
-    title: str,
-    caption: str = "",
+    images: Sequence[np.ndarray], labels: Sequence[str], filters: Tensor, channels: Sequence[int], width: int
 ) -> Figure:
     """Images (H,W) or (H,W,3) and, below each, how its mixed filter differs from the average one, in a few channels.
 
@@ -137,10 +130,10 @@ def mixed_filters(
     axes[1, 0].set_title("average", fontsize=9)
     _colour_bar(figure, mean, axes[1:, 0], "log10 |average filter|", shrink=0.7, location="left")
     _colour_bar(figure, change, axes[1:, -1], "gain against the average (dB)", shrink=0.7)
-    return _titled(figure, title, caption)
+    return figure
 
 
-def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], title: str, caption: str = "") -> Figure:
+def routing(shares: Tensor, bits: Tensor, labels: Sequence[str]) -> Figure:
     """The share of each filter in each channel, (N,F,C), a panel a filter, and its entropy ``bits`` (N,C).
 
     A row is an image or a class. Channels are sorted by their strongest filter.
@@ -167,12 +160,10 @@ def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], title: str, cap
     axes[filters].set_xlim(_limits(bits.numpy(), LEAST_BITS, 0, float(np.log2(filters)) or LEAST_BITS))
     axes[filters].set_xlabel("entropy of the shares (bits)", fontsize=9)
     axes[filters].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
-    return _titled(figure, title, caption)
+    return figure
 
 
-def responses(
-    maps: Sequence[Sequence[Tensor]], rows: Sequence[str], columns: Sequence[str], title: str, caption: str = ""
-) -> Figure:
+def responses(maps: Sequence[Sequence[Tensor]], rows: Sequence[str], columns: Sequence[str]) -> Figure:
     """Planes (H,W), a row for each input: the input, and its responses to filters with their gains.
 
     Every plane is drawn in units of its own standard deviation around its mean; the gain is the ratio of standard
@@ -192,10 +183,10 @@ def responses(
             below = gain if c or not spread else ""
             axes[r, c].set_title("\n".join(filter(None, (above, below))), fontsize=8)
     _colour_bar(figure, image, axes, "value (standard deviations from the mean)", shrink=0.6)
-    return _titled(figure, title, caption)
+    return figure
 
 
-def spectra_by_depth(spectra: dict[str, Spectrum], title: str, caption: str = "") -> Figure:
+def spectra_by_depth(spectra: dict[str, Spectrum]) -> Figure:
     """Relative log amplitude against frequency, a curve for each layer; that of the highest frequency against depth."""
     names, count = list(spectra), len(spectra)
     figure, [[left, right]] = panels(1, 2, 9, 4, width_ratios=(1.2, 1))
@@ -215,15 +206,11 @@ def spectra_by_depth(spectra: dict[str, Spectrum], title: str, caption: str = ""
     for ax, values in ((left, torch.cat([s.amplitude for s in spectra.values()])), (right, highest)):
         ax.set_ylim(_limits(np.asarray(values), LEAST_LOG))
         _clear(ax)
-    return _titled(figure, title, caption)
+    return figure
 
 
 def receptive_fields(
-    fields: dict[str, Tensor],
-    centres: Sequence[tuple[float, float]],
-    areas: Sequence[Sequence[Area]],
-    title: str,
-    caption: str = "",
+    fields: dict[str, Tensor], centres: Sequence[tuple[float, float]], areas: Sequence[Sequence[Area]]
 ) -> Figure:
     """Receptive fields (H,W) by model, each with the squares of two ``areas``, and the area that holds any share."""
     count = len(fields)
@@ -250,12 +237,10 @@ def receptive_fields(
     axes[-1].set(xlim=(0, 100), ylim=(0, 101))
     axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
     _clear(axes[-1])
-    return _titled(figure, title, caption)
+    return figure
 
 
-def similarity_matrix(
-    cka: Tensor, layers: Sequence[Sequence[str]], models: Sequence[str], title: str, caption: str = ""
-) -> Figure:
+def similarity_matrix(cka: Tensor, layers: Sequence[Sequence[str]], models: Sequence[str]) -> Figure:
     """CKA (a,b) of the ``layers`` of two ``models`` (rows, columns)."""
     rows, columns = layers
     figure, [[ax]] = panels(1, 1, 0.34 * len(columns) + 3, 0.34 * len(rows) + 2.2)
@@ -270,7 +255,7 @@ def similarity_matrix(
             color = "white" if value <= (lowest + 1) / 2 else "black"  # black where there is no value
             ax.text(b, a, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
     _colour_bar(figure, image, ax, "CKA (linear)", shrink=0.9)
-    return _titled(figure, title, caption)
+    return figure
 
 
 def comparison_bars(
@@ -294,6 +279,15 @@ def panels(rows: int, columns: int, width: float, height: float, **options: Any)
     """A figure of a size in inches, and its axes (rows,columns)."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def titled(figure: Figure, title: str, caption: str = "") -> Figure:
+    """``figure`` with a title above, and a caption in small print below."""
+    figure.suptitle(literal(title), fontsize=11)
+    letters_an_inch = 17  # of 8 points
+    text = textwrap.fill(caption, int(letters_an_inch * figure.get_figwidth()))
+    figure.supxlabel(literal(text), x=0.01, ha="left", fontsize=8, color="#404040")
+    return figure
 
 
 def frame(
@@ -331,15 +325,6 @@ def _limits(values: np.ndarray, span: float, low: float = -np.inf, high: float =
     least, most = at_least(values, span, low, high)
     margin = 0.05 * (most - least)
     return least - margin, most + margin
-
-
-def _titled(figure: Figure, title: str, caption: str) -> Figure:
-    """``figure`` with a title above, and a caption in small print below."""
-    figure.suptitle(literal(title), fontsize=11)
-    letters_an_inch = 17  # of 8 points
-    text = textwrap.fill(caption, int(letters_an_inch * figure.get_figwidth()))
-    figure.supxlabel(literal(text), x=0.01, ha="left", fontsize=8, color="#404040")
-    return figure
 
 
 def _clear(ax: Axes) -> None:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from dfformer.analysis.figures import titled
 from dfformer.utils.io import finite, write_atomically
 
 MOST_ROWS = 1000  # of a table on the page; longer tables are only written as CSV
@@ -28,7 +29,10 @@ class Output:
         self._page: dict[str, list[Any]] = {"pictures": [], "tables": [], "images": [], "layers": []}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def figure(self, name: str, figure: Figure) -> None:
+    def figure(self, name: str, figure: Figure, title: str = "", caption: str = "") -> None:
+        """Writes a figure as PNG, with a title and a caption if they are given."""
+        if title:
+            titled(figure, title, caption)
         png = io.BytesIO()
         figure.savefig(png, dpi=self.dpi)
         self._page["pictures"].append({"name": name, "src": _data_url(png)})

@@ -110,7 +110,8 @@ def show_spectrum(models: list[Loaded], samples: Samples, output: Output, patter
         f"Natural log of the amplitude on the diagonal of the feature maps' spectra, less its value at frequency 0, "
         f"averaged over channels and {samples.description}. Lower at high frequencies: smoother maps."
     )
-    output.figure("spectrum", figures.spectra_by_depth(spectra, f"{loaded.name}: spectra of feature maps", caption))
+    title = f"{loaded.name}: spectra of feature maps"
+    output.figure("spectrum", figures.spectra_by_depth(spectra), title, caption)
     output.table(
         "spectrum",
         ("depth", "layer", "frequency_pi", "relative_log_amplitude"),
@@ -135,8 +136,8 @@ def show_receptive_field(models: list[Loaded], samples: Samples, output: Output,
         "Sum over image channels of |d feature / d pixel| for the middle of the last feature map, averaged over "
         f"{samples.description}. Squares around the feature's centre hold {' and '.join(f'{s:.0%}' for s in SQUARES)}."
     )
-    picture = figures.receptive_fields(fields, centres, squares, "Effective receptive fields", caption)
-    output.figure("receptive_field", picture)
+    picture = figures.receptive_fields(fields, centres, squares)
+    output.figure("receptive_field", picture, "Effective receptive fields", caption)
     output.table(
         "receptive_field_areas",
         ("model", "height", "width", "share", "pixels", "fraction_of_image", "square_side"),
@@ -167,8 +168,7 @@ def show_similarity(models: list[Loaded], samples: Samples, output: Output, patt
         "same way, up to rotation and scale. Unbiased estimate from minibatches."
     )
     labels = [models[0].name, models[-1].name]
-    picture = figures.similarity_matrix(cka, names, labels, "Similarity of layers", caption)
-    output.figure("similarity", picture)
+    output.figure("similarity", figures.similarity_matrix(cka, names, labels), "Similarity of layers", caption)
     output.table(
         "similarity",
         ("model", "layer", "other_model", "other_layer", "cka"),

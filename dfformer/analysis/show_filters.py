@@ -57,9 +57,8 @@ def _show_basis(
         "middle. The filters are of real images, so the left half mirrors the right half."
     )
     names = [f"{kind} {i}" for i in drawn]
-    output.figure(
-        f"{name}.basis", figures.filter_basis(basis[..., drawn], plane[1], names, f"{title}, {what}", caption)
-    )
+    picture = figures.filter_basis(basis[..., drawn], plane[1], names)
+    output.figure(f"{name}.basis", picture, f"{title}, {what}", caption)
     header = (kind, "vertical_cycles", "horizontal_cycles", "real", "imaginary")
     output.table(f"{name}.basis", header, ((i, *row) for i in range(count) for row in _half_spectrum(basis[..., i])))
 
@@ -80,7 +79,7 @@ def _show_routing(title: str, shares: Tensor, samples: Samples, name: str, outpu
         f"The routing's softmax weight of each filter in each of {shares.shape[2]} channels, averaged over the "
         f"images of a class, on {samples.description}. Right: their entropy (quartiles over channels)."
     )
-    output.figure(f"{name}.routing", figures.routing(drawn, drawn_bits, labels, f"{title}, routing", caption))
+    output.figure(f"{name}.routing", figures.routing(drawn, drawn_bits, labels), f"{title}, routing", caption)
     filters = range(shares.shape[1])
     strongest = F.one_hot(shares.argmax(1), shares.shape[1]).float().mean(1)
     output.table(
@@ -130,11 +129,8 @@ def _show_mixed(
             f"{what}, in the {len(channels)} of {shares.shape[2]} channels that differ most between images. "
             f"Planes of {plane[0]}x{plane[1]}, frequency 0 in the middle."
         )
-        title = f"{loaded.name}: {layer}, mixed filters"
-        picture = figures.mixed_filters(
-            [picture.numpy() for picture in pictures], labels, filters, channels, plane[1], title, caption
-        )
-        output.figure(f"filters.{layer}.mixed_{part}", picture)
+        picture = figures.mixed_filters([p.numpy() for p in pictures], labels, filters, channels, plane[1])
+        output.figure(f"filters.{layer}.mixed_{part}", picture, f"{loaded.name}: {layer}, mixed filters", caption)
         output.table(
             f"filters.{layer}.mixed_{part}",
             (part, "channel", "vertical_cycles", "horizontal_cycles", "real", "imaginary"),
@@ -183,7 +179,8 @@ def _show_response(
         f"channel's own (for the image, that of channel {channels[0]}). Gains in dB are ratios of standard deviations."
     )
     drawn = f"response.{name}.{sample.name}"
-    output.figure(drawn, figures.responses(maps, list(inputs), columns, f"{loaded.name}: {name}, responses", caption))
+    title = f"{loaded.name}: {name}, responses"
+    output.figure(drawn, figures.responses(maps, list(inputs), columns), title, caption)
     output.table(
         drawn,
         ("input", "filter", "row", "column", "value"),

@@ -142,9 +142,8 @@ def draw_digits(history: list[dict[str, float]], output: Output) -> None:
         [test.classes[label] for label in labels[order]],
         [test.classes[label] for label in predicted[order]],
         confidence[order].tolist(),
-        title,
     )
-    output.figure("predictions", grid)
+    output.figure("predictions", grid, title)
     losses, accuracies = ([row[name] for row in history] for name in ("train_loss", "top1"))
     output.figure("learning_curve", figures.learning_curve(losses, accuracies))
     paths = [output.folder / "digits" / f"{digit}.png" for digit in test.classes]

@@ -25,32 +25,32 @@ def alike(*shape: int, around: float = 1.0, by: float = 1e-4) -> Tensor:
 
 
 def basis(H: int, K: int, W: int) -> Figure:
-    return figures.filter_basis(alike(H, K, 3).to(torch.complex64), W, NAMES, "title")
+    return figures.filter_basis(alike(H, K, 3).to(torch.complex64), W, NAMES)
 
 
 def mixed(H: int, K: int, W: int) -> Figure:
     filters = alike(3, H, K, 2).to(torch.complex64)
-    return figures.mixed_filters([np.ones((4, 4))] * 3, NAMES, filters, [0, 5], W, "title")
+    return figures.mixed_filters([np.ones((4, 4))] * 3, NAMES, filters, [0, 5], W)
 
 
 def routing(filters: int, around: float = 0.0) -> Figure:
     logits = around * torch.randn(3, filters, 16) + alike(3, filters, 16, by=2e-3)
     shares = logits.softmax(1)
-    return figures.routing(shares, entropy(shares), NAMES, "title")
+    return figures.routing(shares, entropy(shares), NAMES)
 
 
 def spectra(points: int) -> Figure:
     found = {name: Spectrum(torch.linspace(0, 1, points), alike(points, around=0.0)) for name in NAMES}
-    return figures.spectra_by_depth(found, "title")
+    return figures.spectra_by_depth(found)
 
 
 def similarity() -> Figure:
-    return figures.similarity_matrix(alike(3, 3, around=0.9998), [NAMES, NAMES], ["m", "m"], "title")
+    return figures.similarity_matrix(alike(3, 3, around=0.9998), [NAMES, NAMES], ["m", "m"])
 
 
 def receptive(H: int, W: int) -> Figure:
     areas = [[Area(0.5, 1, 1), Area(0.9, 2, 3)]]
-    return figures.receptive_fields({"m": alike(H, W).double()}, [(H / 2, W / 2)], areas, "title")
+    return figures.receptive_fields({"m": alike(H, W).double()}, [(H / 2, W / 2)], areas)
 
 
 def curve(values: list[float]) -> Figure:
@@ -156,7 +156,7 @@ def test_ticks_are_frequencies_that_exist(H: int, W: int) -> None:
 def test_constant_responses_are_grey() -> None:
     x = torch.randn(6, 6)
     rounding = torch.full((6, 6), 3.0) + 1e-7 * x
-    figure = figures.responses([[x, 0.1 * x, rounding], [rounding, x, x]], NAMES[:2], NAMES, "title")
+    figure = figures.responses([[x, 0.1 * x, rounding], [rounding, x, x]], NAMES[:2], NAMES)
     titles = [ax.get_title() for ax in figure.axes[:6]]
     assert titles == ["a", "b\n-20 dB", "c\nconstant", "constant", "constant", "constant"]
     assert not np.any(figure.axes[2].images[0].get_array())
@@ -180,12 +180,12 @@ def test_dollars_in_names(name: str) -> None:
     shares = alike(2, 4, 8, around=0.25, by=0)
     field = alike(4, 4).double()
     drawn = [
-        figures.routing(shares, entropy(shares), [name, name], name, name),
-        figures.mixed_filters([np.ones((4, 4))] * 2, [name] * 2, alike(2, 2, 2, 1).to(torch.complex64), [0], 2, name),
-        figures.responses([[field, field]], [name], ["input", "filter"], name, name),
-        figures.receptive_fields({name: field}, [(2, 2)], [[Area(0.5, 1, 1), Area(0.9, 2, 3)]], name),
-        figures.similarity_matrix(alike(2, 2), [["a", "b"]] * 2, [name, name], name),
-        figures.predictions_grid(alike(2, 4, 4), [name, name], [name, "other"], [1.0, 0.5], "title"),
+        figures.titled(figures.routing(shares, entropy(shares), [name, name]), name, name),
+        figures.mixed_filters([np.ones((4, 4))] * 2, [name] * 2, alike(2, 2, 2, 1).to(torch.complex64), [0], 2),
+        figures.responses([[field, field]], [name], ["input", "filter"]),
+        figures.receptive_fields({name: field}, [(2, 2)], [[Area(0.5, 1, 1), Area(0.9, 2, 3)]]),
+        figures.similarity_matrix(alike(2, 2), [["a", "b"]] * 2, [name, name]),
+        figures.predictions_grid(alike(2, 4, 4), [name, name], [name, "other"], [1.0, 0.5]),
     ]
     for figure in drawn:
         figure.draw_without_rendering()

@@ -192,11 +192,11 @@ def _replaced(module: nn.Module, name: str, left_alone: list[LeftAlone]) -> nn.M
     """The optimised replacement of a module; its children are replaced in the same way."""
     kind = next((kind for kind in _SERVED if isinstance(module, kind)), None)
     if kind is not None:
-        reasons = reasons_against(module, kind)
-        if not reasons:
-            module, reasons = _SERVED[kind](module)
-        if reasons:
+        serve, parts = _SERVED[kind]
+        if reasons := reasons_against(module, kind) or _of_parts(module, parts):
             left_alone.append(LeftAlone(name, tuple(reasons)))
+        else:
+            module = serve(module)
     if isinstance(module, PackedLinear | PackedMlp):
         return module
     for child_name, child in list(module.named_children()):
@@ -206,45 +206,32 @@ def _replaced(module: nn.Module, name: str, left_alone: list[LeftAlone]) -> nn.M
     return module
 
 
-# Each function returns the optimised module, or the module itself with the reasons against optimising it.
-
-
-def _served_linear(module: Any) -> tuple[nn.Module, list[str]]:
-    return PackedLinear(module.weight, module.bias), []
-
-
-def _served_mlp(module: Any) -> tuple[nn.Module, list[str]]:
+def _served_mlp(mlp: Any) -> nn.Module:
     """Folds StarReLU into ``fc2``: ``W (s r + b) = (s W) r + b (W 1)``."""
-    fc1, act, fc2 = module.fc1, module.act, module.fc2
-    reasons = _of_children(module, {"fc1": nn.Linear, "act": StarReLU, "fc2": nn.Linear})
-    if reasons:
-        return module, reasons
-    weight = fc2.weight
-    shift = act.bias * weight.sum(1) + (0 if fc2.bias is None else fc2.bias)
-    return PackedMlp(PackedLinear(fc1.weight, fc1.bias), PackedLinear(act.scale * weight, shift)), []
+    fc1, act, fc2 = mlp.fc1, mlp.act, mlp.fc2
+    shift = act.bias * fc2.weight.sum(1) + (0 if fc2.bias is None else fc2.bias)
+    return PackedMlp(PackedLinear(fc1.weight, fc1.bias), PackedLinear(act.scale * fc2.weight, shift))
 
 
-def _served_block(block: Any) -> tuple[nn.Module, list[str]]:
-    paths = {name: getattr(block, name) for name in ("drop_path1", "drop_path2")}
-    kinds = {name: DropPath if isinstance(path, DropPath) else nn.Identity for name, path in paths.items()}
-    reasons = _of_children(block, kinds)
-    return (block, reasons) if reasons else (ServedBlock(block), [])
+def _of_parts(module: nn.Module, parts: dict[str, tuple[type[nn.Module], ...]]) -> list[str]:
+    """Why the modules with the names of ``parts`` are not of one of these classes and unmodified."""
+    reasons = []
+    for name, kinds in parts.items():
+        part = getattr(module, name)
+        kind = type(part) if type(part) in kinds else kinds[0]
+        reasons += [f"its {name}: {reason}" for reason in reasons_against(part, kind)]
+    return reasons
 
 
-def _served_mixer(mixer: Any) -> tuple[nn.Module, list[str]]:
-    """Replaces only the mixer's projections."""
-    return mixer, _of_children(mixer, {"pwconv1": nn.Linear, "pwconv2": nn.Linear})
-
-
-def _of_children(module: nn.Module, kinds: dict[str, type[nn.Module]]) -> list[str]:
-    return [f"its {n}: {r}" for n, kind in kinds.items() for r in reasons_against(getattr(module, n), kind)]
-
-
-_SERVED: dict[type[nn.Module], Callable[[Any], tuple[nn.Module, list[str]]]] = {
-    MetaFormerBlock: _served_block,
-    **dict.fromkeys((DynamicFilter, GlobalFilter, SepConv, AFNO2D), _served_mixer),
-    Mlp: _served_mlp,
-    nn.Linear: _served_linear,
+# By class: what optimises a module, and those of its parts that must be unmodified. Only the projections of a mixer
+# are replaced, as the linear layers that they are.
+_PROJECTIONS = {"pwconv1": (nn.Linear,), "pwconv2": (nn.Linear,)}
+_PATHS = (nn.Identity, DropPath)
+_SERVED: dict[type[nn.Module], tuple[Callable[[Any], nn.Module], dict[str, tuple[type[nn.Module], ...]]]] = {
+    MetaFormerBlock: (ServedBlock, {"drop_path1": _PATHS, "drop_path2": _PATHS}),
+    **dict.fromkeys((DynamicFilter, GlobalFilter, SepConv, AFNO2D), (lambda mixer: mixer, _PROJECTIONS)),
+    Mlp: (_served_mlp, {"fc1": (nn.Linear,), "act": (StarReLU,), "fc2": (nn.Linear,)}),
+    nn.Linear: (lambda linear: PackedLinear(linear.weight, linear.bias), {}),
 }
 
 

@@ -54,8 +54,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise FileNotFoundError(f"checkpoint: {path} does not exist or is not a file")
     content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (read_pickle(path), {})
     if isinstance(content, dict):
-        nested = next((content[key] for key in _NESTED_KEYS if isinstance(content.get(key), dict)), None)
-        content = content if nested is None else nested
+        content = next((content[key] for key in _NESTED_KEYS if isinstance(content.get(key), dict)), content)
     if (
         not isinstance(content, dict)
         or not content
@@ -84,8 +83,8 @@ def read_task(path: str | Path) -> str:
     """The task that a checkpoint was trained for; "classify" if the file does not say."""
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         return "classify"
-    with _opened(Path(path)) as file:
-        return _metadata(file).get("task", "classify")
+    with _opened(Path(path)) as (_, metadata):
+        return metadata.get("task", "classify")
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> Mismatch:
@@ -184,7 +183,7 @@ def save_checkpoint(
         raise ValueError("model: is optimised for inference, accepted is the one it was made from")
     metadata = {"architecture": architecture, "model_args": model_args or {}, "classes": classes, "data": data or {}}
     state_dict = model.state_dict() if isinstance(model, nn.Module) else model
-    _write_safetensors(state_dict, path, write_metadata(metadata | {"task": task, **more}))
+    _write_safetensors(state_dict, path, metadata | {"task": task, **more})
 
 
 def load_model(
@@ -233,7 +232,7 @@ def convert(source: str | Path, target: str | Path) -> int:
     if Path(target).suffix != ".safetensors":
         raise ValueError(f"target: got {target}, accepted is a name ending in .safetensors")
     state_dict, metadata = read_checkpoint(source)
-    _write_safetensors(state_dict, target, write_metadata(metadata) if metadata else None)
+    _write_safetensors(state_dict, target, metadata)
     return len(state_dict)
 
 
@@ -273,35 +272,31 @@ def _refuse_bomb(path: Path) -> None:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with _opened(path) as file:
-        metadata = _metadata(file)
+    with _opened(path) as (file, metadata):
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
 
 
-def _metadata(file: Any) -> dict[str, Any]:
-    text = (file.metadata() or {}).get(_METADATA_KEY)
-    return {} if text is None else read_metadata(text)
-
-
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The file, and its description."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            yield file
+            text = (file.metadata() or {}).get(_METADATA_KEY)
+            yield file, {} if text is None else read_metadata(text)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # its format, its tensors' types or the disk may be at fault
         raise CheckpointError(f"{path}: is truncated or not a safetensors file ({reason(error)})") from error
 
 
-def _write_safetensors(state_dict: dict[str, Tensor], path: str | Path, metadata: str | None) -> None:
+def _write_safetensors(state_dict: dict[str, Tensor], path: str | Path, metadata: dict[str, Any]) -> None:
+    about = {_METADATA_KEY: write_metadata(metadata)} if metadata else {}
     tensors = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in state_dict.items()
     }
     with replacing(path) as temporary:
-        about = {"format": "pt"} if metadata is None else {_METADATA_KEY: metadata, "format": "pt"}
-        safetensors.torch.save_file(tensors, temporary, about)
+        safetensors.torch.save_file(tensors, temporary, about | {"format": "pt"})
         _sort_header(temporary)
 
 

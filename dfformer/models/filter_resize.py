@@ -6,17 +6,13 @@ the non-negative half of the columns.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 RULES = ("bicubic", "fourier")
-
-# The matrices are the same for all layers of a stage and from step to step. A full cache is emptied: a training run
-# with random crops sees a few hundred sizes.
-_MAX_CACHED = 256
-_cached: dict[tuple[object, ...], Tensor] = {}
 
 
 def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, int], rule: str = "bicubic") -> Tensor:
@@ -81,16 +77,19 @@ def check_rule(rule: str) -> None:
 
 def _matrix(build: Callable[[int, int], Tensor], old: int, new: int, like: Tensor) -> Tensor:
     """``build(old, new)`` on like's device and in its dtype."""
-    device, dtype = like.device, like.dtype
     if torch.compiler.is_compiling() or type(like) not in (Tensor, Parameter):  # traced, or a fake tensor
+        return build(old, new).to(like)
+    return _kept_matrix(build, old, new, like.device, like.dtype)
+
+
+# The matrices are the same for all layers of a stage and from step to step. A training run with random crops sees a few
+# hundred sizes.
+@lru_cache(maxsize=256)
+def _kept_matrix(
+    build: Callable[[int, int], Tensor], old: int, new: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    with torch.inference_mode(False), _untraced():  # kept matrices must also work in training
         return build(old, new).to(device, dtype)
-    key = (build, old, new, device, dtype)
-    if key not in _cached:
-        if len(_cached) >= _MAX_CACHED:
-            _cached.clear()
-        with torch.inference_mode(False), _untraced():  # cached matrices must also work in training
-            _cached[key] = build(old, new).to(device, dtype)
-    return _cached[key]
 
 
 @contextmanager

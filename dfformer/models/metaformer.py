@@ -107,26 +107,19 @@ class DFFormer(nn.Module):
     ) -> None:
         super().__init__()
         check_rule(resize)
+        counts, makers = {"dims": dims, "strides": strides}, {"token_mixers": token_mixers, "norm_layers": norm_layers}
         scales = {"res_scale_init_values": res_scale_init_values, "layer_scale_init_values": layer_scale_init_values}
         check_arguments(COUNT, in_chans=in_chans)
-        check_arguments(COUNT, lists=True, img_size=img_size, depths=depths, dims=dims, strides=strides)
+        check_arguments(COUNT, lists=True, img_size=img_size, depths=depths, **counts)
         check_arguments(COUNT_OR_0, num_classes=num_classes)
         check_arguments(RATE, drop_rate=drop_rate, drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate)
         check_arguments(SCALE, lists=True, **scales)
-        check_arguments(MODULE, lists=True, token_mixers=token_mixers, norm_layers=norm_layers)
+        check_arguments(MODULE, lists=True, **makers)
         check_arguments(MODULE, mlp_act=mlp_act, output_norm=output_norm, downsample_norm=downsample_norm or norm)
         self.in_chans, self.drop_rate, self.use_mlp_head = in_chans, drop_rate, use_mlp_head
         self.num_classes = 0 if fork_feat else num_classes
         self.fork_feat, self.grad_checkpointing = fork_feat, False
-        per_stage = _per_stage(
-            depths,
-            dims=dims,
-            token_mixers=token_mixers,
-            res_scale_init_values=res_scale_init_values,
-            layer_scale_init_values=layer_scale_init_values,
-            norm_layers=norm_layers,
-            strides=strides,
-        )
+        per_stage = _per_stage(depths, **counts, **makers, **scales)
         per_stage["token_mixers"] = _with_arguments(per_stage["token_mixers"], mixer_args)
         block = partial(MetaFormerBlock, mlp_act=mlp_act, mlp_bias=mlp_bias, proj_drop=proj_drop_rate)
         with nullcontext() if device is None else torch.device(device):
@@ -155,7 +148,7 @@ class DFFormer(nn.Module):
         if len(plane) != 2:
             raise ValueError(f"img_size: got {img_size!r}, accepted are a number and (H, W)")
         for i, depth in enumerate(depths):
-            dim, mixer, res_scale, layer_scale, norm_layer, stride = (values[i] for values in per_stage.values())
+            dim, stride, mixer, norm_layer, res_scale, layer_scale = (values[i] for values in per_stage.values())
             kernel_size, padding = STEM if i == 0 else DOWNSAMPLE
             plane = output_plane(plane, *map(to_2tuple, (kernel_size, stride, padding)))
             if min(plane) < 1:

@@ -1,6 +1,8 @@
 """Resizing spectral filters: what each rule promises, and the matrices that are kept between calls."""
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +38,7 @@ PLANES: list[tuple[Plane, Plane]] = [
 ]
 EACH_PLANE = pytest.mark.parametrize(("size", "new_size"), PLANES, ids=lambda plane: f"{plane[0]}x{plane[1]}")
 EACH_RULE = pytest.mark.parametrize("rule", RULES)
+STORE = resize._kept_matrix
 BICUBIC_ERROR = 1e-12  # torch computes its coefficients in another order
 
 
@@ -45,10 +48,10 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def no_matrices(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[object, ...], Tensor]:
-    """An empty store of matrices for the test; the process's own stays as it is."""
-    matrices: dict[tuple[object, ...], Tensor] = {}
-    monkeypatch.setattr(resize, "_cached", matrices)
+def no_matrices(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An empty store of five matrices for the test; the process's own stays as it is."""
+    matrices = lru_cache(maxsize=5)(resize._kept_matrix.__wrapped__)
+    monkeypatch.setattr(resize, "_kept_matrix", matrices)
     return matrices
 
 
@@ -100,7 +103,7 @@ def test_gradient(rule: str, new_size: Plane) -> None:
 
 
 @EACH_RULE
-def test_same_bits_again(rule: str, no_matrices: dict[tuple[object, ...], Tensor]) -> None:
+def test_same_bits_again(rule: str, no_matrices: Any) -> None:
     weight = filters((14, 14), dtype=torch.float32).requires_grad_()
     grad = torch.randn(12, 11, 3, 2)
 
@@ -109,7 +112,7 @@ def test_same_bits_again(rule: str, no_matrices: dict[tuple[object, ...], Tensor
         return resized, torch.autograd.grad(resized, weight, grad)[0]
 
     first, again = run(), run()
-    no_matrices.clear()
+    no_matrices.cache_clear()
     rebuilt = run()
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first, rebuilt, strict=True))
@@ -208,15 +211,13 @@ def test_fourier_there_and_back(size: Plane, new_size: Plane) -> None:
 
 
 @EACH_RULE
-def test_matrices_are_kept_and_bounded(
-    rule: str, no_matrices: dict[tuple[object, ...], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resize, "_MAX_CACHED", 5)
+def test_matrices_are_kept_and_bounded(rule: str, no_matrices: Any) -> None:
+    assert STORE.cache_parameters()["maxsize"], "it is bounded"
     weight, counts = filters((6, 5)), []
     for H in (6, 7, 8, 9, 10, 11):
         for _ in range(2):
             resize_filter(weight, (6, 5), (H, 9), rule)
-            counts.append(len(no_matrices))
+            counts.append(no_matrices.cache_info().currsize)
     assert max(counts) <= 5
     assert counts[:4] == [2, 2, 3, 3]  # the columns' matrix serves every height, and a second call adds none
 

@@ -157,14 +157,6 @@ class ServedBlock(nn.Module):
     """
 
     serves_only = True
-    norm1: nn.Module
-    token_mixer: nn.Module
-    layer_scale1: nn.Module
-    res_scale1: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    layer_scale2: nn.Module
-    res_scale2: nn.Module
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -173,8 +165,9 @@ class ServedBlock(nn.Module):
                 setattr(self, name, module)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _add_residual(self.layer_scale1(self.token_mixer(self.norm1(x))), x, self.res_scale1)
-        return _add_residual(self.layer_scale2(self.mlp(self.norm2(x))), x, self.res_scale2)
+        block: Any = self  # with modules that __init__ took by name
+        x = _add_residual(block.layer_scale1(block.token_mixer(block.norm1(x))), x, block.res_scale1)
+        return _add_residual(block.layer_scale2(block.mlp(block.norm2(x))), x, block.res_scale2)
 
 
 if torch.backends.mkldnn.is_available():

@@ -11,17 +11,9 @@ from functools import partial
 from typing import Any
 from urllib.error import URLError
 
+import timm.models
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
-from timm.models import (
-    FeatureDictNet,
-    FeatureListNet,
-    build_model_with_cfg,
-    generate_default_cfgs,
-    is_model,
-    model_entrypoint,
-    register_model,
-)
 from torch import nn
 
 from dfformer.models.layers import SepConv
@@ -36,27 +28,20 @@ _SIZES: dict[str, dict[str, Any]] = {
     "m36": {"depths": (3, 12, 18, 3), "dims": (96, 192, 384, 576)},
     "b36": {"depths": (3, 12, 18, 3), "dims": (128, 256, 512, 768)},
 }
+_S18 = _SIZES["s18"]
 _CONV_THEN_DYNAMIC = (SepConv, SepConv, DynamicFilter, DynamicFilter)
 
 # DFFormer's arguments by model name.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{f"dfformer_{size}": {**args, "token_mixers": DynamicFilter} for size, args in _SIZES.items()},
     **{f"cdfformer_{size}": {**args, "token_mixers": _CONV_THEN_DYNAMIC} for size, args in _SIZES.items()},
-    "gfformer_s18": {**_SIZES["s18"], "token_mixers": GlobalFilter},
+    "gfformer_s18": {**_S18, "token_mixers": GlobalFilter},
     # the paper's ablations
-    "dfformer_s18_gelu": {
-        **_SIZES["s18"],
-        "token_mixers": partial(DynamicFilter, act1_layer=nn.GELU),
-        "mlp_act": nn.GELU,
-    },
-    "dfformer_s18_relu": {
-        **_SIZES["s18"],
-        "token_mixers": partial(DynamicFilter, act1_layer=nn.ReLU),
-        "mlp_act": nn.ReLU,
-    },
-    "dfformer_s18_k2": {**_SIZES["s18"], "token_mixers": partial(DynamicFilter, num_filters=2)},
-    "dfformer_s18_d8": {**_SIZES["s18"], "token_mixers": partial(DynamicFilter, reweight_expansion_ratio=0.125)},
-    "dfformer_s18_afno": {**_SIZES["s18"], "token_mixers": AFNO2D},
+    "dfformer_s18_gelu": {**_S18, "token_mixers": partial(DynamicFilter, act1_layer=nn.GELU), "mlp_act": nn.GELU},
+    "dfformer_s18_relu": {**_S18, "token_mixers": partial(DynamicFilter, act1_layer=nn.ReLU), "mlp_act": nn.ReLU},
+    "dfformer_s18_k2": {**_S18, "token_mixers": partial(DynamicFilter, num_filters=2)},
+    "dfformer_s18_d8": {**_S18, "token_mixers": partial(DynamicFilter, reweight_expansion_ratio=0.125)},
+    "dfformer_s18_afno": {**_S18, "token_mixers": AFNO2D},
 }
 
 _WEIGHTS = "https://github.com/okojoalg/dfformer/releases/download/weights/{}.pth"
@@ -82,7 +67,7 @@ def _cfg(name: str) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in VARIANTS})
+default_cfgs = timm.models.generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in VARIANTS})
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -91,7 +76,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     stages = len(depths) if isinstance(depths, list | tuple) else 0  # the model refuses others
     feature_cfg = {"out_indices": tuple(range(stages)), **_feature_class(arguments)}
     try:
-        model = build_model_with_cfg(DFFormer, name, pretrained, feature_cfg=feature_cfg, **arguments)
+        model = timm.models.build_model_with_cfg(DFFormer, name, pretrained, feature_cfg=feature_cfg, **arguments)
     except (URLError, TimeoutError, ConnectionError) as error:
         url = _WEIGHTS.format(name)
         raise RuntimeError(
@@ -119,10 +104,8 @@ def _images(cfg: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
     if img_size not in (None, saved) and "input_size" not in (arguments.get("pretrained_cfg_overlay") or {}):
         size = to_2tuple(img_size)
     statistics = {key: cfg[key] for key in ("mean", "std") if cfg.get(key) and len(cfg[key]) != in_chans}
-    if in_chans == 1:
-        statistics = {key: (sum(values) / len(values),) for key, values in statistics.items()}
-    else:
-        statistics = {key: tuple(v[i % len(v)] for i in range(in_chans)) for key, v in statistics.items()}
+    for key, v in statistics.items():
+        statistics[key] = (sum(v) / len(v),) if in_chans == 1 else tuple(v[i % len(v)] for i in range(in_chans))
     return {"input_size": (in_chans, *size), **statistics}
 
 
@@ -138,8 +121,8 @@ def _feature_class(arguments: dict[str, Any]) -> dict[str, Any]:
         return {"feature_cls": feature_cls, "norm": fork_feat}
     if fork_feat:
         raise ValueError(f"feature_cls: got {feature_cls!r} with fork_feat=True, accepted is 'getter'")
-    rewriting = {"list": FeatureListNet, "dict": FeatureDictNet}.get(feature_cls, feature_cls)
-    if rewriting in (FeatureListNet, FeatureDictNet):
+    rewriting = {"list": timm.models.FeatureListNet, "dict": timm.models.FeatureDictNet}.get(feature_cls, feature_cls)
+    if rewriting in (timm.models.FeatureListNet, timm.models.FeatureDictNet):
         return {"feature_cls": lambda model, **cfg: rewriting(_in_order_of_execution(model), **cfg)}
     return {"feature_cls": feature_cls}
 
@@ -229,13 +212,13 @@ def register_models() -> None:
 
     Call it again to take the names back from other code that registered them. One warning names that code.
     """
-    registered = {name: model_entrypoint(name) for name in VARIANTS if is_model(name)}
+    registered = {name: timm.models.model_entrypoint(name) for name in VARIANTS if timm.models.is_model(name)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm warns for each name
         for name in VARIANTS:
             own = globals()[name]  # the function of this name
             if registered.get(name) is not own:
-                register_model(own)
+                timm.models.register_model(own)
     others = {name: f.__module__ for name, f in registered.items() if f.__module__ != __name__}
     if others:
         warnings.warn(

@@ -11,15 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from dfformer.models.copies.match import (
-    STORAGE,
-    CopyLimitError,
-    Expected,
-    as_basis,
-    authors_resize,
-    fuse,
-    is_filter_shape,
-)
+from dfformer.models.copies import match
 from dfformer.models.filter_resize import RULES
 from dfformer_kernels.graph import compare
 from dfformer_kernels.graph.compare import tensors
@@ -62,9 +54,9 @@ class Hypothesis(NamedTuple):
     layouts: tuple[str, ...]
     channels: tuple[int, ...]
 
-    def inputs(self, plane: Plane, batch: int) -> list[Any]:
+    def inputs(self, plane: Plane, batch: int, **placed: Any) -> list[Any]:
         given = [_LAYOUTS[layout](batch, *plane, C) for layout, C in zip(self.layouts, self.channels, strict=True)]
-        return [torch.randn(shape) if isinstance(shape, tuple) else shape for shape in given]
+        return [torch.randn(shape, **placed) if isinstance(shape, tuple) else shape for shape in given]
 
     def indistinguishable(self) -> list["Hypothesis"]:
         """This hypothesis, and that of the other map layout if its inputs have the same shape on the stored plane."""
@@ -133,29 +125,25 @@ class Trial:
 
     def _problem(self, hypothesis: Hypothesis) -> Exception | None:
         self._probe = self._probe or self.copy(training=False)
-        return _error_of(self._probe, self.on_device(hypothesis.inputs(hypothesis.size, 2)))
+        return _error_of(self._probe, hypothesis.inputs(hypothesis.size, 2, device=self.device))
 
     def runs(self, case: Case) -> bool:
         return _error_of(self.copy(case.training), case.inputs) is None
 
     def runs_in_half(self, hypothesis: Hypothesis) -> bool:
         """Whether the module runs with all of its parameters and inputs in float16 or bfloat16."""
-        inputs = self.on_device(hypothesis.inputs(hypothesis.size, 1))
         for dtype in (torch.float16, torch.bfloat16):
-            cast = [x.to(dtype) if isinstance(x, Tensor) else x for x in inputs]
-            if _error_of(self.copy(training=False).to(dtype), cast) is None:
+            inputs = hypothesis.inputs(hypothesis.size, 1, device=self.device, dtype=dtype)
+            if _error_of(self.copy(training=False).to(dtype), inputs) is None:
                 return True
         return False
-
-    def on_device(self, inputs: Sequence[Any]) -> list[Any]:
-        return [x.to(self.device) if isinstance(x, Tensor) else x for x in inputs]
 
     def _define(self, error: Exception) -> bool:
         """Some copies resize their filters by a function that they never define; this defines it as the authors do."""
         if isinstance(error, NameError) and error.name:
-            with_function(self.module, error.name, authors_resize)
+            with_function(self.module, error.name, match.authors_resize)
         elif isinstance(error, AttributeError) and (missing := re.search(r"has no attribute '(\w+)'$", str(error))):
-            attributes = {missing[1]: staticmethod(authors_resize)}
+            attributes = {missing[1]: staticmethod(match.authors_resize)}
             self.module.__class__ = type(type(self.module).__name__, (type(self.module),), attributes)
         else:
             return False
@@ -164,13 +152,13 @@ class Trial:
 
     def _guesses(self) -> Iterator[Hypothesis]:
         own = [*self.module.parameters(recurse=False), *self.module.buffers(recurse=False)]
-        weights = [w for w in own if is_filter_shape(w)]
-        for weight, storage, odd in itertools.product(weights, STORAGE, (0, 1)):
-            H, K = as_basis(weight, storage).shape[:2]
+        weights = [w for w in own if match.is_filter_shape(w)]
+        for weight, storage, odd in itertools.product(weights, match.STORAGE, (0, 1)):
+            H, K = match.as_basis(weight, storage).shape[:2]
             size = (H, 2 * (K - 1) + odd)
             if min(size) < 1:
                 continue
-            channels = _channels(self.module, as_basis(weight, storage).shape[2])
+            channels = _channels(self.module, match.as_basis(weight, storage).shape[2])
             for layouts in self._layouts():
                 maps = [layout not in _NUMBERS.values() for layout in layouts]
                 same = [tuple(C * is_map for is_map in maps) for C in channels]
@@ -212,7 +200,7 @@ def _randomise(t: Tensor) -> None:
     """Fills ``t`` with values that no formula treats specially: positive for vectors and buffers (variances, masks)."""
     if not (t.is_floating_point() or t.is_complex()):
         return
-    if is_filter_shape(t):
+    if match.is_filter_shape(t):
         t.copy_(torch.randn_like(t))
     elif t.dim() < 2 or not isinstance(t, nn.Parameter):
         t.copy_(torch.rand_like(t) + 0.5)
@@ -233,10 +221,10 @@ def cases(trial: Trial, hypothesis: Hypothesis) -> Iterator[Case]:
     """The stored plane, in both modes and for two batch sizes; then about half and twice its size, if the copy runs."""
     H, W = hypothesis.size
     for batch, training in ((2, False), (2, True), (3, False)):
-        yield Case(trial.on_device(hypothesis.inputs((H, W), batch)), (H, W), training)
+        yield Case(hypothesis.inputs((H, W), batch, device=trial.device), (H, W), training)
     planes = [(H // 2 + 1, W // 4 * 2 + 3)] + ([(2 * H, 2 * W)] if H * W <= _LARGEST_DOUBLED else [])
     for plane, same in itertools.product(planes, hypothesis.indistinguishable()):
-        case = Case(trial.on_device(same.inputs(plane, 1)), plane, False)
+        case = Case(same.inputs(plane, 1, device=trial.device), plane, False)
         if trial.runs(case):
             yield case
 
@@ -251,14 +239,14 @@ def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple
     for case in cases(trial, hypothesis):
         native = case.plane == hypothesis.size
         module = trial.copy(case.training)
-        expected = Expected(len(case.inputs[0]), case.plane, hypothesis.size, resize, in_half)
+        expected = match.Expected(len(case.inputs[0]), case.plane, hypothesis.size, resize, in_half)
         where = "in training" if case.training else "with another batch"
         try:
             traced = trace(module, case.inputs, trial.optional)
             limits += traced.limits
             where = where if native else f"on a {case.plane[0]}x{case.plane[1]} plane"
-            yield where, fuse(traced.graph, expected), traced.seen if native else None
-        except CopyLimitError:
+            yield where, match.fuse(traced.graph, expected), traced.seen if native else None
+        except match.CopyLimitError:
             continue
         except DifferentCopyError as error:
             raise (error if native else OtherPlaneError(str(error))) from None
@@ -269,7 +257,7 @@ def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple
 def difference(trial: Trial, hypothesis: Hypothesis, replace: Callable[[nn.Module], nn.Module]) -> str:
     """How the trial module and its replacement differ in outputs, gradients or buffers; "" if they agree."""
     # Python code can hide a branch on one image from a trace, by isinstance for example.
-    single = Case(trial.on_device(hypothesis.inputs(hypothesis.size, 1)), hypothesis.size, False)
+    single = Case(hypothesis.inputs(hypothesis.size, 1, device=trial.device), hypothesis.size, False)
     for case in (*cases(trial, hypothesis), *([single] if trial.runs(single) else [])):
         try:
             theirs = compare.results(trial.copy(case.training), case.inputs)

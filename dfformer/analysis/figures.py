@@ -31,7 +31,7 @@ LEAST_SHARE = 0.5  # of an even share, in both directions
 LEAST_BITS = 0.5
 LEAST_LOG = 1.0  # of a natural logarithm
 LEAST_CKA = 0.5
-NO_TICKS = {"xticks": [], "yticks": []}
+NO_TICKS: dict[str, list[float]] = {"xticks": [], "yticks": []}
 MOST_WRITTEN = 150  # cells of a matrix whose numbers can be read
 
 

@@ -15,8 +15,11 @@ from dfformer.models.blocks import MetaFormerBlock
 from dfformer.models.exact import reasons_against
 from dfformer.models.layers import Mlp, SepConv, StarReLU
 from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter, SpectralFilter
+from dfformer.utils.accepted import check_arguments, choice
 
-DTYPES = (None, torch.float32, torch.bfloat16)
+_Parts = dict[str, tuple[type[nn.Module], ...]]  # by name, the classes that a module may have
+
+DTYPE = choice(None, torch.float32, torch.bfloat16)
 
 # For each module that follows a norm in a block, the paths of the projections that can take over the norm's scale, and
 # of the modules that must be unmodified for that.
@@ -63,8 +66,7 @@ def optimize_for_inference(
     Raises:
         ValueError: an unknown dtype.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype}, accepted are {', '.join(map(str, DTYPES))}")
+    check_arguments(DTYPE, dtype=dtype)
     left_alone: list[LeftAlone] = []
     # load_state_dict could not change tensors that were created in inference mode.
     with torch.inference_mode(False), torch.no_grad():
@@ -213,7 +215,7 @@ def _served_mlp(mlp: Any) -> nn.Module:
     return PackedMlp(PackedLinear(fc1.weight, fc1.bias), PackedLinear(act.scale * fc2.weight, shift))
 
 
-def _of_parts(module: nn.Module, parts: dict[str, tuple[type[nn.Module], ...]]) -> list[str]:
+def _of_parts(module: nn.Module, parts: _Parts) -> list[str]:
     """Why the modules with the names of ``parts`` are not of one of these classes and unmodified."""
     reasons = []
     for name, kinds in parts.items():
@@ -225,9 +227,9 @@ def _of_parts(module: nn.Module, parts: dict[str, tuple[type[nn.Module], ...]]) 
 
 # By class: what optimises a module, and those of its parts that must be unmodified. Only the projections of a mixer
 # are replaced, as the linear layers that they are.
-_PROJECTIONS = {"pwconv1": (nn.Linear,), "pwconv2": (nn.Linear,)}
+_PROJECTIONS: _Parts = {"pwconv1": (nn.Linear,), "pwconv2": (nn.Linear,)}
 _PATHS = (nn.Identity, DropPath)
-_SERVED: dict[type[nn.Module], tuple[Callable[[Any], nn.Module], dict[str, tuple[type[nn.Module], ...]]]] = {
+_SERVED: dict[type[nn.Module], tuple[Callable[[Any], nn.Module], _Parts]] = {
     MetaFormerBlock: (ServedBlock, {"drop_path1": _PATHS, "drop_path2": _PATHS}),
     **dict.fromkeys((DynamicFilter, GlobalFilter, SepConv, AFNO2D), (lambda mixer: mixer, _PROJECTIONS)),
     Mlp: (_served_mlp, {"fc1": (nn.Linear,), "act": (StarReLU,), "fc2": (nn.Linear,)}),

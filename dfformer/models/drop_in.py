@@ -111,7 +111,8 @@ def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
             names.setdefault(module, []).append(name)
     known: dict[Hashable, _Replace] = {}
     replace = {module: _replacement(module, known) for module in names}
-    report, originals = [], {}
+    report: list[Replacement] = []
+    originals: dict[str, _Original] = {}
     for module, outcome in replace.items():
         if not outcome:
             continue
@@ -246,6 +247,7 @@ def _make_ours(module: nn.Module, size: tuple[int, int], resize: str) -> nn.Modu
     """Makes an authors' layer one of ours, and its StarReLUs too."""
     dim = module.get_parameter("pwconv1.weight").shape[1]
     arguments: dict[str, Any] = {"size": size, "weight_resize": True, "resize": resize}
+    like: DynamicFilter | GlobalFilter
     with torch.device("meta"):
         if hasattr(module, "reweight"):
             like = DynamicFilter(dim, num_filters=module.get_parameter("complex_weights").shape[2], **arguments)
@@ -268,4 +270,4 @@ def _become(module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]
     for name in _own_attributes(module):
         del vars(module)[name]
     vars(module).update(attributes)
-    module.__class__ = kind  # type: ignore[assignment]
+    module.__class__ = kind

@@ -4,7 +4,7 @@ A stored filter is (H, K, ...), ``K = W//2 + 1``: rows in FFT order (frequencies
 the non-negative half of the columns.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from dfformer.utils.accepted import check_arguments, choice
+
 RULES = ("bicubic", "fourier")
+RULE = choice(*RULES)
 
 
 def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, int], rule: str = "bicubic") -> Tensor:
@@ -40,56 +43,44 @@ def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, in
     Raises:
         ValueError: the rule is unknown, or ``size`` is not the weight's.
     """
-    check_rule(rule)
+    check_arguments(RULE, resize=rule)
     (H, W), (new_H, new_W) = size, new_size
     if tuple(weight.shape[:2]) != (H, W // 2 + 1):
         raise ValueError(f"size: got {(H, W)}, but weight of shape {tuple(weight.shape)} is not (H, W//2 + 1, ...)")
-    if rule == "bicubic":
-        rows, columns = (_bicubic, H, new_H), (_bicubic, W // 2 + 1, new_W // 2 + 1)
-    else:
-        rows, columns = (_fourier_rows, H, new_H), (_fourier_columns, W // 2 + 1, new_W // 2 + 1)
-    values = weight if weight.dtype == torch.float64 else weight.float()
-    return _along_H_and_K(values, _matrix(*rows, values), _matrix(*columns, values)).to(weight.dtype)
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, Parameter):  # traced, or a fake tensor
+        return scriptable_resize(weight, (H, W), (new_H, new_W), rule)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return _along_H_and_K(weight, *_kept_matrices((H, W), (new_H, new_W), rule, weight.device, dtype))
 
 
 def scriptable_resize(weight: Tensor, size: tuple[int, int], new_size: tuple[int, int], rule: str) -> Tensor:
     """`resize_filter` for torch.jit.script: checks nothing, and computes its matrices at every call."""
-    H, W = size
-    new_H, new_W = new_size
-    if rule == "bicubic":
-        rows, columns = _bicubic(H, new_H), _bicubic(W // 2 + 1, new_W // 2 + 1)
-    else:
-        rows, columns = _fourier_rows(H, new_H), _fourier_columns(W // 2 + 1, new_W // 2 + 1)
+    rows, columns = _matrices(size, new_size, rule)
+    return _along_H_and_K(weight, rows, columns)
+
+
+def _along_H_and_K(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:  # noqa: N802 (the dimensions' names)
     values = weight if weight.dtype == torch.float64 else weight.float()
-    return _along_H_and_K(values, rows.to(values), columns.to(values)).to(weight.dtype)
+    resized = (rows.to(values) @ values.flatten(1)).unflatten(1, (values.shape[1], -1))
+    return (columns.to(values) @ resized).unflatten(2, values.shape[2:]).to(weight.dtype)
 
 
-def _along_H_and_K(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:  # noqa: N802 (the dimensions' names)
-    resized = (rows @ values.flatten(1)).unflatten(1, (values.shape[1], -1))
-    return (columns @ resized).unflatten(2, values.shape[2:])
-
-
-def check_rule(rule: str) -> None:
-    """Raises ValueError for an unknown rule."""
-    if rule not in RULES:
-        raise ValueError(f"resize: got {rule!r}, accepted are {', '.join(map(repr, RULES))}")
-
-
-def _matrix(build: Callable[[int, int], Tensor], old: int, new: int, like: Tensor) -> Tensor:
-    """``build(old, new)`` on like's device and in its dtype."""
-    if torch.compiler.is_compiling() or type(like) not in (Tensor, Parameter):  # traced, or a fake tensor
-        return build(old, new).to(like)
-    return _kept_matrix(build, old, new, like.device, like.dtype)
+def _matrices(size: tuple[int, int], new_size: tuple[int, int], rule: str) -> tuple[Tensor, Tensor]:
+    """The products' matrices (new_H, H) and (new_K, K), float64."""
+    H, K, new_H, new_K = size[0], size[1] // 2 + 1, new_size[0], new_size[1] // 2 + 1
+    if rule == "bicubic":
+        return _bicubic(H, new_H), _bicubic(K, new_K)
+    return _fourier_rows(H, new_H), _fourier_columns(K, new_K)
 
 
 # The matrices are the same for all layers of a stage and from step to step. A training run with random crops sees a few
 # hundred sizes.
 @lru_cache(maxsize=256)
-def _kept_matrix(
-    build: Callable[[int, int], Tensor], old: int, new: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
+def _kept_matrices(
+    size: tuple[int, int], new_size: tuple[int, int], rule: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
     with torch.inference_mode(False), _untraced():  # kept matrices must also work in training
-        return build(old, new).to(device, dtype)
+        return tuple(matrix.to(device, dtype) for matrix in _matrices(size, new_size, rule))
 
 
 @contextmanager

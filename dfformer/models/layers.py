@@ -10,18 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dfformer.models.exact import fusible, is_exact
+from dfformer.utils.accepted import choice
 from dfformer_kernels import convolution, linear, mlp, star_relu
 from dfformer_kernels.ops.linear import prefers_convolution
 
 Activation = Callable[[], nn.Module]
-DATA_FORMATS = ("channels_last", "channels_first")
-
-
-def checked_data_format(data_format: str) -> str:
-    """``data_format``; ValueError unless it is "channels_last" or "channels_first"."""
-    if data_format not in DATA_FORMATS:
-        raise ValueError(f"data_format: got {data_format!r}, accepted are {', '.join(map(repr, DATA_FORMATS))}")
-    return data_format
+DATA_FORMAT = choice("channels_last", "channels_first")
 
 
 def channels_last(x: Tensor, data_format: str) -> Tensor:

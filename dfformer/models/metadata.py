@@ -15,7 +15,7 @@ import timm
 
 from dfformer.models.filter_resize import RULES
 from dfformer.models.registry import VARIANTS
-from dfformer.utils.accepted import Kind
+from dfformer.utils.accepted import Kind, choice
 from dfformer.utils.io import unique_keys
 from dfformer.utils.suggest import did_you_mean
 
@@ -35,11 +35,6 @@ def whole(low: int, high: int) -> Kind:
 def real(low: float, high: float) -> Kind:
     """Numbers from ``low`` to ``high``, never NaN."""
     return Kind(lambda value: type(value) in (int, float) and low <= value <= high, f"numbers from {low:g} to {high:g}")
-
-
-def choice(*values: str | int) -> Kind:
-    """One of ``values``."""
-    return Kind(lambda value: any(type(value) is type(v) and value == v for v in values), ", ".join(map(repr, values)))
 
 
 def list_of(kind: Kind, shortest: int, longest: int) -> Kind:

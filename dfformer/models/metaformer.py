@@ -21,15 +21,15 @@ from dfformer.models.blocks import (
     biased_norm,
     norm,
 )
-from dfformer.models.filter_resize import check_rule
+from dfformer.models.filter_resize import RULE
 from dfformer.models.layers import Activation, StarReLU
 from dfformer.models.spectral import DynamicFilter, SpectralFilter
-from dfformer.utils.accepted import COUNT, COUNT_OR_0, MODULE, RATE, SCALE, check_arguments
+from dfformer.utils.accepted import COUNT, COUNT_OR_0, MODULE, RATE, SCALE, check_arguments, choice
 from dfformer_kernels.ops.conv2d import output_plane
 
 # (kernel size, padding) of the stem and of the downsampling convolutions.
 STEM, DOWNSAMPLE = (7, 2), (3, 1)
-POOLS = ("avg", "max", "avgmax", "")
+POOL, OUTPUT_FORMAT = choice("avg", "max", "avgmax", ""), choice("NCHW", "NHWC")
 # Arguments of a token mixer that the model sets itself.
 _SET_BY_MODEL = {"dim", "size", "weight_resize", "resize", "device", "dtype"}
 
@@ -106,7 +106,7 @@ class DFFormer(nn.Module):
         **mixer_args: Any,
     ) -> None:
         super().__init__()
-        check_rule(resize)
+        check_arguments(RULE, resize=resize)
         counts, makers = {"dims": dims, "strides": strides}, {"token_mixers": token_mixers, "norm_layers": norm_layers}
         scales = {"res_scale_init_values": res_scale_init_values, "layer_scale_init_values": layer_scale_init_values}
         check_arguments(COUNT, in_chans=in_chans)
@@ -213,8 +213,7 @@ class DFFormer(nn.Module):
             output_fmt: layout of the intermediates, "NCHW" or "NHWC".
             intermediates_only: return just the list, not ``(last feature map (B,H',W',C), list)``.
         """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt: got {output_fmt!r}, accepted are 'NCHW', 'NHWC'")
+        check_arguments(OUTPUT_FORMAT, output_fmt=output_fmt)
         taken, last = self._taken(indices)
         intermediates = []
         for i in range(last + 1 if stop_early else len(self.stages)):
@@ -363,8 +362,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _pool(pool_type: str) -> nn.Module:
-    if pool_type not in POOLS:
-        raise ValueError(f"global_pool: got {pool_type!r}, accepted are {', '.join(map(repr, POOLS))}")
+    check_arguments(POOL, global_pool=pool_type)
     return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type), input_fmt="NHWC")
 
 

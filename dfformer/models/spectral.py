@@ -10,8 +10,9 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from dfformer.models.exact import fusible, is_exact
-from dfformer.models.filter_resize import check_rule, resize_filter, scriptable_resize
+from dfformer.models.filter_resize import RULE, resize_filter, scriptable_resize
 from dfformer.models.layers import (
+    DATA_FORMAT,
     Activation,
     Mlp,
     Projections,
@@ -19,9 +20,9 @@ from dfformer.models.layers import (
     build_activation,
     call_linear,
     channels_last,
-    checked_data_format,
     from_channels_last,
 )
+from dfformer.utils.accepted import check_arguments
 from dfformer_kernels import afno, dft_matmul, dynamic_filter, global_filter
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.reference import compute_dtype
@@ -87,13 +88,14 @@ class SpectralFilter(Projections):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_rule(resize)
+        check_arguments(RULE, resize=resize)
+        check_arguments(DATA_FORMAT, data_format=data_format)
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         C, (H, W) = int(expansion_ratio * dim), to_2tuple(size)
         self.size = (int(H), int(W))
         self.weight_resize = weight_resize
         self.resize = resize
-        self.data_format = checked_data_format(data_format)
+        self.data_format = data_format
         self.complex_weights = nn.Parameter(torch.randn(H, W // 2 + 1, self._filters(C), 2, **placed) * 0.02)
         self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
         self.act1 = build_activation(act1_layer, **placed)
@@ -288,7 +290,8 @@ class AFNO2D(Projections):
         C = int(expansion_ratio * dim)
         if C % num_blocks:
             raise ValueError(f"num_blocks: got {num_blocks}, which does not divide the {C} expanded channels")
-        self.data_format = checked_data_format(data_format)
+        check_arguments(DATA_FORMAT, data_format=data_format)
+        self.data_format = data_format
         width, hidden = C // num_blocks, C // num_blocks * hidden_size_factor
         self.num_blocks = num_blocks
         self.sparsity_threshold = sparsity_threshold

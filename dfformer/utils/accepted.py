@@ -12,6 +12,12 @@ class Kind(NamedTuple):
     words: str
 
 
+def choice(*values: Any) -> Kind:
+    """One of ``values``."""
+    words = ", ".join(map(repr, values))
+    return Kind(lambda value: any(isinstance(value, type(v)) and value == v for v in values), words)
+
+
 COUNT = Kind(lambda n: isinstance(n, Integral) and int(n) >= 1, "whole numbers from 1")
 COUNT_OR_0 = Kind(lambda n: isinstance(n, Integral) and int(n) >= 0, "whole numbers from 0")
 RATE = Kind(lambda rate: isinstance(rate, Real) and 0 <= float(rate) <= 1, "probabilities from 0 to 1")

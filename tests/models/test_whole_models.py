@@ -327,8 +327,8 @@ def test_export_with_any_batch(name: str) -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a trace is for one image size
 def test_trace_with_any_batch(name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(name)
-    empty = lru_cache(resize._kept_matrix.__wrapped__)  # the trace is the first to ask for its filters' size
-    monkeypatch.setattr(resize, "_kept_matrix", empty)
+    empty = lru_cache(resize._kept_matrices.__wrapped__)  # the trace is the first to ask for its filters' size
+    monkeypatch.setattr(resize, "_kept_matrices", empty)
     with torch.set_grad_enabled(size == (64, 64)):
         traced = torch.jit.trace(model, images(*size))
         for batch in (1, 5):

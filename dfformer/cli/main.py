@@ -47,7 +47,7 @@ def _run(argv: list[str]) -> int:
         return status
     except BrokenPipeError:
         raise
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if not command.extra or (error.name or "").split(".")[0] in ("dfformer", "dfformer_kernels"):
             raise
         print(f"{prog}: {error}: pip install 'dfformer[{command.extra}]'", file=sys.stderr)

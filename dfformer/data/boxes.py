@@ -55,22 +55,15 @@ class CocoImages(BoxDataset, FileDataset[tuple[Image.Image, Objects]]):
     Args:
         repair_boxes: clip boxes to the image and leave out boxes without area, instead of refusing them.
         training: leave out images without objects; crowds do not count as objects.
-        exif_orientation: apply images' EXIF orientation, for boxes that refer to images as viewers show them.
 
     Raises:
         ValueError, FileNotFoundError: naming the file, the entry and what is wrong with it.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        split: str,
-        repair_boxes: bool = False,
-        training: bool = False,
-        exif_orientation: bool = False,
-    ) -> None:
-        self.file, self.folder = root / "annotations" / f"instances_{split}.json", root / split
-        self.exif_orientation = exif_orientation
+    def __init__(self, spec: DatasetSpec, repair_boxes: bool = False, training: bool = False) -> None:
+        super().__init__(spec)
+        root = spec.folder("detect", "COCO's format", synthetic_digits.NAME)
+        self.file, self.folder = root / "annotations" / f"instances_{spec.split}.json", root / spec.split
         content = _read(self.file)
         names = {entry["id"]: entry["name"] for entry in content["categories"]}
         self.categories: dict[int, str] = dict(sorted(names.items()))
@@ -201,8 +194,8 @@ class SyntheticBoxes(BoxDataset):
 
     categories: dict[int, str] = dict(enumerate(synthetic_digits.CLASSES))  # noqa: RUF012 (never changed)
 
-    def __init__(self, split: str, img_size: tuple[int, int], count: int) -> None:
-        self.images = synthetic_digits.SyntheticDigits(split, img_size, count)
+    def __init__(self, spec: DatasetSpec) -> None:
+        self.images = synthetic_digits.SyntheticDigits(spec.split, spec.img_size, spec.synthetic_images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Objects]:
         sample = self.images[index]
@@ -213,9 +206,8 @@ class SyntheticBoxes(BoxDataset):
 def open_box_dataset(spec: DatasetSpec, repair_boxes: bool = False, training: bool = False) -> BoxDataset:
     """Images and boxes in COCO's format, or synthetic images of digits; for the flags see `CocoImages`."""
     if spec.name == synthetic_digits.NAME:
-        return SyntheticBoxes(spec.split, spec.img_size, spec.synthetic_images)
-    folder = spec.folder("detect", "COCO's format", synthetic_digits.NAME)
-    return CocoImages(folder, spec.split, repair_boxes, training, spec.exif_orientation)
+        return SyntheticBoxes(spec)
+    return CocoImages(spec, repair_boxes, training)
 
 
 def with_ids(categories: dict[int, str]) -> list[str]:

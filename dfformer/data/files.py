@@ -8,7 +8,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePath
 from typing import IO, Any, Generic, NamedTuple, TypeVar
 
@@ -86,7 +86,8 @@ class ImageDataset(ABC, Generic[Sample]):
 class FileDataset(ImageDataset[Sample]):
     """The base of datasets of files. ``exif_orientation`` says whether images' EXIF orientation is applied."""
 
-    exif_orientation: bool
+    def __init__(self, spec: DatasetSpec) -> None:
+        self.exif_orientation = spec.exif_orientation
 
     @abstractmethod
     def check_file(self, index: int) -> bool:
@@ -228,20 +229,15 @@ def read_image(
     Raises:
         ValueError: the file, which the message names, is no image, is damaged or has unsupported pixels.
     """
-    if isinstance(file, Image.Image):
-        return _converted(file, mode, exif_orientation)
-    with opened(file, name) as image:
-        return _converted(image, mode, exif_orientation)
-
-
-def _converted(image: Image.Image, mode: str, exif_orientation: bool) -> Image.Image:
-    image.load()
-    highest = _highest(image)
-    turned = ImageOps.exif_transpose(image) if exif_orientation else image
-    turned = _eight_bits(turned, highest)
-    if turned.mode in ("P", "PA") and "transparency" in turned.info:
-        turned = turned.convert("RGBA")  # Pillow warns about a direct conversion to RGB
-    return turned.convert(mode)
+    with nullcontext(file) if isinstance(file, Image.Image) else opened(file, name) as image:
+        image.load()
+        highest = _highest(image)
+        turned = ImageOps.exif_transpose(image) if exif_orientation else image
+        if highest is not None:
+            turned = _eight_bits(turned, highest)
+        if turned.mode in ("P", "PA") and "transparency" in turned.info:
+            turned = turned.convert("RGBA")  # Pillow warns about a direct conversion to RGB
+        return turned.convert(mode)
 
 
 def _highest(image: Image.Image) -> float | None:
@@ -263,10 +259,8 @@ def _highest(image: Image.Image) -> float | None:
     return highest
 
 
-def _eight_bits(image: Image.Image, highest: float | None) -> Image.Image:
-    """``image``, converted to 8 bits if its white is ``highest``."""
-    if highest is None:
-        return image
+def _eight_bits(image: Image.Image, highest: float) -> Image.Image:
+    """``image``, whose white is ``highest``, converted to 8 bits."""
     values = np.asarray(image).astype(np.float64)
     if not ((values >= 0) & (values <= highest)).all():  # also for NaN
         accepted = "accepted are floats from 0 to 1, or 8 or 16 bits a channel"

@@ -230,20 +230,19 @@ class GlobalBatches:
         images: number of images in the dataset.
         global_batch: images per optimiser step, over all processes and passes.
         accumulation: passes per step; each has a batch of its own.
-        rank, world: the number of this process, and the number of processes.
     """
 
-    def __init__(self, images: int, global_batch: int, accumulation: int, rank: int, world: int, seed: int) -> None:
-        parts = world * accumulation
+    def __init__(self, images: int, global_batch: int, accumulation: int, place: Place, seed: int) -> None:
+        parts = place.world * accumulation
         if global_batch % parts:
             raise ValueError(
-                f"optim.global_batch: got {global_batch}, which {world} processes x {accumulation} accumulated passes "
-                f"do not divide"
+                f"optim.global_batch: got {global_batch}, which {place.world} processes x {accumulation} "
+                "accumulated passes do not divide"
             )
         if images < global_batch:
             raise ValueError(f"optim.global_batch: got {global_batch}, the training split has only {images} images")
         self.images, self.batch, self.accumulation = images, global_batch // parts, accumulation
-        self.rank, self.world, self.seed = rank, world, seed
+        self.place, self.seed = place, seed
         self.steps = images // global_batch
         self.epoch = self.first_step = 0
 
@@ -253,10 +252,10 @@ class GlobalBatches:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         shuffled = np.random.default_rng([self.seed, self.epoch]).permutation(self.images)
         order = torch.from_numpy(shuffled).split(self.batch)
-        parts = self.world * self.accumulation
+        parts = self.place.world * self.accumulation
         for step in range(self.first_step, self.steps):
             for part in range(self.accumulation):
-                indices = order[step * parts + part * self.world + self.rank]
+                indices = order[step * parts + part * self.place.world + self.place.rank]
                 yield [(self.epoch, index) for index in indices.tolist()]
 
 

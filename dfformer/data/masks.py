@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,13 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
 
     Args:
         reduce_zero_label: 0 in a mask stands for no class, and labels count from 1. 255 always stands for no class.
-        exif_orientation: apply images' EXIF orientation, for masks that refer to images as viewers show them.
     """
 
-    def __init__(self, root: Path, split: str, reduce_zero_label: bool, exif_orientation: bool = False) -> None:
-        images, masks = root / "images" / split, root / "annotations" / split
-        self.folder, self.exif_orientation = masks, exif_orientation
+    def __init__(self, spec: DatasetSpec, reduce_zero_label: bool) -> None:
+        super().__init__(spec)
+        root = spec.folder("segment", "a folder", synthetic_digits.NAME)
+        images, masks = root / "images" / spec.split, root / "annotations" / spec.split
+        self.folder = masks
         self._found: set[int] = set()  # classes in the masks checked so far
         self.images = images_in(images)
         if not masks.is_dir():
@@ -117,8 +119,8 @@ class SyntheticMasks(MaskDataset):
 
     classes: list[str] = [BACKGROUND, *synthetic_digits.CLASSES]  # noqa: RUF012 (never changed)
 
-    def __init__(self, split: str, img_size: tuple[int, int], count: int) -> None:
-        self.images = synthetic_digits.SyntheticDigits(split, img_size, count)
+    def __init__(self, spec: DatasetSpec) -> None:
+        self.images = synthetic_digits.SyntheticDigits(spec.split, spec.img_size, spec.synthetic_images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         sample = self.images[index]
@@ -127,10 +129,7 @@ class SyntheticMasks(MaskDataset):
 
 def open_mask_dataset(spec: DatasetSpec, reduce_zero_label: bool) -> MaskDataset:
     """Images and masks in a folder, or synthetic images of digits; for ``reduce_zero_label`` see `MaskFolder`."""
-    if spec.name == synthetic_digits.NAME:
-        return SyntheticMasks(spec.split, spec.img_size, spec.synthetic_images)
-    folder = spec.folder("segment", "a folder", synthetic_digits.NAME)
-    return MaskFolder(folder, spec.split, reduce_zero_label, spec.exif_orientation)
+    return SyntheticMasks(spec) if spec.name == synthetic_digits.NAME else MaskFolder(spec, reduce_zero_label)
 
 
 def _class_names(root: Path) -> list[str]:
@@ -162,6 +161,7 @@ class SegmentationTensors(Samples):
         return torch.full_like(target, IGNORED)
 
 
+@dataclass
 class TrainTransform:
     """A random crop of ``size`` (H,W), at a random scale.
 
@@ -173,25 +173,22 @@ class TrainTransform:
         fill: colour of a crop outside of its image; its mask is IGNORED there.
     """
 
-    def __init__(
-        self,
-        size: tuple[int, int],
-        scale: tuple[float, float],
-        most_of_one_class: float,
-        hflip: float,
-        photometric: bool,
-        fill: list[int],
-    ) -> None:
-        least, most = (max(1, round(factor * min(size))) for factor in scale)
-        self.shorter = least, most
-        fills = {tv_tensors.Image: fill, tv_tensors.Mask: IGNORED}
-        self.crop = v2.RandomCrop(size, pad_if_needed=True, fill=fills)
-        distort = [v2.RandomPhotometricDistort()] if photometric else []
-        self.rest = v2.Compose([v2.RandomHorizontalFlip(hflip), *distort])
-        self.most_of_one_class = most_of_one_class
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    most_of_one_class: float
+    hflip: float
+    photometric: bool
+    fill: list[int]
+
+    def __post_init__(self) -> None:
+        fills = {tv_tensors.Image: self.fill, tv_tensors.Mask: IGNORED}
+        self.crop = v2.RandomCrop(self.size, pad_if_needed=True, fill=fills)
+        distort = [v2.RandomPhotometricDistort()] if self.photometric else []
+        self.rest = v2.Compose([v2.RandomHorizontalFlip(self.hflip), *distort])
 
     def __call__(self, image: Any, mask: Any) -> ImageAndMask:
-        shorter = int(torch.randint(self.shorter[0], self.shorter[1] + 1, ()))
+        least, most = (max(1, round(factor * min(self.size))) for factor in self.scale)
+        shorter = int(torch.randint(least, most + 1, ()))
         image, mask = (resize_shorter_side(part, shorter) for part in (image, mask))
         for _ in range(_CROPS_TRIED):
             cropped = self.crop(image, mask)

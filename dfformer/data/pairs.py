@@ -55,40 +55,39 @@ class PairFolder(FileDataset[Pair]):
     """``root/targets/SPLIT/NAME.png`` and, unless inputs are made, ``root/inputs/SPLIT/NAME.png``; also in subfolders.
 
     Args:
-        scale: the factor between the sides of target and input.
-        made: whether to make inputs from the targets; ``root/inputs`` must then not exist.
+        degradation: gives the factor between the sides of target and input. If it blurs, adds noise, or there is no
+            folder ``root/inputs``, inputs are made from the targets, and there must be none for the split.
         least: smallest size (H,W) of a target.
-        exif_orientation: apply images' EXIF orientation.
     """
 
-    def __init__(
-        self, root: Path, split: str, scale: int, made: bool, least: tuple[int, int], exif_orientation: bool
-    ) -> None:
-        self.scale, self.least, self.exif_orientation = scale, least, exif_orientation
-        targets, inputs = root / "targets" / split, root / "inputs" / split
-        self.targets = images_in(targets)
+    def __init__(self, spec: DatasetSpec, degradation: Degradation, least: tuple[int, int]) -> None:
+        super().__init__(spec)
+        root = spec.folder("restore", "a folder", photographs.NAME)
+        made = bool(degradation.blur or degradation.noise or not (root / "inputs").is_dir())
+        if made and degradation == Degradation():
+            raise ValueError(f"{root}: has no folder inputs, so inputs are made: give restore.scale, .blur or .noise")
+        self.scale, self.least = degradation.scale, least
+        targets, inputs = root / "targets" / spec.split, root / "inputs" / spec.split
+        self.images = images_in(targets)
         self.inputs: list[Path] = []
         if not made:
             found = {_stem(path, inputs): path for path in images_in(inputs)}
-            wanted = [_stem(path, targets) for path in self.targets]
+            wanted = [_stem(path, targets) for path in self.images]
             if missing := [name for name in wanted if name not in found]:
                 raise ValueError(f"{inputs}: has no image {missing[0]}, although there is such a target")
             self.inputs = [found[name] for name in wanted]
         elif inputs.is_dir():
             raise ValueError(f"restore: {inputs} has inputs, so restore.blur and restore.noise must be 0")
 
-    def __len__(self) -> int:
-        return len(self.targets)
-
     def __getitem__(self, index: int) -> Pair:
-        paths = [*self.inputs[index : index + 1], self.targets[index]]
+        paths = [*self.inputs[index : index + 1], self.images[index]]
         *source, target = (read_image(path, "RGB", exif_orientation=self.exif_orientation) for path in paths)
         if source:
             self._check_sizes(source[0].size, target.size, paths[0])
         return (source[0] if source else None), target
 
     def check_file(self, index: int) -> bool:
-        target, path = check_image(self.targets[index], self.exif_orientation), self.targets[index]
+        target, path = check_image(self.images[index], self.exif_orientation), self.images[index]
         if target.size[1] < self.least[0] or target.size[0] < self.least[1]:
             raise ValueError(
                 "{}: is {}x{}, accepted are images from {}x{} up".format(path, *target.size, *self.least[::-1])
@@ -132,13 +131,10 @@ def open_pair_dataset(
                 "restore: the photographs have no inputs: give restore.scale, restore.blur or restore.noise"
             )
         return Photographs(spec.split)
-    folder = spec.folder("restore", "a folder", photographs.NAME)
-    made = bool(degradation.blur or degradation.noise or not (folder / "inputs").is_dir())
-    if made and degradation == Degradation():
-        raise ValueError(f"{folder}: has no folder inputs, so inputs are made: give restore.scale, .blur or .noise")
-    return PairFolder(folder, spec.split, degradation.scale, made, least, spec.exif_orientation)
+    return PairFolder(spec, degradation, least)
 
 
+@dataclass
 class RestorationTensors(Samples):
     """``images`` as pairs of tensors: whole images, or ``repeats`` random crops of each, mirrored at random,
     along the diagonal too if they are square: in all eight ways.
@@ -150,16 +146,14 @@ class RestorationTensors(Samples):
             inputs are made from them.
     """
 
-    def __init__(
-        self,
-        images: PairDataset,
-        degradation: Degradation,
-        crop: tuple[int, int] | None = None,
-        repeats: int = 1,
-        photometric: bool = False,
-    ) -> None:
-        self.images, self.degradation, self.crop, self.repeats = images, degradation, crop, repeats
-        self.photometric = v2.RandomPhotometricDistort() if photometric else nn.Identity()
+    images: PairDataset
+    degradation: Degradation
+    crop: tuple[int, int] | None = None
+    repeats: int = 1
+    photometric: bool = False
+
+    def __post_init__(self) -> None:
+        self.distort = v2.RandomPhotometricDistort() if self.photometric else nn.Identity()
 
     def __len__(self) -> int:
         return self.repeats * len(self.images)
@@ -173,7 +167,7 @@ class RestorationTensors(Samples):
         taken = [side // scale for side in self.crop[::-1]] if self.crop else cells
         left, top = (_below(cell - side + 1) if self.crop else 0 for cell, side in zip(cells, taken, strict=True))
         box = (left, top, left + taken[0], top + taken[1])
-        pair = [target.crop(tuple(scale * edge for edge in box))]
+        pair = [target.crop(tuple(scale * edge for edge in box))]  # type: ignore[arg-type]
         if source is not None:
             pair.append(source.crop(box))
         if self.crop:
@@ -181,7 +175,7 @@ class RestorationTensors(Samples):
                 if _below(2):
                     pair = [image.transpose(mirroring) for image in pair]
         if source is None:
-            pair = self.photometric(pair)
+            pair = self.distort(pair)
         pixels = [v2.functional.pil_to_tensor(image) for image in pair]
         if source is None:
             generator = None if self.crop else torch.Generator().manual_seed(index)

@@ -46,9 +46,7 @@ class Task(ABC):
         self.config, self.place, self.classes = config, place, classes
         self.train_set, self.val_set = train_set, val_set
         optim, images = config.optim, len(train_set) if epoch is None else epoch
-        self.batches = image_data.GlobalBatches(
-            images, optim.global_batch, optim.accumulation, place.rank, place.world, config.seed
-        )
+        self.batches = image_data.GlobalBatches(images, optim.global_batch, optim.accumulation, place, config.seed)
 
     def check(self) -> None:
         """Checks the data, and raises ValueError naming what is wrong."""

@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pycocotools  # noqa: F401 (torchmetrics would only report it missing after an epoch)
 import torch
 from torch import Tensor, distributed, nn
-
-try:
-    import pycocotools  # noqa: F401 (torchmetrics would only report it missing after an epoch)
-    from torchmetrics.detection import MeanAveragePrecision
-except ImportError as error:
-    raise RuntimeError(f"detection needs what pip install 'dfformer[dense]' brings: {error}") from error
-from torchvision.ops import nms
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import box_convert, nms
 from torchvision.transforms import v2
 
 from dfformer.data import images as image_data
@@ -221,15 +217,11 @@ def _image_ids(paths: list[Path]) -> dict[Path, int | str]:
 
 
 def _coco_results(image: int | str, objects: Target, category_ids: list[int]) -> list[dict[str, Any]]:
-    rows = zip(*(objects[name].tolist() for name in ("boxes", "labels", "scores")), strict=True)
+    boxes = box_convert(objects["boxes"].double(), "xyxy", "xywh")
+    rows = zip(objects["labels"].tolist(), boxes.tolist(), objects["scores"].tolist(), strict=True)
     return [
-        {
-            "image_id": image,
-            "category_id": category_ids[label],
-            "bbox": [left, top, right - left, bottom - top],
-            "score": score,
-        }
-        for (left, top, right, bottom), label, score in rows
+        {"image_id": image, "category_id": category_ids[label], "bbox": box, "score": score}
+        for label, box, score in rows
     ]
 
 

@@ -10,11 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-try:
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-except ImportError as error:
-    raise RuntimeError(f"restoration needs what pip install 'dfformer[dense]' brings: {error}") from error
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchvision.transforms import v2
 
 from dfformer.data import images as image_data

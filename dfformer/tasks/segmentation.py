@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from segmentation_models_pytorch import FPN
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-try:
-    from segmentation_models_pytorch import FPN
-    from torchmetrics.classification import MulticlassConfusionMatrix
-except ImportError as error:
-    raise RuntimeError(f"segmentation needs what pip install 'dfformer[dense]' brings: {error}") from error
+from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms import v2
 
 from dfformer.data import images as image_data
@@ -140,16 +136,10 @@ class Segmentation(DenseTask):
         train_set, val_set = (open_mask_dataset(config.data.spec(training), zero) for training in (True, False))
         super().__init__(config, place, train_set, val_set, train_set.classes)
         self.pixels = Pixels(self.mean, self.std, place.device)
-        augment = config.segment
-        transform = TrainTransform(
-            config.data.size,
-            augment.scale,
-            augment.most_of_one_class,
-            augment.hflip,
-            augment.photometric,
-            fill=[round(255 * mean) for mean in self.mean],
-        )
-        self.samples = SegmentationTensors(train_set, transform)
+        names = ("scale", "most_of_one_class", "hflip", "photometric")
+        augment = {name: getattr(config.segment, name) for name in names}
+        fill = [round(255 * mean) for mean in self.mean]
+        self.samples = SegmentationTensors(train_set, TrainTransform(config.data.size, fill=fill, **augment))
 
     def loss(self, model: nn.Module, batch: ImageAndMask) -> Tensor:
         """The mean over all pixels, where ignored ones count as 0. So it does not depend on how a batch is split."""

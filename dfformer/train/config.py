@@ -8,6 +8,9 @@ import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
+
 from dfformer.data.files import DatasetSpec
 from dfformer.models.metadata import (
     DATA,
@@ -21,18 +24,10 @@ from dfformer.models.metadata import (
     real,
     whole,
 )
+from dfformer.train import strict_yaml
 from dfformer.train.checks import check, flatten
 from dfformer.train.recipes import with_recipe_files
 from dfformer.utils.suggest import did_you_mean
-
-try:
-    import yaml
-    from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
-
-    from dfformer.train import strict_yaml
-except ImportError as error:
-    raise RuntimeError(f"training needs what pip install 'dfformer[train]' brings: {error}") from error
-
 
 # The values that settings accept. A number from a file must not make a run endless.
 _POSITIVE = real(0, 1e9)

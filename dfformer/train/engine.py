@@ -124,18 +124,15 @@ class Engine:
         self.runner = self._distribute()
         self.optimizer = create_optimizer_v2(self.model, optim.opt, lr=optim.lr, weight_decay=optim.weight_decay)
         self.steps = task.batches.steps  # per epoch
+        same = ("cooldown_epochs", "warmup_epochs", "warmup_lr", "min_lr", "decay_rate")  # names in timm and here
         self.scheduler, self.epochs = create_scheduler_v2(
             self.optimizer,
             sched=optim.schedule,
             num_epochs=optim.epochs,
-            cooldown_epochs=optim.cooldown_epochs,
-            warmup_epochs=optim.warmup_epochs,
-            warmup_lr=optim.warmup_lr,
-            min_lr=optim.min_lr,
-            decay_rate=optim.decay_rate,
             decay_milestones=optim.milestones,
             step_on_epochs=False,
             updates_per_epoch=self.steps,
+            **{name: getattr(optim, name) for name in same},
         )
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.amp == "float16")
         self.step = 0  # steps done, over all epochs

@@ -50,7 +50,10 @@ def annotate(root: Path, change: Change) -> Path:
 
 
 def test_images_and_objects(root: Path) -> None:
-    everything, training = CocoImages(root, "train"), CocoImages(root, "train", training=True)
+    everything, training = (
+        CocoImages(DatasetSpec("", str(root), "train")),
+        CocoImages(DatasetSpec("", str(root), "train"), training=True),
+    )
     check_images(everything)
     assert training.categories == {3: "bright", 7: "dark"}
     assert (len(everything), len(training)) == (4, 2), "without the empty one and the one with a crowd only"
@@ -66,7 +69,7 @@ def test_images_and_objects(root: Path) -> None:
 
 
 def test_training_images_are_flipped_with_their_boxes_and_have_no_crowds(root: Path) -> None:
-    dataset = CocoImages(root, "train")
+    dataset = CocoImages(DatasetSpec("", str(root), "train"))
     image, target = DetectionTensors(dataset, hflip=1.0)[2]
     straight, _ = DetectionTensors(dataset)[2]
     assert torch.equal(image, straight.flip(-1))
@@ -82,14 +85,14 @@ def test_repaired_boxes(root: Path) -> None:
             entry["bbox"] = box
 
     annotate(root, spoil)
-    dataset = CocoImages(root, "train", repair_boxes=True)
+    dataset = CocoImages(DatasetSpec("", str(root), "train"), repair_boxes=True)
     assert dataset[1][1].boxes.tolist() == [[0, 4, 12, 60]]
     assert len(dataset[2][1].labels) == 1
 
 
 def test_rounding_is_cut_off_silently(root: Path) -> None:
     annotate(root, lambda content: content["annotations"][0].update(bbox=[-0.4, 4, 20, 56.5]))
-    assert CocoImages(root, "train")[1][1].boxes[0].tolist() == pytest.approx([0, 4, 19.6, 60])
+    assert CocoImages(DatasetSpec("", str(root), "train"))[1][1].boxes[0].tolist() == pytest.approx([0, 4, 19.6, 60])
 
 
 TINY = [[20.0, 5, 1e-7, 10], [1e-7, 5, 2e-7, 10], [20, 5, 10, 1e-9], [69.99999999, 5, 0.9, 10], [20, 44.9999, 5, 0.5]]
@@ -99,11 +102,12 @@ TINY = [[20.0, 5, 1e-7, 10], [1e-7, 5, 2e-7, 10], [20, 5, 10, 1e-9], [69.9999999
 def test_boxes_that_are_empty_in_float32(box: list[float], root: Path) -> None:
     """Also once they are flipped: 1e-7 and 3e-7 are two numbers, 70 less each of them are one."""
     annotate(root, lambda content: content["annotations"][2].update(bbox=box))
-    repaired = DetectionTensors(CocoImages(root, "train", repair_boxes=True), hflip=1.0)[2][1]["boxes"]
+    spec = DatasetSpec("", str(root), "train")
+    repaired = DetectionTensors(CocoImages(spec, repair_boxes=True), hflip=1.0)[2][1]["boxes"]
     assert len(repaired) == 1
     assert (repaired[:, 2:] > repaired[:, :2]).all()
     try:
-        kept = DetectionTensors(CocoImages(root, "train"), hflip=1.0)[2][1]["boxes"]
+        kept = DetectionTensors(CocoImages(spec), hflip=1.0)[2][1]["boxes"]
     except ValueError as error:
         kept = repaired
         assert "annotation 20: the box" in str(error)  # noqa: PT017 (either way is right, an empty box is not)
@@ -197,7 +201,7 @@ def test_malformed_annotations(change: Change, message: str, root: Path) -> None
     (root / "train" / "loop.png").symlink_to("loop.png")
     path = annotate(root, change)
     with pytest.raises(ValueError) as raised:  # noqa: PT011 (the message is compared below)
-        check_images(CocoImages(root, "train"))
+        check_images(CocoImages(DatasetSpec("", str(root), "train")))
     assert message in str(raised.value)
     assert str(path) in str(raised.value) or str(root / "train") in str(raised.value)
 
@@ -208,7 +212,7 @@ def test_a_file_name_that_leaves_its_folder_is_not_read_unchecked(name: str, roo
     (root / "train" / "link.png").symlink_to(root / "secret.png")
     annotate(root, _file_name(name))
     with pytest.raises(ValueError, match="image 102: file_name: got"):
-        CocoImages(root, "train")[2]
+        CocoImages(DatasetSpec("", str(root), "train"))[2]
 
 
 def test_folders_inside_and_a_linked_split(root: Path, tmp_path: Path) -> None:
@@ -217,7 +221,7 @@ def test_folders_inside_and_a_linked_split(root: Path, tmp_path: Path) -> None:
     (tmp_path / "store" / "a:b").mkdir()
     (tmp_path / "store" / "102.png").rename(tmp_path / "store" / "a:b" / "..102.png")
     annotate(root, _file_name("a:b/..102.png"))
-    check_images(CocoImages(root, "train"))
+    check_images(CocoImages(DatasetSpec("", str(root), "train")))
 
 
 TEXTS = {"no-json": b"{", "a-list": b"[]", "deep": b"[" * 100_000, "bytes": b"\xff\xfe\xfd", "digits": b"9" * 5000}
@@ -228,12 +232,12 @@ TEXTS["key-twice"] = b'{"images": [], "images": []}'
 def test_files_that_are_no_annotations(content: bytes, root: Path) -> None:
     (root / "annotations" / "instances_train.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"instances_train\.json: (is not JSON|has no list)"):
-        CocoImages(root, "train")
+        CocoImages(DatasetSpec("", str(root), "train"))
 
 
 def test_a_missing_file(root: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"instances_test\.json: does not exist"):
-        CocoImages(root, "test")
+        CocoImages(DatasetSpec("", str(root), "test"))
 
 
 def test_other_categories() -> None:
@@ -245,8 +249,8 @@ def test_boxes_of_images_as_viewers_show_them(root: Path) -> None:
     with Image.open(root / "train" / "102.png") as image:
         oriented(image.transpose(Image.Transpose.ROTATE_90), root / "train" / "102.png", 6)
     with pytest.raises(ValueError, match=r"102\.png: is 45x70, .* says 70x45; .*exif_orientation applies it"):
-        check_images(CocoImages(root, "train"))
-    turned = CocoImages(root, "train", exif_orientation=True)
+        check_images(CocoImages(DatasetSpec("", str(root), "train")))
+    turned = CocoImages(DatasetSpec("", str(root), "train", exif_orientation=True))
     check_images(turned)
     shown, objects = turned[2]
     left, top, right, bottom = objects.boxes[0].astype(int)
@@ -256,6 +260,6 @@ def test_boxes_of_images_as_viewers_show_them(root: Path) -> None:
 @pytest.mark.parametrize("spoil", [lambda path: noise((9, 9)).save(path), lambda path: path.write_bytes(b"")])
 def test_what_was_not_checked_is_found_when_read(spoil: Callable[[Path], Any], root: Path) -> None:
     spoil(root / "train" / "103.png")
-    dataset = CocoImages(root, "train")
+    dataset = CocoImages(DatasetSpec("", str(root), "train"))
     with pytest.raises(ValueError, match=r"103\.png"):
         [dataset[n] for n in range(len(dataset))]

@@ -11,6 +11,7 @@ from image_files import noise, oriented
 from PIL import Image
 from torchvision import tv_tensors
 
+from dfformer.data.files import DatasetSpec
 from dfformer.data.images import check_images
 from dfformer.data.masks import IGNORED, MaskFolder, TrainTransform
 
@@ -35,7 +36,7 @@ def write(root: Path, name: str, image: Image.Image, labels: np.ndarray) -> None
 
 
 def opened(root: Path, reduce_zero_label: bool = True, **options: Any) -> MaskFolder:
-    return MaskFolder(root, "train", reduce_zero_label, **options)
+    return MaskFolder(DatasetSpec("", str(root), "train", **options), reduce_zero_label)
 
 
 def test_labels_become_classes(root: Path) -> None:

@@ -17,6 +17,7 @@ from train_runs import assert_same_result, history, steps
 
 from dfformer.cli.main import main
 from dfformer.data import boxes
+from dfformer.data.files import DatasetSpec
 from dfformer.models.checkpoint import CheckpointError, save_checkpoint
 from dfformer.tasks import detection as detect
 from dfformer.tasks.detector import Pyramid
@@ -158,7 +159,7 @@ class Oracle(torch.nn.Module):
 
 def test_measures(root: Path) -> None:
     """All of one class right, none of the other; crowds and images without truth change nothing."""
-    dataset = boxes.DetectionTensors(boxes.CocoImages(root, "val2017"))
+    dataset = boxes.DetectionTensors(boxes.CocoImages(DatasetSpec("", str(root), "val2017")))
     samples = [dataset[n] for n in range(5)]
     found = []
     for _, target in samples:

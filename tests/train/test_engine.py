@@ -276,7 +276,8 @@ def test_two_processes_train_as_one(command: list[str], expected_alone: Path, tm
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 2), (2, 1), (2, 3), (4, 1)])
 def test_the_images_of_a_step_do_not_depend_on_who_works(world: int, accumulation: int) -> None:
     def batches(world: int, accumulation: int, first_step: int = 0) -> list[list[tuple[int, int]]]:
-        ranks = [images.GlobalBatches(50, 12, accumulation, rank, world, seed=5) for rank in range(world)]
+        places = [Place(torch.device("cpu"), rank, world) for rank in range(world)]
+        ranks = [images.GlobalBatches(50, 12, accumulation, place, seed=5) for place in places]
         for rank in ranks:
             rank.epoch, rank.first_step = 3, first_step
         parts = [list(rank) for rank in ranks]

@@ -1,6 +1,7 @@
 """``dfformer show filters`` and ``response``: the filters of spectral layers, and what they do."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,15 @@ from dfformer.models.spectral import DynamicFilter, SpectralFilter
 DRAWN_IMAGES, DRAWN_CLASSES, DRAWN_CHANNELS, DRAWN_FILTERS = 3, 10, 4, 6
 
 
+class _Shown(NamedTuple):
+    """A layer's filters (H,K,F) for ``plane`` (H,W), the title of its pictures, and the start of its files' names."""
+
+    filters: Tensor
+    plane: tuple[int, int]
+    title: str
+    files: str
+
+
 def show_filters(models: list[Loaded], samples: Samples, output: Output, pattern: str | None) -> None:
     """The stored filters, their weights by the routing, and the mixed filters of images and classes."""
     [loaded] = models
@@ -24,27 +34,26 @@ def show_filters(models: list[Loaded], samples: Samples, output: Output, pattern
     planes: dict[str, tuple[int, int]] = {}
     for images in samples.batches(loaded):
         for name, x in analysis.capture(loaded.model, layers, images, inputs=True).items():
-            planes[name] = (x.shape[1], x.shape[2])
             layer = layers[name]
+            planes[name] = layer.plane_of(x)
             if isinstance(layer, DynamicFilter):
                 shares[name].append(analysis.routing(layer, x))
     examples = samples.examples[:DRAWN_CLASSES]
     explored: dict[str, tuple[Tensor, Tensor | None, tuple[int, int]]] = {}
     for name, layer in layers.items():
+        routed = torch.cat(shares[name]) if shares[name] else None
         basis = analysis.stored_filters(layer, planes[name])
-        explored[name] = basis, torch.cat(shares[name])[examples] if shares[name] else None, planes[name]
-        _show_basis(f"{loaded.name}: {name}", layer, basis, planes[name], f"filters.{name}", output)
-        if shares[name]:
-            routed = torch.cat(shares[name])
-            _show_routing(f"{loaded.name}: {name}", routed, samples, f"filters.{name}", output)
-            _show_mixed(loaded, name, routed, basis, planes[name], samples, output)
+        explored[name] = basis, None if routed is None else routed[examples], planes[name]
+        shown = _Shown(basis, planes[name], f"{loaded.name}: {name}", f"filters.{name}")
+        _show_basis(shown, layer, output)
+        if routed is not None:
+            _show_routing(shown, routed, samples, output)
+            _show_mixed(shown, routed, loaded, samples, output)
     output.filters({samples.samples[i].name: samples.pixels(i, loaded) for i in examples}, explored)
 
 
-def _show_basis(
-    title: str, layer: SpectralFilter, basis: Tensor, plane: tuple[int, int], name: str, output: Output
-) -> None:
-    count = basis.shape[2]
+def _show_basis(shown: _Shown, layer: SpectralFilter, output: Output) -> None:
+    basis, (H, W), count = shown.filters, shown.plane, shown.filters.shape[2]
     if isinstance(layer, DynamicFilter):
         kind, what, drawn = "filter", "filter basis", list(range(count))
         of = f"The {count} filters that every channel's filter is mixed from"
@@ -53,14 +62,15 @@ def _show_basis(
         drawn = np.unique(np.linspace(0, count - 1, DRAWN_FILTERS).astype(int)).tolist()
         of = f"The filters of {len(drawn)} of {count} channels"
     caption = (
-        f"{of}, for planes of {plane[0]}x{plane[1]}. Frequency 0, which belongs to the plane's mean, is in the "
+        f"{of}, for planes of {H}x{W}. Frequency 0, which belongs to the plane's mean, is in the "
         "middle. The filters are of real images, so the left half mirrors the right half."
     )
     names = [f"{kind} {i}" for i in drawn]
-    picture = figures.filter_basis(basis[..., drawn], plane[1], names)
-    output.figure(f"{name}.basis", picture, f"{title}, {what}", caption)
+    picture = figures.filter_basis(basis[..., drawn], W, names)
+    output.figure(f"{shown.files}.basis", picture, f"{shown.title}, {what}", caption)
     header = (kind, "vertical_cycles", "horizontal_cycles", "real", "imaginary")
-    output.table(f"{name}.basis", header, ((i, *row) for i in range(count) for row in _half_spectrum(basis[..., i])))
+    rows = ((i, *row) for i in range(count) for row in _half_spectrum(basis[..., i]))
+    output.table(f"{shown.files}.basis", header, rows)
 
 
 def _half_spectrum(filters: Tensor) -> Iterator[tuple[int, int, float, float]]:
@@ -70,7 +80,7 @@ def _half_spectrum(filters: Tensor) -> Iterator[tuple[int, int, float, float]]:
         yield (h if h < (H + 1) // 2 else h - H), k, value.real, value.imag
 
 
-def _show_routing(title: str, shares: Tensor, samples: Samples, name: str, output: Output) -> None:
+def _show_routing(shown: _Shown, shares: Tensor, samples: Samples, output: Output) -> None:
     groups, bits = samples.groups, analysis.entropy(shares)
     rows = groups if len(groups) > 1 else {sample.name: [n] for n, sample in enumerate(samples.samples)}
     labels = list(rows)[:DRAWN_CLASSES]
@@ -79,11 +89,12 @@ def _show_routing(title: str, shares: Tensor, samples: Samples, name: str, outpu
         f"The routing's softmax weight of each filter in each of {shares.shape[2]} channels, averaged over the "
         f"images of a class, on {samples.description}. Right: their entropy (quartiles over channels)."
     )
-    output.figure(f"{name}.routing", figures.routing(drawn, drawn_bits, labels), f"{title}, routing", caption)
+    picture = figures.routing(drawn, drawn_bits, labels)
+    output.figure(f"{shown.files}.routing", picture, f"{shown.title}, routing", caption)
     filters = range(shares.shape[1])
     strongest = F.one_hot(shares.argmax(1), shares.shape[1]).float().mean(1)
     output.table(
-        f"{name}.routing_images",
+        f"{shown.files}.routing_images",
         ("image", "class", "entropy_bits", *(f"share_{f}" for f in filters), *(f"strongest_{f}" for f in filters)),
         (
             (s.name, s.group, float(bits[n].mean()), *shares[n].mean(1).tolist(), *strongest[n].tolist())
@@ -91,7 +102,7 @@ def _show_routing(title: str, shares: Tensor, samples: Samples, name: str, outpu
         ),
     )
     output.table(
-        f"{name}.routing_classes",
+        f"{shown.files}.routing_classes",
         ("class", "channel", "entropy_bits", *(f"share_{f}" for f in filters)),
         (
             (group, c, own_bits, *own_shares)
@@ -103,15 +114,8 @@ def _show_routing(title: str, shares: Tensor, samples: Samples, name: str, outpu
     )
 
 
-def _show_mixed(
-    loaded: Loaded,
-    layer: str,
-    shares: Tensor,
-    basis: Tensor,
-    plane: tuple[int, int],
-    samples: Samples,
-    output: Output,
-) -> None:
+def _show_mixed(shown: _Shown, shares: Tensor, loaded: Loaded, samples: Samples, output: Output) -> None:
+    basis, (H, W) = shown.filters, shown.plane
     examples, groups = samples.examples[:DRAWN_CLASSES], samples.groups
     channels = analysis.most_different(analysis.mix(shares[examples], basis), DRAWN_CHANNELS)
     parts = {"images": ([samples.samples[i].name for i in examples], [[i] for i in examples])}
@@ -120,19 +124,17 @@ def _show_mixed(
     for part, (labels, members) in parts.items():
         filters = analysis.mix(torch.stack([shares[i].mean(0) for i in members])[..., channels], basis)
         pictures = [torch.stack([samples.pixels(i, loaded) for i in own]).mean(0).permute(1, 2, 0) for own in members]
-        what = {
-            "images": f"{len(labels)} of {samples.description} and the filters they make",
-            "classes": f"{len(labels)} classes of {samples.description}, averages of images and of the filters "
-            "they make",
-        }[part]
+        what = f"{len(labels)} of {samples.description} and the filters they make"
+        if part == "classes":
+            what = f"{len(labels)} classes of {samples.description}, averages of images and of the filters they make"
         caption = (
             f"{what}, in the {len(channels)} of {shares.shape[2]} channels that differ most between images. "
-            f"Planes of {plane[0]}x{plane[1]}, frequency 0 in the middle."
+            f"Planes of {H}x{W}, frequency 0 in the middle."
         )
-        picture = figures.mixed_filters([p.numpy() for p in pictures], labels, filters, channels, plane[1])
-        output.figure(f"filters.{layer}.mixed_{part}", picture, f"{loaded.name}: {layer}, mixed filters", caption)
+        picture = figures.mixed_filters([p.numpy() for p in pictures], labels, filters, channels, W)
+        output.figure(f"{shown.files}.mixed_{part}", picture, f"{shown.title}, mixed filters", caption)
         output.table(
-            f"filters.{layer}.mixed_{part}",
+            f"{shown.files}.mixed_{part}",
             (part, "channel", "vertical_cycles", "horizontal_cycles", "real", "imaginary"),
             (
                 (label, channel, *row)

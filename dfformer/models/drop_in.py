@@ -187,10 +187,9 @@ def _replacement(module: nn.Module, known: dict[Hashable, _Replace]) -> _Replace
         return str(error)
     except UnsupportedCopyError as error:
         used = _transforms_of(type(module))
-        named = any(_NAME in name for name in _own_tensors(module))
         if used - {"rfft2", "rfftn"} and not used & {"irfft2", "irfftn"}:
             return f"it uses {', '.join(sorted(used))}, where torch.fft.rfft2 and irfft2 were looked for"
-        return str(error) if used or named else ""
+        return str(error) if used or any(_NAME in name for name in _own_tensors(module)) else ""
 
 
 def _transforms_of(kind: type) -> set[str]:

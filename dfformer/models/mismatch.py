@@ -1,7 +1,7 @@
 """Compares the weights of a checkpoint with a model, and names the most likely cause of a difference."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,35 +59,35 @@ def compare(model: nn.Module, state_dict: Mapping[str, Tensor], exactly: bool = 
     layer for another number of classes is `reinitialised`, not of the wrong shape.
     """
     own = model.state_dict()
-    filters = {
-        f"{prefix}.complex_weights".lstrip("."): module
-        for prefix, module in model.named_modules()
-        if isinstance(module, SpectralFilter)
-    }
+    shared = sorted(own.keys() & state_dict.keys())
     wrong = {
         name
-        for name in own.keys() & state_dict.keys()
-        if own[name].shape != state_dict[name].shape
-        and (exactly or not (name in filters and filters[name].accepts(state_dict[name])))
+        for name in shared
+        if own[name].shape != state_dict[name].shape and (exactly or not _is_resized(model, name, state_dict[name]))
     }
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier", "head.fc2")
     weight, bias = f"{classifier}.weight", f"{classifier}.bias"
     fits = {weight, bias} <= wrong and own[weight].shape[1:] == state_dict[weight].shape[1:]  # but for the classes
     reinitialised = {weight, bias} if fits and not exactly else set()
+    other_kind = [n for n in shared if own[n].is_floating_point() != state_dict[n].is_floating_point()]
+
+    def both(names: Iterable[str], of: Callable[[Tensor], str]) -> dict[str, str]:
+        return {name: f"checkpoint {of(state_dict[name])}, model {of(own[name])}" for name in names}
+
     return Mismatch(
         missing=sorted(own.keys() - state_dict.keys()),
         unexpected=sorted(state_dict.keys() - own.keys()),
-        wrong_shape={
-            name: f"checkpoint {tuple(state_dict[name].shape)}, model {tuple(own[name].shape)}"
-            for name in sorted(wrong - reinitialised)
-        },
-        wrong_type={
-            name: f"checkpoint {state_dict[name].dtype}, model {own[name].dtype}".replace("torch.", "")
-            for name in sorted(own.keys() & state_dict.keys())
-            if own[name].is_floating_point() != state_dict[name].is_floating_point()
-        },
+        wrong_shape=both(sorted(wrong - reinitialised), lambda t: str(tuple(t.shape))),
+        wrong_type=both(other_kind, lambda t: str(t.dtype).removeprefix("torch.")),
         reinitialised=sorted(reinitialised),
     )
+
+
+def _is_resized(model: nn.Module, name: str, stored: Tensor) -> bool:
+    """Whether the parameter ``name`` has the filters of a layer that resizes ``stored`` when it loads them."""
+    path, _, own_name = name.rpartition(".")
+    layer = dict(model.named_modules()).get(path)
+    return own_name == "complex_weights" and isinstance(layer, SpectralFilter) and layer.accepts(stored)
 
 
 def _layout(weights: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:

@@ -9,19 +9,10 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from dfformer.models import layers
 from dfformer.models.exact import fusible, is_exact
 from dfformer.models.filter_resize import RULE, resize_filter, scriptable_resize
-from dfformer.models.layers import (
-    DATA_FORMAT,
-    Activation,
-    Mlp,
-    Projections,
-    StarReLU,
-    build_activation,
-    call_linear,
-    channels_last,
-    from_channels_last,
-)
+from dfformer.models.layers import Activation, Mlp, Projections, StarReLU
 from dfformer.utils.accepted import check_arguments
 from dfformer_kernels import afno, dft_matmul, dynamic_filter, global_filter
 from dfformer_kernels.dispatch import without_autocast
@@ -89,7 +80,7 @@ class SpectralFilter(Projections):
     ) -> None:
         super().__init__()
         check_arguments(RULE, resize=resize)
-        check_arguments(DATA_FORMAT, data_format=data_format)
+        check_arguments(layers.DATA_FORMAT, data_format=data_format)
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         C, (H, W) = int(expansion_ratio * dim), to_2tuple(size)
         self.size = (int(H), int(W))
@@ -98,9 +89,9 @@ class SpectralFilter(Projections):
         self.data_format = data_format
         self.complex_weights = nn.Parameter(torch.randn(H, W // 2 + 1, self._filters(C), 2, **placed) * 0.02)
         self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
-        self.act1 = build_activation(act1_layer, **placed)
+        self.act1 = layers.build_activation(act1_layer, **placed)
         self._build_routing(dim, C, **placed)
-        self.act2 = build_activation(act2_layer, **placed)
+        self.act2 = layers.build_activation(act2_layer, **placed)
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
         self._resized: tuple[tuple[int, int], str, Tensor, Tensor] | None = None
 
@@ -113,14 +104,14 @@ class SpectralFilter(Projections):
 
     def plane_of(self, x: Tensor) -> tuple[int, int]:
         """The plane (H, W) of an input."""
-        _, H, W, _ = channels_last(x, self.data_format).shape
+        _, H, W, _ = layers.channels_last(x, self.data_format).shape
         return H, W
 
     def forward(self, x: Tensor) -> Tensor:
-        x = channels_last(x, self.data_format)
+        x = layers.channels_last(x, self.data_format)
         logits, filters = self.logits(x), self.filters_for((x.shape[1], x.shape[2]))
         y, star_relu = self.load(x)
-        return from_channels_last(self.store(self.filter(y, logits, filters, star_relu)), self.data_format)
+        return layers.from_channels_last(self.store(self.filter(y, logits, filters, star_relu)), self.data_format)
 
     def logits(self, x: Tensor) -> Tensor | None:
         """The logits (B,F,C) of the weights of a basis, from x (B,H,W,dim); by default there is no basis."""
@@ -131,7 +122,7 @@ class SpectralFilter(Projections):
         if torch.jit.is_scripting():
             return self.expand(x), None
         else:
-            x = call_linear(self.pwconv1, x)
+            x = layers.call_linear(self.pwconv1, x)
             if is_exact(self.act1, StarReLU, x):
                 return x, (self.act1.scale, self.act1.bias)
             return self.act1(x), None
@@ -290,24 +281,24 @@ class AFNO2D(Projections):
         C = int(expansion_ratio * dim)
         if C % num_blocks:
             raise ValueError(f"num_blocks: got {num_blocks}, which does not divide the {C} expanded channels")
-        check_arguments(DATA_FORMAT, data_format=data_format)
+        check_arguments(layers.DATA_FORMAT, data_format=data_format)
         self.data_format = data_format
         width, hidden = C // num_blocks, C // num_blocks * hidden_size_factor
         self.num_blocks = num_blocks
         self.sparsity_threshold = sparsity_threshold
         self.hard_thresholding_fraction = float(hard_thresholding_fraction)
         self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
-        self.act1 = build_activation(act1_layer, **placed)
+        self.act1 = layers.build_activation(act1_layer, **placed)
         self.w1 = nn.Parameter(0.02 * torch.randn(2, num_blocks, width, hidden, **placed))
         self.b1 = nn.Parameter(0.02 * torch.randn(2, num_blocks, hidden, **placed))
         self.w2 = nn.Parameter(0.02 * torch.randn(2, num_blocks, hidden, width, **placed))
         self.b2 = nn.Parameter(0.02 * torch.randn(2, num_blocks, width, **placed))
-        self.act2 = build_activation(act2_layer, **placed)
+        self.act2 = layers.build_activation(act2_layer, **placed)
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.expand(channels_last(x, self.data_format))
-        return from_channels_last(self.store(x + self.filter(x)), self.data_format)
+        x = self.expand(layers.channels_last(x, self.data_format))
+        return layers.from_channels_last(self.store(x + self.filter(x)), self.data_format)
 
     def filter(self, x: Tensor) -> Tensor:
         """The neural operator of x (B,H,W,C), in x's dtype."""

@@ -11,17 +11,12 @@ from torch.nn import functional as F
 from dfformer.models.filter_resize import resize_filter
 from dfformer_kernels.dft_matmul import as_pairs
 from dfformer_kernels.dispatch import without_autocast
+from dfformer_kernels.graph import trace
 from dfformer_kernels.graph.chain import Chain
 from dfformer_kernels.graph.compare import AGREEMENT
 from dfformer_kernels.graph.rewrite import add_call, rewrite
 from dfformer_kernels.graph.step import PYTHON, Step, called, named_difference
-from dfformer_kernels.graph.trace import (
-    DifferentCopyError,
-    UnsupportedCopyError,
-    ancestors,
-    called_whole,
-    reached,
-)
+from dfformer_kernels.graph.trace import DifferentCopyError, UnsupportedCopyError, called_whole
 from dfformer_kernels.graph.vocabulary import (
     CASTS,
     VIEWS,
@@ -143,7 +138,7 @@ def _check_plane(chain: Chain, expected: Expected) -> None:
         )
     if batch != expected.batch:
         raise DifferentCopyError(f"it transforms a batch of {batch} for an input of {expected.batch}")
-    for node in ancestors(chain.x):
+    for node in trace.ancestors(chain.x):
         if name_of(node) in ("view", "reshape"):
             _check_view(value_of(node.all_input_nodes[0]).shape, value_of(node).shape, plane)
 
@@ -162,7 +157,7 @@ def _check_view(before: torch.Size, after: torch.Size, plane: tuple[int, ...]) -
 def _stored_filters(graph: fx.Graph, chain: Chain, step: Step, expected: Expected) -> tuple[fx.Node, dict[str, Any]]:
     """The parameter that the chain's filters are, after resizing, and the other arguments of `stored_basis`."""
     theirs = step.basis(called, value_of(chain.filters))
-    sources = {chain.filters} | ancestors(chain.filters)
+    sources = {chain.filters} | trace.ancestors(chain.filters)
     stored = [n for n in graph.nodes if n in sources and n.op == "get_attr" and "." not in str(n.target)]
     reasons = []
     for node, storage in itertools.product(stored, STORAGE):
@@ -186,7 +181,7 @@ def _check_path(graph: fx.Graph, stored: fx.Node, filters: fx.Node) -> None:
 
     A mask of ones, for example, changes nothing in a trial, but may be another mask later.
     """
-    path = reached([filters], lambda n: () if n is stored else filter(is_tensor, n.all_input_nodes))
+    path = trace.reached([filters], lambda n: () if n is stored else filter(is_tensor, n.all_input_nodes))
     for node in reversed([n for n in graph.nodes if n in path - {stored}]):
         is_moving = node.target in _RESIZING or name_of(node) in _MOVING
         if not (is_moving and node.op in ("call_function", "call_method")):

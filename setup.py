@@ -23,8 +23,6 @@ core = Pybind11Extension(
     cxx_std=20,
     extra_compile_args=["-O3", "-fno-math-errno", "-Wno-psabi", *OPENMP.get(sys.platform, [])],
     extra_link_args=OPENMP.get(sys.platform, []),
-    # dlopen, in a library of its own before glibc 2.34
-    libraries=["dl"] if sys.platform == "linux" else [],
     # Without a working compiler the build goes on with a warning; `dfformer info` reports it too.
     optional=True,
 )

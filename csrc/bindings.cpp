@@ -8,7 +8,6 @@
 #include <optional>
 #include <stdexcept>
 
-#include "cuda/cufft.h"
 #include "dynamic_filter.h"
 
 namespace py = pybind11;
@@ -142,39 +141,11 @@ std::int64_t bind_filter_workspace(const std::array<std::int64_t, 5>& shape, int
     return filter_workspace(checked_problem(shape, dtype, std::pair{1.0, 0.0}, usual_form), backward, threads);
 }
 
-// `shape` is (H, W, N).
-cufft::Transform checked_transform(int device, const std::array<std::int64_t, 3>& shape, int dtype_code, bool inverse) {
-    const auto [H, W, N] = shape;
-    check_range("dtype: got code ", dtype_code, 0, 1);
-    check_range("device: got ", device, 0, std::numeric_limits<int>::max());
-    if (H < 1 || H > max_side || W < 1 || W > max_side || N < 1)
-        throw std::invalid_argument("shape: got H, W, N = " + std::to_string(H) + ", " + std::to_string(W) + ", " +
-                                    std::to_string(N) + ", accepted are sides of 1 to " + std::to_string(max_side) +
-                                    " and N >= 1");
-    check_product({H, W / 2 + 1, N, 16});
-    return {device, H, W, N, static_cast<DType>(dtype_code), inverse};
-}
-
-std::int64_t bind_cufft_plan(int device, const std::array<std::int64_t, 3>& shape, int dtype, bool inverse,
-                             bool capturing) {
-    return cufft::plan(checked_transform(device, shape, dtype, inverse), capturing);
-}
-
-void bind_cufft_run(int device, const std::array<std::int64_t, 3>& shape, int dtype, bool inverse, bool capturing,
-                    Address input, Address output_address, Address workspace, std::int64_t workspace_bytes,
-                    Address stream) {
-    const cufft::Transform transform = checked_transform(device, shape, dtype, inverse);
-    cufft::run(transform, capturing,
-               {const_cast<void*>(required("input", input)), output("output", output_address, 1),
-                output("workspace", workspace, workspace_bytes), workspace_bytes, reinterpret_cast<void*>(stream)});
-}
-
 }  // namespace
 
-// The module needs no GIL: calls share only the plans' caches, which have mutexes, and the instruction set, an atomic.
+// The module needs no GIL: calls share only the plans' cache, which has a mutex, and the instruction set, an atomic.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-    m.doc() =
-        "The compiled core. It takes raw addresses: call it through dfformer_kernels.backends.cpu and .cufft only.";
+    m.doc() = "The compiled core. It takes raw addresses: call it through dfformer_kernels.backends.cpu only.";
     m.def("supported_isas", &supported_isas);
     m.def("active_isa", &active_isa);
     m.def("set_active_isa", &set_active_isa, "name"_a);
@@ -190,12 +161,4 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           "form"_a = usual_form);
     m.def("filter_workspace", &bind_filter_workspace, "shape"_a, "dtype"_a, "backward"_a, "threads"_a,
           "Bytes of workspace that a call allocates.");
-    m.attr("cufft_plans_per_device") = cufft::plans_per_device;
-    m.def("cufft_open", &cufft::open, no_gil, "path"_a);
-    m.def("cufft_plan", &bind_cufft_plan, no_gil, "device"_a, "shape"_a, "dtype"_a, "inverse"_a, "capturing"_a,
-          "Bytes of workspace that cufft_run needs.");
-    m.def("cufft_run", &bind_cufft_run, no_gil, "device"_a, "shape"_a, "dtype"_a, "inverse"_a, "capturing"_a, "input"_a,
-          "output"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a);
-    m.def("cufft_clear", &cufft::clear, no_gil, "device"_a);
-    m.def("cufft_plan_count", &cufft::plan_count, no_gil, "device"_a);
 }

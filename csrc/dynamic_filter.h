@@ -1,4 +1,4 @@
-// The compiled core's interface, apart from cuda/cufft.h.
+// The compiled core's interface.
 //
 // Tensors are raw pointers to contiguous memory. Their device, dtype and layout are checked by the caller
 // (dfformer_kernels/backends/cpu.py), sizes and ranges by bindings.cpp. csrc/ includes no header of torch or CUDA.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfformer_kernels.backends import cpu
 from dfformer_kernels.backends.cufft import libcufft
+from dfformer_kernels.backends.cufft.plans import Plans
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -84,11 +84,21 @@ def host_memory() -> HostMemory:
     return libcufft._cuda
 
 
+def library_plans() -> Plans:
+    plans = libcufft._open()
+    assert isinstance(plans, Plans)
+    return plans
+
+
+def kept_plans(device: int) -> int:
+    return len(library_plans()._recent[device])
+
+
 def clear_plans(device: torch.device | str = "cpu") -> None:
     """Frees the memory that cuFFT keeps on the device for later transforms, except what captured CUDA graphs use."""
     device = torch.device(device)
     with libcufft._cuda.guard(device):
-        cpu.core().cufft_clear(libcufft._cuda.index(device))
+        library_plans()._recent[libcufft._cuda.index(device)].clear()
 
 
 def planes(shape: tuple[int, int, int], dtype: torch.dtype, seed: int = 0) -> Tensor:

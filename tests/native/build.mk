@@ -1,5 +1,4 @@
-# Builds check_core with the compiled core, and check_cufft with csrc/cuda/cufft.cpp and a fake libcufft. The caller sets OUT,
-# FLAGS and CXX; each set of flags needs its own OUT.
+# Builds check_core with the compiled core. The caller sets OUT, FLAGS and CXX; each set of flags needs its own OUT.
 CXX ?= g++
 OBJECTS := $(patsubst csrc/cpu/%.cpp,$(OUT)/%.o,$(wildcard csrc/cpu/*.cpp)) $(OUT)/check_core.o
 
@@ -14,12 +13,5 @@ $(OUT)/%.o: csrc/cpu/%.cpp
 $(OUT)/check_core.o: tests/native/core/check_core.cpp
 	@mkdir -p $(OUT)
 	$(CXX) -std=c++20 -Wall -Wextra -Wno-psabi $(filter-out -O% -fsanitize=%,$(FLAGS)) -O2 -Icsrc -MMD -c $< -o $@
-
-$(OUT)/check_cufft: csrc/cuda/cufft.cpp tests/native/check_cufft.cpp csrc/cuda/cufft.h $(OUT)/libcufft.so
-	$(CXX) -std=c++20 -Wall -Wextra $(FLAGS) -Icsrc $(filter %.cpp,$^) -ldl -pthread -o $@
-
-$(OUT)/libcufft.so: tests/native/fake_cufft.cpp
-	@mkdir -p $(OUT)
-	$(CXX) -std=c++20 -Wall -Wextra $(FLAGS) -shared -fPIC $< -o $@
 
 -include $(OBJECTS:.o=.d)

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Builds check_core or check_cufft in one way or another and runs it: run.sh quick | isa | cufft | sanitize
+# Builds check_core in one way or another and runs it: run.sh quick | isa | sanitize
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 unset MAKEFLAGS MAKELEVEL     # of the make this may have been called from
 export OMP_WAIT_POLICY=passive # more threads than processors: those that wait must not spin
 
-program=check_core
 build() { # NAME FLAGS...
     local out=build/native/$1
-    make --silent --jobs="$(nproc)" --file=tests/native/build.mk OUT="$out" FLAGS="${*:2}" "$out/$program"
+    make --silent --jobs="$(nproc)" --file=tests/native/build.mk OUT="$out" FLAGS="${*:2}" "$out/check_core"
 }
 
 run() { # NAME COMMAND...
@@ -64,14 +63,6 @@ check_isa() {
     fi
 }
 
-check_cufft() {
-    local program=check_cufft kind
-    for kind in address,undefined thread; do
-        build "cufft-$kind" -O1 -g1 "-fsanitize=$kind" -fno-sanitize-recover=all
-        run "cuFFT's host code, $kind" "build/native/cufft-$kind/check_cufft" "build/native/cufft-$kind/libcufft.so"
-    done
-}
-
 check_sanitize() {
     build asan -O1 -fsanitize=address -fopenmp
     run "addresses" build/native/asan/check_core
@@ -82,7 +73,6 @@ check_sanitize() {
     build tsan -O1 -g1 -fsanitize=thread
     run "no OpenMP" build/native/tsan/check_core --quick
     run "races" build/native/tsan/check_core --threads
-    check_cufft
 }
 
-"check_${1:?usage: run.sh quick | isa | cufft | sanitize}"
+"check_${1:?usage: run.sh quick | isa | sanitize}"

@@ -1,4 +1,4 @@
-"""cuFFT's 2-D real transforms through the compiled core: unscaled in both directions, of any size.
+"""cuFFT's 2-D real transforms: unscaled in both directions, of any size.
 
 N planes lie side by side, with N fastest. Real planes are (H,W,N), and their spectra (H,K,N,2) with K = W//2 + 1 and
 real and imaginary parts last. One sample of a channels-last tensor is such an array (N = C). If there are several
@@ -6,34 +6,18 @@ arrays, each is a separate transform.
 """
 
 import math
-import re
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from dfformer_kernels.backends import cpu
+from dfformer_kernels.backends.cufft.plans import DTYPES, Plans, Transform
 from dfformer_kernels.device import with_memory_released
-from dfformer_kernels.problem import KernelBuildError
 
-T = TypeVar("T")
-
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1}  # as in csrc/dynamic_filter.h
 _SONAMES = {"12": "libcufft.so.11", "13": "libcufft.so.12"}  # by torch's major version of CUDA
-
-
-# cuFFT's results that mean a lack of device memory, and those of planning that are the fault of the library or plan.
-# A call may also report others that it did not cause, such as an illegal access of an earlier kernel.
-_NO_MEMORY = ("CUFFT_ALLOC_FAILED", "CUFFT_INTERNAL_ERROR")
-_NO_PLAN = (
-    *("CUFFT_INVALID_SIZE", "CUFFT_SETUP_FAILED", "CUFFT_NOT_IMPLEMENTED", "CUFFT_LICENSE_ERROR"),
-    *("CUFFT_NOT_SUPPORTED", "CUFFT_MISSING_DEPENDENCY", "CUFFT_NVRTC_FAILURE", "CUFFT_NVJITLINK_FAILURE"),
-)
 
 
 class Cuda:
@@ -59,7 +43,8 @@ _cuda = Cuda()
 
 def unavailable_reasons() -> list[str]:
     """Why transforms cannot run here; empty if libcufft could be opened. Does not check for a device."""
-    return list(_open())
+    plans = _open()
+    return [plans] if isinstance(plans, str) else []
 
 
 def rfft2(u: Tensor) -> Tensor:
@@ -107,9 +92,9 @@ def irfft2(Z: Tensor, W: int) -> Tensor:
 
 
 def _check(name: str, t: Tensor, shape: str, fits: bool) -> None:
-    """The last check before the core trusts a pointer."""
+    """The last check before the library trusts a pointer."""
     dense = t.numel() > 0 and t.is_contiguous() and not t.is_neg()
-    if not (fits and dense and t.dtype in _DTYPE_CODES and t.device.type == _cuda.device_type):
+    if not (fits and dense and t.dtype in DTYPES and t.device.type == _cuda.device_type):
         raise ValueError(
             f"libcufft: {name} must be contiguous {shape} float32 or float64 on a {_cuda.device_type} device, got "
             f"{t.dtype} {tuple(t.shape)} with strides {t.stride()} on {t.device}"
@@ -117,65 +102,47 @@ def _check(name: str, t: Tensor, shape: str, fits: bool) -> None:
 
 
 def _transform(source: Tensor, result: Tensor, shape: tuple[int, int, int], inverse: bool) -> Tensor:
-    if reasons := unavailable_reasons():
-        raise RuntimeError("; ".join(reasons))
-    core, device = cpu.core(), source.device
+    plans = _open()
+    if isinstance(plans, str):
+        raise RuntimeError(plans)
+    device = source.device
     count = (result if inverse else source).numel() // math.prod(shape)
     if count > 1 and math.prod(shape) % 2:
         raise ValueError(f"libcufft: of {count} real arrays {shape} every second one begins at an odd element")
     if source.data_ptr() % (2 * source.itemsize):  # cuFFT requires the alignment of complex numbers for real arrays
         source = source.clone()
     with _cuda.guard(device):
-        transform = (_cuda.index(device), shape, _DTYPE_CODES[source.dtype], inverse, _cuda.capturing())
-        plan = partial(_called, core.cufft_plan, *transform, no_plan=_NO_PLAN)
-        workspace = source.new_empty(with_memory_released(plan), dtype=torch.uint8)
-        for i in range(count):
-            buffers = (
-                source.data_ptr() + i * source.nbytes // count,
-                result.data_ptr() + i * result.nbytes // count,
-                workspace.data_ptr(),
-                workspace.numel(),
-                _cuda.stream(device),
-            )
-            run = partial(_called, core.cufft_run, *transform, *buffers)
-            # A failed inverse is not repeated, because it may have overwritten its input.
-            run() if inverse else with_memory_released(run)
+        _run(plans, Transform(_cuda.index(device), shape, source.dtype, inverse), source, result, count)
     return result
 
 
-def _called(call: Callable[..., T], *args: object, no_plan: tuple[str, ...] = ()) -> T:
-    """``call(*args)`` of the core. Its error names cuFFT's result; results in ``no_plan`` raise KernelBuildError."""
-    try:
-        return call(*args)
-    except RuntimeError as error:
-        found = re.search(r" returned (CUFFT_\w+) for ", str(error))
-        code = found[1] if found else ""
-        if code in _NO_MEMORY:
-            raise torch.OutOfMemoryError(str(error)) from error
-        if code in no_plan:
-            raise KernelBuildError(str(error)) from error
-        raise
+def _run(plans: Plans, transform: Transform, source: Tensor, result: Tensor, count: int) -> None:
+    """Transforms ``count`` arrays. A plan that is no longer kept is destroyed on return: its device is current."""
+    plan = with_memory_released(partial(plans.get, transform, _cuda.capturing()))
+    workspace = source.new_empty(plan.workspace_bytes, dtype=torch.uint8)
+    buffers = workspace.data_ptr(), _cuda.stream(source.device)
+    for i in range(count):
+        arrays = (t.data_ptr() + i * t.nbytes // count for t in (source, result))
+        run = partial(plan.run, *arrays, *buffers)
+        # A failed inverse is not repeated, because it may have overwritten its input.
+        run() if transform.inverse else with_memory_released(run)
 
 
 @cache
-def _open() -> tuple[str, ...]:
-    """Opens libcufft; returns the reasons if that fails."""
-    if reasons := cpu.unavailable_reasons():
-        return tuple(reasons)
+def _open() -> Plans | str:
+    """The plans of the libcufft that torch uses; the reason if it cannot be opened."""
     if torch.version.cuda is None:
-        return ("this torch is not built for CUDA, which libcufft comes with",)
+        return "this torch is not built for CUDA, which libcufft comes with"
     major = torch.version.cuda.split(".")[0]
     if major not in _SONAMES:
-        return (f"which libcufft belongs to CUDA {major} is not known, only to CUDA {' and '.join(_SONAMES)}",)
+        return f"which libcufft belongs to CUDA {major} is not known, only to CUDA {' and '.join(_SONAMES)}"
     errors = []
     for path in _candidates(_SONAMES[major]):
         try:
-            cpu.core().cufft_open(path)
-        except RuntimeError as error:
+            return Plans(path)
+        except (OSError, AttributeError) as error:
             errors.append(str(error))
-        else:
-            return ()
-    return (f"libcufft cannot be opened: {', '.join(errors)}",)
+    return f"libcufft cannot be opened: {', '.join(errors)}"
 
 
 def _candidates(soname: str) -> list[str]:

@@ -7,17 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import require_backend, require_compiler
-from fake_cufft import Fake, HostMemory, clear_plans, host_memory
+from conftest import require_compiler
+from fake_cufft import Fake, HostMemory, library_plans
 from paths import NATIVE
 
-from dfformer_kernels.backends import cpu
 from dfformer_kernels.backends.cufft import libcufft
 
 
 @pytest.fixture(scope="session")
 def fake_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    require_backend("cpu")
     require_compiler()
     path = tmp_path_factory.mktemp("fake") / "libcufft.so"
     compiler = os.environ.get("CXX", "g++")
@@ -38,11 +36,12 @@ def fake(fake_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     libcufft._open.cache_clear()
     assert libcufft.unavailable_reasons() == []
     assert fake.live_plans == 0
+    plans = library_plans()
     yield fake
-    libcufft._open.cache_clear()
     fake.assert_no_violation()
-    for device in (0, 1):  # each device's plans while it is the current one
-        host_memory().here.device = device
-        clear_plans()
-    cpu.core().cufft_open(str(fake_path))  # drops what was captured
+    for device, of_device in plans._recent.items():  # each device's plans while it is the current one
+        fake.library.fake_cufft_set_device(device)
+        of_device.clear()
+    plans._captured.clear()
+    libcufft._open.cache_clear()
     assert fake.live_plans == 0

@@ -6,17 +6,15 @@ On a fake library, and on a GPU against torch.fft.
 import ctypes
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from conftest import require, require_backend
-from fake_cufft import DTYPES, EXECUTE, Fake, planes, run_one, spectra
+from conftest import require
+from fake_cufft import DTYPES, EXECUTE, Fake, kept_plans, library_plans, planes, spectra
 from torch import Tensor
 
-from dfformer_kernels.backends import cpu
 from dfformer_kernels.backends.cufft import libcufft
+from dfformer_kernels.backends.cufft.plans import Plans, Transform
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 SHAPES = [
@@ -155,56 +153,15 @@ def test_irfft2_takes_the_spectra_of_planes_that_wide(shape: tuple[int, ...], W:
         libcufft.irfft2(torch.zeros(shape), W)
 
 
-@pytest.fixture
-def core(fake: Fake) -> ModuleType:
-    return cpu.core()
-
-
-TRANSFORM = {"device": 0, "shape": (4, 4, 2), "dtype": 0, "inverse": False, "capturing": False}
-BUFFERS = {"input": 64, "output": 128, "workspace": 256, "workspace_bytes": 1 << 20, "stream": 0}
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"device": -1}, "device: got -1"),
-        ({"shape": (0, 4, 2)}, "shape: got H, W, N = 0, 4, 2"),
-        ({"shape": (4, 0, 2)}, "shape: got H, W, N = 4, 0, 2"),
-        ({"shape": (4, 4, 0)}, "shape: got H, W, N = 4, 4, 0"),
-        ({"shape": (4, 32769, 2)}, "sides of 1 to 32768"),
-        ({"shape": (4, 4, 2**61)}, "more bytes than 64 bits count"),
-        ({"dtype": 2}, "dtype: got code 2, accepted are 0 to 1"),
-        ({"dtype": -1}, "dtype: got code -1"),
-        ({"input": 0}, "input: got a null pointer"),
-        ({"output": 0}, "output: got a null pointer"),
-        ({"workspace": 0}, "workspace: got a null pointer"),
-        ({"workspace_bytes": -1}, "workspace_bytes: got -1, rfft2 of float32 4x4 planes"),
-        ({"workspace_bytes": 4 * 3 * 2 * 16 - 1}, "N=2, on device 0 needs 384"),
-    ],
-    ids=str,
-)
-def test_the_core_is_not_reached_with_wrong_sizes_or_pointers(
-    wrong: dict[str, Any], message: str, core: ModuleType, fake: Fake
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        core.cufft_run(**(TRANSFORM | BUFFERS | wrong))
-    if wrong.keys() <= TRANSFORM.keys():
-        with pytest.raises(ValueError, match=message):
-            core.cufft_plan(**(TRANSFORM | wrong))
-    assert fake.calls("cufftExecR2C") == 0
-
-
 # Finding the library
 
 
-def test_a_library_that_is_not_there_or_another_one_is_refused_and_the_old_one_stays(fake: Fake) -> None:
-    with pytest.raises(RuntimeError, match=r"/nowhere/libcufft\.so"):
-        cpu.core().cufft_open("/nowhere/libcufft.so")
+def test_a_library_that_is_not_there_or_another_one_is_refused() -> None:
+    with pytest.raises(OSError, match=r"/nowhere/libcufft\.so"):
+        Plans("/nowhere/libcufft.so")
     libc = next(name for name in ("libc.so.6", "libSystem.dylib", "libc.so") if _can_load(name))
-    with pytest.raises(RuntimeError, match=f"{libc} has no function cufftCreate"):
-        cpu.core().cufft_open(libc)
-    run_one(torch.float32, False)
-    assert fake.live_plans == 1
+    with pytest.raises(AttributeError, match=f"{libc} has no function cufftCreate"):
+        Plans(libc)
 
 
 def _can_load(name: str) -> bool:
@@ -251,11 +208,10 @@ def test_the_soname_is_tried_before_the_copies_in_wheels(tmp_path: Path, monkeyp
 
 
 def test_torchs_own_libcufft_opens_and_says_what_it_lacks_without_a_driver() -> None:
-    require_backend("cpu")
     require("cuda", torch.backends.cuda.is_built(), "this torch is not built for CUDA")
     if torch.cuda.is_available():
         pytest.skip("there is a driver")
     assert libcufft.unavailable_reasons() == []
     with pytest.raises(RuntimeError, match=r"^cufftCreate returned CUFFT_[A-Z_]+ for rfft2 of float32 8x8 planes, N=4"):
-        cpu.core().cufft_plan(device=0, shape=(8, 8, 4), dtype=0, inverse=False, capturing=False)
-    assert cpu.core().cufft_plan_count(0) == 0
+        library_plans().get(Transform(0, (8, 8, 4), torch.float32, inverse=False), capturing=False)
+    assert kept_plans(0) == 0

@@ -1,7 +1,6 @@
 """What becomes of cuFFT's plans: after errors, when there are many, in graphs, threads and forked children."""
 
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -12,14 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import require, require_compiler
-from fake_cufft import DTYPES, EXECUTE, Fake, clear_plans, host_memory, planes, run_one, spectra
-from paths import NATIVE
+from fake_cufft import (
+    DTYPES,
+    EXECUTE,
+    Fake,
+    clear_plans,
+    host_memory,
+    kept_plans,
+    library_plans,
+    planes,
+    run_one,
+    spectra,
+)
 from torch import Tensor
 
 from dfformer_kernels import device as device_module
-from dfformer_kernels.backends import cpu
 from dfformer_kernels.backends.cufft import libcufft
+from dfformer_kernels.backends.cufft.plans import PLANS_PER_DEVICE, Transform
 from dfformer_kernels.problem import KernelBuildError
 from dfformer_kernels.tolerance import BOUND, relative_error
 
@@ -75,16 +83,16 @@ def test_an_error_of_any_call_is_raised_and_no_plan_is_lost(
     with pytest.raises(RuntimeError, match=f"^{name} returned CUFFT_EXEC_FAILED for {transform}$"):
         run_one(dtype, inverse)
     kept = 0 if CALLS[function] else 1
-    assert (fake.live_plans, cpu.core().cufft_plan_count(0)) == (kept, kept)
+    assert (fake.live_plans, kept_plans(0)) == (kept, kept)
     assert run_one(dtype, inverse).isfinite().all()
-    assert (fake.live_plans, cpu.core().cufft_plan_count(0)) == (1, 1)
+    assert (fake.live_plans, kept_plans(0)) == (1, 1)
 
 
 @pytest.mark.parametrize(("code", "name"), RESULTS.items())
 def test_errors_have_the_names_of_cuffts_header(code: int, name: str, fake: Fake) -> None:
     fake.fail("cufftMakePlanMany64", code)
     with pytest.raises(RuntimeError, match=f"^cufftMakePlanMany64 returned {name} for rfft2"):
-        cpu.core().cufft_plan(device=0, shape=(6, 10, 4), dtype=0, inverse=False, capturing=False)
+        library_plans().get(Transform(0, (6, 10, 4), torch.float32, inverse=False), capturing=False)
 
 
 # What a failure to make a plan is: the library's or the plan's fault, memory that is lacking, or somebody else's.
@@ -156,7 +164,7 @@ def test_a_plan_is_made_once_for_each_kind_of_transform(fake: Fake) -> None:
 
 
 def test_plans_used_last_are_kept(fake: Fake) -> None:
-    most = cpu.core().cufft_plans_per_device
+    most = PLANS_PER_DEVICE
 
     def transform(N: int) -> None:
         libcufft.rfft2(planes((1, 2, N), torch.float32))
@@ -169,7 +177,7 @@ def test_plans_used_last_are_kept(fake: Fake) -> None:
     transform(1)
     assert (planned(), fake.live_plans) == (most, most)
     transform(most + 1)  # takes the place of 2
-    assert (planned(), fake.live_plans, cpu.core().cufft_plan_count(0)) == (most + 1, most, most)
+    assert (planned(), fake.live_plans, kept_plans(0)) == (most + 1, most, most)
     transform(1)
     assert planned() == most + 1
     transform(2)
@@ -177,15 +185,14 @@ def test_plans_used_last_are_kept(fake: Fake) -> None:
 
 
 def test_each_device_has_plans_of_its_own(fake: Fake) -> None:
-    count = cpu.core().cufft_plan_count
     for index in (0, 1):
         host_memory().here.device = index
         run_one(torch.float32, False)
         run_one(torch.float32, False)
-    assert (fake.live_plans, count(0), count(1)) == (2, 1, 1)
+    assert (fake.live_plans, kept_plans(0), kept_plans(1)) == (2, 1, 1)
     host_memory().here.device = 0
     clear_plans()
-    assert (fake.live_plans, count(0), count(1)) == (1, 0, 1)
+    assert (fake.live_plans, kept_plans(0), kept_plans(1)) == (1, 0, 1)
 
 
 def test_the_library_works_in_torchs_memory_and_on_torchs_stream(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,9 +221,9 @@ def test_a_captured_plan_outlives_all_others(fake: Fake) -> None:
     host_memory().is_capturing = False
     clear_plans()
     assert fake.live_plans == 1
-    for N in range(cpu.core().cufft_plans_per_device + 1):
+    for N in range(PLANS_PER_DEVICE + 1):
         libcufft.rfft2(planes((1, 2, N + 1), torch.float32))
-    assert fake.live_plans == cpu.core().cufft_plans_per_device + 1
+    assert fake.live_plans == PLANS_PER_DEVICE + 1
 
 
 @pytest.mark.gpu
@@ -242,7 +249,7 @@ def test_a_graph_replays_when_its_plans_have_been_dropped() -> None:
 
 def test_eight_threads_at_once_get_their_own_results(fake: Fake) -> None:
     """On two devices, with more transforms than plans are kept, so that plans are dropped while they are in use."""
-    count = cpu.core().cufft_plans_per_device + 6
+    count = PLANS_PER_DEVICE + 6
     inputs = [planes((1 + n % 3, 2 + n % 5, 1 + n), torch.float32, n) for n in range(count)]
     wanted = [spectra(u.double()) for u in inputs]
     start = threading.Barrier(8)
@@ -263,8 +270,8 @@ def test_eight_threads_at_once_get_their_own_results(fake: Fake) -> None:
     with ThreadPoolExecutor(8) as pool:
         errors = list(pool.map(run, range(8)))
     assert max(errors) <= BOUND[torch.float32]
-    assert [cpu.core().cufft_plan_count(device) for device in (0, 1)] == [cpu.core().cufft_plans_per_device] * 2
-    assert fake.live_plans == 2 * cpu.core().cufft_plans_per_device
+    assert [kept_plans(device) for device in (0, 1)] == [PLANS_PER_DEVICE] * 2
+    assert fake.live_plans == 2 * PLANS_PER_DEVICE
 
 
 def test_different_transforms_run_at_the_same_time(fake: Fake) -> None:
@@ -278,35 +285,30 @@ def test_different_transforms_run_at_the_same_time(fake: Fake) -> None:
 
 
 FORK = """
-import os, signal, sys, threading, time
+import ctypes, os, signal, sys, time
 import torch
-from dfformer_kernels import _C
-import ctypes
+from dfformer_kernels.backends.cufft.plans import Plans, Transform
 
-_C_RUN = dict(device=0, dtype=0, inverse=False, capturing=False)
-try:
-    _C.cufft_plan(shape=(4, 4, 2), **_C_RUN)
-except RuntimeError as error:
-    assert str(error) == "libcufft has not been opened", error
-_C.cufft_open(sys.argv[1])
-fake = ctypes.CDLL(sys.argv[1])
+fake, plans = ctypes.CDLL(sys.argv[1]), Plans(sys.argv[1])
 u, Z, workspace = torch.ones(4, 4, 2), torch.empty(4, 3, 2, 2), torch.empty(4 * 3 * 2 * 16, dtype=torch.uint8)
 
-def run(N, u, Z, workspace):
-    _C.cufft_run(shape=(4, 4, N), input=u.data_ptr(), output=Z.data_ptr(), workspace=workspace.data_ptr(),
-                 workspace_bytes=workspace.numel(), stream=0, **_C_RUN)
+def run(capturing=False):
+    plan = plans.get(Transform(0, (4, 4, 2), torch.float32, False), capturing)
+    plan.run(u.data_ptr(), Z.data_ptr(), workspace.data_ptr(), 0)
 
-run(2, u, Z, workspace)
-captured = _C_RUN | {"capturing": True}
-_C.cufft_plan(shape=(4, 4, 2), **captured)
-assert (_C.cufft_plan_count(0), fake.fake_cufft_live_plans()) == (1, 1)
+def counts():
+    return len(plans._recent[0]), fake.fake_cufft_live_plans()
+
+run()
+run(capturing=True)
+assert counts() == (1, 1)
 child = os.fork()
 if child == 0:
-    assert (_C.cufft_plan_count(0), fake.fake_cufft_live_plans()) == (0, 1)
-    run(2, u, Z, workspace)  # plans anew
-    _C.cufft_clear(0)
-    _C.cufft_open(sys.argv[1])
-    assert fake.fake_cufft_live_plans() == 1  # the parent's
+    assert counts() == (0, 1)
+    run()  # plans anew
+    assert counts() == (1, 2)
+    plans._recent.clear()
+    assert counts() == (0, 1)  # the parent's
     os._exit(0 if Z[0, 0, 0, 0] == 16 else 3)
 
 for _ in range(300):
@@ -318,8 +320,8 @@ else:
     os.kill(child, signal.SIGKILL)
     sys.exit("the forked child hangs")
 assert os.waitstatus_to_exitcode(status) == 0, status
-run(2, u, Z, workspace)
-assert (_C.cufft_plan_count(0), fake.fake_cufft_live_plans()) == (1, 1)
+run()
+assert counts() == (1, 1)
 """
 
 
@@ -327,11 +329,3 @@ assert (_C.cufft_plan_count(0), fake.fake_cufft_live_plans()) == (1, 1)
 def test_a_forked_child_leaves_its_parents_plans_alone(fake_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", FORK, fake_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the harness is written for Linux")
-def test_the_host_code_is_clean_under_sanitizers() -> None:
-    require_compiler()
-    require("cpu", shutil.which("make") is not None, "make not installed")
-    done = subprocess.run([NATIVE / "run.sh", "cufft"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr

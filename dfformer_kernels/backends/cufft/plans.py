@@ -1,0 +1,173 @@
+"""The plans of one libcufft, called through ctypes: made once for each kind of transform and kept.
+
+Nothing of CUDA is needed to load this module. ctypes releases the GIL during a call.
+"""
+
+import ctypes
+import os
+import threading
+import weakref
+from collections import OrderedDict, defaultdict
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from dfformer_kernels.problem import KernelBuildError
+
+PLANS_PER_DEVICE = 64  # those used last
+
+_SIZE, _POINTER, _PLAN = ctypes.c_longlong, ctypes.c_void_p, ctypes.c_int
+_SIZES = ctypes.POINTER(_SIZE)
+_EXECUTE = {  # by dtype and inverse, with the cufftType
+    (torch.float32, False): ("cufftExecR2C", 0x2A),
+    (torch.float32, True): ("cufftExecC2R", 0x2C),
+    (torch.float64, False): ("cufftExecD2Z", 0x6A),
+    (torch.float64, True): ("cufftExecZ2D", 0x6C),
+}
+DTYPES = tuple(dict.fromkeys(dtype for dtype, _ in _EXECUTE))
+_PLANNING = ("cufftCreate", "cufftSetAutoAllocation", "cufftMakePlanMany64")
+_LAYOUT = (_SIZES, _SIZE, _SIZE)  # sizes, stride and distance of what a plan reads or writes
+_FUNCTIONS = {
+    "cufftCreate": (ctypes.POINTER(_PLAN),),
+    "cufftDestroy": (_PLAN,),
+    "cufftSetAutoAllocation": (_PLAN, ctypes.c_int),
+    "cufftMakePlanMany64": (
+        *(_PLAN, ctypes.c_int, _SIZES, *_LAYOUT, *_LAYOUT),
+        *(ctypes.c_int, _SIZE, ctypes.POINTER(ctypes.c_size_t)),
+    ),
+    "cufftSetWorkArea": (_PLAN, _POINTER),
+    "cufftSetStream": (_PLAN, _POINTER),
+    **{name: (_PLAN, _POINTER, _POINTER) for name, _ in _EXECUTE.values()},
+}
+
+# cufftResult. Codes 10, 12 and 15 are those of cuFFT before version 12.
+_RESULTS = (
+    *("SUCCESS", "INVALID_PLAN", "ALLOC_FAILED", "INVALID_TYPE", "INVALID_VALUE", "INTERNAL_ERROR", "EXEC_FAILED"),
+    *("SETUP_FAILED", "INVALID_SIZE", "UNALIGNED_DATA", "INCOMPLETE_PARAMETER_LIST", "INVALID_DEVICE", "PARSE_ERROR"),
+    *("NO_WORKSPACE", "NOT_IMPLEMENTED", "LICENSE_ERROR", "NOT_SUPPORTED", "MISSING_DEPENDENCY", "NVRTC_FAILURE"),
+    *("NVJITLINK_FAILURE", "NVSHMEM_FAILURE"),
+)
+# Results that mean a lack of device memory, and those of planning that are the fault of the library or plan. A call may
+# also report others that it did not cause, such as an illegal access of an earlier kernel.
+_NO_MEMORY = ("ALLOC_FAILED", "INTERNAL_ERROR")
+_NO_PLAN = (
+    *("SETUP_FAILED", "INVALID_SIZE", "NOT_IMPLEMENTED", "LICENSE_ERROR", "NOT_SUPPORTED", "MISSING_DEPENDENCY"),
+    *("NVRTC_FAILURE", "NVJITLINK_FAILURE"),
+)
+
+
+class Transform(NamedTuple):
+    """What a plan does: rfft2 of (H,W,N) planes of ``dtype`` to (H,K,N) complex, or the inverse, on one device."""
+
+    device: int
+    shape: tuple[int, int, int]  # (H,W,N)
+    dtype: torch.dtype
+    inverse: bool
+
+    def __str__(self) -> str:
+        H, W, N = self.shape
+        kind, dtype = "irfft2" if self.inverse else "rfft2", str(self.dtype).removeprefix("torch.")
+        return f"{kind} of {dtype} {H}x{W} planes, N={N}, on device {self.device}"
+
+
+class Library:
+    """libcufft's functions. Raises OSError if the library cannot be loaded, AttributeError if it is another one."""
+
+    def __init__(self, path: str) -> None:
+        library = ctypes.CDLL(path)
+        self.functions: dict[str, Any] = {}
+        for name, types in _FUNCTIONS.items():
+            if not hasattr(library, name):
+                raise AttributeError(f"{path} has no function {name}")
+            self.functions[name] = getattr(library, name)
+            self.functions[name].argtypes = types
+
+    def call(self, transform: Transform, name: str, *args: object) -> None:
+        """Raises RuntimeError if the function returns an error, which the class tells from others."""
+        if (code := self.functions[name](*args)) == 0:
+            return
+        result = _RESULTS[code] if 0 < code < len(_RESULTS) else ""
+        message = f"{name} returned {f'CUFFT_{result}' if result else f'code {code}'} for {transform}"
+        if result in _NO_MEMORY:
+            raise torch.OutOfMemoryError(message)
+        raise (KernelBuildError if result in _NO_PLAN and name in _PLANNING else RuntimeError)(message)
+
+
+class Plan:
+    """A plan of libcufft. It is destroyed when nobody refers to it any more, but not at exit: the driver may be gone.
+
+    Attributes:
+        workspace_bytes: what `run` needs.
+    """
+
+    def __init__(self, library: Library, transform: Transform) -> None:
+        self._call = partial(library.call, transform)
+        self._execute, self._kind = _EXECUTE[transform.dtype, transform.inverse]
+        self._transform, self._id, self._lock = transform, _PLAN(-1), threading.Lock()
+        self._call("cufftCreate", ctypes.byref(self._id))
+        # What destroying returns is of no use: after a fault on the device every call fails.
+        self.destroy = weakref.finalize(self, library.functions["cufftDestroy"], self._id)
+        self.destroy.atexit = False
+        try:
+            self.workspace_bytes = self._make()
+        except BaseException:
+            self.destroy()
+            raise
+
+    def _make(self) -> int:
+        H, W, N = self._transform.shape
+        planes, spectra = ((_SIZE * 2)(H, width) for width in (W, W // 2 + 1))
+        source, result = (spectra, planes) if self._transform.inverse else (planes, spectra)
+        layouts = (source, N, 1, result, N, 1)
+        workspace = ctypes.c_size_t()
+        self._call("cufftSetAutoAllocation", self._id, 0)  # the workspace comes from torch's allocator
+        self._call("cufftMakePlanMany64", self._id, 2, planes, *layouts, self._kind, N, ctypes.byref(workspace))
+        return workspace.value
+
+    def run(self, source: int, result: int, workspace: int, stream: int) -> None:
+        """Queues the transform on the stream. All arguments are addresses; an inverse overwrites its source."""
+        with self._lock:  # from setting the workspace and stream to the launch that uses them
+            self._call("cufftSetWorkArea", self._id, workspace)
+            self._call("cufftSetStream", self._id, stream)
+            self._call(self._execute, self._id, source, result)
+
+
+class Plans:
+    """The plans of a library, safe to use from threads and after a fork. The caller makes their device current."""
+
+    def __init__(self, path: str) -> None:
+        self._library = Library(path)
+        self._lock = threading.Lock()
+        self._recent: defaultdict[int, OrderedDict[Transform, Plan]] = defaultdict(OrderedDict)  # by device
+        self._captured: set[Plan] = set()  # graphs refer to their memory, and may be replayed for ever
+        os.register_at_fork(
+            before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._forget_parents
+        )
+
+    def get(self, transform: Transform, capturing: bool) -> Plan:
+        """The plan, made if there is none; RuntimeError if it would have to be made while a graph is captured."""
+        with self._lock:
+            plans = self._recent[transform.device]
+            plan = plans.get(transform)
+            if plan is None:
+                if capturing:
+                    raise RuntimeError(
+                        f"{transform} cannot be planned while a CUDA graph is captured: call the operator once before "
+                        "capturing"
+                    )
+                plan = plans[transform] = Plan(self._library, transform)
+                if len(plans) > PLANS_PER_DEVICE:
+                    plans.popitem(last=False)
+            plans.move_to_end(transform)
+            if capturing:
+                self._captured.add(plan)
+            return plan
+
+    def _forget_parents(self) -> None:
+        """A forked child has copies of its parent's plans, which are not its own to destroy."""
+        for plan in self._captured.union(*(plans.values() for plans in self._recent.values())):
+            plan.destroy.detach()
+        self._captured.clear()
+        self._recent.clear()
+        self._lock.release()

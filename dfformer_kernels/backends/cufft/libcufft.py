@@ -120,10 +120,10 @@ def _run(plans: Plans, transform: Transform, source: Tensor, result: Tensor, cou
     """Transforms ``count`` arrays. A plan that is no longer kept is destroyed on return: its device is current."""
     plan = with_memory_released(partial(plans.get, transform, _cuda.capturing()))
     workspace = source.new_empty(plan.workspace_bytes, dtype=torch.uint8)
-    buffers = workspace.data_ptr(), _cuda.stream(source.device)
+    buffers = {"workspace": workspace.data_ptr(), "stream": _cuda.stream(source.device)}
     for i in range(count):
         arrays = (t.data_ptr() + i * t.nbytes // count for t in (source, result))
-        run = partial(plan.run, *arrays, *buffers)
+        run = partial(plan.run, *arrays, **buffers)
         # A failed inverse is not repeated, because it may have overwritten its input.
         run() if transform.inverse else with_memory_released(run)
 

@@ -75,12 +75,10 @@ def demo_command(arguments: argparse.Namespace) -> int:
     draw_digits(history, output)
     comparisons = compare_on_photos(effort.repetitions)
     draw_comparisons(comparisons, output)
+    ops = {op: Problem(op, "cpu", torch.float32, (1, 56, 56, 128)) for op in ("dynamic_filter", "star_relu")}
     report = {
         "environment": environment(),
-        "backends": {
-            op: select(Problem(op, "cpu", torch.float32, (1, 56, 56, 128))).name
-            for op in ("dynamic_filter", "star_relu")
-        },
+        "backends": {op: select(problem).name for op, problem in ops.items()},
         "seed": arguments.seed,
         "quick": arguments.quick,
         "seconds": round(time.perf_counter() - start, 1),

@@ -24,10 +24,8 @@ from dfformer_kernels import backends, dispatch, dynamic_filter, global_filter, 
 from dfformer_kernels.dispatch import Problem
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
-Shape = tuple[int, int, int, int]  # (B, H, W, C)
-
-# Odd, prime, one-row and rectangular planes, with channel counts that are no multiple of a vector.
-QUICK_SHAPES: list[Shape] = [(2, 14, 14, 32), (2, 7, 7, 20), (1, 13, 9, 5), (2, 1, 6, 3), (1, 5, 1, 2)]
+# (B, H, W, C): odd, prime, one-row and rectangular planes, with channel counts that are no multiple of a vector.
+QUICK_SHAPES = [(2, 14, 14, 32), (2, 7, 7, 20), (1, 13, 9, 5), (2, 1, 6, 3), (1, 5, 1, 2)]
 # (H, W, C) of DFFormer-S18's stages at 224 (C is the expanded width), and a rectangle.
 PLANES = ((56, 56, 128), (28, 28, 256), (14, 14, 640), (7, 7, 1024), (128, 96, 64))
 F = 4

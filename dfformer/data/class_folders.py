@@ -6,15 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from dfformer.data.files import (
-    IMAGE_SUFFIXES,
-    ImageDataset,
-    check_each,
-    check_image,
-    image_files,
-    is_image,
-    natural_key,
-)
+from dfformer.data.files import ImageDataset, check_each, check_image, image_files, is_image, natural_key
 from dfformer.utils.text import abbreviate
 
 
@@ -84,7 +76,7 @@ def _members(file: IO[bytes], inside: PurePosixPath, start: int) -> Iterator[Mem
                 raise tarfile.ReadError(f"{path} is outside of the file's folder")
             if any(part.startswith(".") for part in path.parts) or not (entry.isreg() or is_link):
                 continue
-            if is_link and (path.suffix.lower() in IMAGE_SUFFIXES or not path.suffix):  # a folder has no suffix
+            if is_link and (is_image(path) or not path.suffix):  # a folder has no suffix
                 raise tarfile.ReadError(f"{path} is a link, or a file with holes")
             nested: Any = tar.extractfile(entry) if path.suffix.lower() == ".tar" else None
             if nested is not None:

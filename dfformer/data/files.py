@@ -18,19 +18,15 @@ from torch.utils.data import default_collate
 
 from dfformer.utils.text import abbreviate
 
-IMAGE_SUFFIXES = frozenset(
-    [
-        *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
-        *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
-    ]
-)
+IMAGE_SUFFIXES = {
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+}
 # Images all the same: they are never left out without a word.
-_UNSUPPORTED_SUFFIXES = frozenset(
-    [
-        *(".arw", ".cr2", ".cr3", ".dds", ".dng", ".exr", ".hdr", ".heic", ".heif"),
-        *(".jxl", ".nef", ".orf", ".pcx", ".psd", ".raf", ".rw2", ".tga"),
-    ]
-)
+_UNSUPPORTED_SUFFIXES = {
+    *(".arw", ".cr2", ".cr3", ".dds", ".dng", ".exr", ".hdr", ".heic", ".heif"),
+    *(".jxl", ".nef", ".orf", ".pcx", ".psd", ".raf", ".rw2", ".tga"),
+}
 # Pillow supports more formats, but some run other programs (EPS) or cannot be decoded.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # the last marker of a complete file
@@ -290,9 +286,8 @@ def check_image(path: Path, exif_orientation: bool = False) -> ImageInfo:
             image.load()
         _highest(image)
         orientation = orientation_of(image)
-        width, height = image.size
-        swapped = exif_orientation and orientation >= 5
-        return ImageInfo((height, width) if swapped else (width, height), orientation != 1)
+        size = image.size[::-1] if exif_orientation and orientation >= 5 else image.size
+        return ImageInfo(size, orientation != 1)
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -203,12 +203,13 @@ def check_metadata(about: Mapping[str, Any]) -> None:
     check_settings(about.get("data", {}), DATA, "data.")
     for name, own in _OWN.items():
         check_settings(about.get(name, {}), own, f"{name}.")
-    _check_channels(about.get("model_args", {}).get("in_chans", 3), about.get("data", {}))
+    check_channels(about.get("model_args", {}).get("in_chans", 3), about.get("data", {}))
     if task != "classify":
         _check_dense(about)
 
 
-def _check_channels(channels: int, data: Mapping[str, Any]) -> None:
+def check_channels(channels: int, data: Mapping[str, Any]) -> None:
+    """Raises ValueError for a description of images that does not fit the number of input channels."""
     for name in ("mean", "std"):
         if name in data and len(data[name]) != channels:
             raise ValueError(f"data.{name}: got {len(data[name])} values, the model has {channels} input channels")

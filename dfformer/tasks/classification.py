@@ -18,17 +18,7 @@ from dfformer.data.transforms import evaluation_transform, training_transform
 from dfformer.models.checkpoint import load_checkpoint, load_model
 from dfformer.models.metadata import is_ours
 from dfformer.tasks.base import Task
-from dfformer.tasks.evaluate import (
-    Measured,
-    Pixels,
-    Timed,
-    batches,
-    count_correct,
-    data_config,
-    dataset_spec,
-    logits_of,
-    means,
-)
+from dfformer.tasks.evaluate import Measured, Pixels, Timed, accuracy, batches, data_config, dataset_spec, logits_of
 from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.utils.device import Place
 
@@ -117,7 +107,7 @@ class Classification(Task):
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         loader = self.validation_loader(self.val_set, self.batches.batch)
-        return means(self.place.add_up(count_correct(model, loader, self.pixels)))[1]
+        return accuracy(model, loader, self.pixels, self.place)[1]
 
     def own_description(self) -> dict[str, Any]:
         names = ("input_size", "mean", "std", "interpolation", "crop_pct")
@@ -141,7 +131,8 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         dataset.transform = evaluation_transform(config, as_uint8=True)
         timed = Timed(model, device, arguments.amp)
         bar = batches(dataset, arguments, f"{checkpoint.name} {H}x{W}", arguments.batch_size)
-        images, measures = means(count_correct(timed, bar, Pixels(config["mean"], config["std"], device)))
+        pixels = Pixels(config["mean"], config["std"], device)
+        images, measures = accuracy(timed, bar, pixels, Place(device))
         yield Measured(
             model=model.pretrained_cfg.get("architecture", type(model).__name__),  # type: ignore[union-attr, operator]
             size={"height": H, "width": W, "crop_pct": config["crop_pct"]},
@@ -199,6 +190,5 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, list[str]]:
 
 def _default_classes(num_classes: int) -> list[str]:
     if num_classes == 1000:
-        imagenet = ImageNetInfo()
-        return [imagenet.index_to_description(i) for i in range(1000)]
+        return list(ImageNetInfo().label_descriptions())
     return [f"class {i}" for i in range(num_classes)]

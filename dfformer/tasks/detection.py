@@ -130,10 +130,9 @@ class Detection(DenseTask):
         return {name: measures[name] for name in _MEASURES[:3]}  # the others are NaN if there are no such objects
 
     def own_description(self) -> dict[str, Any]:
-        given = self.config.detect
-        own = {"category_ids": list(self.categories), "repair_boxes": given.repair_boxes}
-        own["detector"] = {name: getattr(given, name) for name in DETECTOR}
-        return super().own_description() | own
+        own = {"category_ids": list(self.categories), "repair_boxes": self.config.detect.repair_boxes}
+        detector = {name: getattr(self.config.detect, name) for name in DETECTOR}
+        return {**super().own_description(), **own, "detector": detector}
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         from dfformer.analysis.dense_figures import detections
@@ -166,7 +165,6 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
     dataset = open_box_dataset(dataset_spec(arguments, own_size(about)), about["repair_boxes"])
     own = with_ids(dict(zip(about["category_ids"], classes, strict=True)))
     image_data.check_same_classes(own, with_ids(dataset.categories), checkpoint, "the data")
-    image_data.check_images(dataset)
 
     def measure(timed: Timed, size: tuple[int, int]) -> Any:
         shorter, longer = sorted(size)
@@ -178,7 +176,7 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         columns = {"shorter_side": shorter, "longer_side": longer}
         return columns, {name: measures[name] for name in _MEASURES}, by_class
 
-    return at_each_size(model, about, len(dataset), arguments, measure)
+    return at_each_size(model, about, dataset, arguments, measure)
 
 
 def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:

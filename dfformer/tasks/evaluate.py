@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dfformer.data.files import DatasetSpec, Samples
-from dfformer.data.images import evaluation_loader
+from dfformer.data.images import check_images, evaluation_loader
+from dfformer.models.metadata import check_channels
 from dfformer.utils.device import Place
 from dfformer.utils.io import write_atomically
 from dfformer.utils.text import echo, printable
@@ -43,11 +44,7 @@ def data_config(model: nn.Module, img_size: tuple[int, int] | None = None) -> di
     channels = config["input_size"][0]
     if img_size is not None:
         config["input_size"] = (channels, *img_size)
-    for name in ("mean", "std"):
-        if len(config[name]) != channels:
-            raise ValueError(
-                f"data.{name}: got {tuple(config[name])}, accepted is a number for each of {channels} channels"
-            )
+    check_channels(channels, config)
     return config
 
 
@@ -68,8 +65,10 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     return output
 
 
-def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pixels: Pixels) -> Tensor:
-    """The number of correct images (top-1, top-5), the summed cross entropy, and the number of images; see `means`.
+def accuracy(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pixels: Pixels, place: Place
+) -> tuple[int, dict[str, float]]:
+    """The number of images over all processes, and their top-1 and top-5 accuracy and mean cross entropy.
 
     Images labelled -1 do not count. The model is left in eval mode.
     """
@@ -82,13 +81,8 @@ def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pi
             right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
             sums += torch.stack([right[:, 0].sum(), right.sum(), loss, (labels >= 0).sum()]).double()
-    return sums
-
-
-def means(sums: Tensor) -> tuple[int, dict[str, float]]:
-    """The number of images of `count_correct`, and their accuracies and loss."""
-    *totals, images = sums.tolist()
-    return int(images), {n: total / images for n, total in zip(("top1", "top5", "loss"), totals, strict=True)}
+    *totals, count = place.add_up(sums).tolist()
+    return int(count), {n: total / count for n, total in zip(("top1", "top5", "loss"), totals, strict=True)}
 
 
 class Measured(NamedTuple):
@@ -119,13 +113,14 @@ Measure = Callable[["Timed", tuple[int, int]], tuple[dict[str, Any], dict[str, f
 
 
 def at_each_size(
-    model: nn.Module, about: dict[str, Any], images: int, arguments: argparse.Namespace, measure: Measure
+    model: nn.Module, about: dict[str, Any], dataset: Any, arguments: argparse.Namespace, measure: Measure
 ) -> Iterator[Measured]:
-    """Measures a dense task's model on ``images`` images, at each of ``arguments.img_size`` or at its own size."""
+    """Checks ``dataset``, and measures a dense model on it at each of ``arguments.img_size``, or at its own size."""
+    check_images(dataset)
     for size in arguments.img_size or [own_size(about)]:
         timed = Timed(model, torch.device(arguments.device), arguments.amp)
         columns, measures, by_class = measure(timed, size)
-        yield Measured(about["architecture"], columns, images, timed.seconds, measures, by_class)
+        yield Measured(about["architecture"], columns, len(dataset), timed.seconds, measures, by_class)
 
 
 def tabulate(arguments: argparse.Namespace, evaluate: Callable[[Path, argparse.Namespace], Iterable[Measured]]) -> int:

@@ -9,14 +9,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
-from dfformer.data.files import (
-    image_files,
-    image_mode,
-    orientation_note,
-    orientation_of,
-    read_image,
-    real_path,
-)
+from dfformer.data.files import image_files, image_mode, orientation_note, orientation_of, read_image, real_path
 from dfformer.tasks.results import is_result
 from dfformer.utils.io import write_json
 from dfformer.utils.text import echo, printable

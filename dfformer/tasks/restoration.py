@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchvision.transforms import v2
 
-from dfformer.data import images as image_data
 from dfformer.data.pairs import Degradation, InputAndTarget, RestorationTensors, open_pair_dataset
 from dfformer.models.checkpoint import load_checkpoint
 from dfformer.models.metadata import RESTORER
@@ -123,13 +122,10 @@ class Restoration(DenseTask):
         self.samples = RestorationTensors(train_set, self.degradation, given.size, wanted.crops, wanted.photometric)
         super().__init__(config, place, train_set, val_set, [], len(self.samples))
 
-    def _encoder_weights(self) -> dict[str, Any]:
-        return {}  # `build_model` loads the weights of a whole restorer
-
     def build_model(self) -> nn.Module:
-        model, weights = super().build_model(), self.config.model.checkpoint
-        if weights:
-            load_checkpoint(model, weights)
+        model = _restorer(self.description())
+        if self.config.model.checkpoint:  # weights of a whole restorer
+            load_checkpoint(model, self.config.model.checkpoint)
         return model
 
     def loss(self, model: nn.Module, batch: InputAndTarget) -> Tensor:
@@ -177,7 +173,6 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
     model, about = _wanted(checkpoint, arguments)
     place, degradation = Place(torch.device(arguments.device)), Degradation(**about["degradation"])
     dataset = open_pair_dataset(dataset_spec(arguments, own_size(about)), degradation)
-    image_data.check_images(dataset)
 
     def measure(timed: Timed, tile: tuple[int, int]) -> Any:
         H, W = tile
@@ -185,7 +180,7 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         measures = mean_quality(timed, bar, place, degradation.scale, tile, arguments.batch_size)
         return {"tile_height": H, "tile_width": W, "self_ensemble": arguments.self_ensemble}, measures, {}
 
-    return at_each_size(model, about, len(dataset), arguments, measure)
+    return at_each_size(model, about, dataset, arguments, measure)
 
 
 _ENDINGS = (".png", "_picture.png")

@@ -155,9 +155,8 @@ class Segmentation(DenseTask):
         return whole_images(self.val_set, min(self.config.data.size))
 
     def own_description(self) -> dict[str, Any]:
-        given = self.config.segment
-        own = {"decoder": given.decoder, "reduce_zero_label": given.reduce_zero_label}
-        return super().own_description() | own
+        names = ("decoder", "reduce_zero_label")
+        return super().own_description() | {name: getattr(self.config.segment, name) for name in names}
 
     def pictures(self, model: nn.Module) -> "dict[str, Figure]":
         from dfformer.analysis.dense_figures import segmentations
@@ -178,7 +177,6 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
     classes, pixels = about["classes"], _pixels(about, arguments)
     dataset = open_mask_dataset(dataset_spec(arguments, own_size(about)), about["reduce_zero_label"])
     image_data.check_same_classes(classes, dataset.classes, checkpoint, "the data")
-    image_data.check_images(dataset)
 
     def measure(timed: Timed, size: tuple[int, int]) -> Any:
         bar = batches(whole_images(dataset, min(size)), arguments, f"{checkpoint.name} {min(size)}")
@@ -187,7 +185,7 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         by_class = {f"iou {name}": value for name, value in zip(classes, iou, strict=True)}
         return {"shorter_side": min(size)}, _measures(confusion), by_class
 
-    return at_each_size(model, about, len(dataset), arguments, measure)
+    return at_each_size(model, about, dataset, arguments, measure)
 
 
 def _pixels(about: dict[str, Any], arguments: argparse.Namespace) -> Pixels:

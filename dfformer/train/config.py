@@ -12,21 +12,11 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
 
 from dfformer.data.files import DatasetSpec
-from dfformer.models.metadata import (
-    DATA,
-    DEGRADATION,
-    DETECTOR,
-    IMAGE_SIZE,
-    RESTORER,
-    SHARE,
-    Kind,
-    list_of,
-    real,
-    whole,
-)
+from dfformer.models.metadata import DATA, DEGRADATION, DETECTOR, IMAGE_SIZE, RESTORER, SHARE, list_of, real, whole
 from dfformer.train import strict_yaml
 from dfformer.train.checks import check, flatten
 from dfformer.train.recipes import with_recipe_files
+from dfformer.utils.accepted import Kind
 from dfformer.utils.suggest import did_you_mean
 
 # The values that settings accept. A number from a file must not make a run endless.

@@ -160,7 +160,7 @@ class Engine:
         started = len(self.history)
         if self.first and started < self.epochs:
             self._announce()
-        log = Log(self.folder, self.step, self.history, self.config, self.task) if self.first else None
+        log = Log(self.step, self.history, self.config, self.task) if self.first else None
         loader = self.task.training_loader()
         with closing(log) if log else nullcontext():
             while len(self.history) < self.epochs:

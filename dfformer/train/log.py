@@ -28,9 +28,8 @@ class Log:
     When a run is resumed, lines logged after the step it resumes from are removed.
     """
 
-    def __init__(
-        self, folder: Path, step: int, history: list[dict[str, float]], config: TrainConfig, task: Task
-    ) -> None:
+    def __init__(self, step: int, history: list[dict[str, float]], config: TrainConfig, task: Task) -> None:
+        folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.metric, self.unit = folder, task.metric, task.unit
         steps = folder / STEPS

@@ -53,21 +53,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Convolution.apply(x, weight, bias)
 
 
-class _Convolution(torch.autograd.Function):
-    """``linear`` as a convolution in oneDNN.
+class _Gradient:
+    """The gradient of ``linear``, whose inputs are (x, weight, bias).
 
-    MKL computes the gradients on every processor. oneDNN's gradient of the convolution for x ran at a sixth of MKL's
-    rate (25088 rows, two cores of an AMD EPYC), its others at the same rate.
+    MKL computes it on every processor. oneDNN's gradient of the convolution for x ran at a sixth of MKL's rate (25088
+    rows, two cores of an AMD EPYC), its others at the same rate.
     """
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1,K,M,1), channels-last
-        y = F.conv2d(image, weight[:, :, None, None], bias)  # (1,N,M,1)
-        shape = (*x.shape[:-1], weight.shape[0])
-        strides = [*accumulate(reversed(shape[1:]), mul, initial=1)][::-1]
-        # Reshaped in place: with gradients, a caller could not write to a result that is a view.
-        return y.contiguous(memory_format=torch.channels_last).as_strided_(shape, strides)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -86,10 +77,30 @@ class _Convolution(torch.autograd.Function):
         )
 
 
+class _Convolution(torch.autograd.Function):
+    """Eager calls, because the operator would take longer, as would a Function with ``setup_context`` (30 us)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _convolution(x, weight, bias)
+
+    backward = _Gradient.backward
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1,K,M,1), channels-last
+    y = F.conv2d(image, weight[:, :, None, None], bias)  # (1,N,M,1)
+    shape = (*x.shape[:-1], weight.shape[0])
+    strides = [*accumulate(reversed(shape[1:]), mul, initial=1)][::-1]
+    # Reshaped in place: with gradients, a caller could not write to a result that is a view.
+    return y.contiguous(memory_format=torch.channels_last).as_strided_(shape, strides)
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     refuse_tangents("linear", (x, weight, bias))
     with without_autocast(x.device):
-        return (_Convolution.forward if has_many_rows(x) else F.linear)(x, weight, bias)
+        return (_convolution if has_many_rows(x) else F.linear)(x, weight, bias)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -98,7 +109,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 # Compiled graphs contain this operator, because Inductor would multiply by MKL.
 register("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _fake)
-differentiate("linear", _Convolution)
+differentiate("linear", _Gradient)
 
 
 def prefers_convolution(x: Tensor, weight: Tensor) -> bool:

@@ -369,13 +369,13 @@ def test_one_compiled_graph_multiplies_few_and_many_rows(monkeypatch: pytest.Mon
     require_compiled_graphs()
     monkeypatch.setattr(linear_module, "MKL_IS_SLOW", True)
     calls: list[int] = []
-    convolution = linear_module._Convolution.forward
+    convolution = linear_module._convolution
 
     def counted(x: Tensor, *others: Any) -> Tensor:
         calls.append(len(x))
         return convolution(x, *others)
 
-    monkeypatch.setattr(linear_module._Convolution, "forward", counted)
+    monkeypatch.setattr(linear_module, "_convolution", counted)
     op = OPS["linear_bias"]
     compiled = torch.compile(op.run, fullgraph=True, dynamic=True)
     for rows in (33, 333):

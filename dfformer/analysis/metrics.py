@@ -7,7 +7,7 @@ parameters, so the results do not depend on how its forward is fused.
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,14 +59,9 @@ def capture(
     Raises:
         ValueError: a layer did not run, or its output is not a tensor.
     """
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str, value: object) -> None:
-        if isinstance(value, Tensor):
-            seen[name] = value
-
+    seen: dict[str, Any] = {}
     handles = [
-        layer.register_forward_hook(lambda m, given, out, name=name: keep(name, given[0] if inputs else out))
+        layer.register_forward_hook(lambda m, given, out, name=name: seen.update({name: given[0] if inputs else out}))
         for name, layer in layers.items()
     ]
     try:
@@ -75,7 +70,7 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
-    if lost := [name for name in layers if name not in seen]:
+    if lost := [name for name in layers if not isinstance(seen.get(name), Tensor)]:
         raise ValueError(f"layer: {', '.join(lost)} did not run, or returned something other than a tensor")
     return {name: seen[name] for name in layers}
 
@@ -267,18 +262,14 @@ def similarity(
         batches: for each batch one tensor a model: the same images in the same order, at least 4.
         layers: one mapping a model.
     """
-    first, last = 0, len(models) - 1
     sums: list[Tensor | float] = [0.0, 0.0, 0.0]
     for batch in batches:
         grams = [
             torch.stack([_gram(features) for features in capture(model, chosen, images).values()])
             for model, chosen, images in zip(models, layers, batch, strict=True)
         ]
-        terms = (
-            hsic(grams[first], grams[last]),
-            hsic(grams[first], grams[first]).diag(),
-            hsic(grams[last], grams[last]).diag(),
-        )
+        first, last = grams[0], grams[-1]
+        terms = hsic(first, last), hsic(first, first).diag(), hsic(last, last).diag()
         sums = [old + new for old, new in zip(sums, terms, strict=True)]
     cross, own_first, own_last = (torch.as_tensor(s) for s in sums)
     return cross / (own_first[:, None] * own_last).sqrt()

@@ -158,13 +158,10 @@ def _fold_norms(name: str, block: Any, shared: set[int], left_alone: list[LeftAl
         setattr(block, child, nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False))
 
 
-def _against_folding(norm: nn.Module, reader: nn.Module, shared: set[int]) -> list[str]:
+def _against_folding(norm: Any, reader: nn.Module, shared: set[int]) -> list[str]:
     reasons = reasons_against(norm, nn.LayerNorm)
-    if not reasons:
-        assert isinstance(norm, nn.LayerNorm)
-        weight, bias = (getattr(norm, name) for name in ("weight", "bias"))
-        if weight is None or bias is not None or len(norm.normalized_shape) != 1:
-            reasons.append("it is not a layer norm of the channels with only a scale")
+    if not reasons and (norm.weight is None or norm.bias is not None or len(norm.normalized_shape) != 1):
+        reasons.append("it is not a layer norm of the channels with only a scale")
     if type(reader) not in _READERS:
         return [*reasons, f"it is read by a {type(reader).__qualname__}"]
     reasons += [f"its reader: {reason}" for reason in reasons_against(reader, type(reader))]

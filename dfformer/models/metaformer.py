@@ -148,7 +148,8 @@ class DFFormer(nn.Module):
         if len(plane) != 2:
             raise ValueError(f"img_size: got {img_size!r}, accepted are a number and (H, W)")
         for i, depth in enumerate(depths):
-            dim, stride, mixer, norm_layer, res_scale, layer_scale = (values[i] for values in per_stage.values())
+            own = {name.removesuffix("s"): values[i] for name, values in per_stage.items()}  # as the block calls them
+            dim, stride = own["dim"], own.pop("stride")
             kernel_size, padding = STEM if i == 0 else DOWNSAMPLE
             plane = output_plane(plane, *map(to_2tuple, (kernel_size, stride, padding)))
             if min(plane) < 1:
@@ -156,18 +157,7 @@ class DFFormer(nn.Module):
             self.downsample_layers.append(
                 Downsampling(channels, dim, kernel_size, stride, padding, stem=i == 0, norm_layer=downsample_norm)
             )
-            blocks = [
-                block(
-                    dim,
-                    plane,
-                    mixer,
-                    drop_path=next(drop_path),
-                    res_scale_init_value=res_scale,
-                    layer_scale_init_value=layer_scale,
-                    norm_layer=norm_layer,
-                )
-                for _ in range(depth)
-            ]
+            blocks = [block(**own, size=plane, drop_path=next(drop_path)) for _ in range(depth)]
             self.stages.append(MetaFormerStage(*blocks))
             channels, reduction = dim, reduction * stride
             self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{i}"})

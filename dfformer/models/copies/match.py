@@ -11,22 +11,13 @@ from torch.nn import functional as F
 from dfformer.models.filter_resize import resize_filter
 from dfformer_kernels.dft_matmul import as_pairs
 from dfformer_kernels.dispatch import without_autocast
-from dfformer_kernels.graph import trace
+from dfformer_kernels.graph import trace, vocabulary
 from dfformer_kernels.graph.chain import Chain
 from dfformer_kernels.graph.compare import AGREEMENT
 from dfformer_kernels.graph.rewrite import add_call, rewrite
 from dfformer_kernels.graph.step import PYTHON, Step, called, named_difference
 from dfformer_kernels.graph.trace import DifferentCopyError, UnsupportedCopyError, called_whole
-from dfformer_kernels.graph.vocabulary import (
-    CASTS,
-    VIEWS,
-    first_input,
-    is_mutating,
-    is_tensor,
-    name_of,
-    transform_of,
-    value_of,
-)
+from dfformer_kernels.graph.vocabulary import CASTS, VIEWS, first_input, name_of, value_of
 
 # The orders of axes that filters are stored in, and the permutation of each to (H,K,F,2).
 STORAGE: dict[str, tuple[int, ...]] = {"(H,K,F,2)": (0, 1, 2, 3), "(F,H,K,2)": (1, 2, 0, 3)}
@@ -104,7 +95,7 @@ def fuse(traced: fx.Graph, expected: Expected) -> fx.Graph:
         CopyLimitError: the copy does not accept this plane.
         UnsupportedCopyError: there is no chain, or one computes something else; the message has the difference.
     """
-    back = [t for node in traced.nodes if (t := transform_of(node)) and t.kind == "c2r"]
+    back = [t for node in traced.nodes if (t := vocabulary.transform_of(node)) and t.kind == "c2r"]
     if not back:
         raise UnsupportedCopyError("its forward calls no torch.fft.irfft2")
     if expected.plane != expected.size and expected.plane[1] % 2 and not all(t.resizes for t in back):
@@ -181,12 +172,12 @@ def _check_path(graph: fx.Graph, stored: fx.Node, filters: fx.Node) -> None:
 
     A mask of ones, for example, changes nothing in a trial, but may be another mask later.
     """
-    path = trace.reached([filters], lambda n: () if n is stored else filter(is_tensor, n.all_input_nodes))
+    path = trace.reached([filters], lambda n: () if n is stored else filter(vocabulary.is_tensor, n.all_input_nodes))
     for node in reversed([n for n in graph.nodes if n in path - {stored}]):
         is_moving = node.target in _RESIZING or name_of(node) in _MOVING
         if not (is_moving and node.op in ("call_function", "call_method")):
             raise DifferentCopyError(f"between its stored filters and their product stands {name_of(node)}")
-    for node in filter(is_mutating, graph.nodes):
+    for node in filter(vocabulary.is_mutating, graph.nodes):
         written = node.kwargs.get("out", first_input(node))
         while isinstance(written, fx.Node) and written not in path and name_of(written) in _MOVING:
             written = first_input(written)

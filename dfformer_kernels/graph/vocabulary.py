@@ -116,7 +116,7 @@ def transform_of(node: fx.Node) -> Transform | None:
     if node.op != "call_function" or not (is_aten or stem in ("rfft", "irfft", "fft", "ifft")):
         return None
     given = node.normalized_arguments(nn.Module(), normalize_to_only_use_kwargs=True)
-    if given is None or not isinstance(given.kwargs["input"], fx.Node):
+    if given is None or "out" in given.kwargs or not isinstance(given.kwargs["input"], fx.Node):
         return None
     return (_aten_transform if is_aten else _torch_transform)(name, **given.kwargs)
 

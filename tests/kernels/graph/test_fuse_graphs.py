@@ -157,6 +157,22 @@ def test_compiled_graphs(name: str) -> None:
     assert not fuse_pass.report.left_alone
 
 
+def softmax_without_gradient(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    with torch.no_grad():
+        routing = logits.softmax(1)
+    M = torch.einsum("bfc,hkf->bhkc", routing.to(torch.complex64), torch.view_as_complex(basis))
+    return torch.fft.irfft2(torch.fft.rfft2(x, dim=(1, 2)) * M, dim=(1, 2))
+
+
+def test_a_softmax_without_gradient_stays_one() -> None:
+    model, fuse_pass, x = network(softmax_without_gradient).eval(), FusePass(), images()
+    y = torch.compile(model, backend=eager(fuse_pass))(x)
+    assert len(fuse_pass.report.fused) == 1
+    assert relative_error(y, model(x)) < 2e-6
+    y.sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["layers.0.basis"]
+
+
 def product_without_gradient(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     X = torch.fft.rfft2(x, dim=(1, 2))
     with torch.no_grad():

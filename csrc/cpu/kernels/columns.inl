@@ -31,119 +31,68 @@ struct ColumnsOf : MixingOf<V> {
         }
     };
 
-    struct Column {
-        Line *here, *mirrored;
-        std::int64_t row_stride, inner;
-
-        FFT_INLINE std::int64_t pair(std::int64_t r, std::int64_t m) const { return (r / 2 * inner + m) * row_stride; }
-    };
     // Columns of a tile's spectrum. Pair i M + m holds samples 2i M + m and (2i+1) M + m of the column plan, so that
     // one butterfly of its first pass takes both rows of a pair.
-    struct Columns {
-        Line* spectrum;
-        const ColumnGroup& group;
-        std::int64_t row_stride, inner;
-
-        FFT_INLINE Column column(std::int64_t j) const {
-            return Column{spectrum + group.here[j], spectrum + group.mirrored[j], row_stride, inner};
-        }
-    };
-    struct ColumnOut : Column {
-        template <class Radix>
-        FFT_INLINE void operator()(Line* a, Radix radix, std::int64_t, std::int64_t m) const {
-            for_each(radix, [&](auto r) UNROLLED_BODY {
-                const Line z = this->here[this->pair(r, m)], mirror = this->mirrored[this->pair(r, m)];
-                a[r] = r % 2 ? Line{z.im + mirror.im, mirror.re - z.re} : Line{z.re + mirror.re, z.im - mirror.im};
-            });
-        }
-    };
+    static auto column_source(const Tile& tile, const Line* spectrum, const ColumnGroup& group) {
+        const std::int64_t row_stride = tile.call.row_stride, inner = tile.column_plan.passes[0].inner;
+        return [=, &group](std::int64_t j) UNROLLED_BODY {
+            const Line *here = spectrum + group.here[j], *mirrored = spectrum + group.mirrored[j];
+            return [=](Line* a, auto radix, std::int64_t, std::int64_t m) UNROLLED_BODY {
+                for_each(radix, [&](auto r) UNROLLED_BODY {
+                    const std::int64_t pair = (r / 2 * inner + m) * row_stride;
+                    const Line z = here[pair], mirror = mirrored[pair];
+                    a[r] = r % 2 ? Line{z.im + mirror.im, mirror.re - z.re} : Line{z.re + mirror.re, z.im - mirror.im};
+                });
+            };
+        };
+    }
     // Before the transform along H, columns 0 and W/2 of a real signal are real: their imaginary parts are dropped, as
     // irfft2 does.
-    struct ColumnIn : Column {
-        template <class Radix>
-        FFT_INLINE void operator()(Line* a, Radix radix, std::int64_t, std::int64_t m) const {
-            for_each(radix, [&](auto r) UNROLLED_BODY {
-                if (r % 2) return;
-                const Line first = a[r], second = r + 1 < radix ? a[r + 1] : Line{};
-                if (this->here == this->mirrored) {
-                    this->here[this->pair(r, m)] = {first.re, second.re};
-                } else {
-                    this->here[this->pair(r, m)] = {first.re - second.im, first.im + second.re};
-                    this->mirrored[this->pair(r, m)] = {first.re + second.im, second.re - first.im};
-                }
-            });
-        }
-    };
-    struct ColumnSource : Columns {
-        FFT_INLINE ColumnOut of(std::int64_t j) const { return {this->column(j)}; }
-    };
-    struct ColumnSink : Columns {
-        FFT_INLINE ColumnIn of(std::int64_t j) const { return {this->column(j)}; }
-    };
-
-    // Forward with F = 4, the most frequent case, is inlined into the pass. All other cases share a pass that calls a
-    // function.
-    struct InlineMix {
-        const Tile& tile;
-        const ColumnGroup& group;
-        struct Filtered : FilterColumn {
-            V routing[4];
-            FFT_INLINE Filtered(const Tile& tile, int k) : FilterColumn(tile, k, nullptr) {
-                for (int f = 0; f < 4; f++) routing[f] = tile.routing[f];
-            }
-            template <class Radix>
-            FFT_INLINE void operator()(Line* a, Radix radix, int first) const {
+    static auto column_sink(const Tile& tile, Line* spectrum, const ColumnGroup& group) {
+        const std::int64_t row_stride = tile.call.row_stride, inner = tile.column_plan.passes[0].inner;
+        return [=, &group](std::int64_t j) UNROLLED_BODY {
+            Line *here = spectrum + group.here[j], *mirrored = spectrum + group.mirrored[j];
+            return [=](Line* a, auto radix, std::int64_t, std::int64_t m) UNROLLED_BODY {
                 for_each(radix, [&](auto r) UNROLLED_BODY {
-                    a[r] = a[r] * Base::template mixed<4>(routing, this->bin(first + r));
+                    if (r % 2) return;
+                    const std::int64_t pair = (r / 2 * inner + m) * row_stride;
+                    const Line first = a[r], second = r + 1 < radix ? a[r + 1] : Line{};
+                    if (here == mirrored) {
+                        here[pair] = {first.re, second.re};
+                    } else {
+                        here[pair] = {first.re - second.im, first.im + second.re};
+                        mirrored[pair] = {first.re + second.im, second.re - first.im};
+                    }
                 });
-            }
+            };
         };
-        FFT_INLINE Filtered of(std::int64_t j) const { return Filtered(tile, group.k[j]); }
-    };
+    }
 
     using MixFunction = void (*)(const FilterColumn&, Line* a, int radix, int first);
-    struct CalledMix {
-        const Tile& tile;
-        const ColumnGroup& group;
-        Line* x_lines;
-        MixFunction mix;
-        struct Filtered : FilterColumn {
-            MixFunction mix;
-            Filtered(const Tile& tile, int k, Line* x, MixFunction mix_) : FilterColumn(tile, k, x), mix(mix_) {}
-            FFT_INLINE void operator()(Line* a, int radix, int first) const { mix(*this, a, radix, first); }
-        };
-        FFT_INLINE Filtered of(std::int64_t j) const { return Filtered(tile, group.k[j], x_lines + j * tile.H, mix); }
-    };
-
     static MixFunction mix_of(const Tile& tile) {
         if (tile.F == 0) return tile.backward() ? Base::mix_global_backward : Base::mix_global;
         if (!tile.backward()) return Base::mix_basis;
         return tile.F == 4 ? Base::template mix_basis_backward<4> : Base::template mix_basis_backward<0>;
     }
 
-    // The sink of the last pass: multiplies by the filter, then does the first butterfly of the inverse.
+    // The sink of the last pass: multiplies by the filter, then does the first butterfly of the inverse. `position` is
+    // that of the first point in the column.
     template <class Mix, class Sink>
-    struct MixingSink {
-        const Pass<T>& pass;
-        int position;  // of the first point in the column
-        Mix mix;
-        Sink sink;
-
-        FFT_INLINE auto of(std::int64_t j) const {
-            return MixingSink<decltype(mix.of(j)), decltype(sink.of(j))>{pass, position, mix.of(j), sink.of(j)};
-        }
-        template <class Radix>
-        FFT_INLINE void operator()(Line* a, Radix radix, std::int64_t outer, std::int64_t m) const {
-            mix(a, radix, position + int(outer) * radix);
-            swap_parts<V>(radix, a);
-            pass_butterfly<V>(pass, radix, a);
-            swap_parts<V>(radix, a);
-            sink(a, radix, outer, m);
-        }
-    };
+    static auto mixing_sink(const Pass<T>& pass, int position, const Mix& mix, const Sink& sink) {
+        return [=, &pass](std::int64_t j) UNROLLED_BODY {
+            return [=, &pass, mix = mix(j), sink = sink(j)](Line* a, auto radix, std::int64_t outer, std::int64_t m)
+                       UNROLLED_BODY {
+                           mix(a, radix, position + int(outer) * radix);
+                           swap_parts<V>(radix, a);
+                           pass_butterfly<V>(pass, radix, a);
+                           swap_parts<V>(radix, a);
+                           sink(a, radix, outer, m);
+                       };
+        };
+    }
 
     static void columns(const FilterCall& call, const TileGroup& group, void* scratch, int first, int last) {
-        for (int g = 0; g < group.count; g++) tile_columns(Tile(call, group.tasks[g]), scratch, first, last);
+        for (int g = 0; g < group.count; g++) tile_columns(Tile{call, group.tasks[g]}, scratch, first, last);
     }
 
     static void tile_columns(const Tile& tile, void* scratch_, int first, int last) {
@@ -156,76 +105,83 @@ struct ColumnsOf : MixingOf<V> {
             if (tile.backward() && tile.needs_x_spectrum()) transform_columns(tile, group, x_lines, scratch);
             for (int j = 0; j < group.count && tile.backward(); j++)
                 for (int f = 0; f < tile.F; f++) tile.grad_routing[std::int64_t{group.k[j]} * tile.F + f] = Sum{};
-            if (tile.F == 4 && !tile.backward())
-                filter_columns(tile, group, lines, scratch, InlineMix{tile, group});
-            else
-                filter_columns(tile, group, lines, scratch, CalledMix{tile, group, x_lines, mix_of(tile)});
+            mix_columns(tile, group, x_lines, lines, scratch);
             if (tile.F > 0 && tile.tensors.grad_filters)
                 for (int j = 0; j < group.count; j++)
                     Base::add_grad_basis(tile, group.k[j], x_lines + std::int64_t{j} * tile.H);
         }
     }
 
+    // Forward with F = 4, the most frequent case, is inlined into the pass. All other cases share a pass that calls a
+    // function.
+    static void mix_columns(const Tile& tile, const ColumnGroup& group, Line* x_lines, Line* lines, Line* scratch) {
+        if (tile.F == 4 && !tile.backward())
+            return filter_columns(tile, group, lines, scratch, [&](std::int64_t j) UNROLLED_BODY {
+                V routing[4];
+                for (int f = 0; f < 4; f++) routing[f] = tile.routing[f];
+                return [=, column = FilterColumn{tile, group.k[j], nullptr}](Line* a, auto radix, int first)
+                           UNROLLED_BODY {
+                               for_each(radix, [&](auto r) UNROLLED_BODY {
+                                   a[r] = a[r] * Base::template mixed<4>(routing, column.bin(first + r));
+                               });
+                           };
+            });
+        const MixFunction mix = mix_of(tile);
+        filter_columns(tile, group, lines, scratch, [&](std::int64_t j) UNROLLED_BODY {
+            return [mix, column = FilterColumn{tile, group.k[j], x_lines + j * tile.H}](Line* a, int radix, int first)
+                       UNROLLED_BODY { mix(column, a, radix, first); };
+        });
+    }
+
     // Backward: transforms columns of x along H.
     static void transform_columns(const Tile& tile, const ColumnGroup& group, Line* lines, Line* scratch) {
         const Plan<T>& plan = tile.column_plan;
         const Pass<T>& first = plan.passes[0];
-        run_pass<false, V>(first, group.count, scratch,
-                           ColumnSource{{tile.x_spectrum, group, tile.call.row_stride, first.inner}},
-                           LineSink<V>{{lines, first.inner, tile.H}});
+        run_pass<false, V>(first, group.count, scratch, column_source(tile, tile.x_spectrum, group),
+                           line_sink(lines, first.inner, tile.H));
         run_passes<false, V>(plan, 1, plan.num_passes, group.count, lines, tile.H, scratch);
     }
 
     // Transforms columns along H, multiplies by the filter, transforms back.
     template <class Mix>
-    static void filter_columns(const Tile& tile, const ColumnGroup& group, Line* lines, Line* scratch, Mix mix) {
+    static void filter_columns(const Tile& tile, const ColumnGroup& group, Line* lines, Line* scratch, const Mix& mix) {
         const Plan<T>& plan = tile.column_plan;
         const Pass<T>& first = plan.passes[0];
-        const Columns columns{tile.y_spectrum, group, tile.call.row_stride, first.inner};
-        if (plan.num_passes == 1) {
-            run_last_pass<V>(first, group.count, scratch, ColumnSource{columns},
-                             MixingSink<Mix, ColumnSink>{first, 0, mix, {columns}});
-            return;
-        }
-        const InLine<V> in_first{lines, first.inner, tile.H};
+        const auto from_columns = column_source(tile, tile.y_spectrum, group);
+        const auto to_columns = column_sink(tile, tile.y_spectrum, group);
+        if (plan.num_passes == 1)
+            return run_pass<false, V, true>(first, group.count, scratch, from_columns,
+                                            mixing_sink(first, 0, mix, to_columns));
         const Parts<V> parts(plan);
         Pass<T> last = plan.passes[plan.num_passes - 1];
         last.outer /= int(parts.count);
         const int split = parts.split > 1 ? parts.split : 1;
-        run_pass<false, V>(first, group.count, scratch, ColumnSource{columns}, LineSink<V>{in_first});
+        run_pass<false, V>(first, group.count, scratch, from_columns, line_sink(lines, first.inner, tile.H));
         run_passes_of_part<false, V>(plan, 1, split, 1, group.count, lines, tile.H, scratch);
         for (std::int64_t part = 0; part < parts.count; part++) {
             Line* const line = lines + part * parts.length;
-            const InLine<V> in_last{line, 1, tile.H};
             run_passes_of_part<false, V>(plan, split, plan.num_passes - 1, parts.count, group.count, line, tile.H,
                                          scratch);
-            run_last_pass<V>(last, group.count, scratch, LineSource<V>{in_last},
-                             MixingSink<Mix, LineSink<V>>{last, int(part * parts.length), mix, {in_last}});
+            run_pass<false, V, true>(last, group.count, scratch, line_source(line, 1, tile.H),
+                                     mixing_sink(last, int(part * parts.length), mix, line_sink(line, 1, tile.H)));
             run_passes_of_part<true, V>(plan, split, plan.num_passes - 1, parts.count, group.count, line, tile.H,
                                         scratch);
         }
         run_passes_of_part<true, V>(plan, 1, split, 1, group.count, lines, tile.H, scratch);
-        run_pass<true, V>(first, group.count, scratch, LineSource<V>{in_first}, ColumnSink{columns});
+        run_pass<true, V>(first, group.count, scratch, line_source(lines, first.inner, tile.H), to_columns);
     }
 
     static FilterWorkspace workspace(const FilterCall& call) {
-        const FilterProblem& problem = *call.problem;
-        const auto& row_plan = *static_cast<const Plan<T>*>(call.row_plan);
-        const auto& column_plan = *static_cast<const Plan<T>*>(call.column_plan);
-        const bool backward = call.tensors->grad_y;
-        const bool both_spectra = backward && (call.tensors->grad_filters || call.tensors->grad_logits);
-        const std::int64_t pairs = column_plan.num_pairs, bytes_of_line = sizeof(Line);
-        const std::int64_t spectrum = pairs * call.row_stride * bytes_of_line;
-        const std::int64_t routing = 2 * problem.F * std::int64_t{sizeof(V)};
-        const std::int64_t grad_routing = (problem.W / 2 + 1) * problem.F * std::int64_t{sizeof(Sum)};
-        const std::int64_t star_relu_sums = 2 * pairs * std::int64_t{sizeof(double)};
-        const std::int64_t columns = columns_at_once(problem.H) * problem.H * (backward ? 2 : 1);
-        const std::int64_t scratch = row_plan.scratch > column_plan.scratch ? row_plan.scratch : column_plan.scratch;
-        const bool slots = backward && problem.F > 0 && call.tensors->grad_filters;
-        return {(both_spectra ? 2 : 1) * spectrum + routing + (backward ? grad_routing + star_relu_sums : 0),
-                (columns + scratch) * bytes_of_line,
-                slots ? Base::slot_registers(problem.H, problem.W / 2 + 1, problem.F) * std::int64_t{sizeof(V)} : 0,
-                std::int64_t{problem.H} * (problem.W / 2 + 1) * problem.F * 2 * std::int64_t{sizeof(T)}};
+        TileTask task{};
+        task.workspace = reinterpret_cast<void*>(sizeof(Line));  // any address
+        const Tile tile{call, task};
+        const std::int64_t columns = columns_at_once(tile.H) * tile.H * (tile.backward() ? 2 : 1);
+        const std::int64_t scratch =
+            tile.row_plan.scratch > tile.column_plan.scratch ? tile.row_plan.scratch : tile.column_plan.scratch;
+        const bool slots = tile.F > 0 && tile.tensors.grad_filters;
+        return {tile.bytes(), (columns + scratch) * std::int64_t{sizeof(Line)},
+                slots ? Base::slot_registers(tile.H, tile.K, tile.F) * std::int64_t{sizeof(V)} : 0,
+                std::int64_t{tile.H} * tile.K * tile.F * 2 * std::int64_t{sizeof(T)}};
     }
 };
 

@@ -5,6 +5,8 @@
 
 namespace {
 
+#include "../../fft/butterflies.inl"
+
 using F32 = float __attribute__((vector_size(VECTOR_BYTES)));
 using F64 = double __attribute__((vector_size(VECTOR_BYTES)));
 using I32 = std::int32_t __attribute__((vector_size(VECTOR_BYTES)));
@@ -13,6 +15,15 @@ using U32 = std::uint32_t __attribute__((vector_size(VECTOR_BYTES)));
 using U16 = std::uint16_t __attribute__((vector_size(VECTOR_BYTES / 2)));
 // For sums of float32 in float64: it has as many lanes as F32, and so is twice as wide as a register.
 using F64Wide = double __attribute__((vector_size(2 * VECTOR_BYTES)));
+
+template <>
+struct ScalarOf<F32> {
+    using Type = float;
+};
+template <>
+struct ScalarOf<F64> {
+    using Type = double;
+};
 
 template <class To, class From>
 inline To bits(From from) {
@@ -152,6 +163,24 @@ __attribute__((noinline)) void store_first(typename L::Scalar* to, typename L::V
     for (int i = 0; i < n; i++) to[i] = elements[i];
 }
 #endif
+
+// Loads and stores of the first n <= L::count elements.
+template <class L>
+FFT_INLINE typename L::Vec load(const typename L::Scalar* from, int n) {
+    return n == L::count ? L::load(from) : load_first<L>(from, n);
+}
+template <class L>
+FFT_INLINE void store(typename L::Scalar* to, typename L::Vec v, int n) {
+    n == L::count ? L::store(to, v) : store_first<L>(to, v, n);
+}
+
+// fn(first element, number of elements) for each register of elements [first, last) of `size`. `last` is a multiple of
+// the register's or `size`. The number is a constant for full registers.
+template <int lanes, class Fn>
+FFT_INLINE void for_each_register(std::int64_t first, std::int64_t last, std::int64_t size, const Fn& fn) {
+    for (; first + lanes <= size && first < last; first += lanes) fn(first, Index<lanes>{});
+    if (first < last) fn(first, int(size - first));
+}
 
 // exp(x) for x <= 0, to about 1 ulp; zero where the result would be subnormal. x = n ln 2 + r; exp(r) is its Taylor
 // series, 2^n is added to the exponent.

@@ -13,33 +13,20 @@ struct MixingOf : TileOf<V> {
 
     struct FilterColumn {
         const Tile& tile;
-        const int* frequency;
-        const T* filters;   // this column of the basis (H,F,2) in order of position, or of the weight in its first row
-        std::int64_t row;   // elements from one position of the basis, or row of the weight, to the next
-        Line* x;            // backward: this column of X, overwritten with Q
-        Sum* grad_routing;  // [F] this column's terms
-        T* grad_weight;     // this column in the first row, like `filters`; null if not needed
-        T grad_scale;       // of grad_weight: D and the normalisation
+        const int k;
+        Line* const x;  // backward: this column of X, overwritten with Q
+        const int* const frequency = tile.column_plan.frequency;
+        // Elements from one position of the basis, or row of the weight, to the next, and to this column.
+        const std::int64_t row = 2 * (tile.F > 0 ? tile.F : tile.K * tile.problem.C);
+        const std::int64_t sample = tile.problem.weight_per_sample ? tile.task.sample * tile.H * row : 0;
+        const std::int64_t start = tile.F > 0 ? k * tile.H * row : sample + 2 * (k * tile.problem.C + tile.channel);
+        const T* const filters = static_cast<const T*>(tile.F > 0 ? tile.call.basis : tile.tensors.filters) + start;
+        const T grad_scale = T(tile.half_spectrum_weight(k) * tile.normalisation() / 2);  // of the weight
 
-        FilterColumn(const Tile& tile_, int k, Line* x_)
-            : tile(tile_),
-              frequency(tile.column_plan.frequency),
-              row(2 * (tile.F > 0 ? tile.F : tile.K * tile.problem.C)),
-              x(x_),
-              grad_routing(tile.grad_routing + std::int64_t{k} * tile.F),
-              grad_weight(nullptr),
-              grad_scale(T(tile.half_spectrum_weight(k) * tile.normalisation() / 2)) {
-            if (tile.F > 0) {
-                filters = static_cast<const T*>(tile.call.basis) + k * tile.H * row;
-                return;
-            }
-            const std::int64_t sample = tile.problem.weight_per_sample ? tile.task.sample * tile.H * row : 0;
-            const std::int64_t column = sample + 2 * (k * tile.problem.C + tile.channel);
-            filters = static_cast<const T*>(tile.tensors.filters) + column;
-            if (tile.tensors.grad_filters) grad_weight = static_cast<T*>(tile.tensors.grad_filters) + column;
-        }
         FFT_INLINE const T* bin(int position) const { return filters + position * row; }  // [F][2] of the basis
+        // Of the weight, from `filters` on.
         std::int64_t weight(int position) const { return frequency[position] * row; }
+        Sum* grad_routing() const { return tile.grad_routing + std::int64_t{k} * tile.F; }
     };
 
     static Line conj_times(Line a, Line b) { return {a.re * b.re + a.im * b.im, a.re * b.im - a.im * b.re}; }
@@ -65,45 +52,31 @@ struct MixingOf : TileOf<V> {
 
     template <int fixed_F>
     static void mix_basis_backward(const FilterColumn& column, Line* a, int radix, int first) {
-        for (int r = 0; r < radix; r += points_together) {
-            const int points = radix - r < points_together ? radix - r : points_together;
-            if constexpr (fixed_F > 0) {
-                V routing[fixed_F], grads[fixed_F] = {};
-                for (int f = 0; f < fixed_F; f++) routing[f] = column.tile.routing[f];
-                mix_points_backward<fixed_F>(column, a + r, points, first + r, routing, grads, fixed_F);
-                for (int f = 0; f < fixed_F; f++) column.grad_routing[f] += __builtin_convertvector(grads[f], Sum);
-            } else {
-                for (int f = 0; f < column.tile.F; f++) add_grad_routing(column, a + r, points, first + r, f);
-                mix_points_backward<0>(column, a + r, points, first + r, column.tile.routing, nullptr, column.tile.F);
-            }
+        const Tile& tile = column.tile;
+        const int F = fixed_F ? fixed_F : tile.F;
+        V of_fixed[fixed_F + 1];
+        for (int f = 0; f < fixed_F; f++) of_fixed[f] = tile.routing[f];
+        for (int r = 0; r < radix; r++) {
+            const Line G = a[r];
+            a[r] = conj_times(mixed<fixed_F>(fixed_F ? of_fixed : tile.routing, column.bin(first + r), F), G);
+            if (tile.needs_x_spectrum()) column.x[first + r] = conj_times(column.x[first + r], G);
+        }
+        for (int r = 0; r < radix && tile.needs_x_spectrum(); r += points_together) {
+            const int end = radix - r < points_together ? radix : r + points_together;
+            for (int f = 0; f < F; f += fixed_F ? fixed_F : 1)
+                add_grad_routing<fixed_F ? fixed_F : 1>(column, first + r, first + end, f);
         }
     }
-
-    template <int fixed_F>
-    FFT_INLINE static void mix_points_backward(const FilterColumn& column, Line* a, int points, int first,
-                                               const V* routing, V* grads, int F) {
-        const bool need_grads = column.tile.needs_x_spectrum();
-        for (int i = 0; i < points; i++) {
-            const T* bin = column.bin(first + i);
-            const Line G = a[i];
-            a[i] = conj_times(mixed<fixed_F>(routing, bin, F), G);
-            if (!need_grads) continue;
-            const Line Q = conj_times(column.x[first + i], G);
-            for (int f = 0; grads && f < F; f++) grads[f] += Q.re * bin[2 * f] + Q.im * bin[2 * f + 1];
-            column.x[first + i] = Q;
+    // The terms of `count` filters at positions [first, last).
+    template <int count>
+    FFT_INLINE static void add_grad_routing(const FilterColumn& column, int first, int last, int filter) {
+        V grads[count] = {};
+        for (int position = first; position < last; position++) {
+            const Line Q = column.x[position];
+            const T* bin = column.bin(position) + 2 * filter;
+            for (int f = 0; f < count; f++) grads[f] += Q.re * bin[2 * f] + Q.im * bin[2 * f + 1];
         }
-    }
-
-    // The terms of one filter, if F is not known at compile time.
-    static void add_grad_routing(const FilterColumn& column, const Line* a, int points, int first, int f) {
-        if (!column.tile.needs_x_spectrum()) return;
-        V grad{};
-        for (int i = 0; i < points; i++) {
-            const Line Q = conj_times(column.x[first + i], a[i]);
-            const T* bin = column.bin(first + i) + 2 * f;
-            grad += Q.re * bin[0] + Q.im * bin[1];
-        }
-        column.grad_routing[f] += __builtin_convertvector(grad, Sum);
+        for (int f = 0; f < count; f++) column.grad_routing()[filter + f] += __builtin_convertvector(grads[f], Sum);
     }
 
     // Points of a column whose real and imaginary parts fill one register.
@@ -137,10 +110,8 @@ struct MixingOf : TileOf<V> {
     static Line weight_at(const FilterColumn& column, int position) {
         const T* bin = column.filters + column.weight(position);
         const int used = 2 * column.tile.used;
-        const V low = used >= lanes ? Arithmetic::load(bin) : load_first<Arithmetic>(bin, used);
-        const V high = used == 2 * lanes ? Arithmetic::load(bin + lanes)
-                       : used > lanes    ? load_first<Arithmetic>(bin + lanes, used - lanes)
-                                         : V{};
+        const V low = load<Arithmetic>(bin, used < lanes ? used : lanes);
+        const V high = used > lanes ? load<Arithmetic>(bin + lanes, used - lanes) : V{};
         const T scale = T(column.tile.normalisation());
         return {alternate<0, 1, lanes>(low, high) * scale, alternate<1, 1, lanes>(low, high) * scale};
     }
@@ -153,7 +124,8 @@ struct MixingOf : TileOf<V> {
         for (int r = 0; r < radix; r++) {
             const Line G = a[r];
             a[r] = conj_times(weight_at(column, first + r), G);
-            if (column.grad_weight) add_grad_weight(column, first + r, conj_times(column.x[first + r], G));
+            if (column.tile.tensors.grad_filters)
+                add_grad_weight(column, first + r, conj_times(column.x[first + r], G));
         }
     }
 
@@ -162,7 +134,7 @@ struct MixingOf : TileOf<V> {
         T elements[2 * lanes];
         Arithmetic::store(elements, interleave<false>(Q.re, Q.im) * column.grad_scale);
         Arithmetic::store(elements + lanes, interleave<true>(Q.re, Q.im) * column.grad_scale);
-        T* sums = column.grad_weight + column.weight(position);
+        T* sums = static_cast<T*>(tile.tensors.grad_filters) + column.start + column.weight(position);
         for (int i = 0; i < 2 * tile.used; i++) sums[i] = tile.task.first_of_slot ? elements[i] : sums[i] + elements[i];
     }
 
@@ -172,25 +144,20 @@ struct MixingOf : TileOf<V> {
     static constexpr int columns_together = 8;
 
     static void arrange_basis(const FilterCall& call, int first, int last) {
-        for (int k = first; k < last; k += columns_together) {
-            const int end = k + columns_together < last ? k + columns_together : last;
-            call.problem->F == 4 ? arrange_columns<4>(call, k, end) : arrange_columns<0>(call, k, end);
-        }
+        call.problem->F == 4 ? arrange_columns(call, first, last, Index<4>{})
+                             : arrange_columns(call, first, last, int(call.problem->F));
     }
-    template <int fixed_F>
-    static void arrange_columns(const FilterCall& call, int first, int last) {
-        const FilterProblem& problem = *call.problem;
+    template <class Count>
+    static void arrange_columns(const FilterCall& call, int first, int last, Count F) {
         const int* frequency = static_cast<const Plan<T>*>(call.column_plan)->frequency;
-        const std::int64_t H = problem.H, K = problem.W / 2 + 1, bin = 2 * (fixed_F ? fixed_F : problem.F);
-        for (std::int64_t p = 0; p < H; p++) {
-            const T* from = static_cast<const T*>(call.tensors->filters) + (frequency[p] * K + first) * bin;
-            T* to = static_cast<T*>(call.basis) + (first * H + p) * bin;
-            for (int k = first; k < last; k++, from += bin, to += H * bin)
-                if constexpr (fixed_F > 0)
-                    __builtin_memcpy(to, from, 2 * fixed_F * sizeof(T));
-                else
-                    for (int i = 0; i < bin; i++) to[i] = from[i];
-        }
+        const std::int64_t H = call.problem->H, K = call.problem->W / 2 + 1, bin = 2 * F;
+        for (int start = first; start < last; start += columns_together)
+            for (std::int64_t p = 0; p < H; p++) {
+                const T* from = static_cast<const T*>(call.tensors->filters) + frequency[p] * K * bin;
+                T* to = static_cast<T*>(call.basis) + p * bin;
+                for (int k = start; k < last && k < start + columns_together; k++)
+                    __builtin_memcpy(to + k * H * bin, from + k * bin, bin * sizeof(T));
+            }
     }
 
     static const T* logits(const Tile& tile, int f) {
@@ -199,13 +166,13 @@ struct MixingOf : TileOf<V> {
     }
 
     static void begin(const FilterCall& call, const TileTask& task) {
-        const Tile tile(call, task);
+        const Tile tile{call, task};
         if (tile.F == 0) return;
         V* weights = tile.weights;
         V largest{}, sum{};
         for (int f = 0; f < tile.F; f++) {
             const T* from = logits(tile, f);
-            weights[f] = tile.used == lanes ? Arithmetic::load(from) : load_first<Arithmetic>(from, tile.used);
+            weights[f] = load<Arithmetic>(from, tile.used);
             largest = f == 0 || weights[f] > largest ? weights[f] : largest;
         }
         const bool softmax = tile.problem.softmax;
@@ -217,7 +184,7 @@ struct MixingOf : TileOf<V> {
     }
 
     static void end(const FilterCall& call, const TileTask& task, double* star_relu_sums) {
-        const Tile tile(call, task);
+        const Tile tile{call, task};
         if (tile.tensors.grad_logits) store_grad_logits(tile);
         star_relu_sums[0] = star_relu_sums[1] = 0;
         if (!tile.tensors.need_scalars) return;

@@ -5,16 +5,9 @@ namespace {
 template <class L>
 struct Filter : Planes<L> {
     using Base = Planes<L>;
-    using Base::lanes, Base::load, Base::store, Base::store_sums;
-    using typename Base::Identity, typename Base::Line, typename Base::Storage, typename Base::Tile, typename Base::T,
-        typename Base::V;
+    using Base::lanes;
+    using typename Base::Line, typename Base::Storage, typename Base::Tile, typename Base::T, typename Base::V;
 
-    // Pairs of rows of a tensor, starting at pair `first`.
-    struct RowPairs {
-        const Tile& tile;
-        const void* tensor;
-        int first;
-    };
     // Rows a and b form a line a + i b. A row without a partner is paired with itself: the column pass ignores b, and b
     // is stored before a. Pixels are too far apart for the hardware prefetcher, so the next pair's are prefetched here.
     struct RowPair {
@@ -22,57 +15,53 @@ struct Filter : Planes<L> {
         std::int64_t inner, C;
         Storage *a, *b, *next_a, *next_b;
 
-        FFT_INLINE RowPair(const RowPairs& pairs, std::int64_t i)
-            : sample(pairs.tile.row_plan.sample), inner(pairs.tile.row_plan.passes[0].inner), C(pairs.tile.problem.C) {
-            const std::int64_t pair = pairs.first + i;
-            rows(pairs, pair, a, b);
-            rows(pairs, pair + 1 < pairs.tile.pairs ? pair + 1 : pair, next_a, next_b);
+        FFT_INLINE RowPair(const Tile& tile, const void* tensor, int pair)
+            : sample(tile.row_plan.sample), inner(tile.row_plan.passes[0].inner), C(tile.problem.C) {
+            rows(tile, tensor, pair, a, b);
+            rows(tile, tensor, pair + 1 < tile.pairs ? pair + 1 : pair, next_a, next_b);
         }
-        FFT_INLINE static void rows(const RowPairs& pairs, std::int64_t pair, Storage*& a, Storage*& b) {
-            const int* row = pairs.tile.column_plan.pairs + 2 * pair;
-            auto* pixels = static_cast<Storage*>(const_cast<void*>(pairs.tensor));
-            a = pixels + pairs.tile.row_offset(row[0]);
-            b = row[1] < 0 ? a : pixels + pairs.tile.row_offset(row[1]);
+        FFT_INLINE static void rows(const Tile& tile, const void* tensor, int pair, Storage*& a, Storage*& b) {
+            const int* row = tile.column_plan.pairs + 2 * pair;
+            auto* pixels = static_cast<Storage*>(const_cast<void*>(tensor));
+            a = pixels + tile.row_offset(row[0]);
+            b = row[1] < 0 ? a : pixels + tile.row_offset(row[1]);
         }
-        FFT_INLINE std::int64_t offset(std::int64_t r, std::int64_t m) const { return sample[r * inner + m] * C; }
     };
     template <class Act>
-    struct RowSource : RowPairs {
-        Act act;
-        struct Pair : RowPair {
-            Act act;
-            template <class Radix>
-            FFT_INLINE void operator()(Line* line, Radix radix, std::int64_t, std::int64_t m) const {
+    static auto row_source(const Tile& tile, const void* tensor, int first, const Act& act) {
+        return [=, &tile](std::int64_t i) UNROLLED_BODY {
+            return [=, pair = RowPair(tile, tensor, first + int(i))](Line* line, auto radix, std::int64_t,
+                                                                     std::int64_t m) UNROLLED_BODY {
                 for_each(radix, [&](auto r) UNROLLED_BODY {
-                    const std::int64_t offset = this->offset(r, m);
-                    __builtin_prefetch(this->next_a + offset, 0, 2);
-                    __builtin_prefetch(this->next_b + offset, 0, 2);
-                    line[r] = {act(L::load(this->a + offset)), act(L::load(this->b + offset))};
+                    const std::int64_t offset = pair.sample[r * pair.inner + m] * pair.C;
+                    __builtin_prefetch(pair.next_a + offset, 0, 2);
+                    __builtin_prefetch(pair.next_b + offset, 0, 2);
+                    line[r] = {act(L::load(pair.a + offset)), act(L::load(pair.b + offset))};
                 });
-            }
+            };
         };
-        FFT_INLINE Pair of(std::int64_t i) const { return {RowPair(*this, i), act}; }
-    };
+    }
 
-    // If all lanes are used, the first pass reads the tensor directly.
+    // Transforms `count` pairs of rows from pair `first` on. If all lanes are used, the first pass reads the tensor
+    // directly.
     template <class Act>
-    static void transform_rows(const RowPairs& rows, int count, Line* line, Line* scratch, const Act& act) {
-        const Plan<T>& plan = rows.tile.row_plan;
-        const Pass<T>& first = plan.passes[0];
-        const std::int64_t stride = rows.tile.call.row_stride;
-        const bool from_tensor = rows.tile.used == lanes;
+    static void transform_rows(const Tile& tile, const void* tensor, int first, int count, Line* line, Line* scratch,
+                               const Act& act) {
+        const Plan<T>& plan = tile.row_plan;
+        const std::int64_t stride = tile.call.row_stride;
+        const bool from_tensor = tile.used == lanes;
         if (from_tensor)
-            run_pass<false, V>(first, count, scratch, RowSource<Act>{rows, act},
-                               LineSink<V>{{line, first.inner, stride}});
+            run_pass<false, V>(plan.passes[0], count, scratch, row_source(tile, tensor, first, act),
+                               line_sink(line, plan.passes[0].inner, stride));
         else
-            for (int i = 0; i < count; i++) load_pair(RowPair(rows, i), rows.tile, line + i * stride, act);
+            for (int i = 0; i < count; i++) load_pair(RowPair(tile, tensor, first + i), tile, line + i * stride, act);
         run_passes<false, V>(plan, from_tensor ? 1 : 0, plan.num_passes, count, line, stride, scratch);
     }
     template <class Act>
     static void load_pair(const RowPair& pair, const Tile& tile, Line* line, const Act& act) {
         for (int p = 0; p < tile.W; p++) {
             const std::int64_t offset = pair.sample[p] * pair.C;
-            line[p] = {act(load(pair.a + offset, tile.used)), act(load(pair.b + offset, tile.used))};
+            line[p] = {act(load<L>(pair.a + offset, tile.used)), act(load<L>(pair.b + offset, tile.used))};
         }
     }
 
@@ -90,9 +79,8 @@ struct Filter : Planes<L> {
         const int at_once = Base::lines_at_once(call.problem->W);
         for (int start = first; start < last; start += at_once)
             for (int g = 0; g < group.count; g++) {
-                const Tile tile(call, group.tasks[g]);
+                const Tile tile{call, group.tasks[g]};
                 const int count = start + at_once < last ? at_once : last - start;
-                const RowPairs x{tile, tile.tensors.x, start}, grad_y{tile, tile.tensors.grad_y, start};
                 Line* x_line = tile.x_spectrum + start * call.row_stride;
                 Line* y_line = tile.y_spectrum + start * call.row_stride;
                 if (tile.problem.channels_first) {
@@ -101,21 +89,23 @@ struct Filter : Planes<L> {
                     continue;
                 }
                 if (tile.needs_x_spectrum())
-                    Base::with_activation(tile,
-                                          [&](const auto& act) { transform_rows(x, count, x_line, scratch, act); });
-                if (tile.backward()) transform_rows(grad_y, count, y_line, scratch, Identity{});
+                    Base::with_activation(tile, [&](const auto& act) {
+                        transform_rows(tile, tile.tensors.x, start, count, x_line, scratch, act);
+                    });
+                if (tile.backward())
+                    transform_rows(tile, tile.tensors.grad_y, start, count, y_line, scratch, Base::identity);
             }
     }
 
     static void inverse_rows(const FilterCall& call, const TileGroup& group, void* scratch, int first, int last) {
-        const Tile tile(call, group.tasks[0]);
+        const Tile tile{call, group.tasks[0]};
         if (!tile.needs_y_spectrum()) return;
         const Plan<T>& plan = tile.row_plan;
         const int at_once = Base::lines_at_once(tile.W);
         for (int start = first; start < last; start += at_once) {
             const int count = start + at_once < last ? at_once : last - start;
             for (int g = 0; g < group.count; g++) {
-                Line* line = Tile(call, group.tasks[g]).y_spectrum + start * call.row_stride;
+                Line* line = Tile{call, group.tasks[g]}.y_spectrum + start * call.row_stride;
                 run_passes<true, V>(plan, 0, plan.num_passes, count, line, call.row_stride,
                                     static_cast<Line*>(scratch));
             }
@@ -126,12 +116,12 @@ struct Filter : Planes<L> {
     }
 
     static void store_pair(const FilterCall& call, const TileGroup& group, int pair) {
-        const Tile tile(call, group.tasks[0]), last(call, group.tasks[group.count - 1]);
+        const Tile tile{call, group.tasks[0]}, last{call, group.tasks[group.count - 1]};
         const Line* line = tile.y_spectrum + pair * call.row_stride;
         const std::int64_t stride = group.count > 1 ? (last.y_spectrum - tile.y_spectrum) / (group.count - 1) : 0;
         if (tile.backward() && tile.problem.star_relu)
             for (int g = 0; g < group.count; g++)
-                store_pair_star_relu(Tile(call, group.tasks[g]), pair, line + g * stride);
+                store_pair_star_relu(Tile{call, group.tasks[g]}, pair, line + g * stride);
         else
             store_rows(tile, last.used, group.count, pair, line, stride);
     }
@@ -139,7 +129,7 @@ struct Filter : Planes<L> {
     // Stores all tiles of the group pixel by pixel, so that stores go to adjacent cache lines of one page.
     static void store_rows(const Tile& tile, int used_of_last, int count, int pair, const Line* line,
                            std::int64_t stride) {
-        const RowPair rows({tile, tile.backward() ? tile.tensors.grad_x : tile.tensors.y, pair}, 0);
+        const RowPair rows(tile, tile.result(), pair);
         if (used_of_last < lanes) {
             count--;
             for (int p = 0; p < tile.W; p++) {
@@ -201,14 +191,14 @@ struct Filter : Planes<L> {
             for (std::int64_t w = 0; w < W; w++) {
                 const Line& grad_u = line[position[w]];
                 __builtin_prefetch(x + w * C + ahead, 0, 2);
-                const V g =
-                    StarReLU<L>::backward_lane(i ? grad_u.im : grad_u.re, load(x + w * C, tile.used), two_scale, sums);
+                const V g = StarReLU<L>::backward_lane(i ? grad_u.im : grad_u.re, load<L>(x + w * C, tile.used),
+                                                       two_scale, sums);
                 if (!grad_x) continue;
                 __builtin_prefetch(grad_x + w * C + ahead, 1);
-                store(grad_x + w * C, g, tile.used);
+                store<L>(grad_x + w * C, g, tile.used);
             }
         }
-        store_sums(tile, pair, sums);
+        sums.end(tile.star_relu_sums + 2 * pair);
     }
 };
 

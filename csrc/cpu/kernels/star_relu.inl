@@ -12,6 +12,7 @@ template <class L>
 struct StarReLU {
     using Scalar = typename L::Scalar;
     using Vec = typename L::Vec;
+    using T = typename ScalarOf<Vec>::Type;
 
     static Vec forward_lane(Vec x, Vec scale, Vec bias) {
         const Vec r = relu(x);
@@ -19,14 +20,12 @@ struct StarReLU {
     }
 
     static void forward(const void* x_, void* y_, std::int64_t n, double scale_, double bias_) {
-        using Arithmetic = decltype(Vec{}[0] + Vec{}[0]);
         const auto* x = static_cast<const Scalar*>(x_);
         auto* y = static_cast<Scalar*>(y_);
-        const Vec scale = Vec{} + static_cast<Arithmetic>(scale_), bias = Vec{} + static_cast<Arithmetic>(bias_);
-        std::int64_t i = 0;
-        for (; i + L::count <= n; i += L::count) L::store(y + i, forward_lane(L::load(x + i), scale, bias));
-        if (const int rest = int(n - i))
-            store_first<L>(y + i, forward_lane(load_first<L>(x + i, rest), scale, bias), rest);
+        const Vec scale = Vec{} + T(scale_), bias = Vec{} + T(bias_);
+        for_each_register<L::count>(0, n, n, [&](std::int64_t i, auto count) UNROLLED_BODY {
+            store<L>(y + i, forward_lane(load<L>(x + i, count), scale, bias), count);
+        });
     }
 
     // Adds `group` terms in the arithmetic type, then their sum in float64: few roundings, few conversions.
@@ -46,6 +45,11 @@ struct StarReLU {
             group_scale = group_bias = Vec{};
             in_group = 0;
         }
+        void end(double* result) {
+            flush();
+            result[0] = lane_sum(scale.sum);
+            result[1] = lane_sum(bias.sum);
+        }
     };
 
     static Vec backward_lane(Vec grad_y, Vec x, Vec two_scale, Sums& sums) {
@@ -56,24 +60,16 @@ struct StarReLU {
 
     static void backward(const void* grad_y_, const void* x_, void* grad_x_, std::int64_t n, double scale_,
                          double* result) {
-        using Arithmetic = decltype(Vec{}[0] + Vec{}[0]);
         const auto* grad_y = static_cast<const Scalar*>(grad_y_);
         const auto* x = static_cast<const Scalar*>(x_);
         auto* grad_x = static_cast<Scalar*>(grad_x_);
-        const Vec two_scale = Vec{} + static_cast<Arithmetic>(2 * scale_);
+        const Vec two_scale = Vec{} + T(2 * scale_);
         Sums sums;
-        std::int64_t i = 0;
-        for (; i + L::count <= n; i += L::count) {
-            const Vec g = backward_lane(L::load(grad_y + i), L::load(x + i), two_scale, sums);
-            if (grad_x) L::store(grad_x + i, g);
-        }
-        if (const int rest = int(n - i)) {
-            const Vec g = backward_lane(load_first<L>(grad_y + i, rest), load_first<L>(x + i, rest), two_scale, sums);
-            if (grad_x) store_first<L>(grad_x + i, g, rest);
-        }
-        sums.flush();
-        result[0] = lane_sum(sums.scale.sum);
-        result[1] = lane_sum(sums.bias.sum);
+        for_each_register<L::count>(0, n, n, [&](std::int64_t i, auto count) UNROLLED_BODY {
+            const Vec g = backward_lane(load<L>(grad_y + i, count), load<L>(x + i, count), two_scale, sums);
+            if (grad_x) store<L>(grad_x + i, g, count);
+        });
+        sums.end(result);
     }
 };
 

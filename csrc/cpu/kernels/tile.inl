@@ -31,43 +31,34 @@ struct TileOf {
 
     struct Tile {
         const FilterCall& call;
-        const FilterProblem& problem;
-        const FilterTensors& tensors;
         const TileTask& task;
-        const Plan<T>&row_plan, &column_plan;
-        int H, W, K, F, pairs;
-        std::int64_t channel;
-        int used;  // lanes in use: fewer than all in the last tile of a sample
-        Line *x_spectrum, *y_spectrum;
-        V* weights;              // [F] softmax(logits)
-        V* routing;              // [F] weights / (2HW)
-        Sum* grad_routing;       // [K][F] terms of each column
-        double* star_relu_sums;  // [pairs][2] terms of each pair of rows: grad_scale, grad_bias
+        const FilterProblem& problem = *call.problem;
+        const FilterTensors& tensors = *call.tensors;
+        const Plan<T>& row_plan = *static_cast<const Plan<T>*>(call.row_plan);
+        const Plan<T>& column_plan = *static_cast<const Plan<T>*>(call.column_plan);
+        const int H = int(problem.H), W = int(problem.W), K = W / 2 + 1, F = int(problem.F);
+        const int pairs = column_plan.num_pairs;
+        const std::int64_t channel = task.channel_tile * lanes, spectrum = pairs * call.row_stride;
+        // Lanes in use: fewer than all in the last tile of a sample.
+        const int used = problem.C - channel < lanes ? int(problem.C - channel) : lanes;
 
-        Tile(const FilterCall& call_, const TileTask& task_)
-            : call(call_),
-              problem(*call_.problem),
-              tensors(*call_.tensors),
-              task(task_),
-              row_plan(*static_cast<const Plan<T>*>(call_.row_plan)),
-              column_plan(*static_cast<const Plan<T>*>(call_.column_plan)),
-              H(problem.H),
-              W(problem.W),
-              K(W / 2 + 1),
-              F(problem.F),
-              pairs(column_plan.num_pairs),
-              channel(task_.channel_tile * lanes),
-              used(problem.C - channel < lanes ? int(problem.C - channel) : lanes) {
-            x_spectrum = static_cast<Line*>(task.workspace);
-            y_spectrum = x_spectrum + (backward() && needs_x_spectrum() ? pairs * call.row_stride : 0);
-            weights = reinterpret_cast<V*>(y_spectrum + pairs * call.row_stride);
-            routing = weights + F;
-            grad_routing = reinterpret_cast<Sum*>(routing + F);
-            star_relu_sums = reinterpret_cast<double*>(grad_routing + (backward() ? std::int64_t{K} * F : 0));
+        // In the workspace: the spectra, softmax(logits) [F], these / (2HW) [F]
+        Line* const x_spectrum = static_cast<Line*>(task.workspace);
+        Line* const y_spectrum = x_spectrum + (backward() && needs_x_spectrum() ? spectrum : 0);
+        V* const weights = reinterpret_cast<V*>(y_spectrum + spectrum);
+        V* const routing = weights + F;
+        // Backward, terms of each column [K][F], and grad_scale's and grad_bias' of each pair of rows [pairs][2].
+        Sum* const grad_routing = reinterpret_cast<Sum*>(routing + F);
+        double* const star_relu_sums = reinterpret_cast<double*>(grad_routing + std::int64_t{K} * F);
+
+        std::int64_t bytes() const {
+            const void* end = backward() ? static_cast<void*>(star_relu_sums + 2 * pairs) : grad_routing;
+            return static_cast<const char*>(end) - static_cast<const char*>(task.workspace);
         }
         bool backward() const { return tensors.grad_y; }
         bool needs_x_spectrum() const { return !backward() || tensors.grad_filters || tensors.grad_logits; }
         bool needs_y_spectrum() const { return !backward() || tensors.grad_x || tensors.need_scalars; }
+        void* result() const { return backward() ? tensors.grad_x : tensors.y; }
 
         // Offset, in elements, of this tile's first channel in the first pixel of a row.
         std::int64_t row_offset(std::int64_t row) const {

@@ -4,21 +4,10 @@
 // butterfly, with real and imaginary parts swapped. Neither is normalised.
 //
 // A pass is a template over its source and sink, so that it can also convert from or to another layout. For line i,
-// source.of(i)(a, radix, outer, m) loads a[0 .. radix) and sink.of(i)(a, radix, outer, m) stores it. `radix` is an
-// Index<R>, and a[] is in registers, if that radix has an unrolled butterfly; otherwise it is an int.
+// source(i)(a, radix, outer, m) loads a[0 .. radix) and sink(i)(a, radix, outer, m) stores it. `radix` is an Index<R>,
+// and a[] is in registers, if that radix has an unrolled butterfly; otherwise it is an int.
 
 namespace {
-
-#include "../../fft/butterflies.inl"
-
-template <>
-struct ScalarOf<F32> {
-    using Type = float;
-};
-template <>
-struct ScalarOf<F64> {
-    using Type = double;
-};
 
 template <class V>
 using PassOf = Pass<typename ScalarOf<V>::Type>;
@@ -42,33 +31,25 @@ FFT_INLINE void for_each(int radix, Fn&& fn) {
 
 // Lines in memory, `stride` apart, each [outer][radix][inner].
 template <class V>
-struct InLine {
-    Complex<V>* line;
-    std::int64_t inner, stride;
-
-    template <class Radix>
-    FFT_INLINE Complex<V>* first(Radix radix, std::int64_t outer, std::int64_t m) const {
-        return line + outer * radix * inner + m;
-    }
-};
+auto line_source(const Complex<V>* lines, std::int64_t inner, std::int64_t stride) {
+    return [=](std::int64_t i) UNROLLED_BODY {
+        return [=, line = lines + i * stride](Complex<V>* a, auto radix, std::int64_t outer, std::int64_t m)
+                   UNROLLED_BODY {
+                       const Complex<V>* first = line + outer * radix * inner + m;
+                       for_each(radix, [&](auto r) UNROLLED_BODY { a[r] = first[r * inner]; });
+                   };
+    };
+}
 template <class V>
-struct LineSource : InLine<V> {
-    FFT_INLINE LineSource of(std::int64_t i) const { return {{this->line + i * this->stride, this->inner, 0}}; }
-    template <class Radix>
-    FFT_INLINE void operator()(Complex<V>* a, Radix radix, std::int64_t outer, std::int64_t m) const {
-        const Complex<V>* first = this->first(radix, outer, m);
-        for_each(radix, [&](auto r) UNROLLED_BODY { a[r] = first[r * this->inner]; });
-    }
-};
-template <class V>
-struct LineSink : InLine<V> {
-    FFT_INLINE LineSink of(std::int64_t i) const { return {{this->line + i * this->stride, this->inner, 0}}; }
-    template <class Radix>
-    FFT_INLINE void operator()(Complex<V>* a, Radix radix, std::int64_t outer, std::int64_t m) const {
-        Complex<V>* first = this->first(radix, outer, m);
-        for_each(radix, [&](auto r) UNROLLED_BODY { first[r * this->inner] = a[r]; });
-    }
-};
+auto line_sink(Complex<V>* lines, std::int64_t inner, std::int64_t stride) {
+    return [=](std::int64_t i) UNROLLED_BODY {
+        return [=, line = lines + i * stride](Complex<V>* a, auto radix, std::int64_t outer, std::int64_t m)
+                   UNROLLED_BODY {
+                       Complex<V>* first = line + outer * radix * inner + m;
+                       for_each(radix, [&](auto r) UNROLLED_BODY { first[r * inner] = a[r]; });
+                   };
+    };
+}
 
 // results[k] = sum_n x[n] exp(-2 pi i n k / radix) for `count` frequencies k from `first` on and their negatives, which
 // share the loads. a[n] holds the sum x[n] + x[-n], a[radix - n] the difference x[n] - x[-n].
@@ -180,8 +161,8 @@ FFT_INLINE void run_butterflies(const PassOf<V>& pass, std::int64_t lines, Radix
                                 const Source& source, const Sink& sink) {
     const std::int64_t outers = pass.outer, inner = pass.inner;
     for (std::int64_t i = 0; i < lines; i++) {
-        const auto from = source.of(i);
-        const auto to = sink.of(i);
+        const auto from = source(i);
+        const auto to = sink(i);
         for (std::int64_t outer = 0; outer < outers; outer++)
             for (std::int64_t m = 0; m < inner; m++) {
                 from(a, radix, outer, m);
@@ -205,39 +186,19 @@ void unrolled_pass(const PassOf<V>& pass, std::int64_t lines, const Source& sour
 template <bool inverse, bool twiddled, class V, class Source, class Sink>
 void run_pass_of_any_radix(const PassOf<V>& pass, std::int64_t lines, Complex<V>* scratch, const Source& source,
                            const Sink& sink) {
-    switch (pass.radix) {
-        case 1:
-            return unrolled_pass<inverse, twiddled, 1, V>(pass, lines, source, sink);
-        case 2:
-            return unrolled_pass<inverse, twiddled, 2, V>(pass, lines, source, sink);
-        case 3:
-            return unrolled_pass<inverse, twiddled, 3, V>(pass, lines, source, sink);
-        case 4:
-            return unrolled_pass<inverse, twiddled, 4, V>(pass, lines, source, sink);
-        case 5:
-            return unrolled_pass<inverse, twiddled, 5, V>(pass, lines, source, sink);
-        case 7:
-            return unrolled_pass<inverse, twiddled, 7, V>(pass, lines, source, sink);
-        case 8:
-            return unrolled_pass<inverse, twiddled, 8, V>(pass, lines, source, sink);
-        default:
-            return run_butterflies<inverse, twiddled, V>(pass, lines, pass.radix, scratch, source, sink);
-    }
+    if (pass.radix > 8) return run_butterflies<inverse, twiddled, V>(pass, lines, pass.radix, scratch, source, sink);
+    unrolled<1, 9>([&](auto radix) UNROLLED_BODY {
+        if constexpr (radix.value != 6)
+            if (pass.radix == radix) unrolled_pass<inverse, twiddled, radix.value, V>(pass, lines, source, sink);
+    });
 }
 
-template <bool inverse, class V, class Source, class Sink>
+// A plan's last pass has no twiddles.
+template <bool inverse, class V, bool last = false, class Source, class Sink>
 void run_pass(const PassOf<V>& pass, std::int64_t lines, Complex<V>* scratch, const Source& source, const Sink& sink) {
-    if (pass.twiddles)
-        run_pass_of_any_radix<inverse, true, V>(pass, lines, scratch, source, sink);
-    else
-        run_pass_of_any_radix<inverse, false, V>(pass, lines, scratch, source, sink);
-}
-
-// The last pass of a plan, which has no twiddles.
-template <class V, class Source, class Sink>
-void run_last_pass(const PassOf<V>& pass, std::int64_t lines, Complex<V>* scratch, const Source& source,
-                   const Sink& sink) {
-    run_pass_of_any_radix<false, false, V>(pass, lines, scratch, source, sink);
+    if constexpr (!last)
+        if (pass.twiddles) return run_pass_of_any_radix<inverse, true, V>(pass, lines, scratch, source, sink);
+    run_pass_of_any_radix<inverse, false, V>(pass, lines, scratch, source, sink);
 }
 
 // Passes [first, last) of a plan, in place, over lines or, with parts > 1, over one part of each line: after a few
@@ -248,8 +209,8 @@ void run_passes_of_part(const PlanOf<V>& plan, int first, int last, std::int64_t
     for (int i = first; i < last; i++) {
         PassOf<V> pass = plan.passes[inverse ? first + last - 1 - i : i];
         pass.outer /= int(parts);
-        const InLine<V> in_line{line, pass.inner, stride};
-        run_pass<inverse, V>(pass, lines, scratch, LineSource<V>{in_line}, LineSink<V>{in_line});
+        run_pass<inverse, V>(pass, lines, scratch, line_source(line, pass.inner, stride),
+                             line_sink(line, pass.inner, stride));
     }
 }
 

@@ -34,35 +34,25 @@ DType checked_dtype(int dtype) {
     return static_cast<DType>(dtype);
 }
 
-void check_size(std::int64_t n, DType dtype) {
-    check_range("n: got ", n, 0, any_size / item_size[static_cast<int>(dtype)]);
-}
-
 void check_threads(int threads) { check_range("threads: got ", threads, 1, 4096); }
 
-const void* input(const char* name, Address address, std::int64_t n) {
-    if (n > 0 && address == 0)
+void* pointer(const char* name, Address address, bool needed = true) {
+    if (needed && address == 0)
         throw std::invalid_argument(std::string(name) + ": got a null pointer, accepted is a tensor's address");
-    return reinterpret_cast<const void*>(address);
+    return reinterpret_cast<void*>(address);
 }
 
-void* output(const char* name, Address address, std::int64_t n) { return const_cast<void*>(input(name, address, n)); }
-
-void bind_star_relu(Address x, Address y, std::int64_t n, int dtype_code, double scale, double bias, int threads) {
+ScalarGrads bind_star_relu(std::int64_t n, int dtype_code, int threads, double scale, double bias, Address x, Address y,
+                           Address grad_y, Address grad_x) {
     const DType dtype = checked_dtype(dtype_code);
-    check_size(n, dtype);
+    check_range("n: got ", n, 0, any_size / item_size[dtype_code]);
     check_threads(threads);
-    star_relu(input("x", x, n), output("y", y, n), n, dtype, scale, bias, threads);
-}
-
-std::pair<double, double> bind_star_relu_backward(Address grad_y, Address x, Address grad_x, std::int64_t n,
-                                                  int dtype_code, double scale, int threads) {
-    const DType dtype = checked_dtype(dtype_code);
-    check_size(n, dtype);
-    check_threads(threads);
-    const StarReLUScalarGrads grads = star_relu_backward(input("grad_y", grad_y, n), input("x", x, n),
-                                                         reinterpret_cast<void*>(grad_x), n, dtype, scale, threads);
-    return {grads.scale, grads.bias};
+    const bool backward = grad_y || grad_x;
+    const StarReLUTensors tensors{.x = pointer("x", x, n > 0),
+                                  .y = pointer("y", y, n > 0 && !backward),
+                                  .grad_y = pointer("grad_y", grad_y, n > 0 && backward),
+                                  .grad_x = pointer("grad_x", grad_x, false)};
+    return star_relu(tensors, n, dtype, scale, bias, threads);
 }
 
 void check_product(std::initializer_list<std::int64_t> sizes) {
@@ -74,7 +64,6 @@ void check_product(std::initializer_list<std::int64_t> sizes) {
 
 // Softmax, weight_per_sample and channels_first of a problem.
 using Form = std::array<bool, 3>;
-constexpr Form usual_form = {true, false, false};
 
 // `shape` is (B, H, W, C, F). Rejects sizes for which an offset would overflow.
 FilterProblem checked_problem(const std::array<std::int64_t, 5>& shape, int dtype_code,
@@ -95,50 +84,30 @@ FilterProblem checked_problem(const std::array<std::int64_t, 5>& shape, int dtyp
     return {B, H, W, C, F, dtype, star_relu.has_value(), scale, bias, softmax, weight_per_sample, channels_first};
 }
 
-const void* required(const char* name, Address address) { return input(name, address, 1); }
-
-FilterTensors required_inputs(const FilterProblem& problem, Address x, Address logits, Address filters) {
-    return {.x = required("x", x),
-            .logits = problem.F > 0 ? required("logits", logits) : nullptr,
-            .filters = required("filters", filters)};
-}
-
-void bind_filter(const std::array<std::int64_t, 5>& shape, int dtype,
-                 std::optional<std::pair<double, double>> star_relu, Address x, Address logits, Address filters,
-                 Address y, int threads, const Form& form) {
-    const FilterProblem problem = checked_problem(shape, dtype, star_relu, form);
-    check_threads(threads);
-    FilterTensors tensors = required_inputs(problem, x, logits, filters);
-    tensors.y = output("y", y, 1);
-    const py::gil_scoped_release no_gil;
-    filter(problem, tensors, threads);
-}
-
-std::pair<double, double> bind_filter_backward(const std::array<std::int64_t, 5>& shape, int dtype,
-                                               std::optional<std::pair<double, double>> star_relu, Address grad_y,
-                                               Address x, Address logits, Address filters, Address grad_x,
-                                               Address grad_logits, Address grad_filters, bool need_scalars,
-                                               int threads, const Form& form) {
+// `run` is `filter` or `filter_workspace`.
+template <auto run>
+auto bind_filter(const std::array<std::int64_t, 5>& shape, int dtype,
+                 std::optional<std::pair<double, double>> star_relu, const Form& form, int threads, Address x,
+                 Address logits, Address filters, Address y, Address grad_y, Address grad_x, Address grad_logits,
+                 Address grad_filters, bool need_scalars) {
     const FilterProblem problem = checked_problem(shape, dtype, star_relu, form);
     check_threads(threads);
     if (need_scalars && !problem.star_relu)
         throw std::invalid_argument("need_scalars: got true, accepted without StarReLU is false");
     if (grad_logits && problem.F == 0)
         throw std::invalid_argument("grad_logits: got an address, accepted for a global filter (F = 0) is 0");
-    FilterTensors tensors = required_inputs(problem, x, logits, filters);
-    tensors.grad_y = required("grad_y", grad_y);
-    tensors.grad_x = reinterpret_cast<void*>(grad_x);
-    tensors.grad_logits = reinterpret_cast<void*>(grad_logits);
-    tensors.grad_filters = reinterpret_cast<void*>(grad_filters);
-    tensors.need_scalars = need_scalars;
+    const bool backward = grad_y || grad_x || grad_logits || grad_filters || need_scalars;
+    const FilterTensors tensors{.x = pointer("x", x),
+                                .logits = pointer("logits", logits, problem.F > 0),
+                                .filters = pointer("filters", filters),
+                                .y = pointer("y", y, !backward),
+                                .grad_y = pointer("grad_y", grad_y, backward),
+                                .grad_x = pointer("grad_x", grad_x, false),
+                                .grad_logits = pointer("grad_logits", grad_logits, false),
+                                .grad_filters = pointer("grad_filters", grad_filters, false),
+                                .need_scalars = need_scalars};
     const py::gil_scoped_release no_gil;
-    const StarReLUScalarGrads grads = filter_backward(problem, tensors, threads);
-    return {grads.scale, grads.bias};
-}
-
-std::int64_t bind_filter_workspace(const std::array<std::int64_t, 5>& shape, int dtype, bool backward, int threads) {
-    check_threads(threads);
-    return filter_workspace(checked_problem(shape, dtype, std::pair{1.0, 0.0}, usual_form), backward, threads);
+    return run(problem, tensors, threads);
 }
 
 }  // namespace
@@ -151,14 +120,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("set_active_isa", &set_active_isa, "name"_a);
     m.attr("max_side") = max_side;
     const py::call_guard<py::gil_scoped_release> no_gil;
-    m.def("star_relu", &bind_star_relu, no_gil, "x"_a, "y"_a, "n"_a, "dtype"_a, "scale"_a, "bias"_a, "threads"_a);
-    m.def("star_relu_backward", &bind_star_relu_backward, no_gil, "grad_y"_a, "x"_a, "grad_x"_a, "n"_a, "dtype"_a,
-          "scale"_a, "threads"_a);
-    m.def("filter", &bind_filter, "shape"_a, "dtype"_a, "star_relu"_a, "x"_a, "logits"_a, "filters"_a, "y"_a,
-          "threads"_a, "form"_a = usual_form);
-    m.def("filter_backward", &bind_filter_backward, "shape"_a, "dtype"_a, "star_relu"_a, "grad_y"_a, "x"_a, "logits"_a,
-          "filters"_a, "grad_x"_a, "grad_logits"_a, "grad_filters"_a, "need_scalars"_a, "threads"_a,
-          "form"_a = usual_form);
-    m.def("filter_workspace", &bind_filter_workspace, "shape"_a, "dtype"_a, "backward"_a, "threads"_a,
-          "Bytes of workspace that a call allocates.");
+    m.def("star_relu", &bind_star_relu, no_gil, "n"_a, "dtype"_a, "threads"_a, "scale"_a, "bias"_a, "x"_a, "y"_a = 0,
+          "grad_y"_a = 0, "grad_x"_a = 0);
+    const auto def_filter = [&](const char* name, auto function) {
+        m.def(name, function, "shape"_a, "dtype"_a, "star_relu"_a, "form"_a, "threads"_a, "x"_a, "logits"_a,
+              "filters"_a, "y"_a = 0, "grad_y"_a = 0, "grad_x"_a = 0, "grad_logits"_a = 0, "grad_filters"_a = 0,
+              "need_scalars"_a = false);
+    };
+    def_filter("filter", &bind_filter<filter>);
+    def_filter("filter_workspace", &bind_filter<filter_workspace>);
 }

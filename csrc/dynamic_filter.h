@@ -4,6 +4,7 @@
 // (dfformer_kernels/backends/cpu.py), sizes and ranges by bindings.cpp. csrc/ includes no header of torch or CUDA.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -21,18 +22,22 @@ std::string active_isa();
 // Throws std::invalid_argument unless `name` is one of supported_isas().
 void set_active_isa(const std::string& name);
 
-// y = scale * relu(x)^2 + bias over n elements. y may be x; otherwise they must not overlap.
-void star_relu(const void* x, void* y, std::int64_t n, DType dtype, double scale, double bias, int threads);
+// StarReLU's grad_scale and grad_bias.
+using ScalarGrads = std::array<double, 2>;
 
-struct StarReLUScalarGrads {
-    double scale;
-    double bias;
+// Of n elements each. y may be x, and grad_x may be grad_y or null; otherwise they must not overlap.
+struct StarReLUTensors {
+    const void* x;
+    void* y;
+    const void* grad_y;  // null: forward
+    void* grad_x;
 };
 
-// grad_x = 2 * scale * relu(x) * grad_y;  grad_scale = sum(grad_y * relu(x)^2);  grad_bias = sum(grad_y)
-// grad_x may be null or equal grad_y. The sums are reduced in a fixed order: the same bits for any `threads`.
-StarReLUScalarGrads star_relu_backward(const void* grad_y, const void* x, void* grad_x, std::int64_t n, DType dtype,
-                                       double scale, int threads);
+// Forward:  y = scale * relu(x)^2 + bias
+// Backward: grad_x = 2 * scale * relu(x) * grad_y;  grad_scale = sum(grad_y * relu(x)^2);  grad_bias = sum(grad_y)
+// The sums are reduced in a fixed order: the same bits for any `threads`.
+ScalarGrads star_relu(const StarReLUTensors& tensors, std::int64_t n, DType dtype, double scale, double bias,
+                      int threads);
 
 // The filter step on x (B,H,W,C), or (B,C,H,W) if channels_first: y = irfft2(rfft2(u) * M), u = star_relu(x) or x,
 // K = W/2 + 1. M is softmax(logits), or the logits themselves, times a basis (H,K,F,2). If F = 0 it is a weight
@@ -52,19 +57,18 @@ struct FilterTensors {
     const void* logits;   // (B,F,C); null if F = 0
     const void* filters;  // basis or weight
     void* y;              // forward only
-    const void* grad_y;   // backward only; gradients that are null are not computed
+    const void* grad_y;   // null: forward. Of the backward, gradients that are null are not computed.
     void* grad_x;
     void* grad_logits;
     void* grad_filters;
     bool need_scalars;  // whether to compute StarReLU's gradients
 };
 
-// Both throw std::bad_alloc if the workspace cannot be allocated.
-void filter(const FilterProblem& problem, const FilterTensors& tensors, int threads);
-// Reductions are done in a fixed order: the same bits for any `threads`.
-StarReLUScalarGrads filter_backward(const FilterProblem& problem, const FilterTensors& tensors, int threads);
+// Forward or backward. Reductions are done in a fixed order: the same bits for any `threads`. Throws std::bad_alloc if
+// the workspace cannot be allocated.
+ScalarGrads filter(const FilterProblem& problem, const FilterTensors& tensors, int threads);
 
-// Bytes of workspace that one of these calls allocates.
-std::int64_t filter_workspace(const FilterProblem& problem, bool backward, int threads);
+// Bytes of workspace that the same call of `filter` allocates. Does not access the tensors' memory.
+std::int64_t filter_workspace(const FilterProblem& problem, const FilterTensors& tensors, int threads);
 
 }  // namespace dfformer

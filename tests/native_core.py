@@ -26,6 +26,8 @@ VECTOR_BYTES = {"avx512": 64, "avx2": 32, "generic": 16, "neon": 16}
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
+USUAL_FORM = (True, False, False)  # softmax, one weight for all samples, channels-last
+
 FILTERS = {name: op for name, op in OPS.items() if op.parameters}
 DYNAMIC = OPS["dynamic_filter"]
 
@@ -118,15 +120,15 @@ def run_guarded(core: ModuleType, op: Op, inputs: Inputs, grad_y: Tensor) -> tup
     logits = inputs.get("logits")
     scalars = [inputs[name].detach() for name in op.scalars]
     star_relu = tuple(float(t) for t in scalars) or None
-    problem = ((*x.shape, 0 if logits is None else logits.shape[1]), CODES[x.dtype], star_relu)
+    problem = (*x.shape, 0 if logits is None else logits.shape[1]), CODES[x.dtype], star_relu, USUAL_FORM, 2
 
     given = [Guarded(x, math.nan), *(Guarded(t.to(arithmetic), math.nan) for t in parameters)]
     addresses = [given[0].address, *([0] if logits is None else []), *(t.address for t in given[1:])]
     results = [Guarded(torch.full_like(g.inside, math.nan), 123.0) for g in given]
     y, grad = Guarded(torch.full_like(x, math.nan), 123.0), Guarded(grad_y, math.nan)
     grad_addresses = [results[0].address, *([0] if logits is None else []), *(t.address for t in results[1:])]
-    core.filter(*problem, *addresses, y.address, 2)
-    sums = core.filter_backward(*problem, grad.address, *addresses, *grad_addresses, star_relu is not None, 2)
+    core.filter(*problem, *addresses, y.address)
+    sums = core.filter(*problem, *addresses, 0, grad.address, *grad_addresses, star_relu is not None)
     for written in (y, *results):
         written.assert_margins_untouched()
     grads = [r.inside.view(t.shape).to(t.dtype) for r, t in zip(results, (x, *parameters), strict=True)]

@@ -33,15 +33,6 @@ std::atomic<const Kernels*>& active() {
 // parts of x and y (or grad) stay in L2 and small tensors do not start threads.
 constexpr std::int64_t chunk = 16384;
 
-// Calls run(first element, number of elements, chunk index) for every chunk of n elements.
-template <class Run>
-void for_each_chunk(std::int64_t n, int threads, const Run& run) {
-    const std::int64_t chunks = (n + chunk - 1) / chunk;
-    [[maybe_unused]] const int used = static_cast<int>(std::min<std::int64_t>(threads, chunks));
-#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
-    for (std::int64_t c = 0; c < chunks; c++) run(c * chunk, std::min(chunk, n - c * chunk), c);
-}
-
 // Null stays null.
 template <class Pointer>
 Pointer offset(Pointer base, std::int64_t bytes) {
@@ -49,6 +40,12 @@ Pointer offset(Pointer base, std::int64_t bytes) {
 }
 
 }  // namespace
+
+ScalarGrads cpu::sum(const std::vector<ScalarGrads>& terms) {
+    ScalarGrads total{};
+    for (const auto& [scale, bias] : terms) total = {total[0] + scale, total[1] + bias};
+    return total;
+}
 
 const Kernels& cpu::active_kernels() { return *active().load(); }
 
@@ -71,31 +68,24 @@ void set_active_isa(const std::string& name) {
     throw std::invalid_argument("isa: got '" + name + "', this machine runs " + accepted);
 }
 
-void star_relu(const void* x, void* y, std::int64_t n, DType dtype, double scale, double bias, int threads) {
+ScalarGrads star_relu(const StarReLUTensors& tensors, std::int64_t n, DType dtype, double scale, double bias,
+                      int threads) {
     const auto& kernel = cpu::active_kernels().star_relu[static_cast<int>(dtype)];
-    const std::int64_t size = item_size[static_cast<int>(dtype)];
-    for_each_chunk(n, threads, [&](std::int64_t first, std::int64_t count, std::int64_t) {
-        kernel.forward(offset(x, first * size), offset(y, first * size), count, scale, bias);
-    });
-}
-
-StarReLUScalarGrads star_relu_backward(const void* grad_y, const void* x, void* grad_x, std::int64_t n, DType dtype,
-                                       double scale, int threads) {
-    const auto& kernel = cpu::active_kernels().star_relu[static_cast<int>(dtype)];
-    const std::int64_t size = item_size[static_cast<int>(dtype)];
-    std::vector<StarReLUScalarGrads> partial((n + chunk - 1) / chunk);
-    for_each_chunk(n, threads, [&](std::int64_t first, std::int64_t count, std::int64_t c) {
-        double sums[2];
-        kernel.backward(offset(grad_y, first * size), offset(x, first * size), offset(grad_x, first * size), count,
-                        scale, sums);
-        partial[c] = {sums[0], sums[1]};
-    });
-    StarReLUScalarGrads total{0, 0};
-    for (const StarReLUScalarGrads& p : partial) {
-        total.scale += p.scale;
-        total.bias += p.bias;
+    const std::int64_t chunks = (n + chunk - 1) / chunk;
+    std::vector<ScalarGrads> partial(tensors.grad_y ? chunks : 0);
+    [[maybe_unused]] const int used = static_cast<int>(std::min<std::int64_t>(threads, chunks));
+#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
+    for (std::int64_t c = 0; c < chunks; c++) {
+        const std::int64_t count = std::min(chunk, n - c * chunk);
+        const std::int64_t first = c * chunk * item_size[static_cast<int>(dtype)];
+        const void* x = offset(tensors.x, first);
+        if (tensors.grad_y)
+            kernel.backward(offset(tensors.grad_y, first), x, offset(tensors.grad_x, first), count, scale,
+                            partial[c].data());
+        else
+            kernel.forward(x, offset(tensors.y, first), count, scale, bias);
     }
-    return total;
+    return cpu::sum(partial);
 }
 
 }  // namespace dfformer

@@ -3,6 +3,7 @@
 #include <bit>
 #include <fstream>
 #include <memory>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -12,7 +13,6 @@
 #endif
 
 #include "isa.h"
-#include "plan.h"
 #include "workspace.h"
 
 namespace dfformer {
@@ -94,83 +94,54 @@ class Driver {
           kernel_(kernels_.filter[static_cast<int>(problem.dtype)]),
           problem_(problem),
           backward_(tensors.grad_y) {
-        if (problem.dtype == DType::float64)
-            set_plans<double>();
-        else
-            set_plans<float>();
-        const std::int64_t lanes = kernels_.vector_bytes / item_;
-        const std::int64_t channel_tiles = (problem.C + lanes - 1) / lanes;
-        tiles_ = problem.B * channel_tiles;
-        call_ = {&problem_, &tensors, row_plan_.get(), column_plan_.get(), channel_tiles, row_stride()};
-        set_steps();
+        const bool float64 = problem.dtype == DType::float64;
+        row_plan_ = plan_for(static_cast<int>(problem.W), float64);
+        column_plan_ = plan_for(static_cast<int>(problem.H), float64);
+        call_ = {&problem_, &tensors, row_plan_.get(), column_plan_.get(), row_stride()};
+        const std::int64_t lanes = kernels_.vector_bytes / (float64 ? sizeof(double) : sizeof(float));
+        channel_tiles_ = (problem.C + lanes - 1) / lanes;
+        tiles_ = problem.B * channel_tiles_;
         const FilterWorkspace workspace = kernel_.workspace(call_);
         tile_bytes_ = padded(workspace.tile_bytes);
         scratch_bytes_ = padded(workspace.scratch_bytes);
         basis_bytes_ = padded(workspace.basis_bytes);
+        slot_bytes_ = workspace.slot_bytes;
         const std::int64_t elements = problem.B * problem.H * problem.W * problem.C;
         threads_ = static_cast<int>(std::clamp<std::int64_t>(elements / min_elements_per_thread, 1, threads));
-        slot_bytes_ = workspace.slot_bytes;
         choose_units();
         share_units();
     }
 
-    std::int64_t workspace_bytes() const {
-        return allocated(tiles_bytes()) + allocated(slots_bytes()) + allocated(sums_bytes());
-    }
+    std::int64_t workspace_bytes() const { return allocated(tiles_bytes()) + allocated(slots_bytes()); }
 
-    StarReLUScalarGrads run() {
-        const Memory memory = allocate(tiles_bytes());
-        const Memory slots = allocate(slots_bytes());
-        const Memory sums = allocate(sums_bytes());
+    ScalarGrads run() {
+        const Memory memory = allocate(tiles_bytes()), slots = allocate(slots_bytes());
         const std::vector<std::int32_t> pixel_at =
             problem_.channels_first ? pixel_table() : std::vector<std::int32_t>{};
-        memory_ = memory.get();
         call_.pixel_at = pixel_at.data();
         call_.slots = slots.get();
-        sums_ = reinterpret_cast<double*>(sums.get());
+        memory_ = memory.get();
+        std::vector<ScalarGrads> sums(backward_ ? tiles_ : 0);
+        sums_ = sums.data();
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
         run_on_each_thread();
-        StarReLUScalarGrads total{0, 0};
-        for (std::int64_t tile = 0; backward_ && tile < tiles_; tile++) {
-            total.scale += sums_[2 * tile];
-            total.bias += sums_[2 * tile + 1];
-        }
-        return total;
+        return sum(sums);
     }
 
   private:
-    template <class T>
-    void set_plans() {
-        const auto row_plan = plan_for<T>(static_cast<int>(problem_.W));
-        const auto column_plan = plan_for<T>(static_cast<int>(problem_.H));
-        row_plan_ = row_plan;
-        column_plan_ = column_plan;
-        position_ = row_plan->position;
-        pairs_ = column_plan->pairs;
-        num_pairs_ = column_plan->num_pairs;
-        item_ = sizeof(T);
-    }
-
     // Where a tile's workspace holds each pixel, in registers.
     std::vector<std::int32_t> pixel_table() const {
         std::vector<std::int32_t> at(problem_.H * problem_.W);
-        for (int i = 0; i < 2 * num_pairs_; i++)
-            for (int w = 0; pairs_[i] >= 0 && w < problem_.W; w++)
-                at[pairs_[i] * problem_.W + w] =
-                    static_cast<std::int32_t>(2 * (i / 2 * row_stride() + position_[w]) + i % 2);
+        const int* rows = column_plan_->pairs;
+        for (int i = 0; i < 2 * column_plan_->num_pairs; i++)
+            for (int w = 0; rows[i] >= 0 && w < problem_.W; w++)
+                at[rows[i] * problem_.W + w] =
+                    static_cast<std::int32_t>(2 * (i / 2 * row_stride() + row_plan_->position[w]) + i % 2);
         return at;
     }
 
     // An odd stride spreads a column over all cache sets.
     std::int64_t row_stride() const { return problem_.W < 16 ? problem_.W : problem_.W | 1; }
-
-    void set_steps() {
-        if (problem_.channels_first) steps_.push_back({kernel_.load_planes, num_pairs_});
-        steps_.push_back({kernel_.rows, num_pairs_});
-        steps_.push_back({kernel_.columns, static_cast<int>(problem_.W / 2 + 1)});
-        steps_.push_back({kernel_.inverse_rows, num_pairs_});
-        if (problem_.channels_first) steps_.push_back({kernel_.store_planes, num_pairs_});
-    }
 
     void choose_units() {
         const std::int64_t least = tile_bytes_ <= max_own_tile_bytes ? 2 : 1;
@@ -179,7 +150,7 @@ class Driver {
         if (slot_bytes_)
             units_ = std::clamp<std::int64_t>(max_slots_bytes / slot_bytes_, 1, std::min(max_slots, tiles_));
         else if (by_channel())
-            units_ = call_.channel_tiles;
+            units_ = channel_tiles_;
         else if (can_be_shared() && tiles_ % threads_ && tiles_ < 8 * threads_)
             units_ = tiles_;
         else  // the same number for each thread, of at most one group each
@@ -213,7 +184,6 @@ class Driver {
     std::int64_t own_bytes() const { return own_units_ > 0 ? group_ * tile_bytes_ : 0; }
     std::int64_t bytes_of_thread() const { return own_bytes() + scratch_bytes_ + (shares_basis() ? 0 : basis_bytes_); }
     std::int64_t tiles_bytes() const { return shared_bytes() + threads_ * bytes_of_thread(); }
-    std::int64_t sums_bytes() const { return backward_ ? tiles_ * 2 * std::int64_t{sizeof(double)} : 0; }
     std::int64_t slots_bytes() const { return slot_bytes_ ? units_ * slot_bytes_ : 0; }
     std::int64_t first_tile(std::int64_t unit) const { return unit * tiles_ / units_; }
 
@@ -221,8 +191,8 @@ class Driver {
     TileGroup group(std::int64_t tile, std::int64_t unit, std::int64_t limit, char* workspace) const {
         TileGroup group{};
         for (; tile < first_tile(unit + 1) && group.count < limit; tile++) {
-            const std::int64_t sample = by_channel() ? tile % problem_.B : tile / call_.channel_tiles;
-            const std::int64_t channel_tile = by_channel() ? tile / problem_.B : tile % call_.channel_tiles;
+            const std::int64_t sample = by_channel() ? tile % problem_.B : tile / channel_tiles_;
+            const std::int64_t channel_tile = by_channel() ? tile / problem_.B : tile % channel_tiles_;
             if (group.count && (sample != group.tasks[0].sample || by_channel())) break;
             const bool first = problem_.weight_per_sample || tile == first_tile(unit);
             group.tasks[group.count] = {sample, channel_tile, unit, first, workspace};
@@ -236,9 +206,7 @@ class Driver {
         for (int g = 0; g < group.count; g++) kernel_.begin(call_, group.tasks[g]);
     }
     void end(const TileGroup& group, std::int64_t tile) const {
-        double ignored[2];
-        for (int g = 0; g < group.count; g++)
-            kernel_.end(call_, group.tasks[g], backward_ ? sums_ + 2 * (tile + g) : ignored);
+        for (int g = 0; backward_ && g < group.count; g++) kernel_.end(call_, group.tasks[g], sums_[tile + g].data());
     }
 
     void run_on_each_thread() const {
@@ -246,7 +214,16 @@ class Driver {
         char* const own = memory_ + shared_bytes() + team.thread * bytes_of_thread();
         char* const shared_tile = memory_ + (shares_basis() ? basis_bytes_ : 0);
         void* const scratch = own + own_bytes();
-        const int columns = static_cast<int>(problem_.W / 2 + 1);
+        const int columns = static_cast<int>(problem_.W / 2 + 1), pairs = column_plan_->num_pairs;
+        const struct {
+            FilterStep run;
+            int count;
+        } all_steps[] = {{kernel_.load_planes, pairs},
+                         {kernel_.rows, pairs},
+                         {kernel_.columns, columns},
+                         {kernel_.inverse_rows, pairs},
+                         {kernel_.store_planes, pairs}};
+        const auto steps = problem_.channels_first ? std::span(all_steps) : std::span(all_steps).subspan(1, 3);
         FilterCall call = call_;
         if (shares_basis()) {
             call.basis = memory_;
@@ -260,7 +237,7 @@ class Driver {
             for (std::int64_t tile = first_tile(unit); tile < first_tile(unit + 1);) {
                 const TileGroup own_group = group(tile, unit, group_, own);
                 begin(own_group);
-                for (const Step& step : steps_) step.run(call, own_group, scratch, 0, step.count);
+                for (const auto& step : steps) step.run(call, own_group, scratch, 0, step.count);
                 end(own_group, tile);
                 tile += own_group.count;
             }
@@ -269,7 +246,7 @@ class Driver {
                 const TileGroup shared = group(tile, unit, 1, shared_tile);
 #pragma omp single
                 begin(shared);
-                for (const Step& step : steps_)
+                for (const auto& step : steps)
                     team.for_range(step.count,
                                    [&](int first, int last) { step.run(call, shared, scratch, first, last); });
 #pragma omp single
@@ -284,37 +261,22 @@ class Driver {
     const FilterKernel& kernel_;
     const FilterProblem problem_;
     const bool backward_;
-    std::shared_ptr<const void> row_plan_, column_plan_;
-    const int *position_, *pairs_;  // of the row plan and the column plan
-    struct Step {
-        FilterStep run;
-        int count;
-    };
-    std::vector<Step> steps_;
+    std::shared_ptr<const LineOrder> row_plan_, column_plan_;
     FilterCall call_;
-    std::int64_t item_, tiles_, units_, own_units_, group_, slot_bytes_, tile_bytes_, scratch_bytes_, basis_bytes_;
-    int threads_, num_pairs_;
+    std::int64_t channel_tiles_, tiles_, units_, own_units_, group_;
+    std::int64_t slot_bytes_, tile_bytes_, scratch_bytes_, basis_bytes_;
+    int threads_;
     char* memory_ = nullptr;
-    double* sums_ = nullptr;
+    ScalarGrads* sums_ = nullptr;
 };
 
 }  // namespace
 
-void filter(const FilterProblem& problem, const FilterTensors& tensors, int threads) {
-    Driver(problem, tensors, threads).run();
-}
-
-StarReLUScalarGrads filter_backward(const FilterProblem& problem, const FilterTensors& tensors, int threads) {
+ScalarGrads filter(const FilterProblem& problem, const FilterTensors& tensors, int threads) {
     return Driver(problem, tensors, threads).run();
 }
 
-std::int64_t filter_workspace(const FilterProblem& problem, bool backward, int threads) {
-    char anything;
-    FilterTensors tensors{};
-    if (backward) {
-        tensors.grad_y = tensors.grad_x = tensors.grad_logits = tensors.grad_filters = &anything;
-        tensors.need_scalars = problem.star_relu;
-    }
+std::int64_t filter_workspace(const FilterProblem& problem, const FilterTensors& tensors, int threads) {
     return Driver(problem, tensors, threads).workspace_bytes();
 }
 

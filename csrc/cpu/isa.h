@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../dynamic_filter.h"
+#include "plan.h"
 
 // Functions between BEGIN_TARGET and END_TARGET are compiled for these instructions.
 #define AS_PRAGMA(text) _Pragma(#text)
@@ -34,12 +35,11 @@ struct StarReLUKernel {
 struct FilterCall {
     const FilterProblem* problem;
     const FilterTensors* tensors;
-    const void* row_plan;     // Plan<T> of length W, where T is the arithmetic type
-    const void* column_plan;  // Plan<T> of length H
-    std::int64_t channel_tiles;
-    std::int64_t row_stride;  // from one pair of rows to the next in a tile's workspace, in complex registers
-    void* basis;              // of a dynamic filter, in the layout of `arrange_basis`
-    void* slots;              // backward: partial sums of grad_basis, in the kernel's own layout
+    const LineOrder* row_plan;     // a Plan<T> of length W, where T is the arithmetic type
+    const LineOrder* column_plan;  // of length H
+    std::int64_t row_stride;       // from one pair of rows to the next in a tile's workspace, in complex registers
+    void* basis;                   // of a dynamic filter, in the layout of `arrange_basis`
+    void* slots;                   // backward: partial sums of grad_basis, in the kernel's own layout
     std::int64_t num_slots;
     const std::int32_t* pixel_at;  // channels-first: where a tile's workspace holds each pixel, in registers
 };
@@ -101,5 +101,6 @@ extern const Kernels avx512_kernels;
 #endif
 
 const Kernels& active_kernels();
+ScalarGrads sum(const std::vector<ScalarGrads>& terms);
 
 }  // namespace dfformer::cpu

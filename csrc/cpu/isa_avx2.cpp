@@ -3,10 +3,8 @@
 #include <immintrin.h>
 
 #include "isa.h"
-#include "plan.h"
 
 #define VECTOR_BYTES 32
-#define HAS_F16C 1
 
 BEGIN_TARGET("avx2,fma,f16c")
 namespace dfformer::cpu {

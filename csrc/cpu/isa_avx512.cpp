@@ -3,10 +3,8 @@
 #include <immintrin.h>
 
 #include "isa.h"
-#include "plan.h"
 
 #define VECTOR_BYTES 64
-#define HAS_F16C 1
 
 BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 namespace dfformer::cpu {

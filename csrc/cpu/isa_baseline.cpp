@@ -1,9 +1,7 @@
 // The instruction set that every machine of the architecture has: SSE2 on x86-64, NEON on aarch64.
 #include "isa.h"
-#include "plan.h"
 
 #define VECTOR_BYTES 16
-#define HAS_F16C 0
 
 namespace dfformer::cpu {
 #include "kernels/kernels.inl"

@@ -28,9 +28,10 @@ Complex64 root(std::int64_t k, std::int64_t n) {
     return std::conj(turns[octant]);
 }
 
-bool is_unrolled(int radix) {
-    return std::find(std::begin(unrolled_radices), std::end(unrolled_radices), radix) != std::end(unrolled_radices);
-}
+// Costs are measured nanoseconds (AVX-512, data in L1); only their ratios matter. These are the radices with an
+// unrolled butterfly.
+const std::map<int, double> unrolled_cost = {{2, 1.1}, {3, 1.9}, {4, 2.2}, {5, 3.5}, {7, 5.4}, {8, 6.0}};
+constexpr double twiddle_cost = 0.17;
 
 int smallest_factor(int n) {
     for (int p = 2; p * p <= n; p++)
@@ -59,7 +60,6 @@ struct PrimeMethod {
     double cost = 0;
 };
 
-// Costs are measured nanoseconds (AVX-512, data in L1); only their ratios matter.
 PrimeMethod cheapest_method(int prime, KnownFactors& known) {
     PrimeMethod best{PrimeMethod::definition, 0, 0.13 * prime * prime + 3.8 * prime};
     const auto consider = [&](PrimeMethod candidate) {
@@ -74,11 +74,9 @@ PrimeMethod cheapest_method(int prime, KnownFactors& known) {
 }
 
 double butterfly_cost(int radix, KnownFactors& known) {
-    static const std::map<int, double> unrolled = {{2, 1.1}, {3, 1.9}, {4, 2.2}, {5, 3.5}, {7, 5.4}, {8, 6.0}};
-    const auto found = unrolled.find(radix);
-    return found != unrolled.end() ? found->second : cheapest_method(radix, known).cost;
+    const auto found = unrolled_cost.find(radix);
+    return found != unrolled_cost.end() ? found->second : cheapest_method(radix, known).cost;
 }
-constexpr double twiddle_cost = 0.17;
 
 // The cheapest sequence of radices for a line of n points.
 Factors cheapest_factors(int n, KnownFactors& known) {
@@ -93,11 +91,11 @@ Factors cheapest_factors(int n, KnownFactors& known) {
         candidate.radices.insert(candidate.radices.begin(), radix);
         if (best.radices.empty() || candidate.cost < best.cost) best = candidate;
     };
-    for (int radix : unrolled_radices)
+    for (const auto& [radix, cost] : unrolled_cost)
         if (n % radix == 0) consider(radix);
     for (int rest = n; rest > 1;) {
         const int prime = smallest_factor(rest);
-        if (!is_unrolled(prime)) consider(prime);
+        if (!unrolled_cost.contains(prime)) consider(prime);
         while (rest % prime == 0) rest /= prime;
     }
     return known[n] = best;
@@ -131,8 +129,7 @@ template <class T>
 struct OwnedPlan {
     Plan<T> plan{};
     std::vector<Pass<T>> passes;
-    std::vector<int> sample, position, frequency, frequency_at, columns, pairs;
-    std::deque<std::vector<T>> tables;  // deques, because passes point to their elements
+    std::deque<std::vector<T>> tables;  // deques, because plan and passes point to their elements
     std::deque<std::vector<int>> indices;
     std::vector<std::shared_ptr<const Plan<T>>> convolutions;
 
@@ -235,7 +232,7 @@ std::shared_ptr<const Plan<T>> build(int size) {
                 for (int r = 1; r < R; r++) twiddles.push_back(root(static_cast<std::int64_t>(sample[m]) * r, N));
             pass.twiddles = owned->table(twiddles);
         }
-        if (R > 1 && !is_unrolled(R)) add_prime(*owned, pass);
+        if (R > 1 && !unrolled_cost.contains(R)) add_prime(*owned, pass);
         owned->passes.insert(owned->passes.begin(), pass);
 
         std::vector<int> longer_sample(N), longer_frequency(N);
@@ -253,32 +250,23 @@ std::shared_ptr<const Plan<T>> build(int size) {
         frequency = longer_frequency;
     }
 
-    owned->position.resize(size);
-    owned->frequency_at.resize(size);
+    std::vector<int> position(size), frequency_at(size), columns, pairs;
     for (int p = 0; p < size; p++) {
-        owned->position[sample[p]] = p;
-        owned->frequency_at[frequency[p]] = p;
-        if (frequency[p] <= size / 2) owned->columns.push_back(frequency[p]);
+        position[sample[p]] = p;
+        frequency_at[frequency[p]] = p;
+        if (frequency[p] <= size / 2) columns.push_back(frequency[p]);
     }
-    owned->sample = sample;
-    owned->frequency = frequency;
     const int R = radices.front(), M = size / R;
     for (int r = 0; r < R; r += 2)
         for (int m = 0; m < M; m++) {
-            owned->pairs.push_back(sample[r * M + m]);
-            owned->pairs.push_back(r + 1 < R ? sample[(r + 1) * M + m] : -1);
+            pairs.push_back(sample[r * M + m]);
+            pairs.push_back(r + 1 < R ? sample[(r + 1) * M + m] : -1);
         }
-    Plan<T>& plan = owned->plan;
-    plan.size = size;
-    plan.num_passes = static_cast<int>(owned->passes.size());
-    plan.num_pairs = static_cast<int>(owned->pairs.size() / 2);
-    plan.pairs = owned->pairs.data();
-    plan.passes = owned->passes.data();
-    plan.sample = owned->sample.data();
-    plan.position = owned->position.data();
-    plan.frequency = owned->frequency.data();
-    plan.frequency_at = owned->frequency_at.data();
-    plan.columns = owned->columns.data();
+    const auto kept = [&](const std::vector<int>& table) { return owned->indices.emplace_back(table).data(); };
+    owned->plan = {
+        {size, static_cast<int>(radices.size()), static_cast<int>(pairs.size() / 2), kept(sample), kept(position),
+         kept(frequency), kept(frequency_at), kept(columns), kept(pairs), owned->plan.scratch},
+        owned->passes.data()};
     return {owned, &owned->plan};
 }
 
@@ -287,29 +275,20 @@ std::mutex cache_mutex;
 [[maybe_unused]] const int at_fork =
     pthread_atfork([] { cache_mutex.lock(); }, [] { cache_mutex.unlock(); }, [] { cache_mutex.unlock(); });
 
-// Most recently used first.
-template <class T>
-std::list<std::shared_ptr<const Plan<T>>>& cache() {
-    static std::list<std::shared_ptr<const Plan<T>>> plans;
-    return plans;
-}
-
 }  // namespace
 
-template <class T>
-std::shared_ptr<const Plan<T>> plan_for(int size) {
+std::shared_ptr<const LineOrder> plan_for(int size, bool float64) {
     const std::lock_guard lock(cache_mutex);
-    auto& plans = cache<T>();
+    static std::list<std::shared_ptr<const LineOrder>> caches[2];  // most recently used first
+    auto& plans = caches[float64];
     const auto found = std::find_if(plans.begin(), plans.end(), [&](const auto& plan) { return plan->size == size; });
     if (found != plans.end()) {
         plans.splice(plans.begin(), plans, found);
     } else {
-        plans.push_front(build<T>(size));
+        float64 ? plans.emplace_front(build<double>(size)) : plans.emplace_front(build<float>(size));
         if (plans.size() > plan_cache_limit) plans.pop_back();
     }
     return plans.front();
 }
-template std::shared_ptr<const Plan<float>> plan_for(int);
-template std::shared_ptr<const Plan<double>> plan_for(int);
 
 }  // namespace dfformer::cpu

@@ -30,10 +30,8 @@ struct Pass {
 
 // A transform leaves frequencies in the order its passes produce them, and the inverse reads them in that order: there
 // is no reordering pass.
-template <class T>
-struct Plan {
+struct LineOrder {
     int size, num_passes, num_pairs;
-    const Pass<T>* passes;
     const int* sample;        // [size] the sample at position p
     const int* position;      // [size] the position of sample n
     const int* frequency;     // [size] the frequency at position p
@@ -42,13 +40,13 @@ struct Plan {
     const int* pairs;      // [num_pairs][2] samples (-1: none) adjacent in the first pass' butterflies: see columns.inl
     std::int64_t scratch;  // complex elements of scratch that the passes need
 };
-
-// Radices with an unrolled butterfly.
-inline constexpr int unrolled_radices[] = {2, 3, 4, 5, 7, 8};
-
-// T is float or double. Thread-safe. The `plan_cache_limit` most recently used plans of each T are cached.
 template <class T>
-std::shared_ptr<const Plan<T>> plan_for(int size);
+struct Plan : LineOrder {
+    const Pass<T>* passes;
+};
+
+// A Plan<double> or Plan<float>. Thread-safe. The `plan_cache_limit` most recently used plans of each are cached.
+std::shared_ptr<const LineOrder> plan_for(int size, bool float64);
 inline constexpr int plan_cache_limit = 64;
 
 }  // namespace dfformer::cpu

@@ -71,8 +71,8 @@ def core() -> ModuleType:
 def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     x = x.contiguous()
     y = _empty_like(x)
-    code, n = _DTYPE_CODES[x.dtype], x.numel()
-    core().star_relu(_pointer("x", x), _pointer("y", y, x), n, code, scale.item(), bias.item(), _threads())
+    problem = x.numel(), _DTYPE_CODES[x.dtype], _threads(), scale.item(), bias.item()
+    core().star_relu(*problem, _pointer("x", x), _pointer("y", y, x))
     return y
 
 
@@ -80,15 +80,9 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
     need_x, need_scale, need_bias = needs
     x, grad_y = x.contiguous(), contiguous(grad_y, x.dtype)
     grad_x = _empty_like(x) if need_x else None
-    grad_scale, grad_bias = core().star_relu_backward(
-        _pointer("grad_y", grad_y, x),
-        _pointer("x", x),
-        _pointer("grad_x", grad_x, x),
-        x.numel(),
-        _DTYPE_CODES[x.dtype],
-        scale.item(),
-        _threads(),
-    )
+    problem = x.numel(), _DTYPE_CODES[x.dtype], _threads(), scale.item(), bias.item()
+    addresses = _pointer("x", x), 0, _pointer("grad_y", grad_y, x), _pointer("grad_x", grad_x, x)
+    grad_scale, grad_bias = core().star_relu(*problem, *addresses)
     return needed(grad_x, _scalar(grad_scale, scale, need_scale), _scalar(grad_bias, bias, need_bias))
 
 
@@ -106,16 +100,16 @@ class _Arguments:
         F = 0 if logits is None else logits.shape[1]
         star_relu = None if scale is None or bias is None else (scale.item(), bias.item())
         per_sample = filters.dim() == 5
-        form = (softmax, per_sample, self._channels_first)
-        self.form = () if form == (True, False, False) else (form,)  # the core's default
-        self.problem = ((B, H, W, C, F), _DTYPE_CODES[x.dtype], star_relu)
+        form = softmax, per_sample, self._channels_first
         expected = (*(B,) * per_sample, H, W // 2 + 1, F or C, 2)
         if filters.shape != expected or (logits is not None and logits.shape != (B, F, C)):
             raise RuntimeError(
                 f"filters, logits: got {tuple(filters.shape)} and {None if logits is None else tuple(logits.shape)}, "
                 f"accepted beside x {tuple(x.shape)} are (H,K,F,2) and (B,F,C), or (H,K,C,2), (B,H,K,C,2) and None"
             )
-        self.inputs = (_pointer("x", self.x), _pointer("logits", self.logits), _pointer("filters", self.filters))
+        problem = (B, H, W, C, F), _DTYPE_CODES[x.dtype], star_relu, form, _threads()
+        inputs = _pointer("x", self.x), _pointer("logits", self.logits), _pointer("filters", self.filters)
+        self.arguments = *problem, *inputs
 
     def planes(self, t: Tensor) -> Tensor:
         """``t`` (B,H,W,C) in the core's form: x's dtype, contiguous, as (B,C,H,W) if x is channels-first in memory."""
@@ -129,7 +123,7 @@ class _Arguments:
 def _filter(step: FilterStep) -> Tensor:
     given = _Arguments(step)
     y = _empty_like(given.x)
-    core().filter(*given.problem, *given.inputs, _pointer("y", y, given.x), _threads(), *given.form)
+    core().filter(*given.arguments, _pointer("y", y, given.x))
     return given.result(y)
 
 
@@ -140,16 +134,14 @@ def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) ->
     grad_x = _empty_like(given.x) if need_x else None
     grad_logits = _empty_like(given.logits) if need_logits and given.logits is not None else None
     grad_filters = _empty_like(given.filters) if need_filters else None
-    grad_scale, grad_bias = core().filter_backward(
-        *given.problem,
+    grad_scale, grad_bias = core().filter(
+        *given.arguments,
+        0,  # y
         _pointer("grad_y", grad_y, given.x),
-        *given.inputs,
         _pointer("grad_x", grad_x, given.x),
         _pointer("grad_logits", grad_logits, given.logits),
         _pointer("grad_filters", grad_filters, given.filters),
         need_scale or need_bias,
-        _threads(),
-        *given.form,
     )
     return (
         None if grad_x is None else given.result(grad_x),
@@ -170,7 +162,9 @@ def filter_workspace_bytes(shape: Sequence[int], num_filters: int, dtype: torch.
 
     They depend on torch's current number of threads. ``num_filters`` is F, or 0 for a global filter.
     """
-    return core().filter_workspace((*shape, num_filters), _DTYPE_CODES[dtype], backward, _threads())
+    problem = (*shape, num_filters), _DTYPE_CODES[dtype], (1.0, 0.0), (True, False, False), _threads()
+    gradients = {"grad_y": 1, "grad_x": 1, "grad_logits": min(num_filters, 1), "grad_filters": 1, "need_scalars": True}
+    return core().filter_workspace(*problem, 1, 1, 1, **(gradients if backward else {"y": 1}))  # no address is read
 
 
 KERNELS: dict[str, Callable[..., Any]] = {

@@ -1,5 +1,5 @@
 // Lane types: how elements are stored in memory and computed with in a register. Each instruction set defines
-// VECTOR_BYTES (the width of a register) and HAS_F16C (whether it converts float16).
+// VECTOR_BYTES, the width of a register.
 //
 // A lane type L has L::Scalar (storage), L::Vec (arithmetic register), L::count, L::load and L::store.
 
@@ -89,13 +89,13 @@ struct Float16 {
     using Vec = F32;
     static constexpr int count = VECTOR_BYTES / 4;
 
-#if HAS_F16C && VECTOR_BYTES == 64
+#if VECTOR_BYTES == 64
     static Vec load(const Scalar* from) { return bits<F32>(_mm512_cvtph_ps(load_unaligned<__m256i>(from))); }
     static void store(Scalar* to, Vec v) {
         const __m256i h = _mm512_cvtps_ph(bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         __builtin_memcpy(to, &h, sizeof(h));
     }
-#elif HAS_F16C && VECTOR_BYTES == 32
+#elif VECTOR_BYTES == 32
     static Vec load(const Scalar* from) { return bits<F32>(_mm256_cvtph_ps(load_unaligned<__m128i>(from))); }
     static void store(Scalar* to, Vec v) {
         const __m128i h = _mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT);

@@ -16,7 +16,8 @@ struct MixingOf : TileOf<V> {
         const int k;
         Line* const x;  // backward: this column of X, overwritten with Q
         const int* const frequency = tile.column_plan.frequency;
-        // Elements from one position of the basis, or row of the weight, to the next, and to this column.
+        // Elements from one position of the basis, or row of the weight, to the next; then from the first to this
+        // column's.
         const std::int64_t row = 2 * (tile.F > 0 ? tile.F : tile.K * tile.problem.C);
         const std::int64_t sample = tile.problem.weight_per_sample ? tile.task.sample * tile.H * row : 0;
         const std::int64_t start = tile.F > 0 ? k * tile.H * row : sample + 2 * (k * tile.problem.C + tile.channel);
@@ -54,17 +55,18 @@ struct MixingOf : TileOf<V> {
     static void mix_basis_backward(const FilterColumn& column, Line* a, int radix, int first) {
         const Tile& tile = column.tile;
         const int F = fixed_F ? fixed_F : tile.F;
-        V of_fixed[fixed_F + 1];
-        for (int f = 0; f < fixed_F; f++) of_fixed[f] = tile.routing[f];
+        V registers[fixed_F + 1];
+        for (int f = 0; f < fixed_F; f++) registers[f] = tile.routing[f];
+        const V* routing = fixed_F ? registers : tile.routing;
         for (int r = 0; r < radix; r++) {
             const Line G = a[r];
-            a[r] = conj_times(mixed<fixed_F>(fixed_F ? of_fixed : tile.routing, column.bin(first + r), F), G);
+            a[r] = conj_times(mixed<fixed_F>(routing, column.bin(first + r), F), G);
             if (tile.needs_x_spectrum()) column.x[first + r] = conj_times(column.x[first + r], G);
         }
         for (int r = 0; r < radix && tile.needs_x_spectrum(); r += points_together) {
             const int end = radix - r < points_together ? radix : r + points_together;
-            for (int f = 0; f < F; f += fixed_F ? fixed_F : 1)
-                add_grad_routing<fixed_F ? fixed_F : 1>(column, first + r, first + end, f);
+            constexpr int filters = fixed_F ? fixed_F : 1;
+            for (int f = 0; f < F; f += filters) add_grad_routing<filters>(column, first + r, first + end, f);
         }
     }
     // The terms of `count` filters at positions [first, last).
@@ -149,7 +151,7 @@ struct MixingOf : TileOf<V> {
     }
     template <class Count>
     static void arrange_columns(const FilterCall& call, int first, int last, Count F) {
-        const int* frequency = static_cast<const Plan<T>*>(call.column_plan)->frequency;
+        const int* frequency = call.column_plan->frequency;
         const std::int64_t H = call.problem->H, K = call.problem->W / 2 + 1, bin = 2 * F;
         for (int start = first; start < last; start += columns_together)
             for (std::int64_t p = 0; p < H; p++) {
@@ -213,7 +215,7 @@ struct MixingOf : TileOf<V> {
     static void sum_slots(const FilterCall& call, int first, int last) {
         const FilterProblem& problem = *call.problem;
         const int H = problem.H, K = problem.W / 2 + 1, F = problem.F;
-        const int* position = static_cast<const Plan<T>*>(call.column_plan)->frequency_at;
+        const int* position = call.column_plan->frequency_at;
         const std::int64_t registers = slot_registers(H, K, F);
         auto* grad = static_cast<T*>(call.tensors->grad_filters) + first * std::int64_t{K} * F * 2;
         for (int h = first; h < last; h++)

@@ -30,6 +30,7 @@ struct Filter : Planes<L> {
     template <class Act>
     static auto row_source(const Tile& tile, const void* tensor, int first, const Act& act) {
         return [=, &tile](std::int64_t i) UNROLLED_BODY {
+            // built in place: a copy would go through memory
             return [=, pair = RowPair(tile, tensor, first + int(i))](Line* line, auto radix, std::int64_t,
                                                                      std::int64_t m) UNROLLED_BODY {
                 for_each(radix, [&](auto r) UNROLLED_BODY {

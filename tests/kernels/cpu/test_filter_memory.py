@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import DTYPES, Case, make_grad, make_inputs
 from conftest import require
-from native_core import CODES, DYNAMIC, ISAS, VECTOR_BYTES, pairwise, run, run_script
+from native_core import CODES, DYNAMIC, ISAS, USUAL_FORM, VECTOR_BYTES, pairwise, run, run_script
 from torch import Tensor
 
 from dfformer_kernels import reference
@@ -109,10 +109,10 @@ def test_large_results_are_those_of_their_samples(
     grad_y = make_grad(DYNAMIC, inputs).contiguous()
     y, grad_x = (torch.full((x.numel() + offset,), math.nan, dtype=dtype) for _ in range(2))
     assert x.numel() * x.itemsize >= NON_TEMPORAL > x[0].numel() * x.itemsize
-    problem = (*x.shape, case.F), CODES[dtype], None
+    problem = (*x.shape, case.F), CODES[dtype], None, USUAL_FORM, threads
     addresses = [t.data_ptr() for t in inputs.values()]
-    core.filter(*problem, *addresses, y[offset:].data_ptr(), threads)
-    core.filter_backward(*problem, grad_y.data_ptr(), *addresses, grad_x[offset:].data_ptr(), 0, 0, False, threads)
+    core.filter(*problem, *addresses, y[offset:].data_ptr())
+    core.filter(*problem, *addresses, grad_y=grad_y.data_ptr(), grad_x=grad_x[offset:].data_ptr())
     for i in range(case.B):
         alone = x[i : i + 1].clone().requires_grad_()
         wanted = DYNAMIC.public({"x": alone, "logits": logits[i : i + 1], "basis": basis}, "cpu")
@@ -130,7 +130,7 @@ def peak():  # getrusage's may be that of the process this one was started by
         return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
 torch.set_num_threads(1)
-problem = (1, 1024, 1024, 16, 4), 0, None
+problem = (1, 1024, 1024, 16, 4), 0, None, (True, False, False), 1
 x, y, grad_y = torch.ones(3, 1, 1024, 1024, 16).unbind()
 logits, grad_logits = torch.ones(2, 1, 4, 16).unbind()
 basis, grad_basis = torch.ones(2, 1024, 513, 4, 2).unbind()
@@ -139,9 +139,9 @@ results = [t.data_ptr() for t in (y, grad_logits, grad_basis)]
 # Had more been in use before than is now, new memory would not raise the peak.
 ballast = torch.ones(2**27, dtype=torch.uint8)
 before = peak()
-cpu.core().filter(*problem, *inputs, y.data_ptr(), 1)
+cpu.core().filter(*problem, *inputs, y.data_ptr())
 print(peak() - before, cpu.filter_workspace_bytes(x.shape, 4, x.dtype))
-cpu.core().filter_backward(*problem, grad_y.data_ptr(), *inputs, *results, False, 1)
+cpu.core().filter(*problem, *inputs, 0, grad_y.data_ptr(), *results)
 print(peak() - before, cpu.filter_workspace_bytes(x.shape, 4, x.dtype, backward=True))
 """
 
@@ -163,14 +163,14 @@ from dfformer_kernels.backends import cpu
 core = cpu.core()
 x, y, grad_y = torch.ones(3, 1, 2048, 2048, 1).unbind()
 weight, grad_weight = torch.tensor([1.0, 0.0]).repeat(2, 2048, 1025, 1, 1).unbind()
-problem = (*x.shape, 0), 0, None
+problem = (*x.shape, 0), 0, None, (True, False, False), 1
 
 def forward():
-    core.filter(*problem, x.data_ptr(), 0, weight.data_ptr(), y.data_ptr(), 1)
+    core.filter(*problem, x.data_ptr(), 0, weight.data_ptr(), y.data_ptr())
 
 def backward():
-    addresses = grad_y, x, None, weight, y, None, grad_weight
-    core.filter_backward(*problem, *(0 if t is None else t.data_ptr() for t in addresses), False, 1)
+    addresses = x, None, weight, None, grad_y, y, None, grad_weight
+    core.filter(*problem, *(0 if t is None else t.data_ptr() for t in addresses))
 
 with open("/proc/self/statm") as file:
     in_use = int(file.read().split()[0]) * resource.getpagesize()
@@ -215,11 +215,11 @@ def test_offsets_beyond_2_to_the_31(core: ModuleType) -> None:
     x, result = (zeros_of_unused_memory(B, 32, 32, 1024) for _ in range(2))
     logits, grad_logits = torch.zeros(2, B, 2, 1024).unbind()
     x[-1:], logits[-1:] = grad_y, last["logits"].detach()
-    problem = (*x.shape, 2), CODES[x.dtype], None
+    problem = (*x.shape, 2), CODES[x.dtype], None, USUAL_FORM, 2
     addresses = [t.data_ptr() for t in (x, logits, last["basis"])]
-    core.filter(*problem, *addresses, result.data_ptr(), 2)
+    core.filter(*problem, *addresses, result.data_ptr())
     assert torch.equal(result[-1:], wanted_y)
     results = result.data_ptr(), grad_logits.data_ptr(), 0
-    core.filter_backward(*problem, x.data_ptr(), *addresses, *results, False, 2)
+    core.filter(*problem, *addresses, 0, x.data_ptr(), *results)
     assert torch.equal(result[-1:], wanted["x"])
     assert torch.equal(grad_logits[-1:], wanted["logits"])

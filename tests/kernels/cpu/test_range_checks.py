@@ -9,16 +9,11 @@ import torch
 # The filter step. The buffer is as large as the good problem needs.
 
 BUFFER = torch.zeros(16, dtype=torch.float64)
-FORWARD = ("x", "logits", "filters", "y")
-BACKWARD = ("grad_y", "x", "logits", "filters")
-GOOD_PROBLEM = {"shape": (1, 1, 1, 1, 1), "dtype": 0, "star_relu": None, "threads": 1}
+INPUTS = ("x", "logits", "filters")
+GOOD_PROBLEM = {"shape": (1, 1, 1, 1, 1), "dtype": 0, "star_relu": None, "form": (True, False, False), "threads": 1}
 GOOD: dict[str, dict[str, Any]] = {
-    "filter": GOOD_PROBLEM | dict.fromkeys(FORWARD, BUFFER.data_ptr()),
-    "filter_backward": GOOD_PROBLEM
-    | dict.fromkeys(BACKWARD, BUFFER.data_ptr())
-    | dict.fromkeys(("grad_x", "grad_logits", "grad_filters"), 0)
-    | {"need_scalars": False},
-    "filter_workspace": {"shape": (1, 1, 1, 1, 1), "dtype": 0, "backward": True, "threads": 1},
+    "forward": GOOD_PROBLEM | dict.fromkeys((*INPUTS, "y"), BUFFER.data_ptr()),
+    "backward": GOOD_PROBLEM | dict.fromkeys((*INPUTS, "grad_y", "grad_x"), BUFFER.data_ptr()),
 }
 HUGE = 2**63 - 1
 BAD_SHAPES = [
@@ -43,34 +38,42 @@ BAD_PROBLEMS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("function", GOOD)
+@pytest.mark.parametrize("function", ["filter", "filter_workspace"])
+@pytest.mark.parametrize("step", GOOD)
 @pytest.mark.parametrize(("bad", "message"), BAD_PROBLEMS, ids=lambda v: str(v).replace(str(HUGE), "huge"))
 def test_bad_problems_raise_naming_the_argument(
-    core: ModuleType, function: str, bad: dict[str, Any], message: str
+    core: ModuleType, function: str, step: str, bad: dict[str, Any], message: str
 ) -> None:
-    getattr(core, function)(**GOOD[function])
+    getattr(core, function)(**GOOD[step])
     with pytest.raises(ValueError, match=f"^{message}"):
-        getattr(core, function)(**GOOD[function] | bad)
+        getattr(core, function)(**GOOD[step] | bad)
 
 
 @pytest.mark.parametrize("F", [2**31, 2**32 + 1])
 def test_more_filters_than_an_int_counts_raise(core: ModuleType, F: int) -> None:
-    """In the function that reads no memory; the others check with it."""
+    """In the function that reads no memory; the other has the same checks."""
     with pytest.raises(ValueError, match=r"^shape: "):
-        core.filter_workspace(**GOOD["filter_workspace"] | {"shape": (1, 1, 1, 1, F)})
+        core.filter_workspace(**GOOD["backward"] | {"shape": (1, 1, 1, 1, F)})
 
 
 @pytest.mark.parametrize(
-    ("function", "name"), [("filter", n) for n in FORWARD] + [("filter_backward", n) for n in BACKWARD]
+    ("step", "name"),
+    [*(("forward", name) for name in (*INPUTS, "y")), *(("backward", name) for name in (*INPUTS, "grad_y"))],
 )
-def test_null_pointers_raise_naming_the_argument(core: ModuleType, function: str, name: str) -> None:
+def test_null_pointers_raise_naming_the_argument(core: ModuleType, step: str, name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: got a null pointer"):
-        getattr(core, function)(**GOOD[function] | {name: 0})
+        core.filter(**GOOD[step] | {name: 0})
 
 
-@pytest.mark.parametrize("function", ["filter", "filter_backward"])
-def test_a_global_filter_needs_no_logits(core: ModuleType, function: str) -> None:
-    getattr(core, function)(**GOOD[function] | {"shape": (1, 1, 1, 1, 0), "logits": 0})
+@pytest.mark.parametrize("name", ["grad_x", "grad_logits", "grad_filters"])
+def test_gradients_without_grad_y_raise(core: ModuleType, name: str) -> None:
+    with pytest.raises(ValueError, match=r"^grad_y: got a null pointer"):
+        core.filter(**GOOD["forward"] | {name: BUFFER.data_ptr()})
+
+
+@pytest.mark.parametrize("step", GOOD)
+def test_a_global_filter_needs_no_logits(core: ModuleType, step: str) -> None:
+    core.filter(**GOOD[step] | {"shape": (1, 1, 1, 1, 0), "logits": 0})
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,7 @@ def test_a_global_filter_needs_no_logits(core: ModuleType, function: str) -> Non
 )
 def test_gradients_that_do_not_exist_raise(core: ModuleType, bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
-        core.filter_backward(**GOOD["filter_backward"] | bad)
+        core.filter(**GOOD["backward"] | bad)
 
 
 @pytest.mark.parametrize(
@@ -96,15 +99,13 @@ def test_gradients_that_do_not_exist_raise(core: ModuleType, bad: dict[str, Any]
 )
 def test_arguments_of_the_wrong_type_raise(core: ModuleType, bad: dict[str, Any]) -> None:
     with pytest.raises(TypeError):
-        core.filter(**GOOD["filter"] | bad)
+        core.filter(**GOOD["forward"] | bad)
 
 
 # StarReLU. No call gets as far as the address 1.
 
-STAR_RELU: dict[str, dict[str, Any]] = {
-    "star_relu": {"x": 1, "y": 1, "n": 0, "dtype": 0, "scale": 1.0, "bias": 0.0, "threads": 1},
-    "star_relu_backward": {"grad_y": 1, "x": 1, "grad_x": 1, "n": 0, "dtype": 0, "scale": 1.0, "threads": 1},
-}
+STAR_RELU: dict[str, Any] = {"n": 0, "dtype": 0, "threads": 1, "scale": 1.0, "bias": 0.0, "x": 1}
+STAR_RELU_STEPS = {"forward": STAR_RELU | {"y": 1}, "backward": STAR_RELU | {"grad_y": 1, "grad_x": 1}}
 BAD_ARGUMENTS = [
     ({"dtype": 4}, "dtype: got code 4, accepted are 0 to 3"),
     ({"dtype": -1}, "dtype: got code -1, accepted are 0 to 3"),
@@ -119,21 +120,21 @@ BAD_ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize("function", STAR_RELU)
+@pytest.mark.parametrize("step", STAR_RELU_STEPS)
 @pytest.mark.parametrize(("bad", "message"), BAD_ARGUMENTS, ids=str)
-def test_bad_arguments_never_reach_memory(core: ModuleType, function: str, bad: dict[str, int], message: str) -> None:
-    getattr(core, function)(**STAR_RELU[function])
+def test_bad_arguments_never_reach_memory(core: ModuleType, step: str, bad: dict[str, int], message: str) -> None:
+    core.star_relu(**STAR_RELU_STEPS[step])
     with pytest.raises(ValueError, match=message):
-        getattr(core, function)(**STAR_RELU[function] | bad)
+        core.star_relu(**STAR_RELU_STEPS[step] | bad)
 
 
-@pytest.mark.parametrize(("function", "name"), [("star_relu", "y"), ("star_relu_backward", "grad_y")])
-def test_null_pointers_of_star_relu_raise(core: ModuleType, function: str, name: str) -> None:
+@pytest.mark.parametrize(("step", "name"), [("forward", "y"), ("backward", "grad_y")])
+def test_null_pointers_of_star_relu_raise(core: ModuleType, step: str, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: got a null pointer"):
-        getattr(core, function)(**STAR_RELU[function] | {name: 0, "n": 1})
+        core.star_relu(**STAR_RELU_STEPS[step] | {name: 0, "n": 1})
 
 
 @pytest.mark.parametrize("bad", [{"n": 2**63}, {"x": -1}, {"x": 2**64}, {"n": 1.5}, {"dtype": "float32"}], ids=str)
 def test_star_relu_arguments_of_the_wrong_type_raise(core: ModuleType, bad: dict[str, Any]) -> None:
     with pytest.raises(TypeError):
-        core.star_relu(**STAR_RELU["star_relu"] | bad)
+        core.star_relu(**STAR_RELU_STEPS["forward"] | bad)

@@ -15,7 +15,7 @@ from dfformer_kernels import reference
 def run_forward(core: ModuleType, x: Tensor, scale: float, bias: float, threads: int = 1) -> Tensor:
     """``star_relu`` of the core; NaN lies around x and a sentinel around y."""
     given, result = Guarded(x, math.nan), Guarded(torch.full_like(x, math.nan), 123.0)
-    core.star_relu(given.address, result.address, given.n, CODES[x.dtype], scale, bias, threads)
+    core.star_relu(given.n, CODES[x.dtype], threads, scale, bias, given.address, result.address)
     result.assert_margins_untouched()
     return result.inside
 
@@ -23,10 +23,11 @@ def run_forward(core: ModuleType, x: Tensor, scale: float, bias: float, threads:
 def run_backward(
     core: ModuleType, grad_y: Tensor, x: Tensor, scale: float, threads: int = 1
 ) -> tuple[Tensor, float, float]:
-    """``star_relu_backward`` of the core, in the same surroundings."""
+    """``star_relu`` of the core with ``grad_y``, in the same surroundings."""
     given, grad = Guarded(x, math.nan), Guarded(grad_y, math.nan)
     result = Guarded(torch.full_like(x, math.nan), 123.0)
-    sums = core.star_relu_backward(grad.address, given.address, result.address, given.n, CODES[x.dtype], scale, threads)
+    addresses = given.address, 0, grad.address, result.address
+    sums = core.star_relu(given.n, CODES[x.dtype], threads, scale, 0.0, *addresses)
     result.assert_margins_untouched()
     return result.inside, *sums
 
@@ -66,7 +67,8 @@ def test_every_size_is_computed_and_nothing_beyond_it(core: ModuleType, dtype: t
 def test_sums_do_not_depend_on_whether_grad_x_is_wanted(core: ModuleType) -> None:
     x, grad_y = torch.randn(2, 20_003, generator=torch.Generator().manual_seed(0))
     _, *sums = run_backward(core, grad_y, x, 0.9)
-    assert core.star_relu_backward(grad_y.data_ptr(), x.data_ptr(), 0, x.numel(), CODES[x.dtype], 0.9, 1) == (*sums,)
+    addresses = x.data_ptr(), 0, grad_y.data_ptr()
+    assert core.star_relu(x.numel(), CODES[x.dtype], 1, 0.9, 0.0, *addresses) == sums
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from cases import OPS, Case, Inputs, make_grad, make_inputs
-from native_core import CODES, DYNAMIC, FILTERS, assert_releases_the_gil, run_script
+from native_core import CODES, DYNAMIC, FILTERS, USUAL_FORM, assert_releases_the_gil, run_script
 from torch import Tensor
 
 from dfformer_kernels import star_relu
@@ -63,14 +63,14 @@ def test_other_python_threads_run_during_a_call(core: ModuleType, backward: bool
     inputs = make_inputs(DYNAMIC, Case(1, 512, 512, 16), torch.float32, requires_grad=False)
     x = inputs["x"]
     y, grad_y = torch.zeros_like(x), torch.ones_like(x)
-    problem = (*x.shape, 4), CODES[x.dtype], None
+    problem = (*x.shape, 4), CODES[x.dtype], None, USUAL_FORM, 1
     addresses = [t.data_ptr() for t in inputs.values()]
 
     def run() -> None:
         if backward:
-            core.filter_backward(*problem, grad_y.data_ptr(), *addresses, y.data_ptr(), 0, 0, False, 1)
+            core.filter(*problem, *addresses, grad_y=grad_y.data_ptr(), grad_x=y.data_ptr())
         else:
-            core.filter(*problem, *addresses, y.data_ptr(), 1)
+            core.filter(*problem, *addresses, y.data_ptr())
 
     assert_releases_the_gil(run)
 
@@ -184,7 +184,7 @@ def test_other_python_threads_run_during_star_relu(core: ModuleType) -> None:
     x = torch.zeros(2**24, dtype=torch.float16)
     y = torch.zeros_like(x)
 
-    assert_releases_the_gil(lambda: core.star_relu(x.data_ptr(), y.data_ptr(), x.numel(), CODES[x.dtype], 1.0, 0.0, 1))
+    assert_releases_the_gil(lambda: core.star_relu(x.numel(), CODES[x.dtype], 1, 1.0, 0.0, x.data_ptr(), y.data_ptr()))
 
 
 FORK_STAR_RELU = """

@@ -141,6 +141,11 @@ def requested_backend(backend: str | None) -> str | None:
     return _requested.get()
 
 
+def is_named(backend: str | None) -> bool:
+    """Whether the argument, `use_backend` or the environment names a backend (when a graph is compiled)."""
+    return requested_backend(backend) is not None or bool(os.environ.get("DFFORMER_BACKEND"))
+
+
 def _named(requested: str | None) -> str | None:
     """The checked name of the backend, from `requested_backend` or else the environment; None if none is named."""
     if requested == _AT_RUN_TIME:

@@ -23,7 +23,7 @@ from conftest import require_compiled_graphs, require_compiler
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dfformer_kernels import dynamic_filter, star_relu
+from dfformer_kernels import dynamic_filter, star_relu, use_backend
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,10 +145,15 @@ def test_one_dynamic_graph_serves_all_shapes() -> None:
     assert_same_bits(result, result_and_gradients(surrounded(op), second))
 
 
-@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("by", [None, "argument", "use_backend", "environment"])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_star_relu_is_an_operator_in_compiled_graphs_only_if_a_backend_is_named(backend: str | None) -> None:
+def test_star_relu_is_an_operator_in_compiled_graphs_only_if_a_backend_is_named(
+    by: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     require_compiled_graphs()
+    if by == "environment":
+        monkeypatch.setenv("DFFORMER_BACKEND", "torch")
+    backend = "torch" if by == "argument" else None
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -156,9 +161,10 @@ def test_star_relu_is_an_operator_in_compiled_graphs_only_if_a_backend_is_named(
         return graph.forward
 
     x, one = torch.randn(6), torch.ones(1)
-    torch.compile(lambda x: star_relu(x, one, one, backend=backend), fullgraph=True, backend=keep)(x)
+    with use_backend("torch") if by == "use_backend" else nullcontext():
+        torch.compile(lambda x: star_relu(x, one, one, backend=backend), fullgraph=True, backend=keep)(x)
     targets = {str(node.target) for graph in graphs for node in graph.graph.nodes}
-    assert ("dfformer.star_relu" in targets) == (backend is not None)
+    assert ("dfformer.star_relu" in targets) == (by is not None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

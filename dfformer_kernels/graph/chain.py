@@ -86,7 +86,7 @@ def find(graph: fx.Graph, inverse: fx.Node) -> list[Chain]:
         for filters in sorted(outside):
             routing = next((n for n in outside if n is not filters), None)
             logits = first_input(routing) if routing in softmaxes else None
-            if routing and logits and _disturbance(graph, sorted([routing, *replaced]), [logits]):
+            if routing and logits and _disturbance(graph, sorted([routing, *replaced]), [routing, logits]):
                 logits = None
             chains.append(Chain(replaced, forward, inverse, x, routing, logits, filters, channels_first))
     return chains

@@ -173,6 +173,23 @@ def test_a_softmax_without_gradient_stays_one() -> None:
     assert [name for name, p in model.named_parameters() if p.grad is not None] == ["layers.0.basis"]
 
 
+def overwritten_softmax(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    """Nothing takes what the call that writes returns."""
+    routing = torch.softmax(logits, 1)
+    routing[:, 0].zero_()
+    M = torch.einsum("bfc,hkf->bhkc", routing.to(torch.complex64), torch.view_as_complex(basis))
+    return torch.fft.irfft2(torch.fft.rfft2(x, dim=(1, 2)) * M, dim=(1, 2))
+
+
+def test_an_overwritten_softmax_is_not_computed_again() -> None:
+    model, fuse_pass, x = network(overwritten_softmax).eval(), FusePass(), images()
+    program = exported(model, x)
+    fuse(program)
+    for fused in (torch.compile(model, backend=eager(fuse_pass)), program.module()):
+        assert relative_error(fused(x), model(x)) < 2e-6
+    assert len(fuse_pass.report.fused) == 1
+
+
 def product_without_gradient(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     X = torch.fft.rfft2(x, dim=(1, 2))
     with torch.no_grad():

@@ -97,16 +97,14 @@ class PackedLinear(nn.Module):
         destination[f"{prefix}weight"] = self.weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        name = f"{prefix}weight"
-        if isinstance(state_dict.get(name), nn.Parameter):
-            state_dict = {**state_dict, name: state_dict[name].detach()}
-        self._buffers["weight"] = self._weight  # while torch loads
+        name, given_out = f"{prefix}weight", self._given_out
+        if args[0].get("assign_to_params_buffers", False) and isinstance(state_dict.get(name), Tensor):
+            state_dict = {**state_dict, name: state_dict[name].detach().clone()}  # the caller's own stays the caller's
+        self._buffers["weight"] = self._weight  # while torch loads, which reads the property too
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)
         finally:
-            self._weight = self._buffers.pop("weight")  # type: ignore[assignment]
-        if self._weight is state_dict.get(name):  # assigned, and the caller's
-            self._weight = self._weight.detach().clone()
+            self._weight, self._given_out = self._buffers.pop("weight"), given_out  # type: ignore[assignment]
         self._pack()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -79,14 +79,18 @@ def test_weights_that_are_written_to_are_what_is_multiplied_by(write: str) -> No
     assert relative_error(copy.deepcopy(served)(x), after) < 1e-5  # which packs anew
 
 
+@pytest.mark.parametrize("assign", [False, True])
 @torch.no_grad()
-def test_weights_are_loaded_and_packed() -> None:
+def test_weights_are_loaded_and_packed(assign: bool) -> None:
     other, x = optimize_for_inference(trained()), images()
-    state = {name: 1.5 * t for name, t in other.state_dict().items()}
+    state = {name: nn.Buffer(1.5 * t) for name, t in other.state_dict().items()}
     other.load_state_dict(state)
     served = optimize_for_inference(trained())
-    served.load_state_dict(state)
-    assert all(m._packed is not None for m in served.modules() if isinstance(m, PackedLinear)) or not HAS_ONEDNN
+    served.load_state_dict(state, assign=assign)
+    layers = [m for m in served.modules() if isinstance(m, PackedLinear)]
+    assert all(layer._packed is not None for layer in layers) or not HAS_ONEDNN
+    own = {t.data_ptr() for t in state.values()}
+    assert not any(layer._weight.data_ptr() in own for layer in layers)
     assert relative_error(served(x), other(x)) < 1e-5
 
 

@@ -49,7 +49,7 @@ def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, in
         raise ValueError(f"size: got {(H, W)}, but weight of shape {tuple(weight.shape)} is not (H, W//2 + 1, ...)")
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, Parameter):  # traced, or a fake tensor
         return scriptable_resize(weight, (H, W), (new_H, new_W), rule)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return _along_H_and_K(weight, *_kept_matrices((H, W), (new_H, new_W), rule, weight.device, dtype))
 
 

@@ -88,11 +88,12 @@ def test_every_trailing_element_by_itself(rule: str, trailing: tuple[int, ...]) 
 
 
 @EACH_RULE
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_16_bits_are_computed_in_float32(rule: str, dtype: torch.dtype) -> None:
-    weight = filters((6, 5), dtype=dtype)
-    expected = resize_filter(weight.float(), (6, 5), (7, 8), rule).to(dtype)
-    assert torch.equal(resize_filter(weight, (6, 5), (7, 8), rule), expected)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_8_and_16_bits_are_computed_in_float32(rule: str, dtype: torch.dtype) -> None:
+    weight = filters((6, 5)).to(dtype)
+    resized, expected = (resize_filter(w, (6, 5), (7, 8), rule) for w in (weight, weight.float()))
+    assert resized.dtype == dtype
+    assert torch.equal(resized.float(), expected.to(dtype).float())
 
 
 @EACH_RULE

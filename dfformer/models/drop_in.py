@@ -37,7 +37,8 @@ _STAR_RELU = {"scale", "bias", "relu", "inplace"}
 _INHERITED = frozenset(vars(nn.Module()))
 
 _Replace = Callable[[nn.Module], nn.Module]  # fuses a module by a change of its class, and returns it
-_Original = dict[str, tuple[type[nn.Module], dict[str, Any]]]  # by path in a layer: a class and its own attributes
+# By path in a layer: a class, its own attributes, and the names of the submodules that it needs.
+_Original = dict[str, tuple[type[nn.Module], dict[str, Any], set[str]]]
 
 
 class Replacement(NamedTuple):
@@ -120,7 +121,7 @@ def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
         if isinstance(outcome, str):
             reason = outcome
         else:
-            original = {path: (type(part), _own_attributes(part)) for path, part in module.named_modules()}
+            original = {path: (type(m), _own_attributes(m), {*m._modules}) for path, m in module.named_modules()}
             originals |= dict.fromkeys(names[module], original)
             outcome(module)
         report += [Replacement(name or "the model", kind, type(module).__name__, reason) for name in names[module]]
@@ -149,9 +150,11 @@ def restore_dynamic_filters(model: nn.Module, report: ReplacementReport) -> None
             layer.restore()
             continue
         parts = dict(layer.named_modules())
-        for path, (kind, attributes) in report.originals[name].items():
-            if isinstance(parts.get(path), SpectralFilter | StarReLU):
-                _become(parts[path], kind, attributes if model is report.model else copy.deepcopy(attributes))
+        for path, (kind, attributes, needed) in report.originals[name].items():
+            part = parts.get(path)
+            # A StarReLU that was put in later stays if it lacks the submodules of theirs.
+            if isinstance(part, SpectralFilter | StarReLU) and needed <= part._modules.keys():
+                _become(part, kind, attributes if model is report.model else copy.deepcopy(attributes))
 
 
 def _may_be_copy(module: nn.Module) -> bool:

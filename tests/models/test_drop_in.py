@@ -302,6 +302,32 @@ def test_undo_gives_back_the_trained_original() -> None:
         report.undo()
 
 
+class StarOfModules(Star):
+    """The authors' form, with a submodule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.relu(x) ** 2 + self.bias
+
+
+@pytest.mark.parametrize("put_in", ["act1", "layer"])
+def test_undo_keeps_what_was_put_in_later(put_in: str) -> None:
+    model, x = nn.Sequential(FrequencyMixer(16, (8, 8), StarOfModules, routed=True)), torch.randn(2, 8, 8, 16)
+    report = replace_dynamic_filters(model)
+    assert type(model[0].act1) is StarReLU
+    if put_in == "act1":
+        model[0].act1 = StarReLU(0.5, 0.25)
+    else:
+        model[0] = DynamicFilter(16, size=8)
+    expected = model(x)
+    report.undo()
+    assert type(model[0]) is FrequencyMixer
+    assert relative_error(model(x), expected) < 1e-5
+
+
 def test_copies_of_a_swapped_model_keep_everything_and_are_restored_by_the_same_report() -> None:
     model, x = two_forms(), torch.randn(2, 8, 8, 8)
     report = replace_dynamic_filters(model)

@@ -158,7 +158,7 @@ def restore_dynamic_filters(model: nn.Module, report: ReplacementReport) -> None
 
 
 def _may_be_copy(module: nn.Module) -> bool:
-    if isinstance(module, SpectralFilter | FusedModule):
+    if isinstance(module, SpectralFilter | FusedModule | torch.jit.ScriptModule):
         return False
     if str(type(module).forward.__module__).startswith("torch."):  # torch's own, or without a forward
         return False

@@ -231,8 +231,10 @@ class Positions(nn.Module):
         return x + self.table.sum()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 def test_where_nothing_is_found_the_report_says_what_was_looked_for() -> None:
-    others = (NotAFilter(), nn.Conv2d(2, 2, (3, 2)), Positions(), DynamicFilter(8, size=4), Routing(8, 8))
+    traced = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
+    others = (NotAFilter(), nn.Conv2d(2, 2, (3, 2)), Positions(), DynamicFilter(8, size=4), Routing(8, 8), traced)
     report = replace_dynamic_filters(nn.Sequential(*others))
     assert report == []
     assert "nothing to replace among the" in str(report)

@@ -37,7 +37,8 @@ def write(name: str, data: bytes) -> None:
             file.write_bytes(data)
             file.replace(folder / name)
     except OSError as error:  # e.g. the disk is full
+        reason = error.strerror or error  # without the name of the temporary folder, another one each time
         warn_once(
-            f"dfformer_kernels cannot keep files in {folder} ({error}); kernels will be compiled and backends measured "
-            "again in every process. DFFORMER_CACHE_DIR names another directory."
+            f"dfformer_kernels cannot keep files in {folder} ({reason}); kernels will be compiled and backends "
+            "measured again in every process. DFFORMER_CACHE_DIR names another directory."
         )

@@ -1,5 +1,6 @@
 """Where files are kept from one process to the next, and what becomes of them on a full disk."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_full_disk_is_one_warning_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> None:
-        raise OSError("No space left on device")
+    def fail(file: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.warns(UserWarning, match="No space left on device"):

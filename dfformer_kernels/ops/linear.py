@@ -147,11 +147,11 @@ def mkl_is_slow() -> bool:
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; the first processor is enough, and many take long to list
-    if not cpuinfo.is_file():
+    try:  # Linux; the first processor is enough, and many take long to list
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
+            return file.read(4096)
+    except OSError:
         return platform.processor()
-    with cpuinfo.open(encoding="utf-8", errors="replace") as file:
-        return file.read(4096)
 
 
 MKL_IS_SLOW = mkl_is_slow()  # once, because Dynamo cannot trace it

@@ -1,6 +1,8 @@
 """Pointwise projections and the MLP: values, gradients, layouts, chunks, errors, and torch's transformations."""
 
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -389,3 +391,11 @@ def test_exported_programs_have_no_operator_of_their_own_for_products(monkeypatc
     layer.forward = lambda x: linear(x, torch.ones(3, 4))
     program = torch.export.export(layer, (torch.ones(200, 4),))
     assert "aten.linear.default" in {str(node.target) for node in program.graph.nodes}
+
+
+def test_a_processor_that_may_not_be_read_has_the_name_that_python_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert linear_module._processor() == platform.processor()

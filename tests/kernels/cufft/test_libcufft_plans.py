@@ -285,15 +285,15 @@ def test_different_transforms_run_at_the_same_time(fake: Fake) -> None:
 
 
 FORK = """
-import ctypes, os, signal, sys, time
+import ctypes, os, signal, sys, threading, time
 import torch
 from dfformer_kernels.backends.cufft.plans import Plans, Transform
 
 fake, plans = ctypes.CDLL(sys.argv[1]), Plans(sys.argv[1])
 u, Z, workspace = torch.ones(4, 4, 2), torch.empty(4, 3, 2, 2), torch.empty(4 * 3 * 2 * 16, dtype=torch.uint8)
 
-def run(capturing=False):
-    plan = plans.get(Transform(0, (4, 4, 2), torch.float32, False), capturing)
+def run(capturing=False, N=2):
+    plan = plans.get(Transform(0, (4, 4, N), torch.float32, False), capturing)
     plan.run(u.data_ptr(), Z.data_ptr(), workspace.data_ptr(), 0)
 
 def counts():
@@ -301,16 +301,25 @@ def counts():
 
 run()
 run(capturing=True)
-assert counts() == (1, 1)
-child = os.fork()
+run(N=1)
+assert counts() == (2, 2)
+fake.fake_cufft_meet(2)
+inside = threading.Thread(target=run)
+inside.start()
+while fake.fake_cufft_waiting() < 1:
+    time.sleep(0.001)
+child = os.fork()  # the child has neither the thread inside the library nor the plan that it holds
 if child == 0:
-    assert counts() == (0, 1)
+    fake.fake_cufft_meet(0)
+    assert counts() == (0, 2)
     run()  # plans anew
-    assert counts() == (1, 2)
+    assert counts() == (1, 3)
     plans._recent.clear()
-    assert counts() == (0, 1)  # the parent's
+    assert counts() == (0, 2)  # the parent's
     os._exit(0 if Z[0, 0, 0, 0] == 16 else 3)
 
+run(N=1)
+inside.join()
 for _ in range(300):
     pid, status = os.waitpid(child, os.WNOHANG)
     if pid:
@@ -321,7 +330,7 @@ else:
     sys.exit("the forked child hangs")
 assert os.waitstatus_to_exitcode(status) == 0, status
 run()
-assert counts() == (1, 1)
+assert counts() == (2, 2)
 """
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dfformer.cli.commands import COMMANDS, Command
+from dfformer.utils.extras import extra
 from dfformer.utils.suggest import did_you_mean
 from dfformer.utils.text import without_advice
 from dfformer_kernels import __version__
@@ -43,15 +44,11 @@ def _run(argv: list[str]) -> int:
         return 0
     try:
         arguments = rest if command.own_parser else _parsed(prog, command, rest)
-        status: int = pkgutil.resolve_name(command.run)(arguments)
+        with extra(command.extra):
+            status: int = pkgutil.resolve_name(command.run)(arguments)
         return status
     except BrokenPipeError:
         raise
-    except ImportError as error:
-        if not command.extra or (error.name or "").split(".")[0] in ("dfformer", "dfformer_kernels"):
-            raise
-        print(f"{prog}: {error}: pip install 'dfformer[{command.extra}]'", file=sys.stderr)
-        return _FAILED
     except (RuntimeError, ValueError, OSError, MemoryError, pickle.UnpicklingError) as error:
         print(f"{prog}: {_message(error)}", file=sys.stderr)
         return _FAILED

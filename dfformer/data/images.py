@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from dfformer.data.class_folders import ClassFolders, ClassTar
 from dfformer.data.files import DatasetSpec, ImageDataset, Samples, given_root, image_mode, orientation_note, read_image
 from dfformer.utils.device import Place
+from dfformer.utils.extras import extra
 from dfformer.utils.suggest import did_you_mean
 from dfformer.utils.text import abbreviate, echo
 
@@ -37,11 +38,9 @@ class DigitImages(ImageDataset[tuple[Image.Image, int, str]]):
     """
 
     def __init__(self, split: str) -> None:
-        try:
+        with extra("train"):
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
-        except ImportError as error:
-            raise RuntimeError("the digits come with scikit-learn: pip install 'dfformer[train]'") from error
         if split not in ("train", "val"):
             raise ValueError(f"split: got {split!r}, the digits have train and val")
         data = load_digits()

@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from dfformer.data.files import read_image
+from dfformer.utils.extras import extra
 
 NAME = "photographs"
 # scikit-image's by file, scikit-learn's by name. The two motorcycle images show one scene, so they are in one split.
@@ -41,11 +42,9 @@ def sklearn_photographs() -> dict[str, Image.Image]:
 
 @cache
 def _photograph(name: str) -> Image.Image:
-    try:
+    with extra("train,dense"):
         import skimage
 
         if "." not in name:
             return sklearn_photographs()[name]
-    except ImportError as error:
-        raise RuntimeError(f"the photographs need what pip install 'dfformer[train,dense]' brings: {error}") from error
     return read_image(Path(skimage.__file__).parent / "data" / name, "RGB")

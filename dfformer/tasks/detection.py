@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pycocotools  # noqa: F401 (torchmetrics would only report it missing after an epoch)
 import torch
 from torch import Tensor, distributed, nn
-from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_convert, nms
 from torchvision.transforms import v2
 
@@ -25,7 +23,12 @@ from dfformer.tasks.evaluate import Measured, Timed, at_each_size, batches, data
 from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.tasks.results import plan_results, result_names, write_results
 from dfformer.utils.device import Place
+from dfformer.utils.extras import extra
 from dfformer.utils.io import write_atomically
+
+with extra("dense"):
+    import pycocotools  # noqa: F401 (torchmetrics would only report it missing after an epoch)
+    from torchmetrics.detection import MeanAveragePrecision
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchvision.transforms import v2
 
 from dfformer.data.pairs import Degradation, InputAndTarget, RestorationTensors, open_pair_dataset
@@ -22,6 +21,10 @@ from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.tasks.restorer import Restorer, SelfEnsemble, enlarged, tiled
 from dfformer.tasks.results import plan_results, write_results
 from dfformer.utils.device import Place
+from dfformer.utils.extras import extra
+
+with extra("dense"):
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from segmentation_models_pytorch import FPN
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms import v2
 
 from dfformer.data import images as image_data
@@ -30,6 +28,11 @@ from dfformer.tasks.evaluate import Measured, Pixels, Timed, at_each_size, batch
 from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.tasks.results import plan_results, write_results
 from dfformer.utils.device import Place
+from dfformer.utils.extras import extra
+
+with extra("dense"):
+    from segmentation_models_pytorch import FPN
+    from torchmetrics.classification import MulticlassConfusionMatrix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,11 +21,8 @@ def check_task(task: str) -> None:
 
 
 def task_part(task: str, part: Literal["loading", "training", "evaluation", "prediction"]) -> Any:
-    """A class or function of a task; RuntimeError if the packages that it needs are not installed."""
+    """A class or function of a task."""
     check_task(task)
     module, loading, training = _TASKS[task]
     parts = {"loading": loading, "training": training, "evaluation": "evaluate", "prediction": "predictor"}
-    try:
-        return pkgutil.resolve_name(f"dfformer.tasks.{module}:{parts[part]}")
-    except ImportError as error:
-        raise RuntimeError(f"{module} needs what pip install 'dfformer[dense]' brings: {error}") from error
+    return pkgutil.resolve_name(f"dfformer.tasks.{module}:{parts[part]}")

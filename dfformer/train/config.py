@@ -8,16 +8,19 @@ import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
-
 from dfformer.data.files import DatasetSpec
 from dfformer.models.metadata import DATA, DEGRADATION, DETECTOR, IMAGE_SIZE, RESTORER, SHARE, list_of, real, whole
-from dfformer.train import strict_yaml
 from dfformer.train.checks import check, flatten
 from dfformer.train.recipes import with_recipe_files
 from dfformer.utils.accepted import Kind
+from dfformer.utils.extras import extra
 from dfformer.utils.suggest import did_you_mean
+
+with extra("train"):
+    import yaml
+    from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
+
+    from dfformer.train import strict_yaml
 
 # The values that settings accept. A number from a file must not make a run endless.
 _POSITIVE = real(0, 1e9)

@@ -117,10 +117,10 @@ class Autotuner:
             return {}
         try:
             content = json.loads(data)
-            winners = dict(content["winners"])
+            winners = content["winners"]
             if content["versions"] != self._gpu.versions() or not all(isinstance(w, str) for w in winners.values()):
                 raise ValueError("it is of other versions or has other content")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             path, reason = disk.directory() / name, f"{type(error).__name__}: {error}"
             warn_once(f"dfformer_kernels ignores {path}, which it cannot have written ({reason})")
             return {}

@@ -268,7 +268,10 @@ def test_processes_add_to_each_others_winners(tuned: FakeGpu) -> None:
         b'{"versions": {"torch": "0.9"}, "winners": {}}',
         b'{"versions": {"torch": "1.0"}, "winners": [1]}',
         b'{"versions": {"torch": "1.0"}, "winners": {"a": 1}}',
+        b'{"versions": {"torch": "1.0"}, "winners": [[1, "torch"]]}',
+        b"[" * 100_000,
     ],
+    ids=lambda content: content[:60],
 )
 def test_a_corrupted_file_is_ignored_with_a_warning_and_replaced(tuned: FakeGpu, folder: Path, content: bytes) -> None:
     """Warnings are errors in this test run, so a second one would raise."""

@@ -94,12 +94,15 @@ def demo_command(arguments: argparse.Namespace) -> int:
 def train_on_digits(epochs: int, seed: int, folder: Path) -> list[dict[str, float]]:
     """Trains by the recipe ``digits`` in fewer epochs; writes digits.safetensors and returns the measures by epoch."""
     run = folder / "training"
-    for earlier in checkpoints(run):
-        earlier.unlink()
+    start, earlier = run / "start.safetensors", checkpoints(run)
+    if earlier and not start.exists():
+        raise ValueError(f"--output: {run} contains a training run that is no demo's, accepted is another folder")
+    for path in earlier:
+        path.unlink()
     settings = {"output": run, "seed": seed, "device": "cpu"}
     settings |= {"optim.epochs": epochs, "optim.warmup_epochs": epochs / 5, "optim.ema_decay": 0}
     config = parse(["--recipe=digits", *(f"--{name}={value}" for name, value in settings.items())])
-    config.model.checkpoint = str(run / "start.safetensors")
+    config.model.checkpoint = str(start)
     torch.manual_seed(seed)
     save_start(config.model)
     history = train(config, Place(torch.device("cpu")))

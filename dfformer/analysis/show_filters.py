@@ -158,7 +158,7 @@ def show_response(models: list[Loaded], samples: Samples, output: Output, patter
 def _show_response(
     loaded: Loaded, name: str, layer: SpectralFilter, x: Tensor, samples: Samples, index: int, output: Output
 ) -> None:
-    sample, plane = samples.samples[index], (x.shape[1], x.shape[2])
+    sample, plane = samples.samples[index], layer.plane_of(x)
     u, applied = analysis.expanded(layer, x)[0], analysis.applied_filters(layer, x)[0]
     basis = analysis.stored_filters(layer, plane) if isinstance(layer, DynamicFilter) else applied[..., :0]
     channels = (

@@ -225,7 +225,7 @@ def _of_parts(module: nn.Module, parts: _Parts) -> list[str]:
 # By class: what optimises a module, and those of its parts that must be unmodified. Only the projections of a mixer
 # are replaced, as the linear layers that they are.
 _PROJECTIONS: _Parts = {"pwconv1": (nn.Linear,), "pwconv2": (nn.Linear,)}
-_PATHS = (nn.Identity, DropPath)
+_PATHS = (DropPath, nn.Identity)
 _SERVED: dict[type[nn.Module], tuple[Callable[[Any], nn.Module], _Parts]] = {
     MetaFormerBlock: (ServedBlock, {"drop_path1": _PATHS, "drop_path2": _PATHS}),
     **dict.fromkeys((DynamicFilter, GlobalFilter, SepConv, AFNO2D), (lambda mixer: mixer, _PROJECTIONS)),

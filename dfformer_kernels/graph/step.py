@@ -157,9 +157,10 @@ def _other_shape(chain: Chain) -> str:
 
 def _check_dtypes(chain: Chain) -> None:
     x, routing = value_of(chain.x).dtype, chain.routing
+    taken = any(_takes(n, x) for n in (routing, chain.logits) if n is not None)
     if not x.is_floating_point or value_of(chain.inverse).dtype != x:
         raise DifferentCopyError(f"it makes {value_of(chain.inverse).dtype} of {x}")
-    if routing is not None and not (value_of(routing).dtype.is_complex or _takes(routing, x)):
+    if routing is not None and not (value_of(routing).dtype.is_complex or taken):
         raise DifferentCopyError(f"its weights are {value_of(routing).dtype} beside {x}")
 
 
@@ -175,13 +176,14 @@ def _routings(chain: Chain, B: int, C: int) -> Iterator[tuple[str, int, tuple[in
     shape = value_of(chain.routing).shape
     if value_of(chain.routing).dtype.is_complex or len(shape) < 2 or not same(shape[0], B):
         return
-    softmax = None
-    if chain.logits is not None and _takes(chain.logits, value_of(chain.x).dtype):
+    x, softmax = value_of(chain.x).dtype, None
+    if chain.logits is not None and _takes(chain.logits, x):
         softmax = softmax_axis(chain.routing)
     for axis, *rest in itertools.permutations(range(1, len(shape))):
         if all(same(shape[a], 1) or (i == 0 and same(shape[a], C)) for i, a in enumerate(rest)):
             kind = "softmax" if softmax is not None and softmax % len(shape) == axis else "weights"
-            yield kind, shape[axis], (0, axis, *rest)
+            if kind == "softmax" or _takes(chain.routing, x):  # a softmax in float64 of float32 logits is no weight
+                yield kind, shape[axis], (0, axis, *rest)
 
 
 def _difference(chain: Chain, step: Step) -> str:

@@ -122,6 +122,11 @@ def attention_map_too(x: Tensor, logits: Tensor, basis: Tensor) -> Any:
     ), routing
 
 
+def softmax_in_double(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
+    routing = logits.softmax(1, dtype=torch.float64).to(torch.complex64)
+    return back(there(x) * torch.einsum("bfc,hkf->bhkc", routing, torch.view_as_complex(basis)))
+
+
 # With weights of another kind, or filters from anywhere.
 
 
@@ -203,6 +208,7 @@ SAME: dict[str, tuple[Step, bool, bool]] = {
     "a filter a channel, channels-first": (one_a_channel_first, True, False),
     "scaled basis": (scaled_basis, False, True),
     "softmax is a result too": (attention_map_too, False, True),
+    "softmax in double precision": (softmax_in_double, False, True),
     "sigmoid": (by_sigmoid, True, True),
     "dropout of the weights": (dropped_weights, False, True),
     "softmax over channels": (softmax_over_channels, False, True),

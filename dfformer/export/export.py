@@ -22,6 +22,7 @@ from dfformer.models.checkpoint import load_model, read_checkpoint
 from dfformer.models.filter_resize import resize_filter
 from dfformer.models.metadata import is_ours
 from dfformer.models.spectral import SpectralFilter
+from dfformer.utils.extras import extra
 from dfformer_kernels.tolerance import relative_error
 
 # The largest relative error of a file's outputs: it runs some fifty layers in float32, with sums in another order.
@@ -68,7 +69,7 @@ def export(
         outside of macOS).
 
     Raises:
-        ValueError: a bad argument, by name. ModuleNotFoundError: the format needs an extra.
+        ValueError: a bad argument, by name. RuntimeError: the format needs an extra.
         ExportError: the file's outputs differ from the model's by more than BOUND.
     """
     path = Path(path)
@@ -130,13 +131,9 @@ def _chosen_format(path: Path, name: str | None, fused: bool) -> Format:
         raise ValueError(f"path: got {path}, format {name} takes names ending in {chosen.suffix}")
     if fused and not chosen.takes_fused:
         raise ValueError(f"fused: is for {', '.join(n for n in FORMATS if FORMATS[n].takes_fused)}, not for {name}")
-    for module in chosen.needs:
-        try:
+    with extra(chosen.extra):
+        for module in chosen.needs:
             importlib.import_module(module)
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                f"format: {name} needs {module}: pip install 'dfformer[{chosen.extra}]' ({error})"
-            ) from error
     return chosen
 
 

@@ -1,6 +1,7 @@
 """The command line, run as a user would, and what it counts."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,46 @@ def one_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is said to cost what the first one does: counting all of them takes ten seconds."""
     counted = profile(lambda: timm.create_model("dfformer_s18"), (64, 96))
     monkeypatch.setattr(info, "profile", lambda make_model, img_size: counted)
+
+
+@pytest.mark.parametrize(("group", "commands"), [([], ("train", "demo")), (["show"], ("filters", "spectrum"))], ids=str)
+def test_group_lists_its_commands(
+    group: list[str], commands: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(group) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in commands)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "command: got 'trian', accepted are info, .*; did you mean train?"),
+        (["show", "filtrs"], "command: got 'filtrs', accepted are filters, .*; did you mean filters?"),
+        (["info", "--img-sise", "64"], "unrecognized arguments: --img-sise 64; did you mean --img-size?"),
+        (["info", "model"], "unrecognized arguments: model$"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_unknown_words_are_answered_with_the_nearest(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2
+    assert re.search(message.replace("?", r"\?"), capsys.readouterr().err.strip(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("fault", "status"), [(KeyboardInterrupt, 130), (MemoryError("no memory"), 2)], ids=str)
+def test_interruption_and_errors_have_their_exit_codes(
+    fault: Any, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(info, "info_command", fail)
+    assert main(["info"]) == status
+    assert capsys.readouterr().err == ("dfformer info: no memory\n" if status == 2 else "")
 
 
 @pytest.mark.usefixtures("one_profile")

@@ -81,23 +81,36 @@ class Autotuner:
             self._winners = self._read() | self._winners
             winner = next(iter(calls)) if len(calls) == 1 else self._winners.get(class_)
             if winner is None or winner not in calls:
-                seconds = {}
-                for name, call in calls.items():
-                    try:
-                        seconds[name] = self._gpu.seconds(call, problem.device_index)
-                    except KernelBuildError as error:
-                        on_build_error(name, error)
-                    except torch.OutOfMemoryError:
-                        continue  # it may run when more memory is free
+                seconds = self._seconds(problem, calls, on_build_error)
                 if not seconds:
                     return next(iter(calls))
                 winner = min(seconds, key=lambda name: seconds[name])
-                # Other processes may have written theirs in the meantime.
-                self._winners |= self._read() | {class_: winner}
-                content = {"versions": self._gpu.versions(), "winners": dict(sorted(self._winners.items()))}
-                disk.write(self._file(), json.dumps(content, indent=1).encode())
+                self._keep(class_, winner)
             self._chosen[problem] = winner
             return winner
+
+    def _seconds(
+        self,
+        problem: Problem,
+        calls: Mapping[str, Callable[[], object]],
+        on_build_error: Callable[[str, KernelBuildError], None],
+    ) -> dict[str, float]:
+        """The times of those ``calls`` that run."""
+        seconds = {}
+        for name, call in calls.items():
+            try:
+                seconds[name] = self._gpu.seconds(call, problem.device_index)
+            except KernelBuildError as error:
+                on_build_error(name, error)
+            except torch.OutOfMemoryError:
+                continue  # it may run when more memory is free
+        return seconds
+
+    def _keep(self, class_: str, winner: str) -> None:
+        # Other processes may have written theirs in the meantime.
+        self._winners |= self._read() | {class_: winner}
+        content = {"versions": self._gpu.versions(), "winners": dict(sorted(self._winners.items()))}
+        disk.write(self._file(), json.dumps(content, indent=1).encode())
 
     def forget(self, problem: Problem) -> None:
         """Forgets the choice for ``problem``, because the chosen backend failed to run it and is no candidate now."""

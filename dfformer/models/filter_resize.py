@@ -96,7 +96,8 @@ def _untraced() -> Iterator[None]:
 
 def _bicubic(old: int, new: int) -> Tensor:
     """(new, old) float64: cubic convolution (a = -0.75, borders repeated) at ``i * (old - 1) / (new - 1)``."""
-    position = torch.arange(new, dtype=torch.float64, device="cpu") * ((old - 1) / (new - 1) if new > 1 else 0.0)
+    # Every constant is exact in float32, to which torch.onnx.export rounds it.
+    position = torch.arange(new, dtype=torch.float64, device="cpu") * (old - 1) / max(new - 1, 1)
     first = position.floor()
     matrix = torch.zeros(new, old, dtype=torch.float64, device="cpu")
     for tap in range(-1, 3):

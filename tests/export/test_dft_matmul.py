@@ -155,14 +155,14 @@ def swapped() -> Detector:
     return model
 
 
-def to_onnx(model: nn.Module, x: Tensor, path: Path, dynamo: bool) -> Any:
+def to_onnx(model: nn.Module, x: Tensor, path: Path, dynamo: bool, **options: Any) -> Any:
     """An onnxruntime session of ``model``, for batches of any size, as anybody would export it."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing, and that the older exporter is deprecated
         if dynamo:
             shapes = ({0: torch.export.Dim("batch")},)
-            torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, dynamic_shapes=shapes)
+            torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, dynamic_shapes=shapes, **options)
         else:
             axes = {"images": {0: "batch"}}
             torch.onnx.export(model, (x,), path, dynamo=False, input_names=["images"], dynamic_axes=axes)
@@ -242,3 +242,13 @@ def test_onnx_of_torch(kind: str, dynamo: bool, swapped: Detector, tmp_path: Pat
         used = {node.op_type for node in onnx.load(path).graph.node}
         assert used <= TENSORRT
         assert [(entry.domain, entry.version >= 17) for entry in onnx.load(path).opset_import] == [("", True)]
+
+
+def test_filters_of_another_plane_in_onnx_of_torch(tmp_path: Path) -> None:
+    """The file resizes them itself, and in double precision too: not folded, it has no constant that torch rounds."""
+    torch.manual_seed(0)
+    layer = spread(dfformer.GlobalFilter(8, size=(9, 8), weight_resize=True, dtype=torch.float64))
+    x = torch.randn(2, 6, 11, 8, dtype=torch.float64)
+    session = to_onnx(layer, x, tmp_path / "model.onnx", dynamo=True, optimize=False)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert relative_error(torch.from_numpy(y), layer(x)) < BOUND[torch.float64]

@@ -30,6 +30,12 @@ class Command:
     own_parser: bool = False  # it parses the rest of the command line itself
 
 
+def path(text: str) -> Path:
+    if not text:  # Path("") is the current folder
+        raise argparse.ArgumentTypeError("got '', accepted are paths")
+    return Path(text)
+
+
 def plane(text: str) -> tuple[int, int]:
     """``224`` or ``427x640`` as (H, W)."""
     try:
@@ -65,7 +71,7 @@ def model_args(text: str) -> dict[str, Any]:
 # The number of processes that read images: more of them than processors would be slower.
 _WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
-_CHECKPOINT = Argument("--checkpoint", type=Path, help=".safetensors or .pth")
+_CHECKPOINT = Argument("--checkpoint", type=path, help=".safetensors or .pth")
 _MODEL = Argument("--model", help="e.g. dfformer_s18; checkpoints written by dfformer name it themselves")
 _MODEL_ARGS = Argument(
     "--model-args", type=model_args, default={}, metavar="JSON", help="of --model, e.g. '{\"depths\": [2, 2, 6, 2]}'"
@@ -88,7 +94,7 @@ def _img_size(words: str = "default: the model's", **options: Any) -> Argument:
 
 
 def _output(folder: str) -> Argument:
-    return Argument("--output", type=Path, default=Path(folder), help=f"folder to write to (default: {folder})")
+    return Argument("--output", type=path, default=Path(folder), help=f"folder to write to (default: {folder})")
 
 
 def _batch_size(default: int) -> Argument:
@@ -96,8 +102,8 @@ def _batch_size(default: int) -> Argument:
 
 
 _SHOW = (
-    Argument("inputs", nargs="*", type=Path, metavar="IMAGE", help="default: scikit-learn's"),
-    Argument("--checkpoint", action="append", type=Path, help=".safetensors or .pth"),
+    Argument("inputs", nargs="*", type=path, metavar="IMAGE", help="default: scikit-learn's"),
+    Argument("--checkpoint", action="append", type=path, help=".safetensors or .pth"),
     Argument("--model", action="append", help="e.g. dfformer_s18; with or without a checkpoint"),
     _PRETRAINED,
     _img_size(),
@@ -145,7 +151,7 @@ COMMANDS = {
         "dfformer.cli.doctor:doctor_command",
         (
             Argument("--quick", action="store_true", help="small shapes only"),
-            Argument("--json", type=Path, help="also write all results to this file"),
+            Argument("--json", type=path, help="also write all results to this file"),
         ),
         details="Verifies every available backend against float64, forward and backward.",
     ),
@@ -159,8 +165,8 @@ COMMANDS = {
         "measure the accuracy and speed of checkpoints",
         "dfformer.cli.by_task:evaluate_command",
         (
-            Argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help=".safetensors, .pth or .pt"),
-            Argument("--root", help="folder of the data"),
+            Argument("checkpoints", nargs="+", type=path, metavar="CHECKPOINT", help=".safetensors, .pth or .pt"),
+            Argument("--root", type=path, help="folder of the data"),
             Argument(
                 "--dataset",
                 default="",
@@ -178,7 +184,7 @@ COMMANDS = {
             _WORKERS_ARGUMENT,
             _DEVICE,
             Argument("--amp", choices=["none", "bfloat16", "float16"], default="none"),
-            Argument("--csv", type=Path, help="also write the table to this file"),
+            Argument("--csv", type=path, help="also write the table to this file"),
         ),
         extra="train",
     ),
@@ -186,13 +192,13 @@ COMMANDS = {
         "classify, segment, detect objects, or restore",
         "dfformer.cli.by_task:predict_command",
         (
-            Argument("inputs", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them"),
+            Argument("inputs", nargs="+", type=path, metavar="IMAGE", help="image files, or folders of them"),
             _EXIF_ORIENTATION,
             _CHECKPOINT,
             _MODEL,
             _MODEL_ARGS,
             _PRETRAINED,
-            Argument("--classes", type=Path, help="a text file with a class name a line"),
+            Argument("--classes", type=path, help="a text file with a class name a line"),
             _img_size(),
             Argument("--topk", type=int, default=5, help="default: 5"),
             Argument("--min-score", type=float, default=0.3, help="lowest score of objects; default: 0.3"),
@@ -200,7 +206,7 @@ COMMANDS = {
             _batch_size(16),
             _WORKERS_ARGUMENT,
             _DEVICE,
-            Argument("--json", type=Path, help="also write the result to this file"),
+            Argument("--json", type=path, help="also write the result to this file"),
             _output("predictions"),
         ),
         details="Classifies or restores images, segments them, or detects objects, depending on the checkpoint.",
@@ -210,7 +216,7 @@ COMMANDS = {
         "export a model to another runtime, e.g. as ONNX",
         "dfformer.export.export:export_command",
         (
-            Argument("output", type=Path, help="a name with the format's ending, or a new folder (hub)"),
+            Argument("output", type=path, help="a name with the format's ending, or a new folder (hub)"),
             _CHECKPOINT,
             _MODEL,
             _PRETRAINED,
@@ -234,7 +240,7 @@ COMMANDS = {
     "convert": Command(
         "convert a checkpoint (.pth) to .safetensors",
         "dfformer.cli.convert:convert_command",
-        (Argument("source", type=Path), Argument("target", type=Path)),
+        (Argument("source", type=path), Argument("target", type=path)),
     ),
     "demo": Command(
         "train on handwritten digits, compare on photographs",

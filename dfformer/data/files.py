@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 Sample = TypeVar("Sample", covariant=True)
 
 
-def given_root(root: str | None) -> Path:
+def given_root(root: str | Path | None) -> Path:
     """The folder of the data; ValueError if it is not given."""
     if root is None:
         raise ValueError("root: give the folder of the data: --data.root in training, else --root")
@@ -47,7 +47,7 @@ class DatasetSpec(NamedTuple):
     """A split of a dataset."""
 
     name: str  # "" for files in ``root``, or the name of a built-in dataset
-    root: str | None
+    root: str | Path | None
     split: str
     img_size: tuple[int, int] = (224, 224)  # of synthetic images
     synthetic_images: int = 1  # their number

@@ -6,12 +6,13 @@ defaults of their ``train.py``. A recipe file names the model and the settings t
 
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from dfformer.data.files import DatasetSpec
 from dfformer.models.metadata import DATA, DEGRADATION, DETECTOR, IMAGE_SIZE, RESTORER, SHARE, list_of, real, whole
 from dfformer.train.checks import check, flatten
-from dfformer.train.recipes import with_recipe_files
+from dfformer.train.recipes import split_recipes
 from dfformer.utils.accepted import Kind
 from dfformer.utils.extras import extra
 from dfformer.utils.suggest import did_you_mean
@@ -25,6 +26,7 @@ with extra("train"):
 # The values that settings accept. A number from a file must not make a run endless.
 _POSITIVE = real(0, 1e9)
 _COUNT = whole(1, 10**9)
+_PATH = Kind(bool, "paths")  # an empty one would be the current folder
 _RANGE = Kind(lambda value: 0 < value[0] <= value[1] <= 1e9, "two numbers above 0 and up to 1e9, least and most")
 # Leaves out timm's readers that run commands, e.g. webdataset's.
 _DATASET = Kind(
@@ -58,7 +60,7 @@ class ModelConfig:
 
     name: str = "dfformer_s18"
     args: dict[str, Any] = field(default_factory=dict)
-    checkpoint: str | None = None
+    checkpoint: str | None = setting(_PATH, None)
     grad_checkpointing: bool = False
     compile: bool = False
 
@@ -94,7 +96,7 @@ class DataConfig:
     """
 
     dataset: str = setting(_DATASET, "")
-    root: str | None = None
+    root: str | None = setting(_PATH, None)
     train_split: str = "train"
     val_split: str = "val"
     download: bool = False
@@ -292,7 +294,7 @@ class TrainConfig:
     detect: DetectConfig = field(default_factory=DetectConfig)
     restore: RestoreConfig = field(default_factory=RestoreConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    output: str = "runs/train"
+    output: str = setting(_PATH, "runs/train")
     resume: bool = False
     seed: int = setting(whole(0, 2**63 - 1), 0)
     device: str = "auto"
@@ -312,18 +314,22 @@ FREE_TO_CHANGE |= {"data.root", "data.download", "data.workers", "data.check_ima
 _SECTIONS = {f.name for f in fields(TrainConfig) if is_dataclass(f.default_factory)}
 
 
-def _load(text: str) -> Any:
-    """The value of a recipe or a setting. A recipe's sections are mappings, and it does not name other recipes."""
-    content = strict_yaml.load(text)
-    for name, value in content.items() if isinstance(content, dict) else ():
-        if name in ("recipe", "config"):
-            raise ValueError(f"{name}: is not accepted in a recipe")
-        if name in _SECTIONS and not isinstance(value, dict):
-            raise ValueError(f"{name}: got {str(value)[:60]!r}, accepted are its settings by name")
-    return content
+set_loader(MODE, strict_yaml.load, (yaml.YAMLError, ValueError))
 
 
-set_loader(MODE, _load, (yaml.YAMLError, ValueError))
+def _check_recipe(path: Path) -> None:
+    """Raises ValueError, naming the file, unless its sections are mappings and it names no other recipe."""
+    try:
+        content = strict_yaml.load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"got {str(content)[:60]!r}, accepted are settings by name")
+        for name, value in content.items():
+            if name in ("recipe", "config"):
+                raise ValueError(f"{name}: is not accepted in a recipe")
+            if name in _SECTIONS and not isinstance(value, dict):
+                raise ValueError(f"{name}: got {str(value)[:60]!r}, accepted are its settings by name")
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:2000]}") from error
 
 
 def parse(arguments: list[str]) -> TrainConfig:
@@ -339,7 +345,10 @@ def parse(arguments: list[str]) -> TrainConfig:
     )
     parser.add_class_arguments(TrainConfig)
     try:
-        parsed: Namespace = parser.parse_args(with_recipe_files(arguments))
+        recipes, settings = split_recipes(arguments)
+        for path in recipes:
+            _check_recipe(path)
+        parsed: Namespace = parser.parse_args([*(f"--recipe={path}" for path in recipes), *settings])
     except (ArgumentError, OverflowError, RecursionError) as error:
         unknown = [a.split("=")[0] for a in arguments if a.startswith("--") and a.split("=")[0] in str(error)]
         known = [f"--{name}" for name in flatten(asdict(TrainConfig()))]

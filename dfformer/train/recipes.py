@@ -28,7 +28,7 @@ def find_recipe(name: str) -> Path:
         ValueError: there is neither; suggests the nearest name.
     """
     path = Path(name)
-    if path.exists():
+    if name and path.exists():
         if not path.is_file():
             raise ValueError(f"recipe: got {name}, which is a folder, accepted are a file and a packaged recipe's name")
         return path
@@ -40,10 +40,9 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def with_recipe_files(arguments: list[str]) -> list[str]:
-    """``train``'s arguments with recipes' names replaced by files, and with recipes first, so that all other arguments
-    take precedence."""
+def split_recipes(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """The recipes' files in ``train``'s arguments, and all other arguments, which take precedence over recipes."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe", "--config", action="append", default=[])
     given, others = parser.parse_known_args(arguments)
-    return [*(f"--recipe={find_recipe(name)}" for name in given.recipe), *others]
+    return [find_recipe(name) for name in given.recipe], others

@@ -1,6 +1,5 @@
 """YAML from an untrusted source: no tags, aliases, repeated keys, deep nesting or very long numbers."""
 
-from collections import Counter
 from typing import Any
 
 import yaml
@@ -43,9 +42,13 @@ def _is_endless(text: str) -> bool:
 def _check_keys(node: yaml.Node) -> None:
     children = node.value if isinstance(node, yaml.CollectionNode) else []
     if isinstance(node, yaml.MappingNode):
-        names = [str(key.value) for key, _ in node.value]
-        if repeated := [name for name, count in Counter(names).items() if count > 1]:
-            raise ValueError(f"YAML: the key {repeated[0][:60]!r} is repeated")
+        lines: dict[str, int] = {}  # of keys; one that is a list or a mapping is no key of a dict, so loading fails
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                where = f"in line {lines[key.value]} and line {line}"
+                raise ValueError(f"YAML: the key {key.value[:60]!r} is repeated, {where}")
+            lines[key.value] = line
         children = [value for _, value in node.value]
     for child in children:
         _check_keys(child)

@@ -205,6 +205,25 @@ def test_a_table_replaces_no_checkpoint(checkpoint: Path, capsys: pytest.Capture
     assert checkpoint.read_bytes() == before
 
 
+EMPTY = [
+    ["predict", "image.png", "--checkpoint="],
+    ["predict", ""],
+    ["eval", "m.pth", "--root="],
+    ["doctor", "--json", ""],
+    ["convert", "", "m.safetensors"],
+    ["show", "filters", ""],
+    ["predict", "image.png", "--output="],
+]
+
+
+@pytest.mark.parametrize("argv", EMPTY, ids=" ".join)
+def test_an_empty_path_is_not_the_current_folder(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    assert re.search(r"error: argument \S+: got '', accepted are paths", capsys.readouterr().err)
+
+
 COMMANDS = [["predict", "image.png"], ["eval", "m.pth"], ["export", "m.onnx"], ["show", "filters"]]
 
 

@@ -21,8 +21,9 @@ RECIPES: dict[str, tuple[str, str]] = {
     "python-name": ("model: {name: !!python/name:os.system }", "has the tag"),
     "other-tag": ("seed: !!binary MQ==", "has the tag"),
     "deep": ("model: {args: " + "[" * 5000 + "]" * 5000 + "}", "nested deeper"),
-    "twice": ("seed: 1\nseed: 2", "the key 'seed' is repeated"),
-    "twice-inside": ("optim: {lr: 1, lr: 2}", "the key 'lr' is repeated"),
+    "twice": ("seed: 1\nseed: 2", "^recipe.yaml: YAML: the key 'seed' is repeated, in line 1 and line 2$"),
+    "twice-inside": ("optim: {lr: 1, lr: 2}", "the key 'lr' is repeated, in line 1 and line 1$"),
+    "twice-a-list": ("model:\n  args: {? [a] : 1,\n    ? [a] : 2}", "^recipe.yaml: .* found unhashable key .* line 2"),
     "400-digits": (f"seed: {DIGITS}", "number"),
     "400-digits-of-lr": (f"optim: {{lr: {DIGITS}}}", "number"),
     "400-digits-of-args": (f"model: {{args: {{num_classes: {DIGITS}}}}}", "number"),
@@ -41,9 +42,9 @@ RECIPES: dict[str, tuple[str, str]] = {
     "section-null": ("model:\noptim: {lr: 1}", "model: got 'None', accepted are its settings by name"),
     "section-file": ("optim: recipe.yaml", "optim: got 'recipe.yaml', accepted"),
     "section-number": ("optim: 3", "optim: got '3', accepted"),
-    "list": ("[1, 2]", "recipe|config|dict"),
-    "not-yaml": ("a: [", "recipe|config|pars"),
-    "binary": ("\x00\x01", "recipe|config|character"),
+    "list": ("[1, 2]", r"^recipe.yaml: got '\[1, 2\]', accepted are settings by name"),
+    "not-yaml": ("a: [", "^recipe.yaml: while parsing"),
+    "binary": ("\x00\x01", "^recipe.yaml: .*character"),
 }
 
 
@@ -54,6 +55,7 @@ def test_recipes_that_are_refused(text: str, message: str, tmp_path: Path, monke
     with pytest.raises(ValueError, match=message) as raised:
         parse(["--recipe", "recipe.yaml"])
     assert len(str(raised.value)) < 3000
+    assert "Node(" not in str(raised.value)
     assert not Path("sprung").exists()
 
 
@@ -98,6 +100,9 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
     "milestones-order": (["--optim.milestones", "[3, 1]"], r"optim\.milestones: got .3, 1., .* in ascending order"),
     "malformed-policy": (["--augment.auto_augment", "rand-mx"], r"augment\.auto_augment: got 'rand-mx', accepted are"),
     "endless-policy": (["--augment.auto_augment", "rand-m9-n99999999"], r"augment\.auto_augment"),
+    "empty-output": (["--output="], r"output: got '', accepted are paths"),
+    "empty-root": (["--data.root", ""], r"data\.root: got '', accepted are paths"),
+    "empty-checkpoint": (["--model.checkpoint="], r"model\.checkpoint: got '', accepted are paths"),
     "shell": (["--data.dataset", "wds/x", "--data.root", "pipe:touch sprung"], r"data\.dataset"),
 }
 

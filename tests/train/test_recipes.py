@@ -13,7 +13,7 @@ from train_runs import history, steps
 from dfformer.cli.main import main
 from dfformer.models.checkpoint import load_model, save_checkpoint
 from dfformer.train.config import parse
-from dfformer.train.recipes import find_recipe, packaged_recipes, with_recipe_files
+from dfformer.train.recipes import find_recipe, packaged_recipes, split_recipes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,7 +33,7 @@ def test_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_other_arguments_stay_as_they_are() -> None:
     arguments = ["--output", "digits", "--model.name=digits", "--seed", "-1", "--model.args", "{}"]
-    assert with_recipe_files(arguments) == arguments
+    assert split_recipes(arguments) == ([], arguments)
     with pytest.raises(ValueError, match=r"--recipe.*: expected one argument"):
         parse(["--seed", "1", "--recipe"])
 
@@ -44,6 +44,7 @@ def test_other_arguments_stay_as_they_are() -> None:
         "digitz": "recipe: got 'digitz', which is neither a file nor a packaged recipe; did you mean digits?",
         "recipes/dfformer_s81.yaml": "did you mean dfformer_s18",
         "xyzzy": "recipe: got 'xyzzy', which is neither a file nor a packaged recipe",
+        "": "recipe: got '', which is neither a file nor a packaged recipe",
         ".": "recipe: got ., which is a folder",
     }.items(),
 )

@@ -1,7 +1,6 @@
 """The results of ``dfformer show`` and ``dfformer demo``: pictures, tables, and one page with all of them."""
 
 import base64
-import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dfformer.analysis.figures import titled
-from dfformer.utils.io import finite, write_atomically
+from dfformer.utils.io import as_csv, finite, write_atomically
 
 MOST_ROWS = 1000  # of a table on the page; longer tables are only written as CSV
 MOST_PIXELS = 160  # along the longer side of an image beside its filters
@@ -40,13 +39,11 @@ class Output:
 
     def table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Writes a table as CSV. Nine digits of a float are enough to restore a float32 exactly."""
-        rows, text = list(rows), io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(header)
-        writer.writerows([f"{v:.9g}" if isinstance(v, float) else v for v in row] for row in rows)
+        rows = list(rows)
+        exact = ([f"{v:.9g}" if isinstance(v, float) else v for v in row] for row in rows)
         if len(rows) <= MOST_ROWS:
             self._page["tables"].append({"name": name, "header": list(header), "rows": finite(rows)})
-        self._write(f"{name}.csv", text.getvalue().encode())
+        self._write(f"{name}.csv", as_csv(header, (dict(zip(header, row, strict=True)) for row in exact)))
 
     def filters(
         self, images: Mapping[str, Tensor], layers: Mapping[str, tuple[Tensor, Tensor | None, tuple[int, int]]]

@@ -1,11 +1,9 @@
 """The parts that the evaluations of several tasks share."""
 
 import argparse
-import csv
-import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ from dfformer.data.files import DatasetSpec, Samples
 from dfformer.data.images import check_images, evaluation_loader
 from dfformer.models.metadata import check_channels
 from dfformer.utils.device import Place
-from dfformer.utils.io import write_atomically
+from dfformer.utils.io import as_csv, write_atomically
 from dfformer.utils.text import echo, printable
 
 
@@ -136,7 +134,7 @@ def tabulate(arguments: argparse.Namespace, evaluate: Callable[[Path, argparse.N
             row |= {"images": found.images, **found.measures, "images_per_second": speed}
             rows.append(row | found.by_class)
             if arguments.csv:  # after each, so that earlier results remain if the next one fails
-                write_csv(arguments.csv, rows)
+                write_atomically(arguments.csv, as_csv(rows[-1], rows))
             shown = (f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {printable(v)}" for name, v in row.items())
             echo("  ".join(shown))
     return 0
@@ -167,12 +165,3 @@ def batches(samples: Samples, arguments: argparse.Namespace, name: str, batch_si
     """``samples`` in batches, with a progress bar on a terminal."""
     loader = evaluation_loader(samples, arguments.workers, Place(torch.device(arguments.device)), batch_size)
     return tqdm(loader, desc=name, unit="batch", leave=False, disable=not sys.stderr.isatty())
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a table atomically, with the columns of the last row; characters that are not Unicode become escapes."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[-1])
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode(errors="backslashreplace"))

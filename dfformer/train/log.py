@@ -14,10 +14,9 @@ from tqdm import tqdm
 
 from dfformer.analysis.figures import learning_curve
 from dfformer.tasks.base import Task
-from dfformer.tasks.evaluate import write_csv
 from dfformer.train.config import TrainConfig
 from dfformer.train.state import checkpoints
-from dfformer.utils.io import write_atomically
+from dfformer.utils.io import as_csv, write_atomically
 
 STEPS, EPOCHS = "steps.jsonl", "epochs.csv"
 
@@ -56,7 +55,7 @@ class Log:
         sys.stdout.flush()  # also where it is a file or a pipe
 
     def _write_epochs(self, history: list[dict[str, float]]) -> None:
-        write_csv(self.folder / EPOCHS, history)
+        write_atomically(self.folder / EPOCHS, as_csv(history[-1], history))
         measure = [row.get(f"ema_{self.metric}", row[self.metric]) for row in history]
         losses = [row["train_loss"] for row in history]
         figure = learning_curve(losses, measure, self.metric, "validation", self.unit)

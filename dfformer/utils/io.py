@@ -1,15 +1,17 @@
 """Writes files completely or not at all: after a full disk, an error or a crash the old file is still there.
 
-Also JSON without surprises.
+Also JSON and CSV without surprises.
 """
 
+import csv
+import io
 import json
 import math
 import os
 import secrets
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -61,6 +63,19 @@ def write_json(path: str | Path, content: Any) -> None:
     """Writes ``content`` as JSON; numbers that are not finite become null, which every parser accepts."""
     text = json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
     write_atomically(path, text.encode())
+
+
+def as_csv(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """A table as CSV with a header; characters that are not Unicode, as in names of files, become escapes.
+
+    Raises:
+        ValueError: a row has a key that is no column.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode(errors="backslashreplace")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

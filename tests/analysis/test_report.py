@@ -87,6 +87,11 @@ def test_it_needs_nothing_else(report: Path) -> None:
     assert {path.name for path in report.parent.glob("*.csv")} == {"numbers.csv", "long.csv"}
 
 
+def test_a_table_of_files_whose_names_are_not_unicode(tmp_path: Path) -> None:
+    Output(tmp_path).table("images", ["image", "share"], [("caf\udce9.png", 1 / 3)])
+    assert (tmp_path / "images.csv").read_bytes() == b"image,share\r\ncaf\\udce9.png,0.333333333\r\n"
+
+
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (1400, True)])
 def test_in_a_browser(report: Path, width: int, dark: bool) -> None:
     found = browser.inspect(report, width, READ, dark=dark)

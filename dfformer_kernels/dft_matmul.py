@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dfformer_kernels import reference
+from dfformer_kernels.kept import kept
 
 
 def dynamic_filter(
@@ -110,26 +111,15 @@ def be_constants() -> None:
     torch.compiler.assume_constant_result(_matrices_on)
 
 
-def _matrices_on(H: int, W: int, dtype: torch.dtype, device: torch.device) -> Matrices:
-    key = (H, W, dtype, device)
-    if key in _KEPT:
-        return _KEPT[key]
-    made = matrices(H, W, dtype)
-    if device.type != "cpu":
-        made = Matrices(*(m.to(device) for m in made))
-    if type(made.forward_rows) is Tensor:  # and not a tracer's stand-in for one
-        if len(_KEPT) == 64:
-            _KEPT.clear()
-        _KEPT[key] = made
-    return made
-
-
 # Kept so that a trace uses the same constants for all layers of a stage.
-_KEPT: dict[tuple[int, int, torch.dtype, torch.device], Matrices] = {}
+@kept(64)
+def _matrices_on(H: int, W: int, dtype: torch.dtype, device: torch.device) -> Matrices:
+    made = matrices(H, W, dtype)
+    return made if device.type == "cpu" else Matrices(*(m.to(device) for m in made))
 
 
 def matrices(H: int, W: int, dtype: torch.dtype = torch.float64) -> Matrices:
-    """The matrices of (H,W) planes on the CPU, float32 or float64. numpy computes them, which no trace records."""
+    """The matrices of (H,W) planes on the CPU, float32 or float64. numpy computes them, which no tracer records."""
     K = W // 2 + 1
     columns = np.fft.rfft(np.eye(W), norm="ortho").T
     rows = np.fft.fft(np.eye(H), norm="ortho")
@@ -145,6 +135,4 @@ def matrices(H: int, W: int, dtype: torch.dtype = torch.float64) -> Matrices:
     # Of fake tensors, which it traces with, only torch.tensor makes constants.
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return Matrices(*(torch.tensor(np.ascontiguousarray(m, numbers)) for m in made))
-    with torch.inference_mode(False):  # an inference tensor could not serve autograd later
-        # torch.jit.trace records from_numpy, but not data; with kept matrices it must make the same graph again.
-        return Matrices(*(torch.from_numpy(np.ascontiguousarray(m, numbers)).data for m in made))
+    return Matrices(*(torch.from_numpy(np.ascontiguousarray(m, numbers)) for m in made))

@@ -4,15 +4,12 @@ A stored filter is (H, K, ...), ``K = W//2 + 1``: rows in FFT order (frequencies
 the non-negative half of the columns.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from dfformer.utils.accepted import check_arguments, choice
+from dfformer_kernels.kept import kept
 
 RULES = ("bicubic", "fourier")
 RULE = choice(*RULES)
@@ -75,23 +72,11 @@ def _matrices(size: tuple[int, int], new_size: tuple[int, int], rule: str) -> tu
 
 # The matrices are the same for all layers of a stage and from step to step. A training run with random crops sees a few
 # hundred sizes.
-@lru_cache(maxsize=256)
+@kept(256)
 def _kept_matrices(
     size: tuple[int, int], new_size: tuple[int, int], rule: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    with torch.inference_mode(False), _untraced():  # kept matrices must also work in training
-        return tuple(matrix.to(device, dtype) for matrix in _matrices(size, new_size, rule))
-
-
-@contextmanager
-def _untraced() -> Iterator[None]:
-    """Keeps the code inside out of a graph that torch.jit.trace may be recording, because the result is cached."""
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined] # absent from torch's stubs
-    try:
-        yield
-    finally:
-        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+    return tuple(matrix.to(device, dtype) for matrix in _matrices(size, new_size, rule))
 
 
 def _bicubic(old: int, new: int) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import dfformer
 from dfformer.utils.eager_baseline import eager_baseline
 from dfformer_kernels import MatmulTransforms, dft_matmul, dynamic_filter, global_filter
+from dfformer_kernels.kept import kept
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 # Even and odd sides, wide and tall ones, and the smallest.
@@ -123,7 +125,7 @@ def test_checkpointed_modules_recompute_with_the_products() -> None:
 
 def test_torch_traces_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """It compares two traces; in a new process only the first makes the matrices."""
-    monkeypatch.setattr(dft_matmul, "_KEPT", {})
+    monkeypatch.setattr(dft_matmul, "_matrices_on", kept(64)(unwrap(dft_matmul._matrices_on)))
     model, x = tiny(), images(2)
     copied = dfformer.with_dft_matmul(model)
     with warnings.catch_warnings():
@@ -216,7 +218,7 @@ def test_complex_filters_that_the_older_exporter_cannot_write(tmp_path: Path) ->
 def test_onnx_before_any_matrices_are_kept(mixer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As in a new process: the matrices are made while torch.export traces with fake tensors."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    monkeypatch.setattr(dft_matmul, "_KEPT", {})
+    monkeypatch.setattr(dft_matmul, "_matrices_on", kept(64)(unwrap(dft_matmul._matrices_on)))
     layer, x = MIXERS[mixer](dim=8, size=(6, 5)).eval(), torch.randn(2, 6, 5, 8)
     torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "layer.onnx")

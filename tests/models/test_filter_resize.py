@@ -1,8 +1,7 @@
 """Resizing spectral filters: what each rule promises, and the matrices that are kept between calls."""
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from inspect import unwrap
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from dfformer.models import filter_resize as resize
 from dfformer.models.filter_resize import RULES, resize_filter, scriptable_resize
 from dfformer_kernels import dynamic_filter
+from dfformer_kernels.kept import kept
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 Plane = tuple[int, int]
@@ -38,7 +38,7 @@ PLANES: list[tuple[Plane, Plane]] = [
 ]
 EACH_PLANE = pytest.mark.parametrize(("size", "new_size"), PLANES, ids=lambda plane: f"{plane[0]}x{plane[1]}")
 EACH_RULE = pytest.mark.parametrize("rule", RULES)
-STORE = resize._kept_matrices
+REAL = torch.ones(6, 3, 3, 2)
 BICUBIC_ERROR = 1e-12  # torch computes its coefficients in another order
 
 
@@ -48,11 +48,14 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def no_matrices(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An empty store of five matrices for the test; the process's own stays as it is."""
-    matrices = lru_cache(maxsize=5)(resize._kept_matrices.__wrapped__)
-    monkeypatch.setattr(resize, "_kept_matrices", matrices)
-    return matrices
+def no_matrices(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Empties the store of matrices for the test, and again when called; the process's own stays as it is."""
+
+    def empty() -> None:
+        monkeypatch.setattr(resize, "_kept_matrices", kept(64)(unwrap(resize._kept_matrices)))
+
+    empty()
+    return empty
 
 
 def filters(size: Plane, *trailing: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -104,7 +107,7 @@ def test_gradient(rule: str, new_size: Plane) -> None:
 
 
 @EACH_RULE
-def test_same_bits_again(rule: str, no_matrices: Any) -> None:
+def test_same_bits_again(rule: str, no_matrices: Callable[[], None]) -> None:
     weight = filters((14, 14), dtype=torch.float32).requires_grad_()
     grad = torch.randn(12, 11, 3, 2)
 
@@ -113,7 +116,7 @@ def test_same_bits_again(rule: str, no_matrices: Any) -> None:
         return resized, torch.autograd.grad(resized, weight, grad)[0]
 
     first, again = run(), run()
-    no_matrices.cache_clear()
+    no_matrices()
     rebuilt = run()
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first, rebuilt, strict=True))
@@ -211,21 +214,22 @@ def test_fourier_there_and_back(size: Plane, new_size: Plane) -> None:
 # The store of matrices
 
 
-@EACH_RULE
-def test_matrices_are_kept_and_bounded(rule: str, no_matrices: Any) -> None:
-    assert STORE.cache_parameters()["maxsize"], "it is bounded"
-    weight, counts = filters((6, 5)), []
-    for H in (6, 7, 8, 9, 10, 11):
-        for _ in range(2):
-            resize_filter(weight, (6, 5), (H, 9), rule)
-            counts.append(no_matrices.cache_info().currsize)
-    assert max(counts) <= 5
-    assert counts[:4] == [1, 1, 2, 2]  # a second call adds none
+@pytest.mark.usefixtures("no_matrices")
+def test_matrices_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = filters((6, 5))
+    expected = resize_filter(weight, (6, 5), (7, 9))
+    monkeypatch.delattr(resize, "_matrices")
+    assert torch.equal(resize_filter(weight, (6, 5), (7, 9)), expected)
 
 
 def under_fake_tensors() -> None:
     with FakeTensorMode():
         assert resize_filter(torch.randn(6, 3, 3, 2), (6, 5), (7, 8)).shape == (7, 5, 3, 2)
+
+
+def under_fake_tensors_with_real_filters() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert resize_filter(REAL, (6, 5), (7, 8)).shape == (7, 5, 3, 2)
 
 
 def on_meta_device() -> None:
@@ -258,6 +262,7 @@ def under_function_transform() -> None:
 
 SPECIAL_MODES = [
     under_fake_tensors,
+    under_fake_tensors_with_real_filters,
     on_meta_device,
     under_meta_context,
     under_inference_mode,

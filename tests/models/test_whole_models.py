@@ -3,7 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
-from functools import lru_cache
+from inspect import unwrap
 from itertools import cycle
 from typing import Any
 
@@ -22,6 +22,7 @@ from dfformer import AFNO2D, DFFormer, DynamicFilter, GlobalFilter, SepConv
 from dfformer.models import filter_resize as resize
 from dfformer.models.spectral import SpectralFilter
 from dfformer.utils.eager_baseline import eager_baseline
+from dfformer_kernels.kept import kept
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 # In 16 bits, sums in float32 and norms keep a model's error to a few units of roundoff.
@@ -327,7 +328,7 @@ def test_export_with_any_batch(name: str) -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a trace is for one image size
 def test_trace_with_any_batch(name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(name)
-    empty = lru_cache(resize._kept_matrices.__wrapped__)  # the trace is the first to ask for its filters' size
+    empty = kept(64)(unwrap(resize._kept_matrices))  # the trace is the first to ask for its filters' size
     monkeypatch.setattr(resize, "_kept_matrices", empty)
     with torch.set_grad_enabled(size == (64, 64)):
         traced = torch.jit.trace(model, images(*size))

@@ -18,7 +18,7 @@ from dfformer.analysis import metrics as analysis
 from dfformer.analysis.output import Output
 from dfformer.analysis.samples import Loaded, Samples, load_samples
 from dfformer.analysis.show_filters import show_filters, show_response
-from dfformer.models.checkpoint import load_model, read_checkpoint, read_task
+from dfformer.models.checkpoint import chosen_model, read_checkpoint, read_task
 from dfformer.models.metaformer import DFFormer
 from dfformer.tasks.table import task_part
 
@@ -44,41 +44,36 @@ def show_command(arguments: argparse.Namespace) -> int:
 def load_models(arguments: argparse.Namespace) -> list[Loaded]:
     """The models of ``--checkpoint`` and ``--model``; with ``--untrained`` each once more with fresh weights."""
     checkpoints, names = arguments.checkpoint or [], arguments.model or []
+    if not checkpoints and not names:
+        raise ValueError("pass --checkpoint FILE, or --model NAME (with --pretrained, or its fresh weights are shown)")
+    if checkpoints and len(names) not in (0, 1, len(checkpoints)):
+        raise ValueError(f"--model: got {len(names)} for {len(checkpoints)} checkpoints; one each, or one for all")
+    count = max(len(checkpoints), len(names))
+    paths, names = checkpoints or [None] * count, names * (count // len(names)) if names else [None] * count
+    same_names = len({path.name for path in checkpoints}) < len(checkpoints)  # a/last and b/last
     overrides = {"img_size": arguments.img_size} if arguments.img_size else {}
-    untrained = getattr(arguments, "untrained", False)
+    has_weights = bool(checkpoints) or arguments.pretrained
     loaded = []
     torch.manual_seed(0)
-    if checkpoints and arguments.pretrained:
-        raise ValueError("--pretrained: is for --model by itself, a checkpoint brings its weights")
-    if checkpoints:
-        if len(names) not in (0, 1, len(checkpoints)):
-            raise ValueError(f"--model: got {len(names)} for {len(checkpoints)} checkpoints; one each, or one for all")
-        names = [None] * len(checkpoints) if not names else names * (len(checkpoints) // len(names))
-        same_names = len({path.name for path in checkpoints}) < len(checkpoints)  # a/last and b/last
-        for path, name in zip(checkpoints, names, strict=True):
-            title = str(path) if same_names else path.name
+    for path, name in zip(paths, names, strict=True):
+        title = name if path is None else str(path) if same_names else path.name
+        if has_weights:
             loaded.append(Loaded(title, _trained(path, name, **overrides)))
-            if untrained:
-                loaded.append(Loaded(f"{title}, untrained", _untrained(path, name, **overrides)))
-    elif names:
-        for name in names:
-            if arguments.pretrained:
-                loaded.append(Loaded(name, timm.create_model(name, pretrained=True, **overrides)))
-            if untrained or not arguments.pretrained:
-                loaded.append(Loaded(f"{name}, untrained", timm.create_model(name, **overrides)))
-    else:
-        raise ValueError("pass --checkpoint FILE, or --model NAME (with --pretrained, or its fresh weights are shown)")
+        if getattr(arguments, "untrained", False) or not has_weights:
+            loaded.append(Loaded(f"{title}, untrained", _untrained(path, name, **overrides)))
     for name, model, _ in loaded:
         if not isinstance(model, DFFormer):
             raise ValueError(f"--model: {name}: is a {type(model).__name__} and not one of dfformer's models")
     return [Loaded(name, model.eval().to(arguments.device), arguments.img_size) for name, model, _ in loaded]
 
 
-def _trained(path: Path, name: str | None, **overrides: Any) -> nn.Module:
-    """The model of a checkpoint; for a dense task, its encoder, with the image preprocessing of the whole model."""
-    task = read_task(path)
-    if task == "classify":
-        return load_model(path, name, **overrides)[0]
+def _trained(path: Path | None, name: str | None, **overrides: Any) -> nn.Module:
+    """The model of a checkpoint, or a pretrained one; for a dense task, its encoder.
+
+    The encoder has the image preprocessing of the whole model.
+    """
+    if path is None or (task := read_task(path)) == "classify":
+        return chosen_model(path, name, pretrained=True, **overrides)[0]
     if name:
         raise ValueError(f"--model: got {name}, but {path} says its model")
     model, about = task_part(task, "loading")(path)
@@ -93,9 +88,9 @@ def _trained(path: Path, name: str | None, **overrides: Any) -> nn.Module:
     return encoder
 
 
-def _untrained(path: Path, name: str | None, **overrides: Any) -> nn.Module:
-    """A fresh model like that of a checkpoint."""
-    _, metadata = read_checkpoint(path)
+def _untrained(path: Path | None, name: str | None, **overrides: Any) -> nn.Module:
+    """A fresh model called ``name``, or like that of a checkpoint."""
+    metadata = read_checkpoint(path)[1] if path else {}
     model_args = {**metadata.get("model_args", {}), **overrides}
     data = metadata.get("data", {})
     return timm.create_model(name or metadata["architecture"], pretrained_cfg_overlay=data, **model_args)

@@ -12,7 +12,7 @@ from dfformer.tasks.table import task_part
 # Options that only one task has, and what the others do instead.
 _ONLY_FOR: dict[str, tuple[tuple[str, ...], str]] = {
     "classify": (
-        ("crop_pct", "model", "model_args", "classes", "pretrained"),
+        ("crop_pct", "model", "model_args", "classes"),
         ": others use whole images, and the model and classes of their checkpoint",
     ),
     "restore": (("self_ensemble",), ""),

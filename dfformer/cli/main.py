@@ -99,6 +99,8 @@ def _parsed(prog: str, command: Command, argv: list[str]) -> argparse.Namespace:
         path = getattr(arguments, name, None)
         if path and path.is_file() and path.suffix.lower() != suffix:  # e.g. an image, where the name was forgotten
             raise ValueError(f"--{name}: got {path}, which exists; accepted are a new file or one ending in {suffix}")
+    if getattr(arguments, "pretrained", False) and arguments.checkpoint:
+        raise ValueError("--pretrained: is for --model by itself, a checkpoint brings its weights")
     models, model_args = getattr(arguments, "model", None) or [], getattr(arguments, "model_args", {})
     if models or model_args:
         _check_models(models, model_args)

@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
@@ -18,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from dfformer.export.formats import FORMATS, TRACED_BATCH, Format, Run, Source
 from dfformer.inference.optimize import InferenceModel
-from dfformer.models.checkpoint import load_model, read_checkpoint
+from dfformer.models.checkpoint import chosen_model, read_checkpoint
 from dfformer.models.filter_resize import resize_filter
 from dfformer.models.metadata import is_ours
 from dfformer.models.spectral import SpectralFilter
@@ -183,15 +182,8 @@ def _largest_error(source: Source, run: Run, any_size: bool) -> float:
 def export_command(arguments: argparse.Namespace) -> int:
     """The command line's ``export``."""
     overrides = {"img_size": arguments.img_size} if arguments.img_size else {}
-    metadata: dict[str, Any] = {}
-    classes = None
-    if arguments.checkpoint:
-        _, metadata = read_checkpoint(arguments.checkpoint)
-        model, classes = load_model(arguments.checkpoint, arguments.model, **overrides)
-    elif arguments.model:
-        model = timm.create_model(arguments.model, pretrained=arguments.pretrained, **overrides)
-    else:
-        raise ValueError("pass --checkpoint FILE or --model NAME")
+    metadata = read_checkpoint(arguments.checkpoint)[1] if arguments.checkpoint else {}
+    model, classes = chosen_model(arguments.checkpoint, arguments.model, arguments.pretrained, **overrides)
     model_args = {**metadata.get("model_args", {}), "num_classes": model.num_classes, **overrides}
     error = export(
         model.to(arguments.device),

@@ -214,6 +214,20 @@ def load_model(
     return model, classes
 
 
+def chosen_model(
+    checkpoint: Path | None, architecture: str | None, pretrained: bool, **model_args: Any
+) -> tuple[nn.Module, list[str] | None]:
+    """The model of ``--checkpoint``, ``--model`` and ``--pretrained`` in eval mode, and its class names if known.
+
+    Without a checkpoint its weights are the authors' if ``pretrained``, else fresh; for the others see `load_model`.
+    """
+    if checkpoint:
+        return load_model(checkpoint, architecture, **model_args)
+    if not architecture:
+        raise ValueError("pass --checkpoint FILE or --model NAME")
+    return timm.create_model(architecture, pretrained=pretrained, **model_args).eval(), None
+
+
 def own_architecture(path: str | Path, metadata: Mapping[str, Any]) -> str:
     """The model of this package that a checkpoint is for; CheckpointError if the file names none."""
     name = metadata.get("architecture")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dfformer.data import images as image_data
 from dfformer.data.files import read_class_names
 from dfformer.data.transforms import evaluation_transform, training_transform
-from dfformer.models.checkpoint import load_checkpoint, load_model
+from dfformer.models.checkpoint import chosen_model, load_checkpoint, load_model
 from dfformer.models.metadata import is_ours
 from dfformer.tasks.base import Task
 from dfformer.tasks.evaluate import Measured, Pixels, Timed, accuracy, batches, data_config, dataset_spec, logits_of
@@ -171,12 +171,9 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, list[str]]:
     overrides = dict(arguments.model_args)
     if arguments.img_size:
         overrides["img_size"] = arguments.img_size
-    if arguments.checkpoint:
-        model, classes = load_model(arguments.checkpoint, arguments.model, **overrides)
-    elif arguments.pretrained and arguments.model:
-        model, classes = timm.create_model(arguments.model, pretrained=True, **overrides).eval(), None
-    else:
+    if not arguments.checkpoint and not (arguments.model and arguments.pretrained):
         raise ValueError("pass --checkpoint FILE, or --model NAME with --pretrained; untrained weights predict nothing")
+    model, classes = chosen_model(arguments.checkpoint, arguments.model, arguments.pretrained, **overrides)
     if arguments.classes:
         classes = read_class_names(arguments.classes)
     num_classes: Any = model.num_classes

@@ -202,6 +202,7 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     [
         (["model.onnx"], "pass --checkpoint FILE or --model NAME"),
         (["--checkpoint", "absent.pth", "model.onnx"], "absent.pth does not exist"),
+        (["--checkpoint", "absent.pth", "--pretrained", "model.onnx"], "--pretrained: is for --model by itself"),
         (["--model", "dfformer_s18", "--img-size", "2", "model.onnx"], "img_size: got (2, 2)"),
         (["--model", "dfformer_s17", "model.onnx"], "dfformer_s17"),
         (["--model", "resnet18", "model.safetensors"], "architecture: got 'resnet18', safetensors and hub accept"),

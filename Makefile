@@ -15,12 +15,13 @@ demo: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/python -m mkdocs build --strict
 
+# Of one folder: make test TESTS=tests/models
 test: $(VENV)/.installed
-	$(PYTEST)
+	$(PYTEST) $(TESTS)
 
 # With the long lists of shapes, chips and compilations, which take far longer.
 test-full: $(VENV)/.installed
-	DFFORMER_TEST_FULL=1 $(PYTEST)
+	DFFORMER_TEST_FULL=1 $(PYTEST) $(TESTS)
 
 # What timm asks of its models, of all of these whole.
 test-timm: $(VENV)/.installed

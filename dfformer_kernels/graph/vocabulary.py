@@ -1,6 +1,7 @@
 """What the nodes of a graph compute: one name for each of torch's functions and methods and ATen's operators."""
 
 import inspect
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -94,9 +95,11 @@ def is_mutating(node: fx.Node) -> bool:
 
 def _named_arguments(node: fx.Node) -> Mapping[str, Any]:
     """The arguments of a call by name; positional ones are included if the function's signature is known."""
+    if isinstance(node.target, str | types.BuiltinFunctionType):  # has no signature, which takes long to find out
+        return node.kwargs
     try:
-        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # the name of a method, or a function without a Python signature
+        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+    except (TypeError, ValueError):
         return node.kwargs
 
 

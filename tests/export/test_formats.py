@@ -1,4 +1,4 @@
-"""What exported files compute and say of themselves, by their own runtimes: one file a format for all questions."""
+"""What exported files compute and say of themselves, by their own runtimes. One test a format: exporting is slow."""
 
 import importlib
 import json
@@ -53,51 +53,52 @@ if FULL:
     CASES |= {"aoti fused": Case("aoti", fused=True), "onnx optimised": Case("onnx", optimised)}
 
 
-class Exported(NamedTuple):
-    case: Case
-    model: nn.Module
-    path: Path
-    error: float
-
-
-@pytest.fixture(scope="module", params=CASES)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    case = CASES[request.param]
-    chosen = FORMATS[case.format]
+def require_format(name: str) -> None:
+    chosen = FORMATS[name]
     for module in chosen.needs:
         try:
             importlib.import_module(module)
         except ImportError:
-            pytest.skip(f"{case.format} needs {module}: pip install 'dfformer[{chosen.extra}]'")
-    if case.format == "aoti":
+            pytest.skip(f"{name} needs {module}: pip install 'dfformer[{chosen.extra}]'")
+    if name == "aoti":
         require_compiler()
-    path = tmp_path_factory.mktemp("exported") / f"model{chosen.suffix}"
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_exported_file(case: Case, tmp_path: Path) -> None:
+    require_format(case.format)
+    path = tmp_path / f"model{FORMATS[case.format].suffix}"
     model = case.make()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     error = export(model, path, SIZE, case.format, fused=case.fused, architecture="dfformer_s18", classes=["ä", "<b>"])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    return Exported(case, model, path, error)
+
+    beside = {"openvino": {"model.bin"}}.get(case.format, set())
+    assert {file.name for file in tmp_path.iterdir()} >= {path.name, *beside}
+    assert not list(tmp_path.glob(".*"))
+
+    # what a program needs to prepare images and name classes
+    description = json.loads(SAYS[case.format](path))
+    assert description["architecture"] == "dfformer_s18"
+    assert description["classes"] == ["ä", "<b>"]
+    assert description["data"]["input_size"] == [1, *SIZE]
+
+    if FORMATS[case.format].runs_here:
+        assert error < ERROR
+        check_outputs(case, model, path)
+        check_process_without_this_package(case, model, path)
+    else:
+        assert math.isnan(error)
 
 
-def test_outputs(exported: Exported) -> None:
+def check_outputs(case: Case, model: nn.Module, path: Path) -> None:
     """For batches that the command does not try, and not only once."""
-    chosen = FORMATS[exported.case.format]
-    if not chosen.runs_here:
-        assert math.isnan(exported.error)
-        pytest.skip(f"nothing runs {exported.case.format} on this platform")
-    assert exported.error < ERROR
-    run = chosen.load(exported.path)
+    run = FORMATS[case.format].load(path)
     for batch in (2, 7, 1):
         x = images(batch)
         (y,) = torch.utils._pytree.tree_leaves(run(x))
         with torch.no_grad():
-            assert relative_error(y, exported.model(x)) < ERROR
-
-
-def test_files(exported: Exported) -> None:
-    beside = {"openvino": {"model.bin"}}.get(exported.case.format, set())
-    assert {path.name for path in exported.path.parent.iterdir()} >= {exported.path.name, *beside}
-    assert not list(exported.path.parent.glob(".*"))
+            assert relative_error(y, model(x)) < ERROR
 
 
 def _in_pt2(path: Path) -> str:
@@ -147,14 +148,6 @@ SAYS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def test_description(exported: Exported) -> None:
-    """What a program needs to prepare images and name classes is in the file."""
-    description = json.loads(SAYS[exported.case.format](exported.path))
-    assert description["architecture"] == "dfformer_s18"
-    assert description["classes"] == ["ä", "<b>"]
-    assert description["data"]["input_size"] == [1, *SIZE]
-
-
 LOADERS = {
     "pt2": "run = torch.export.load(path).module()",
     "aoti": "import torch._inductor\nrun = torch._inductor.aoti_load_package(path)",
@@ -182,16 +175,15 @@ with torch.no_grad():
     return torch.from_numpy(np.load(folder / "output.npy"))
 
 
-def test_process_without_this_package(exported: Exported) -> None:
-    """Runs the file, unless it is fused: then it says what is missing."""
-    name, fused = exported.case.format, exported.case.fused
-    if name not in LOADERS:
-        pytest.skip("has nothing of Python in it")
+def check_process_without_this_package(case: Case, model: nn.Module, path: Path) -> None:
+    """Runs the file, unless it is fused: then it says what is missing. Other files have nothing of Python in them."""
+    if case.format not in LOADERS:
+        return
     x = images(4)
-    if fused:
+    if case.fused:
         with pytest.raises(subprocess.CalledProcessError) as failed:
-            run_apart(name, exported.path, ABSENT, x)
+            run_apart(case.format, path, ABSENT, x)
         assert "dfformer" in failed.value.stderr
-    y = run_apart(name, exported.path, PRESENT if fused else ABSENT, x)
+    y = run_apart(case.format, path, PRESENT if case.fused else ABSENT, x)
     with torch.no_grad():
-        assert relative_error(y, exported.model(x)) < ERROR
+        assert relative_error(y, model(x)) < ERROR

@@ -90,26 +90,39 @@ if FULL:
 DIRECTIONS = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 
 
+Emulator = Callable[[Kernel], Path]
+TOGETHER = 8
+
+
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The phases of all specialisations in one program, compiled as fast as possible."""
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """Compiles a kernel's phases, and its neighbours' in KERNELS, into one program, once, as fast as possible.
+
+    Not all of KERNELS at once: where processes share out the tests, each compiles about what it runs.
+    """
     require_compiler()
-    program = tmp_path_factory.mktemp("emulator") / "emulate_cuda"
-    runs = " ".join(
-        f"RUN({kernel.name}_{direction}, {STORAGE[kernel.dtype][0]}, {direction}, {kernel.layout(bool(backward))})"
-        for kernel in KERNELS
-        for backward, direction in enumerate(("forward", "backward"))
-    )
-    compile_source(
-        "emulate_cuda.cpp", program, "-O0", "-DFFT_INLINE=inline", "-DUNROLLED_BODY=", f"-DSPECIALISATIONS={runs}"
-    )
-    return program
+    folder = tmp_path_factory.mktemp("emulator")
+
+    @functools.cache
+    def program(part: int) -> Path:
+        runs = " ".join(
+            f"RUN({kernel.name}_{direction}, {STORAGE[kernel.dtype][0]}, {direction}, {kernel.layout(bool(backward))})"
+            for kernel in KERNELS[part * TOGETHER : (part + 1) * TOGETHER]
+            for backward, direction in enumerate(("forward", "backward"))
+        )
+        path = folder / f"emulate_cuda_{part}"
+        compile_source(
+            "emulate_cuda.cpp", path, "-O0", "-DFFT_INLINE=inline", "-DUNROLLED_BODY=", f"-DSPECIALISATIONS={runs}"
+        )
+        return path
+
+    return lambda kernel: program(KERNELS.index(kernel) // TOGETHER)
 
 
-def _emulate(emulator: Path, kernel: Kernel, backward: bool, folder: Path, **options: Any) -> dict[str, int]:
+def _emulate(emulator: Emulator, kernel: Kernel, backward: bool, folder: Path, **options: Any) -> dict[str, int]:
     """What the emulator reports of one kernel."""
     name = f"{kernel.name}_{'backward' if backward else 'forward'}"
-    done = execute([emulator, name], kernel, backward, folder, **options)
+    done = execute([emulator(kernel), name], kernel, backward, folder, **options)
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()
     return dict(zip(words[::2], map(int, words[1::2]), strict=True))
@@ -117,7 +130,7 @@ def _emulate(emulator: Path, kernel: Kernel, backward: bool, folder: Path, **opt
 
 @DIRECTIONS
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-def test_emulated(kernel: Kernel, backward: bool, emulator: Path, tmp_path: Path) -> None:
+def test_emulated(kernel: Kernel, backward: bool, emulator: Emulator, tmp_path: Path) -> None:
     """Right, without races or stray accesses; every pixel is moved once, in full sectors, without bank conflicts."""
     report = _emulate(emulator, kernel, backward, tmp_path)
     check_outputs(kernel, backward, tmp_path)
@@ -156,14 +169,14 @@ WANTED = [("x",), ("filters",), ("star_relu",), ("x", "filters"), ("logits", "st
 
 @pytest.mark.parametrize("wanted", WANTED, ids=str)
 @pytest.mark.parametrize("kernel", [DYNAMIC, GLOBAL], ids=["dynamic", "global"])
-def test_only_wanted_gradients(kernel: Kernel, wanted: tuple[str, ...], emulator: Path, tmp_path: Path) -> None:
+def test_only_wanted_gradients(kernel: Kernel, wanted: tuple[str, ...], emulator: Emulator, tmp_path: Path) -> None:
     report = _emulate(emulator, kernel, True, tmp_path, wanted=wanted)
     assert not report["outside"], report
     check_outputs(kernel, True, tmp_path, wanted)
 
 
 @DIRECTIONS
-def test_channels_keep_to_themselves(backward: bool, emulator: Path, tmp_path: Path) -> None:
+def test_channels_keep_to_themselves(backward: bool, emulator: Emulator, tmp_path: Path) -> None:
     """A channel that holds an infinity is lost; the others of its block do not notice."""
     plain = _pixels_out(emulator, DYNAMIC, backward, tmp_path, lambda x: None)
     spoilt = _pixels_out(emulator, DYNAMIC, backward, tmp_path, lambda x: x[0, 2, 3, 1].fill_(float("inf")))
@@ -174,7 +187,7 @@ def test_channels_keep_to_themselves(backward: bool, emulator: Path, tmp_path: P
 
 
 def _pixels_out(
-    emulator: Path, kernel: Kernel, backward: bool, folder: Path, change: Callable[[Tensor], Any]
+    emulator: Emulator, kernel: Kernel, backward: bool, folder: Path, change: Callable[[Tensor], Any]
 ) -> Tensor:
     """y or grad_x after ``change`` was made to x or grad_y."""
     problem = Problem.of(kernel)
@@ -195,7 +208,7 @@ IN_TURN = next(kernel for kernel in KERNELS if kernel.planes == 1)
     ids=lambda value: value.name if isinstance(value, Kernel) else None,
 )
 def test_the_emulator_sees_a_missing_barrier(
-    kernel: Kernel, backward: bool, barrier: int, emulator: Path, tmp_path: Path
+    kernel: Kernel, backward: bool, barrier: int, emulator: Emulator, tmp_path: Path
 ) -> None:
     assert _emulate(emulator, kernel, backward, tmp_path, missing_barrier=barrier)["races"]
 

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,18 +29,12 @@ _LARGEST = 1e9  # number in a box
 _LARGEST_INTEGER = 2**53  # that a checkpoint can keep
 
 
-class Objects(NamedTuple):
-    """The ``n`` objects of an image.
-
-    ``boxes`` (n,4) float32 are (left, top, right, bottom) in pixels. ``labels`` (n,) int64 are class numbers. ``crowd``
-    (n,) int64 is 1 for a box around many objects. ``area`` (n,) float32 is the area of the object itself, by which
-    COCO's metrics distinguish small from large objects.
-    """
-
-    boxes: np.ndarray
-    labels: np.ndarray
-    crowd: np.ndarray
-    area: np.ndarray
+# The ``n`` objects of an image, by the names of torchvision and torchmetrics. ``boxes`` (n,4) are (left, top, right,
+# bottom) in pixels, ``labels`` (n,) are class numbers. ``iscrowd`` (n,) is 1 for a box around many objects. ``area``
+# (n,) is the area of the object itself, by which COCO's metrics distinguish small from large objects.
+_DTYPES = {"boxes": np.float32, "labels": np.int64, "iscrowd": np.int64, "area": np.float32}
+Objects = dict[str, np.ndarray]
+Target = dict[str, Tensor]
 
 
 class BoxDataset(ImageDataset[tuple[Image.Image, Objects]]):
@@ -76,10 +70,10 @@ class CocoImages(BoxDataset, FileDataset[tuple[Image.Image, Objects]]):
             for entry in content["images"]
         ]
         if training:
-            self.images = [image for image in self.images if not image[3].crowd.all()]
-        if all(objects.crowd.all() for *_, objects in self.images):
+            self.images = [image for image in self.images if not image[3]["iscrowd"].all()]
+        if all(objects["iscrowd"].all() for *_, objects in self.images):
             raise ValueError(f"{self.file}: no images with objects, crowds not counted")
-        if all((objects.boxes <= 1).all() for *_, objects in self.images):
+        if all((objects["boxes"] <= 1).all() for *_, objects in self.images):
             raise ValueError(f"{self.file}: all boxes lie within one pixel, accepted are boxes in pixels")
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Objects]:
@@ -180,13 +174,9 @@ def _clip(bbox: list[float], size: tuple[int, int]) -> tuple[tuple[float, ...], 
 
 
 def _stack(objects: list[tuple[Any, ...]]) -> Objects:
-    boxes, labels, crowd, area = zip(*objects, strict=True) if objects else ((), (), (), ())
-    return Objects(
-        np.array(boxes, dtype=np.float32).reshape(-1, 4),
-        np.array(labels, dtype=np.int64),
-        np.array(crowd, dtype=np.int64),
-        np.array(area, dtype=np.float32),
-    )
+    columns = zip(*objects, strict=True) if objects else [()] * len(_DTYPES)
+    stacked = {name: np.array(column, _DTYPES[name]) for name, column in zip(_DTYPES, columns, strict=True)}
+    return {**stacked, "boxes": stacked["boxes"].reshape(-1, 4)}
 
 
 class SyntheticBoxes(BoxDataset):
@@ -200,7 +190,8 @@ class SyntheticBoxes(BoxDataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, Objects]:
         sample = self.images[index]
         area = (sample.boxes[:, 2:] - sample.boxes[:, :2]).prod(1)
-        return sample.image, Objects(sample.boxes, sample.labels, np.zeros_like(sample.labels), area)
+        crowd = np.zeros_like(sample.labels)
+        return sample.image, {"boxes": sample.boxes, "labels": sample.labels, "iscrowd": crowd, "area": area}
 
 
 def open_box_dataset(spec: DatasetSpec, repair_boxes: bool = False, training: bool = False) -> BoxDataset:
@@ -213,9 +204,6 @@ def open_box_dataset(spec: DatasetSpec, repair_boxes: bool = False, training: bo
 def with_ids(categories: dict[int, str]) -> list[str]:
     """The names of categories with their ids, to compare and to show."""
     return [f"{name} ({number})" for number, name in categories.items()]
-
-
-Target = dict[str, Tensor]  # boxes, labels, iscrowd, area: Objects by the names of torchvision and torchmetrics
 
 
 class DetectionTensors(Samples):
@@ -234,11 +222,11 @@ class DetectionTensors(Samples):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         image, objects = self.images[index]
         if self.training:
-            objects = Objects(*(values[objects.crowd == 0] for values in objects))
-        boxes = tv_tensors.BoundingBoxes(objects.boxes, format="XYXY", canvas_size=(image.height, image.width))
+            objects = {name: values[objects["iscrowd"] == 0] for name, values in objects.items()}
+        boxes = tv_tensors.BoundingBoxes(objects["boxes"], format="XYXY", canvas_size=(image.height, image.width))
         pixels, flipped = self.flip(v2.functional.to_image(image), boxes)
-        rest = zip(("labels", "iscrowd", "area"), map(torch.from_numpy, objects[1:]), strict=True)
-        return pixels.as_subclass(Tensor), {"boxes": flipped.as_subclass(Tensor), **dict(rest)}
+        target = {name: torch.from_numpy(values) for name, values in objects.items()}
+        return pixels.as_subclass(Tensor), {**target, "boxes": flipped.as_subclass(Tensor)}
 
     @staticmethod
     def collate(samples: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:

@@ -142,11 +142,10 @@ class Detection(DenseTask):
 
         shown = [self.val_set[index] for index in range(min(SHOWN, len(self.val_set)))]
         images = [np.asarray(image) for image, _ in shown]
-        truth = [{"boxes": objects.boxes, "labels": objects.labels} for _, objects in shown]
         pixels = (v2.functional.pil_to_tensor(image) for image, _ in shown)
         found = [confident(objects, _MIN_SCORE) for objects in detect(model, pixels, self.place.device)]
         title = f"{self.config.model.name}: the first {len(images)} validation images"
-        rows = {"truth": truth, f"found, score {_MIN_SCORE:g} and up": _as_arrays(found)}
+        rows = {"truth": [objects for _, objects in shown], f"found, score {_MIN_SCORE:g} and up": _as_arrays(found)}
         return {"predictions.png": detections(images, rows, self.classes, title)}
 
 

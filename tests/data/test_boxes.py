@@ -59,13 +59,13 @@ def test_images_and_objects(root: Path) -> None:
     assert (len(everything), len(training)) == (4, 2), "without the empty one and the one with a crowd only"
     image, objects = everything[2]
     assert image.size == (70, 45)
-    assert objects.boxes.tolist() == [[7, 6, 21, 24], [27, 6, 41, 24]]
-    assert objects.labels.tolist() == [1, 0], "numbers of the sorted ids"
+    assert objects["boxes"].tolist() == [[7, 6, 21, 24], [27, 6, 41, 24]]
+    assert objects["labels"].tolist() == [1, 0], "numbers of the sorted ids"
     pixels = np.asarray(image)
     assert pixels[6:24, 7:21].max() == 30
     assert pixels[6:24, 27:41].min() == 220
-    assert everything[1][1].crowd.tolist() == [1, 1]
-    assert len(everything[0][1].labels) == 0
+    assert everything[1][1]["iscrowd"].tolist() == [1, 1]
+    assert len(everything[0][1]["labels"]) == 0
 
 
 def test_training_images_are_flipped_with_their_boxes_and_have_no_crowds(root: Path) -> None:
@@ -86,13 +86,13 @@ def test_repaired_boxes(root: Path) -> None:
 
     annotate(root, spoil)
     dataset = CocoImages(DatasetSpec("", str(root), "train"), repair_boxes=True)
-    assert dataset[1][1].boxes.tolist() == [[0, 4, 12, 60]]
-    assert len(dataset[2][1].labels) == 1
+    assert dataset[1][1]["boxes"].tolist() == [[0, 4, 12, 60]]
+    assert len(dataset[2][1]["labels"]) == 1
 
 
 def test_rounding_is_cut_off_silently(root: Path) -> None:
     annotate(root, lambda content: content["annotations"][0].update(bbox=[-0.4, 4, 20, 56.5]))
-    assert CocoImages(DatasetSpec("", str(root), "train"))[1][1].boxes[0].tolist() == pytest.approx([0, 4, 19.6, 60])
+    assert CocoImages(DatasetSpec("", str(root), "train"))[1][1]["boxes"][0].tolist() == pytest.approx([0, 4, 19.6, 60])
 
 
 TINY = [[20.0, 5, 1e-7, 10], [1e-7, 5, 2e-7, 10], [20, 5, 10, 1e-9], [69.99999999, 5, 0.9, 10], [20, 44.9999, 5, 0.5]]
@@ -118,7 +118,7 @@ def test_synthetic_images_have_the_digits_as_objects() -> None:
     dataset = open_box_dataset(DatasetSpec("synthetic_digits", None, "val", (64, 96), 3))
     image, objects = dataset[0]
     assert image.size == (96, 64)
-    assert objects.boxes.shape == (len(objects.labels), 4)
+    assert objects["boxes"].shape == (len(objects["labels"]), 4)
     assert list(dataset.categories.values()) == [str(digit) for digit in range(10)]
 
 
@@ -253,7 +253,7 @@ def test_boxes_of_images_as_viewers_show_them(root: Path) -> None:
     turned = CocoImages(DatasetSpec("", str(root), "train", exif_orientation=True))
     check_images(turned)
     shown, objects = turned[2]
-    left, top, right, bottom = objects.boxes[0].astype(int)
+    left, top, right, bottom = objects["boxes"][0].astype(int)
     assert np.asarray(shown)[top:bottom, left:right].max() == 30
 
 

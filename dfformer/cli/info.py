@@ -24,7 +24,7 @@ def info_command(arguments: argparse.Namespace) -> int:
     print("\nbackends, in order of preference")
     for name, reasons in backends().items():
         print(f"  {name:<8}{'no: ' + '; '.join(reasons) if reasons else 'available'}")
-    print(f"\nmodels at {H}x{W}, one image (transforms and filter mixing are counted)")
+    print(f"\nmodels at {H}x{W}, with filters of this size, one image (transforms and filter mixing are counted)")
     print(*model_table((H, W)), sep="\n")
     return 0
 
@@ -87,10 +87,10 @@ def processor() -> str:
 
 
 def model_table(img_size: tuple[int, int]) -> Iterator[str]:
-    """A line for each model: parameters, GMACs, what training saves, planes."""
+    """A line for each model created with this ``img_size``: parameters, GMACs, what training saves, planes."""
     yield f"  {'model':<18}{'params M':>10}{'GMACs':>9}{'of it spectral':>16}{'saved MiB':>11}  stage planes"
     for name in VARIANTS:
-        p = profile(partial(timm.create_model, name), img_size)
+        p = profile(partial(timm.create_model, name, img_size=img_size), img_size)
         numbers = f"{p.parameters / 1e6:>10.1f}{p.macs / 1e9:>9.2f}{p.spectral_macs / 1e9:>16.2f}"
         planes = " ".join(f"{H}x{W}x{C}" for H, W, C in p.planes)
         yield f"  {name:<18}{numbers}{p.saved_bytes / 2**20:>11.0f}  {planes}"

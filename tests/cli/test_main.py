@@ -103,6 +103,13 @@ def test_info_names_versions_backends_and_every_model(capsys: pytest.CaptureFixt
     assert "16x24x64" in printed
 
 
+def test_info_counts_no_resizing_of_filters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "VARIANTS", ["gfformer_s18"])
+    _, line = info.model_table((32, 48))
+    counted = profile(lambda: timm.create_model("gfformer_s18", img_size=(32, 48)), (32, 48))
+    assert line.split()[2] == f"{counted.macs / 1e9:.2f}"
+
+
 @pytest.mark.usefixtures("one_profile")
 def test_info_says_why_a_backend_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,9 @@ The ``backend=`` argument takes precedence, then the innermost ``use_backend`` c
 ``DFFORMER_BACKEND``. Naming a backend disables the search. If none is named, the first backend of the table that
 supports the problem runs it, or, on a GPU with ``DFFORMER_AUTOTUNE=1``, the fastest that supports it (`autotune`).
 
+Operators in compiled code read the variable when they run. But `star_relu` outside of a filter step is no operator in a
+graph that was compiled before a backend was named, and setting the variable later does not change that: set it before.
+
 On a GPU, a kernel may fail to compile or load (`KernelBuildError`). Then the next backend runs the problem, with a
 warning that gives the reason, unless the backend was named. All other errors propagate.
 """

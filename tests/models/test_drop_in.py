@@ -264,6 +264,25 @@ def test_a_bare_layer_stays_the_same_object() -> None:
     assert torch.equal(layer(x), expected)
 
 
+class NoSecondActivation(Authors):
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        del self.act2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pwconv2(self._filtered(self.act1(self.pwconv1(x)), self._route(x)))
+
+
+def test_an_authors_layer_without_a_submodule_keeps_its_class() -> None:
+    layer, x = NoSecondActivation(8), torch.randn(2, 8, 8, 8)
+    expected, names = layer(x), [name for name, _ in layer.named_modules()]
+    report = replace_dynamic_filters(layer)
+    assert str(report[0]) == "the model (NoSecondActivation): is now FusedNoSecondActivation"
+    assert isinstance(layer, NoSecondActivation)
+    assert [name for name, _ in layer.named_modules()] == names
+    assert 0 < relative_error(layer(x), expected) < 1e-5
+
+
 def test_the_trial_leaves_random_numbers_and_modes_alone() -> None:
     model = nn.Sequential(ChannelsFirst(8))
     torch.manual_seed(3)

@@ -107,8 +107,8 @@ class Autotuner:
         return seconds
 
     def _keep(self, class_: str, winner: str) -> None:
-        # Other processes may have written theirs in the meantime.
-        self._winners |= self._read() | {class_: winner}
+        # Other processes may have written theirs in the meantime; this one stays with its own.
+        self._winners = self._read() | self._winners | {class_: winner}
         content = {"versions": self._gpu.versions(), "winners": dict(sorted(self._winners.items()))}
         disk.write(self._file(), json.dumps(content, indent=1).encode())
 

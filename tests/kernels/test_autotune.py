@@ -257,6 +257,16 @@ def test_processes_add_to_each_others_winners(tuned: FakeGpu) -> None:
     assert tuned.measured == []
 
 
+def test_a_process_stays_with_its_own_winner_of_a_class(tuned: FakeGpu, folder: Path) -> None:
+    """Another process may find another winner, and write it last."""
+    run()
+    (file,) = folder.iterdir()
+    file.write_text(file.read_text().replace('"cufft"', '"cuda"'))
+    run(PROBLEM._replace(filters=2))
+    assert run(PROBLEM._replace(shape=(5, 14, 14, 640)))[0] == "cufft"
+    assert json.loads(file.read_text())["winners"][f"H100, {PROBLEM}"] == "cufft"
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -93,7 +93,6 @@ class SpectralFilter(Projections):
         self._build_routing(dim, C, **placed)
         self.act2 = layers.build_activation(act2_layer, **placed)
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
-        self._resized: tuple[tuple[int, int], str, Tensor, Tensor] | None = None
 
     def _filters(self, C: int) -> int:
         """The number of stored filters: by default one per channel."""
@@ -133,44 +132,10 @@ class SpectralFilter(Projections):
 
     def filters_for(self, plane: tuple[int, int]) -> Tensor:
         """The filters for planes of ``plane`` (H, W), in the dtype of the arithmetic."""
-        weight = self.complex_weights
         H, W = plane
-        if not torch.jit.is_scripting():
-            if torch.jit.is_tracing():  # sizes are tensors then; a trace is for one plane
-                H, W = int(H), int(W)
-            if self._may_keep_resized(weight, (H, W)):
-                return self._kept_resized(weight, (H, W)).to(compute_dtype(weight.dtype))
-        return fitted_filters(weight, self.size, H, W, self.weight_resize, self.resize)
-
-    def _may_keep_resized(self, weight: Tensor, plane: tuple[int, int]) -> bool:
-        # In eval mode the resized filters are kept until the parameter's values change. Only a comparison of values
-        # also notices writes to `param.data`. It is cheap on a CPU; on other devices the two products cost less than
-        # waiting for its result.
-        return (
-            type(plane[0]) is int  # not a symbolic trace's stand-in
-            and not self.training
-            and self.weight_resize
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-            and not (torch.is_grad_enabled() and weight.requires_grad)
-            and weight.device.type == "cpu"
-            and type(weight) is nn.Parameter  # neither a fake tensor nor torch.func's stand-in
-            and tuple(weight.shape[:2]) != (plane[0], plane[1] // 2 + 1)
-        )
-
-    def _kept_resized(self, weight: Tensor, plane: tuple[int, int]) -> Tensor:
-        if self._resized is not None:
-            cached_plane, rule, source, resized = self._resized
-            same_rule = (cached_plane, rule, source.dtype) == (plane, self.resize, weight.dtype)
-            if same_rule and torch.equal(source, weight):
-                return resized
-        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve autograd later
-            resized = resize_filter(weight, self.size, plane, self.resize)
-        self._resized = (plane, self.resize, weight.detach().clone(), resized)
-        return resized
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_resized": None}
+        if not torch.jit.is_scripting() and torch.jit.is_tracing():  # sizes are tensors then; a trace is for one plane
+            H, W = int(H), int(W)
+        return fitted_filters(self.complex_weights, self.size, H, W, self.weight_resize, self.resize)
 
     def accepts(self, stored: Tensor) -> bool:
         """Whether ``stored`` holds filters like this layer's, for any plane."""

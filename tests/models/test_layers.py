@@ -1,7 +1,6 @@
-"""The layers: arguments, dtypes, planes other than the stored one, and what eval mode remembers of resized filters."""
+"""The layers: arguments, dtypes and planes other than the stored one."""
 
 import copy
-import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from dfformer import AFNO2D, DynamicFilter, GlobalFilter, SepConv, StarReLU
 from dfformer.models.filter_resize import RULES, resize_filter
-from dfformer_kernels.reference import compute_dtype
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 PLANE, OTHER = (6, 5), (7, 8)
@@ -223,122 +221,16 @@ def test_autocast_leaves_star_relu_alone() -> None:
     assert torch.equal(y, layer(x))
 
 
-# Resized filters in eval mode
-
-
-def filter_layer(layer_class: Callable[..., Any] = DynamicFilter) -> Any:
-    return layer_class(DIM, size=PLANE, weight_resize=True).eval()
-
-
-def resized(layer: Any, plane: tuple[int, int] = OTHER) -> Tensor:
-    filters = resize_filter(layer.complex_weights.detach(), PLANE, plane, layer.resize)
-    return filters.to(compute_dtype(filters.dtype))
-
-
-def optimizer_step(layer: Any) -> None:
-    layer.complex_weights.grad = torch.ones_like(layer.complex_weights)
-    torch.optim.SGD(layer.parameters(), lr=0.1).step()
-
-
-def write_under_no_grad(layer: Any) -> None:
-    with torch.no_grad():
-        layer.complex_weights.add_(1)
-
-
-def load_others(layer: Any) -> None:
-    layer.load_state_dict({name: value + 1 for name, value in layer.state_dict().items()})
-
-
-CHANGES: dict[str, Callable[[Any], object]] = {
-    "optimizer_step": optimizer_step,
-    "in_place_under_no_grad": write_under_no_grad,
-    "in_place_through_data": lambda layer: layer.complex_weights.data.mul_(2),
-    "data_replaced": lambda layer: setattr(layer.complex_weights, "data", layer.complex_weights.data * 2),
-    "parameter_replaced": lambda layer: setattr(layer, "complex_weights", nn.Parameter(layer.complex_weights * 2)),
-    "load_state_dict": load_others,
-    "through_bfloat16_and_back": lambda layer: layer.bfloat16().float(),
-    "to_double": lambda layer: layer.double(),
-    "another_rule": lambda layer: setattr(layer, "resize", "fourier"),
-}
-
-
 @FILTERS
-def test_resized_filters_are_remembered(layer_class: Callable[..., Any]) -> None:
-    layer = filter_layer(layer_class)
-    with torch.no_grad():
-        first = layer.filters_for(OTHER)
-        assert layer.filters_for(OTHER) is first
-    assert torch.equal(first, resized(layer))
-
-
+@pytest.mark.parametrize("rule", RULES)
 @torch.no_grad()
-def test_resized_filters_follow_the_plane() -> None:
-    layer = filter_layer()
-    for plane in (OTHER, (9, 9), OTHER):
-        assert torch.equal(layer.filters_for(plane), resized(layer, plane))
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_resized_filters_follow_the_parameter(change: str) -> None:
-    layer = filter_layer()
-    with torch.no_grad():
-        before = layer.filters_for(OTHER)
-    CHANGES[change](layer)
-    with torch.no_grad():
-        after = layer.filters_for(OTHER)
-    assert torch.equal(after, resized(layer))
-    assert after.dtype == resized(layer).dtype
-    assert not torch.equal(after, before)
-
-
-def test_frozen_filters_are_remembered_with_gradients_enabled() -> None:
-    layer = filter_layer().requires_grad_(False)
-    assert layer.filters_for(OTHER) is layer.filters_for(OTHER)
-    x = image(*OTHER).requires_grad_()
-    layer(x).sum().backward()
-    assert x.grad is not None
-    assert x.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_remembered_filters_do_not_cut_gradients(training: bool) -> None:
-    layer = filter_layer()
-    with torch.no_grad():
-        remembered = layer.filters_for(OTHER)
-    filters = layer.train(training).filters_for(OTHER)
-    assert filters is not remembered
-    filters.sum().backward()
-    assert layer.complex_weights.grad.abs().sum() > 0
-
-
-def test_training_remembers_nothing() -> None:
-    layer = filter_layer().train()
-    with torch.no_grad():
-        assert layer.filters_for(OTHER) is not layer.filters_for(OTHER)
-
-
-def test_remembered_in_inference_mode_usable_outside() -> None:
-    layer, x = filter_layer().requires_grad_(False), image(*OTHER)
-    with torch.inference_mode():
-        expected = layer(x)
-    x.requires_grad_()
-    y = layer(x)
-    y.sum().backward()  # saves the filters, which is an error for tensors made in inference mode
-    assert torch.equal(y, expected)
-
-
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
-)
-@torch.no_grad()
-def test_copies_do_not_carry_remembered_filters(copied: Callable[[Any], Any]) -> None:
-    layer, x = filter_layer(), image(*OTHER)
-    size = len(pickle.dumps(layer))
-    expected = layer(x)
-    assert len(pickle.dumps(layer)) == size
-    twin = copied(layer)
-    assert torch.equal(twin(x), expected)
-    assert twin.filters_for(OTHER) is not layer.filters_for(OTHER)
+def test_filters_of_another_plane_follow_parameter_and_rule(layer_class: Callable[..., Any], rule: str) -> None:
+    layer = layer_class(DIM, size=PLANE, weight_resize=True, dtype=torch.bfloat16).eval()
+    layer.filters_for(OTHER)
+    layer.complex_weights.data.mul_(2)
+    layer.resize = rule
+    expected = resize_filter(layer.complex_weights, PLANE, OTHER, rule)
+    assert torch.equal(layer.filters_for(OTHER), expected.float())
 
 
 # State dicts of another plane

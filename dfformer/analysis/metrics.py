@@ -86,8 +86,7 @@ def stored_filters(layer: SpectralFilter, plane: tuple[int, int]) -> Tensor:
 @torch.no_grad()
 def routing(layer: DynamicFilter, x: Tensor) -> Tensor:
     """Shares (B,F,C), summing to 1, of the basis in each channel's filter, for the layer's input ``x`` (B,H,W,dim)."""
-    logits = layer.reweight(channels_last(x, layer.data_format).mean(dim=(1, 2))).unflatten(1, (layer.num_filters, -1))
-    return logits.float().softmax(dim=1).cpu()
+    return layer.logits(channels_last(x, layer.data_format)).float().softmax(dim=1).cpu()
 
 
 def mix(shares: Tensor, basis: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ import argparse
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,8 +82,7 @@ def read_task(path: str | Path) -> str:
     """The task that a checkpoint was trained for; "classify" if the file does not say."""
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         return "classify"
-    with _opened(Path(path)) as (_, metadata):
-        return metadata.get("task", "classify")
+    return _read_safetensors(Path(path))[1].get("task", "classify")
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> Mismatch:
@@ -286,17 +284,12 @@ def _refuse_bomb(path: Path) -> None:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with _opened(path) as (file, metadata):
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The file, and its description."""
+    """The tensors, which stay in the file until they are used, and the description."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(_METADATA_KEY)
-            yield file, {} if text is None else read_metadata(text)
+            metadata = {} if text is None else read_metadata(text)
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # its format, its tensors' types or the disk may be at fault

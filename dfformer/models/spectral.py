@@ -205,7 +205,7 @@ class DynamicFilter(SpectralFilter):
     def _build_routing(self, dim: int, C: int, **placed: Any) -> None:
         self.reweight = Mlp(dim, self._hidden, self.num_filters * C, **placed)
 
-    def logits(self, x: Tensor) -> Tensor | None:
+    def logits(self, x: Tensor) -> Tensor:
         return self.reweight(x.mean(dim=(1, 2))).unflatten(1, (self.num_filters, -1))
 
 

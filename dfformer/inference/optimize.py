@@ -1,7 +1,7 @@
 """Optimises a model for serving: everything that is fixed after training is computed once."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -17,18 +17,17 @@ from dfformer.models.layers import Mlp, SepConv, StarReLU
 from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter, SpectralFilter
 from dfformer.utils.accepted import check_arguments, choice
 
-_Parts = dict[str, tuple[type[nn.Module], ...]]  # by name, the classes that a module may have
+_Parts = dict[str, tuple[type[nn.Module], ...]]  # by path, the classes that a module may have
 
 DTYPE = choice(None, torch.float32, torch.bfloat16)
 
 # For each module that follows a norm in a block, the paths of the projections that can take over the norm's scale, and
 # of the modules that must be unmodified for that.
-_READERS: dict[type[nn.Module], dict[str, type[nn.Module]]] = {
-    DynamicFilter: {"pwconv1": nn.Linear, "reweight": Mlp, "reweight.fc1": nn.Linear},
-    GlobalFilter: {"pwconv1": nn.Linear},
-    SepConv: {"pwconv1": nn.Linear},
-    AFNO2D: {"pwconv1": nn.Linear},
-    Mlp: {"fc1": nn.Linear},
+_LINEAR = (nn.Linear,)
+_READERS: dict[type[nn.Module], _Parts] = {
+    DynamicFilter: {"pwconv1": _LINEAR, "reweight": (Mlp,), "reweight.fc1": _LINEAR},
+    **{mixer: {"pwconv1": _LINEAR} for mixer in (GlobalFilter, SepConv, AFNO2D)},
+    Mlp: {"fc1": _LINEAR},
 }
 
 
@@ -151,8 +150,8 @@ def _fold_norms(name: str, block: Any, shared: set[int], left_alone: list[LeftAl
         if reasons:
             left_alone.append(LeftAlone(f"{name}.{child}".lstrip("."), tuple(reasons)))
             continue
-        for path, kind in _READERS[type(reader)].items():
-            if kind is nn.Linear:  # a new weight, because other layers may have the numbers of the old one
+        for path, kinds in _READERS[type(reader)].items():
+            if kinds is _LINEAR:  # a new weight, because other layers may have the numbers of the old one
                 layer = reader.get_submodule(path)
                 layer.weight = nn.Parameter(layer.weight * norm.weight, requires_grad=False)
         setattr(block, child, nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False))
@@ -165,13 +164,21 @@ def _against_folding(norm: Any, reader: nn.Module, shared: set[int]) -> list[str
     if type(reader) not in _READERS:
         return [*reasons, f"it is read by a {type(reader).__qualname__}"]
     reasons += [f"its reader: {reason}" for reason in reasons_against(reader, type(reader))]
-    children = dict(reader.named_modules())
-    for path, kind in _READERS[type(reader)].items():
-        child = children.get(path)
-        against = ["it is absent"] if child is None else reasons_against(child, kind)
-        if not against and id(child) in shared:
-            against.append("it has several names")
-        reasons += [f"its reader's {path}: {reason}" for reason in against]
+    return reasons + [f"its reader's {reason}" for reason in _against_parts(reader, _READERS[type(reader)], shared)]
+
+
+def _against_parts(module: nn.Module, parts: _Parts, shared: Collection[int] = ()) -> list[str]:
+    """Why the parts of a module are not there, not of these classes and unmodified, or ``shared``."""
+    reasons = []
+    for path, kinds in parts.items():
+        try:
+            part = module.get_submodule(path)
+        except AttributeError:
+            reasons.append(f"{path}: it is absent")
+            continue
+        kind = type(part) if type(part) in kinds else kinds[0]
+        against = reasons_against(part, kind) or ["it has several names"] * (id(part) in shared)
+        reasons += [f"{path}: {reason}" for reason in against]
     return reasons
 
 
@@ -192,7 +199,7 @@ def _replaced(module: nn.Module, name: str, left_alone: list[LeftAlone]) -> nn.M
     kind = next((kind for kind in _SERVED if isinstance(module, kind)), None)
     if kind is not None:
         serve, parts = _SERVED[kind]
-        if reasons := reasons_against(module, kind) or _of_parts(module, parts):
+        if reasons := reasons_against(module, kind) or [f"its {why}" for why in _against_parts(module, parts)]:
             left_alone.append(LeftAlone(name, tuple(reasons)))
         else:
             module = serve(module)
@@ -212,24 +219,14 @@ def _served_mlp(mlp: Any) -> nn.Module:
     return PackedMlp(PackedLinear(fc1.weight, fc1.bias), PackedLinear(act.scale * fc2.weight, shift))
 
 
-def _of_parts(module: nn.Module, parts: _Parts) -> list[str]:
-    """Why the modules with the names of ``parts`` are not of one of these classes and unmodified."""
-    reasons = []
-    for name, kinds in parts.items():
-        part = getattr(module, name)
-        kind = type(part) if type(part) in kinds else kinds[0]
-        reasons += [f"its {name}: {reason}" for reason in reasons_against(part, kind)]
-    return reasons
-
-
 # By class: what optimises a module, and those of its parts that must be unmodified. Only the projections of a mixer
 # are replaced, as the linear layers that they are.
-_PROJECTIONS: _Parts = {"pwconv1": (nn.Linear,), "pwconv2": (nn.Linear,)}
+_PROJECTIONS: _Parts = {"pwconv1": _LINEAR, "pwconv2": _LINEAR}
 _PATHS = (DropPath, nn.Identity)
 _SERVED: dict[type[nn.Module], tuple[Callable[[Any], nn.Module], _Parts]] = {
     MetaFormerBlock: (ServedBlock, {"drop_path1": _PATHS, "drop_path2": _PATHS}),
     **dict.fromkeys((DynamicFilter, GlobalFilter, SepConv, AFNO2D), (lambda mixer: mixer, _PROJECTIONS)),
-    Mlp: (_served_mlp, {"fc1": (nn.Linear,), "act": (StarReLU,), "fc2": (nn.Linear,)}),
+    Mlp: (_served_mlp, {"fc1": _LINEAR, "act": (StarReLU,), "fc2": _LINEAR}),
     nn.Linear: (lambda linear: PackedLinear(linear.weight, linear.bias), {}),
 }
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
+from dfformer_kernels.graph import trace
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _NATIVE = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
@@ -59,7 +61,8 @@ def reasons_against(module: nn.Module, kind: type[nn.Module], x: Any = None) -> 
         or kind.forward is not _FORWARDS.get(kind, kind.forward)
     ):
         reasons.append("its forward was replaced")
-    if has_hooks(module) or (x is None and _has_state_hooks(module)):
+    # Hooks on what is saved or loaded matter only where a module is replaced.
+    if has_hooks(module) or (x is None and trace.has_hooks(module)):
         reasons.append("it has hooks")
     if kind.__call__ is not _CALL or kind._call_impl is not _CALL_IMPL or torch.jit.is_tracing():
         reasons.append("it is being traced")
@@ -82,11 +85,6 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or torch_module._has_any_global_hook()
     )
-
-
-def _has_state_hooks(module: nn.Module) -> bool:
-    """Whether hooks change what is saved or loaded; they matter only where a module is replaced."""
-    return any(hooks for name, hooks in vars(module).items() if "state_dict" in name and name.endswith("_hooks"))
 
 
 def _is_native(t: Any) -> bool:

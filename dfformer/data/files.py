@@ -64,6 +64,7 @@ class ImageDataset(ABC, Generic[Sample]):
     """The base of a task's datasets, with ``images`` of any kind."""
 
     images: Any
+    exif_orientation = False  # whether images' EXIF orientation is applied
 
     def __len__(self) -> int:
         return len(self.images)
@@ -72,7 +73,7 @@ class ImageDataset(ABC, Generic[Sample]):
     def __getitem__(self, index: int) -> Sample: ...
 
     def check(self) -> list[bool]:
-        """For each file, whether it has an EXIF orientation that is not applied; here [], because there are no files.
+        """For each file, whether it has an EXIF orientation; here [], because there are no files.
 
         Raises ValueError naming the files that cannot be used, and why.
         """
@@ -80,7 +81,7 @@ class ImageDataset(ABC, Generic[Sample]):
 
 
 class FileDataset(ImageDataset[Sample]):
-    """The base of datasets of files. ``exif_orientation`` says whether images' EXIF orientation is applied."""
+    """The base of datasets of files."""
 
     def __init__(self, spec: DatasetSpec) -> None:
         self.exif_orientation = spec.exif_orientation
@@ -90,8 +91,7 @@ class FileDataset(ImageDataset[Sample]):
         """Whether a sample has an EXIF orientation; raises ValueError if its files cannot be used."""
 
     def check(self) -> list[bool]:
-        turned = check_each(self.check_file, range(len(self)))
-        return [] if self.exif_orientation else turned
+        return check_each(self.check_file, range(len(self)))
 
     def size_hint(self, found: tuple[int, int], expected: tuple[int, int]) -> str:
         """The end of a message about an image of another size than expected: what may help."""

@@ -163,8 +163,7 @@ class Images(Samples):
         return -1
 
     def check(self) -> list[bool]:
-        turned = self.images.check()
-        return [] if self.exif_orientation else turned
+        return self.images.check()
 
 
 def _class_names(dataset: Any) -> list[str] | None:
@@ -195,7 +194,7 @@ def check_images(*datasets: Any) -> None:
     Raises:
         ValueError: naming the files that cannot be used, and why.
     """
-    turned = [image for dataset in datasets for image in dataset.check()]
+    turned = [image for dataset in datasets for image in dataset.check() if not dataset.exif_orientation]
     if note := orientation_note(turned, "exif_orientation"):
         echo(note, file=sys.stderr)
 

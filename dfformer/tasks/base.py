@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from dfformer.train.config import TrainConfig
 
-SHOWN = 6  # images in predictions.png
+_SHOWN = 6  # images in predictions.png
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -65,12 +65,9 @@ class Task(ABC):
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Metrics over all validation images. Each process handles a part; all return the same result."""
 
-    def pictures(self, model: nn.Module) -> "dict[str, Figure]":
-        """Pictures of predictions of a model in eval mode on some validation images, by file name.
-
-        Called in all processes.
-        """
-        return {}
+    def picture(self, model: nn.Module) -> "Figure | None":
+        """A picture of predictions of a model in eval mode on some validation images; called in all processes."""
+        return None
 
     @abstractmethod
     def own_description(self) -> dict[str, Any]:
@@ -117,6 +114,11 @@ class DenseTask(Task):
         model_cfg = timm.get_pretrained_cfg(config.model.name)
         self.mean, self.std = config.data.mean or list(model_cfg.mean), config.data.std or list(model_cfg.std)
         self.model_args = self._encoder_args()
+
+    @property
+    def shown(self) -> range:
+        """The validation images of the picture."""
+        return range(min(_SHOWN, len(self.val_set)))
 
     def _encoder_args(self) -> dict[str, Any]:
         """Arguments of ``timm.create_model(config.model.name, features_only=True, ...)``."""

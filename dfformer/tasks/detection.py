@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from dfformer.data import images as image_data
 from dfformer.data.boxes import DetectionTensors, Target, open_box_dataset, with_ids
 from dfformer.models.metadata import DETECTOR
-from dfformer.tasks.base import SHOWN, DenseTask, load_dense
+from dfformer.tasks.base import DenseTask, load_dense
 from dfformer.tasks.detector import Detector
 from dfformer.tasks.evaluate import Measured, Timed, at_each_size, batches, dataset_spec, own_size
 from dfformer.tasks.predict import File, Predictor, Top
@@ -137,16 +137,15 @@ class Detection(DenseTask):
         detector = {name: getattr(self.config.detect, name) for name in DETECTOR}
         return {**super().own_description(), **own, "detector": detector}
 
-    def pictures(self, model: nn.Module) -> "dict[str, Figure]":
+    def picture(self, model: nn.Module) -> "Figure":
         from dfformer.analysis.dense_figures import detections
 
-        shown = [self.val_set[index] for index in range(min(SHOWN, len(self.val_set)))]
-        images = [np.asarray(image) for image, _ in shown]
-        pixels = (v2.functional.pil_to_tensor(image) for image, _ in shown)
-        found = [confident(objects, _MIN_SCORE) for objects in detect(model, pixels, self.place.device)]
+        images, truths = zip(*(self.val_set[n] for n in self.shown), strict=True)
+        found = detect(model, map(v2.functional.pil_to_tensor, images), self.place.device)
+        confident_ones = [confident(objects, _MIN_SCORE) for objects in found]
         title = f"{self.config.model.name}: the first {len(images)} validation images"
-        rows = {"truth": [objects for _, objects in shown], f"found, score {_MIN_SCORE:g} and up": _as_arrays(found)}
-        return {"predictions.png": detections(images, rows, self.classes, title)}
+        rows = {"truth": truths, f"found, score {_MIN_SCORE:g} and up": _as_arrays(confident_ones)}
+        return detections([np.asarray(image) for image in images], rows, self.classes, title)
 
 
 def confident(objects: Target, min_score: float) -> Target:

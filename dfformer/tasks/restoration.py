@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from dfformer.data.pairs import Degradation, InputAndTarget, RestorationTensors, open_pair_dataset
 from dfformer.models.checkpoint import load_checkpoint
 from dfformer.models.metadata import RESTORER
-from dfformer.tasks.base import SHOWN, DenseTask, load_dense
+from dfformer.tasks.base import DenseTask, load_dense
 from dfformer.tasks.evaluate import Measured, Timed, at_each_size, batches, dataset_spec, own_size
 from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.tasks.restorer import Restorer, SelfEnsemble, enlarged, tiled
@@ -123,6 +123,7 @@ class Restoration(DenseTask):
             raise ValueError("restore.photometric: got True, accepted is false where inputs are files")
         val_set = open_pair_dataset(given.spec(training=False), self.degradation)
         self.samples = RestorationTensors(train_set, self.degradation, given.size, wanted.crops, wanted.photometric)
+        self.whole = RestorationTensors(val_set, self.degradation)
         super().__init__(config, place, train_set, val_set, [], len(self.samples))
 
     def build_model(self) -> nn.Module:
@@ -136,20 +137,18 @@ class Restoration(DenseTask):
         return F.l1_loss(model(source), target)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        loader = self.validation_loader(RestorationTensors(self.val_set, self.degradation))
         tiles = self.degradation.scale, self.config.data.size, _TILES_AT_ONCE
-        return mean_quality(model, loader, self.place, *tiles)
+        return mean_quality(model, self.validation_loader(self.whole), self.place, *tiles)
 
     def own_description(self) -> dict[str, Any]:
         restorer = {name: getattr(self.config.restore, name) for name in RESTORER}
         return {**super().own_description(), "restorer": restorer, "degradation": vars(self.degradation)}
 
-    def pictures(self, model: nn.Module) -> "dict[str, Figure]":
+    def picture(self, model: nn.Module) -> "Figure":
         from dfformer.analysis.dense_figures import restorations
 
-        scale, shown = self.degradation.scale, []
-        whole = RestorationTensors(self.val_set, self.degradation)
-        for source, target in (whole[index] for index in range(min(SHOWN, len(whole)))):
+        scale, rows = self.degradation.scale, []
+        for source, target in (self.whole[n] for n in self.shown):
             restored = restore(model, source, scale, self.config.data.size, self.place.device)
             before = enlarged_only(source, scale)
             named = {
@@ -157,9 +156,8 @@ class Restoration(DenseTask):
                 f"restored\n{quality(restored, target)[0]:.2f} dB": restored,
                 "truth": target,
             }
-            shown.append({name: _array(pixels) for name, pixels in named.items()})
-        title = f"{self.config.model.name}: details of the first {len(shown)} validation images"
-        return {"predictions.png": restorations(shown, title)}
+            rows.append({name: _array(pixels) for name, pixels in named.items()})
+        return restorations(rows, f"{self.config.model.name}: details of the first {len(rows)} validation images")
 
 
 def _array(pixels: Tensor) -> np.ndarray:

@@ -23,7 +23,7 @@ from dfformer.data.masks import (
     whole_images,
 )
 from dfformer.data.transforms import resize_shorter_side
-from dfformer.tasks.base import SHOWN, DenseTask, load_dense
+from dfformer.tasks.base import DenseTask, load_dense
 from dfformer.tasks.evaluate import Measured, Pixels, Timed, at_each_size, batches, dataset_spec, own_size
 from dfformer.tasks.predict import File, Predictor, Top
 from dfformer.tasks.results import plan_results, write_results
@@ -143,6 +143,7 @@ class Segmentation(DenseTask):
         augment = {name: getattr(config.segment, name) for name in names}
         fill = [round(255 * mean) for mean in self.mean]
         self.samples = SegmentationTensors(train_set, TrainTransform(config.data.size, fill=fill, **augment))
+        self.whole = whole_images(val_set, min(config.data.size))
 
     def loss(self, model: nn.Module, batch: ImageAndMask) -> Tensor:
         """The mean over all pixels, where ignored ones count as 0. So it does not depend on how a batch is split."""
@@ -151,27 +152,26 @@ class Segmentation(DenseTask):
         return F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum") / masks.numel()
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        loader = self.validation_loader(self._whole())
+        loader = self.validation_loader(self.whole)
         return _measures(count_pixels(model, loader, self.pixels, len(self.classes)))
-
-    def _whole(self) -> SegmentationTensors:
-        return whole_images(self.val_set, min(self.config.data.size))
 
     def own_description(self) -> dict[str, Any]:
         names = ("decoder", "reduce_zero_label")
         return super().own_description() | {name: getattr(self.config.segment, name) for name in names}
 
-    def pictures(self, model: nn.Module) -> "dict[str, Figure]":
+    def picture(self, model: nn.Module) -> "Figure":
         from dfformer.analysis.dense_figures import segmentations
 
-        whole, shown = self._whole(), range(min(SHOWN, len(self.val_set)))
-        images, truths = zip(*(self.val_set[index] for index in shown), strict=True)
+        images, truths = zip(*(self.val_set[n] for n in self.shown), strict=True)
+        sources = (self.pixels(self.whole[n][0][None]) for n in self.shown)
         with torch.inference_mode():
-            found = [segment(model, self.pixels(whole[n][0][None]), truths[n].shape)[0].cpu().numpy() for n in shown]
+            found = [
+                segment(model, source, truth.shape)[0].cpu().numpy()
+                for source, truth in zip(sources, truths, strict=True)
+            ]
         title = f"{self.config.model.name}: the first {len(images)} validation images"
         masks = {"truth": truths, "prediction": found}
-        figure = segmentations([np.asarray(image) for image in images], masks, self.classes, title)
-        return {"predictions.png": figure}
+        return segmentations([np.asarray(image) for image in images], masks, self.classes, title)
 
 
 def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:

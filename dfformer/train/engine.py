@@ -301,9 +301,9 @@ class Engine:
     def _draw(self) -> None:
         self.result.eval()
         with autocast(self.place.device, self.config.amp):
-            pictures = self.task.pictures(self.result)
-        for name, figure in pictures.items() if self.first else ():
-            write_atomically(self.folder / name, partial(figure.savefig, dpi=110))
+            figure = self.task.picture(self.result)
+        if figure and self.first:
+            write_atomically(self.folder / "predictions.png", partial(figure.savefig, dpi=110))
 
     def _save(self) -> None:
         """Writes everything that `_resume` needs. The schedule and all randomness are functions of the step."""

@@ -4,9 +4,6 @@
 >>> model = timm.create_model("dfformer_s18", num_classes=10)
 """
 
-import warnings
-from typing import Any
-
 import dfformer_kernels.ops.flops  # noqa: F401 (registers what torch's flop counter counts)
 from dfformer.export.dft_matmul import with_dft_matmul
 from dfformer.inference.optimize import optimize_for_inference
@@ -66,10 +63,3 @@ __all__ = [
     "restore_dynamic_filters",
     "with_dft_matmul",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "MetaFormer":
-        warnings.warn("dfformer.MetaFormer is dfformer.DFFormer now", DeprecationWarning, stacklevel=2)
-        return DFFormer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

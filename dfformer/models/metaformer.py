@@ -324,9 +324,6 @@ class DFFormer(nn.Module):
         return nn.Sequential(OrderedDict(layers))
 
 
-MetaFormer = DFFormer  # its name in pickles of older versions
-
-
 def _set_resize_rule(model: nn.Module, resize: str) -> None:
     for module in model.modules():
         if isinstance(module, SpectralFilter):

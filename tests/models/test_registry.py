@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import pickle
 import subprocess
 import sys
 import types
@@ -21,7 +20,6 @@ from torch import nn
 import dfformer
 from dfformer import VARIANTS, DFFormer, register_models
 from dfformer import timm as runner
-from dfformer.models import metaformer
 from dfformer_kernels.tolerance import relative_error
 
 PUBLISHED = {f"{family}_{size}" for family in ("dfformer", "cdfformer") for size in ("s18", "s36", "m36", "b36")}
@@ -57,15 +55,6 @@ def test_the_class_does_not_shadow_timms() -> None:
     exec("from timm.models.metaformer import *\nfrom dfformer import *", namespace)
     assert namespace["MetaFormer"] is timm.models.metaformer.MetaFormer
     assert "MetaFormer" not in dir(dfformer)
-
-
-def test_the_former_name_of_the_class_still_works() -> None:
-    with pytest.warns(DeprecationWarning, match=r"dfformer\.MetaFormer is dfformer\.DFFormer now"):
-        assert dfformer.MetaFormer is DFFormer
-    assert metaformer.MetaFormer is DFFormer  # whole models that were pickled under it
-    assert pickle.loads(b"cdfformer.models.metaformer\nMetaFormer\n.") is DFFormer
-    with pytest.raises(AttributeError, match="no attribute 'Metaformer'"):
-        dfformer.Metaformer  # noqa: B018
 
 
 # Weights

@@ -215,7 +215,7 @@ def _tried(module: nn.Module, official: bool) -> _Replace:
         original.__class__ = kind
         return original
 
-    if official and hypothesis.layouts == ("(B,H,W,C)",) and is_authors(graph):
+    if official and hypothesis.layouts == ("BHWC",) and is_authors(graph):
         replace = functools.partial(_make_ours, size=hypothesis.size, resize=resize)
         if not difference(trial, hypothesis, replace):
             return replace

@@ -20,16 +20,7 @@ Plane = tuple[int, int]
 
 _MOST_CHANNELS = 8  # numbers of channels tried for an input
 _LARGEST_DOUBLED = 40 * 40  # pixels; a smaller plane is also tried at twice its height and width
-# Shapes of inputs, or the numbers that some copies on tokens take.
-_LAYOUTS: dict[str, Callable[[int, int, int, int], Any]] = {
-    "(B,H,W,C)": lambda B, H, W, C: (B, H, W, C),
-    "(B,C,H,W)": lambda B, H, W, C: (B, C, H, W),
-    "(B,N,C)": lambda B, H, W, C: (B, H * W, C),
-    "(B,C)": lambda B, H, W, C: (B, C),
-    "H": lambda B, H, W, C: H,
-    "W": lambda B, H, W, C: W,
-}
-_NUMBERS = {"h": "H", "height": "H", "w": "W", "width": "W"}  # names of inputs that take numbers
+_NUMBERS = {"h": "H", "height": "H", "w": "W", "width": "W"}  # names of inputs that take numbers, as some on tokens do
 
 
 class OtherPlaneError(DifferentCopyError):
@@ -37,19 +28,26 @@ class OtherPlaneError(DifferentCopyError):
 
 
 class Hypothesis(NamedTuple):
-    """An assumption about a copy: the plane of its filters, and the layouts and channels of its inputs."""
+    """An assumption about a copy: the plane of its filters, and the layouts and channels of its inputs.
+
+    A layout has a letter for each dimension: BHWC, BCHW, BNC (N = H*W) or BC. H or W alone is that number.
+    """
 
     size: Plane
     layouts: tuple[str, ...]
     channels: tuple[int, ...]
 
     def inputs(self, plane: Plane, batch: int, **placed: Any) -> list[Any]:
-        given = [_LAYOUTS[layout](batch, *plane, C) for layout, C in zip(self.layouts, self.channels, strict=True)]
-        return [torch.randn(shape, **placed) if isinstance(shape, tuple) else shape for shape in given]
+        given: list[Any] = []
+        for layout, C in zip(self.layouts, self.channels, strict=True):
+            sizes = {"B": batch, "H": plane[0], "W": plane[1], "N": plane[0] * plane[1], "C": C}
+            shape = [sizes[letter] for letter in layout]
+            given.append(torch.randn(shape, **placed) if len(shape) > 1 else shape[0])
+        return given
 
     def indistinguishable(self) -> list["Hypothesis"]:
         """This hypothesis, and that of the other map layout if its inputs have the same shape on the stored plane."""
-        other = {"(B,H,W,C)": "(B,C,H,W)", "(B,C,H,W)": "(B,H,W,C)"}
+        other = {"BHWC": "BCHW", "BCHW": "BHWC"}
         swapped = self._replace(layouts=tuple(other.get(layout, layout) for layout in self.layouts))
         shapes = [[getattr(x, "shape", x) for x in h.inputs(self.size, 2)] for h in (self, swapped)]
         return [self, swapped] if swapped != self and shapes[0] == shapes[1] else [self]
@@ -157,9 +155,9 @@ class Trial:
 
     def _layouts(self) -> Iterator[tuple[str, ...]]:
         """Layouts of the inputs: first all like the first input, then vectors for the others."""
-        for first, other in itertools.product(("(B,H,W,C)", "(B,C,H,W)", "(B,N,C)"), ("", "(B,C)")):
+        for first, other in itertools.product(("BHWC", "BCHW", "BNC"), ("", "BC")):
             rest = [_NUMBERS.get(name.lower(), other or first) for name in self.names[1:]]
-            if not other or "(B,C)" in rest:
+            if not other or "BC" in rest:
                 yield (first, *rest)
 
 

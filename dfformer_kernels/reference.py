@@ -97,7 +97,9 @@ def dynamic_filter_backward(
             # Rows first, then their sum: one long chain of float32 additions would lose digits on large planes.
             by_row = _conj(filters).mT @ P
             grad_r = torch.view_as_real(by_row)[..., 0].sum(1)
-            of_parameters.append(routing_backward(grad_r, r, softmax).to(logits.dtype))
+            if softmax:
+                grad_r = r * (grad_r - (r * grad_r).sum(1, keepdim=True))
+            of_parameters.append(grad_r.to(logits.dtype))
         if need_basis:
             grad_filters = (P @ r.to(P.dtype).mT[:, None]).sum(0)
             of_parameters.append(torch.view_as_real(grad_filters).to(basis.dtype))
@@ -183,11 +185,6 @@ def _complex(pairs: Tensor) -> Tensor:
 def routing(logits: Tensor, dtype: torch.dtype, softmax: bool) -> Tensor:
     """``r`` of `dynamic_filter`: softmax of the logits or the logits themselves, as ``dtype``."""
     return logits.to(dtype).softmax(dim=1) if softmax else logits.to(dtype)
-
-
-def routing_backward(grad_r: Tensor, r: Tensor, softmax: bool) -> Tensor:
-    """The gradient of the logits that `routing` made ``r`` of."""
-    return r * (grad_r - (r * grad_r).sum(1, keepdim=True)) if softmax else grad_r
 
 
 def _mixed_filter(r: Tensor, filters: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from dfformer_kernels.backends import torch_fft
 from dfformer_kernels.backends.filter_kernels import FilterStep, Gradients, filter_kernels, needed
 from dfformer_kernels.problem import KernelBuildError, Problem, empty_like, is_channels_first
-from dfformer_kernels.reference import compute_dtype, routing, routing_backward
+from dfformer_kernels.reference import compute_dtype
 
 # Assumed bytes that memory moves while another transform is launched: 3 us at the 3.35 TB/s of an H100.
 _LAUNCH_BYTES = 10_000_000
@@ -80,8 +80,7 @@ def _filter(step: FilterStep) -> Tensor:
     x, logits, filters, scale, bias, softmax = step
     with torch.cuda.device_of(x):
         X = _spectrum(x, x.dtype, scale, bias, by_sample(x.shape, x.dtype, scale is not None, backward=False))
-        r = None if logits is None else routing(logits, X.dtype, softmax).contiguous()
-        _triton().mix(X, x.shape[2], r, filters.contiguous())
+        _triton().mix(X, x.shape[2], logits, filters.contiguous(), softmax)
         return _samples(_transforms(x.device.type)[1](X, x.shape[2]), x)
 
 
@@ -99,9 +98,8 @@ def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) ->
         if logits is None:
             grad_filters = _triton().global_mix_backward(G, X, W, filters, (need_u, need_filters))
         else:
-            r, parts = routing(logits, G.dtype, softmax).contiguous(), (need_u, need_logits, need_filters)
-            grad_r, grad_filters = _triton().mix_backward(G, X, W, r, filters, parts)
-            grad_logits = None if grad_r is None else routing_backward(grad_r, r, softmax).to(logits.dtype)
+            parts = (need_u, need_logits, need_filters)
+            grad_logits, grad_filters = _triton().mix_backward(G, X, W, logits, filters, parts, softmax)
         del X
         if need_u:
             grad_u = _transforms(x.device.type)[1](G, W)

@@ -90,9 +90,31 @@ def _weight(weight, row, n, C, w_stride_b, exists, H, W):
 
 
 @triton.jit
-def _routing(routing, n, N, C, f, F: tl.constexpr):
-    """The weights (B,F,C) of function f of the basis on these columns."""
-    return tl.load(routing + ((n // C).to(tl.int64) * F + f) * C + n % C, n < N, 0)
+def _logits(logits, n, N, C, f, stride_b, stride_f, stride_c, COMPUTE: tl.constexpr):
+    offset = (n // C).to(tl.int64) * stride_b + (n % C).to(tl.int64) * stride_c + f * stride_f
+    return tl.load(logits + offset, n < N, 0).to(COMPUTE)
+
+
+@triton.jit
+def _softmax_scale(logits, n, N, C, stride_b, stride_f, stride_c, F: tl.constexpr, COMPUTE: tl.constexpr):
+    """The largest logit and the sum of exponentials, for ``r[f] = exp(logits[f] - peak) / total``."""
+    peak = _logits(logits, n, N, C, 0, stride_b, stride_f, stride_c, COMPUTE)
+    for f in range(1, F):
+        peak = tl.maximum(peak, _logits(logits, n, N, C, f, stride_b, stride_f, stride_c, COMPUTE))
+    total = tl.zeros_like(peak)
+    for f in range(F):
+        total += tl.exp(_logits(logits, n, N, C, f, stride_b, stride_f, stride_c, COMPUTE) - peak)
+    return peak, total
+
+
+@triton.jit
+def _routing(
+    logits, n, N, C, f, stride_b, stride_f, stride_c, peak, total, SOFTMAX: tl.constexpr, COMPUTE: tl.constexpr
+):
+    value = _logits(logits, n, N, C, f, stride_b, stride_f, stride_c, COMPUTE)
+    if SOFTMAX:
+        value = tl.exp(value - peak) / total
+    return value
 
 
 @triton.jit
@@ -151,14 +173,15 @@ def activate_backward_kernel(
 
 @triton.jit
 def mix_kernel(
-    X, routing, basis, H, W, rows, N, C, width,
-    F: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    X, logits, basis, H, W, rows, N, C, width, l_stride_b, l_stride_f, l_stride_c,
+    F: tl.constexpr, SOFTMAX: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``X *= M / (HW)``, ``M[h,k,n] = sum_f r[f,n] basis[h,k,f]``, in place; the routing is r as (B,F,C)."""
+    """``X *= M / (HW)``, ``M[h,k,n] = sum_f r[f,n] basis[h,k,f]``, in place; r is softmax(logits), or the logits."""
     row, n, exists = _tile(rows, N, ROWS, COLUMNS)
+    peak, total = _softmax_scale(logits, n, N, C, l_stride_b, l_stride_f, l_stride_c, F, COMPUTE)
     M_real, M_imaginary = tl.zeros((ROWS, COLUMNS), COMPUTE), tl.zeros((ROWS, COLUMNS), COMPUTE)
     for f in range(F):
-        r = _routing(routing, n, N, C, f, F)
+        r = _routing(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, peak, total, SOFTMAX, COMPUTE)
         basis_real, basis_imaginary = _basis(basis, row, rows, f, H, W, F)
         M_real += basis_real[:, None] * r[None, :]
         M_imaginary += basis_imaginary[:, None] * r[None, :]
@@ -184,10 +207,11 @@ def global_mix_kernel(
 
 @triton.jit
 def mix_backward_kernel(
-    G, X, routing, basis, r_slots, basis_slots, H, W, rows, N, C, width,
-    F: tl.constexpr, STORE_G: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    G, X, logits, basis, r_slots, basis_slots, H, W, rows, N, C, width, l_stride_b, l_stride_f, l_stride_c,
+    F: tl.constexpr, SOFTMAX: tl.constexpr, STORE_G: tl.constexpr, COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``G *= conj(M) / (HW)`` in place, and partial sums for the gradients of routing and basis.
+    """``G *= conj(M) / (HW)`` in place, and partial sums for the gradients of logits and basis.
 
     With ``P = D G conj(X) / (HW)`` of the original G, r_slots (row tiles,F,N) get ``sum_hk Re(P conj(basis[h,k,f]))``,
     and basis_slots (column tiles,rows,F,2) get ``sum_n r[f,n] P``.
@@ -195,6 +219,7 @@ def mix_backward_kernel(
     row, n, exists = _tile(rows, N, ROWS, COLUMNS)
     norm = _one_over(H * W, COMPUTE)
     offset = _points(row, n, rows, width)
+    peak, total = _softmax_scale(logits, n, N, C, l_stride_b, l_stride_f, l_stride_c, F, COMPUTE)
     G_real, G_imaginary = _load_complex(G, offset, exists)
     if X is not None:
         X_real, X_imaginary = _load_complex(X, offset, exists)
@@ -205,7 +230,7 @@ def mix_backward_kernel(
     if STORE_G:
         M_real, M_imaginary = tl.zeros((ROWS, COLUMNS), COMPUTE), tl.zeros((ROWS, COLUMNS), COMPUTE)
     for f in range(F):
-        r = _routing(routing, n, N, C, f, F)
+        r = _routing(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, peak, total, SOFTMAX, COMPUTE)
         if STORE_G:
             real, imaginary = _basis(basis, row, rows, f, H, W, F)
             M_real += real[:, None] * r[None, :]
@@ -255,3 +280,22 @@ def global_mix_backward_kernel(
     if slots is not None:
         slot = tl.program_id(1).to(tl.int64) * rows * C
         _store_complex(slots, slot + _offsets(row, n, C, w_stride_b, C, 1), D * sum_real, D * sum_imaginary, exists)
+
+
+@triton.jit
+def softmax_backward_kernel(
+    grad_r, logits, grad_logits, N, C, l_stride_b, l_stride_f, l_stride_c, o_stride_b, o_stride_f, o_stride_c,
+    F: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``grad_logits[f] = r[f] (grad_r[f] - sum_g r[g] grad_r[g])``, ``r = softmax(logits)``; grad_r is (F,N)."""
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    peak, total = _softmax_scale(logits, n, N, C, l_stride_b, l_stride_f, l_stride_c, F, COMPUTE)
+    mean = tl.zeros_like(peak)
+    for f in range(F):
+        r = tl.exp(_logits(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, COMPUTE) - peak) / total
+        mean += r * tl.load(grad_r + f * tl.cast(N, tl.int64) + n, n < N, 0)
+    for f in range(F):
+        r = tl.exp(_logits(logits, n, N, C, f, l_stride_b, l_stride_f, l_stride_c, COMPUTE) - peak) / total
+        value = r * (tl.load(grad_r + f * tl.cast(N, tl.int64) + n, n < N, 0) - mean)
+        offset = (n // C).to(tl.int64) * o_stride_b + (n % C).to(tl.int64) * o_stride_c + f * o_stride_f
+        tl.store(grad_logits + offset, value.to(grad_logits.dtype.element_ty), n < N)

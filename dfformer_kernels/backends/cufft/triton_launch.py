@@ -28,7 +28,7 @@ _UNBUILDABLE = (
 )
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = _WARPS) -> None:
     """``kernel[grid](*args)`` on the current stream of args' device, which is the current device.
 
     Raises:
@@ -39,8 +39,8 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any) -> None:
     # Everything that Triton may specialise a kernel on, and more: the key holds every integer's value.
     key = (kernel.__name__, *(_kind(a) if isinstance(a, Tensor) else a for a in args))
     if new := _prepared.is_new(key, f"a variant of the Triton kernel {kernel.__name__}"):
-        _build(kernel, grid, args)
-    kernel[grid](*args, num_warps=_WARPS)
+        _build(kernel, grid, args, warps)
+    kernel[grid](*args, num_warps=warps)
     if new:
         _prepared.add(key)
 
@@ -49,9 +49,9 @@ def _kind(t: Tensor) -> tuple[Any, ...]:
     return t.device, t.dtype, t.data_ptr() % 16, t.untyped_storage().nbytes() < 2**31
 
 
-def _build(kernel: Any, grid: tuple[int, ...], args: Sequence[Any]) -> None:
+def _build(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], warps: int) -> None:
     try:
-        compiled = kernel.warmup(*args, grid=grid, num_warps=_WARPS)
+        compiled = kernel.warmup(*args, grid=grid, num_warps=warps)
         if compiled is not None:  # it is None in Triton's interpreter
             with_memory_released(lambda: _load(compiled))
     except _UNBUILDABLE as error:
@@ -109,22 +109,23 @@ def activate_backward(
     return grad_x, *(total.to(t.dtype).reshape(t.shape) if need else None for t, total, need in sums)
 
 
-def mix(X: Tensor, W: int, routing: Tensor | None, filters: Tensor) -> None:
-    """``X *= M / (HW)`` in place; M is ``routing @ filters``, or the filters where there is no routing.
+def mix(X: Tensor, W: int, logits: Tensor | None, filters: Tensor, softmax: bool = True) -> None:
+    """``X *= M / (HW)`` in place; M is ``softmax(logits) @ filters``, ``logits @ filters``, or filters without logits.
 
-    ``X`` is (S,H,K,width,2) with S width = B*C, ``routing`` (B,F,C), ``filters`` the basis (H,K,F,2), weight (H,K,C,2)
-    or weights (B,H,K,C,2). All are contiguous and of one dtype.
+    ``X`` is (S,H,K,width,2) with S width = B*C, ``logits`` (B,F,C) with any strides and dtype, ``filters`` the
+    contiguous basis (H,K,F,2), weight (H,K,C,2) or weights (B,H,K,C,2).
     """
     S, H, K, width, _ = X.shape
     N = S * width
     tile, grid = _spectrum_tiles(X, N)
     sizes = (H, W, H * K, N)
-    if routing is None:
+    if logits is None:
         of_weight = (filters.shape[-2], width, _sample_stride(filters))
         _launch(kernels.global_mix_kernel, grid, X, filters, *sizes, *of_weight, _compute(X), *tile)
         return
-    _, F, C = routing.shape
-    _launch(kernels.mix_kernel, grid, X, routing, filters, *sizes, C, width, F, _compute(X), *tile)
+    _, F, C = logits.shape
+    routing = (C, width, *logits.stride(), F, softmax)
+    _launch(kernels.mix_kernel, grid, X, logits, filters, *sizes, *routing, _compute(X), *tile)
 
 
 def _sample_stride(weight: Tensor) -> int:
@@ -133,26 +134,37 @@ def _sample_stride(weight: Tensor) -> int:
 
 
 def mix_backward(
-    G: Tensor, X: Tensor | None, W: int, routing: Tensor, basis: Tensor, needs: Sequence[bool]
+    G: Tensor, X: Tensor | None, W: int, logits: Tensor, basis: Tensor, needs: Sequence[bool], softmax: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``G *= conj(M) / (HW)`` in place, and the gradients of routing and basis from the original G and X.
+    """``G *= conj(M) / (HW)`` in place, and the gradients of logits and basis from the original G and X.
 
-    ``G`` and ``X`` are (S,H,K,width,2) with S width = B*C, and all tensors as for `mix`. ``needs`` is for (G, routing,
-    basis). X may be None if only G is needed. A gradient that is not needed is None. The routing's is float64.
+    ``G`` and ``X`` are (S,H,K,width,2) with S width = B*C. ``needs`` is for (G, logits, basis). X may be None if only G
+    is needed. A gradient that is not needed is None.
     """
     S, H, K, width, _ = G.shape
     N = S * width
-    _, F, C = routing.shape
-    need_G, need_routing, need_basis = needs
+    _, F, C = logits.shape
+    need_G, need_logits, need_basis = needs
     tile, grid = _spectrum_tiles(G, N)
-    r_slots = _empty(G, triton.cdiv(H * K, tile[0]), F, N) if need_routing else None
+    r_slots = _empty(G, triton.cdiv(H * K, tile[0]), F, N) if need_logits else None
     basis_slots = _empty(G, triton.cdiv(N, tile[1]), H, K, F, 2) if need_basis else None
-    arguments = (H, W, H * K, N, C, width, F, need_G, _compute(G), *tile)
-    _launch(kernels.mix_backward_kernel, grid, G, X, routing, basis, r_slots, basis_slots, *arguments)
-    grad_routing = None
-    if r_slots is not None:  # float64: softmax's gradient takes differences
-        grad_routing = r_slots.sum(0, dtype=torch.float64).unflatten(1, (-1, C)).transpose(0, 1)
-    return grad_routing, None if basis_slots is None else basis_slots.sum(0)
+    arguments = (H, W, H * K, N, C, width, *logits.stride(), F, softmax, need_G, _compute(G), *tile)
+    _launch(kernels.mix_backward_kernel, grid, G, X, logits, basis, r_slots, basis_slots, *arguments)
+    grad_logits = None
+    if r_slots is not None:
+        grad_r = r_slots.sum(0, dtype=torch.float64)  # float64: softmax's gradient takes differences
+        by_sample = grad_r.unflatten(1, (-1, C)).transpose(0, 1)  # (B,F,C)
+        grad_logits = _softmax_backward(grad_r, logits) if softmax else by_sample.to(logits.dtype)
+    return grad_logits, None if basis_slots is None else basis_slots.sum(0)
+
+
+def _softmax_backward(grad_r: Tensor, logits: Tensor) -> Tensor:
+    F, N = grad_r.shape
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    strides = (*logits.stride(), *grad_logits.stride())
+    arguments = (grad_r, logits, grad_logits, N, logits.shape[2], *strides, F, tl.float64, _WIDTH)
+    _launch(kernels.softmax_backward_kernel, (triton.cdiv(N, _WIDTH),), *arguments, warps=4)
+    return grad_logits
 
 
 def global_mix_backward(G: Tensor, X: Tensor | None, W: int, weight: Tensor, needs: Sequence[bool]) -> Tensor | None:

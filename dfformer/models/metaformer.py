@@ -25,7 +25,6 @@ from dfformer.models.filter_resize import RULE
 from dfformer.models.layers import Activation, StarReLU
 from dfformer.models.spectral import DynamicFilter, SpectralFilter
 from dfformer.utils.accepted import COUNT, COUNT_OR_0, MODULE, RATE, SCALE, check_arguments, choice
-from dfformer_kernels.ops.conv2d import output_plane
 
 # (kernel size, padding) of the stem and of the downsampling convolutions.
 STEM, DOWNSAMPLE = (7, 2), (3, 1)
@@ -151,7 +150,7 @@ class DFFormer(nn.Module):
             own = {name.removesuffix("s"): values[i] for name, values in per_stage.items()}  # as the block calls them
             dim, stride = own["dim"], own.pop("stride")
             kernel_size, padding = STEM if i == 0 else DOWNSAMPLE
-            plane = output_plane(plane, *map(to_2tuple, (kernel_size, stride, padding)))
+            plane = tuple((side + 2 * padding - kernel_size) // stride + 1 for side in plane)
             if min(plane) < 1:
                 raise ValueError(f"img_size: got {img_size}, which leaves nothing at stage {i}")
             self.downsample_layers.append(

@@ -47,28 +47,6 @@ def check_mlp(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: 
     _check_scalars(op, x, scale, bias)
 
 
-def check_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
-) -> None:
-    op = "convolution"
-    _, H, W, C = _check_plane(op, x)
-    _check_kind(op, "weight", x, weight, (x.dtype,))
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0)):
-        if len(pair) != 2 or min(pair) < least:
-            _fail(op, name, f"two numbers >= {least}", list(pair))
-    if groups < 1 or C % groups:
-        _fail(op, "groups", f"a divisor of the {C} channels of x", groups)
-    largest = (H + 2 * padding[0], W + 2 * padding[1])
-    if weight.dim() != 4 or weight.shape[0] % groups or weight.shape[1] != C // groups:
-        _fail(op, "weight", f"shape (N, {C // groups}, h, w), N a multiple of groups = {groups}", _shape(weight))
-    if not all(1 <= size <= most for size, most in zip(weight.shape[2:], largest, strict=True)):
-        _fail(op, "weight", f"a kernel of at most {largest}, the padded plane", _shape(weight))
-    if bias is not None:
-        _check_kind(op, "bias", x, bias, (x.dtype,))
-        if bias.shape != weight.shape[:1]:
-            _fail(op, "bias", f"shape {_shape(weight)[:1]}", _shape(bias))
-
-
 def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) -> None:
     if value not in accepted:
         _fail(op, name, " or ".join(map(repr, accepted)), repr(value))

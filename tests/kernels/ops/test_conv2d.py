@@ -1,6 +1,7 @@
 """Convolutions as an operator of their own: values, gradients, errors, and what torch.compile makes of models."""
 
 import re
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import require_compiled_graphs, require_compiler
 from extent import FULL
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import dfformer
@@ -102,25 +104,27 @@ def test_only_the_gradients_asked_for(needs: tuple[bool, ...]) -> None:
     assert relative_error(grads[0][0], grads[1][0]) <= BOUND[torch.float64]
 
 
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "plane": ({"x": torch.ones(8, 8, 4)}, r"x must be shape \(B,H,W,C\)"),
-    "dtype": ({"weight": torch.ones(4, 4, 3, 3, dtype=torch.float64)}, "weight must be dtype float32"),
-    "channels": ({"weight": torch.ones(4, 3, 3, 3)}, r"weight must be shape \(N, 4, h, w\)"),
-    "kernel": ({"weight": torch.ones(4, 4, 11, 3)}, r"weight must be a kernel of at most \(10, 10\)"),
-    "bias": ({"bias": torch.ones(3)}, r"bias must be shape \(4,\)"),
-    "stride": ({"stride": (0, 1)}, "stride must be two numbers >= 1"),
-    "padding": ({"padding": (-1, 1)}, "padding must be two numbers >= 0"),
-    "groups": ({"groups": 3}, "groups must be a divisor of the 4 channels"),
+BAD: dict[str, Case] = {
+    "channels": Case((1, 8, 8, 4), (4, 3, 3, 3), True, (1, 1), (1, 1)),
+    "kernel": Case((1, 8, 8, 4), (4, 4, 11, 3), True, (1, 1), (1, 1)),
+    "stride": Case((1, 8, 8, 4), (4, 4, 3, 3), True, (0, 1), (1, 1)),
+    "padding": Case((1, 8, 8, 4), (4, 4, 3, 3), True, (1, 1), (-1, 1)),
+    "groups": Case((1, 8, 8, 4), (4, 4, 3, 3), True, (1, 1), (1, 1), 3),
+    "dtypes": Case((1, 8, 8, 4), (4, 4, 3, 3), True, (1, 1), (1, 1)),
 }
 
 
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
 @pytest.mark.parametrize("name", BAD)
-def test_bad_arguments_are_named(name: str) -> None:
-    x, weight, bias = CASES["empty"].tensors(torch.float32)
-    given = {"x": x, "weight": weight, "bias": bias, "stride": (1, 1), "padding": (1, 1), "groups": 1}
-    changes, message = BAD[name]
-    with pytest.raises((ValueError, TypeError), match=f"convolution: {message}"):
-        torch.ops.dfformer.convolution(*(given | changes).values())
+def test_errors_are_torchs(name: str, fake: bool) -> None:
+    case = BAD[name]
+    with FakeTensorMode() if fake else nullcontext():
+        x, weight, bias = case.tensors(torch.float32)
+        weight = weight.double() if name == "dtypes" else weight
+        with pytest.raises(RuntimeError) as expected:
+            case.definition(x, weight, bias)
+        with pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
+            case.operator(x, weight, bias)
 
 
 # In torch.compile's graphs

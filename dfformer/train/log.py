@@ -17,6 +17,7 @@ from dfformer.tasks.base import Task
 from dfformer.train.config import TrainConfig
 from dfformer.train.state import checkpoints
 from dfformer.utils.io import as_csv, write_atomically
+from dfformer.utils.text import reason
 
 STEPS, EPOCHS = "steps.jsonl", "epochs.csv"
 
@@ -32,8 +33,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.metric, self.unit = folder, task.metric, task.unit
         steps = folder / STEPS
-        kept = [line for line in _whole_lines(steps) if json.loads(line)["step"] <= step]
-        write_atomically(steps, "".join(f"{line}\n" for line in kept).encode())
+        write_atomically(steps, "".join(f"{line}\n" for line in _up_to(step, steps)).encode())
         self.steps = steps.open("a", encoding="utf-8", buffering=1)
         write_atomically(folder / "config.json", json.dumps(asdict(config), indent=2).encode())
         if history:  # an earlier run may have been killed before it wrote the last row
@@ -94,6 +94,14 @@ def interruption(folder: Path, arguments: Sequence[str], distributed: bool) -> s
     command = shlex.join(["dfformer", "train", *arguments, "--resume=true"])
     lines.append("resume with: " + ("the same torchrun command and --resume=true" if distributed else command))
     return "\n".join(lines)
+
+
+def _up_to(step: int, path: Path) -> list[str]:
+    """The lines of ``steps.jsonl`` up to a step."""
+    try:
+        return [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path}: has a line that no training run writes ({reason(error)})") from error
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -60,6 +60,17 @@ def test_a_damaged_latest_checkpoint(
     assert_same_result(run, expected)
 
 
+def test_a_line_of_the_log_that_no_run_writes(
+    command: list[str], expected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(expected, run)
+    for line in ("3", "{}"):
+        (run / "steps.jsonl").write_text(f"{line}\n")
+        assert main([*command, "--output", str(run), "--resume", "true"]) == 2
+        assert f"{run / 'steps.jsonl'}: has a line that no training run writes" in capsys.readouterr().err
+
+
 def test_all_checkpoints_damaged(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-00000001.pt").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="none of its 1 checkpoints can be read"):

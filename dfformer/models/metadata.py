@@ -13,7 +13,8 @@ from typing import Any
 
 import timm
 
-from dfformer.models.filter_resize import RULES
+from dfformer.models.filter_resize import RULE
+from dfformer.models.metaformer import POOL
 from dfformer.models.registry import VARIANTS
 from dfformer.utils.accepted import Kind, choice
 from dfformer.utils.io import unique_keys
@@ -87,10 +88,10 @@ _COMMON_ARGS: dict[str, Kind] = {
 # Arguments of this package's models.
 MODEL_ARGS: dict[str, Kind] = {
     **_COMMON_ARGS,
-    "global_pool": choice("avg", "max", "avgmax", ""),
+    "global_pool": POOL,
     "res_scale_init_values": list_of(either(real(-1e6, 1e6), NONE), 1, 8),
     "strides": list_of(whole(1, 64), 1, 8),
-    "resize": choice(*RULES),
+    "resize": RULE,
     "fork_feat": FLAG,
 }
 # Arguments of timm's other models: those that many of them share.

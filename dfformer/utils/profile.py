@@ -38,8 +38,8 @@ class Profile:
 def profile(make_model: Callable[[], nn.Module], img_size: tuple[int, int], in_chans: int = 3) -> Profile:
     """Profiles the model that ``make_model`` builds, on (H, W) images, on the meta device, without computing anything.
 
-    See `dfformer_kernels.ops.flops` for what counts. Filters that the model has to resize for these images count too,
-    although evaluation keeps them; a model created with this ``img_size`` resizes none.
+    See `dfformer_kernels.ops.flops` for what counts. Resizing filters counts too: every forward of a model does it that
+    was not created with this ``img_size``.
     """
     with torch.device("meta"):
         model = make_model().train()

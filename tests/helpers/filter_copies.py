@@ -306,6 +306,15 @@ class ResizedIfNeeded(Authors):
         return torch.view_as_complex(weights)
 
 
+class WithoutSize(ResizedIfNeeded):
+    """``irfft2`` without a size: on a plane of odd width, its result has a column less."""
+
+    def _filtered(self, x: Tensor, routing: Tensor) -> Tensor:
+        X = torch.fft.rfft2(x, dim=(1, 2), norm="ortho")
+        M = torch.einsum("bfc,hwf->bhwc", routing.to(torch.complex64), self._basis(X))
+        return torch.fft.irfft2(X * M, dim=(1, 2), norm="ortho")
+
+
 class WithDropout(Authors):
     """Dropout as submodules, in the routing and on the filtered signal."""
 

@@ -42,6 +42,7 @@ SWAPPED: dict[str, tuple[Make, list[Any], list[Any]]] = {
     "tokens with their plane": (lambda: forms.TokensOfPlane(DIM), [TOKENS, 8, 8], []),
     "routed by a vector": (lambda: forms.Conditioned(DIM), [FIRST, (5,)], [(DIM, 9, 10), (5,)]),
     "resized if needed": (lambda: forms.ResizedIfNeeded(DIM), [LAST], [(16, 12, DIM)]),
+    "resized without a size": (lambda: forms.WithoutSize(DIM), [LAST], [(16, 12, DIM)]),
     "dropout": (lambda: forms.WithDropout(DIM), [LAST], [(16, 16, DIM)]),
     "two filters in turn": (lambda: forms.TwoInTurn(DIM), [FIRST], []),
     "mixed by sigmoids": (lambda: forms.Gated(DIM), [LAST], [(9, 12, DIM)]),

@@ -11,7 +11,7 @@ Only the inputs are saved for backward. Second derivatives, forward-mode derivat
 evaluate the reference expression, on every backend.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
@@ -176,12 +176,19 @@ def _call(
 def _run(op: str, backend: str | None, *tensors: Tensor | None, options: tuple[bool, ...] = ()) -> Tensor:
     backend = requested_backend(backend)
     if is_transformed(tensors):
-        getattr(checks, f"check_{op}")(*tensors)
-        with without_autocast(tensors[0].device):  # type: ignore[union-attr] # x is there
-            return getattr(reference, op)(*tensors, *options)
+        return _expression(reference.KERNELS, op, tensors, options)
     if dft_matmul.in_onnx_export():
-        return _matrix_products(op, tensors, options)
+        return _expression(dft_matmul.KERNELS, op, tensors, options)
     return getattr(torch.ops.dfformer, op)(*tensors, backend, *options)
+
+
+def _expression(
+    kernels: Mapping[str, Callable[..., Tensor]], op: str, tensors: Sequence[Any], options: Sequence[bool]
+) -> Tensor:
+    """An operator as an expression of torch's own, which every transform and tracer knows."""
+    getattr(checks, f"check_{op}")(*tensors)
+    with without_autocast(tensors[0].device):
+        return kernels[op](*tensors, *options)
 
 
 def _define(name: str, inputs: str, options: str = "") -> type[Any]:
@@ -281,15 +288,9 @@ DynamicFilterFunction = _define(
 GlobalFilterFunction = _define("global_filter", "Tensor x, Tensor weight, Tensor? scale, Tensor? bias")
 
 
-def _matrix_products(op: str, tensors: Sequence[Any], options: Sequence[bool]) -> Tensor:
-    getattr(checks, f"check_{op}")(*tensors)
-    with without_autocast(tensors[0].device):
-        return dft_matmul.KERNELS[op](*tensors, *options)
-
-
 def _decomposition(op: str, count: int) -> Callable[..., Tensor]:
     """A function of an operator's arguments (``count`` tensors, the backend's name, options)."""
-    return lambda *args: _matrix_products(op, args[:count], args[count + 1 :])
+    return lambda *args: _expression(dft_matmul.KERNELS, op, args[:count], args[count + 1 :])
 
 
 # In the form that `torch.export.ExportedProgram.run_decompositions` takes.

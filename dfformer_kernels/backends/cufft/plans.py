@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import OrderedDict, defaultdict
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -71,27 +71,25 @@ class Transform(NamedTuple):
         return f"{kind} of {dtype} {H}x{W} planes, N={N}, on device {self.device}"
 
 
-class Library:
-    """libcufft's functions. Raises OSError if the library cannot be loaded, AttributeError if it is another one."""
+def _load(path: str) -> ctypes.CDLL:
+    """libcufft. Raises OSError if the library cannot be loaded, AttributeError if it is another one."""
+    library = ctypes.CDLL(path)
+    for name, types in _FUNCTIONS.items():
+        if not hasattr(library, name):
+            raise AttributeError(f"{path} has no function {name}")
+        getattr(library, name).argtypes = types
+    return library
 
-    def __init__(self, path: str) -> None:
-        library = ctypes.CDLL(path)
-        self.functions: dict[str, Any] = {}
-        for name, types in _FUNCTIONS.items():
-            if not hasattr(library, name):
-                raise AttributeError(f"{path} has no function {name}")
-            self.functions[name] = getattr(library, name)
-            self.functions[name].argtypes = types
 
-    def call(self, transform: Transform, name: str, *args: object) -> None:
-        """Raises RuntimeError if the function returns an error, which the class tells from others."""
-        if (code := self.functions[name](*args)) == 0:
-            return
-        result = _RESULTS[code] if 0 < code < len(_RESULTS) else ""
-        message = f"{name} returned {f'CUFFT_{result}' if result else f'code {code}'} for {transform}"
-        if result in _NO_MEMORY:
-            raise torch.OutOfMemoryError(message)
-        raise (KernelBuildError if result in _NO_PLAN and name in _PLANNING else RuntimeError)(message)
+def _call(library: ctypes.CDLL, transform: Transform, name: str, *args: object) -> None:
+    """Raises RuntimeError if the function returns an error, which the class tells from others."""
+    if (code := getattr(library, name)(*args)) == 0:
+        return
+    result = _RESULTS[code] if 0 < code < len(_RESULTS) else ""
+    message = f"{name} returned {f'CUFFT_{result}' if result else f'code {code}'} for {transform}"
+    if result in _NO_MEMORY:
+        raise torch.OutOfMemoryError(message)
+    raise (KernelBuildError if result in _NO_PLAN and name in _PLANNING else RuntimeError)(message)
 
 
 class Plan:
@@ -101,13 +99,13 @@ class Plan:
         workspace_bytes: what `run` needs.
     """
 
-    def __init__(self, library: Library, transform: Transform) -> None:
-        self._call = partial(library.call, transform)
+    def __init__(self, library: ctypes.CDLL, transform: Transform) -> None:
+        self._call = partial(_call, library, transform)
         self._execute, self._kind = _EXECUTE[transform.dtype, transform.inverse]
         self._transform, self._id, self._lock = transform, _PLAN(-1), threading.Lock()
         self._call("cufftCreate", ctypes.byref(self._id))
         # What destroying returns is of no use: after a fault on the device every call fails.
-        self.destroy = weakref.finalize(self, library.functions["cufftDestroy"], self._id)
+        self.destroy = weakref.finalize(self, library.cufftDestroy, self._id)
         self.destroy.atexit = False
         try:
             self.workspace_bytes = self._make()
@@ -137,7 +135,7 @@ class Plans:
     """The plans of a library, safe to use from threads and after a fork. The caller makes their device current."""
 
     def __init__(self, path: str) -> None:
-        self._library = Library(path)
+        self._library = _load(path)
         self._lock = threading.Lock()
         self._recent: defaultdict[int, OrderedDict[Transform, Plan]] = defaultdict(OrderedDict)  # by device
         self._captured: set[Plan] = set()  # graphs refer to their memory, and may be replayed for ever

@@ -20,7 +20,7 @@ from dfformer.inference.optimize import InferenceModel
 from dfformer.models.checkpoint import chosen_model, read_checkpoint
 from dfformer.models.filter_resize import resize_filter
 from dfformer.models.metadata import is_ours
-from dfformer.models.spectral import SpectralFilter
+from dfformer.models.spectral import SpectralFilter, stores_filters
 from dfformer.utils.extras import extra
 from dfformer_kernels.tolerance import relative_error
 
@@ -147,7 +147,7 @@ def _source(model: nn.Module, img_size: tuple[int, int], fused: bool) -> Source:
 
     def store(module: Any, inputs: tuple[Tensor, ...]) -> None:
         plane = module.plane_of(inputs[0])
-        if plane != module.size and module.weight_resize:
+        if plane != module.size and module.weight_resize and stores_filters(module):
             resized = resize_filter(module.complex_weights, module.size, plane, module.resize)
             module.complex_weights, module.size = nn.Parameter(resized), plane
 

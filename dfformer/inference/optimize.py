@@ -14,7 +14,7 @@ from dfformer.inference.packed import PackedLinear, PackedMlp, ServedBlock
 from dfformer.models.blocks import MetaFormerBlock
 from dfformer.models.exact import reasons_against
 from dfformer.models.layers import Mlp, SepConv, StarReLU
-from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter, SpectralFilter
+from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter, SpectralFilter, stores_filters
 from dfformer.utils.accepted import check_arguments, choice
 
 _Parts = dict[str, tuple[type[nn.Module], ...]]  # by path, the classes that a module may have
@@ -125,7 +125,7 @@ def _fix_filters(model: nn.Module, img_size: tuple[int, int], left_alone: list[L
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, SpectralFilter):
-            if "complex_weights" in {**module._parameters, **module._buffers}:
+            if stores_filters(module):
                 handles.append(module.register_forward_pre_hook(note_plane))
             else:
                 left_alone.append(LeftAlone(name, ("its filters are computed at each call",)))

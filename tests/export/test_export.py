@@ -12,7 +12,7 @@ import torch
 from export_models import ERROR, detector, images, spread, tiny
 from extent import FULL
 from timm.data import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 
 import dfformer
 from dfformer import VARIANTS, load_model, optimize_for_inference
@@ -48,6 +48,18 @@ def test_image_size_of_its_own(tmp_path: Path) -> None:
     shapes = {tuple(value.shape) for key, value in torch.export.load(path).state_dict.items() if "complex" in key}
     assert shapes == {(10, 9, 4, 2)}
     assert filter_size(model) == (15, 15)
+
+
+class _Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def test_computed_filters_at_another_image_size(tmp_path: Path) -> None:
+    """Filters that a parametrisation computes stay as they are: the program computes and resizes them."""
+    model = tiny(img_size=(32, 32))
+    nn.utils.parametrize.register_parametrization(model.stages[0][0].token_mixer, "complex_weights", _Halved())
+    assert export(model, tmp_path / "model.pt2", (21, 34)) < ERROR
 
 
 def test_features(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dfformer.models.checkpoint import chosen_model, load_checkpoint, load_model
 from dfformer.models.metadata import is_ours
 from dfformer.tasks.base import Task
 from dfformer.tasks.evaluate import Measured, Pixels, Timed, accuracy, batches, data_config, dataset_spec, logits_of
-from dfformer.tasks.predict import File, Predictor, Top
+from dfformer.tasks.predict import File, Predictor, Top, checked
 from dfformer.utils.device import Place
 
 if TYPE_CHECKING:
@@ -158,9 +158,7 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
         images = torch.stack([file.content for file in batch]).to(parameter.device, parameter.dtype)
         with torch.inference_mode():
             logits = logits_of(model, images).float()
-        probabilities, indices = logits.softmax(-1).topk(min(arguments.topk, len(classes)))
-        if not probabilities.isfinite().all():
-            raise ValueError("the model's output is not finite")
+        probabilities, indices = checked(logits.softmax(-1)).topk(min(arguments.topk, len(classes)))
         named = [[classes[i] for i in index] for index in indices.tolist()]
         return [list(zip(*top, strict=True)) for top in zip(named, probabilities.tolist(), strict=True)]
 

@@ -182,6 +182,8 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
 
 def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
     """``dfformer predict`` for a detection checkpoint: pictures, and detections.json in COCO's format."""
+    from dfformer.analysis.dense_figures import detections
+
     if not 0 <= arguments.min_score <= 1:
         raise ValueError(f"--min-score: got {arguments.min_score}, accepted are numbers from 0 to 1")
     model, about = load_detector(arguments.checkpoint)
@@ -194,7 +196,9 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
         [(path, image, *_)] = batch
         [objects] = detect(model, [image], device)
         shown = confident(objects, arguments.min_score)
-        _write_picture(stems[path], image, shown, classes, arguments.min_score)
+        row = {f"score {arguments.min_score:g} and up": _as_arrays([shown])}
+        figure = detections([image.permute(1, 2, 0).numpy()], row, classes, stems[path].name)
+        write_results(stems[path], {".png": figure})
         results.extend(_coco_results(ids[path], objects, about["category_ids"]))
         labels, scores = (shown[name][: arguments.topk].tolist() for name in ("labels", "scores"))
         return [[(classes[label], score) for label, score in zip(labels, scores, strict=True)]]
@@ -222,11 +226,3 @@ def _coco_results(image: int | str, objects: Target, category_ids: list[int]) ->
         {"image_id": image, "category_id": category_ids[label], "bbox": box, "score": score}
         for label, box, score in rows
     ]
-
-
-def _write_picture(stem: Path, image: Tensor, objects: Target, classes: list[str], min_score: float) -> None:
-    """Writes ``NAME.png``, the image with its boxes."""
-    from dfformer.analysis.dense_figures import detections
-
-    row = {f"score {min_score:g} and up": _as_arrays([objects])}
-    write_results(stem, {".png": detections([image.permute(1, 2, 0).numpy()], row, classes, stem.name)})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dfformer.data.files import image_files, image_mode, orientation_note, orientation_of, read_image, real_path
@@ -71,6 +72,13 @@ class Files(Dataset):
             return File(path, self.prepare(image), turned=orientation_of(image) != 1)
         except Exception as error:  # any error concerns this file alone, and not every error can be pickled
             return File(path, error=_message(path, error))
+
+
+def checked(output: Tensor) -> Tensor:
+    """A model's output; ValueError if not all of it is finite."""
+    if not output.isfinite().all():
+        raise ValueError("the model's output is not finite")
+    return output
 
 
 def _outcomes(paths: list[Path], predictor: Predictor, workers: int, exif_orientation: bool) -> Iterator[File]:

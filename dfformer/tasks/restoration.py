@@ -17,7 +17,7 @@ from dfformer.models.checkpoint import load_checkpoint
 from dfformer.models.metadata import RESTORER
 from dfformer.tasks.base import DenseTask, load_dense
 from dfformer.tasks.evaluate import Measured, Timed, at_each_size, batches, dataset_spec, own_size
-from dfformer.tasks.predict import File, Predictor, Top
+from dfformer.tasks.predict import File, Predictor, Top, checked
 from dfformer.tasks.restorer import Restorer, SelfEnsemble, enlarged, tiled
 from dfformer.tasks.results import plan_results, write_results
 from dfformer.utils.device import Place
@@ -58,9 +58,7 @@ def restore(
     """
     with torch.inference_mode():
         restored = tiled(model, image.to(device).float() / 255, scale, tile, at_once).cpu()
-    if not restored.isfinite().all():
-        raise ValueError("the model's output is not finite")
-    return _eight_bits(restored)
+    return _eight_bits(checked(restored))
 
 
 def enlarged_only(image: Tensor, scale: int) -> Tensor:

@@ -25,7 +25,7 @@ from dfformer.data.masks import (
 from dfformer.data.transforms import resize_shorter_side
 from dfformer.tasks.base import DenseTask, load_dense
 from dfformer.tasks.evaluate import Measured, Pixels, Timed, at_each_size, batches, dataset_spec, own_size
-from dfformer.tasks.predict import File, Predictor, Top
+from dfformer.tasks.predict import File, Predictor, Top, checked
 from dfformer.tasks.results import plan_results, write_results
 from dfformer.utils.device import Place
 from dfformer.utils.extras import extra
@@ -88,9 +88,7 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, dict[str, Any]]:
 
 def segment(model: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
     """Classes uint8 (B,H,W) of normalised ``images`` (B,3,h,w), at ``size`` (H, W)."""
-    logits = model(images).float()
-    if not logits.isfinite().all():
-        raise ValueError("the model's output is not finite")
+    logits = checked(model(images).float())
     best = logits.new_full((len(logits), *size), -torch.inf)
     classes = torch.zeros_like(best, dtype=torch.uint8)
     at_once = max(1, int(_VALUES_AT_ONCE / best.numel()))
@@ -199,18 +197,27 @@ _ENDINGS = (".png", "_picture.png")
 
 
 def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
-    """``dfformer predict`` for a segmentation checkpoint: a mask and a picture for each image."""
+    """``dfformer predict`` for a segmentation checkpoint: a mask and a picture for each image.
+
+    The values of the mask are the classes' numbers.
+    """
+    from dfformer.analysis.dense_figures import class_colours, segmentations
+
     model, about = load_segmenter(arguments.checkpoint)
     model.to(arguments.device)
-    pixels, shorter = _pixels(about, arguments), min(arguments.img_size or own_size(about))
+    classes, pixels, shorter = about["classes"], _pixels(about, arguments), min(arguments.img_size or own_size(about))
+    palette = class_colours(classes).tobytes()
     stems = plan_results(paths, arguments.output, _ENDINGS)
 
     def apply(batch: list[File]) -> list[Top]:
         [(path, (image, resized), *_)] = batch
         with torch.inference_mode():
             mask = segment(model, pixels(resized[None]), image.shape[:2])[0].cpu().numpy()
-        _write_mask(stems[path], image, mask, about["classes"])
-        return [_shares(mask, about["classes"], arguments.topk)]
+        coloured = Image.fromarray(mask)
+        coloured.putpalette(palette)
+        figure = segmentations([image], {"prediction": [mask]}, classes, stems[path].name)
+        write_results(stems[path], dict(zip(_ENDINGS, (coloured, figure), strict=True)))
+        return [_shares(mask, classes, arguments.topk)]
 
     return Predictor(partial(_with_resized, shorter=shorter), apply, value="share", written="masks and pictures")
 
@@ -218,16 +225,6 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
 def _with_resized(image: Image.Image, shorter: int) -> tuple[np.ndarray, Tensor]:
     """An image as pixels (H,W,3), and as the input tensor of the model."""
     return np.asarray(image), resize_shorter_side(v2.functional.pil_to_tensor(image), shorter)
-
-
-def _write_mask(stem: Path, image: np.ndarray, mask: np.ndarray, classes: list[str]) -> None:
-    """Writes ``NAME.png``, whose values are the classes' numbers, and ``NAME_picture.png``."""
-    from dfformer.analysis.dense_figures import class_colours, segmentations
-
-    palette = Image.fromarray(mask)
-    palette.putpalette(class_colours(classes).tobytes())
-    figure = segmentations([image], {"prediction": [mask]}, classes, stem.name)
-    write_results(stem, dict(zip(_ENDINGS, (palette, figure), strict=True)))
 
 
 def _shares(mask: np.ndarray, classes: list[str], topk: int) -> Top:

@@ -238,9 +238,7 @@ class Engine:
         return nullcontext()
 
     def _clip(self) -> float:
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        limit = self.config.optim.clip_grad or math.inf
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad or math.inf)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _must_be_finite(self, loss: float, norm: float, batches: list[Any]) -> None:

@@ -16,8 +16,9 @@ import torch
 from image_files import READABLE, UNREADABLE, noise, oriented, write_all, write_flipped
 from PIL import Image
 
+from dfformer.analysis import dense_figures
 from dfformer.cli.main import main
-from dfformer.models.checkpoint import load_model
+from dfformer.models.checkpoint import chosen_model, load_model
 from dfformer.tasks import classification, detection, predict, results
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_size": 32}
@@ -101,10 +102,10 @@ def test_an_image_that_the_model_fails_on(
     assert status == 0
 
     def failing(*arguments: Any) -> tuple[torch.nn.Module, list[str] | None]:
-        model, classes = load_model(*arguments)
+        model, classes = chosen_model(*arguments)
         return FailsOnBlack(model).eval(), classes
 
-    monkeypatch.setattr(classification, "load_model", failing)
+    monkeypatch.setattr(classification, "chosen_model", failing)
     status, report = run("classify", [tmp_path], "--batch-size", "4")
     assert status == 1
     [error] = report["errors"]
@@ -231,13 +232,14 @@ def test_the_list_of_objects_is_what_is_drawn(
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [30, 10, 40, 20]])
     objects = {"boxes": boxes, "labels": torch.tensor([0, 1, 1, 0]), "scores": torch.tensor([0.9, 0.8, 0.35, 0.1])}
     drawn: list[Any] = []
-    picture = detection._write_picture
+    picture = dense_figures.detections
 
-    def recorded(*arguments: Any) -> None:
-        drawn.append(arguments[2]["scores"].tolist())
-        picture(*arguments)
+    def recorded(images: Any, rows: Any, *others: Any) -> Any:
+        [[shown]] = rows.values()
+        drawn.append(shown["scores"].tolist())
+        return picture(images, rows, *others)
 
-    monkeypatch.setattr(detection, "_write_picture", recorded)
+    monkeypatch.setattr(dense_figures, "detections", recorded)
     monkeypatch.setattr(detection, "detect", lambda *arguments: [objects])
     for least, expected in (("0.3", [0.9, 0.35]), ("0.5", [0.9]), ("0", [0.9, 0.35, 0.1]), ("1", [])):
         _, report = run("detect", [tmp_path / "7.png"], "--min-score", least)

@@ -281,6 +281,9 @@ def test_an_authors_layer_without_a_submodule_keeps_its_class() -> None:
     assert isinstance(layer, NoSecondActivation)
     assert [name for name, _ in layer.named_modules()] == names
     assert 0 < relative_error(layer(x), expected) < 1e-5
+    report.undo()
+    assert type(layer) is NoSecondActivation
+    assert torch.equal(layer(x), expected)
 
 
 def test_the_trial_leaves_random_numbers_and_modes_alone() -> None:

@@ -1,7 +1,7 @@
 """The interface of tasks: data, model, loss and metrics. The engine can train any task."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +32,7 @@ class Task(ABC):
     classes: list[str] | None  # None if the data does not name them
     model_args: dict[str, Any]  # of ``timm.create_model``
     samples: Samples  # the training set as `loss` takes it, in batches
+    whole: Samples  # the validation set as `validate` takes it
 
     def __init__(
         self,
@@ -65,6 +66,10 @@ class Task(ABC):
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Metrics over all validation images. Each process handles a part; all return the same result."""
 
+    def score(self, row: Mapping[str, float]) -> float:
+        """The metric among the measures of an epoch, of the averaged weights if there are any."""
+        return row.get(f"ema_{self.metric}", row[self.metric])
+
     def picture(self, model: nn.Module) -> "Figure | None":
         """A picture of predictions of a model in eval mode on some validation images; called in all processes."""
         return None
@@ -86,8 +91,8 @@ class Task(ABC):
     def training_loader(self) -> DataLoader:
         return image_data.training_loader(self.samples, self.batches, self.config.data.workers, self.place)
 
-    def validation_loader(self, samples: Samples, batch_size: int = 1) -> DataLoader:
-        return image_data.evaluation_loader(samples, self.config.data.workers, self.place, batch_size)
+    def validation_loader(self, batch_size: int = 1) -> DataLoader:
+        return image_data.evaluation_loader(self.whole, self.config.data.workers, self.place, batch_size)
 
 
 def load_dense(path: str | Path, task: str, build: Callable[[dict[str, Any]], Model]) -> tuple[Model, dict[str, Any]]:

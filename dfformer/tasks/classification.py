@@ -42,7 +42,7 @@ class Classification(Task):
         where = f"{given.root}, split {given.val_split}"
         image_data.check_same_classes(val_set.classes, train_set.classes, where, "the training images")
         super().__init__(config, place, train_set, val_set, train_set.classes)
-        self.samples = train_set
+        self.samples, self.whole = train_set, val_set
         self.model_args = {**config.model.args, **self._num_classes()}
         self.mix = self._mixup()
 
@@ -106,8 +106,7 @@ class Classification(Task):
         return F.cross_entropy(logits_of(model, images), labels, label_smoothing=self.config.augment.smoothing)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        loader = self.validation_loader(self.val_set, self.batches.batch)
-        return accuracy(model, loader, self.pixels, self.place)[1]
+        return accuracy(model, self.validation_loader(self.batches.batch), self.pixels, self.place)[1]
 
     def own_description(self) -> dict[str, Any]:
         names = ("input_size", "mean", "std", "interpolation", "crop_pct")

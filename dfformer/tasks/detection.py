@@ -118,7 +118,7 @@ class Detection(DenseTask):
         expected = with_ids(self.categories)
         image_data.check_same_classes(with_ids(val_set.categories), expected, where, f"split {given.train_split}")
         super().__init__(config, place, train_set, val_set, list(train_set.categories.values()))
-        self.samples = DetectionTensors(train_set, config.detect.hflip)
+        self.samples, self.whole = DetectionTensors(train_set, config.detect.hflip), DetectionTensors(val_set)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, targets = batch
@@ -128,8 +128,7 @@ class Detection(DenseTask):
         return torch.stack(list(losses.values())).sum()
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        loader = self.validation_loader(DetectionTensors(self.val_set))
-        measures = average_precision(model, loader, self.place)
+        measures = average_precision(model, self.validation_loader(), self.place)
         return {name: measures[name] for name in _MEASURES[:3]}  # the others are NaN if there are no such objects
 
     def own_description(self) -> dict[str, Any]:

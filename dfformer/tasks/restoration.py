@@ -136,7 +136,7 @@ class Restoration(DenseTask):
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         tiles = self.degradation.scale, self.config.data.size, _TILES_AT_ONCE
-        return mean_quality(model, self.validation_loader(self.whole), self.place, *tiles)
+        return mean_quality(model, self.validation_loader(), self.place, *tiles)
 
     def own_description(self) -> dict[str, Any]:
         restorer = {name: getattr(self.config.restore, name) for name in RESTORER}

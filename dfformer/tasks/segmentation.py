@@ -150,8 +150,7 @@ class Segmentation(DenseTask):
         return F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum") / masks.numel()
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        loader = self.validation_loader(self.whole)
-        return _measures(count_pixels(model, loader, self.pixels, len(self.classes)))
+        return _measures(count_pixels(model, self.validation_loader(), self.pixels, len(self.classes)))
 
     def own_description(self) -> dict[str, Any]:
         names = ("decoder", "reduce_zero_label")

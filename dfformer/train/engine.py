@@ -178,10 +178,10 @@ class Engine:
                     log.epoch(self.history, seconds)
         self._draw()
         if log:
-            best = max(self.history, key=self._score)
+            best = max(self.history, key=self.task.score)
             done = "this run was already complete" if started == self.epochs else "done"
             factor = 100 if self.task.unit == "%" else 1
-            value = f"{factor * self._score(best):.2f} {self.task.unit}"
+            value = f"{factor * self.task.score(best):.2f} {self.task.unit}"
             score = f"best {self.task.metric} {value} after epoch {best['epoch']}"
             print(f"{done}: {score}; see {self.folder}")
         return self.history
@@ -285,15 +285,12 @@ class Engine:
             row |= {f"{prefix}{name}": value for name, value in measures.items()}
         return row
 
-    def _score(self, row: dict[str, float]) -> float:
-        return row.get(f"ema_{self.task.metric}", row[self.task.metric])
-
     def _export(self) -> None:
         """Writes the latest weights and the best so far, for use."""
         weights = _whole_weights(self.result)
         if self.first:
             self.task.export(weights, self.folder / "last.safetensors")
-            if self._score(self.history[-1]) > max(map(self._score, self.history[:-1]), default=-math.inf):
+            if self.task.score(self.history[-1]) > max(map(self.task.score, self.history[:-1]), default=-math.inf):
                 self.task.export(weights, self.folder / "best.safetensors")
 
     def _draw(self) -> None:

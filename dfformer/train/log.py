@@ -31,7 +31,7 @@ class Log:
     def __init__(self, step: int, history: list[dict[str, float]], config: TrainConfig, task: Task) -> None:
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.metric, self.unit = folder, task.metric, task.unit
+        self.folder, self.task = folder, task
         steps = folder / STEPS
         write_atomically(steps, "".join(f"{line}\n" for line in _up_to(step, steps)).encode())
         self.steps = steps.open("a", encoding="utf-8", buffering=1)
@@ -56,9 +56,8 @@ class Log:
 
     def _write_epochs(self, history: list[dict[str, float]]) -> None:
         write_atomically(self.folder / EPOCHS, as_csv(history[-1], history))
-        measure = [row.get(f"ema_{self.metric}", row[self.metric]) for row in history]
-        losses = [row["train_loss"] for row in history]
-        figure = learning_curve(losses, measure, self.metric, "validation", self.unit)
+        losses, scores = [row["train_loss"] for row in history], [self.task.score(row) for row in history]
+        figure = learning_curve(losses, scores, self.task.metric, "validation", self.task.unit)
         write_atomically(self.folder / "learning_curve.png", lambda file: figure.savefig(file, dpi=130))
 
     def _add_events(self, values: dict[str, float]) -> None:

@@ -95,7 +95,8 @@ def train(case: Case, brief: bool) -> Result:
         config, place = parse([*words, f"--output={folder}"]), Place(torch.device("cpu"))
         seed_everything(config.seed)
         task = task_part(config.task, "training")(config, place)
-        task.samples.dataset, task.val_set = _images(case.images, brief, task)
+        task.samples.images, task.whole.images = _images(case.images, brief, task)
+        task.val_set = task.whole.images
         engine = _Timed(config, task, place)
         history = engine.run()
     curve = [[row["epoch"], row["seconds"], 100 * row[task.metric]] for row in history]

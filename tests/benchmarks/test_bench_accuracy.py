@@ -20,6 +20,7 @@ from accuracy.training import LOOKS, Case, Result, accuracy, train
 from paths import ROOT
 from torch import nn
 
+from dfformer.data.synthetic_digits import SyntheticDigits
 from dfformer.models.spectral import DynamicFilter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +109,13 @@ def test_dense_encoders_differ_in_their_mixers_only() -> None:
     assert different == set()
     assert not any("complex_weights" in name for name in theirs)
     assert any("complex_weights" in name for name in ours)
+
+
+@pytest.mark.parametrize("name", dense.RECIPES)
+def test_images_of_dense_tasks_are_made_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = dense.train(Case(name, "cdfformer", 0), brief=True)
+    monkeypatch.setattr(SyntheticDigits, "__getitem__", None)
+    assert dense.train(Case(name, "cdfformer", 0), brief=True).accuracy == first.accuracy
 
 
 def test_planned() -> None:

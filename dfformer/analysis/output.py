@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from dfformer.analysis.figures import titled
 from dfformer.utils.io import as_csv, finite, write_atomically
+from dfformer.utils.text import echo
 
 MOST_ROWS = 1000  # of a table on the page; longer tables are only written as CSV
 MOST_PIXELS = 160  # along the longer side of an image beside its filters
@@ -71,7 +72,7 @@ class Output:
 
     def _write(self, name: str, content: bytes) -> None:
         write_atomically(self.folder / name, content)
-        print(f"wrote {self.folder / name}")
+        echo(f"wrote {self.folder / name}")
 
 
 def _floats(values: Tensor) -> str:

@@ -3,8 +3,9 @@
 import argparse
 
 from dfformer.models.checkpoint import convert
+from dfformer.utils.text import echo
 
 
 def convert_command(arguments: argparse.Namespace) -> int:
-    print(f"wrote {convert(arguments.source, arguments.target)} tensors to {arguments.target}")
+    echo(f"wrote {convert(arguments.source, arguments.target)} tensors to {arguments.target}")
     return 0

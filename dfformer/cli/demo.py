@@ -35,6 +35,7 @@ from dfformer.utils.device import Place
 from dfformer.utils.eager_baseline import eager_baseline
 from dfformer.utils.io import write_atomically, write_json
 from dfformer.utils.profile import saved_for_backward
+from dfformer.utils.text import echo
 from dfformer_kernels.dispatch import Problem, select
 from dfformer_kernels.tolerance import relative_error
 
@@ -87,7 +88,7 @@ def demo_command(arguments: argparse.Namespace) -> int:
     }
     write_json(output.folder / "report.json", report)
     output.report("dfformer demo", explanation(report))
-    print(f"digits: {accuracy:.2%} of the test images right; read {output.folder / 'report.html'}")
+    echo(f"digits: {accuracy:.2%} of the test images right; read {output.folder / 'report.html'}")
     return 0
 
 

@@ -22,6 +22,7 @@ from dfformer.models.filter_resize import resize_filter
 from dfformer.models.metadata import is_ours
 from dfformer.models.spectral import SpectralFilter, stores_filters
 from dfformer.utils.extras import extra
+from dfformer.utils.text import echo
 from dfformer_kernels.tolerance import relative_error
 
 # The largest relative error of a file's outputs: it runs some fifty layers in float32, with sums in another order.
@@ -202,5 +203,5 @@ def export_command(arguments: argparse.Namespace) -> int:
     beside = [arguments.output.with_suffix(".bin")] if arguments.output.suffix == ".xml" else []
     written = [arguments.output, *arguments.output.rglob("*"), *beside]
     size = sum(path.stat().st_size for path in written if path.is_file())
-    print(f"wrote {arguments.output}{fresh}: {size / 2**20:.1f} MiB, {checked}")
+    echo(f"wrote {arguments.output}{fresh}: {size / 2**20:.1f} MiB, {checked}")
     return 0

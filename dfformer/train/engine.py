@@ -39,7 +39,7 @@ from dfformer.train.log import Log, interruption
 from dfformer.train.state import checkpoints, load_latest_state, locked, optimizer_layout, save_state
 from dfformer.utils.device import Place, usable_device
 from dfformer.utils.io import write_atomically
-from dfformer.utils.text import reason
+from dfformer.utils.text import echo, reason
 
 
 def train_command(arguments: list[str]) -> int:
@@ -183,7 +183,7 @@ class Engine:
             factor = 100 if self.task.unit == "%" else 1
             value = f"{factor * self.task.score(best):.2f} {self.task.unit}"
             score = f"best {self.task.metric} {value} after epoch {best['epoch']}"
-            print(f"{done}: {score}; see {self.folder}")
+            echo(f"{done}: {score}; see {self.folder}")
         return self.history
 
     def _train_epoch(self, epoch: int, loader: Any, log: Log | None) -> None:
@@ -356,7 +356,7 @@ class Engine:
             f"learning rate {optim.lr:g} for that batch"
         )
         if self.resumed_from:
-            print(f"resumes from {self.resumed_from}: step {self.step}, epoch {len(self.history) + 1}")
+            echo(f"resumes from {self.resumed_from}: step {self.step}, epoch {len(self.history) + 1}")
 
 
 def _built(task: Task) -> nn.Module:

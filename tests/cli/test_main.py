@@ -1,6 +1,7 @@
 """The command line, run as a user would, and what it counts."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,18 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(tmp_path / "absent.pth"), str(target)]) == 2
     assert "absent.pth does not exist" in capsys.readouterr().err
     assert target.stat().st_mode == source.stat().st_mode, "readable for whom other new files are"
+
+
+def test_a_name_that_is_not_unicode(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A file that is written is not followed by an error about its name."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system only has Unicode names")
+    assert main(["convert", str(checkpoint), str(folder / "copy.safetensors")]) == 0
+    assert main(["show", "spectrum", "--checkpoint", str(checkpoint), "--output", str(folder)]) == 0
+    assert capfd.readouterr().out.count("caf\\udce9") == 4
 
 
 def test_predict_goes_on_after_broken_files(

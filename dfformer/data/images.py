@@ -78,7 +78,7 @@ def open_dataset(spec: DatasetSpec, channels: int = 3, download: bool = False) -
             f"'hfds/...'{did_you_mean(name, [DIGITS])}"
         )
     folder = given_root(spec.root)
-    source = _library_dataset(name, folder, spec.split, download) if name else _class_images(folder, spec.split)
+    source = LibraryDataset(name, folder, spec.split, download) if name else _class_images(folder, spec.split)
     return Images(source, mode, spec.exif_orientation)
 
 
@@ -102,10 +102,15 @@ class LibraryDataset(ImageDataset[tuple[Any, int, str]]):
     `check` finds nothing, because images are only read when they are used.
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self.images = dataset
-        self.reader: Any = getattr(dataset, "reader", None)  # Hugging Face's datasets have one
-        self.classes = _class_names(self.reader or dataset)
+    def __init__(self, name: str, root: Path, split: str, download: bool) -> None:
+        try:
+            self.images = create_dataset(name, root=str(root), split=split, search_split=False, download=download)
+        except (AssertionError, RuntimeError, ImportError, OSError) as error:
+            raise ValueError(f"{root}, split {split}: {error or 'no such dataset'}") from error
+        if len(self.images) == 0:
+            raise ValueError(f"{root}, split {split}: no images")
+        self.reader: Any = getattr(self.images, "reader", None)  # Hugging Face's datasets have one
+        self.classes = _class_names(self.reader or self.images)
 
     def __getitem__(self, index: int) -> tuple[Any, int, str]:
         """A file or an image, its label, and a name for errors."""
@@ -118,16 +123,6 @@ class LibraryDataset(ImageDataset[tuple[Any, int, str]]):
         file, label = self.reader[index]  # timm's dataset would silently return the next image for a damaged one
         with file:
             return io.BytesIO(file.read()), label, self.reader.filename(index, absolute=True) or name
-
-
-def _library_dataset(name: str, root: Path, split: str, download: bool) -> LibraryDataset:
-    try:
-        dataset = create_dataset(name, root=str(root), split=split, search_split=False, download=download)
-    except (AssertionError, RuntimeError, ImportError, OSError) as error:
-        raise ValueError(f"{root}, split {split}: {error or 'no such dataset'}") from error
-    if len(dataset) == 0:
-        raise ValueError(f"{root}, split {split}: no images")
-    return LibraryDataset(dataset)
 
 
 Source = ClassFolders | ClassTar | DigitImages | LibraryDataset

@@ -63,7 +63,10 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
             raise ValueError(f"{masks}: is not a folder")
         self.classes = _class_names(root)
         self.masks = [masks / path.relative_to(images).with_suffix(".png") for path in self.images]
-        _check_one_image_each(self.images, self.masks)
+        owner: dict[Path, Path] = {}
+        for image, mask in zip(self.images, self.masks, strict=True):
+            if (other := owner.setdefault(mask, image)) != image:
+                raise ValueError(f"{other} and {image}: have the same mask {mask}, accepted is one image a mask")
         self.first_label = int(reduce_zero_label)
         self.to_class = np.full(256, IGNORED, dtype=np.uint8)  # the class of each value of a mask
         labels = np.arange(self.first_label, min(self.first_label + len(self.classes), IGNORED))
@@ -104,14 +107,6 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
         if unknown.size:
             raise ValueError(f"has label {unknown[0]}, accepted are 0 to {last} and {IGNORED}")
         return {*self.to_class[labels].tolist()} - {IGNORED}
-
-
-def _check_one_image_each(images: list[Path], masks: list[Path]) -> None:
-    owner: dict[Path, Path] = {}
-    for image, mask in zip(images, masks, strict=True):
-        other = owner.setdefault(mask, image)
-        if other != image:
-            raise ValueError(f"{other} and {image}: have the same mask {mask}, accepted is one image a mask")
 
 
 class SyntheticMasks(MaskDataset):

@@ -15,7 +15,8 @@ def kept(most: int) -> Callable[[Callable[..., TensorsT]], Callable[..., Tensors
     """Decorates a function that makes tensors: keeps the results of ``most`` calls, then forgets them all.
 
     The tensors are constants of a trace, and work in training even if they were made in inference mode. If some are
-    not plain tensors, the result is not kept: fake tensors, or those of a tracer, would reach calls that compute.
+    not plain tensors, the result is not kept: fake tensors, or those of a tracer or of torch.func.functionalize, would
+    reach calls that compute.
     """
 
     def decorator(make: Callable[..., TensorsT]) -> Callable[..., TensorsT]:
@@ -28,7 +29,7 @@ def kept(most: int) -> Callable[[Callable[..., TensorsT]], Callable[..., Tensors
                 return found
             with torch.inference_mode(False), _untraced():
                 made = make(*key)
-            if all(type(t) is Tensor for t in made):
+            if all(type(t) is Tensor and not torch._is_functional_tensor(t) for t in made):
                 if len(results) >= most:
                     results.clear()
                 results[key] = made

@@ -1,5 +1,7 @@
 """The store of constant tensors: what it keeps, and for how long."""
 
+import copy
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,6 +30,11 @@ def test_fake_tensors_are_not_kept() -> None:
     with FakeTensorMode():
         assert type(ones(5)[0]) is not Tensor
     assert type(ones(5)[0]) is Tensor
+
+
+def test_tensors_of_functionalize_are_not_kept() -> None:
+    torch.func.functionalize(lambda x: x + ones(7)[0])(torch.ones(7))
+    assert torch.equal(copy.deepcopy(ones(7)[0]), torch.ones(7))
 
 
 def test_tensors_made_in_inference_mode_work_in_training() -> None:

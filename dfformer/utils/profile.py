@@ -38,8 +38,8 @@ class Profile:
 def profile(make_model: Callable[[], nn.Module], img_size: tuple[int, int], in_chans: int = 3) -> Profile:
     """Profiles the model that ``make_model`` builds, on (H, W) images, on the meta device, without computing anything.
 
-    See `dfformer_kernels.ops.flops` for what counts. Resizing filters counts too: every forward of a model does it that
-    was not created with this ``img_size``.
+    See `dfformer_kernels.ops.flops` for what counts. Resizing filters counts too: a model that was created for another
+    ``img_size`` does it in every forward.
     """
     with torch.device("meta"):
         model = make_model().train()

@@ -55,7 +55,7 @@ def optimize_for_inference(
         dtype: torch.bfloat16 for weights and activations of that dtype (filters and spectra stay float32); None for
             the model's own. Images are cast to it, and results back to the dtype of the images.
         img_size: (H, W) of the images, or one number. Filters are resized to it now, and sizes that need other filters
-            are refused. None to resize filters for each image size.
+            are refused. None to resize filters in every forward.
 
     Returns:
         A module that is called like ``model``. Its attribute ``model`` is the optimised copy with its other methods,
@@ -143,8 +143,10 @@ def _fix_filters(model: nn.Module, img_size: tuple[int, int], left_alone: list[L
 
 def _fold_norms(name: str, block: Any, shared: set[int], left_alone: list[LeftAlone]) -> None:
     """Folds the norms' scales into the projections that read them: ``W (g * n) = (W * g) n``."""
-    for child, reader in (("norm1", block.token_mixer), ("norm2", block.mlp)):
-        norm = getattr(block, child)
+    for child, follower in (("norm1", "token_mixer"), ("norm2", "mlp")):
+        norm, reader = getattr(block, child, None), getattr(block, follower, None)
+        if norm is None or reader is None:  # a subclass may do without
+            continue
         reasons = [f"its block: {reason}" for reason in reasons_against(block, MetaFormerBlock)]
         reasons += _against_folding(norm, reader, shared)
         if reasons:

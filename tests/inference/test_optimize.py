@@ -157,6 +157,11 @@ def another_block(model: Any) -> None:
     model.stages[0][0].__class__ = ParallelBlock
 
 
+def another_block_with_one_norm(model: Any) -> None:
+    another_block(model)
+    del model.stages[0][0].norm2
+
+
 class Squashed(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(10 * torch.tanh(5 * x))
@@ -181,7 +186,7 @@ def with_biases(model: Any) -> None:
 
 STRUCTURES = (
     *(share_mlp, tie_weights, tie_buffers, share_mixer),
-    *(another_block, another_routing, routing_in_sequence, with_biases),
+    *(another_block, another_block_with_one_norm, another_routing, routing_in_sequence, with_biases),
 )
 
 

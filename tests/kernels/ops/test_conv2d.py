@@ -1,6 +1,7 @@
 """Convolutions as an operator of their own: values, gradients, errors, and what torch.compile makes of models."""
 
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -121,10 +122,19 @@ def test_errors_are_torchs(name: str, fake: bool) -> None:
     with FakeTensorMode() if fake else nullcontext():
         x, weight, bias = case.tensors(torch.float32)
         weight = weight.double() if name == "dtypes" else weight
-        with pytest.raises(RuntimeError) as expected:
-            case.definition(x, weight, bias)
-        with pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
-            case.operator(x, weight, bias)
+        expected = _error(lambda: case.definition(x, weight, bias))
+        # fake tensors of torch 2.10 take weights of any dtype
+        assert expected or (fake and name == "dtypes")
+        assert expected in _error(lambda: case.operator(x, weight, bias))
+
+
+def _error(call: Callable[[], object]) -> str:
+    """What a call raises, "" if nothing."""
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 # In torch.compile's graphs

@@ -49,7 +49,8 @@ def load_models(arguments: argparse.Namespace) -> list[Loaded]:
     if checkpoints and len(names) not in (0, 1, len(checkpoints)):
         raise ValueError(f"--model: got {len(names)} for {len(checkpoints)} checkpoints; one each, or one for all")
     count = max(len(checkpoints), len(names))
-    paths, names = checkpoints or [None] * count, names * (count // len(names)) if names else [None] * count
+    paths = checkpoints or [None] * count
+    names = names * (count // len(names)) if names else [None] * count
     same_names = len({path.name for path in checkpoints}) < len(checkpoints)  # a/last and b/last
     overrides = {"img_size": arguments.img_size} if arguments.img_size else {}
     has_weights = bool(checkpoints) or arguments.pretrained

@@ -179,7 +179,9 @@ def _against_parts(module: nn.Module, parts: _Parts, shared: Collection[int] = (
             reasons.append(f"{path}: it is absent")
             continue
         kind = type(part) if type(part) in kinds else kinds[0]
-        against = reasons_against(part, kind) or ["it has several names"] * (id(part) in shared)
+        against = reasons_against(part, kind)
+        if not against and id(part) in shared:
+            against = ["it has several names"]
         reasons += [f"{path}: {reason}" for reason in against]
     return reasons
 

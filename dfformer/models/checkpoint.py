@@ -217,7 +217,8 @@ def chosen_model(
 ) -> tuple[nn.Module, list[str] | None]:
     """The model of ``--checkpoint``, ``--model`` and ``--pretrained`` in eval mode, and its class names if known.
 
-    Without a checkpoint its weights are the authors' if ``pretrained``, else fresh; for the others see `load_model`.
+    See `load_model` for a checkpoint. Without one, the weights are the authors' if ``pretrained``, else fresh. Raises
+    ValueError if neither a checkpoint nor an architecture is given.
     """
     if checkpoint:
         return load_model(checkpoint, architecture, **model_args)

@@ -1,7 +1,6 @@
 """``dfformer export``: writes models as files for other programs; each is run and compared before it gets its name."""
 
 import argparse
-import copy
 import importlib
 import math
 import shutil
@@ -21,6 +20,7 @@ from dfformer.models.checkpoint import chosen_model, read_checkpoint
 from dfformer.models.filter_resize import resize_filter
 from dfformer.models.metadata import is_ours
 from dfformer.models.spectral import SpectralFilter, stores_filters
+from dfformer.utils.copied import copied
 from dfformer.utils.extras import extra
 from dfformer.utils.text import echo
 from dfformer_kernels.tolerance import relative_error
@@ -139,7 +139,7 @@ def _chosen_format(path: Path, name: str | None, fused: bool) -> Format:
 
 @torch.no_grad()
 def _source(model: nn.Module, img_size: tuple[int, int], fused: bool) -> Source:
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     parameter = next(model.parameters())
     if parameter.dtype != torch.float32:
         raise ValueError(f"model: got {parameter.dtype} parameters, accepted are float32")

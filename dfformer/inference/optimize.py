@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection
-from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from dfformer.models.exact import reasons_against
 from dfformer.models.layers import Mlp, SepConv, StarReLU
 from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter, SpectralFilter, stores_filters
 from dfformer.utils.accepted import check_arguments, choice
+from dfformer.utils.copied import copied
 
 _Parts = dict[str, tuple[type[nn.Module], ...]]  # by path, the classes that a module may have
 
@@ -69,7 +69,7 @@ def optimize_for_inference(
     left_alone: list[LeftAlone] = []
     # load_state_dict could not change tensors that were created in inference mode.
     with torch.inference_mode(False), torch.no_grad():
-        served = deepcopy(model, _results(model)).eval().requires_grad_(False)
+        served = copied(model).eval().requires_grad_(False)
         if img_size is not None:
             _fix_filters(served, to_2tuple(img_size), left_alone)
         shared = _shared(served)
@@ -184,12 +184,6 @@ def _against_parts(module: nn.Module, parts: _Parts, shared: Collection[int] = (
             against = ["it has several names"]
         reasons += [f"{path}: {reason}" for reason in against]
     return reasons
-
-
-def _results(model: nn.Module) -> dict[int, Any]:
-    """Copies of tensors that modules computed and keep, such as a pruned weight; torch's deepcopy refuses those."""
-    tensors = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
-    return {id(t): t.detach().clone() for t in tensors if not t.is_leaf}
 
 
 def _shared(model: nn.Module) -> set[int]:

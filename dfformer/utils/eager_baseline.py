@@ -1,12 +1,12 @@
 """The authors' formulation as a baseline: every step is a separate torch operation under torch's own autograd."""
 
-import copy
 from typing import TypeVar
 
 from torch import Tensor, nn
 
 from dfformer.models.layers import StarReLU
 from dfformer.models.spectral import DynamicFilter, GlobalFilter, Scalars
+from dfformer.utils.copied import copied
 from dfformer_kernels import reference
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -53,7 +53,7 @@ def eager_baseline(model: ModuleT) -> ModuleT:
 
 def with_classes(model: ModuleT, classes: dict[type[nn.Module], type[nn.Module]]) -> ModuleT:
     """A copy of ``model``. Modules whose class is a key of ``classes`` have the class that it maps to instead."""
-    model = copy.deepcopy(model)
+    model = copied(model)
     for module in model.modules():
         module.__class__ = classes.get(type(module), type(module))
     return model

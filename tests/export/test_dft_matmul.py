@@ -12,6 +12,7 @@ import torch
 from export_models import ERROR, MIXERS, Detector, detector, images, mixed, spread, tiny
 from filter_copies import FiltersFirst
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import dfformer
@@ -103,6 +104,13 @@ def test_program() -> None:
 
 def _operators(program: torch.export.ExportedProgram) -> bool:
     return any(str(node.target).startswith("dfformer.") for node in program.graph.nodes)
+
+
+def test_a_pruned_model() -> None:
+    """It keeps the weights that it computed, with their graph."""
+    model, x = tiny(), images(2)
+    prune.l1_unstructured(model.stages[0][0].token_mixer, "complex_weights", 0.5)
+    assert relative_error(dfformer.with_dft_matmul(model)(x), model(x)) < ERROR
 
 
 def test_checkpointed_modules_recompute_with_the_products() -> None:

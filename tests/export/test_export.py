@@ -13,6 +13,7 @@ from export_models import ERROR, detector, images, spread, tiny
 from extent import FULL
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 import dfformer
 from dfformer import VARIANTS, load_model, optimize_for_inference
@@ -55,10 +56,18 @@ class _Halved(nn.Module):
         return weight / 2
 
 
-def test_computed_filters_at_another_image_size(tmp_path: Path) -> None:
-    """Filters that a parametrisation computes stay as they are: the program computes and resizes them."""
+COMPUTED: dict[str, Callable[[nn.Module], Any]] = {
+    "parametrisation": lambda layer: parametrize.register_parametrization(layer, "complex_weights", _Halved()),
+    "pruning": lambda layer: prune.l1_unstructured(layer, "complex_weights", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute .* was assigned")  # by the pruning
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED.keys())
+def test_computed_filters_at_another_image_size(compute: Callable[[nn.Module], Any], tmp_path: Path) -> None:
+    """Filters that are computed at each call stay as they are: the program computes and resizes them."""
     model = tiny(img_size=(32, 32))
-    nn.utils.parametrize.register_parametrization(model.stages[0][0].token_mixer, "complex_weights", _Halved())
+    compute(model.stages[0][0].token_mixer)
     assert export(model, tmp_path / "model.pt2", (21, 34)) < ERROR
 
 

@@ -1,0 +1,14 @@
+"""Copies of models, also of those that torch's deepcopy refuses."""
+
+from copy import deepcopy
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def copied(model: ModuleT) -> ModuleT:
+    """A deep copy of ``model``. Tensors that modules computed and keep, such as a pruned weight, become values."""
+    tensors = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    return deepcopy(model, {id(t): t.detach().clone() for t in tensors if not t.is_leaf})

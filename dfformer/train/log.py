@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from dfformer.tasks.base import Task
 from dfformer.train.config import TrainConfig
 from dfformer.train.state import checkpoints
 from dfformer.utils.io import as_csv, write_atomically
-from dfformer.utils.text import reason
+from dfformer.utils.text import printable, reason
 
 STEPS, EPOCHS = "steps.jsonl", "epochs.csv"
 
@@ -81,8 +82,9 @@ def epoch_line(row: Mapping[str, float | str]) -> str:
 def interruption(folder: Path, arguments: Sequence[str], distributed: bool) -> str:
     """The message for an interrupted run: its last epoch, the saved files, and how to resume it."""
     lines = ["training was interrupted"]
-    if rows := list(csv.DictReader(_whole_lines(folder / EPOCHS))):
-        lines.append(f"last finished epoch: {epoch_line(rows[-1])}")
+    with suppress(OSError, ValueError, TypeError, LookupError, csv.Error):  # it is absent, or no training run wrote it
+        *_, last = csv.DictReader(_whole_lines(folder / EPOCHS))
+        lines.append(f"last finished epoch: {printable(epoch_line(last))}")
     if not (saved := checkpoints(folder)):
         lines.append("no checkpoint was saved yet: one is written after each epoch, or every --save_steps steps")
         return "\n".join(lines)

@@ -249,3 +249,15 @@ def test_what_an_interruption_says_of_little(tmp_path: Path) -> None:
         "resume with: the same torchrun command and --resume=true",
     ]
     assert interruption(tmp_path / "absent", [], distributed=False).count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"a\n1\n", b"epoch,b\n1,c\n", b"epoch,b\n1\n", b"epoch\n1,2\n", b"\xff\n"])
+def test_what_an_interruption_says_beside_a_foreign_table(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "epochs.csv").write_bytes(content)
+    said = interruption(tmp_path, [], distributed=False).splitlines()
+    assert said[1].startswith("no checkpoint was saved yet")
+
+
+def test_an_interruption_prints_no_control_characters(tmp_path: Path) -> None:
+    (tmp_path / "epochs.csv").write_text("epoch,a\x1b[2J\n1,2\n")
+    assert interruption(tmp_path, [], distributed=False).splitlines()[1].endswith("epoch 1  a\\x1b[2J 2")

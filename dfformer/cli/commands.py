@@ -36,6 +36,12 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def split(text: str) -> str:
+    if not text:  # its folder would be that of all splits together
+        raise argparse.ArgumentTypeError("got '', accepted are names")
+    return text
+
+
 def plane(text: str) -> tuple[int, int]:
     """``224`` or ``427x640`` as (H, W)."""
     try:
@@ -173,7 +179,7 @@ COMMANDS = {
                 help="digits, synthetic_digits, photographs, or timm's name; default: the task's folders in root",
             ),
             Argument("--synthetic-images", type=int, default=200, help="number of synthetic images (default: 200)"),
-            Argument("--split", default="val", help="default: val"),
+            Argument("--split", type=split, default="val", help="default: val"),
             _EXIF_ORIENTATION,
             _MODEL,
             _MODEL_ARGS,

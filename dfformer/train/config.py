@@ -27,6 +27,7 @@ with extra("train"):
 _POSITIVE = real(0, 1e9)
 _COUNT = whole(1, 10**9)
 _PATH = Kind(bool, "paths")  # an empty one would be the current folder
+_SPLIT = Kind(bool, "names")  # an empty one would be all splits together
 _RANGE = Kind(lambda value: 0 < value[0] <= value[1] <= 1e9, "two numbers above 0 and up to 1e9, least and most")
 # Leaves out timm's readers that run commands, e.g. webdataset's.
 _DATASET = Kind(
@@ -97,8 +98,8 @@ class DataConfig:
 
     dataset: str = setting(_DATASET, "")
     root: str | None = setting(_PATH, None)
-    train_split: str = "train"
-    val_split: str = "val"
+    train_split: str = setting(_SPLIT, "train")
+    val_split: str = setting(_SPLIT, "val")
     download: bool = False
     img_size: int | tuple[int, int] = setting(IMAGE_SIZE, 224)
     mean: list[float] | None = setting(DATA["mean"], None)  # noqa: RUF009 (None is not mutable)

@@ -229,6 +229,7 @@ EMPTY = [
     ["predict", "image.png", "--checkpoint="],
     ["predict", ""],
     ["eval", "m.pth", "--root="],
+    ["eval", "m.pth", "--split="],
     ["doctor", "--json", ""],
     ["convert", "", "m.safetensors"],
     ["show", "filters", ""],
@@ -237,11 +238,11 @@ EMPTY = [
 
 
 @pytest.mark.parametrize("argv", EMPTY, ids=" ".join)
-def test_an_empty_path_is_not_the_current_folder(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_path_or_split_is_no_folder(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     assert stopped.value.code == 2
-    assert re.search(r"error: argument \S+: got '', accepted are paths", capsys.readouterr().err)
+    assert re.search(r"error: argument \S+: got '', accepted are (paths|names)", capsys.readouterr().err)
 
 
 COMMANDS = [["predict", "image.png"], ["eval", "m.pth"], ["export", "m.onnx"], ["show", "filters"]]

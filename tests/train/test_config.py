@@ -102,6 +102,8 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
     "endless-policy": (["--augment.auto_augment", "rand-m9-n99999999"], r"augment\.auto_augment"),
     "empty-output": (["--output="], r"output: got '', accepted are paths"),
     "empty-root": (["--data.root", ""], r"data\.root: got '', accepted are paths"),
+    "empty-train-split": (["--data.train_split="], r"data\.train_split: got '', accepted are names"),
+    "empty-val-split": (["--data.val_split", ""], r"data\.val_split: got '', accepted are names"),
     "empty-checkpoint": (["--model.checkpoint="], r"model\.checkpoint: got '', accepted are paths"),
     "shell": (["--data.dataset", "wds/x", "--data.root", "pipe:touch sprung"], r"data\.dataset"),
 }

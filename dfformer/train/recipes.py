@@ -28,9 +28,7 @@ def find_recipe(name: str) -> Path:
         ValueError: there is neither; suggests the nearest name.
     """
     path = Path(name)
-    if name and path.exists():
-        if not path.is_file():
-            raise ValueError(f"recipe: got {name}, which is a folder, accepted are a file and a packaged recipe's name")
+    if path.is_file():
         return path
     recipes = packaged_recipes()
     if name in recipes:

@@ -25,8 +25,10 @@ def test_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert packaged_recipes() == {path.stem: path for path in (ROOT / "recipes").glob("*.yaml")}
     assert parse(["--recipe", "digits"]) == parse(["--recipe", str(ROOT / "recipes" / "digits.yaml")])
     assert parse(["--config=digits"]) == parse(["--recipe=digits"])
+    Path("digits").mkdir()  # such as one of results
     assert parse(["--recipe", "digits"]).data.dataset == "digits"
     assert parse(["--recipe", "own.yaml"]).seed == 7
+    Path("digits").rmdir()
     Path("digits").write_text("seed: 8")  # a file goes before a packaged name
     assert parse(["--recipe", "digits"]).seed == 8
 
@@ -45,7 +47,7 @@ def test_other_arguments_stay_as_they_are() -> None:
         "recipes/dfformer_s81.yaml": "did you mean dfformer_s18",
         "xyzzy": "recipe: got 'xyzzy', which is neither a file nor a packaged recipe",
         "": "recipe: got '', which is neither a file nor a packaged recipe",
-        ".": "recipe: got ., which is a folder",
+        ".": "recipe: got '.', which is neither a file nor a packaged recipe",
     }.items(),
 )
 def test_unknown_recipes(name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

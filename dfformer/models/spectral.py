@@ -1,6 +1,7 @@
 """The spectral token mixers, on (B,H,W,dim) or (B,dim,H,W), with the official parameter names.
 
-A token mixer is created as ``mixer(dim=..., size=plane)``.
+A token mixer is created as ``mixer(dim=..., size=plane)``; a new one goes here. `fitted_filters` resizes filters in a
+forward, and `SpectralFilter._load_from_state_dict` those of a checkpoint for another plane.
 """
 
 from typing import Any

@@ -56,7 +56,7 @@ def test_demo_fails_below_its_target(
     monkeypatch.setattr(demo, "QUICK", demo.Effort(epochs=1, target=1.01, repetitions=1))
     for _ in range(2):  # the second time over the first one's files
         assert main(["demo", "--output", str(output), "--quick"]) == 2
-        assert "of the test set right, not 101%" in capsys.readouterr().err
+        assert "of the test set right, not 101 %" in capsys.readouterr().err
     assert not (output / "report.html").exists()
 
 

@@ -1,4 +1,4 @@
-"""Devices, extras, profiling, atomic files and the eager baseline: helpers that belong to no other folder.
+"""Devices, extras, profiling, atomic files and the authors' formulation: helpers that belong to no other folder.
 
 Imports dfformer_kernels only.
 """

@@ -4,8 +4,10 @@ import csv
 import itertools
 import json
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from providers import model as model_providers
 from providers.model import AUTHORS, COMPILED, CONVFORMER, EAGER, INFERENCE, TRAINING, Entry, ModelProblem, Row
 from torch import Tensor, nn
 
+from dfformer.models.spectral import DynamicFilter
 from dfformer_kernels.tolerance import BOUND
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -156,6 +159,32 @@ def test_a_wrong_provider_is_found(task: str, logits: float, gradients: float, r
     entry = Entry(model_providers.PROVIDERS["dfformer_s18"], SMALL._replace(task=task), "cpu")
     entry.timed = Biased(entry.model, logits, gradients)
     assert (entry.error() <= bench_model.DEPTH * BOUND[torch.float32]) == right
+
+
+# Each computes a filter step from the right one and its arguments.
+FILTER_STEPS: dict[str, Callable[..., Tensor]] = {
+    "right": lambda step, x, logits, *rest: step(x, logits, *rest),
+    "zero": lambda step, x, logits, *rest: 0 * step(x, logits, *rest),
+    "without routing": lambda step, x, logits, *rest: step(x, 0 * logits, *rest),
+    "zero for the last image": lambda step, x, logits, *rest: torch.cat(
+        [step(x, logits, *rest)[:-1], torch.zeros_like(x[-1:])]
+    ),
+}
+
+
+@pytest.mark.parametrize("task", [INFERENCE, TRAINING])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_filter_is_found(dtype: str, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = SMALL._replace(task=task, dtype=dtype, batch=2)
+    entry = Entry(model_providers.PROVIDERS["dfformer_s18"], problem, "cpu")
+    right = DynamicFilter.filter
+    accepted = []
+    for name, computed in FILTER_STEPS.items():
+        step = partialmethod(lambda layer, computed, *x: computed(partial(right, layer), *x), computed)
+        monkeypatch.setattr(DynamicFilter, "filter", step)
+        if entry.error() <= bench_model.DEPTH * BOUND[entry.dtype]:
+            accepted.append(name)
+    assert accepted == ["right"]
 
 
 @contextmanager

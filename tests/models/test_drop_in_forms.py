@@ -1,6 +1,7 @@
 """Public forms of the dynamic filter: swapped with the same results, gradients and training, or refused by name."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,14 @@ def test_a_swapped_detector_trains_under_autocast_on_any_plane(
         restore_dynamic_filters(detector, swapped[1])
         assert type(detector.fusion) is forms.CrossModal
         assert relative_error(detector(image), expected) < 1e-5
+
+
+def test_complex_filters_are_swapped_without_warnings() -> None:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        report = replace_dynamic_filters(forms.FiltersFirst(DIM))
+    assert not report[0].refusal
+    assert not warned
 
 
 def test_a_swapped_detector_runs_in_half(detector: Detector) -> None:

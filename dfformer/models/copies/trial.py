@@ -118,10 +118,10 @@ class Trial:
         return _error_of(self.copy(case.training), case.inputs) is None
 
     def runs_in_half(self, hypothesis: Hypothesis) -> bool:
-        """Whether the module runs with all of its parameters and inputs in float16 or bfloat16."""
-        for dtype in (torch.float16, torch.bfloat16):
+        """Whether the module runs after ``half`` or ``bfloat16``, on inputs of that dtype."""
+        for dtype, cast in ((torch.float16, nn.Module.half), (torch.bfloat16, nn.Module.bfloat16)):
             inputs = hypothesis.inputs(hypothesis.size, 1, device=self.device, dtype=dtype)
-            if _error_of(self.copy(training=False).to(dtype), inputs) is None:
+            if _error_of(cast(self.copy(training=False)), inputs) is None:
                 return True
         return False
 

@@ -36,13 +36,6 @@ Result = TypeVar("Result")
 Sample = TypeVar("Sample", covariant=True)
 
 
-def given_root(root: str | Path | None) -> Path:
-    """The folder of the data; ValueError if it is not given."""
-    if root is None:
-        raise ValueError("root: give the folder of the data: --data.root in training, else --root")
-    return Path(root)
-
-
 class DatasetSpec(NamedTuple):
     """A split of a dataset."""
 
@@ -52,12 +45,19 @@ class DatasetSpec(NamedTuple):
     img_size: tuple[int, int] = (224, 224)  # of synthetic images
     synthetic_images: int = 1  # their number
     exif_orientation: bool = False  # whether images' EXIF orientation is applied
+    option: str = "--root"  # that gives ``root`` on the command line
+
+    def given_root(self) -> Path:
+        """``root``; ValueError if it is not given."""
+        if self.root is None:
+            raise ValueError(f"root: give the folder of the data, {self.option} FOLDER")
+        return Path(self.root)
 
     def folder(self, verb: str, files: str, built_in: str) -> Path:
         """``root``; ValueError if another dataset is named, or if it is not given."""
         if self.name:
             raise ValueError(f"dataset: got {self.name!r}, accepted to {verb} are '' ({files}) and {built_in!r}")
-        return given_root(self.root)
+        return self.given_root()
 
 
 class ImageDataset(ABC, Generic[Sample]):

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from dfformer.data.class_folders import ClassFolders, ClassTar
-from dfformer.data.files import DatasetSpec, ImageDataset, Samples, given_root, image_mode, orientation_note, read_image
+from dfformer.data.files import DatasetSpec, ImageDataset, Samples, image_mode, orientation_note, read_image
 from dfformer.utils.device import Place
 from dfformer.utils.extras import extra
 from dfformer.utils.suggest import did_you_mean
@@ -77,7 +77,7 @@ def open_dataset(spec: DatasetSpec, channels: int = 3, download: bool = False) -
             f"dataset: got {name!r}, accepted are '' for class folders, {DIGITS!r}, and timm's 'torch/...' and "
             f"'hfds/...'{did_you_mean(name, [DIGITS])}"
         )
-    folder = given_root(spec.root)
+    folder = spec.given_root()
     source = LibraryDataset(name, folder, spec.split, download) if name else _class_images(folder, spec.split)
     return Images(source, mode, spec.exif_orientation)
 

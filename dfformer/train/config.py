@@ -120,7 +120,7 @@ class DataConfig:
         """The training or the validation split."""
         split = self.train_split if training else self.val_split
         count = self.synthetic_images[0 if training else 1]
-        return DatasetSpec(self.dataset, self.root, split, self.size, count, self.exif_orientation)
+        return DatasetSpec(self.dataset, self.root, split, self.size, count, self.exif_orientation, "--data.root")
 
 
 @dataclass

@@ -247,7 +247,7 @@ def test_other_categories_to_validate(command: list[str], root: Path, refusal: C
 
 MISUSES = {
     "dataset": (["--data.dataset", "digits"], "dataset: got 'digits', accepted to detect are ''"),
-    "no-root": (["--data.root", "null"], "root: give the folder of the data"),
+    "no-root": (["--data.root", "null"], "root: give the folder of the data, --data.root FOLDER"),
     "channels": (["--model.args.in_chans", "1"], "model.args.in_chans: got 1"),
     "img-size": (["--data.img_size", "[64, 48]"], "data.img_size: got (64, 48), accepted to detect are the limits"),
     "head": (["--detect.channels", "0"], "detect.channels: got 0"),

@@ -143,7 +143,7 @@ def test_bfloat16(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
 
 
 MISUSES = {
-    "no-root": ([], "root: give the folder of the data"),
+    "no-root": ([], "root: give the folder of the data, --root FOLDER"),
     "no-split": (["--root", "{root}", "--split", "test"], "has neither a folder 'test' nor test.tar"),
     "crop": (["--root", "{root}", "--crop-pct", "0"], "--crop-pct: got 0.0"),
     "batch": (["--root", "{root}", "--batch-size", "0"], "--batch-size"),

@@ -20,7 +20,8 @@ from dfformer.models.checkpoint import chosen_model, read_checkpoint
 from dfformer.models.filter_resize import resize_filter
 from dfformer.models.metadata import is_ours
 from dfformer.models.spectral import SpectralFilter, stores_filters
-from dfformer.utils.copied import copied
+from dfformer.utils.accepted import PLANE, check_arguments
+from dfformer.utils.copied import copied, read_by
 from dfformer.utils.extras import extra
 from dfformer.utils.text import echo
 from dfformer_kernels.tolerance import relative_error
@@ -69,12 +70,14 @@ def export(
         outside of macOS).
 
     Raises:
-        ValueError: a bad argument, by name. RuntimeError: the format needs an extra.
+        ValueError: a bad argument, by name. TypeError: ``model`` is not a module.
+        RuntimeError: the format needs an extra.
         ExportError: the file's outputs differ from the model's by more than BOUND.
     """
     path = Path(path)
     chosen = _chosen_format(path, format, fused)
     _check(model, path, chosen, architecture)
+    check_arguments(PLANE, img_size=img_size)
     H, W = to_2tuple(img_size)
     source = _source(model, (H, W), fused)
     data = {key: value for key, value in resolve_model_data_config(source.model).items() if key in _DATA_KEYS}
@@ -140,10 +143,9 @@ def _chosen_format(path: Path, name: str | None, fused: bool) -> Format:
 @torch.no_grad()
 def _source(model: nn.Module, img_size: tuple[int, int], fused: bool) -> Source:
     model = copied(model).eval()
-    parameter = next(model.parameters())
+    in_chans, parameter = read_by(model)
     if parameter.dtype != torch.float32:
         raise ValueError(f"model: got {parameter.dtype} parameters, accepted are float32")
-    in_chans = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
     source = Source(model, _random_images(TRACED_BATCH, (in_chans, *img_size), parameter.device), fused, {})
 
     def store(module: Any, inputs: tuple[Tensor, ...]) -> None:

@@ -14,8 +14,8 @@ from dfformer.models.blocks import MetaFormerBlock
 from dfformer.models.exact import reasons_against
 from dfformer.models.layers import Mlp, SepConv, StarReLU
 from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter, SpectralFilter, stores_filters
-from dfformer.utils.accepted import check_arguments, choice
-from dfformer.utils.copied import copied
+from dfformer.utils.accepted import PLANE, check_arguments, choice
+from dfformer.utils.copied import copied, read_by
 
 _Parts = dict[str, tuple[type[nn.Module], ...]]  # by path, the classes that a module may have
 
@@ -63,9 +63,11 @@ def optimize_for_inference(
         pickled and deep-copied. Packed weights are not parameters, so average or prune the original model instead.
 
     Raises:
-        ValueError: an unknown dtype.
+        ValueError: a bad argument, by name. TypeError: ``model`` is not a module.
     """
     check_arguments(DTYPE, dtype=dtype)
+    if img_size is not None:
+        check_arguments(PLANE, img_size=img_size)
     left_alone: list[LeftAlone] = []
     # load_state_dict could not change tensors that were created in inference mode.
     with torch.inference_mode(False), torch.no_grad():
@@ -129,8 +131,7 @@ def _fix_filters(model: nn.Module, img_size: tuple[int, int], left_alone: list[L
                 handles.append(module.register_forward_pre_hook(note_plane))
             else:
                 left_alone.append(LeftAlone(name, ("its filters are computed at each call",)))
-    like = next(model.parameters())
-    in_chans = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+    in_chans, like = read_by(model)
     try:
         model(torch.zeros(1, in_chans, *img_size, dtype=like.dtype, device=like.device))
     finally:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dfformer.models.metadata import is_ours, read_metadata, write_metadata
 from dfformer.models.mismatch import Mismatch, causes, compare
+from dfformer.utils.accepted import check_module
 from dfformer.utils.io import replacing
 from dfformer.utils.text import abbreviate, reason
 
@@ -102,7 +103,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
     Raises:
         CheckpointError: the file cannot be read, or (strict) does not fit. The message has the likely cause, and up to
             ten names each of missing, unexpected and wrongly shaped tensors.
+        TypeError: ``model`` is not a module.
     """
+    check_module(model)
     state_dict, _ = read_checkpoint(path)
     return load_state(model, state_dict, path, strict)
 

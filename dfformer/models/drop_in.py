@@ -15,6 +15,7 @@ from dfformer.models.copies.match import is_filter_shape
 from dfformer.models.copies.trial import Trial, device_of, difference, find, formula_of
 from dfformer.models.layers import StarReLU
 from dfformer.models.spectral import DynamicFilter, GlobalFilter, SpectralFilter
+from dfformer.utils.accepted import check_module
 from dfformer_kernels.graph.compare import undisturbed
 from dfformer_kernels.graph.subclass import FusedModule, check_names, fused_class, is_fused_class
 from dfformer_kernels.graph.trace import DifferentCopyError, UnsupportedCopyError, has_hooks
@@ -104,8 +105,7 @@ def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, accepted is a torch.nn.Module")
+    check_module(model)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if _may_be_copy(module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfformer.models.exact import fusible, is_exact
-from dfformer.utils.accepted import choice
+from dfformer.utils.accepted import COUNT, MODULE, RATIO, check_arguments, choice
 from dfformer_kernels import convolution, linear, mlp, star_relu
 from dfformer_kernels.ops.linear import prefers_convolution
 
@@ -107,6 +107,30 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+def expanded(dim: int, expansion_ratio: float, act1_layer: Activation, act2_layer: Activation) -> int:
+    """``C = int(expansion_ratio * dim)`` of a token mixer; ValueError for an argument that is not accepted."""
+    check_arguments(COUNT, dim=dim)
+    check_arguments(RATIO, expansion_ratio=expansion_ratio)
+    check_arguments(MODULE, act1_layer=act1_layer, act2_layer=act2_layer)
+    if (C := int(expansion_ratio * dim)) < 1:
+        raise ValueError(f"expansion_ratio: got {expansion_ratio}, which leaves none of the {dim} channels")
+    return C
+
+
+def check_maps(x: Tensor, pwconv1: nn.Module, data_format: str) -> None:
+    """Raises an error that names ``x`` if an unmodified ``pwconv1`` cannot read it; any other may accept other maps."""
+    if not is_exact(pwconv1, nn.Linear, x):
+        return
+    weight, first = pwconv1.weight, data_format == "channels_first"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, accepted is a tensor")
+    if x.dim() != 4 or x.shape[1 if first else 3] != weight.shape[1]:
+        accepted = f"({'B,dim,H,W' if first else 'B,H,W,dim'}) with dim={weight.shape[1]}"
+        raise ValueError(f"x: got shape {tuple(x.shape)}, accepted is {accepted}")
+    if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(f"x: got {x.dtype}, accepted is {weight.dtype}, the dtype of the parameters")
+
+
 class Projections(nn.Module):
     """The base of the token mixers: ``pwconv1`` and ``act1`` come first, ``act2`` and ``pwconv2`` last."""
 
@@ -149,7 +173,7 @@ class SepConv(Projections):
     ) -> None:
         super().__init__()
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        C = int(expansion_ratio * dim)
+        C = expanded(dim, expansion_ratio, act1_layer, act2_layer)
         self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
         self.act1 = build_activation(act1_layer, **placed)
         self.dwconv = nn.Conv2d(C, C, kernel_size, padding=padding, groups=C, bias=bias, **placed)

@@ -24,7 +24,7 @@ from dfformer.models.blocks import (
 from dfformer.models.filter_resize import RULE
 from dfformer.models.layers import Activation, StarReLU
 from dfformer.models.spectral import DynamicFilter, SpectralFilter
-from dfformer.utils.accepted import COUNT, COUNT_OR_0, MODULE, RATE, SCALE, check_arguments, choice
+from dfformer.utils.accepted import COUNT, COUNT_OR_0, MODULE, PLANE, RATE, SCALE, check_arguments, choice
 
 # (kernel size, padding) of the stem and of the downsampling convolutions.
 STEM, DOWNSAMPLE = (7, 2), (3, 1)
@@ -109,7 +109,8 @@ class DFFormer(nn.Module):
         counts, makers = {"dims": dims, "strides": strides}, {"token_mixers": token_mixers, "norm_layers": norm_layers}
         scales = {"res_scale_init_values": res_scale_init_values, "layer_scale_init_values": layer_scale_init_values}
         check_arguments(COUNT, in_chans=in_chans)
-        check_arguments(COUNT, lists=True, img_size=img_size, depths=depths, **counts)
+        check_arguments(COUNT, lists=True, depths=depths, **counts)
+        check_arguments(PLANE, img_size=img_size)
         check_arguments(COUNT_OR_0, num_classes=num_classes)
         check_arguments(RATE, drop_rate=drop_rate, drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate)
         check_arguments(SCALE, lists=True, **scales)
@@ -144,8 +145,6 @@ class DFFormer(nn.Module):
         last_block = max(sum(depths) - 1, 1)
         drop_path = (drop_path_rate * number / last_block for number in range(sum(depths)))
         plane, channels, reduction = to_2tuple(img_size), self.in_chans, 1
-        if len(plane) != 2:
-            raise ValueError(f"img_size: got {img_size!r}, accepted are a number and (H, W)")
         for i, depth in enumerate(depths):
             own = {name.removesuffix("s"): values[i] for name, values in per_stage.items()}  # as the block calls them
             dim, stride = own["dim"], own.pop("stride")

@@ -14,7 +14,7 @@ from dfformer.models import layers
 from dfformer.models.exact import fusible, is_exact
 from dfformer.models.filter_resize import RULE, resize_filter, scriptable_resize
 from dfformer.models.layers import Activation, Mlp, Projections, StarReLU
-from dfformer.utils.accepted import check_arguments
+from dfformer.utils.accepted import COUNT, PLANE, RATIO, check_arguments
 from dfformer_kernels import afno, dft_matmul, dynamic_filter, global_filter
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.reference import compute_dtype
@@ -87,8 +87,9 @@ class SpectralFilter(Projections):
         super().__init__()
         check_arguments(RULE, resize=resize)
         check_arguments(layers.DATA_FORMAT, data_format=data_format)
+        check_arguments(PLANE, size=size)
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        C, (H, W) = int(expansion_ratio * dim), to_2tuple(size)
+        C, (H, W) = layers.expanded(dim, expansion_ratio, act1_layer, act2_layer), to_2tuple(size)
         self.size = (int(H), int(W))
         self.weight_resize = weight_resize
         self.resize = resize
@@ -113,6 +114,8 @@ class SpectralFilter(Projections):
         return H, W
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            layers.check_maps(x, self.pwconv1, self.data_format)
         x = layers.channels_last(x, self.data_format)
         logits, filters = self.logits(x), self.filters_for((x.shape[1], x.shape[2]))
         y, star_relu = self.load(x)
@@ -183,6 +186,10 @@ class DynamicFilter(SpectralFilter):
         device, dtype: of the parameters.
 
     ``complex_weights`` is (H, W//2 + 1, F, 2). ``x`` is (B,H,W,dim) in the parameters' dtype; under autocast, in any.
+
+    Raises:
+        ValueError: an argument that is not accepted, by name, or ``x`` of another shape. TypeError: ``x`` of another
+            dtype.
     """
 
     def __init__(
@@ -201,6 +208,8 @@ class DynamicFilter(SpectralFilter):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_arguments(COUNT, dim=dim, num_filters=num_filters)
+        check_arguments(RATIO, reweight_expansion_ratio=reweight_expansion_ratio)
         self.num_filters, self._hidden = num_filters, int(reweight_expansion_ratio * dim)
         stored = (size, weight_resize, resize, data_format, device, dtype)
         super().__init__(dim, expansion_ratio, act1_layer, act2_layer, bias, *stored)
@@ -219,7 +228,8 @@ class DynamicFilter(SpectralFilter):
 class GlobalFilter(SpectralFilter):
     """The global filter token mixer (GFNet, arXiv:2107.00645; GFFormer in the paper): one learned filter per channel.
 
-    The arguments are those of `DynamicFilter`. ``complex_weights`` is (H, W//2 + 1, C, 2).
+    The arguments are those of `DynamicFilter` but for ``num_filters`` and ``reweight_expansion_ratio``.
+    ``complex_weights`` is (H, W//2 + 1, C, 2).
     """
 
 
@@ -249,7 +259,10 @@ class AFNO2D(Projections):
     ) -> None:
         super().__init__()
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        C = int(expansion_ratio * dim)
+        C = layers.expanded(dim, expansion_ratio, act1_layer, act2_layer)
+        check_arguments(COUNT, num_blocks=num_blocks, hidden_size_factor=hidden_size_factor)
+        fraction = hard_thresholding_fraction
+        check_arguments(RATIO, sparsity_threshold=sparsity_threshold, hard_thresholding_fraction=fraction)
         if C % num_blocks:
             raise ValueError(f"num_blocks: got {num_blocks}, which does not divide the {C} expanded channels")
         check_arguments(layers.DATA_FORMAT, data_format=data_format)
@@ -257,7 +270,7 @@ class AFNO2D(Projections):
         width, hidden = C // num_blocks, C // num_blocks * hidden_size_factor
         self.num_blocks = num_blocks
         self.sparsity_threshold = sparsity_threshold
-        self.hard_thresholding_fraction = float(hard_thresholding_fraction)
+        self.hard_thresholding_fraction = float(fraction)
         self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
         self.act1 = layers.build_activation(act1_layer, **placed)
         self.w1 = nn.Parameter(0.02 * torch.randn(2, num_blocks, width, hidden, **placed))
@@ -268,6 +281,8 @@ class AFNO2D(Projections):
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            layers.check_maps(x, self.pwconv1, self.data_format)
         x = self.expand(layers.channels_last(x, self.data_format))
         return layers.from_channels_last(self.store(x + self.filter(x)), self.data_format)
 

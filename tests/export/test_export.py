@@ -126,8 +126,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "fused onnx": ("model.onnx", {"fused": True}, "fused: is for pt2, aoti, not for onnx"),
     "nameless": ("model.safetensors", {}, "architecture: got None, safetensors and hub accept this package's models"),
     "other architecture": ("hub", {"format": "hub", "architecture": "resnet18"}, "architecture: got 'resnet18'"),
+    "size": ("model.pt2", {"img_size": "64"}, "img_size: got '64', accepted are whole numbers from 1"),
     "small image": ("model.pt2", {"img_size": 2}, r"img_size: got \(2, 2\), which this model does not accept"),
 }
+
+
+def test_a_model_without_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model: got Linear without a Conv2d, accepted are models of images"):
+        export(nn.Linear(3, 3), tmp_path / "model.pt2", img_size=64)
 
 
 @pytest.mark.parametrize(("name", "arguments", "message"), REFUSED.values(), ids=REFUSED)

@@ -107,6 +107,16 @@ def test_cannot_be_trained() -> None:
     assert not any(p.requires_grad for p in served.parameters())
 
 
+def test_unknown_model_and_size() -> None:
+    none: Any = None
+    with pytest.raises(TypeError, match=r"model: got NoneType, accepted is a torch.nn.Module"):
+        optimize_for_inference(none)
+    with pytest.raises(ValueError, match="img_size: got 0, accepted are whole numbers from 1"):
+        optimize_for_inference(trained(), img_size=0)
+    with pytest.raises(ValueError, match="model: got Linear without a Conv2d"):
+        optimize_for_inference(nn.Linear(3, 3), img_size=64)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, "bfloat16"])
 def test_unknown_dtype(dtype: Any) -> None:
     with pytest.raises(ValueError, match=r"dtype: got .*, accepted are None, torch.float32, torch.bfloat16"):

@@ -75,6 +75,12 @@ def test_timm_loads_the_same_through_checkpoint_path(official: Path) -> None:
     assert equal(model.state_dict(), expected.state_dict())
 
 
+def test_the_arguments_in_the_wrong_order(official: Path) -> None:
+    path: Any = official
+    with pytest.raises(TypeError, match=r"model: got PosixPath, accepted is a torch.nn.Module"):
+        load_checkpoint(path, small())  # type: ignore[arg-type]
+
+
 def test_other_number_of_classes_keeps_all_but_the_last_layer(official: Path) -> None:
     model = small(num_classes=3)
     before = model.get_parameter("head.fc2.weight").clone()

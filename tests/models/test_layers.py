@@ -69,6 +69,47 @@ def test_num_blocks_must_divide_the_channels() -> None:
         AFNO2D(DIM, num_blocks=3)
 
 
+@pytest.mark.parametrize(
+    ("layer", "arguments", "message"),
+    [
+        (DynamicFilter, {"dim": -1}, "dim: got -1, accepted are whole numbers from 1"),
+        (DynamicFilter, {"num_filters": 0}, "num_filters: got 0"),
+        (DynamicFilter, {"reweight_expansion_ratio": -1}, "reweight_expansion_ratio: got -1"),
+        (
+            GlobalFilter,
+            {"size": (3, 4, 5)},
+            r"size: got \(3, 4, 5\), accepted are whole numbers from 1 and pairs",
+        ),
+        (GlobalFilter, {"size": "14"}, "size: got '14'"),
+        (GlobalFilter, {"size": 0}, "size: got 0"),
+        (GlobalFilter, {"expansion_ratio": 0.1}, "expansion_ratio: got 0.1, which leaves none of the 8"),
+        (AFNO2D, {"expansion_ratio": "2"}, "expansion_ratio: got '2', accepted are numbers from 0"),
+        (AFNO2D, {"num_blocks": 0}, "num_blocks: got 0"),
+        (AFNO2D, {"sparsity_threshold": -0.1}, "sparsity_threshold: got -0.1"),
+        (SepConv, {"act1_layer": "gelu"}, "act1_layer: got 'gelu', accepted are what makes a module"),
+    ],
+)
+def test_arguments_are_refused_by_name(layer: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer(**{"dim": DIM, **arguments})
+
+
+@pytest.mark.parametrize("layer_class", [DynamicFilter, GlobalFilter, AFNO2D])
+def test_maps_are_refused_by_name(layer_class: Callable[..., nn.Module]) -> None:
+    last, first = layer_class(DIM, size=PLANE), layer_class(DIM, size=PLANE, data_format="channels_first")
+    x = image(*PLANE)
+    for layer, given, error, message in (
+        (last, x.permute(0, 3, 1, 2), ValueError, r"x: got shape \(2, 8, 6, 5\), accepted is \(B,H,W,dim\) with dim=8"),
+        (last, x[0], ValueError, r"x: got shape \(6, 5, 8\)"),
+        (first, x, ValueError, r"x: got shape .*, accepted is \(B,dim,H,W\) with dim=8"),
+        (last, x.double(), TypeError, "x: got torch.float64, accepted is torch.float32"),
+        (last, x.int(), TypeError, "x: got torch.int32"),
+        (last, None, TypeError, "x: got NoneType, accepted is a tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            layer(given)
+
+
 @FILTERS
 def test_one_number_is_a_square(layer_class: Callable[..., DynamicFilter | GlobalFilter]) -> None:
     layer = layer_class(DIM, size=6)

@@ -50,7 +50,8 @@ def fitted_filters(weight: Tensor, size: tuple[int, int], H: int, W: int, weight
     if not weight_resize:
         raise ValueError(
             f"x: got a plane of ({H}, {W}), this layer was built for size={size}; "
-            "pass weight_resize=True to resize the filters to each plane"
+            "pass weight_resize=True to resize the filters to each plane, or if optimize_for_inference fixed them, "
+            "leave out its img_size or give that of these images"
         )
     if torch.jit.is_scripting():
         return scriptable_resize(weight, size, (H, W), rule).to(dtype)

@@ -125,9 +125,9 @@ def must_fit(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Pat
         exactly: also refuse filters for another image size, and a classifier for another number of classes.
     """
     mismatch = compare(model, state_dict, exactly)
-    if any(mismatch._replace(reinitialised=[])):
+    if any(refused := mismatch._replace(reinitialised=[])):
         cause = "".join(f" {cause};" for cause in causes(model.state_dict(), state_dict))
-        raise CheckpointError(f"{path} does not fit this {type(model).__name__}:{cause}\n{mismatch}")
+        raise CheckpointError(f"{path} does not fit this {type(model).__name__}:{cause}\n{refused}")
     return mismatch
 
 

@@ -40,10 +40,11 @@ class Mismatch(NamedTuple):
     unexpected: list[str]
     wrong_shape: dict[str, str]
     wrong_type: dict[str, str]  # integers or complex numbers for the model's real ones, or vice versa
-    reinitialised: list[str]  # the classifier, when the number of classes differs
+    reinitialised: list[str]  # the classifier, left as initialised because the number of classes differs
 
     def __str__(self) -> str:
         parts = {
+            "left as initialised": self.reinitialised,
             "missing": self.missing,
             "unexpected": [name[:200] for name in self.unexpected],  # names in the file may be anything
             "wrongly shaped": [f"{name} ({shapes})" for name, shapes in self.wrong_shape.items()],

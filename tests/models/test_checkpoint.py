@@ -88,6 +88,7 @@ def test_other_number_of_classes_keeps_all_but_the_last_layer(official: Path) ->
         model.get_parameter("head.fc1.weight").zero_()
     mismatch = load_checkpoint(model, official)
     assert mismatch.reinitialised == ["head.fc2.bias", "head.fc2.weight"]
+    assert str(mismatch) == "left as initialised (2): head.fc2.bias, head.fc2.weight"
     assert torch.equal(model.get_parameter("head.fc2.weight"), before)
     assert torch.equal(model.get_parameter("head.fc1.weight"), small().get_parameter("head.fc1.weight"))
 

@@ -75,7 +75,9 @@ class ReplacementReport(list[Replacement]):
         if not self:
             count = sum(1 for _ in self.model.modules())
             name = type(self.model).__name__
-            return f"nothing to replace among the {count} modules of {name}: looked for {_LOOKED_FOR}"
+            fused = sum(isinstance(module, SpectralFilter | FusedModule) for module in self.model.modules())
+            already = f", {fused} of them fused already" if fused else ""
+            return f"nothing to replace among the {count} modules of {name}{already}: looked for {_LOOKED_FOR}"
         rows = [(r.name, r.original, f"left alone: {r.refusal}" if r.refusal else r.replacement) for r in self]
         rows.insert(0, ("name", "class", f"replaced by ({len(self.originals)} of {len(self)})"))
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]

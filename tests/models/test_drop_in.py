@@ -237,7 +237,7 @@ def test_where_nothing_is_found_the_report_says_what_was_looked_for() -> None:
     others = (NotAFilter(), nn.Conv2d(2, 2, (3, 2)), Positions(), DynamicFilter(8, size=4), Routing(8, 8), traced)
     report = replace_dynamic_filters(nn.Sequential(*others))
     assert report == []
-    assert "nothing to replace among the" in str(report)
+    assert "nothing to replace among the 21 modules of Sequential, 1 of them fused already: " in str(report)
     assert "(H, W//2 + 1, F, 2)" in str(report)
     assert "irfft2" in str(report)
 

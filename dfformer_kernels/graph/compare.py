@@ -64,8 +64,9 @@ def results(module: nn.Module, inputs: Sequence[Any]) -> dict[str, Tensor]:
 
 def difference(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> str:
     """How two `results` differ; "" if they agree."""
-    if theirs.keys() != ours.keys():
-        return f"its {min(theirs.keys() ^ ours.keys())} is not in both"
+    if alone := theirs.keys() ^ ours.keys():
+        has = "exists, ours does not" if min(alone) in theirs else "does not exist, ours does"
+        return f"its {min(alone)} {has}"
     scale = max((_rms(t) for name, t in theirs.items() if name.startswith("gradient")), default=0.0)
     for name, expected in theirs.items():
         if ours[name].dtype != expected.dtype:

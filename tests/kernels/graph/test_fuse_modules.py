@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from dfformer.utils.eager_baseline import eager_baseline
 from dfformer_kernels import fuse
+from dfformer_kernels.graph import compare
 from dfformer_kernels.tolerance import gradient_errors, relative_error
 
 
@@ -307,3 +308,9 @@ def test_refusals() -> None:
     layer = copies.Authors(6)
     layer.forward = layer.forward  # type: ignore[method-assign]
     assert "its forward is not that of its class" in str(fuse(Holder(layer), torch.randn(2, 8, 8, 6)))
+
+
+def test_a_gradient_that_only_one_module_has_is_named() -> None:
+    x = torch.zeros(2)
+    assert compare.difference({"gradient of a": x}, {}) == "its gradient of a exists, ours does not"
+    assert compare.difference({}, {"gradient of a": x}) == "its gradient of a does not exist, ours does"

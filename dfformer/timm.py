@@ -27,6 +27,8 @@ def main(arguments: list[str]) -> None:
         sys.argv[:] = arguments
         sys.path[0] = str(script.resolve().parent)  # as Python itself does, for what stands beside the script
         runpy.run_path(str(script), run_name="__main__")
+    elif arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE)
     else:
         raise SystemExit(USAGE)
 

@@ -225,7 +225,12 @@ def test_a_module_runs_with_the_names_known(
     assert capsys.readouterr().out.startswith("beside the script DATA DFFormer ")
 
 
-@pytest.mark.parametrize("arguments", [[], ["-m"], ["--help"], ["missing.py", "DATA"]], ids=str)
+def test_help_of_the_runner(capsys: pytest.CaptureFixture[str]) -> None:
+    runner.main(["--help"])
+    assert capsys.readouterr().out == runner.USAGE + "\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["-m"], ["--unknown"], ["missing.py", "DATA"]], ids=str)
 def test_no_script(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         runner.main(arguments)

@@ -25,6 +25,7 @@ from dfformer.models.filter_resize import RULE
 from dfformer.models.layers import Activation, StarReLU
 from dfformer.models.spectral import DynamicFilter, SpectralFilter
 from dfformer.utils.accepted import COUNT, COUNT_OR_0, MODULE, PLANE, RATE, SCALE, check_arguments, choice
+from dfformer.utils.suggest import did_you_mean
 
 # (kernel size, padding) of the stem and of the downsampling convolutions.
 STEM, DOWNSAMPLE = (7, 2), (3, 1)
@@ -367,7 +368,9 @@ def _with_arguments(mixers: list[TokenMixer], arguments: dict[str, Any]) -> list
     """Each mixer with those of ``arguments`` that it takes; TypeError for an argument that no mixer takes."""
     if not arguments:
         return mixers
-    taken = [arguments.keys() & (inspect.signature(mixer).parameters.keys() - _SET_BY_MODEL) for mixer in mixers]
-    if unknown := arguments.keys() - set().union(*taken):
-        raise TypeError(f"DFFormer.__init__() got an unexpected keyword argument {min(unknown)!r}")
-    return [partial(mixer, **{n: arguments[n] for n in names}) for mixer, names in zip(mixers, taken, strict=True)]
+    accepted = [inspect.signature(mixer).parameters.keys() - _SET_BY_MODEL for mixer in mixers]
+    if unknown := arguments.keys() - set().union(*accepted):
+        hint = did_you_mean(min(unknown), {*inspect.signature(DFFormer).parameters}.union(*accepted))
+        raise TypeError(f"DFFormer.__init__() got an unexpected keyword argument {min(unknown)!r}{hint}")
+    taken = [{n: value for n, value in arguments.items() if n in names} for names in accepted]
+    return [partial(mixer, **own) for mixer, own in zip(mixers, taken, strict=True)]

@@ -170,6 +170,11 @@ def test_unknown_arguments(name: str) -> None:
         timm.create_model("dfformer_s18", **SHAPE, **{name: 1})
 
 
+def test_an_unknown_argument_gets_a_suggestion() -> None:
+    with pytest.raises(TypeError, match=r"'num_filter'; did you mean num_filters\b"):
+        build(num_filter=3)
+
+
 @pytest.mark.parametrize(
     ("argument", "value", "accepted"),
     [

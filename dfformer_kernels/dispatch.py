@@ -137,7 +137,7 @@ def requested_backend(backend: str | None) -> str | None:
     With None, the environment or the table decides when the operator runs.
     """
     if backend is not None:
-        return backend
+        return backend if isinstance(backend, str) else checked_name("backend", backend)  # the operator takes only text
     if torch.compiler.is_dynamo_compiling():
         return _requested.get() if _DYNAMO_READS_CONTEXT else _AT_RUN_TIME
     _forget_closed()

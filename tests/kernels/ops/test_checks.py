@@ -151,6 +151,12 @@ def test_scale_without_bias_raises(name: str, missing: str, entry: Callable[...,
         entry(OPS[name], inputs)
 
 
+def test_a_backend_that_is_no_name_raises_naming_the_known_ones() -> None:
+    number: Any = 3
+    with pytest.raises(ValueError, match="backend: got 3, accepted are 'cpu'"):
+        global_filter(torch.randn(1, 4, 4, 2), torch.randn(4, 3, 2, 2), backend=number)
+
+
 @ALL_ENTRIES
 @ALL_OPS
 def test_unknown_backend_raises_naming_the_known_ones(op: Op, entry: Callable[..., Any]) -> None:

@@ -48,7 +48,7 @@ def predictions_grid(
             ax.set_title(literal(f"{guess}  {100 * p:.0f}%"), fontsize=8, color=RIGHT)
             ax.spines[:].set(color="#d0d0d0", linewidth=1)
         else:
-            ax.set_title(literal(f"{guess}, is {label}"), fontsize=8, color=WRONG, fontweight="bold")
+            ax.set_title(literal(f"predicted {guess}\ntrue {label}"), fontsize=8, color=WRONG, fontweight="bold")
             ax.spines[:].set(color=WRONG, linewidth=3)
     for ax in axes.flat[len(images) :]:
         ax.set_axis_off()
@@ -133,10 +133,10 @@ def mixed_filters(
     return figure
 
 
-def routing(shares: Tensor, bits: Tensor, labels: Sequence[str]) -> Figure:
+def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], row: str) -> Figure:
     """The share of each filter in each channel, (N,F,C), a panel a filter, and its entropy ``bits`` (N,C).
 
-    A row is an image or a class. Channels are sorted by their strongest filter.
+    ``row`` says what a row is: an image or a class. Channels are sorted by their strongest filter.
     """
     count, filters, _ = shares.shape
     mean = shares.mean(0).numpy()
@@ -153,6 +153,7 @@ def routing(shares: Tensor, bits: Tensor, labels: Sequence[str]) -> Figure:
         axes[f].set_xlabel("channel (sorted)", fontsize=9)
     names = [literal(label) for label in labels]
     axes[0].set_yticks(range(count), names, fontsize=8)
+    axes[0].set_ylabel(row, fontsize=9)
     _colour_bar(figure, image, axes[:filters], f"share of the filter (white: 1/{filters})", shrink=0.9)
     axes[filters].boxplot(list(bits.numpy()), positions=range(count), orientation="horizontal", showfliers=False)
     axes[filters].axvline(np.log2(filters), color=WRONG, linestyle=":", label="all filters alike")
@@ -266,7 +267,8 @@ def comparison_bars(
     labels, *values = zip(*rows, strict=True)
     position = np.arange(len(rows))
     for offset, heights, name, color in zip((-0.2, 0.2), values, names, (GREY, RIGHT), strict=True):
-        ax.bar_label(ax.bar(position + offset, heights, 0.38, color=color, label=name), fmt="%.3g", fontsize=8)
+        bars = ax.bar(position + offset, heights, 0.38, color=color, label=name)
+        ax.bar_label(bars, [f"{height:.0f}" if height >= 1000 else f"{height:.3g}" for height in heights], fontsize=8)
     ax.set_xticks(position, labels)
     ax.set(ylabel=ylabel, title=title)
     ax.margins(y=0.15)

@@ -63,7 +63,7 @@ def _show_basis(shown: _Shown, layer: SpectralFilter, output: Output) -> None:
         of = f"The filters of {len(drawn)} of {count} channels"
     caption = (
         f"{of}, for planes of {H}x{W}. Frequency 0, which belongs to the plane's mean, is in the "
-        "middle. The filters are of real images, so the left half mirrors the right half."
+        "middle. The filters act on real-valued maps, so the left half mirrors the right half."
     )
     names = [f"{kind} {i}" for i in drawn]
     picture = figures.filter_basis(basis[..., drawn], W, names)
@@ -82,14 +82,16 @@ def _half_spectrum(filters: Tensor) -> Iterator[tuple[int, int, float, float]]:
 
 def _show_routing(shown: _Shown, shares: Tensor, samples: Samples, output: Output) -> None:
     groups, bits = samples.groups, analysis.entropy(shares)
-    rows = groups if len(groups) > 1 else {sample.name: [n] for n, sample in enumerate(samples.samples)}
+    by_class = len(groups) > 1
+    rows = groups if by_class else {sample.name: [n] for n, sample in enumerate(samples.samples)}
     labels = list(rows)[:DRAWN_CLASSES]
     drawn, drawn_bits = (torch.stack([values[rows[label]].mean(0) for label in labels]) for values in (shares, bits))
+    averaged = "averaged over the images of a class, " if by_class and len(groups) < len(samples.samples) else ""
     caption = (
-        f"The routing's softmax weight of each filter in each of {shares.shape[2]} channels, averaged over the "
-        f"images of a class, on {samples.description}. Right: their entropy (quartiles over channels)."
+        f"The routing's softmax weight of each filter in each of {shares.shape[2]} channels, {averaged}"
+        f"on {samples.description}. Right: their entropy (quartiles over channels)."
     )
-    picture = figures.routing(drawn, drawn_bits, labels)
+    picture = figures.routing(drawn, drawn_bits, labels, "class" if by_class else "image")
     output.figure(f"{shown.files}.routing", picture, f"{shown.title}, routing", caption)
     filters = range(shares.shape[1])
     strongest = F.one_hot(shares.argmax(1), shares.shape[1]).float().mean(1)

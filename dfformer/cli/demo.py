@@ -189,13 +189,15 @@ def compare(model: nn.Module, photo: str, x: Tensor, repetitions: int) -> Compar
 
 
 def draw_comparisons(comparisons: list[Comparison], output: Output) -> None:
-    """Draws memory and time as a pair of bars for each photograph and size, and writes a table."""
-    labels = [f"{c.photograph}\n{c.height}x{c.width}" for c in comparisons]
-    for name, eager, fused, unit, title in (
-        ("memory", "eager_mib", "fused_mib", "MiB an image", "saved for backward by one training forward"),
-        ("time", "eager_ms", "fused_ms", "ms (median)", "inference, one image"),
+    """Draws a pair of bars for the memory at each size and for the time of each photograph, and writes a table."""
+    # The memory depends on nothing but the size.
+    memory = {f"{c.height}x{c.width}": (c.eager_mib, c.fused_mib) for c in comparisons}
+    times = {f"{c.photograph}\n{c.height}x{c.width}": (c.eager_ms, c.fused_ms) for c in comparisons}
+    for name, pairs, unit, title in (
+        ("memory", memory, "MiB an image", "saved for backward by one training forward"),
+        ("time", times, "ms (median)", "inference, one image"),
     ):
-        rows = [(label, getattr(c, eager), getattr(c, fused)) for label, c in zip(labels, comparisons, strict=True)]
+        rows = [(label, *pair) for label, pair in pairs.items()]
         bars = figures.comparison_bars(rows, ("authors' formulation", "dfformer"), unit, f"DFFormer-S18: {title}")
         output.figure(name, bars)
     output.table("photographs", Comparison._fields, comparisons)

@@ -36,7 +36,7 @@ def mixed(H: int, K: int, W: int) -> Figure:
 def routing(filters: int, around: float = 0.0) -> Figure:
     logits = around * torch.randn(3, filters, 16) + alike(3, filters, 16, by=2e-3)
     shares = logits.softmax(1)
-    return figures.routing(shares, entropy(shares), NAMES)
+    return figures.routing(shares, entropy(shares), NAMES, "class")
 
 
 def spectra(points: int) -> Figure:
@@ -180,7 +180,7 @@ def test_dollars_in_names(name: str) -> None:
     shares = alike(2, 4, 8, around=0.25, by=0)
     field = alike(4, 4).double()
     drawn = [
-        figures.titled(figures.routing(shares, entropy(shares), [name, name]), name, name),
+        figures.titled(figures.routing(shares, entropy(shares), [name, name], "class"), name, name),
         figures.mixed_filters([np.ones((4, 4))] * 2, [name] * 2, alike(2, 2, 2, 1).to(torch.complex64), [0], 2),
         figures.responses([[field, field]], [name], ["input", "filter"]),
         figures.receptive_fields({name: field}, [(2, 2)], [[Area(0.5, 1, 1), Area(0.9, 2, 3)]]),
@@ -192,3 +192,8 @@ def test_dollars_in_names(name: str) -> None:
         texts = [text for text in figure.findobj(Text) if name.replace("$", r"\$") in text.get_text()]
         assert texts
         assert all(cbook.is_math_text(text.get_text()) is False for text in texts)
+
+
+def test_numbers_on_bars_are_without_exponents() -> None:
+    figure = figures.comparison_bars([("a", 2028.4, 75.25), ("b", 0.5, 172.4)], ("first", "second"), "ms", "times")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["2028", "0.5", "75.2", "172"]

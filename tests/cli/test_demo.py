@@ -50,6 +50,18 @@ def test_demo_writes_everything(output: Path, capsys: pytest.CaptureFixture[str]
     assert len(capsys.readouterr().out.splitlines()) >= 10
 
 
+def test_memory_is_drawn_once_for_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, list[tuple[str, float, float]]] = {}
+    monkeypatch.setattr(demo.figures, "comparison_bars", lambda rows, names, unit, title: drawn.setdefault(unit, rows))
+    monkeypatch.setattr(demo.Output, "figure", lambda *given: None)
+    comparisons = [demo.Comparison(name, 4, 6, 0.0, time, time / 2, 3.0, 1.0) for name, time in (("a", 8), ("b", 9))]
+    demo.draw_comparisons(comparisons, demo.Output(tmp_path))
+    assert drawn == {
+        "MiB an image": [("4x6", 3.0, 1.0)],
+        "ms (median)": [("a\n4x6", 8, 4.0), ("b\n4x6", 9, 4.5)],
+    }
+
+
 def test_demo_fails_below_its_target(
     output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,9 +115,9 @@ constexpr int first_factor(int N) {
 template <int N, class T>
 FFT_INLINE void butterfly(Complex<T>* a);
 
-// For an odd prime N, sums of a[n] and a[N-n] are multiplied by cosines, and differences by sines. The sines are
-// divided by the first of them, and the fused multiply-adds of the last step restore the factor. That saves two
-// multiplications for each k.
+// For an odd prime N, sums of a[n] and a[N-n] are multiplied by cosines, and differences by sines. In a GPU thread the
+// sines are divided by the first of them, and the fused multiply-adds of the last step restore the factor. That saves
+// two multiplications for each k. On a CPU it costs time: constants then are registers, and it takes more of them.
 template <int N, class T>
 FFT_INLINE void odd_prime_butterfly(Complex<T>* a) {
     using S = typename ScalarOf<T>::Type;
@@ -131,18 +131,20 @@ FFT_INLINE void odd_prime_butterfly(Complex<T>* a) {
     });
     unrolled<1, half + 1>([&](auto k) UNROLLED_BODY {
         constexpr int K = k.value;  // in an inner lambda, not every compiler accepts k.value as a constant
-        constexpr double first_sine = sin_turn(K, N);
-        Complex<T> even = a0, odd = difference[0];
+        constexpr double divisor = sizeof(T) == sizeof(S) ? sin_turn(K, N) : 1;
+        Complex<T> even = a0, odd{};
         unrolled<0, half>([&](auto n) UNROLLED_BODY {
-            constexpr S c = S(cos_turn(K * (n.value + 1), N)), s = S(sin_turn(K * (n.value + 1), N) / first_sine);
+            constexpr S c = S(cos_turn(K * (n.value + 1), N)), s = S(sin_turn(K * (n.value + 1), N) / divisor);
             even.re += sum[n].re * c;
             even.im += sum[n].im * c;
-            if constexpr (n.value > 0) {
+            if constexpr (n.value == 0) {
+                odd = {difference[n].re * s, difference[n].im * s};
+            } else {
                 odd.re += difference[n].re * s;
                 odd.im += difference[n].im * s;
             }
         });
-        constexpr S s = S(first_sine);
+        constexpr S s = S(divisor);
         a[k] = {even.re + odd.im * s, even.im - odd.re * s};
         a[N - k] = {even.re - odd.im * s, even.im + odd.re * s};
     });

@@ -131,17 +131,18 @@ FFT_INLINE void odd_prime_butterfly(Complex<T>* a) {
     });
     unrolled<1, half + 1>([&](auto k) UNROLLED_BODY {
         constexpr int K = k.value;  // in an inner lambda, not every compiler accepts k.value as a constant
-        constexpr double divisor = sizeof(T) == sizeof(S) ? sin_turn(K, N) : 1;
-        Complex<T> even = a0, odd{};
+        constexpr bool divided = sizeof(T) == sizeof(S);
+        constexpr double divisor = divided ? sin_turn(K, N) : 1;
+        Complex<T> even = a0, odd = difference[0];
         unrolled<0, half>([&](auto n) UNROLLED_BODY {
             constexpr S c = S(cos_turn(K * (n.value + 1), N)), s = S(sin_turn(K * (n.value + 1), N) / divisor);
             even.re += sum[n].re * c;
             even.im += sum[n].im * c;
-            if constexpr (n.value == 0) {
-                odd = {difference[n].re * s, difference[n].im * s};
-            } else {
+            if constexpr (n.value > 0) {
                 odd.re += difference[n].re * s;
                 odd.im += difference[n].im * s;
+            } else if constexpr (!divided) {
+                odd = {odd.re * s, odd.im * s};
             }
         });
         constexpr S s = S(divisor);

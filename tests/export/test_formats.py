@@ -163,7 +163,7 @@ sys.modules.update(dfformer=None, dfformer_kernels=None)
 if fused == "True":
     try:
         eval(loader)
-    except Exception:
+    except RuntimeError:  # torch has logged which operator it lacks
         pass
     else:
         sys.exit("a fused file was loaded without its operators")

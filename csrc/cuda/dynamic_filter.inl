@@ -46,6 +46,7 @@ FFT_INLINE void operator+=(Pair& a, Pair b) { a = a + b; }
 template <>
 struct ScalarOf<Pair> {
     using Type = float;
+    static constexpr bool immediate = true;
 };
 
 template <int width>

@@ -16,10 +16,12 @@ struct Complex {
     T re, im;
 };
 
-// The type of a constant that multiplies a T; the includer specialises it for vectors.
+// The type of a constant that multiplies a T, and whether instructions contain constants (a GPU's do) or registers hold
+// them (a CPU's). The includer specialises it for vectors.
 template <class T>
 struct ScalarOf {
     using Type = T;
+    static constexpr bool immediate = true;
 };
 
 template <class T>
@@ -117,7 +119,7 @@ FFT_INLINE void butterfly(Complex<T>* a);
 
 // For an odd prime N, sums of a[n] and a[N-n] are multiplied by cosines, and differences by sines. In a GPU thread the
 // sines are divided by the first of them, and the fused multiply-adds of the last step restore the factor. That saves
-// two multiplications for each k. On a CPU it costs time: constants then are registers, and it takes more of them.
+// two multiplications for each k. On a CPU it costs time: registers hold the constants, and there are more of them.
 template <int N, class T>
 FFT_INLINE void odd_prime_butterfly(Complex<T>* a) {
     using S = typename ScalarOf<T>::Type;
@@ -131,7 +133,7 @@ FFT_INLINE void odd_prime_butterfly(Complex<T>* a) {
     });
     unrolled<1, half + 1>([&](auto k) UNROLLED_BODY {
         constexpr int K = k.value;  // in an inner lambda, not every compiler accepts k.value as a constant
-        constexpr bool divided = sizeof(T) == sizeof(S);
+        constexpr bool divided = ScalarOf<T>::immediate;
         constexpr double divisor = divided ? sin_turn(K, N) : 1;
         Complex<T> even = a0, odd = difference[0];
         unrolled<0, half>([&](auto n) UNROLLED_BODY {

@@ -19,10 +19,12 @@ using F64Wide = double __attribute__((vector_size(2 * VECTOR_BYTES)));
 template <>
 struct ScalarOf<F32> {
     using Type = float;
+    static constexpr bool immediate = false;
 };
 template <>
 struct ScalarOf<F64> {
     using Type = double;
+    static constexpr bool immediate = false;
 };
 
 template <class To, class From>

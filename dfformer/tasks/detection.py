@@ -89,7 +89,8 @@ def average_precision(
     for objects, truth in (pair for each in zip_longest(*parts) for pair in each if pair):
         metric.update([objects], [truth])
     measures = {name: torch.where(value == -1, torch.nan, value) for name, value in metric.compute().items()}
-    return {name: value.tolist() for name, value in measures.items()}
+    # Without dimensions for a single class.
+    return {name: value.flatten().tolist() if "class" in name else value.item() for name, value in measures.items()}
 
 
 class Detection(DenseTask):

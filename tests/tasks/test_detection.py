@@ -174,6 +174,14 @@ def test_measures(root: Path) -> None:
     assert np.isnan(measures["map_large"])
 
 
+def test_measures_of_a_single_class() -> None:
+    found = {"boxes": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([0]), "scores": torch.tensor([1.0])}
+    truth = {"boxes": found["boxes"], "labels": found["labels"]}
+    batch = ([torch.zeros(3, 9, 9, dtype=torch.uint8)], [truth])
+    measures = detect.average_precision(Oracle([found]), [batch], CPU, by_class=True)
+    assert (measures["classes"], measures["map_per_class"]) == ([0], pytest.approx([1]))
+
+
 # Commands
 
 

@@ -135,8 +135,8 @@ def _class_names(root: Path) -> list[str]:
         names = [line.split("\t")[-1].strip() for line in read_class_names(ade20k)[1:]]
     else:
         raise ValueError(f"{root}: has neither {own.name}, a class name a line, nor ADE20K's {ade20k.name}")
-    if not 1 <= len(names) <= IGNORED or not all(names):
-        raise ValueError(f"{root}: the list of classes has {len(names)} names, accepted are 1 to {IGNORED}, none empty")
+    if not 2 <= len(names) <= IGNORED or not all(names):
+        raise ValueError(f"{root}: the list of classes has {len(names)} names, accepted are 2 to {IGNORED}, none empty")
     return names
 
 

@@ -196,7 +196,8 @@ MALFORMED = {
     "all-ignored": _all_ignored,
     "no-classes": _no_classes,
     "empty-class": _classes("sky\n\nsand\n", "classes.txt: line 2 has no class name"),
-    "too-many": _classes("x\n" * 256, "has 256 names, accepted are 1 to 255"),
+    "too-many": _classes("x\n" * 256, "has 256 names, accepted are 2 to 255"),
+    "one": _classes("sky\n", "has 1 names, accepted are 2 to 255"),
 }
 
 

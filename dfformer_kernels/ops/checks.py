@@ -70,6 +70,11 @@ def check_tensors(op: str, **arguments: object) -> None:
             _fail(op, name, "a tensor", type(argument).__name__, TypeError)
 
 
+def check_pair(op: str, pair: object, accepted: str = "a pair (scale, bias) of tensors") -> None:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        _fail(op, "star_relu", accepted, repr(pair), TypeError)
+
+
 def check_backward(op: str, grad_y: Tensor, x: Tensor, needs: Sequence[bool], inputs: int) -> None:
     if grad_y.shape != x.shape:
         _fail(op, "grad_y", f"shape {_shape(x)}, that of x", _shape(grad_y))

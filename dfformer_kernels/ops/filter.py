@@ -138,8 +138,7 @@ def global_filter(
 def _scalars(op: str, star_relu: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     if star_relu is None:
         return None, None
-    if not isinstance(star_relu, tuple | list) or len(star_relu) != 2:
-        raise TypeError(f"{op}: star_relu must be None or a pair (scale, bias) of tensors, got {star_relu!r}")
+    checks.check_pair(op, star_relu, "None or a pair (scale, bias) of tensors")
     scale, bias = star_relu
     checks.check_tensors(op, **{name: t for name, t in (("scale", scale), ("bias", bias)) if t is not None})
     return scale, bias

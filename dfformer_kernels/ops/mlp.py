@@ -37,6 +37,7 @@ def mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: T
     Raises:
         ValueError, TypeError: a bad argument, by name.
     """
+    checks.check_pair("mlp", star_relu)
     scale, bias = star_relu
     checks.check_tensors("mlp", x=x, weight1=weight1, scale=scale, bias=bias, weight2=weight2)
     if dtype := autocast_dtype(x):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from image_files import READABLE, UNREADABLE, noise, oriented, ramp, tiff, write_all, write_flipped
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from dfformer.data.files import check_each, check_image, image_files, orientation_note, read_class_names, read_image
 from dfformer.utils.text import abbreviate, printable
@@ -154,6 +154,16 @@ def test_exif_orientations(suffix: str, tmp_path: Path) -> None:
         assert check_image(path, exif_orientation=True).size == shown.size
     assert orientation_note([True, False, True], "--this").startswith("2 of 3 images have an EXIF orientation")
     assert orientation_note([False], "--this") == ""
+
+
+@pytest.mark.parametrize("pixels", [ramp(), ramp().astype(np.uint16) * 257], ids=["8", "16"])
+def test_a_turned_tiff_is_what_viewers_show(pixels: np.ndarray, tmp_path: Path) -> None:
+    """Pillow turns it by itself, whatever is asked for."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(pixels).save(tmp_path / "x.tif", exif=exif)
+    assert same(read_image(tmp_path / "x.tif", "L"), np.rot90(ramp(), -1))
+    assert check_image(tmp_path / "x.tif") == (ramp().shape, False)
 
 
 def test_complete_images_pass_and_others_do_not(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 PyTorch's x86 builds compute float32 matrix products with MKL, which is slower than oneDNN on processors that are not
 Intel's. PyTorch's public way to oneDNN is a 1x1 convolution of a channels-last view. On such a processor, a forward of
-many rows is therefore that convolution. All other products, and all gradients, are PyTorch's matrix products.
+many rows is therefore that convolution, and so are gradients of very many. All other products are PyTorch's own.
 """
 
 import platform
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.ops.registration import (
     differentiate,
+    is_differentiated,
     is_in_compiled_graph,
     is_transformed,
     refuse_tangents,
@@ -29,6 +31,10 @@ _TENSORS = (Tensor, nn.Parameter)
 # of the convolution, on two cores of an AMD EPYC (AVX-512): 49 rows 100, 60; 196 rows 145, 170; 784 rows 170, 173; 6272
 # rows 157, 196.
 MANY_ROWS = 128
+# The same for gradients, whose weight is transposed as well. GFLOP/s of MKL and of oneDNN on two such cores, for x and
+# for the weight: (512, 2048) with 1568 rows 181, 185 and 174, 130; (128, 512) with 6272 rows 172, 183 and 147, 178;
+# (64, 256) with 25088 rows 147, 179 and 118, 153.
+MANY_ROWS_BACKWARD = 4096
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,11 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Gradient:
-    """The gradient of ``linear``, whose inputs are (x, weight, bias).
-
-    MKL computes it on every processor. oneDNN's gradient of the convolution for x ran at a sixth of MKL's rate (25088
-    rows, two cores of an AMD EPYC), its others at the same rate.
-    """
+    """The gradient of ``linear``, whose inputs are (x, weight, bias)."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -70,11 +72,27 @@ class _Gradient:
         need_x, need_weight, need_bias = ctx.needs_input_grad
         N, K = weight.shape
         rows = grad_y.reshape(-1, N)
+        many = not is_differentiated(grad_y, (x, weight)) and has_many_gradient_rows(rows, weight)
         return (
-            (rows @ weight).reshape(x.shape) if need_x else None,
-            rows.t() @ x.reshape(-1, K) if need_weight else None,
+            grad_input(rows, weight, many).reshape(x.shape) if need_x else None,
+            grad_weight(rows, x.reshape(-1, K), many) if need_weight else None,
             rows.sum(0) if need_bias else None,
         )
+
+
+def grad_input(grad_y: Tensor, weight: Tensor, many: bool) -> Tensor:
+    """``grad_y @ weight`` (M,K) of grad_y (M,N); ``many`` is `has_many_gradient_rows`.
+
+    oneDNN's own gradient of a convolution for its input runs at a sixth of the rate of this forward.
+    """
+    return _convolution(grad_y, weight.t().contiguous(), None) if many else grad_y @ weight
+
+
+def grad_weight(grad_y: Tensor, x: Tensor, many: bool) -> Tensor:
+    """``grad_y.T @ x`` (N,K) of grad_y (M,N) and x (M,K); ``many`` is `has_many_gradient_rows`."""
+    if not many:
+        return grad_y.t() @ x
+    return conv2d_weight(_image(x), (grad_y.shape[1], x.shape[1], 1, 1), _image(grad_y)).flatten(1)
 
 
 class _Convolution(torch.autograd.Function):
@@ -89,12 +107,16 @@ class _Convolution(torch.autograd.Function):
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1,K,M,1), channels-last
-    y = F.conv2d(image, weight[:, :, None, None], bias)  # (1,N,M,1)
+    y = F.conv2d(_image(x), weight[:, :, None, None], bias)  # (1,N,M,1)
     shape = (*x.shape[:-1], weight.shape[0])
     strides = [*accumulate(reversed(shape[1:]), mul, initial=1)][::-1]
     # Reshaped in place: with gradients, a caller could not write to a result that is a view.
     return y.contiguous(memory_format=torch.channels_last).as_strided_(shape, strides)
+
+
+def _image(x: Tensor) -> Tensor:
+    """``x`` (..., K) as (1,K,M,1), channels-last."""
+    return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,6 +160,13 @@ def prefers_convolution(x: Tensor, weight: Tensor) -> bool:
 def has_many_rows(x: Tensor) -> bool:
     """Whether x (..., K) has so many rows that a convolution is faster than MKL."""
     return x.numel() >= MANY_ROWS * x.shape[-1]
+
+
+def has_many_gradient_rows(grad_y: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN computes the gradients of ``linear`` for grad_y (M,N) and weight (N,K), and not MKL."""
+    if torch.compiler.is_compiling() or len(grad_y) < MANY_ROWS_BACKWARD:
+        return False
+    return prefers_convolution(grad_y, weight.t())
 
 
 def mkl_is_slow() -> bool:

@@ -146,7 +146,8 @@ def test_with_two_threads(op: Op) -> None:
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What ordinary float32 products are, whoever made this processor."""
     monkeypatch.setattr(linear_module, "MKL_IS_SLOW", request.param == "convolution")
-    monkeypatch.setattr(linear_module, "MANY_ROWS", 1)
+    for threshold in ("MANY_ROWS", "MANY_ROWS_BACKWARD"):
+        monkeypatch.setattr(linear_module, threshold, 1)
     return request.param
 
 
@@ -193,6 +194,7 @@ def test_few_rows_are_no_convolution(rows: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(linear_module, "MKL_IS_SLOW", True)
     x, weight = torch.empty(rows, 4), torch.empty(5, 4)
     assert linear_module.prefers_convolution(x, weight) == (rows == linear_module.MANY_ROWS)
+    assert not linear_module.has_many_gradient_rows(x, weight.t())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -200,6 +202,8 @@ def test_few_rows_are_no_convolution(rows: int, monkeypatch: pytest.MonkeyPatch)
 def test_either_library_is_within_the_bound(op: Op, shape: tuple[int, ...], library: str) -> None:
     tensors, grad_y = make(op, shape)
     assert linear_module.prefers_convolution(tensors[0], tensors[1]) == (library == "convolution")
+    last = tensors[4 if op.run is run_mlp else 1]
+    assert linear_module.has_many_gradient_rows(grad_y, last) == (library == "convolution")
     assert_correct(op, tensors, grad_y)
 
 

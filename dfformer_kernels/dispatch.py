@@ -73,8 +73,8 @@ def by_name(name: str) -> Backend:
     return _BY_NAME[checked_name("name", name)]
 
 
-def checked_name(argument: str, name: str) -> str:
-    if name not in _BY_NAME:
+def checked_name(argument: str, name: object) -> str:
+    if not isinstance(name, str) or name not in _BY_NAME:
         raise ValueError(f"{argument}: got {name!r}, accepted are {', '.join(map(repr, _BY_NAME))}")
     return name
 
@@ -137,7 +137,7 @@ def requested_backend(backend: str | None) -> str | None:
     With None, the environment or the table decides when the operator runs.
     """
     if backend is not None:
-        return backend if isinstance(backend, str) else checked_name("backend", backend)  # the operator takes only text
+        return checked_name("backend", backend)
     if torch.compiler.is_dynamo_compiling():
         return _requested.get() if _DYNAMO_READS_CONTEXT else _AT_RUN_TIME
     _forget_closed()

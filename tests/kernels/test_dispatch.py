@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,14 @@ def test_unknown_names_raise_naming_the_known_ones(calls: list[str], monkeypatch
     with pytest.raises(ValueError, match=f"DFFORMER_BACKEND: {known}"):
         run()
     assert calls == []
+
+
+@pytest.mark.parametrize("name", [dispatch._AT_RUN_TIME, ["cpu"]], ids=str)
+def test_only_names_of_backends_are_accepted(name: Any) -> None:
+    """Not the mark for a name that compiled code looks up, either."""
+    for call in (lambda: run(name), lambda: use_backend(name).__enter__()):
+        with pytest.raises(ValueError, match=r"got .*, accepted are 'cpu'"):
+            call()
 
 
 @pytest.mark.parametrize("how", ["argument", "context", "environment"])

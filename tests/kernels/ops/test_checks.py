@@ -14,7 +14,7 @@ from cases import (
 )
 from torch import Tensor
 
-from dfformer_kernels import dynamic_filter, global_filter
+from dfformer_kernels import dynamic_filter, global_filter, mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL_OPS = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
@@ -170,6 +170,12 @@ def test_star_relu_that_is_no_pair_raises(name: str, pair: Any) -> None:
     inputs = make_inputs(OPS[name], SMALL, torch.float32)
     with pytest.raises(TypeError, match=rf"{name}: star_relu must be None or a pair \(scale, bias\) of tensors, got "):
         FILTERS[name](*inputs.values(), star_relu=pair)
+
+
+@pytest.mark.parametrize("pair", [None, torch.ones(2)], ids=repr)
+def test_an_mlps_star_relu_that_is_no_pair_raises(pair: Any) -> None:
+    with pytest.raises(TypeError, match=r"mlp: star_relu must be a pair \(scale, bias\) of tensors, got "):
+        mlp(torch.ones(6, 4), torch.ones(8, 4), pair, torch.ones(3, 8))
 
 
 NOT_A_TENSOR = [

@@ -202,6 +202,7 @@ def opened(file: Path | IO[bytes], name: Path | str = "") -> Iterator[Image.Imag
         if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
             raise ValueError("is not a regular file")  # opening a pipe would wait forever
         with Image.open(file, formats=[known for known in _FORMATS if known in Image.OPEN]) as image:
+            image.filename = ""  # so that it is not mapped: Pillow maps a turned TIFF with its sides exchanged
             yield image
     except Exception as error:  # decoders raise anything for a damaged file
         message = str(error) or type(error).__name__

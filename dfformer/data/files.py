@@ -29,6 +29,7 @@ _UNSUPPORTED_SUFFIXES = {
 }
 # Pillow supports more formats, but some run other programs (EPS) or cannot be decoded.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+_APPLY_ORIENTATION = "--exif-orientation, in training --data.exif_orientation true,"
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # the last marker of a complete file
 
 Item = TypeVar("Item")
@@ -97,7 +98,7 @@ class FileDataset(ImageDataset[Sample]):
         """The end of a message about an image of another size than expected: what may help."""
         if self.exif_orientation or found != expected[::-1]:
             return ""
-        return "; if the image has an EXIF orientation, exif_orientation applies it"
+        return f"; if the image has an EXIF orientation, {_APPLY_ORIENTATION} applies it"
 
 
 class Samples(ImageDataset[tuple[Any, Any]]):
@@ -324,13 +325,13 @@ def check_each(check: Callable[[Item], Result], items: Sequence[Item]) -> list[R
     return results
 
 
-def orientation_note(turned: Sequence[bool], option: str) -> str:
+def orientation_note(turned: Sequence[bool]) -> str:
     """A note about images with an EXIF orientation that is not applied; "" if there are none."""
     if not any(turned):
         return ""
     return (
         f"{sum(turned)} of {len(turned)} images have an EXIF orientation, which is not applied: viewers show them "
-        f"turned or mirrored; {option} does so here"
+        f"turned or mirrored; {_APPLY_ORIENTATION} does so here"
     )
 
 

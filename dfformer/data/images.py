@@ -190,7 +190,7 @@ def check_images(*datasets: Any) -> None:
         ValueError: naming the files that cannot be used, and why.
     """
     turned = [image for dataset in datasets for image in dataset.check() if not dataset.exif_orientation]
-    if note := orientation_note(turned, "exif_orientation"):
+    if note := orientation_note(turned):
         echo(note, file=sys.stderr)
 
 

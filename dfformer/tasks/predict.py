@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dfformer.data.files import image_files, image_mode, orientation_note, orientation_of, read_image, real_path
+from dfformer.data.files import (
+    image_files,
+    image_mode,
+    opened,
+    orientation_note,
+    orientation_of,
+    read_image,
+    real_path,
+)
 from dfformer.tasks.results import is_result
 from dfformer.utils.io import write_json
 from dfformer.utils.text import echo, printable
@@ -68,8 +76,10 @@ class Files(Dataset):
     def __getitem__(self, index: int) -> File:
         path = self.paths[index]
         try:
-            image = read_image(path, self.mode, exif_orientation=self.exif_orientation)
-            return File(path, self.prepare(image), turned=orientation_of(image) != 1)
+            with opened(path) as file:
+                image = read_image(file, self.mode, exif_orientation=self.exif_orientation)
+                turned = not self.exif_orientation and orientation_of(file) != 1
+            return File(path, self.prepare(image), turned=turned)
         except Exception as error:  # any error concerns this file alone, and not every error can be pickled
             return File(path, error=_message(path, error))
 
@@ -161,7 +171,7 @@ def predict_files(
     echo(*_table(predicted))
     if predictor.written:
         echo(f"{predictor.written}: {printable(arguments.output)}")
-    if note := orientation_note([file.turned for file in outcomes], "--exif-orientation"):
+    if note := orientation_note([file.turned for file in outcomes]):
         echo(note, file=sys.stderr)
     if failed:
         echo(f"{len(failed)} of {len(unreadable + outcomes)} images failed", file=sys.stderr)

@@ -248,7 +248,7 @@ def test_other_categories() -> None:
 def test_boxes_of_images_as_viewers_show_them(root: Path) -> None:
     with Image.open(root / "train" / "102.png") as image:
         oriented(image.transpose(Image.Transpose.ROTATE_90), root / "train" / "102.png", 6)
-    with pytest.raises(ValueError, match=r"102\.png: is 45x70, .* says 70x45; .*exif_orientation applies it"):
+    with pytest.raises(ValueError, match=r"102\.png: is 45x70, .* says 70x45; .*--exif-orientation, .* applies it"):
         check_images(CocoImages(DatasetSpec("", str(root), "train")))
     turned = CocoImages(DatasetSpec("", str(root), "train", exif_orientation=True))
     check_images(turned)

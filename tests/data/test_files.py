@@ -152,8 +152,8 @@ def test_exif_orientations(suffix: str, tmp_path: Path) -> None:
         assert same(read_image(path, "RGB", exif_orientation=True), shown)
         assert check_image(path) == ((40, 30), orientation != 1)
         assert check_image(path, exif_orientation=True).size == shown.size
-    assert orientation_note([True, False, True], "--this").startswith("2 of 3 images have an EXIF orientation")
-    assert orientation_note([False], "--this") == ""
+    assert orientation_note([True, False, True]).startswith("2 of 3 images have an EXIF orientation")
+    assert orientation_note([False]) == ""
 
 
 @pytest.mark.parametrize("factor", [np.uint8(1), np.uint16(257)], ids=["8", "16"])

@@ -100,7 +100,7 @@ def test_masks_of_images_as_viewers_show_them(root: Path, capsys: pytest.Capture
     check_images(opened(root))
     assert "1 of 4 images have an EXIF orientation" in capsys.readouterr().err
     oriented(noise((30, 40)), path, 6)
-    with pytest.raises(ValueError, match=r"0\.png: is 40x30, its image 30x40; .*exif_orientation applies it"):
+    with pytest.raises(ValueError, match=r"0\.png: is 40x30, its image 30x40; .*--exif-orientation, .* applies it"):
         check_images(opened(root))
     check_images(opened(root, exif_orientation=True))
     assert opened(root, exif_orientation=True)[0][0].size == (40, 30)

@@ -212,8 +212,9 @@ def test_exif_orientations_are_told_and_applied_on_request(
 ) -> None:
     images = tmp_path / "images"
     images.mkdir()
-    for n, orientation in enumerate((1, 6, 8)):
-        oriented(noise(), images / f"{n}.png", orientation)
+    for n, orientation in enumerate((1, 6, 8)):  # one of 16 bits, which are converted
+        image = noise() if n != 1 else Image.fromarray(np.asarray(noise().convert("L")) * np.uint16(257))
+        oriented(image, images / f"{n}.png", orientation)
     assert run(task, [images])[0] == 0
     assert "2 of 3 images have an EXIF orientation, which is not applied" in capsys.readouterr().err
     assert run(task, [images], "--exif-orientation")[0] == 0

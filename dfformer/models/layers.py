@@ -117,17 +117,22 @@ def expanded(dim: int, expansion_ratio: float, act1_layer: Activation, act2_laye
     return C
 
 
-def check_maps(x: Tensor, pwconv1: nn.Module, data_format: str) -> None:
+def check_maps(x: Any, pwconv1: nn.Module, data_format: str) -> None:
     """Raises an error that names ``x`` if an unmodified ``pwconv1`` cannot read it; any other may accept other maps."""
-    if not is_exact(pwconv1, nn.Linear, x):
+    weight, first = pwconv1._parameters.get("weight"), data_format == "channels_first"
+    channels, is_tensor = 1 if first else 3, isinstance(x, Tensor)
+    if weight is None or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
         return
-    weight, first = pwconv1.weight, data_format == "channels_first"
-    if not isinstance(x, Tensor):
+    if is_tensor and x.dtype == weight.dtype and x.dim() == 4 and x.shape[channels] == weight.shape[1]:
+        return  # before anything is asked of pwconv1, because this is every call
+    if not is_exact(pwconv1, nn.Linear, x if is_tensor else None):
+        return
+    if not is_tensor:
         raise TypeError(f"x: got {type(x).__name__}, accepted is a tensor")
-    if x.dim() != 4 or x.shape[1 if first else 3] != weight.shape[1]:
+    if x.dim() != 4 or x.shape[channels] != weight.shape[1]:
         accepted = f"({'B,dim,H,W' if first else 'B,H,W,dim'}) with dim={weight.shape[1]}"
         raise ValueError(f"x: got shape {tuple(x.shape)}, accepted is {accepted}")
-    if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+    if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
         raise TypeError(f"x: got {x.dtype}, accepted is {weight.dtype}, the dtype of the parameters")
 
 
@@ -181,6 +186,8 @@ class SepConv(Projections):
         self.pwconv2 = nn.Linear(C, dim, bias=bias, **placed)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            check_maps(x, self.pwconv1, "channels_last")
         y = self.expand(x).permute(0, 3, 1, 2)
         y = self.dwconv(y) if torch.jit.is_scripting() else call_convolution(self.dwconv, y)
         return self.store(y.permute(0, 2, 3, 1))

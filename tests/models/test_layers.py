@@ -105,9 +105,22 @@ def test_maps_are_refused_by_name(layer_class: Callable[..., nn.Module]) -> None
         (last, x.double(), TypeError, "x: got torch.float64, accepted is torch.float32"),
         (last, x.int(), TypeError, "x: got torch.int32"),
         (last, None, TypeError, "x: got NoneType, accepted is a tensor"),
+        (last, x.numpy(), TypeError, "x: got ndarray, accepted is a tensor"),
+        (SepConv(DIM), x[..., 1:], ValueError, r"x: got shape \(2, 6, 5, 7\), accepted is \(B,H,W,dim\) with dim=8"),
     ):
         with pytest.raises(error, match=message):
             layer(given)
+
+
+class ReadsHalf(GlobalFilter):
+    """Its maps have more channels than its first projection takes."""
+
+    def load(self, x: Tensor) -> Any:
+        return super().load(x[..., : x.shape[3] // 2])
+
+
+def test_a_layer_with_its_own_load_may_read_other_maps() -> None:
+    assert ReadsHalf(DIM, size=PLANE)(image(*PLANE, dim=2 * DIM)).shape == (2, *PLANE, DIM)
 
 
 @FILTERS

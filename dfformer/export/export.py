@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dfformer.export.formats import FORMATS, TRACED_BATCH, Format, Run, Source
-from dfformer.inference.optimize import InferenceModel
+from dfformer.inference.optimize import InferenceModel, blank_image, store_filters
 from dfformer.models.checkpoint import chosen_model, read_checkpoint
-from dfformer.models.filter_resize import resize_filter
 from dfformer.models.metadata import is_ours
-from dfformer.models.spectral import SpectralFilter, stores_filters
+from dfformer.models.spectral import SpectralFilter
 from dfformer.utils.accepted import PLANE, check_arguments
-from dfformer.utils.copied import copied, read_by
+from dfformer.utils.copied import copied
 from dfformer.utils.extras import extra
 from dfformer.utils.text import echo
 from dfformer_kernels.tolerance import relative_error
@@ -143,24 +142,14 @@ def _chosen_format(path: Path, name: str | None, fused: bool) -> Format:
 @torch.no_grad()
 def _source(model: nn.Module, img_size: tuple[int, int], fused: bool) -> Source:
     model = copied(model).eval()
-    in_chans, parameter = read_by(model)
-    if parameter.dtype != torch.float32:
-        raise ValueError(f"model: got {parameter.dtype} parameters, accepted are float32")
-    source = Source(model, _random_images(TRACED_BATCH, (in_chans, *img_size), parameter.device), fused, {})
-
-    def store(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        plane = module.plane_of(inputs[0])
-        if plane != module.size and module.weight_resize and stores_filters(module):
-            resized = resize_filter(module.complex_weights, module.size, plane, module.resize)
-            module.complex_weights, module.size = nn.Parameter(resized), plane
-
-    handles = [m.register_forward_pre_hook(store) for m in model.modules() if isinstance(m, SpectralFilter)]
+    like = blank_image(model, img_size)
+    if like.dtype != torch.float32:
+        raise ValueError(f"model: got {like.dtype} parameters, accepted are float32")
+    source = Source(model, _random_images(TRACED_BATCH, like.shape[1:], like.device), fused, {})
     try:
-        model(source.images)
+        store_filters(model, source.images)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"img_size: got {img_size}, which this model does not accept: {error}") from error
-    for handle in handles:
-        handle.remove()
     return source
 
 

@@ -15,7 +15,7 @@ from dfformer.models.exact import reasons_against
 from dfformer.models.layers import Mlp, SepConv, StarReLU
 from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter, SpectralFilter, stores_filters
 from dfformer.utils.accepted import PLANE, check_arguments, choice
-from dfformer.utils.copied import copied, read_by
+from dfformer.utils.copied import copied
 
 _Parts = dict[str, tuple[type[nn.Module], ...]]  # by path, the classes that a module may have
 
@@ -73,7 +73,11 @@ def optimize_for_inference(
     with torch.inference_mode(False), torch.no_grad():
         served = copied(model).eval().requires_grad_(False)
         if img_size is not None:
-            _fix_filters(served, to_2tuple(img_size), left_alone)
+            computed = store_filters(served, blank_image(served, to_2tuple(img_size)))
+            left_alone += [LeftAlone(name, (reason,)) for name, reason in computed.items()]
+            for name, module in served.named_modules():
+                if isinstance(module, SpectralFilter) and name not in computed:
+                    module.weight_resize = False
         shared = _shared(served)
         for name, module in list(served.named_modules()):
             if isinstance(module, MetaFormerBlock):
@@ -118,28 +122,47 @@ class InferenceModel(nn.Module):
         return super().train(False)
 
 
-def _fix_filters(model: nn.Module, img_size: tuple[int, int], left_alone: list[LeftAlone]) -> None:
-    planes: dict[SpectralFilter, tuple[int, int]] = {}
+def blank_image(model: nn.Module, img_size: tuple[int, int]) -> Tensor:
+    """Zeros (1,in_chans,H,W) of the dtype and on the device of ``model``; ValueError if it has no convolution."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            like = next(model.parameters())
+            return torch.zeros(1, module.in_channels, *img_size, dtype=like.dtype, device=like.device)
+    raise ValueError(f"model: got {type(model).__name__} without a Conv2d, accepted are models of images")
 
-    def note_plane(module: SpectralFilter, inputs: tuple[Tensor, ...]) -> None:
-        planes[module] = module.plane_of(inputs[0])
 
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, SpectralFilter):
-            if stores_filters(module):
-                handles.append(module.register_forward_pre_hook(note_plane))
-            else:
-                left_alone.append(LeftAlone(name, ("its filters are computed at each call",)))
-    in_chans, like = read_by(model)
+def store_filters(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """Stores each layer's filters for its plane when ``model`` runs on ``images``.
+
+    Returns the names of layers whose filters stay as they are, and why.
+    """
+    planes: dict[nn.Module, set[tuple[int, int]]] = {
+        module: set() for module in model.modules() if isinstance(module, SpectralFilter)
+    }
+
+    def note_plane(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        planes[module].add(module.plane_of(inputs[0]))
+
+    handles = [layer.register_forward_pre_hook(note_plane) for layer in planes]
     try:
-        model(torch.zeros(1, in_chans, *img_size, dtype=like.dtype, device=like.device))
+        model(images)
     finally:
         for handle in handles:
             handle.remove()
-    for module, plane in planes.items():
-        module.complex_weights = nn.Parameter(module.filters_for(plane).clone(), requires_grad=False)
-        module.size, module.weight_resize = plane, False
+    left_alone = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, SpectralFilter):
+            continue
+        if not stores_filters(layer):
+            left_alone[name] = "its filters are computed at each call"
+        elif len(planes[layer]) != 1:
+            left_alone[name] = f"it runs on {len(planes[layer])} planes"
+        else:
+            [plane] = planes[layer]
+            filters = layer.filters_for(plane).clone()
+            layer.complex_weights = nn.Parameter(filters, layer.complex_weights.requires_grad)
+            layer.size = plane
+    return left_alone
 
 
 def _fold_norms(name: str, block: Any, shared: set[int], left_alone: list[LeftAlone]) -> None:

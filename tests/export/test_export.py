@@ -21,6 +21,7 @@ from dfformer.cli.main import main
 from dfformer.export.export import BOUND, ExportError, export
 from dfformer.export.formats import FORMATS
 from dfformer.models.checkpoint import save_checkpoint
+from dfformer_kernels.tolerance import relative_error
 
 ARGS: dict[str, Any] = {
     "depths": (1, 1), "dims": (8, 16), "strides": (4, 2), "res_scale_init_values": (None, 1.0), "img_size": 32,
@@ -69,6 +70,28 @@ def test_computed_filters_at_another_image_size(compute: Callable[[nn.Module], A
     model = tiny(img_size=(32, 32))
     compute(model.stages[0][0].token_mixer)
     assert export(model, tmp_path / "model.pt2", (21, 34)) < ERROR
+
+
+class Pyramid(nn.Module):
+    """One layer on two planes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.mixer = dfformer.GlobalFilter(8, size=8, weight_resize=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).permute(0, 2, 3, 1)
+        return self.mixer(x).square().mean((1, 2)) + self.mixer(x[:, ::2, ::2]).square().mean((1, 2))
+
+
+def test_a_layer_on_two_planes_keeps_its_filters(tmp_path: Path) -> None:
+    model, path, x = spread(Pyramid()), tmp_path / "model.pt2", images(2, 3, 48, 48)
+    export(model, path, 48)
+    assert relative_error(torch.export.load(path).module()(x), model(x)) < ERROR
+    served = optimize_for_inference(model, img_size=48)
+    assert [str(entry) for entry in served.left_alone] == ["mixer: it runs on 2 planes"]
+    assert relative_error(served(x), model(x)) < ERROR
 
 
 def test_features(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def grad_weight(grad_y: Tensor, x: Tensor, many: bool) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """Eager calls with gradients; the operator would take longer, as would a Function with ``setup_context`` (30 us)."""
+    """Eager calls with gradients. The operator takes longer, and a Function with ``setup_context`` (30 us)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ _ONLY_FOR: dict[str, tuple[tuple[str, ...], str]] = {
         ("crop_pct", "model", "model_args", "classes"),
         ": others use whole images, and the model and classes of their checkpoint",
     ),
+    "detect": (("min_score",), ""),
     "restore": (("self_ensemble",), ""),
 }
 

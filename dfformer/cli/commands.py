@@ -207,7 +207,7 @@ COMMANDS = {
             Argument("--classes", type=path, help="a text file with a class name a line"),
             _img_size(),
             Argument("--topk", type=int, default=5, help="default: 5"),
-            Argument("--min-score", type=float, default=0.3, help="lowest score of objects; default: 0.3"),
+            Argument("--min-score", type=float, help="detection: lowest score of drawn boxes; default: 0.3"),
             _SELF_ENSEMBLE,
             _batch_size(16),
             _WORKERS_ARGUMENT,

@@ -1,4 +1,4 @@
 """The tasks: classification, segmentation, detection and restoration, with their evaluation and prediction.
 
-Imports data, models, inference, analysis.figures and utils.
+Imports data, models, analysis.dense_figures and utils.
 """

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from dfformer.data import images as image_data
 from dfformer.data.boxes import DetectionTensors, Target, open_box_dataset, with_ids
+from dfformer.data.files import real_path
 from dfformer.models.metadata import DETECTOR
 from dfformer.tasks.base import DenseTask, load_dense
 from dfformer.tasks.detector import Detector
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from dfformer.train.config import TrainConfig
 
-_MIN_SCORE = 0.3  # of boxes drawn during training
+_MIN_SCORE = 0.3  # of boxes that are drawn
 _MEASURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 
 Batch = tuple[list[Tensor], list[Target]]
@@ -184,19 +185,23 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
     """``dfformer predict`` for a detection checkpoint: pictures, and detections.json in COCO's format."""
     from dfformer.analysis.dense_figures import detections
 
-    if not 0 <= arguments.min_score <= 1:
-        raise ValueError(f"--min-score: got {arguments.min_score}, accepted are numbers from 0 to 1")
+    min_score = _MIN_SCORE if arguments.min_score is None else arguments.min_score
+    if not 0 <= min_score <= 1:
+        raise ValueError(f"--min-score: got {min_score}, accepted are numbers from 0 to 1")
+    report = arguments.output / "detections.json"
+    if arguments.json and real_path(arguments.json) == real_path(report):
+        raise ValueError(f"--json: got {arguments.json}, the file of all boxes, accepted is another file")
     model, about = load_detector(arguments.checkpoint)
     device, classes = torch.device(arguments.device), about["classes"]
     model.to(device).set_img_size(*(sorted(arguments.img_size or own_size(about))))
-    stems, ids = plan_results(paths, arguments.output, [".png"]), _image_ids(paths)
+    stems, ids = plan_results(paths, arguments.output, [".png"], report.name), _image_ids(paths)
     results: list[dict[str, Any]] = []
 
     def apply(batch: list[File]) -> list[Top]:
         [(path, image, *_)] = batch
         [objects] = detect(model, [image], device)
-        shown = confident(objects, arguments.min_score)
-        row = {f"score {arguments.min_score:g} and up": _as_arrays([shown])}
+        shown = confident(objects, min_score)
+        row = {f"score {min_score:g} and up": _as_arrays([shown])}
         figure = detections([image.permute(1, 2, 0).numpy()], row, classes, stems[path].name)
         write_results(stems[path], {".png": figure})
         results.extend(_coco_results(ids[path], objects, about["category_ids"]))
@@ -204,7 +209,7 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
         return [[(classes[label], score) for label, score in zip(labels, scores, strict=True)]]
 
     def finish() -> None:
-        write_atomically(arguments.output / "detections.json", json.dumps(results).encode())
+        write_atomically(report, json.dumps(results).encode())
 
     written = "pictures, and detections.json in COCO's format"
     return Predictor(v2.functional.pil_to_tensor, apply, value="score", finish=finish, written=written)

@@ -57,8 +57,11 @@ def _candidate(path: Path, level: int, number: int) -> str:
     return "_".join([*parts[-depth - 1 : -1], parts[-1] if with_suffix else path.stem])
 
 
-def plan_results(paths: Sequence[Path], folder: Path, endings: Sequence[str]) -> dict[Path, Path]:
+def plan_results(paths: Sequence[Path], folder: Path, endings: Sequence[str], of_all: str = "") -> dict[Path, Path]:
     """For each image, the path of its results in ``folder``, to which ``endings`` are appended.
+
+    ``of_all`` is the name of a JSON list about all images. It counts as written by ``predict`` if it is empty or if the
+    folder has a picture that ``predict`` wrote.
 
     Raises:
         ValueError: a result would replace an image, or a file that ``predict`` did not write.
@@ -69,6 +72,9 @@ def plan_results(paths: Sequence[Path], folder: Path, endings: Sequence[str]) ->
     inputs = {_identity(path) for path in paths}
     targets = [folder / f"{name}{ending}" for name in names for ending in endings]
     foreign = [str(path) for path in targets if _identity(path) and (_identity(path) in inputs or not is_result(path))]
+    report = folder / of_all
+    if report.is_file() and report.read_bytes() != b"[]" and not any(map(is_result, folder.glob("*.png"))):
+        foreign.append(str(report))
     if foreign:
         raise ValueError(
             f"--output: got {folder}, where results would replace files that are not earlier results: "

@@ -295,6 +295,7 @@ MISUSES = {
     "model-args": ("detect", ["--model-args", '{"depths": [1]}'], "--model-args: not for the task detect"),
     "classes": ("detect", ["--classes", "names.txt"], "--classes: not for the task detect"),
     "score": ("detect", ["--min-score", "nan"], "--min-score: got nan, accepted are numbers from 0 to 1"),
+    "score-of-masks": ("segment", ["--min-score", "0"], "--min-score: not for the task segment"),
     "pretrained": ("segment", ["--pretrained"], "--pretrained: is for --model by itself, a checkpoint brings its"),
     "self-ensemble": ("detect", ["--self-ensemble"], "--self-ensemble: not for the task detect"),
     "no images": ("segment", ["empty\n"], "no images in empty\\n"),

@@ -56,11 +56,26 @@ def _json_is_another_image(images: Path, out: Path) -> list[str]:
     return ["--output", str(out / "new"), "--json", str(out / "x.png")]
 
 
+def _somebody_elses_detections(images: Path, out: Path) -> list[str]:
+    out.mkdir()
+    (out / "detections.json").write_text('[{"image_id": 1}]')
+    return ["--output", str(out)]
+
+
+def _json_is_the_detections(images: Path, out: Path) -> list[str]:
+    return ["--output", str(out), "--json", str(out / "detections.json")]
+
+
 TARGETS = [_same_folder, _linked_folder, _hard_link, _somebody_elses, _a_file]
 TARGETS += [_json_is_an_image, _json_is_another_image]
 
 
-@pytest.mark.parametrize(("task", "target"), [*(("segment", target) for target in TARGETS), ("detect", _same_folder)])
+DETECTIONS = [_same_folder, _somebody_elses_detections, _json_is_the_detections]
+
+
+@pytest.mark.parametrize(
+    ("task", "target"), [*(("segment", target) for target in TARGETS), *(("detect", target) for target in DETECTIONS)]
+)
 def test_no_file_is_overwritten(
     task: str,
     target: Callable[[Path, Path], list[str]],

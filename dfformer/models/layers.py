@@ -121,7 +121,7 @@ def check_maps(x: Any, pwconv1: nn.Module, data_format: str) -> None:
     """Raises an error that names ``x`` if an unmodified ``pwconv1`` cannot read it; any other may accept other maps."""
     weight, first = pwconv1._parameters.get("weight"), data_format == "channels_first"
     channels, is_tensor = 1 if first else 3, isinstance(x, Tensor)
-    if weight is None or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
+    if type(pwconv1) is not nn.Linear or weight is None or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
         return
     if is_tensor and x.dtype == weight.dtype and x.dim() == 4 and x.shape[channels] == weight.shape[1]:
         return  # before anything is asked of pwconv1, because this is every call

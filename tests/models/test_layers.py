@@ -119,6 +119,12 @@ class ReadsHalf(GlobalFilter):
         return super().load(x[..., : x.shape[3] // 2])
 
 
+def test_a_projection_of_another_class_decides_what_it_reads() -> None:
+    layer = DynamicFilter(DIM, size=PLANE)
+    layer.pwconv1 = nn.LazyLinear(2 * DIM)
+    assert layer(image(*PLANE)).shape == (2, *PLANE, DIM)
+
+
 def test_a_layer_with_its_own_load_may_read_other_maps() -> None:
     assert ReadsHalf(DIM, size=PLANE)(image(*PLANE, dim=2 * DIM)).shape == (2, *PLANE, DIM)
 

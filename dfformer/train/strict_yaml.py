@@ -3,7 +3,7 @@
 from typing import Any
 
 import yaml
-from jsonargparse._loaders_dumpers import get_yaml_default_loader, yaml_load
+from jsonargparse import get_loader
 
 _MOST_TEXT = 2**20  # characters
 _DEEPEST = 20
@@ -29,10 +29,10 @@ def load(text: str) -> Any:
             raise ValueError(f"YAML: has the tag {event.tag[:60]}, accepted are values without tags")
         if isinstance(event, yaml.ScalarEvent) and _is_endless(event.value):
             raise ValueError(f"YAML: {event.value[:20]}... is a number of {len(event.value)} characters")
-    node = yaml.compose(text, Loader=get_yaml_default_loader())
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
     if node is not None:
         _check_keys(node)
-    return yaml_load(text)
+    return get_loader("yaml")(text)
 
 
 def _is_endless(text: str) -> bool:

@@ -21,11 +21,17 @@ _INVERSE_TRANSFORMS = (torch.fft.irfft2, torch.fft.irfftn)
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Isolates random numbers, autocast and the gradient mode inside from those outside."""
-    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # manual_seed seeds them all
+    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     modes = torch.autocast(device.type, enabled=False), torch.inference_mode(False), torch.enable_grad()
     with torch.random.fork_rng(devices), modes[0], modes[1], modes[2]:
-        torch.manual_seed(0)
+        _seed(0)
         yield
+
+
+def _seed(seed: int) -> None:
+    """As torch.manual_seed, which for GPUs that are not in use yet would replace the seed that they start with."""
+    unused = torch.backends.cuda.is_built() and not torch.cuda.is_initialized()
+    (torch.default_generator.manual_seed if unused else torch.manual_seed)(seed)
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -44,11 +50,11 @@ def tensors(result: Any) -> list[Tensor]:
 def results(module: nn.Module, inputs: Sequence[Any]) -> dict[str, Tensor]:
     """The outputs, the gradients of a fixed random function of them, and the buffers after the call, by name."""
     inputs = [x.clone().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in inputs]
-    torch.manual_seed(1)
+    _seed(1)
     with _ContiguousInverse():
         outputs = tensors(module.forward(*inputs))  # without hooks, which are not ours to call
     after = torch.get_rng_state()
-    torch.manual_seed(2)
+    _seed(2)
     scalar = sum((y * torch.randn(y.shape, device=y.device)).sum() for y in outputs if y.requires_grad)
     leaves = {f"input {i}": x for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad}
     leaves |= {name: p for name, p in module.named_parameters() if p.requires_grad}

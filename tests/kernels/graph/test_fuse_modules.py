@@ -302,6 +302,16 @@ def test_several_layers_and_their_report() -> None:
     assert str(fuse(nn.Linear(2, 2), torch.ones(2))).startswith("nothing to fuse")
 
 
+def test_seeds_of_unused_gpus_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps the last one for the first use of a GPU."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    torch.manual_seed(123)
+    assert fuse(copies.Authors(6), torch.randn(2, 8, 8, 6)).fused
+    assert seeds == [123]
+
+
 def test_refusals() -> None:
     with pytest.raises(TypeError, match="program must be a module or an ExportedProgram, got function"):
         fuse(lambda x: x)  # type: ignore[arg-type]

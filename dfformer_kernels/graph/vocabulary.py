@@ -73,9 +73,9 @@ def is_linear(node: fx.Node) -> bool:
     name = name_of(node)
     if name in _ARITHMETIC:
         tensors = [a for a in node.args if not isinstance(a, int | float | complex)]
-        return not node.kwargs and all(isinstance(a, fx.Node) and is_tensor(a) for a in tensors)
+        return not node.kwargs and all(map(is_tensor, tensors))
     if name == "getitem":
-        return isinstance(node.args[0], fx.Node) and is_tensor(node.args[0])
+        return is_tensor(node.args[0])
     return name in _LINEAR
 
 
@@ -119,7 +119,7 @@ def transform_of(node: fx.Node) -> Transform | None:
     if node.op != "call_function" or not (is_aten or stem in ("rfft", "irfft", "fft", "ifft")):
         return None
     given = node.normalized_arguments(nn.Module(), normalize_to_only_use_kwargs=True)
-    if given is None or "out" in given.kwargs or not isinstance(given.kwargs["input"], fx.Node):
+    if given is None or "out" in given.kwargs or not is_tensor(given.kwargs["input"]):
         return None
     return (_aten_transform if is_aten else _torch_transform)(name, **given.kwargs)
 
@@ -158,8 +158,9 @@ def value_of(node: fx.Node) -> Any:
     return next((node.meta[key] for key in VALUES if key in node.meta), None)
 
 
-def is_tensor(node: fx.Node) -> bool:
-    return isinstance(value_of(node), Tensor)
+def is_tensor(argument: Any) -> bool:
+    """Whether an argument of a node is a node whose value is known to be a tensor."""
+    return isinstance(argument, fx.Node) and isinstance(value_of(argument), Tensor)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

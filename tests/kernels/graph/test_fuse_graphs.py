@@ -157,6 +157,14 @@ def test_compiled_graphs(name: str) -> None:
     assert not fuse_pass.report.left_alone
 
 
+def test_transforms_of_values_that_a_graph_does_not_tell_are_left_alone() -> None:
+    fuse_pass, graph = FusePass(), fx.symbolic_trace(copies.Authors(6)).graph
+    before = str(graph)
+    fuse_pass(graph)
+    assert str(graph) == before
+    assert fuse_pass.report.found == []
+
+
 def softmax_without_gradient(x: Tensor, logits: Tensor, basis: Tensor) -> Tensor:
     with torch.no_grad():
         routing = logits.softmax(1)

@@ -15,7 +15,10 @@ from dfformer_kernels.warn_once import warn_once
 def directory() -> Path:
     if chosen := os.environ.get("DFFORMER_CACHE_DIR"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfformer"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfformer"
+    except RuntimeError:  # the user has no home directory
+        return Path(os.devnull) / "dfformer"  # which cannot be written
 
 
 def read(name: str) -> bytes | None:

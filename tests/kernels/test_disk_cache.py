@@ -29,6 +29,18 @@ def test_a_full_disk_is_one_warning_and_leaves_nothing(folder: Path, monkeypatch
     assert cache.read("name") is None
 
 
+def test_a_user_without_a_home_directory_is_one_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    for name in ("DFFORMER_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.warns(UserWarning, match="cannot keep files in .* DFFORMER_CACHE_DIR names another directory"):
+        cache.write("name", b"data")
+    assert cache.read("name") is None
+
+
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [

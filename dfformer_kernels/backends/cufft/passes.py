@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from dfformer_kernels.backends import torch_fft
+from dfformer_kernels.backends.cufft import libcufft
 from dfformer_kernels.backends.filter_kernels import FilterStep, Gradients, filter_kernels, needed
 from dfformer_kernels.problem import KernelBuildError, Problem, empty_like, is_channels_first
 from dfformer_kernels.reference import compute_dtype
+from dfformer_kernels.warn_once import warn_once
 
 # Assumed bytes that memory moves while another transform is launched: 3 us at the 3.35 TB/s of an H100.
 _LAUNCH_BYTES = 10_000_000
@@ -166,11 +168,12 @@ def _triton() -> ModuleType:
 
 @cache
 def _transforms(device_type: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int], Tensor]]:
-    """``rfft2`` and ``irfft2``, unscaled: cuFFT's if libcufft can be opened, otherwise torch.fft's (ROCm)."""
+    """``rfft2`` and ``irfft2``, unscaled: cuFFT's if libcufft can be opened, otherwise torch.fft's, as on ROCm."""
     if device_type == "cuda":
-        libcufft = import_module("dfformer_kernels.backends.cufft.libcufft")
-        if not libcufft.unavailable_reasons():
+        if not (reasons := libcufft.unavailable_reasons()):
             return libcufft.rfft2, libcufft.irfft2
+        if torch.version.hip is None:
+            warn_once(f"dfformer_kernels' 'cufft' backend uses torch.fft's transforms: {reasons[0]}")
     return _torch_rfft2, _torch_irfft2
 
 

@@ -359,6 +359,15 @@ def test_launches_touch_what_the_model_of_traffic_says(
         assert wanted <= size <= 1.1 * wanted
 
 
+def test_cuda_without_its_libcufft_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cufft.libcufft, "unavailable_reasons", lambda: ["libcufft cannot be opened"])
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.warns(UserWarning, match=r"uses torch\.fft's transforms: libcufft cannot be opened"):
+        assert cufft._transforms.__wrapped__("cuda")[0] is cufft._torch_rfft2
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # as planned
+    assert cufft._transforms.__wrapped__("cuda")[0] is cufft._torch_rfft2
+
+
 def test_why_it_cannot_run_here() -> None:
     assert cufft.unavailable_reasons() == ([] if torch.cuda.is_available() else ["there is no CUDA or ROCm device"])
     problem = Problem("dynamic_filter", "cuda", torch.float32, (2, 56, 56, 64), 4)

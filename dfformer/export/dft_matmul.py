@@ -4,12 +4,12 @@ import functools
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from dfformer.models.spectral import AFNO2D
 from dfformer.utils.eager_baseline import with_classes
-from dfformer_kernels import afno, dft_matmul
+from dfformer_kernels import dft_matmul
 from dfformer_kernels.ops.filter import MATMUL_DECOMPOSITIONS, MatmulTransforms
 
 ModelT = TypeVar("ModelT", bound=nn.Module | ExportedProgram)
@@ -41,7 +41,7 @@ def with_dft_matmul(model: ModelT) -> ModelT:
     dft_matmul.be_constants()
     # Not only the model's class: a checkpoint's backward calls the modules inside again, by themselves.
     kinds = {type(model)} | {type(module) for module in model.modules() if _is_foreign(module)}
-    return with_classes(model, {kind: _with_products(_AFNO2D if kind is AFNO2D else kind) for kind in kinds})
+    return with_classes(model, {kind: _with_products(kind) for kind in kinds})
 
 
 def _is_foreign(module: nn.Module) -> bool:
@@ -59,10 +59,5 @@ def _with_products(kind: type[Any]) -> type[Any]:
         with MatmulTransforms():
             return kind.forward(self, *args, **kwargs)
 
-    return type(kind.__name__, (kind,), {"forward": forward})
-
-
-class _AFNO2D(AFNO2D):
-    def filter(self, x: Tensor) -> Tensor:
-        fraction, threshold = self.hard_thresholding_fraction, self.sparsity_threshold
-        return afno.filter_matmul(x, self.w1, self.b1, self.w2, self.b2, fraction, threshold)
+    of_afno = {"matmul": True} if issubclass(kind, AFNO2D) else {}
+    return type(kind.__name__, (kind,), {"forward": forward, **of_afno})

@@ -4,7 +4,7 @@ A token mixer is created as ``mixer(dim=..., size=plane)``; a new one goes here.
 forward, and `SpectralFilter._load_from_state_dict` those of a checkpoint for another plane.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from timm.layers import to_2tuple
@@ -243,6 +243,8 @@ class AFNO2D(Projections):
     ignored. Spectral arithmetic is float32 (float64 for float64 ``x``). ``data_format``: see `DynamicFilter`.
     """
 
+    matmul: Final[bool] = False  # whether matrix products transform, see `dfformer.with_dft_matmul`
+
     def __init__(
         self,
         dim: int,
@@ -291,12 +293,12 @@ class AFNO2D(Projections):
     def filter(self, x: Tensor) -> Tensor:
         """The neural operator of x (B,H,W,C), in x's dtype."""
         fraction, threshold = self.hard_thresholding_fraction, self.sparsity_threshold
-        return afno_filter(x, self.w1, self.b1, self.w2, self.b2, fraction, threshold)
+        return afno_filter(x, self.w1, self.b1, self.w2, self.b2, fraction, threshold, self.matmul)
 
 
 @torch.fx.wrap
 def afno_filter(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept_fraction: float, threshold: float
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept_fraction: float, threshold: float, matmul: bool
 ) -> Tensor:
     """``irfft2(softshrink(mlp(rfft2(x)[:, :, :kept])))`` of x (B,H,W,C), the MLP being `dfformer_kernels.afno.mlp`."""
     if x.numel() == 0:  # not every FFT library accepts this
@@ -304,6 +306,6 @@ def afno_filter(
     if torch.jit.is_scripting():
         return afno.filter(x, w1, b1, w2, b2, kept_fraction, threshold)
     else:
-        step = afno.filter_matmul if dft_matmul.in_onnx_export() else afno.filter
+        step = afno.filter_matmul if matmul or dft_matmul.in_onnx_export() else afno.filter
         with without_autocast(x.device):
             return step(x, w1, b1, w2, b2, kept_fraction, threshold)

@@ -44,6 +44,19 @@ def test_matrix_products_are_the_transforms(mixer: str, plane: tuple[int, int]) 
     assert relative_error(dfformer.with_dft_matmul(layer)(x), eager_baseline(layer)(x)) < 1e-14
 
 
+class OwnAFNO(dfformer.AFNO2D):
+    """Somebody's subclass, which changes nothing."""
+
+
+def test_subclasses_of_afno_and_autocast() -> None:
+    layer, x = spread(OwnAFNO(8)), torch.randn(2, 6, 5, 8)
+    copied = dfformer.with_dft_matmul(layer)
+    program = torch.export.export(copied, (x,))
+    assert not [node for node in program.graph.nodes if "fft" in str(node.target)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(copied(x), layer(x)) < BOUND[torch.bfloat16]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     x, logits, basis = torch.randn(2, 6, 5, 8).to(dtype), torch.randn(2, 3, 8).to(dtype), torch.randn(6, 3, 3, 2)

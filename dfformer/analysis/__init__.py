@@ -1,4 +1,4 @@
 """What happens inside a model: metrics, figures, and ``dfformer show``.
 
-Imports models and utils.
+Imports tasks, data, models and utils; the tasks draw with dense_figures, which imports utils only.
 """

@@ -87,7 +87,7 @@ def compare(model: nn.Module, state_dict: Mapping[str, Tensor], exactly: bool = 
 def _is_resized(model: nn.Module, name: str, stored: Tensor) -> bool:
     """Whether the parameter ``name`` has the filters of a layer that resizes ``stored`` when it loads them."""
     path, _, own_name = name.rpartition(".")
-    layer = dict(model.named_modules()).get(path)
+    layer = dict(model.named_modules(remove_duplicate=False)).get(path)
     return own_name == "complex_weights" and isinstance(layer, SpectralFilter) and layer.accepts(stored)
 
 

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from inspect import unwrap
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfformer import AFNO2D, DFFormer, DynamicFilter, GlobalFilter, SepConv
+from dfformer import AFNO2D, DFFormer, DynamicFilter, GlobalFilter, SepConv, load_checkpoint
 from dfformer.models import filter_resize as resize
 from dfformer.models.spectral import SpectralFilter
 from dfformer.utils.eager_baseline import eager_baseline
@@ -104,6 +105,15 @@ def test_resize_rules_differ_on_another_size_only() -> None:
     fourier.load_state_dict(bicubic.state_dict())
     assert torch.equal(bicubic(x := images()), fourier(x))
     assert not torch.equal(bicubic(x := images(96, 70)), fourier(x))
+
+
+def test_a_checkpoint_of_a_shared_mixer_at_another_size(tmp_path: Path) -> None:
+    """Its filters have two names."""
+    models = [small(depths=(2, 1, 1, 1), img_size=size) for size in (64, 96)]
+    for model in models:
+        model.stages[0][1].token_mixer = model.stages[0][0].token_mixer
+    torch.save(models[0].state_dict(), tmp_path / "shared.pth")
+    assert not any(load_checkpoint(models[1], tmp_path / "shared.pth"))
 
 
 # Layouts, dtypes, devices

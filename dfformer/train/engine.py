@@ -320,7 +320,7 @@ class Engine:
         if found is None:
             return None
         path, state = found
-        self._must_be_the_same_run(path, json.loads(state["config"]))
+        self._must_be_the_same_run(path, state)
         for name, model in self.models.items():
             must_fit(model, state.get(name, {}), path, exactly=True)
             sharded.set_model_state_dict(model, state[name], options=_WHOLE)
@@ -336,14 +336,20 @@ class Engine:
         self.step, self.loss_sum, self.history = state["step"], state["loss_sum"], state["history"]
         return path
 
-    def _must_be_the_same_run(self, path: Path, saved: dict[str, Any]) -> None:
-        before, now = flatten(saved), flatten(json.loads(json.dumps(asdict(self.config))))
+    def _must_be_the_same_run(self, path: Path, state: dict[str, Any]) -> None:
+        before, now = flatten(json.loads(state["config"])), flatten(json.loads(json.dumps(asdict(self.config))))
         names = before.keys() | now.keys()
         changed = sorted(name for name in names - FREE_TO_CHANGE if before.get(name) != now.get(name))
         if changed:
             raise ValueError(
                 f"{path}: was written by a run with other settings: "
                 + ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed)
+            )
+        epochs, ended = len(state["history"]), state["history"][-1]["step"] if state["history"] else 0
+        if ended != epochs * self.steps or not 0 <= state["step"] - ended < self.steps:
+            raise ValueError(
+                f"{path}: was written by a run with another number of training images: step {state['step']} after "
+                f"{epochs} epochs, which have {self.steps} steps each here"
             )
 
     def _announce(self) -> None:

@@ -42,6 +42,19 @@ def test_another_run_is_neither_overwritten_nor_mixed_up(
     assert said[0].startswith("this run was already complete: best top1 ")
 
 
+def test_a_run_is_not_resumed_with_fewer_images(
+    command: list[str], root: Path, expected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its epochs would have other steps: one that is over would count as trained."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(expected / "checkpoint-00000004.pt", run)
+    for path in [*(root / "train" / "ant").iterdir()][1:]:
+        path.unlink()
+    assert main([*command, "--output", str(run), "--resume", "true"]) == 2
+    assert "another number of training images: step 4 after 1 epochs, which have 2 steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_a_damaged_latest_checkpoint(
     damage: str, command: list[str], expected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -153,6 +153,15 @@ def images_in(folder: Path) -> list[Path]:
     return images
 
 
+def images_by_stem(folder: Path) -> dict[str, Path]:
+    """`images_in` by their path in ``folder`` without suffix; ValueError if two differ in nothing but the suffix."""
+    found: dict[str, Path] = {}
+    for path in images_in(folder):
+        if (other := found.setdefault(str(path.relative_to(folder).with_suffix("")), path)) != path:
+            raise ValueError(f"{other} and {path}: have the same name, accepted is one image a name")
+    return found
+
+
 def real_path(path: Path) -> Path:
     """`Path.resolve` for any path: before Python 3.13 that raises for a link to itself."""
     return Path(os.path.realpath(path))

@@ -21,7 +21,7 @@ from dfformer.data.files import (
     ImageDataset,
     Samples,
     check_image,
-    images_in,
+    images_by_stem,
     opened,
     read_class_names,
     read_image,
@@ -58,15 +58,12 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
         images, masks = root / "images" / spec.split, root / "annotations" / spec.split
         self.folder = masks
         self._found: set[int] = set()  # classes in the masks checked so far
-        self.images = images_in(images)
+        found = images_by_stem(images)
+        self.images = list(found.values())
         if not masks.is_dir():
             raise ValueError(f"{masks}: is not a folder")
         self.classes = _class_names(root)
-        self.masks = [masks / path.relative_to(images).with_suffix(".png") for path in self.images]
-        owner: dict[Path, Path] = {}
-        for image, mask in zip(self.images, self.masks, strict=True):
-            if (other := owner.setdefault(mask, image)) != image:
-                raise ValueError(f"{other} and {image}: have the same mask {mask}, accepted is one image a mask")
+        self.masks = [masks / f"{stem}.png" for stem in found]
         self.first_label = int(reduce_zero_label)
         self.to_class = np.full(256, IGNORED, dtype=np.uint8)  # the class of each value of a mask
         labels = np.arange(self.first_label, min(self.first_label + len(self.classes), IGNORED))

@@ -11,7 +11,16 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from dfformer.data import photographs
-from dfformer.data.files import DatasetSpec, FileDataset, ImageDataset, Samples, check_image, images_in, read_image
+from dfformer.data.files import (
+    DatasetSpec,
+    FileDataset,
+    ImageDataset,
+    Samples,
+    check_image,
+    images_by_stem,
+    images_in,
+    read_image,
+)
 
 LEAST_SIDE = 16  # of a whole image, in pixels; the metrics need it
 _MIRRORINGS = (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE)
@@ -71,8 +80,7 @@ class PairFolder(FileDataset[Pair]):
         self.images = images_in(targets)
         self.inputs: list[Path] = []
         if not made:
-            found = {_stem(path, inputs): path for path in images_in(inputs)}
-            wanted = [_stem(path, targets) for path in self.images]
+            wanted, found = images_by_stem(targets), images_by_stem(inputs)
             if missing := [name for name in wanted if name not in found]:
                 raise ValueError(f"{inputs}: has no image {missing[0]}, although there is such a target")
             self.inputs = [found[name] for name in wanted]
@@ -105,10 +113,6 @@ class PairFolder(FileDataset[Pair]):
                     path, *source, *target, self.scale, *(side // self.scale for side in target)
                 )
             )
-
-
-def _stem(path: Path, folder: Path) -> str:
-    return str(path.relative_to(folder).with_suffix(""))
 
 
 class Photographs(PairDataset):

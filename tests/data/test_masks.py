@@ -149,7 +149,7 @@ def _broken(kind: str, name: str) -> Callable[[Path], str]:
 def _two_images(root: Path) -> str:
     path = root / "images" / "train" / "0" / "2.webp"
     noise().save(path)
-    return f"{path.with_suffix('.jpg')} and {path}: have the same mask"
+    return f"{path.with_suffix('.jpg')} and {path}: have the same name"
 
 
 def _empty(root: Path) -> str:

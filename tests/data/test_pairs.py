@@ -112,12 +112,17 @@ def missing(root: Path) -> None:
     (root / "inputs" / "train" / "below" / "1.bmp").unlink()
 
 
+def twice(root: Path) -> None:
+    coordinates(2).save(root / "inputs" / "train" / "below" / "1.png")
+
+
 def of_another_size(root: Path) -> None:
     coordinates(3).save(root / "inputs" / "train" / "below" / "1.bmp")
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], Degradation, tuple[int, int], str]] = {
     "no-input": (missing, Degradation(scale=2), (8, 8), "has no image below/1, although there is such a target"),
+    "two-inputs": (twice, Degradation(scale=2), (8, 8), r"1[.](bmp|png) and .*1[.](png|bmp): have the same name"),
     "other-size": (of_another_size, Degradation(scale=2), (8, 8), r"is 12x8, its target 36x24; accepted .* is 18x12"),
     "files-and-made": (lambda _: None, Degradation(noise=1.0), (8, 8), "has inputs, so restore.blur and restore.noise"),
     "small": (lambda _: None, Degradation(scale=2), (32, 8), r"is 36x24, accepted are images from 8x32 up"),

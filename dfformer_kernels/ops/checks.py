@@ -54,8 +54,11 @@ def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) 
 
 def check_groups(op: str, logits: Tensor, basis: Tensor) -> None:
     """Checks a grouped basis (G,H,K,F,2), because groups are merged before the operator's own checks."""
-    if logits.dim() != 3 or logits.shape[1] != basis.shape[3] or logits.shape[2] % basis.shape[0]:
-        accepted = f"shape (B,F,C), F = {basis.shape[3]}, C a multiple of G = {basis.shape[0]} groups of the basis"
+    G, _, _, F, _ = basis.shape
+    if G < 1:
+        _fail(op, "basis", "of G >= 1 groups of channels", f"shape {_shape(basis)}")
+    if logits.dim() != 3 or logits.shape[1] != F or logits.shape[2] % G:
+        accepted = f"shape (B,F,C), F = {F}, C a multiple of G = {G} groups of the basis"
         _fail(op, "logits", accepted, _shape(logits))
 
 

@@ -100,7 +100,7 @@ def trace(
     Raises:
         UnsupportedCopyError: its forward cannot be written as a graph, or does more than compute a result.
     """
-    before = dict(vars(module))
+    before = _attributes(module)
     tracer = _Tracer(module, inputs, constants, through)
     try:
         with torch.no_grad():
@@ -109,12 +109,22 @@ def trace(
         raise
     except Exception as error:  # foreign code may raise anything
         raise UnsupportedCopyError(f"its forward cannot be traced ({first_line(error)})") from error
-    for name, value in vars(module).items():
-        if before.get(name, before) is not value and not name.startswith("_tensor_constant"):
-            raise UnsupportedCopyError(f"its forward sets self.{name}, which the replacement would not")
+    for name, held in _attributes(module).items():
+        if list(map(id, before.get(name, ()))) != list(map(id, held)) and not name.startswith("_tensor_constant"):
+            raise UnsupportedCopyError(f"its forward changes self.{name}, which the replacement would not")
     # A dtype that no call takes may have been compared with ``is``.
     unused = [n for n in graph.nodes if isinstance(value_of(n), torch.dtype) and not n.users]
     return Trace(graph, [number for node in (*tracer.seen, *unused) for number in _numbers(node)], tracer.limits)
+
+
+def _attributes(module: nn.Module) -> dict[str, list[Any]]:
+    """The attributes of a module; lists, dicts and sets that are not torch's own are followed by what they hold."""
+    found: dict[str, list[Any]] = {}
+    for name, value in vars(module).items():
+        found[name] = [value]
+        if isinstance(value, list | dict | set) and name not in vars(nn.Module()):
+            found[name].extend(value.values() if isinstance(value, dict) else value)
+    return found
 
 
 def _numbers(node: fx.Node) -> list[Any]:

@@ -135,3 +135,13 @@ class SavesRouting(Authors):
     def _route(self, x: Tensor) -> Tensor:
         self.last_routing = super()._route(x)
         return self.last_routing
+
+
+class CollectsRouting(Authors):
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.routings: list[Tensor] = []
+
+    def _route(self, x: Tensor) -> Tensor:
+        self.routings.append(super()._route(x))
+        return self.routings[-1]

@@ -71,7 +71,8 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "functional dropout": (lambda: different.FunctionalDropout(DIM), "in training its forward does something else"),
     "by value": (lambda: different.ByValue(DIM), "branches on the values of tensors"),
     "full spectrum": (lambda: different.FullSpectrum(DIM), "uses fft2, ifft2"),
-    "side effect": (lambda: different.SavesRouting(DIM), "sets self.last_routing"),
+    "side effect": (lambda: different.SavesRouting(DIM), "changes self.last_routing"),
+    "side effect in a list": (lambda: different.CollectsRouting(DIM), "changes self.routings"),
 }
 
 

@@ -87,7 +87,7 @@ DIFFERENT: dict[str, tuple[Any, str]] = {
     "by value": (lambda: different.ByValue(6), "branches on the values"),
     "noise in training": (lambda: different.NoiseInTraining(6), "in training its forward does something else"),
     "functional dropout": (lambda: different.FunctionalDropout(6), "in training its forward does something else"),
-    "stores results": (lambda: different.SavesRouting(6), "sets self.last_routing"),
+    "stores results": (lambda: different.SavesRouting(6), "changes self.last_routing"),
 }
 
 

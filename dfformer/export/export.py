@@ -145,7 +145,7 @@ def _source(model: nn.Module, img_size: tuple[int, int], fused: bool) -> Source:
     like = blank_image(model, img_size)
     if like.dtype != torch.float32:
         raise ValueError(f"model: got {like.dtype} parameters, accepted are float32")
-    source = Source(model, _random_images(TRACED_BATCH, like.shape[1:], like.device), fused, {})
+    source = Source(model, _random_images(TRACED_BATCH, like.shape[1:], like), fused, {})
     try:
         store_filters(model, source.images)
     except (RuntimeError, ValueError) as error:
@@ -153,8 +153,8 @@ def _source(model: nn.Module, img_size: tuple[int, int], fused: bool) -> Source:
     return source
 
 
-def _random_images(batch: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch)).to(device)
+def _random_images(batch: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch), device="cpu").to(like)
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def _largest_error(source: Source, run: Run, any_size: bool) -> float:
         cases.append((1, (in_chans, H + 32, W)))
     errors = []
     for batch, shape in cases:
-        images = _random_images(batch, shape, source.images.device)
+        images = _random_images(batch, shape, source.images)
         actual, expected = (pytree.tree_leaves(outputs) for outputs in (run(images), source.model(images)))
         errors += [relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
     return max(errors)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from dfformer import replace_dynamic_filters, restore_dynamic_filters
+from dfformer.export.export import export
 from dfformer_kernels.tolerance import gradient_errors, relative_error
 
 DIM = 12
@@ -276,6 +277,17 @@ def test_complex_filters_are_swapped_without_warnings() -> None:
         report = replace_dynamic_filters(forms.FiltersFirst(DIM))
     assert not report[0].refusal
     assert not warned
+
+
+def test_swapping_and_exporting_under_another_default_dtype(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, DIM, 4, 4), forms.ChannelsFirst(DIM))
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert [r.refusal for r in replace_dynamic_filters(model)] == [""]
+        export(model, tmp_path / "model.pt2", 32)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def test_a_swapped_detector_runs_in_half(detector: Detector) -> None:

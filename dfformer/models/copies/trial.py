@@ -37,12 +37,14 @@ class Hypothesis(NamedTuple):
     layouts: tuple[str, ...]
     channels: tuple[int, ...]
 
-    def inputs(self, plane: Plane, batch: int, **placed: Any) -> list[Any]:
+    def inputs(
+        self, plane: Plane, batch: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> list[Any]:
         given: list[Any] = []
         for layout, C in zip(self.layouts, self.channels, strict=True):
             sizes = {"B": batch, "H": plane[0], "W": plane[1], "N": plane[0] * plane[1], "C": C}
             shape = [sizes[letter] for letter in layout]
-            given.append(torch.randn(shape, **placed) if len(shape) > 1 else shape[0])
+            given.append(torch.randn(shape, device=device, dtype=dtype) if len(shape) > 1 else shape[0])
         return given
 
     def indistinguishable(self) -> list["Hypothesis"]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from dfformer.models.spectral import AFNO2D
-from dfformer.utils.eager_baseline import with_classes
+from dfformer.utils.copied import with_classes
 from dfformer_kernels import dft_matmul
 from dfformer_kernels.ops.filter import MATMUL_DECOMPOSITIONS, MatmulTransforms
 

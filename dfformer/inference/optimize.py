@@ -13,7 +13,7 @@ from dfformer.inference.packed import PackedLinear, PackedMlp, ServedBlock
 from dfformer.models.blocks import MetaFormerBlock
 from dfformer.models.exact import reasons_against
 from dfformer.models.layers import Mlp, SepConv, StarReLU
-from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter, SpectralFilter, stores_filters
+from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter, SpectralFilter
 from dfformer.utils.accepted import PLANE, check_arguments, choice
 from dfformer.utils.copied import copied
 
@@ -153,7 +153,7 @@ def store_filters(model: nn.Module, images: Tensor) -> dict[str, str]:
     for name, layer in model.named_modules():
         if not isinstance(layer, SpectralFilter):
             continue
-        if not stores_filters(layer):
+        if "complex_weights" not in {**layer._parameters, **layer._buffers}:  # e.g. parametrised
             left_alone[name] = "its filters are computed at each call"
         elif len(planes[layer]) != 1:
             left_alone[name] = f"it runs on {len(planes[layer])} planes"

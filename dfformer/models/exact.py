@@ -62,7 +62,7 @@ def reasons_against(module: nn.Module, kind: type[nn.Module], x: Any = None) -> 
     ):
         reasons.append("its forward was replaced")
     # Hooks on what is saved or loaded matter only where a module is replaced.
-    if has_hooks(module) or (x is None and trace.has_hooks(module)):
+    if _has_call_hooks(module) or (x is None and trace.has_hooks(module)):
         reasons.append("it has hooks")
     if kind.__call__ is not _CALL or kind._call_impl is not _CALL_IMPL or torch.jit.is_tracing():
         reasons.append("it is being traced")
@@ -76,7 +76,7 @@ def reasons_against(module: nn.Module, kind: type[nn.Module], x: Any = None) -> 
     return reasons
 
 
-def has_hooks(module: nn.Module) -> bool:
+def _has_call_hooks(module: nn.Module) -> bool:
     """Whether hooks, its own or global ones, could see or change the inputs and outputs of this module."""
     return bool(
         module._forward_hooks

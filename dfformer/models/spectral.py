@@ -59,11 +59,6 @@ def fitted_filters(weight: Tensor, size: tuple[int, int], H: int, W: int, weight
         return resize_filter(weight, size, (H, W), rule).to(dtype)
 
 
-def stores_filters(module: nn.Module) -> bool:
-    """Whether a layer's filters are a tensor of its own, and not computed at each call, e.g. by a parametrisation."""
-    return "complex_weights" in {**module._parameters, **module._buffers}
-
-
 class SpectralFilter(Projections):
     """The base of `DynamicFilter` and `GlobalFilter`: two projections, the stored filters and their resizing.
 

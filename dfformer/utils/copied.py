@@ -18,3 +18,11 @@ def copied(model: ModuleT) -> ModuleT:
     check_module(model)
     tensors = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
     return deepcopy(model, {id(t): t.detach().clone() for t in tensors if not t.is_leaf})
+
+
+def with_classes(model: ModuleT, classes: dict[type[nn.Module], type[nn.Module]]) -> ModuleT:
+    """A copy of ``model``. Modules whose class is a key of ``classes`` have the class that it maps to instead."""
+    model = copied(model)
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))
+    return model

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dfformer.models.layers import StarReLU
 from dfformer.models.spectral import DynamicFilter, GlobalFilter, Scalars
-from dfformer.utils.copied import copied
+from dfformer.utils.copied import with_classes
 from dfformer_kernels import reference
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -49,11 +49,3 @@ def eager_baseline(model: ModuleT) -> ModuleT:
     """A copy of ``model`` in the authors' formulation: torch.fft for the filter step,
     separate operations for StarReLU, ``F.linear``, and no recomputation in backward."""
     return with_classes(model, EAGER)
-
-
-def with_classes(model: ModuleT, classes: dict[type[nn.Module], type[nn.Module]]) -> ModuleT:
-    """A copy of ``model``. Modules whose class is a key of ``classes`` have the class that it maps to instead."""
-    model = copied(model)
-    for module in model.modules():
-        module.__class__ = classes.get(type(module), type(module))
-    return model

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import dfformer_kernels.ops.flops  # noqa: F401 (registers the operators' formulas)
 from dfformer.models.spectral import AFNO2D
+from dfformer_kernels.ops.flops import filter_flops
 
 
 def _transform(x: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
     """FLOPs of a transform in torch.fft, for which torch has no formula; the real plane is the larger one."""
-    B, H, W, C = max(x, out_shape, key=math.prod)
-    return round(2.5 * B * H * W * C * math.log2(H * W))
+    return filter_flops(max(x, out_shape, key=math.prod), transforms=1)
 
 
 _TRANSFORMS = {torch.ops.aten._fft_r2c: _transform, torch.ops.aten._fft_c2r: _transform}

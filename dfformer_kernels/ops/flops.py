@@ -21,7 +21,7 @@ WEIGHTED_PRODUCT = PRODUCT + 2  # times the number of columns of the full spectr
 BATCH_SUM = 2
 
 
-def _filter(x: Shape, transforms: int, spectral: int) -> int:
+def filter_flops(x: Shape, transforms: int, spectral: int = 0) -> int:
     """FLOPs of ``transforms`` transforms of x (B,H,W,C), plus ``spectral`` for each kept frequency and channel."""
     B, H, W, C = x
     N = max(H * W, 1)
@@ -33,7 +33,7 @@ def _filter_backward(x: Shape, needs: Sequence[bool], mix: int) -> int:
     need_x, *of_filters, need_scale, need_bias = needs
     need_u, need_filters = need_x or need_scale or need_bias, any(of_filters)
     spectral = need_u * (mix + PRODUCT) + need_filters * WEIGHTED_PRODUCT + sum(of_filters) * (mix or BATCH_SUM)
-    return _filter(x, 1 + need_u + need_filters, spectral)
+    return filter_flops(x, 1 + need_u + need_filters, spectral)
 
 
 # Each formula takes its operator's arguments, with shapes for tensors, and ``out_shape``. Options with default values
@@ -43,7 +43,7 @@ _OPS = torch.ops.dfformer
 
 @register_flop_formula(_OPS.dynamic_filter)
 def _dynamic_filter(x: Shape, logits: Shape, *_: Any, **out: Any) -> int:
-    return _filter(x, 2, MIX * logits[1] + PRODUCT)
+    return filter_flops(x, 2, MIX * logits[1] + PRODUCT)
 
 
 @register_flop_formula(_OPS.dynamic_filter_backward)
@@ -53,7 +53,7 @@ def _dynamic_filter_backward(grad_y: Shape, x: Shape, logits: Shape, *others: An
 
 @register_flop_formula(_OPS.global_filter)
 def _global_filter(x: Shape, *_: Any, **out: Any) -> int:
-    return _filter(x, 2, PRODUCT)
+    return filter_flops(x, 2, PRODUCT)
 
 
 @register_flop_formula(_OPS.global_filter_backward)

@@ -323,7 +323,6 @@ class Engine:
         self._must_be_the_same_run(path, state)
         for name, model in self.models.items():
             must_fit(model, state.get(name, {}), path, exactly=True)
-            sharded.set_model_state_dict(model, state[name], options=_WHOLE)
         try:
             # It is empty in other processes than the first.
             own = sharded.get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)
@@ -333,6 +332,8 @@ class Engine:
             self.scaler.load_state_dict(state["scaler"])
         except Exception as error:  # torch ignores missing entries, and raises anything for others
             raise CheckpointError(f"{path}: optimizer, scaler: do not fit this run: {reason(error)}") from error
+        for name, model in self.models.items():  # last: torch asks an optimizer for its state by a step, if of size 0
+            sharded.set_model_state_dict(model, state[name], options=_WHOLE)
         self.step, self.loss_sum, self.history = state["step"], state["loss_sum"], state["history"]
         return path
 

@@ -108,6 +108,17 @@ def test_resuming_amid_an_epoch_is_exact(workers: int, command: list[str], expec
         assert_same_result(folder, expected)
 
 
+def test_weights_are_those_of_the_checkpoint_whatever_the_optimizer(command: list[str], tmp_path: Path) -> None:
+    """MADGRAD rounds them in a step of size 0, which is how torch makes an optimizer's first state."""
+    command = [*command, "--optim.opt=madgrad", "--keep=9"]
+    assert main([*command, "--output", str(tmp_path / "expected")]) == 0
+    (tmp_path / "run").mkdir()
+    for name in ("checkpoint-00000005.pt", "steps.jsonl", "best.safetensors"):
+        shutil.copy(tmp_path / "expected" / name, tmp_path / "run")
+    assert main([*command, "--output", str(tmp_path / "run"), "--resume=true"]) == 0
+    assert_same_result(tmp_path / "run", tmp_path / "expected")
+
+
 # Starts training with slow writing of checkpoints, so that kills land in it.
 SLOW = """
 import sys, time

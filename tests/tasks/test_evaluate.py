@@ -14,7 +14,6 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from dfformer.cli.main import main
-from dfformer.data import images
 from dfformer.models.checkpoint import load_model, save_checkpoint
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_size": 32}
@@ -192,7 +191,3 @@ def test_predicting_with_workers_is_the_same(root: Path, tmp_path: Path) -> None
     assert reports[0] == reports[1]
     assert len(reports[0]["predictions"]) == 11
     assert [Path(e["path"]).name for e in reports[0]["errors"]] == ["1.png"]
-
-
-def test_header_checks_read_only_what_is_a_folder() -> None:
-    images.check_images(images.DigitImages("val"))

@@ -338,13 +338,15 @@ def _init_weights(module: nn.Module) -> None:
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts to new parameters and buffers; ``Module.to`` changes them in place, which fake tensors do not allow."""
+    new: dict[Tensor, Tensor] = {}  # a tensor with several names stays one
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            new[parameter] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+    new |= {buffer: buffer.to(dtype) for buffer in model.buffers() if buffer.is_floating_point()}
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_floating_point():
-                setattr(module, name, nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad))
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                setattr(module, name, buffer.to(dtype))
+        for tensors in (module.named_parameters, module.named_buffers):
+            for name, tensor in list(tensors(recurse=False, remove_duplicate=False)):
+                setattr(module, name, new.get(tensor, tensor))
 
 
 def _pool(pool_type: str) -> nn.Module:

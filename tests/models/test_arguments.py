@@ -145,6 +145,21 @@ def test_dtype_of_norms_with_statistics() -> None:
     assert {t.dtype for t in [*model.parameters(), *statistics]} == {torch.float64}
 
 
+class Tied(nn.Linear):
+    """A mixer with a weight of two names."""
+
+    def __init__(self, dim: int, size: tuple[int, int]) -> None:
+        super().__init__(dim, dim)
+        self.other = nn.Linear(dim, dim)
+        self.other.weight = self.weight
+
+
+def test_dtype_leaves_tied_weights_tied() -> None:
+    mixer = blocks(build(token_mixers=Tied, dtype=torch.bfloat16))[0].token_mixer
+    assert mixer.weight is mixer.other.weight
+    assert mixer.weight.dtype == torch.bfloat16
+
+
 def test_device_comes_before_the_surrounding_one() -> None:
     with torch.device("meta"):
         assert {p.device.type for p in build(device="cpu").parameters()} == {"cpu"}

@@ -132,7 +132,8 @@ def check_maps(x: Any, pwconv1: nn.Module, data_format: str) -> None:
     if x.dim() != 4 or x.shape[channels] != weight.shape[1]:
         accepted = f"({'B,dim,H,W' if first else 'B,H,W,dim'}) with dim={weight.shape[1]}"
         raise ValueError(f"x: got shape {tuple(x.shape)}, accepted is {accepted}")
-    if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+    castable = x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)  # autocast leaves float64 alone
+    if not (castable and torch.is_autocast_enabled(x.device.type)):
         raise TypeError(f"x: got {x.dtype}, accepted is {weight.dtype}, the dtype of the parameters")
 
 

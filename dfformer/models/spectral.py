@@ -182,8 +182,8 @@ class DynamicFilter(SpectralFilter):
         data_format: ``"channels_first"`` for x and results (B,dim,H,W); torch.channels_last memory is then fastest.
         device, dtype: of the parameters.
 
-    ``complex_weights`` is (H, W//2 + 1, F, 2). ``x`` is (B,H,W,dim) in the parameters' dtype; under autocast, in any but
-    float64.
+    ``complex_weights`` is (H, W//2 + 1, F, 2). ``x`` is (B,H,W,dim) in the parameters' dtype; under autocast, in any
+    but float64.
 
     Raises:
         ValueError: an argument that is not accepted, by name, or ``x`` of another shape. TypeError: ``x`` of another

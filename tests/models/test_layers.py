@@ -110,7 +110,7 @@ def test_maps_are_refused_by_name(layer_class: Callable[..., nn.Module]) -> None
     ):
         with pytest.raises(error, match=message):
             layer(given)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="x: got torch.float64"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"x: got torch\.float64"):
         last(x.double())
 
 

@@ -99,8 +99,8 @@ def _img_size(words: str = "default: the model's", **options: Any) -> Argument:
     return Argument("--img-size", type=plane, metavar="N or HxW", help=words, **options)
 
 
-def _output(folder: str) -> Argument:
-    return Argument("--output", type=path, default=Path(folder), help=f"folder to write to (default: {folder})")
+def _output(folder: str, words: str = "folder to write to") -> Argument:
+    return Argument("--output", type=path, default=Path(folder), help=f"{words} (default: {folder})")
 
 
 def _batch_size(default: int) -> Argument:
@@ -206,14 +206,14 @@ COMMANDS = {
             _PRETRAINED,
             Argument("--classes", type=path, help="a text file with a class name a line"),
             _img_size(),
-            Argument("--topk", type=int, default=5, help="default: 5"),
+            Argument("--topk", type=int, default=5, help="classification: number of classes shown; default: 5"),
             Argument("--min-score", type=float, help="detection: lowest score of drawn boxes; default: 0.3"),
             _SELF_ENSEMBLE,
             _batch_size(16),
             _WORKERS_ARGUMENT,
             _DEVICE,
             Argument("--json", type=path, help="also write the result to this file"),
-            _output("predictions"),
+            _output("predictions", "folder for masks, boxes and restored images"),
         ),
         details="Classifies or restores images, segments them, or detects objects, depending on the checkpoint.",
         extra="train",

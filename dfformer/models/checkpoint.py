@@ -234,7 +234,9 @@ def own_architecture(path: str | Path, metadata: Mapping[str, Any]) -> str:
     """The model of this package that a checkpoint is for; CheckpointError if the file names none."""
     name = metadata.get("architecture")
     if name is None:
-        raise CheckpointError(f"{path}: does not say which model it is for; pass the architecture, e.g. dfformer_s18")
+        raise CheckpointError(
+            f"{path}: does not say which model it is for; pass it: --model NAME, or architecture=NAME, e.g. dfformer_s18"
+        )
     if not is_ours(name):
         raise CheckpointError(
             f"{path}: architecture: got {name!r}, which is not one of dfformer's models; if the file may choose it, "

@@ -238,7 +238,7 @@ def read_metadata(text: str) -> dict[str, Any]:
     """The contents of a checkpoint's JSON description; ValueError if it is not accepted."""
     about = parse_json(text)
     if not isinstance(about, dict):
-        raise ValueError(f"is not a mapping: {shortened(about)}")
+        raise ValueError(f"its description of the model is not a mapping: {shortened(about)}")
     check_metadata(about)
     return about
 
@@ -261,6 +261,8 @@ def parse_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=unique_keys, parse_int=_whole)
     except RecursionError:
         raise ValueError("is nested too deep") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"its description of the model is not JSON ({error})") from None
 
 
 def _whole(digits: str) -> int:

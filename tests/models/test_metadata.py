@@ -187,6 +187,11 @@ def test_text_that_is_no_metadata(text: str, tmp_path: Path, weights: dict[str, 
         assert len(str(raised.value)) < 500
 
 
+def test_text_that_is_not_json_is_said_to_be_the_description() -> None:
+    with pytest.raises(ValueError, match=r"its description of the model is not JSON \(Expecting value"):
+        parse_json("")
+
+
 def test_a_million_equal_keys_take_no_time() -> None:
     text = "{" + ", ".join(f'"{n}": 1' for n in range(200_000)) + ', "5": 1}'
     with pytest.raises(ValueError, match="'5': is repeated"):

@@ -235,7 +235,8 @@ def own_architecture(path: str | Path, metadata: Mapping[str, Any]) -> str:
     name = metadata.get("architecture")
     if name is None:
         raise CheckpointError(
-            f"{path}: does not say which model it is for; pass it: --model NAME, or architecture=NAME, e.g. dfformer_s18"
+            f"{path}: does not say which model it is for; pass it, e.g. --model dfformer_s18, or "
+            "architecture='dfformer_s18'"
         )
     if not is_ours(name):
         raise CheckpointError(

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import timm
-from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from torch import nn
 
 from dfformer.data.transforms import check_auto_augment
 from dfformer.models.metadata import DECODER, FLAG, check_architecture, check_model_args, check_settings
@@ -55,7 +57,9 @@ def _check_names(config: "TrainConfig") -> None:
     if get_optimizer_info(optimizer).second_order:
         raise ValueError(f"optim.opt: got {config.optim.opt!r}, accepted are optimisers without second derivatives")
     try:
-        get_optimizer_class(optimizer)
+        groups = create_optimizer_v2(nn.Linear(1, 1, device="meta"), config.optim.opt, lr=config.optim.lr).param_groups
+        if any(isinstance(value, torch.dtype) for group in groups for value in group.values()):
+            raise ValueError("torch cannot gather its settings for a checkpoint")
     except Exception as error:  # timm asserts, or imports, what some need
         raise ValueError(f"optim.opt: got {config.optim.opt!r}, which cannot be used here: {reason(error)}") from error
     args = dict(config.model.args)

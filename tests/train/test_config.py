@@ -96,6 +96,7 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
     "huge-size": (["--data.img_size", "4097"], r"data\.img_size: got 4097, accepted are whole numbers from 1 to 4096"),
     "second-order": (["--optim.opt", "adahessian"], r"optim\.opt: got 'adahessian', accepted are .* without second"),
     "needs-a-library": (["--optim.opt", "fusedadam"], r"optim\.opt: got 'fusedadam', which cannot be used here"),
+    "no-checkpoint": (["--optim.opt", "adafactorbv"], r"optim\.opt: got 'adafactorbv', which cannot be used here: Val"),
     "milestones-far": (["--optim.milestones", "[1, 1000001]"], r"optim\.milestones: got .*epochs from 1 to 1000000"),
     "milestones-order": (["--optim.milestones", "[3, 1]"], r"optim\.milestones: got .3, 1., .* in ascending order"),
     "malformed-policy": (["--augment.auto_augment", "rand-mx"], r"augment\.auto_augment: got 'rand-mx', accepted are"),

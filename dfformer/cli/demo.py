@@ -30,7 +30,7 @@ from dfformer.models.spectral import DynamicFilter
 from dfformer.tasks.evaluate import data_config
 from dfformer.train.config import ModelConfig, parse
 from dfformer.train.engine import train
-from dfformer.train.state import checkpoints
+from dfformer.train.state import checkpoints, weights
 from dfformer.utils.device import Place
 from dfformer.utils.eager_baseline import eager_baseline
 from dfformer.utils.io import write_atomically, write_json
@@ -96,7 +96,7 @@ def demo_command(arguments: argparse.Namespace) -> int:
 def train_on_digits(epochs: int, seed: int, folder: Path) -> list[dict[str, float]]:
     """Trains by the recipe ``digits`` in fewer epochs; writes digits.safetensors and returns the measures by epoch."""
     run = folder / "training"
-    start, earlier = run / "start.safetensors", checkpoints(run)
+    start, earlier = run / "start.safetensors", [*checkpoints(run), *weights(run)]
     if earlier and not start.exists():
         raise ValueError(f"--output: {run} contains a training run that is no demo's, accepted is another folder")
     for path in earlier:

@@ -36,7 +36,7 @@ from dfformer.tasks.table import task_part
 from dfformer.train.checks import flatten
 from dfformer.train.config import FREE_TO_CHANGE, TrainConfig, parse
 from dfformer.train.log import Log, interruption
-from dfformer.train.state import checkpoints, load_latest_state, locked, optimizer_layout, save_state
+from dfformer.train.state import checkpoints, load_latest_state, locked, optimizer_layout, save_state, weights
 from dfformer.utils.device import Place, usable_device
 from dfformer.utils.io import write_atomically
 from dfformer.utils.text import echo, reason
@@ -60,7 +60,7 @@ def train(config: TrainConfig, place: Place) -> list[dict[str, float]]:
     folder = Path(config.output)
     with ExitStack() as held:
         _on_first(place, lambda: held.enter_context(locked(folder)))
-        if checkpoints(folder) and not config.resume:
+        if not config.resume and (checkpoints(folder) or weights(folder)):
             raise ValueError(
                 f"output: {folder} already contains a run; pass --resume=true to continue it, or another folder"
             )
@@ -287,11 +287,11 @@ class Engine:
 
     def _export(self) -> None:
         """Writes the latest weights and the best so far, for use."""
-        weights = _whole_weights(self.result)
+        tensors = _whole_weights(self.result)
         if self.first:
-            self.task.export(weights, self.folder / "last.safetensors")
+            self.task.export(tensors, self.folder / "last.safetensors")
             if self.task.score(self.history[-1]) > max(map(self.task.score, self.history[:-1]), default=-math.inf):
-                self.task.export(weights, self.folder / "best.safetensors")
+                self.task.export(tensors, self.folder / "best.safetensors")
 
     def _draw(self) -> None:
         self.result.eval()

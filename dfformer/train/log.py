@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dfformer.analysis.figures import learning_curve
 from dfformer.tasks.base import Task
 from dfformer.train.config import TrainConfig
-from dfformer.train.state import checkpoints
+from dfformer.train.state import checkpoints, weights
 from dfformer.utils.io import as_csv, write_atomically
 from dfformer.utils.text import printable, reason
 
@@ -89,9 +89,8 @@ def interruption(folder: Path, arguments: Sequence[str], distributed: bool) -> s
         lines.append("no checkpoint was saved yet: one is written after each epoch, or every --save_steps steps")
         return "\n".join(lines)
     lines.append(f"saved: {saved[-1]}, after step {int(saved[-1].stem.split('-')[1])}")
-    weights = [str(path) for path in (folder / "last.safetensors", folder / "best.safetensors") if path.exists()]
-    if weights:
-        lines.append(f"weights for use: {', '.join(weights)}")
+    if written := weights(folder):
+        lines.append(f"weights for use: {', '.join(map(str, written))}")
     command = shlex.join(["dfformer", "train", *arguments, "--resume=true"])
     lines.append("resume with: " + ("the same torchrun command and --resume=true" if distributed else command))
     return "\n".join(lines)

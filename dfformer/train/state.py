@@ -81,6 +81,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(_PATTERN))
 
 
+def weights(folder: Path) -> list[Path]:
+    """The weights for use in a run's folder, as far as they are written."""
+    return [path for path in (folder / "last.safetensors", folder / "best.safetensors") if path.exists()]
+
+
 def _digest(content: bytes | memoryview) -> bytes:
     return hashlib.sha256(content).digest()
 

@@ -34,6 +34,9 @@ def test_another_run_is_neither_overwritten_nor_mixed_up(
     shutil.copytree(expected, tmp_path / "run")
     assert main([*command, *run]) == 2
     assert "already contains a run; pass --resume=true" in capsys.readouterr().err
+    shutil.copytree(expected, tmp_path / "weights", ignore=shutil.ignore_patterns("checkpoint-*"))
+    assert main([*command, "--output", str(tmp_path / "weights")]) == 2
+    assert "already contains a run" in capsys.readouterr().err
     assert main([*command, *run, "--resume", "true", "--optim.lr", "0.5"]) == 2
     assert "optim.lr was 0.001, is 0.5" in capsys.readouterr().err
     assert main([*command, *run, "--resume", "true"]) == 0

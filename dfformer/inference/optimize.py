@@ -244,9 +244,9 @@ def _served_mlp(mlp: Any) -> nn.Module:
 # By class: what optimises a module, and those of its parts that must be unmodified. Only the projections of a mixer
 # are replaced, as the linear layers that they are.
 _PROJECTIONS: _Parts = {"pwconv1": _LINEAR, "pwconv2": _LINEAR}
-_PATHS = (DropPath, nn.Identity)
+_DROP_PATHS = (DropPath, nn.Identity)
 _SERVED: dict[type[nn.Module], tuple[Callable[[Any], nn.Module], _Parts]] = {
-    MetaFormerBlock: (ServedBlock, {"drop_path1": _PATHS, "drop_path2": _PATHS}),
+    MetaFormerBlock: (ServedBlock, {"drop_path1": _DROP_PATHS, "drop_path2": _DROP_PATHS}),
     **dict.fromkeys((DynamicFilter, GlobalFilter, SepConv, AFNO2D), (lambda mixer: mixer, _PROJECTIONS)),
     Mlp: (_served_mlp, {"fc1": _LINEAR, "act": (StarReLU,), "fc2": _LINEAR}),
     nn.Linear: (lambda linear: PackedLinear(linear.weight, linear.bias), {}),

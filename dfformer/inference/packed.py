@@ -149,7 +149,7 @@ class PackedMlp(nn.Module):
 
 
 class ServedBlock(nn.Module):
-    """A MetaFormer block that adds each residual in place to the branch's result.
+    """A MetaFormer block that scales and adds each residual in one pass.
 
     ``x = r1(x) + l1(mixer(norm1(x)))``, ``x = r2(x) + l2(mlp(norm2(x)))``. It has the block's modules by name.
     """

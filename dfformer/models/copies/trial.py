@@ -85,7 +85,7 @@ class Trial:
         self.device = device_of(module)
         self._probe: nn.Module | None = None
         with torch.no_grad():
-            for tensor in itertools.chain(self.module.parameters(), self.module.buffers(), _plain(self.module)):
+            for tensor in itertools.chain(self.module.parameters(), self.module.buffers(), _unregistered(self.module)):
                 _randomise(tensor)
 
     def copy(self, training: bool) -> nn.Module:
@@ -180,7 +180,7 @@ def _error_of(module: nn.Module, inputs: Sequence[Any]) -> Exception | None:
     return None
 
 
-def _plain(module: nn.Module) -> list[Tensor]:
+def _unregistered(module: nn.Module) -> list[Tensor]:
     """The tensors that are attributes, but neither parameters nor buffers."""
     return [value for m in module.modules() for value in vars(m).values() if isinstance(value, Tensor)]
 
@@ -280,8 +280,8 @@ def formula_of(module: nn.Module) -> Hashable:
 def _frozen(value: Any) -> Hashable:
     if isinstance(value, tuple | list | set):
         return type(value), tuple(_frozen(v) for v in value)
-    plain = isinstance(value, int | float | str | type | FunctionType | torch.dtype | torch.device | None)
-    return (type(value), value) if plain else object()
+    is_simple = isinstance(value, int | float | str | type | FunctionType | torch.dtype | torch.device | None)
+    return (type(value), value) if is_simple else object()
 
 
 def find(trial: Trial) -> tuple[Hypothesis, str, fx.Graph]:

@@ -18,7 +18,7 @@ from dfformer.models.spectral import DynamicFilter, GlobalFilter, SpectralFilter
 from dfformer.utils.accepted import check_module
 from dfformer_kernels.graph.compare import undisturbed
 from dfformer_kernels.graph.subclass import FusedModule, check_names, fused_class, is_fused_class
-from dfformer_kernels.graph.trace import DifferentCopyError, UnsupportedCopyError, has_hooks
+from dfformer_kernels.graph.trace import ONE_AT_A_TIME, DifferentCopyError, UnsupportedCopyError, has_hooks
 
 _NAME = "complex_weight"  # the name of the filters in the authors' layers and most copies
 _LOOKED_FOR = (
@@ -182,7 +182,7 @@ def _replacement(module: nn.Module, known: dict[Hashable, _Replace]) -> _Replace
     """
     try:
         _check_tensors(module)
-        with undisturbed(device_of(module)):
+        with ONE_AT_A_TIME, undisturbed(device_of(module)):
             official = _only_computes(module, _OFFICIAL)
             formula = official, formula_of(module)
             if formula not in known:

@@ -22,6 +22,7 @@ from dfformer_kernels.graph.rewrite import rewrite
 from dfformer_kernels.graph.step import PYTHON
 from dfformer_kernels.graph.subclass import check_names, fused_class
 from dfformer_kernels.graph.trace import (
+    ONE_AT_A_TIME,
     UnsupportedCopyError,
     common_graph,
     first_line,
@@ -114,7 +115,7 @@ def _fuse_call(call: _Call, where: str, spectral: Collection[nn.Module]) -> list
         if inner in spectral and name and has_hooks(inner):
             raise UnsupportedCopyError(f"{name} has hooks, which the graph would not call")
     device = next((t.device for t in given.values() if isinstance(t, Tensor)), torch.device("cpu"))
-    with compare.undisturbed(device):
+    with ONE_AT_A_TIME, compare.undisturbed(device):
         found, graph = _rewritten(module, given, where, spectral)
         if graph is None:
             return found

@@ -10,6 +10,7 @@ import inspect
 import itertools
 import operator
 import sys
+import threading
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ from torch import Tensor, fx, nn
 
 from dfformer_kernels.graph.vocabulary import is_tensor, name_of, value_of
 
+# Held by a thread that tries and traces modules. While torch.fx traces, the calls of all modules in the process go
+# through its tracer; two traces at once would leave them there for good. Trials also seed the process's random numbers.
+ONE_AT_A_TIME = threading.RLock()
 _ORDERINGS = (operator.lt, operator.le, operator.gt, operator.ge)
 # What Python code may ask of a tensor and branch on, because trials vary it.
 _SIZES = {"shape", "size", "_length", "dim", "ndim", "numel", "is_floating_point", "is_complex"}
@@ -95,7 +99,7 @@ def trace(
     """Traces ``module``, prepared by `make_traceable`, on ``inputs``, and submodules in ``through`` with it.
 
     The graph has the values of ``constants`` for inputs of these names, and takes all others. This may change
-    ``module``: its buffers, and attributes that its forward sets.
+    ``module``: its buffers, and attributes that its forward sets. The caller holds ``ONE_AT_A_TIME``.
 
     Raises:
         UnsupportedCopyError: its forward cannot be written as a graph, or does more than compute a result.
@@ -170,6 +174,7 @@ class _Tracer(fx.Tracer):
         self.seen: list[fx.Node] = []
         self.limits: list[float] = []
         self._evaluating = False
+        self._thread = threading.get_ident()
         self.run = fx.Interpreter(root, graph=fx.Graph())
         self.run.args_iter = iter(inputs)
 
@@ -197,10 +202,14 @@ class _Tracer(fx.Tracer):
         return node
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self._evaluating else super().call_module(m, forward, args, kwargs)
+        return super().call_module(m, forward, args, kwargs) if self._records() else forward(*args, **kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if self._records() else attr_val
+
+    def _records(self) -> bool:
+        """Whether a call belongs to the trace, rather than to a node's evaluation or another thread."""
+        return not self._evaluating and threading.get_ident() == self._thread
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Known(node, self)

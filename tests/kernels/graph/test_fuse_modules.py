@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import different_copies as different
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from dfformer.utils.eager_baseline import eager_baseline
 from dfformer_kernels import fuse
-from dfformer_kernels.graph import compare
+from dfformer_kernels.graph import compare, trace
 from dfformer_kernels.tolerance import gradient_errors, relative_error
 
 
@@ -310,6 +311,27 @@ def test_seeds_of_unused_gpus_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(123)
     assert fuse(copies.Authors(6), torch.randn(2, 8, 8, 6)).fused
     assert seeds == [123]
+
+
+def test_other_threads_may_run_modules_and_wait_to_fuse() -> None:
+    other, free = nn.Linear(2, 2), []
+
+    def is_free() -> bool:
+        if acquired := trace.ONE_AT_A_TIME.acquire(blocking=False):
+            trace.ONE_AT_A_TIME.release()
+        return acquired
+
+    class Beside(copies.Authors):
+        def forward(self, x: Tensor) -> Tensor:
+            pool.submit(other, torch.ones(2)).result()
+            free.append(pool.submit(is_free).result())
+            return super().forward(x)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert fuse(Beside(6), torch.randn(2, 8, 8, 6)).fused
+    assert free.pop(0)  # the first call shows what the model calls
+    assert free
+    assert not any(free)
 
 
 def test_refusals() -> None:

@@ -235,13 +235,13 @@ class OptimConfig:
         weight_decay: not applied to biases and norms.
         clip_grad: largest norm of the gradient, or none.
         epochs: number of epochs of the schedule, warm-up included.
-        cooldown_epochs: number of further epochs at min_lr.
-        schedule: of the learning rate, which changes at every step.
+        cooldown_epochs: number of further epochs at min_lr, after cosine and poly.
+        schedule: of the learning rate, which changes at every step; "step" is a multistep with milestones 90, 180, ...
         decay_rate: the power of poly; the factor of step and multistep.
         milestones: epochs at which multistep multiplies by it.
         warmup_epochs: number of epochs in which the rate rises linearly from warmup_lr to lr.
         warmup_lr: the first learning rate.
-        min_lr: the last learning rate.
+        min_lr: the last learning rate, of cosine and poly.
         ema_decay: decay of an averaged copy of the weights, which is then saved for use; 0 for none.
     """
 

@@ -314,7 +314,8 @@ def test_seeds_of_unused_gpus_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_threads_may_run_modules_and_wait_to_fuse() -> None:
-    other, free = nn.Linear(2, 2), []
+    other = nn.Linear(2, 2)
+    free: list[bool] = []
 
     def is_free() -> bool:
         if acquired := trace.ONE_AT_A_TIME.acquire(blocking=False):

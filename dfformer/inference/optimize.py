@@ -254,12 +254,12 @@ _SERVED: dict[type[nn.Module], tuple[Callable[[Any], nn.Module], _Parts]] = {
 
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts all weights except the filters."""
+    """Casts all weights to ``dtype`` except the filters, which become float32."""
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.to(dtype)
             continue
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             is_filter = isinstance(module, SpectralFilter) and name == "complex_weights"
-            if tensor is not None and tensor.is_floating_point() and not is_filter:
-                tensor.data = tensor.data.to(dtype)
+            if tensor is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.float32 if is_filter else dtype)

@@ -80,6 +80,14 @@ def test_filters_stay_float32_in_bfloat16() -> None:
     assert set(dtypes.values()) == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_in_float64_becomes_one_of_the_dtype(dtype: torch.dtype) -> None:
+    model, x = trained().double(), images().double()
+    served = optimize_for_inference(model, dtype)
+    assert served.state_dict()["model.stages.0.0.token_mixer.complex_weights"].dtype == torch.float32
+    assert relative_error(served(x), model(x)) < ERROR[dtype]
+
+
 def test_feature_maps_and_other_methods() -> None:
     model, x = trained(), images()
     served = optimize_for_inference(model)

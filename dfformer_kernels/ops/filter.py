@@ -193,7 +193,6 @@ def _expression(
 def _define(name: str, inputs: str, options: str = "") -> type[Any]:
     """Registers ``dfformer::<name>`` and ``dfformer::<name>_backward``, and returns their autograd Function.
 
-    Its ``apply`` takes the inputs in that order, then the backend's name or None, then optionally the options.
     ``inputs`` is the schema of the tensor arguments, ``x`` first. ``options`` is the schema of the flags, which have
     defaults; kernels take them after the tensors.
     """
@@ -256,6 +255,13 @@ def _autograd_function(name: str, count: int) -> type[Any]:
     differentiable_backward = getattr(reference, f"{name}_backward")
 
     class Function(torch.autograd.Function):
+        """An operator and its gradient.
+
+        ``apply`` takes the arguments of the operator in ``torch.ops.dfformer`` by position: x, its parameters, scale
+        and bias or None; then the backend's name or None; then optionally its flags, such as ``softmax``. It raises as
+        the operator's public function does.
+        """
+
         @staticmethod
         def forward(*args: Any) -> Tensor:
             return forward_op(*args)

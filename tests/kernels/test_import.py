@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+import dfformer_kernels
+
 COST = 0.3  # seconds of processor time that an import may add to that of the library it stands on
 UNWANTED = {
     "dfformer_kernels": ["triton", "timm", "torch._dynamo", "dfformer", "dfformer_kernels._C"],
@@ -61,6 +63,10 @@ equal = {
 }
 print(json.dumps({"reasons": reasons, "equal": equal, "warnings": [str(w.message) for w in seen]}))
 """
+
+
+def test_every_exported_name_has_a_docstring() -> None:
+    assert [name for name in dfformer_kernels.__all__ if not getattr(dfformer_kernels, name).__doc__] == []
 
 
 def run_script(script: str, *arguments: str) -> Any:

@@ -20,7 +20,7 @@ from dfformer_kernels.graph import compare
 from dfformer_kernels.graph.report import Finding
 from dfformer_kernels.graph.rewrite import rewrite
 from dfformer_kernels.graph.step import PYTHON
-from dfformer_kernels.graph.subclass import check_names, fused_class
+from dfformer_kernels.graph.subclass import batched_inputs, check_names, fused_class
 from dfformer_kernels.graph.trace import (
     ONE_AT_A_TIME,
     UnsupportedCopyError,
@@ -143,10 +143,9 @@ def _given(call: _Call) -> dict[str, Any]:
 
 def _trial_inputs(given: Mapping[str, Any], times: int) -> dict[str, Any]:
     """Random inputs of the same shapes, with ``times`` the batch size."""
-    batch = next((len(value) for value in given.values() if isinstance(value, Tensor) and value.dim()), 0)
-    inputs = {}
+    batched, inputs = batched_inputs(given), {}
     for name, value in given.items():
-        if isinstance(value, Tensor) and value.dim() and len(value) == batch:
+        if name in batched:
             value = value.detach().repeat(times, *(1 for _ in value.shape[1:]))
         if isinstance(value, Tensor) and value.is_floating_point():
             value = torch.randn_like(value)

@@ -21,13 +21,17 @@ class Program(NamedTuple):
     """A graph as Python source, which can be pickled.
 
     ``names`` are the globals of the source, and ``passed`` the inputs of forward that it takes. It is run if those in
-    ``expected`` have these values of `key_of`.
+    ``expected`` have these values of `key_of`. Those in ``batched`` may have any length.
     """
 
     source: str
     names: tuple[tuple[str, Any], ...]
     passed: tuple[str, ...]
     expected: tuple[tuple[str, Any], ...]
+    batched: tuple[str, ...]
+
+    def fits(self, inputs: Mapping[str, Any]) -> bool:
+        return all(key_of(inputs[name], name in self.batched) == key for name, key in self.expected)
 
     def function(self) -> Callable[..., Any]:
         namespace = {**_BUILTINS, **dict(self.names)}
@@ -36,14 +40,20 @@ class Program(NamedTuple):
         return function
 
 
-def key_of(value: Any) -> tuple[Any, ...]:
+def key_of(value: Any, is_batched: bool) -> tuple[Any, ...]:
     """What an input must share with the one that a graph was made for.
 
     The batch and the dtype of a tensor may differ, as under autocast, but not to or from float64.
     """
     if isinstance(value, Tensor):
-        return value.dim(), value.shape[1:], value.dtype == torch.float64
+        return value.dim(), value.shape[is_batched:], value.dtype == torch.float64
     return type(value), value
+
+
+def batched_inputs(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the tensors that are as long as the first one, whose length is the batch size."""
+    lengths = {name: len(value) for name, value in given.items() if isinstance(value, Tensor) and value.dim()}
+    return tuple(name for name, length in lengths.items() if length == next(iter(lengths.values())))
 
 
 class FusedModule(nn.Module):
@@ -92,7 +102,9 @@ def fused_class(kind: Any, graph: fx.Graph, passed: tuple[str, ...], expected: M
     """
     code = graph.python_code("self")
     names = tuple((name, value) for name, value in code.globals.items() if name not in _BUILTINS)
-    program = Program(code.src, names, passed, tuple((name, key_of(value)) for name, value in expected.items()))
+    batched = batched_inputs(expected)
+    keys = tuple((name, key_of(value, name in batched)) for name, value in expected.items())
+    program = Program(code.src, names, passed, keys, batched)
     if is_fused_class(kind):
         return _fused_class(kind.original_class, (program, *kind.fused_programs))
     return _fused_class(kind, (program,))
@@ -103,15 +115,15 @@ def _fused_class(kind: Any, programs: tuple[Program, ...]) -> type[FusedModule]:
     original, signature = kind.forward, inspect.signature(kind.forward)
     names = dict(list(signature.parameters.items())[1:])
     defaults = {name: p.default for name, p in names.items() if p.default is not p.empty}
-    choices = [(dict(program.expected), program.passed, program.function()) for program in programs]
+    choices = [(program, program.function()) for program in programs]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         inputs = {**defaults, **given}
         if len(given) == len(args) + len(kwargs) and inputs.keys() == names.keys():
-            for expected, passed, function in choices:
-                if all(key_of(inputs[name]) == key for name, key in expected.items()):
-                    return function(self, *(inputs[name] for name in passed))
+            for program, function in choices:
+                if program.fits(inputs):
+                    return function(self, *(inputs[name] for name in program.passed))
         return original(self, *args, **kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined] # inspect documents this

@@ -303,6 +303,26 @@ def test_several_layers_and_their_report() -> None:
     assert str(fuse(nn.Linear(2, 2), torch.ones(2))).startswith("nothing to fuse")
 
 
+class Gains(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 5, 6, 2))
+
+    def forward(self, x: Tensor, gains: Tensor) -> Tensor:
+        y = torch.fft.irfft2(torch.fft.rfft2(x, dim=(1, 2)) * torch.view_as_complex(self.weight), dim=(1, 2))
+        for i in range(len(gains)):
+            y = y * gains[i]
+        return y
+
+
+def test_only_the_batch_may_have_another_length() -> None:
+    layer, x = Gains(), torch.randn(2, 8, 8, 6)
+    original = copy.deepcopy(layer)
+    assert fuse(layer, x, torch.ones(5)).fused
+    for gains in (torch.full((5,), 0.5), torch.full((7,), 0.5), torch.full((3,), 0.5)):
+        assert relative_error(layer(x, gains), original(x, gains)) < 2e-6
+
+
 def test_seeds_of_unused_gpus_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch keeps the last one for the first use of a GPU."""
     seeds: list[int] = []

@@ -331,12 +331,12 @@ def with_function(module: nn.Module, name: str, function: Callable[..., Any]) ->
     """Gives ``module`` a subclass of its class whose methods see ``function`` as a global called ``name``."""
     kind = type(module)
     methods: dict[str, Any] = {}
-    for base in reversed(kind.__mro__):
-        for key, method in vars(base).items():
-            if isinstance(method, types.FunctionType) and name in method.__code__.co_names:
-                namespace = {**method.__globals__, name: function}
-                copied = types.FunctionType(method.__code__, namespace, key, method.__defaults__, method.__closure__)
-                copied.__kwdefaults__ = method.__kwdefaults__
-                vars(copied).update(vars(method))
-                methods[key] = copied
+    for key in dir(kind):
+        method = inspect.getattr_static(kind, key)
+        if isinstance(method, types.FunctionType) and name in method.__code__.co_names:
+            namespace = {**method.__globals__, name: function}
+            copied = types.FunctionType(method.__code__, namespace, key, method.__defaults__, method.__closure__)
+            copied.__kwdefaults__ = method.__kwdefaults__
+            vars(copied).update(vars(method))
+            methods[key] = copied
     module.__class__ = type(kind.__name__, (kind,), methods)

@@ -135,6 +135,24 @@ def test_other_formulas_are_refused_with_the_difference(make: Make, difference: 
     assert model.mixer is original
 
 
+class Counting(forms.Authors):
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(self._parameters) == 1
+        return super().forward(x)
+
+
+class Scaled(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+def test_the_forward_of_a_class_itself_is_traced_and_not_that_of_its_base() -> None:
+    model = nn.Sequential(Scaled(DIM)).eval()
+    original, x = copy.deepcopy(model), torch.randn(2, *LAST)
+    assert replace_dynamic_filters(model).originals
+    assert relative_error(model(x), original(x)) < 2e-6
+
+
 def test_copies_inside_copies_are_swapped_and_undone() -> None:
     model = Parallel(forms.Nested(DIM))
     outer, inner, x = model.mixer, model.mixer.inner, torch.randn(1, *FIRST)

@@ -15,6 +15,7 @@ from dfformer_kernels.graph.trace import UnsupportedCopyError
 
 # What the source of every graph may refer to without an import, such as torch and inf.
 _BUILTINS = fx.Graph().python_code("self").globals
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Program(NamedTuple):
@@ -43,10 +44,11 @@ class Program(NamedTuple):
 def key_of(value: Any, is_batched: bool) -> tuple[Any, ...]:
     """What an input must share with the one that a graph was made for.
 
-    The batch and the dtype of a tensor may differ, as under autocast, but not to or from float64.
+    The batch of a tensor may differ, and the dtype among those of autocast.
     """
     if isinstance(value, Tensor):
-        return value.dim(), value.shape[is_batched:], value.dtype == torch.float64
+        dtype = None if value.dtype in _AUTOCAST_DTYPES else value.dtype
+        return value.dim(), value.shape[is_batched:], dtype
     return type(value), value
 
 

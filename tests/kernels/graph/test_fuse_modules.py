@@ -308,11 +308,28 @@ class Gains(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(8, 5, 6, 2))
 
-    def forward(self, x: Tensor, gains: Tensor) -> Tensor:
-        y = torch.fft.irfft2(torch.fft.rfft2(x, dim=(1, 2)) * torch.view_as_complex(self.weight), dim=(1, 2))
-        for i in range(len(gains)):
-            y = y * gains[i]
+    def step(self, x: Tensor) -> Tensor:
+        return torch.fft.irfft2(torch.fft.rfft2(x, dim=(1, 2)) * torch.view_as_complex(self.weight), dim=(1, 2))
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        y = self.step(x)
+        for i in range(len(given)):
+            y = y * given[i]
         return y
+
+
+class Masked(Gains):
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        y = self.step(x)
+        return y * given if given.is_floating_point() else y.masked_fill(given, 0)
+
+
+def test_a_mask_of_another_kind_runs_the_original() -> None:
+    layer, x, mask = Masked(), torch.randn(2, 8, 8, 6), torch.rand(2, 8, 8, 1)
+    original = copy.deepcopy(layer)
+    assert fuse(layer, x, mask).fused
+    for m in (mask, mask.bfloat16(), mask > 0.5):
+        assert relative_error(layer(x, m), original(x, m)) < 2e-6
 
 
 def test_only_the_batch_may_have_another_length() -> None:

@@ -18,7 +18,7 @@ from dfformer.models.spectral import DynamicFilter, GlobalFilter, SpectralFilter
 from dfformer.utils.accepted import check_module
 from dfformer_kernels.graph.compare import undisturbed
 from dfformer_kernels.graph.subclass import FusedModule, check_names, fused_class, is_fused_class
-from dfformer_kernels.graph.trace import ONE_AT_A_TIME, DifferentCopyError, UnsupportedCopyError, has_hooks
+from dfformer_kernels.graph.trace import ONE_AT_A_TIME, DifferentCopyError, UnsupportedCopyError, first_line, has_hooks
 
 _NAME = "complex_weight"  # the name of the filters in the authors' layers and most copies
 _LOOKED_FOR = (
@@ -195,6 +195,8 @@ def _replacement(module: nn.Module, known: dict[Hashable, _Replace]) -> _Replace
         if used - {"rfft2", "rfftn"} and not used & {"irfft2", "irfftn"}:
             return f"it uses {', '.join(sorted(used))}, where torch.fft.rfft2 and irfft2 were looked for"
         return str(error) if used or any(_NAME in name for name in _own_tensors(module)) else ""
+    except Exception as error:  # foreign code may raise anything
+        return f"it cannot be tried ({first_line(error)})"
 
 
 def _transforms_of(kind: type) -> set[str]:

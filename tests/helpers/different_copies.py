@@ -145,3 +145,10 @@ class CollectsRouting(Authors):
     def _route(self, x: Tensor) -> Tensor:
         self.routings.append(super()._route(x))
         return self.routings[-1]
+
+
+class Registered(Authors):
+    """A class that is derived from only under a key."""
+
+    def __init_subclass__(cls, *, key: str) -> None:
+        super().__init_subclass__()

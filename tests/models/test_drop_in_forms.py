@@ -73,6 +73,10 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "by value": (lambda: different.ByValue(DIM), "branches on the values of tensors"),
     "full spectrum": (lambda: different.FullSpectrum(DIM), "uses fft2, ifft2"),
     "side effect": (lambda: different.SavesRouting(DIM), "changes self.last_routing"),
+    "subclasses need a key": (
+        lambda: different.Registered(DIM),
+        "cannot be tried (TypeError: Registered.__init_subclass__",
+    ),
     "side effect in a list": (lambda: different.CollectsRouting(DIM), "changes self.routings"),
 }
 

@@ -19,6 +19,17 @@ class Star(nn.Module):
         return self.scale * F.relu(x) ** 2 + self.bias
 
 
+class Gained(Star):
+    """A StarReLU until its buffer changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("_gain", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self._gain
+
+
 class Routing(nn.Module):
     def __init__(self, dim: int, out: int, drop: float = 0.0) -> None:
         super().__init__()

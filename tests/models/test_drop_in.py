@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from filter_copies import Authors, ChannelsFirst, Routing, Star
+from filter_copies import Authors, ChannelsFirst, Gained, Routing, Star
 from timm.utils import ModelEmaV2
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -104,9 +104,10 @@ def test_16_bit_models_are_swapped_too(dtype: torch.dtype) -> None:
 def test_star_relu_is_fused_only_if_it_is_one() -> None:
     hooked = MIXERS["dynamic"]()
     hooked.act1.register_forward_hook(lambda module, inputs, output: None)
-    model = SomebodysModel(MIXERS["dynamic"](), FrequencyMixer(16, (8, 8), Affine, routed=True), hooked)
-    assert [r.refusal for r in replace_dynamic_filters(model)] == ["", "", ""]
-    assert [type(model.layer(i).act1) for i in (0, 1, 2)] == [StarReLU, Affine, Star]
+    others = [FrequencyMixer(16, (8, 8), act, routed=True) for act in (Affine, Gained)]
+    model = SomebodysModel(MIXERS["dynamic"](), *others, hooked)
+    assert [r.refusal for r in replace_dynamic_filters(model)] == [""] * 4
+    assert [type(model.layer(i).act1) for i in range(4)] == [StarReLU, Affine, Gained, Star]
 
 
 def test_training_mode_is_kept() -> None:

@@ -62,9 +62,11 @@ def is_star_relu(act: nn.Module) -> bool:
 
 
 def _is_polynomial(graph: fx.Graph, module: nn.Module) -> bool:
-    """Whether ``graph`` only multiplies and adds its input, the input's relu and parameters."""
+    """Whether ``graph`` only multiplies and adds its input, the input's relu, scale and bias."""
 
     def multiplies_or_adds(node: fx.Node) -> bool:
+        if node.op == "get_attr":  # e.g. not a buffer, which may change
+            return node.target in ("scale", "bias")
         name = name_of(node)
         if node.op == "call_module":
             name = "relu" if type(module.get_submodule(name)) is nn.ReLU else "another module"
@@ -72,4 +74,4 @@ def _is_polynomial(graph: fx.Graph, module: nn.Module) -> bool:
             return first_input(node).op == "placeholder"
         return name in ("mul", "add", "square") or (name == "pow" and node.args[1:] == (2,))
 
-    return all(multiplies_or_adds(node) for node in graph.nodes if node.op.startswith("call"))
+    return all(multiplies_or_adds(node) for node in graph.nodes if node.op not in ("placeholder", "output"))

@@ -22,6 +22,8 @@ class Star(nn.Module):
 class Gained(Star):
     """A StarReLU until its buffer changes."""
 
+    _gain: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("_gain", torch.ones(1), persistent=False)

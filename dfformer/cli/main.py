@@ -49,7 +49,7 @@ def _run(argv: list[str]) -> int:
         return status
     except BrokenPipeError:
         raise
-    except (RuntimeError, ValueError, OSError, MemoryError, pickle.UnpicklingError) as error:
+    except (RuntimeError, ValueError, OSError, MemoryError, pickle.UnpicklingError, AssertionError) as error:
         print(f"{prog}: {_message(error)}", file=sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
@@ -124,7 +124,10 @@ def _check_models(names: str | list[str], args: dict[str, Any]) -> None:
 
 
 def _message(error: Exception) -> str:
-    """The error's message, in one line if possible, without the traceback that a data worker adds."""
+    """The error's message, in one line if possible, without the traceback that a data worker adds.
+
+    It may be an AssertionError: timm's models raise it, for images of a size that they do not take for example.
+    """
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = without_advice(str(error).strip())

@@ -83,7 +83,10 @@ def test_unknown_words_are_answered_with_the_nearest(
     assert re.search(message.replace("?", r"\?"), capsys.readouterr().err.strip(), re.MULTILINE)
 
 
-@pytest.mark.parametrize(("fault", "status"), [(KeyboardInterrupt, 130), (MemoryError("no memory"), 2)], ids=str)
+FAULTS = [(KeyboardInterrupt, 130), (MemoryError("no memory"), 2), (AssertionError("not this size"), 2)]
+
+
+@pytest.mark.parametrize(("fault", "status"), FAULTS, ids=str)
 def test_interruption_and_errors_have_their_exit_codes(
     fault: Any, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,7 +95,7 @@ def test_interruption_and_errors_have_their_exit_codes(
 
     monkeypatch.setattr(info, "info_command", fail)
     assert main(["info"]) == status
-    assert capsys.readouterr().err == ("dfformer info: no memory\n" if status == 2 else "")
+    assert capsys.readouterr().err == (f"dfformer info: {fault}\n" if status == 2 else "")
 
 
 @pytest.mark.usefixtures("one_profile")

@@ -75,7 +75,8 @@ class Classification(Task):
         img_size = config.data.size
         if "img_size" in self.model_args:
             raise ValueError("model.args.img_size: give it as data.img_size")
-        if is_ours(config.model.name):  # timm's MetaFormers accept any size and have no such argument
+        fixed = timm.get_pretrained_cfg(config.model.name).fixed_input_size  # as a ViT's; others lack the argument
+        if is_ours(config.model.name) or fixed:
             self.model_args["img_size"] = list(img_size)
         model = timm.create_model(config.model.name, **self.model_args)
         if config.model.checkpoint:

@@ -22,6 +22,7 @@ from dfformer.cli.main import main
 from dfformer.data import images
 from dfformer.data.files import DatasetSpec
 from dfformer.models.checkpoint import load_model, read_checkpoint
+from dfformer.tasks.table import task_part
 from dfformer.train import state as train_state
 from dfformer.train.config import parse
 from dfformer.utils.device import Place
@@ -232,6 +233,13 @@ def test_a_dataset_of_hugging_face(root: Path, tmp_path: Path) -> None:
     dataset = images.open_dataset(DatasetSpec(f"hfds/{root}", str(tmp_path / "cache"), "train"))
     assert (len(dataset), dataset.classes) == (25, list(CLASSES))
     assert dataset[0][0].size == (24, 20)
+
+
+def test_a_model_of_one_image_size_is_made_for_the_images() -> None:
+    pixels = ["--model.args.in_chans=1", "--data.mean=[0.5]", "--data.std=[0.5]", "--optim.global_batch=8"]
+    config = parse(["--model.name=test_vit", "--data.dataset=digits", "--data.img_size=32", *pixels])
+    task = task_part("classify", "training")(config, Place(torch.device("cpu")))
+    assert task.build_model()(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
 
 
 def test_a_nan_stops_with_a_diagnosis(

@@ -237,7 +237,7 @@ def test_a_dataset_of_hugging_face(root: Path, tmp_path: Path) -> None:
 
 def test_a_model_of_one_image_size_is_made_for_the_images() -> None:
     pixels = ["--model.args.in_chans=1", "--data.mean=[0.5]", "--data.std=[0.5]", "--optim.global_batch=8"]
-    config = parse(["--model.name=test_vit", "--data.dataset=digits", "--data.img_size=32", *pixels])
+    config = parse(["--model.name=vit_tiny_patch16_224", "--data.dataset=digits", "--data.img_size=32", *pixels])
     task = task_part("classify", "training")(config, Place(torch.device("cpu")))
     assert task.build_model()(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
 

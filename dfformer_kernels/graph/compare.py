@@ -1,9 +1,11 @@
 """Compares two modules: their outputs, gradients, buffers and use of random numbers."""
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
@@ -20,16 +22,23 @@ _INVERSE_TRANSFORMS = (torch.fft.irfft2, torch.fft.irfftn)
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Isolates random numbers, autocast and the gradient mode inside from those outside."""
+    """Isolates random numbers, Python's and NumPy's too, autocast and the gradient mode inside from those outside."""
     devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     modes = torch.autocast(device.type, enabled=False), torch.inference_mode(False), torch.enable_grad()
+    of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices), modes[0], modes[1], modes[2]:
         _seed(0)
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
 
 
 def _seed(seed: int) -> None:
-    """As torch.manual_seed, which for GPUs that are not in use yet would replace the seed that they start with."""
+    random.seed(seed)
+    np.random.seed(seed)
+    # For GPUs that are not in use yet, torch.manual_seed would replace the seed that they start with.
     unused = torch.backends.cuda.is_built() and not torch.cuda.is_initialized()
     (torch.default_generator.manual_seed if unused else torch.manual_seed)(seed)
 
@@ -53,7 +62,7 @@ def results(module: nn.Module, inputs: Sequence[Any]) -> dict[str, Tensor]:
     _seed(1)
     with _ContiguousInverse():
         outputs = tensors(module.forward(*inputs))  # without hooks, which are not ours to call
-    after = torch.get_rng_state()
+    after = _drawn()
     _seed(2)
     scalar = sum((y * torch.randn(y.shape, device=y.device)).sum() for y in outputs if y.requires_grad)
     leaves = {f"input {i}": x for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad}
@@ -66,6 +75,13 @@ def results(module: nn.Module, inputs: Sequence[Any]) -> dict[str, Tensor]:
     found |= {f"buffer {n}": b.detach().clone() for n, b in module.named_buffers()}
     found[_RANDOM] = after
     return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in found.items()}
+
+
+def _drawn() -> Tensor:
+    """The states of the generators of torch, Python and NumPy, as numbers."""
+    of_numpy = np.random.get_state(legacy=False)["state"]
+    numbers = *torch.get_rng_state().tolist(), *random.getstate()[1], *of_numpy["key"].tolist(), of_numpy["pos"]
+    return torch.tensor(numbers)
 
 
 def difference(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> str:

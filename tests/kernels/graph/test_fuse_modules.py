@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -338,6 +339,20 @@ def test_only_the_batch_may_have_another_length() -> None:
     assert fuse(layer, x, torch.ones(5)).fused
     for gains in (torch.full((5,), 0.5), torch.full((7,), 0.5), torch.full((3,), 0.5)):
         assert relative_error(layer(x, gains), original(x, gains)) < 2e-6
+
+
+class DroppedByPython(copies.Authors):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return x if self.training and random.random() < 0.01 else y
+
+
+def test_numbers_that_python_draws_are_not_lost() -> None:
+    random.seed(0)
+    state = random.getstate()
+    report = fuse(DroppedByPython(6), torch.randn(2, 8, 8, 6))
+    assert "use of random numbers" in str(report.left_alone)
+    assert random.getstate() == state
 
 
 def test_seeds_of_unused_gpus_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,7 @@ def test_tiles_of_different_results_join_without_a_step() -> None:
     ("stride", "strides"), [(1, [1, 2, 2, 2]), (2, [2, 2, 2, 2]), (1, [4, 2, 2, 2]), (3, [3, 2, 1, 4])]
 )
 def test_any_size_begins_with_the_enlarged_input_and_every_parameter_learns(stride: int, strides: list[int]) -> None:
+    torch.manual_seed(0)  # with one of twelve seeds the few hidden units of a routing are all off
     side = math.prod([stride, *strides])
     arguments = {**SMALL, "strides": strides, "img_size": [2 * side, side]}
     model = Restorer("dfformer_s18", arguments, 2, [0.5] * 3, [0.25] * 3, channels=8, stride=stride, blocks=1)

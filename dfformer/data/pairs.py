@@ -77,15 +77,15 @@ class PairFolder(FileDataset[Pair]):
             raise ValueError(f"{root}: has no folder inputs, so inputs are made: give restore.scale, .blur or .noise")
         self.scale, self.least = degradation.scale, least
         targets, inputs = root / "targets" / spec.split, root / "inputs" / spec.split
-        self.images = images_in(targets)
-        self.inputs: list[Path] = []
-        if not made:
-            wanted, found = images_by_stem(targets), images_by_stem(inputs)
-            if missing := [name for name in wanted if name not in found]:
-                raise ValueError(f"{inputs}: has no image {missing[0]}, although there is such a target")
-            self.inputs = [found[name] for name in wanted]
-        elif inputs.is_dir():
-            raise ValueError(f"restore: {inputs} has inputs, so restore.blur and restore.noise must be 0")
+        if made:
+            self.images, self.inputs = images_in(targets), []
+            if inputs.is_dir():
+                raise ValueError(f"restore: {inputs} has inputs, so restore.blur and restore.noise must be 0")
+            return
+        wanted, found = images_by_stem(targets), images_by_stem(inputs)
+        if missing := [name for name in wanted if name not in found]:
+            raise ValueError(f"{inputs}: has no image {missing[0]}, although there is such a target")
+        self.images, self.inputs = list(wanted.values()), [found[name] for name in wanted]
 
     def __getitem__(self, index: int) -> Pair:
         paths = [*self.inputs[index : index + 1], self.images[index]]

@@ -5,6 +5,7 @@ defaults of their ``train.py``. A recipe file names the model and the settings t
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -319,7 +320,8 @@ set_loader(MODE, strict_yaml.load, (yaml.YAMLError, ValueError))
 
 
 def _check_recipe(path: Path) -> None:
-    """Raises ValueError, naming the file, unless its sections are mappings and it names no other recipe."""
+    """Raises ValueError, naming the file, unless it has settings by name and names no other recipe."""
+    settings = asdict(TrainConfig())
     try:
         content = strict_yaml.load(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -329,8 +331,17 @@ def _check_recipe(path: Path) -> None:
                 raise ValueError(f"{name}: is not accepted in a recipe")
             if name in _SECTIONS and not isinstance(value, dict):
                 raise ValueError(f"{name}: got {str(value)[:60]!r}, accepted are its settings by name")
+            _check_name("", name, settings)
+            for key in value if name in _SECTIONS else ():
+                _check_name(f"{name}.", key, settings[name])
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())[:2000]}") from error
+
+
+def _check_name(section: str, name: Any, known: Iterable[str]) -> None:
+    """Checks a name in a recipe up to its first dot."""
+    if str(name).split(".")[0] not in known:
+        raise ValueError(f"{section}{str(name)[:60]}: is not a setting{did_you_mean(str(name)[:60], known)}")
 
 
 def parse(arguments: list[str]) -> TrainConfig:

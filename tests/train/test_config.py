@@ -124,6 +124,16 @@ def test_the_command_line_overrules_the_recipe_in_any_order(tmp_path: Path) -> N
         assert (config.seed, config.optim.lr) == (4, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [("optm: {lr: 1}", "optm: is not a setting; did you mean optim"), ("optim: {lrr: 1}", r"optim\.lrr: is not .* lr")],
+)
+def test_unknown_names_in_a_recipe_suggest_the_nearest(recipe: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(recipe)
+    with pytest.raises(ValueError, match=rf"own\.yaml: {message}"):
+        parse(["--recipe", str(tmp_path / "own.yaml")])
+
+
 def test_what_recipes_have() -> None:
     config = parse(["--model.args", "{in_chans: 1, depths: [1, 2]}", "--data.mean=[0.5]", "--data.std=[.25]",
                     "--model.args.pretrained", "true", "--optim.lr", "1e-4", "--output", "runs/2024_01"])  # fmt: skip

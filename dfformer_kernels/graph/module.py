@@ -34,7 +34,7 @@ from dfformer_kernels.graph.trace import (
 
 _THERE = {getattr(torch.fft, name) for name in ("rfft", "rfft2", "rfftn", "fft", "fft2", "fftn")}
 _BACK = {getattr(torch.fft, name) for name in ("irfft", "irfft2", "irfftn", "ifft", "ifft2", "ifftn")}
-_PLAIN = (int, float, str, type(None))
+_CONSTANTS = (int, float, str, type(None))
 
 
 @dataclass
@@ -135,7 +135,7 @@ def _given(call: _Call) -> dict[str, Any]:
     """All inputs by name, including those left at their defaults."""
     given = inputs_of(call.module)
     given |= dict(zip(given, call.args, strict=False)) | dict(call.kwargs)
-    other = [name for name, value in given.items() if not isinstance(value, (Tensor, *_PLAIN))]
+    other = [name for name, value in given.items() if not isinstance(value, (Tensor, *_CONSTANTS))]
     if other:
         raise UnsupportedCopyError(f"its input {other[0]} is neither a tensor nor a number")
     return given

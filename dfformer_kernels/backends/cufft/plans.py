@@ -93,7 +93,7 @@ def _call(library: ctypes.CDLL, transform: Transform, name: str, *args: object) 
 
 
 class Plan:
-    """A plan of libcufft. It is destroyed when nobody refers to it any more, but not at exit: the driver may be gone.
+    """A plan of libcufft. It is destroyed when nothing refers to it any more, but not at exit: the driver may be gone.
 
     Attributes:
         workspace_bytes: what `run` needs.

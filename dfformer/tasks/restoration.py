@@ -162,14 +162,14 @@ def _array(pixels: Tensor) -> np.ndarray:
     return pixels.permute(1, 2, 0).numpy()
 
 
-def _wanted(checkpoint: Path, arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+def _load(checkpoint: Path, arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     model, about = load_restorer(checkpoint)
     return (SelfEnsemble(model) if arguments.self_ensemble else model), about
 
 
 def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
     """``dfformer eval`` of a restoration checkpoint."""
-    model, about = _wanted(checkpoint, arguments)
+    model, about = _load(checkpoint, arguments)
     place, degradation = Place(torch.device(arguments.device)), Degradation(**about["degradation"])
     dataset = open_pair_dataset(dataset_spec(arguments, own_size(about)), degradation)
 
@@ -189,7 +189,7 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
     """``dfformer predict`` for a restoration checkpoint: the restored image, and a picture for comparison."""
     from dfformer.analysis.dense_figures import restorations
 
-    model, about = _wanted(arguments.checkpoint, arguments)
+    model, about = _load(arguments.checkpoint, arguments)
     device, scale = torch.device(arguments.device), about["degradation"]["scale"]
     model.to(device)
     tile = arguments.img_size or own_size(about)

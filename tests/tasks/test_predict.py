@@ -167,7 +167,7 @@ def test_json_is_written_before_anything_is_printed(
 
     monkeypatch.setattr(predict, "echo", closed)
     monkeypatch.setattr(os, "dup2", lambda *descriptors: None)  # what the command does with a closed stdout
-    main(["predict", "--checkpoint", checkpoints["classify"], "--json", str(report), str(tmp_path)])
+    assert main(["predict", "--checkpoint", checkpoints["classify"], "--json", str(report), str(tmp_path)]) == 141
     assert len(json.loads(report.read_text())["errors"]) == 1
 
 

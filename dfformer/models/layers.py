@@ -63,15 +63,9 @@ class StarReLU(nn.Module):
 class Scale(nn.Module):
     """Learnable scaling of each channel, used on the residual branch."""
 
-    def __init__(
-        self,
-        dim: int,
-        init_value: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, dim: int, init_value: float) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.full((dim,), float(init_value), device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.full((dim,), float(init_value)))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale

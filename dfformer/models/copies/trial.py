@@ -294,9 +294,8 @@ def find(trial: Trial) -> tuple[Hypothesis, str, fx.Graph]:
         for resize in RULES:
             try:
                 return hypothesis, resize, trace.common_graph(_graphs(trial, hypothesis, resize))
-            except OtherPlaneError as error:
-                errors.append(error)
             except UnsupportedCopyError as error:
                 errors.append(error)
-                break
+                if not isinstance(error, OtherPlaneError):  # then another rule changes nothing
+                    break
     raise errors[0]

@@ -136,8 +136,10 @@ def restore_dynamic_filters(model: nn.Module, report: ReplacementReport) -> None
     The layers keep the parameters, buffers and submodules that they have now.
 
     Raises:
-        ValueError: a replacement is no longer where it was put; nothing is changed.
+        ValueError: a replacement is no longer where it was put; nothing is changed. TypeError: ``report`` is no report.
     """
+    if not isinstance(report, ReplacementReport):
+        raise TypeError(f"report: got {type(report).__name__}, accepted is what replace_dynamic_filters returned")
     layers: dict[str, nn.Module] = {}
     for name in report.originals:
         try:

@@ -392,3 +392,8 @@ def test_ema_copies_follow_a_swapped_model(before: bool) -> None:
         torch.testing.assert_close(followed[name].detach(), (old[name] + p.detach()) / 2)
         torch.testing.assert_close(averaged[name].detach(), p.detach())
     assert not torch.equal(ema.module(torch.ones(1, 8, 8, 8)), model(torch.ones(1, 8, 8, 8)))
+
+
+def test_restoring_needs_a_report() -> None:
+    with pytest.raises(TypeError, match="report: got list, accepted is what replace_dynamic_filters returned"):
+        restore_dynamic_filters(nn.Identity(), [])  # type: ignore[arg-type]

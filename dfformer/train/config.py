@@ -197,7 +197,8 @@ class DetectConfig:
 
 @dataclass
 class RestoreConfig:
-    """Restoration: the degradation to undo, the model around the U, and random crops, which replace ``augment``.
+    """Restoration: the degradation to undo, the model around its U-shaped network, and random crops, which replace
+    ``augment``.
 
     Inputs are files (see ``data``), or made from the targets, which are blurred, then reduced, then given noise.
 
@@ -208,9 +209,9 @@ class RestoreConfig:
         crops: number of crops of each training image in an epoch.
         photometric: change brightness, contrast, saturation, hue and the order of channels of crops at random, before
             inputs are made from them.
-        channels: of the map of the image, on which convolutions work and to which the U adds.
-        stride: of this map; of 1 it has full resolution.
-        blocks: number of residual blocks of two convolutions before the U, and after it.
+        channels: number of channels of the image's feature map, to which residual blocks and the U-shaped network add.
+        stride: stride of this map; with 1 it has full resolution.
+        blocks: number of residual blocks, of two convolutions each, before the U-shaped network, and after it.
     """
 
     scale: int = setting(DEGRADATION["scale"], 1)

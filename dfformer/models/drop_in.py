@@ -215,7 +215,10 @@ def _tried(module: nn.Module, official: bool) -> _Replace:
     check_names(module)
     trial = Trial(module)
     hypothesis, resize, graph = find(trial)
-    kind = fused_class(type(module), graph, trial.names, trial.optional)
+    ranks = tuple(
+        (name, len(layout)) for name, layout in zip(trial.names, hypothesis.layouts, strict=True) if len(layout) > 1
+    )
+    kind = fused_class(type(module), graph, trial.names, trial.optional, ranks)
 
     def with_graph(original: nn.Module) -> nn.Module:
         original.__class__ = kind

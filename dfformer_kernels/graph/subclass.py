@@ -22,7 +22,8 @@ class Program(NamedTuple):
     """A graph as Python source, which can be pickled.
 
     ``names`` are the globals of the source, and ``passed`` the inputs of forward that it takes. It is run if those in
-    ``expected`` have these values of `key_of`. Those in ``batched`` may have any length.
+    ``expected`` have these values of `key_of`, and those in ``ranks`` are floating-point tensors of so many dimensions.
+    Those in ``batched`` may have any length.
     """
 
     source: str
@@ -30,9 +31,11 @@ class Program(NamedTuple):
     passed: tuple[str, ...]
     expected: tuple[tuple[str, Any], ...]
     batched: tuple[str, ...]
+    ranks: tuple[tuple[str, int], ...]
 
     def fits(self, inputs: Mapping[str, Any]) -> bool:
-        return all(key_of(inputs[name], name in self.batched) == key for name, key in self.expected)
+        keys_fit = all(key_of(inputs[name], name in self.batched) == key for name, key in self.expected)
+        return keys_fit and all(_has_rank(inputs[name], rank) for name, rank in self.ranks)
 
     def function(self) -> Callable[..., Any]:
         namespace = {**_BUILTINS, **dict(self.names)}
@@ -50,6 +53,11 @@ def key_of(value: Any, is_batched: bool) -> tuple[Any, ...]:
         dtype = None if value.dtype in _AUTOCAST_DTYPES else value.dtype
         return value.dim(), value.shape[is_batched:], dtype
     return type(value), value
+
+
+def _has_rank(value: Any, rank: int) -> bool:
+    """Whether ``value`` is a floating-point tensor of this rank, or what stands for one in a trace by torch.fx."""
+    return not isinstance(value, Tensor) or (value.is_floating_point() and value.dim() == rank)
 
 
 def batched_inputs(given: Mapping[str, Any]) -> tuple[str, ...]:
@@ -97,16 +105,23 @@ def is_fused_class(kind: type[nn.Module]) -> bool:
     return "fused_programs" in vars(kind)
 
 
-def fused_class(kind: Any, graph: fx.Graph, passed: tuple[str, ...], expected: Mapping[str, Any]) -> type[FusedModule]:
+def fused_class(
+    kind: Any,
+    graph: fx.Graph,
+    passed: tuple[str, ...],
+    expected: Mapping[str, Any],
+    ranks: tuple[tuple[str, int], ...] = (),
+) -> type[FusedModule]:
     """A subclass of ``kind`` that runs ``graph`` if its inputs fit, otherwise what ``kind`` runs.
 
-    The graph takes the inputs ``passed``. It is valid for values like those in ``expected``.
+    The graph takes the inputs ``passed``. It is valid for values like those in ``expected``, and for floating-point
+    tensors of these ``ranks`` and any size.
     """
     code = graph.python_code("self")
     names = tuple((name, value) for name, value in code.globals.items() if name not in _BUILTINS)
     batched = batched_inputs(expected)
     keys = tuple((name, key_of(value, name in batched)) for name, value in expected.items())
-    program = Program(code.src, names, passed, keys, batched)
+    program = Program(code.src, names, passed, keys, batched, ranks)
     if is_fused_class(kind):
         return _fused_class(kind.original_class, (program, *kind.fused_programs))
     return _fused_class(kind, (program,))

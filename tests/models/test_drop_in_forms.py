@@ -157,6 +157,20 @@ def test_the_forward_of_a_class_itself_is_traced_and_not_that_of_its_base() -> N
     assert relative_error(model(x), original(x)) < 2e-6
 
 
+class Masked(forms.Authors):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        y = super().forward(x)
+        return y * mask if mask.is_floating_point() else y.masked_fill(mask, 0)
+
+
+def test_an_input_of_another_kind_or_rank_runs_the_original() -> None:
+    model = Masked(DIM).eval()
+    original, x, mask = copy.deepcopy(model), torch.randn(2, *LAST), torch.rand(2, *LAST)
+    assert replace_dynamic_filters(model).originals
+    for m in (mask, mask > 0.5, mask[0]):
+        assert relative_error(model(x, m), original(x, m)) < 2e-6
+
+
 def test_copies_inside_copies_are_swapped_and_undone() -> None:
     model = Parallel(forms.Nested(DIM))
     outer, inner, x = model.mixer, model.mixer.inner, torch.randn(1, *FIRST)

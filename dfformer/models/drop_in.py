@@ -92,8 +92,8 @@ def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:
     calls irfft2. The name of its class, the layout of its maps, and what it does before and after do not matter. The
     authors' own layers become instances of `DynamicFilter` and `GlobalFilter`. Any other becomes one of a subclass of
     its class. Each stays the same object, with its parameters and submodules. The subclass runs the original's forward
-    with the fused step in place of that chain, for all values of the required inputs. If an optional input is given, it
-    runs the original.
+    with the fused step in place of that chain, for all values of the required inputs. It runs the original if an
+    optional input is given, or a tensor of another rank or of integers.
 
     Each formula is first compared with a copy of the layer on random inputs and weights: outputs, gradients, buffers
     and use of random numbers, in evaluation and training, on the plane of its filters and on others that it runs on.

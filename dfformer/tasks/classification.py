@@ -75,7 +75,8 @@ class Classification(Task):
         img_size = config.data.size
         if "img_size" in self.model_args:
             raise ValueError("model.args.img_size: give it as data.img_size")
-        fixed = timm.get_pretrained_cfg(config.model.name).fixed_input_size  # as a ViT's; others lack the argument
+        # A model of a fixed size, such as a ViT, takes img_size; others lack the argument, and some a configuration.
+        fixed = getattr(timm.get_pretrained_cfg(config.model.name), "fixed_input_size", False)
         if is_ours(config.model.name) or fixed:
             self.model_args["img_size"] = list(img_size)
         model = timm.create_model(config.model.name, **self.model_args)

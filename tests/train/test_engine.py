@@ -235,9 +235,18 @@ def test_a_dataset_of_hugging_face(root: Path, tmp_path: Path) -> None:
     assert dataset[0][0].size == (24, 20)
 
 
+PIXELS = ["--model.args.in_chans=1", "--data.mean=[0.5]", "--data.std=[0.5]", "--optim.global_batch=8"]
+
+
 def test_a_model_of_one_image_size_is_made_for_the_images() -> None:
-    pixels = ["--model.args.in_chans=1", "--data.mean=[0.5]", "--data.std=[0.5]", "--optim.global_batch=8"]
-    config = parse(["--model.name=vit_tiny_patch16_224", "--data.dataset=digits", "--data.img_size=32", *pixels])
+    config = parse(["--model.name=vit_tiny_patch16_224", "--data.dataset=digits", "--data.img_size=32", *PIXELS])
+    task = task_part("classify", "training")(config, Place(torch.device("cpu")))
+    assert task.build_model()(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
+
+
+def test_a_model_that_is_registered_without_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timm.get_pretrained_cfg", lambda name: None)  # as timm answers
+    config = parse(["--model.name=test_convnext", "--data.dataset=digits", "--data.img_size=32", *PIXELS])
     task = task_part("classify", "training")(config, Place(torch.device("cpu")))
     assert task.build_model()(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
 

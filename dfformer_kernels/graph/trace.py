@@ -23,6 +23,7 @@ from dfformer_kernels.graph.vocabulary import is_tensor, name_of, value_of
 # Held by a thread that tries and traces modules. While torch.fx traces, the calls of all modules in the process go
 # through its tracer; two traces at once would leave them there for good. Trials also seed the process's random numbers.
 ONE_AT_A_TIME = threading.RLock()
+_OF_TORCH = frozenset(vars(nn.Module()))  # the attributes that every module has
 _ORDERINGS = (operator.lt, operator.le, operator.gt, operator.ge)
 # What Python code may ask of a tensor and branch on, because trials vary it.
 _SIZES = {"shape", "size", "_length", "dim", "ndim", "numel", "is_floating_point", "is_complex"}
@@ -126,7 +127,7 @@ def _attributes(module: nn.Module) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for name, value in vars(module).items():
         found[name] = [value]
-        if isinstance(value, list | dict | set) and name not in vars(nn.Module()):
+        if isinstance(value, list | dict | set) and name not in _OF_TORCH:
             found[name].extend(value.values() if isinstance(value, dict) else value)
     return found
 

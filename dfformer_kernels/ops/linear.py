@@ -72,7 +72,7 @@ class _Gradient:
         need_x, need_weight, need_bias = ctx.needs_input_grad
         N, K = weight.shape
         rows = grad_y.reshape(-1, N)
-        many = not is_differentiated(grad_y, (x, weight)) and has_many_gradient_rows(rows, weight)
+        many = has_many_gradient_rows(rows, weight) and not is_differentiated(grad_y, (x, weight))
         return (
             grad_input(rows, weight, many).reshape(x.shape) if need_x else None,
             grad_weight(rows, x.reshape(-1, K), many) if need_weight else None,

@@ -89,6 +89,12 @@ def check_backward(op: str, grad_y: Tensor, x: Tensor, needs: Sequence[bool], in
 def _check_x(op: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
         _fail(op, "x", f"dtype {_names(DTYPES)}", _names([x.dtype]), TypeError)
+    _check_layout(op, "x", x)
+
+
+def _check_layout(op: str, name: str, t: Tensor) -> None:
+    if t.layout != torch.strided:
+        _fail(op, name, "a strided tensor", f"a {t.layout} one", TypeError)
 
 
 def _check_plane(op: str, x: Tensor) -> torch.Size:
@@ -135,6 +141,7 @@ def _check_kind(op: str, name: str, x: Tensor, t: Tensor, dtypes: Sequence[torch
         _fail(op, name, f"on {x.device}, where x is", f"it on {t.device}")
     if t.dtype not in dtypes:
         _fail(op, name, f"dtype {_names(dtypes)} beside {_names([x.dtype])} x", _names([t.dtype]), TypeError)
+    _check_layout(op, name, t)
 
 
 def _fail(op: str, name: str, accepted: str, given: object, error: type[Exception] = ValueError) -> None:

@@ -42,6 +42,7 @@ BASIS = "shape (H,K,F,2), K = W//2 + 1, = (4, 4, 4, 2) for x of shape (2, 4, 6, 
 WEIGHT = "shape (H,K,C,2), K = W//2 + 1, = (4, 4, 3, 2) for x of shape (2, 4, 6, 3)"
 COMPANION = "dtype float32, bfloat16, float16 beside float32 x"
 SPECTRAL = "dtype float32 beside float32 x"
+STRIDED = "a strided tensor"
 
 
 def to_meta(t: Tensor) -> Tensor:
@@ -52,6 +53,7 @@ BAD_INPUTS = {
     "x-integer": Bad("star_relu", "x", Tensor.long, TypeError, NUMBERS, "int64"),
     "x-bool": Bad("global_filter", "x", Tensor.bool, TypeError, NUMBERS, "bool"),
     "x-complex": Bad("dynamic_filter", "x", lambda t: t.to(torch.complex64), TypeError, NUMBERS, "complex64"),
+    "x-sparse": Bad("star_relu", "x", Tensor.to_sparse, TypeError, STRIDED, "a torch.sparse_coo one"),
     "x-rank-3": Bad("dynamic_filter", "x", lambda t: t[0], ValueError, X, "(4, 6, 3)"),
     "x-rank-5": Bad("global_filter", "x", lambda t: t[None], ValueError, X, "(1, 2, 4, 6, 3)"),
     "x-no-rows": Bad("dynamic_filter", "x", lambda t: t[:, :0], ValueError, X, "(2, 0, 6, 3)"),
@@ -62,6 +64,7 @@ BAD_INPUTS = {
     "logits-no-filters": Bad("dynamic_filter", "logits", lambda t: t[:, :0], ValueError, LOGITS, "(2, 0, 3)"),
     "logits-float64": Bad("dynamic_filter", "logits", Tensor.double, TypeError, COMPANION, "float64"),
     "logits-integer": Bad("dynamic_filter", "logits", Tensor.long, TypeError, COMPANION, "int64"),
+    "logits-sparse": Bad("dynamic_filter", "logits", Tensor.to_sparse, TypeError, STRIDED, "a torch.sparse_coo one"),
     "logits-device": Bad("dynamic_filter", "logits", to_meta, ValueError, "on cpu, where x is", "it on meta"),
     "basis-rank": Bad("dynamic_filter", "basis", lambda t: t[0], ValueError, BASIS, "(4, 4, 2)"),
     "basis-rows": Bad("dynamic_filter", "basis", lambda t: t[:3], ValueError, BASIS, "(3, 4, 4, 2)"),
@@ -74,6 +77,7 @@ BAD_INPUTS = {
     "weight-columns": Bad("global_filter", "weight", lambda t: t[:, :3], ValueError, WEIGHT, "(4, 3, 3, 2)"),
     "weight-channels": Bad("global_filter", "weight", lambda t: t[:, :, :1], ValueError, WEIGHT, "(4, 4, 1, 2)"),
     "weight-16-bit": Bad("global_filter", "weight", Tensor.half, TypeError, SPECTRAL, "float16"),
+    "weight-sparse": Bad("global_filter", "weight", Tensor.to_sparse, TypeError, STRIDED, "a torch.sparse_coo one"),
     "weight-device": Bad("global_filter", "weight", to_meta, ValueError, "on cpu, where x is", "it on meta"),
     "scale-two": Bad("star_relu", "scale", lambda t: t.expand(2), ValueError, "one element", "shape (2,)"),
     # a leaf, whose gradient a backend that reads one element would get wrong
@@ -126,6 +130,7 @@ BAD_GRADIENTS: dict[str, tuple[Change, type[Exception], str, str]] = {
     "shape": (lambda t: t[:1], ValueError, "shape (2, 4, 6, 3), that of x", "(1, 4, 6, 3)"),
     "rank": (lambda t: t[0, 0], ValueError, "shape (2, 4, 6, 3), that of x", "(6, 3)"),
     "integer": (Tensor.long, TypeError, COMPANION, "int64"),
+    "sparse": (Tensor.to_sparse, TypeError, STRIDED, "a torch.sparse_coo one"),
     "float64": (Tensor.double, TypeError, COMPANION, "float64"),
     "device": (to_meta, ValueError, "on cpu, where x is", "it on meta"),
 }

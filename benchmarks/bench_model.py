@@ -1,7 +1,7 @@
 """Times whole models and measures their memory: inference and training steps over image sizes.
 
     python benchmarks/bench_model.py [--quick] [--only inference,float32,224,b8] [--resume] [--budget SECONDS]
-                                     [--threads N] [--device cpu|cuda] [--output FOLDER]
+                                     [--threads N] [--device cpu|cuda] [--allocator default|kept] [--output FOLDER]
 
 A problem is a task, a dtype, eager or torch.compile, a batch and an image size. For each, every provider gets a
 new process with its model and nothing else. They run in turns, round by round, one at a time. Results are checked
@@ -9,7 +9,8 @@ before they are timed. docs/model_speed.md explains how each column is measured.
 
 ``--only`` takes values of these axes, and providers; an axis without a value is not restricted. Results are added to
 those of the same commit and machine in the folder, so a run can be split. With ``--resume``, problems that are already
-there are not measured again.
+there are not measured again. ``--allocator kept`` measures processes that keep freed memory, by the recipe in
+docs/cpu_kernel.md.
 
 Writes model.csv, model.json, model.md, model_throughput.png and model_memory.png.
 """
@@ -37,6 +38,7 @@ from common import (
     names,
     proc_kib,
     provenance,
+    run_with,
     write_csv,
     write_json,
 )
@@ -88,6 +90,8 @@ class Growth(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
+    if run_with(args.allocator, __file__, argv):
+        return
     setting = Setting(args.device, args.threads, args.budget)
     torch.set_num_threads(args.threads)
     command = shlex.join(["python", "benchmarks/bench_model.py", *(sys.argv[1:] if argv is None else argv)])
@@ -190,7 +194,7 @@ def _row(problem: ModelProblem, name: str, seconds: list[float], costs: Costs, e
 
 def _continued(folder: Path, machine: dict[str, Any]) -> tuple[dict[str, Any], list[Row], list[LeftOut]]:
     """The folder's results; SystemExit if they are of another machine or other code."""
-    keys = ("machine", "commit", "torch", "timm", "device", "threads")
+    keys = ("machine", "commit", "torch", "timm", "device", "threads", "allocator")
     content = earlier_run(folder / "model.json", machine, keys)
     if content is None:
         return machine, [], []
@@ -295,7 +299,8 @@ def markdown(machine: dict[str, Any], rows: Sequence[Row], left_out: Sequence[Le
     """A table for each task, dtype, mode and batch, with sizes from left to right."""
     parts = [
         f"# Whole models\n\n{device_name(machine)}; torch {machine['torch']}, timm {machine['timm']}; commit "
-        f"{machine['commit']}{', changed' if machine['dirty'] else ''}. Measured by\n"
+        f"{machine['commit']}{', changed' if machine['dirty'] else ''}; allocator {machine['allocator']}. "
+        "Measured by\n"
     ]
     parts += [f"    {command}" for command in machine["commands"]]
     for group in dict.fromkeys(r.problem[:4] for r in rows):

@@ -33,8 +33,6 @@ Writes op.csv, op.json and op.png.
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -42,15 +40,14 @@ from typing import Any, NamedTuple
 
 import torch
 from common import (
-    ALLOCATORS,
     DTYPES,
     TIMERS,
     add_run_arguments,
-    allocator,
     copy_rate,
     gemm_rate,
     names,
     provenance,
+    run_with,
     write_csv,
     write_json,
 )
@@ -99,10 +96,7 @@ class Summary(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
-    if args.allocator != allocator():  # it depends on the environment at the start of a process
-        command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
-        kept = {name: value for name, value in os.environ.items() if name not in ALLOCATORS["kept"]}
-        subprocess.run(command, env=kept | ALLOCATORS[args.allocator], check=True)
+    if run_with(args.allocator, __file__, argv):
         return
     torch.set_num_threads(args.threads)
     setting = Setting(args.threads, device=args.device)
@@ -128,9 +122,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few shapes, less than a minute")
     parser.add_argument("--op", type=names(OPS), default=["dynamic_filter"], help=f"of {','.join(OPS)}")
     parser.add_argument("--dtype", type=names(list(DTYPES)), default=list(DTYPES), help=f"of {','.join(DTYPES)}")
-    parser.add_argument(
-        "--allocator", choices=list(ALLOCATORS), default=allocator(), help="whether freed memory is kept"
-    )
     add_run_arguments(parser, "build/bench_op")
     return parser.parse_args(argv)
 

@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dfformer.analysis.palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
+from dfformer.analysis.palette import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
 from dfformer.cli.info import environment
 from dfformer_kernels.autotune import version
 
@@ -42,6 +43,7 @@ FAMILIES = {
     "caformer": (BLACK, "v"),
     "convnext": (ORANGE, "P"),
     "swin": (SKY, "*"),
+    "resnet": (GREY, "p"),
 }
 
 
@@ -57,9 +59,12 @@ def names(accepted: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, output: str) -> None:
-    """Adds --threads, --device and --output, whose default is ``output``."""
+    """Adds --threads, --device, --allocator and --output, whose default is ``output``."""
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", type=_device, choices=list(TIMERS), default="cpu")
+    parser.add_argument(
+        "--allocator", choices=list(ALLOCATORS), default=allocator(), help="whether freed memory is kept"
+    )
     parser.add_argument("--output", type=Path, default=Path(output), help="folder for the results")
 
 
@@ -95,6 +100,19 @@ def allocator() -> str:
     """Which of ALLOCATORS this process was started with."""
     kept = all(os.environ.get(name) == value for name, value in ALLOCATORS["kept"].items())
     return "kept" if kept else "default"
+
+
+def run_with(chosen: str, script: str, argv: Sequence[str] | None) -> bool:
+    """Runs ``script`` in a process with another allocator, unless this process already has ``chosen``: then False.
+
+    The allocator depends on the environment at the start of a process.
+    """
+    if chosen == allocator():
+        return False
+    others = {name: value for name, value in os.environ.items() if name not in ALLOCATORS["kept"]}
+    command = [sys.executable, script, *(sys.argv[1:] if argv is None else argv)]
+    subprocess.run(command, env=others | ALLOCATORS[chosen], check=True)
+    return True
 
 
 def _caches() -> dict[str, str]:

@@ -95,6 +95,7 @@ PROVIDERS = {
     "caformer_s18": Provider("caformer_s18", *FAMILIES["caformer"], compiled=True),
     "convnext_tiny": Provider("convnext_tiny", *FAMILIES["convnext"]),
     "swin_tiny": Provider("swin_tiny_patch4_window7_224", *FAMILIES["swin"], sized=True),
+    "resnet50": Provider("resnet50", *FAMILIES["resnet"]),
 }
 if optimize := getattr(dfformer, "optimize_for_inference", None):
     PROVIDERS["dfformer_s18 optimized"] = Provider(

@@ -34,6 +34,7 @@ MACHINE: dict[str, Any] = {
     "gpu": "a GPU",
     "device": "cpu",
     "threads": 1,
+    "allocator": "default",
     "torch": "2",
     "timm": "1",
     "commit": "abc",
@@ -130,7 +131,7 @@ def test_the_committed_results_can_be_continued() -> None:
         assert [list(row) for row in csv.DictReader(file)] == [list(row) for row in content["rows"]]
 
 
-@pytest.mark.parametrize("key", ["machine", "commit", "torch", "device"])
+@pytest.mark.parametrize("key", ["machine", "commit", "torch", "device", "allocator"])
 def test_results_of_something_else_are_not_mixed_in(tmp_path: Path, key: str) -> None:
     bench_model.write(tmp_path, MACHINE | {"commands": ["first"]}, [ROW], [])
     machine, rows, _ = bench_model._continued(tmp_path, dict(MACHINE))

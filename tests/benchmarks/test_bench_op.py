@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bench_model
 import bench_op
 import common
 import figures
@@ -109,19 +110,20 @@ def test_the_committed_results_have_the_names_of_today() -> None:
     assert [s._asdict() for s in summary] == json.loads((RESULTS / "op.json").read_text())["summary"]
 
 
-def test_another_allocator_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("script", [bench_op, bench_model])
+def test_another_allocator_is_measured_in_a_process_of_its_own(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[list[str], dict[str, str]]] = []
-    monkeypatch.setattr(bench_op.subprocess, "run", lambda command, env, check: started.append((command, env)))
+    monkeypatch.setattr(common.subprocess, "run", lambda command, env, check: started.append((command, env)))
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     arguments = ["--quick", "--allocator", "kept"]
-    bench_op.main(arguments)
+    script.main(arguments)
     ((command, env),) = started
-    assert command[2:] == arguments
+    assert command[1:] == [script.__file__, *arguments]
     for name, value in common.ALLOCATORS["kept"].items():
         assert env[name] == value
         monkeypatch.setenv(name, value)
     assert common.allocator() == "kept"
-    bench_op.main(["--quick", "--allocator", "default"])
+    script.main(["--quick", "--allocator", "default"])
     assert not common.ALLOCATORS["kept"].keys() & started[1][1].keys()
 
 

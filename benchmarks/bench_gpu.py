@@ -38,8 +38,8 @@ from common import DTYPES, names, provenance, write_csv, write_json
 from torch import Tensor
 
 from dfformer_kernels import reference
-from dfformer_kernels.backends.cuda import launch, layout
-from dfformer_kernels.backends.cuda.layout import Chip, Step, Variant
+from dfformer_kernels.backend.cuda import launch, layout
+from dfformer_kernels.backend.cuda.layout import Chip, Step, Variant
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 STAGES = ((56, 128), (28, 256), (14, 640), (7, 1024))  # side, C

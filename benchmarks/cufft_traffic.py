@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dfformer_kernels.backends.cufft.passes import by_sample
+from dfformer_kernels.backend.cufft.passes import by_sample
 from dfformer_kernels.reference import compute_dtype
 
 

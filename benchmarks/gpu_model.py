@@ -24,10 +24,10 @@ from common import write_csv
 from matplotlib.figure import Figure
 
 from dfformer.analysis.palette import BLUE, GREEN, ORANGE, VERMILLION
-from dfformer_kernels.backends.cuda import layout as cuda
-from dfformer_kernels.backends.cuda import nvrtc
-from dfformer_kernels.backends.cuda.layout import CHIPS, Step, Variant
-from dfformer_kernels.backends.cuda.sources import cuda_sources
+from dfformer_kernels.backend.cuda import layout as cuda
+from dfformer_kernels.backend.cuda import nvrtc
+from dfformer_kernels.backend.cuda.layout import CHIPS, Step, Variant
+from dfformer_kernels.backend.cuda.sources import cuda_sources
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PICTURE = ROOT / "benchmarks/results/gpu_model.csv", ROOT / "docs/images/gpu_model.png"

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from common import write_csv
 
-from dfformer_kernels.backends.cuda import layout as cuda
-from dfformer_kernels.backends.cuda import nvrtc
-from dfformer_kernels.backends.cuda.layout import CHIPS, Chip, Step
-from dfformer_kernels.backends.cuda.sources import cuda_sources
+from dfformer_kernels.backend.cuda import layout as cuda
+from dfformer_kernels.backend.cuda import nvrtc
+from dfformer_kernels.backend.cuda.layout import CHIPS, Chip, Step
+from dfformer_kernels.backend.cuda.sources import cuda_sources
 
 RESULTS = Path(__file__).parent / "results" / "gpu_resources.csv"
 SIZES = (224, 384, 512, 1024)  # of square images

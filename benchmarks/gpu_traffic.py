@@ -4,7 +4,7 @@
     python benchmarks/gpu_traffic.py --models  # writes results/gpu_traffic.csv
 
 Filter steps are dynamic filters with StarReLU. ``cuda`` moves what the emulator counts in
-tests/kernels/cuda/test_cuda_kernels.py, ``cufft`` what `cufft_traffic.traffic` says,
+tests/kernels/backend/cuda/test_cuda_kernels.py, ``cufft`` what `cufft_traffic.traffic` says,
 ``torch`` what its operators read and write, counted by running them on the meta device.
 
 Whole models run on the meta device too, with the filter step as one operator. ``eager``: every operator reads its

@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from dfformer_kernels.backends.cuda.layout import CHIPS
-from dfformer_kernels.backends.cufft import passes as cufft
+from dfformer_kernels.backend.cuda.layout import CHIPS
+from dfformer_kernels.backend.cufft import passes as cufft
 
 # Triton's target; threads, blocks and bytes of shared memory per multiprocessor; the most shared memory of a block.
 TARGETS = {

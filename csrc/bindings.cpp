@@ -114,7 +114,7 @@ auto bind_filter(const std::array<std::int64_t, 5>& shape, int dtype,
 
 // The module needs no GIL: calls share only the plans' cache, which has a mutex, and the instruction set, an atomic.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-    m.doc() = "The compiled core. It takes raw addresses: call it through dfformer_kernels.backends.cpu only.";
+    m.doc() = "The compiled core. It takes raw addresses: call it through dfformer_kernels.backend.cpu only.";
     m.def("supported_isas", &supported_isas);
     m.def("active_isa", &active_isa);
     m.def("set_active_isa", &set_active_isa, "name"_a);

@@ -1,7 +1,7 @@
 // The compiled core's interface.
 //
 // Tensors are raw pointers to contiguous memory. Their device, dtype and layout are checked by the caller
-// (dfformer_kernels/backends/cpu.py), sizes and ranges by bindings.cpp. csrc/ includes no header of torch or CUDA.
+// (dfformer_kernels/backend/cpu.py), sizes and ranges by bindings.cpp. csrc/ includes no header of torch or CUDA.
 #pragma once
 
 #include <array>

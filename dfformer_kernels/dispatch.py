@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from dfformer_kernels.autotune import Autotuner
-from dfformer_kernels.backends import cpu, torch_fft
-from dfformer_kernels.backends.cuda import launch as cuda
-from dfformer_kernels.backends.cufft import passes as cufft
+from dfformer_kernels.backend import cpu, torch_fft
+from dfformer_kernels.backend.cuda import launch as cuda
+from dfformer_kernels.backend.cufft import passes as cufft
 from dfformer_kernels.problem import KernelBuildError, Problem
 from dfformer_kernels.warn_once import warn_once
 
@@ -66,6 +66,11 @@ _BY_NAME = {backend.name: backend for backend in TABLE}
 def backends() -> dict[str, list[str]]:
     """Every backend in order of preference, with the reasons why it cannot run on this machine; empty if it can."""
     return {backend.name: list(backend.unavailable_reasons()) for backend in TABLE}
+
+
+def instruction_sets() -> tuple[str, list[str]]:
+    """The compiled core's active instruction set, and all that this machine runs; empty if the core is absent."""
+    return ("", []) if cpu.unavailable_reasons() else (cpu.core().active_isa(), cpu.core().supported_isas())
 
 
 def by_name(name: str) -> Backend:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import dfformer_kernels
-from dfformer_kernels.backends.cuda.sources import cuda_sources
+from dfformer_kernels.backend.cuda.sources import cuda_sources
 
 VARIANTS = {"torch-cpu": "cpu", "torch-cuda": "cuda", "torch-rocm": "rocm"}
 

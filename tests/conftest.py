@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dfformer.cli.main import main
 from dfformer_kernels import backends, dispatch
-from dfformer_kernels.backends import cpu
+from dfformer_kernels.backend import cpu
 
 # torch remembers, at the first use of a device context, which functions allocate: the real ones, not the poisoned ones.
 with torch.device("meta"):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dfformer_kernels
 from dfformer_kernels import dispatch, reference
-from dfformer_kernels.backends import cpu
+from dfformer_kernels.backend import cpu
 
 F = 4
 FORWARD, BOTH = "forward", "forward+backward"

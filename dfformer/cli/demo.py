@@ -36,7 +36,8 @@ from dfformer.utils.eager_baseline import eager_baseline
 from dfformer.utils.io import write_atomically, write_json
 from dfformer.utils.profile import saved_for_backward
 from dfformer.utils.text import echo
-from dfformer_kernels.dispatch import Problem, select
+from dfformer_kernels.dispatch import select
+from dfformer_kernels.problem import Problem
 from dfformer_kernels.tolerance import relative_error
 
 

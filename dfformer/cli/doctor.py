@@ -21,7 +21,7 @@ from torch import Tensor
 from dfformer.cli.info import environment, print_environment
 from dfformer.utils.io import write_json
 from dfformer_kernels import backends, dispatch, dynamic_filter, global_filter, reference, star_relu
-from dfformer_kernels.dispatch import Problem
+from dfformer_kernels.problem import Problem
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 # (B, H, W, C): odd, prime, one-row and rectangular planes, with channel counts that are no multiple of a vector.

@@ -5,6 +5,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import timm
@@ -13,8 +14,7 @@ import torch
 from dfformer.models.registry import VARIANTS
 from dfformer.utils.profile import profile
 from dfformer_kernels import __version__, backends
-from dfformer_kernels.autotune import version
-from dfformer_kernels.backends import cpu
+from dfformer_kernels.dispatch import instruction_sets
 
 
 def info_command(arguments: argparse.Namespace) -> int:
@@ -37,17 +37,14 @@ def print_environment() -> None:
 def environment() -> dict[str, str]:
     """The versions and the hardware that measurements depend on."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    if cpu.unavailable_reasons():
-        isa = "compiled core absent"
-    else:
-        isa = f"{cpu.core().active_isa()} (this machine runs {', '.join(cpu.core().supported_isas())})"
+    active, supported = instruction_sets()
     return {
         "dfformer": __version__,
         "torch": torch.__version__,
         "timm": timm.__version__,
         "python": platform.python_version(),
         "machine": f"{processor()}, {torch.get_num_threads()} threads",
-        "cpu kernels": isa,
+        "cpu kernels": f"{active} (this machine runs {', '.join(supported)})" if active else "compiled core absent",
         "gpu": "; ".join(_gpu(device) for device in gpus) or "none",
         "gpu software": ", ".join(f"{name} {version}" for name, version in _gpu_software().items()),
     }
@@ -64,7 +61,9 @@ def _gpu_software() -> dict[str, str]:
     """Versions of the software that compiles and runs kernels."""
     built_for = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
     versions = {f"torch for {name}": version for name, version in built_for.items() if version}
-    return versions | {name: version(name) for name in ("triton", "cuda-bindings")} | {"driver": _driver()}
+    for name in ("triton", "cuda-bindings"):
+        versions[name] = next((found.version for found in metadata.distributions(name=name)), "absent")
+    return versions | {"driver": _driver()}
 
 
 def _driver() -> str:

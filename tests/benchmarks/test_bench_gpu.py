@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfformer_kernels.backends.cuda.layout import CHIPS, Step
+from dfformer_kernels.backend.cuda.layout import CHIPS, Step
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import require
 
-from dfformer_kernels.backends.cuda import nvrtc
-from dfformer_kernels.backends.cuda.layout import CHIPS, Step, choose_variant
+from dfformer_kernels.backend.cuda import nvrtc
+from dfformer_kernels.backend.cuda.layout import CHIPS, Step, choose_variant
 
 # Thread-instructions an element of x on sm_90 in float32: a few per cent above what there are.
 MOST = {(28, False): 62, (28, True): 120, (7, False): 53, (7, True): 112}

@@ -11,8 +11,8 @@ import torch
 from cufft_traffic import traffic
 from paths import ROOT
 
-from dfformer_kernels.backends.cuda import layout as cuda
-from dfformer_kernels.backends.cufft import passes as cufft
+from dfformer_kernels.backend.cuda import layout as cuda
+from dfformer_kernels.backend.cufft import passes as cufft
 
 PAGE = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
 

@@ -13,6 +13,7 @@ import torch
 from dfformer.cli import doctor
 from dfformer.cli.main import main
 from dfformer_kernels import dispatch
+from dfformer_kernels.problem import Problem
 from dfformer_kernels.tolerance import BOUND
 
 SHAPE = "1x4x4x3"
@@ -122,7 +123,7 @@ class Killer:
 
 
 def test_a_process_that_crashes_and_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = dispatch.Problem("star_relu", "cpu", torch.float32, (1, 4, 4, 3), 0, True)
+    problem = Problem("star_relu", "cpu", torch.float32, (1, 4, 4, 3), 0, True)
     with doctor.Worker() as worker:
         with pytest.raises(doctor.WorkerError, match="its process crashed"):
             worker.run(doctor.check_backend, Killer(), problem)
@@ -141,7 +142,7 @@ def test_a_lost_process_is_a_failed_check() -> None:
         def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             raise doctor.WorkerError("it hangs")
 
-    problem = dispatch.Problem("star_relu", "cpu", torch.float32, (1, 4, 4, 3), 0, True)
+    problem = Problem("star_relu", "cpu", torch.float32, (1, 4, 4, 3), 0, True)
     check = doctor._isolated_check(Lost(), "torch", problem)
     assert (check.failure, check.shape) == ("it hangs", SHAPE)
 

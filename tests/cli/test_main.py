@@ -18,7 +18,7 @@ from dfformer.cli.main import main
 from dfformer.models.checkpoint import read_checkpoint, save_checkpoint
 from dfformer.utils.profile import profile
 from dfformer_kernels import dispatch
-from dfformer_kernels.backends import cpu
+from dfformer_kernels.backend import cpu
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_size": 32, "num_classes": 3}
 

@@ -12,7 +12,7 @@ from cases import OPS, Case, Inputs, assert_within_bound, expected, make_grad, m
 from paths import ROOT
 from torch import Tensor
 
-from dfformer_kernels.backends.cuda.layout import slots_of_block
+from dfformer_kernels.backend.cuda.layout import slots_of_block
 from dfformer_kernels.tolerance import BOUND, gradient_errors
 
 COMPILE = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfformer_kernels import reference
-from dfformer_kernels.backends.cuda.layout import Step
+from dfformer_kernels.backend.cuda.layout import Step
 
 
 class Result(IntEnum):

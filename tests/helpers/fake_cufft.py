@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfformer_kernels.backends.cufft import libcufft
-from dfformer_kernels.backends.cufft.plans import Plans
+from dfformer_kernels.backend.cufft import libcufft
+from dfformer_kernels.backend.cufft.plans import Plans
 
 DTYPES = [torch.float32, torch.float64]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from dfformer_kernels import device
-from dfformer_kernels.backends import torch_fft
+from dfformer_kernels.backend import torch_fft
 from dfformer_kernels.problem import KernelBuildError
 
 ADVICE = "call the operator once with the same shapes, dtypes and layouts before capturing"
@@ -113,7 +113,7 @@ class Compiled:
 
 @pytest.fixture
 def launch(capture: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    triton_launch = pytest.importorskip("dfformer_kernels.backends.cufft.triton_launch")
+    triton_launch = pytest.importorskip("dfformer_kernels.backend.cufft.triton_launch")
     monkeypatch.setattr(triton_launch, "_prepared", device.Prepared())
     capture(False)
     return lambda kernel, *args: triton_launch._launch(kernel, (1,), *args)

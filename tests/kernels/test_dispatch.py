@@ -12,7 +12,7 @@ from conftest import require, require_backend
 from torch import Tensor
 
 from dfformer_kernels import backends, dispatch, star_relu, use_backend
-from dfformer_kernels.backends import cpu
+from dfformer_kernels.backend import cpu
 from dfformer_kernels.dispatch import TABLE, Backend
 from dfformer_kernels.problem import Problem
 

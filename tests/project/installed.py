@@ -12,7 +12,7 @@ import torch
 import dfformer_kernels
 from dfformer.train.recipes import find_recipe
 from dfformer_kernels import backends, dynamic_filter, star_relu
-from dfformer_kernels.backends.cuda.sources import cuda_sources
+from dfformer_kernels.backend.cuda.sources import cuda_sources
 
 
 def main(kind: str, folder: str = "") -> None:

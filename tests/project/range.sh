@@ -23,7 +23,7 @@ PYTHON
 
 # test_timm.py asks of a model what the newest timm has.
 # The compiled core depends on no torch; what Dynamo and Triton compile does.
-tests=(tests/kernels/test_*.py tests/kernels/ops tests/kernels/cufft tests/kernels/graph tests/models tests/inference
+tests=(tests/kernels/test_*.py tests/kernels/ops tests/kernels/backend/cufft tests/kernels/graph tests/models tests/inference
     tests/data tests/utils --ignore=tests/models/test_timm.py)
 
 for end in ${1:-oldest newest}; do

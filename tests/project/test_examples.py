@@ -81,7 +81,7 @@ expected = torch.fft.irfft2(torch.fft.rfft2(x, dim=(1, 2)) * mixed, s=(6, 5), di
 torch.testing.assert_close(y, expected)
 reasons = kernel.backends()
 assert "the compiled core" in reasons["cpu"][0], reasons
-sources = __import__(f"{kernel.__name__}.backends.cuda.sources", fromlist=["cuda_sources"])
+sources = __import__(f"{kernel.__name__}.backend.cuda.sources", fromlist=["cuda_sources"])
 assert "dynamic_filter.cu" in sources.cuda_sources()
 assert "dfformer_kernels" not in sys.modules
 import dfformer_kernels  # beside it, with operators of its own

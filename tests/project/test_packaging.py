@@ -17,8 +17,8 @@ from extent import FULL
 from paths import ROOT
 
 from dfformer_kernels import __version__
-from dfformer_kernels.backends.cuda import sources
-from dfformer_kernels.backends.cuda.sources import cuda_sources
+from dfformer_kernels.backend.cuda import sources
+from dfformer_kernels.backend.cuda.sources import cuda_sources
 from dfformer_kernels.problem import KernelBuildError
 
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
@@ -147,7 +147,7 @@ def test_sources_compiled_at_run_time_are_found_in_a_checkout() -> None:
 
 def test_missing_sources_are_an_error_that_names_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        sources, "__file__", str(tmp_path.joinpath(*["dfformer_kernels", "backends", "cuda", "sources.py"]))
+        sources, "__file__", str(tmp_path.joinpath(*["dfformer_kernels", "backend", "cuda", "sources.py"]))
     )
     with pytest.raises(KernelBuildError, match=re.escape(str(tmp_path / "csrc"))):
         cuda_sources.__wrapped__()

@@ -11,9 +11,9 @@ from conftest import require_backend, require_compiler
 from torch import Tensor
 
 from dfformer_kernels import dispatch, dynamic_filter, global_filter
-from dfformer_kernels.backends import cpu
-from dfformer_kernels.backends.cuda import layout
-from dfformer_kernels.backends.filter_kernels import FilterStep
+from dfformer_kernels.backend import cpu
+from dfformer_kernels.backend.cuda import layout
+from dfformer_kernels.backend.filter_kernels import FilterStep
 from dfformer_kernels.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")

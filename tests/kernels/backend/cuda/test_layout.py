@@ -16,10 +16,10 @@ from cases import CASES
 from extent import FULL
 from native_core import pairwise
 
-from dfformer_kernels.backends.cuda import launch as cuda
-from dfformer_kernels.backends.cuda import layout, nvrtc
-from dfformer_kernels.backends.cuda.layout import CHIPS, Chip, Step, choose_variant
-from dfformer_kernels.backends.cuda.sources import cuda_sources
+from dfformer_kernels.backend.cuda import launch as cuda
+from dfformer_kernels.backend.cuda import layout, nvrtc
+from dfformer_kernels.backend.cuda.layout import CHIPS, Chip, Step, choose_variant
+from dfformer_kernels.backend.cuda.sources import cuda_sources
 
 H100, RTX_4090 = CHIPS["sm_90"], CHIPS["sm_89"]
 

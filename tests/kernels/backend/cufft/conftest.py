@@ -11,7 +11,7 @@ from conftest import require_compiler
 from fake_cufft import Fake, HostMemory, library_plans
 from paths import NATIVE
 
-from dfformer_kernels.backends.cufft import libcufft
+from dfformer_kernels.backend.cufft import libcufft
 
 
 @pytest.fixture(scope="session")

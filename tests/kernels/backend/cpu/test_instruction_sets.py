@@ -29,7 +29,7 @@ def test_unknown_instruction_set_raises_naming_the_known_ones(core: ModuleType) 
 
 
 REPORT_ISA = """
-from dfformer_kernels.backends import cpu
+from dfformer_kernels.backend import cpu
 print(cpu.core().active_isa())
 """
 

@@ -26,13 +26,13 @@ from native_core import pairwise
 from torch import Tensor
 
 from dfformer_kernels import reference
-from dfformer_kernels.backends.cufft import passes as cufft
+from dfformer_kernels.backend.cufft import passes as cufft
 from dfformer_kernels.problem import Problem, is_channels_first
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 triton = pytest.importorskip("triton")
-triton_kernels = pytest.importorskip("dfformer_kernels.backends.cufft.triton_kernels")
-triton_launch = pytest.importorskip("dfformer_kernels.backends.cufft.triton_launch")
+triton_kernels = pytest.importorskip("dfformer_kernels.backend.cufft.triton_kernels")
+triton_launch = pytest.importorskip("dfformer_kernels.backend.cufft.triton_launch")
 
 pytestmark = pytest.mark.usefixtures("one_thread", "interpreted")
 ALL_OPS = pytest.mark.parametrize("op", OPS.values(), ids=OPS)

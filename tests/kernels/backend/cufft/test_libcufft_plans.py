@@ -26,8 +26,8 @@ from fake_cufft import (
 from torch import Tensor
 
 from dfformer_kernels import device as device_module
-from dfformer_kernels.backends.cufft import libcufft
-from dfformer_kernels.backends.cufft.plans import PLANS_PER_DEVICE, Transform
+from dfformer_kernels.backend.cufft import libcufft
+from dfformer_kernels.backend.cufft.plans import PLANS_PER_DEVICE, Transform
 from dfformer_kernels.problem import KernelBuildError
 from dfformer_kernels.tolerance import BOUND, relative_error
 
@@ -287,7 +287,7 @@ def test_different_transforms_run_at_the_same_time(fake: Fake) -> None:
 FORK = """
 import ctypes, os, signal, sys, threading, time
 import torch
-from dfformer_kernels.backends.cufft.plans import Plans, Transform
+from dfformer_kernels.backend.cufft.plans import Plans, Transform
 
 fake, plans = ctypes.CDLL(sys.argv[1]), Plans(sys.argv[1])
 u, Z, workspace = torch.ones(4, 4, 2), torch.empty(4, 3, 2, 2), torch.empty(4 * 3 * 2 * 16, dtype=torch.uint8)

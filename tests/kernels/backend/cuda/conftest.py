@@ -3,7 +3,7 @@
 import pytest
 from conftest import require
 
-from dfformer_kernels.backends.cuda import nvrtc
+from dfformer_kernels.backend.cuda import nvrtc
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from dfformer_kernels.backends.cuda import layout, nvrtc
-from dfformer_kernels.backends.cuda.layout import Chip, Step, choose_variant, compile_options
-from dfformer_kernels.backends.cuda.sources import cuda_sources
-from dfformer_kernels.backends.filter_kernels import FilterStep, Gradients, contiguous, filter_kernels
+from dfformer_kernels.backend.cuda import layout, nvrtc
+from dfformer_kernels.backend.cuda.layout import Chip, Step, choose_variant, compile_options
+from dfformer_kernels.backend.cuda.sources import cuda_sources
+from dfformer_kernels.backend.filter_kernels import FilterStep, Gradients, contiguous, filter_kernels
 from dfformer_kernels.device import refuse_capture
 from dfformer_kernels.problem import Problem
 

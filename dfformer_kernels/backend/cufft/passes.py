@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfformer_kernels.backends import torch_fft
-from dfformer_kernels.backends.cufft import libcufft
-from dfformer_kernels.backends.filter_kernels import FilterStep, Gradients, filter_kernels, needed
+from dfformer_kernels.backend import torch_fft
+from dfformer_kernels.backend.cufft import libcufft
+from dfformer_kernels.backend.filter_kernels import FilterStep, Gradients, filter_kernels, needed
 from dfformer_kernels.problem import KernelBuildError, Problem, empty_like, is_channels_first
 from dfformer_kernels.reference import compute_dtype
 from dfformer_kernels.warn_once import warn_once
@@ -161,7 +161,7 @@ def _rows(x: Tensor) -> Tensor:
 @cache
 def _triton() -> ModuleType:
     try:
-        return import_module("dfformer_kernels.backends.cufft.triton_launch")
+        return import_module("dfformer_kernels.backend.cufft.triton_launch")
     except ImportError as error:
         raise KernelBuildError(f"Triton cannot be imported ({error})") from error
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dfformer_kernels.backends.cufft.plans import DTYPES, Plans, Transform
+from dfformer_kernels.backend.cufft.plans import DTYPES, Plans, Transform
 from dfformer_kernels.device import with_memory_released
 
 _SONAMES = {"12": "libcufft.so.11", "13": "libcufft.so.12"}  # by torch's major version of CUDA

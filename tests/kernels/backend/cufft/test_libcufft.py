@@ -13,8 +13,8 @@ from conftest import require
 from fake_cufft import DTYPES, EXECUTE, Fake, kept_plans, library_plans, planes, spectra
 from torch import Tensor
 
-from dfformer_kernels.backends.cufft import libcufft
-from dfformer_kernels.backends.cufft.plans import Plans, Transform
+from dfformer_kernels.backend.cufft import libcufft
+from dfformer_kernels.backend.cufft.plans import Plans, Transform
 from dfformer_kernels.tolerance import BOUND, relative_error
 
 SHAPES = [

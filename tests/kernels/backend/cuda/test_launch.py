@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfformer_kernels import device, dispatch, dynamic_filter, reference
-from dfformer_kernels.backends.cuda import launch as cuda
-from dfformer_kernels.backends.cuda import layout, nvrtc
-from dfformer_kernels.backends.cuda.layout import CHIPS, Step, choose_variant
+from dfformer_kernels.backend.cuda import launch as cuda
+from dfformer_kernels.backend.cuda import layout, nvrtc
+from dfformer_kernels.backend.cuda.layout import CHIPS, Step, choose_variant
 from dfformer_kernels.problem import Problem
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 

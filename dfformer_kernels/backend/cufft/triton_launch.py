@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfformer_kernels.backends.cufft import triton_kernels as kernels
+from dfformer_kernels.backend.cufft import triton_kernels as kernels
 from dfformer_kernels.device import Prepared, with_memory_released
 from dfformer_kernels.problem import KernelBuildError
 

@@ -36,7 +36,7 @@ from native_core import (
 from torch import Tensor
 
 from dfformer_kernels import reference
-from dfformer_kernels.backends import cpu
+from dfformer_kernels.backend import cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread", "core")
 

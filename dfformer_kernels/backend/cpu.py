@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfformer_kernels.backends.filter_kernels import FilterStep, Gradients, contiguous, filter_kernels, needed
+from dfformer_kernels.backend.filter_kernels import FilterStep, Gradients, contiguous, filter_kernels, needed
 from dfformer_kernels.problem import Problem, is_channels_first
 from dfformer_kernels.reference import compute_dtype
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from fake_cuda import FakeDriver, Result
 
-from dfformer_kernels.backends.cuda import nvrtc
-from dfformer_kernels.backends.cuda.layout import CHIPS
+from dfformer_kernels.backend.cuda import nvrtc
+from dfformer_kernels.backend.cuda.layout import CHIPS
 from dfformer_kernels.problem import KernelBuildError
 from dfformer_kernels.warn_once import warn_once
 
@@ -150,7 +150,7 @@ def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path, monkeypa
 @pytest.mark.usefixtures("compiler")
 def test_processes_may_compile_the_same_at_once(folder: Path) -> None:
     script = (
-        "import hashlib, sys; from dfformer_kernels.backends.cuda import nvrtc; sys.stdin.readline()\n"
+        "import hashlib, sys; from dfformer_kernels.backend.cuda import nvrtc; sys.stdin.readline()\n"
         f"cubins = [nvrtc.cached_cubin({TINY!r}, [f'-DVALUE={{i}}'], 'sm_90') for i in range(9)]\n"
         "print(hashlib.sha256(b''.join(cubins)).hexdigest())"
     )

@@ -16,7 +16,7 @@ from native_core import CODES, DYNAMIC, ISAS, USUAL_FORM, VECTOR_BYTES, pairwise
 from torch import Tensor
 
 from dfformer_kernels import reference
-from dfformer_kernels.backends import cpu
+from dfformer_kernels.backend import cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread", "core")
 
@@ -123,7 +123,7 @@ def test_large_results_are_those_of_their_samples(
 
 PEAK = """
 import torch
-from dfformer_kernels.backends import cpu
+from dfformer_kernels.backend import cpu
 
 def peak():  # getrusage's may be that of the process this one was started by
     with open("/proc/self/status") as file:
@@ -158,7 +158,7 @@ def test_a_call_allocates_what_filter_workspace_says() -> None:
 NO_MEMORY = """
 import resource, sys
 import torch
-from dfformer_kernels.backends import cpu
+from dfformer_kernels.backend import cpu
 
 core = cpu.core()
 x, y, grad_y = torch.ones(3, 1, 2048, 2048, 1).unbind()

@@ -53,7 +53,7 @@ if FULL:
 
 
 def test_all_kernels_are_here() -> None:
-    from dfformer_kernels.backends.cufft import triton_kernels
+    from dfformer_kernels.backend.cufft import triton_kernels
 
     names = {name for name in vars(triton_kernels) if name.endswith("_kernel")}
     assert {name.removesuffix("-plain") for name in KERNELS} == names

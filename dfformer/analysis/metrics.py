@@ -258,8 +258,8 @@ def similarity(
 
     Args:
         models: one, to compare its layers with each other, or two.
-        batches: for each batch one tensor a model: the same images in the same order, at least 4.
-        layers: one mapping a model.
+        batches: for each batch one tensor per model: the same images in the same order, at least 4.
+        layers: one mapping per model.
     """
     sums: list[Tensor | float] = [0.0, 0.0, 0.0]
     for batch in batches:

@@ -91,7 +91,7 @@ _WORKERS_ARGUMENT = Argument(
     "--workers", type=int, default=_WORKERS, help=f"processes that read images (here: {_WORKERS})"
 )
 _SELF_ENSEMBLE = Argument(
-    "--self-ensemble", action="store_true", help="restoration: average over images turned and mirrored in eight ways"
+    "--self-ensemble", action="store_true", help="restoration: average over the eight rotations and flips"
 )
 
 
@@ -204,7 +204,7 @@ COMMANDS = {
             _MODEL,
             _MODEL_ARGS,
             _PRETRAINED,
-            Argument("--classes", type=path, help="a text file with a class name a line"),
+            Argument("--classes", type=path, help="a text file with a class name per line"),
             _img_size(),
             Argument("--topk", type=int, default=5, help="classification: number of classes shown; default: 5"),
             Argument("--min-score", type=float, help="detection: lowest score of drawn boxes; default: 0.3"),

@@ -356,5 +356,5 @@ def read_class_names(path: Path) -> list[str]:
     if not names:
         raise ValueError(f"{path}: has no class names")
     if "" in names:
-        raise ValueError(f"{path}: line {names.index('') + 1} has no class name, accepted is a name a line")
+        raise ValueError(f"{path}: line {names.index('') + 1} has no class name, accepted is one name per line")
     return names

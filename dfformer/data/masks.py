@@ -131,7 +131,7 @@ def _class_names(root: Path) -> list[str]:
     elif ade20k.is_file():  # a table with a header line and the name in the last column
         names = [line.split("\t")[-1].strip() for line in read_class_names(ade20k)[1:]]
     else:
-        raise ValueError(f"{root}: has neither {own.name}, a class name a line, nor ADE20K's {ade20k.name}")
+        raise ValueError(f"{root}: has neither {own.name}, one class name per line, nor ADE20K's {ade20k.name}")
     if not 2 <= len(names) <= IGNORED or not all(names):
         raise ValueError(f"{root}: the list of classes has {len(names)} names, accepted are 2 to {IGNORED}, none empty")
     return names

@@ -141,7 +141,7 @@ def open_pair_dataset(
 @dataclass
 class RestorationTensors(Samples):
     """``images`` as pairs of tensors: whole images, or ``repeats`` random crops of each, mirrored at random,
-    along the diagonal too if they are square: in all eight ways.
+    along the diagonal too if they are square.
 
     Args:
         degradation: makes the inputs that ``images`` lack. The noise of a whole image depends only on its index.

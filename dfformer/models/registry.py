@@ -31,7 +31,6 @@ _SIZES: dict[str, dict[str, Any]] = {
 _S18 = _SIZES["s18"]
 _CONV_THEN_DYNAMIC = (SepConv, SepConv, DynamicFilter, DynamicFilter)
 
-# DFFormer's arguments by model name.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{f"dfformer_{size}": {**args, "token_mixers": DynamicFilter} for size, args in _SIZES.items()},
     **{f"cdfformer_{size}": {**args, "token_mixers": _CONV_THEN_DYNAMIC} for size, args in _SIZES.items()},
@@ -43,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dfformer_s18_d8": {**_S18, "token_mixers": partial(DynamicFilter, reweight_expansion_ratio=0.125)},
     "dfformer_s18_afno": {**_S18, "token_mixers": AFNO2D},
 }
+"""DFFormer's arguments by model name."""
 
 _WEIGHTS = "https://github.com/okojoalg/dfformer/releases/download/weights/{}.pth"
 # The authors published weights for these; the files carry no hash.

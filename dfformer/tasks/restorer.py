@@ -117,7 +117,7 @@ class Restorer(nn.Module):
 
 
 class SelfEnsemble(nn.Module):
-    """Averages a restorer's results for an image turned and mirrored in all eight ways; takes eight times as long.
+    """Averages a restorer's results over the eight rotations and flips of an image; takes eight times as long.
 
     Source: Timofte, Rothe and Van Gool, "Seven ways to improve example-based single image super resolution", CVPR 2016.
     """

@@ -72,7 +72,7 @@ class DataConfig:
     """The images.
 
     Args:
-        dataset: to classify, "" for root/train and root/val with a folder a class, or .tar files of that; "digits",
+        dataset: to classify, "" for root/train and root/val with a folder per class, or .tar files of that; "digits",
             built in; or any map-style dataset timm knows: "torch/cifar10", "hfds/...". To segment, "" for
             root/images/SPLIT and root/annotations/SPLIT, or "synthetic_digits", built in. To detect, "" for
             root/annotations/instances_SPLIT.json and root/SPLIT, or "synthetic_digits". To restore, "" for

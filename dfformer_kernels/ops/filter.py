@@ -290,6 +290,7 @@ StarReLUFunction = _define("star_relu", "Tensor x, Tensor scale, Tensor bias")
 DynamicFilterFunction = _define(
     "dynamic_filter", "Tensor x, Tensor logits, Tensor basis, Tensor? scale, Tensor? bias", ", bool softmax=True"
 )
+"""The autograd Function of `dynamic_filter`; ``apply`` also takes the backend, a name or None, after the tensors."""
 GlobalFilterFunction = _define("global_filter", "Tensor x, Tensor weight, Tensor? scale, Tensor? bias")
 
 

@@ -19,6 +19,8 @@ from paths import ROOT
 from PIL import Image
 from torch import nn
 
+import dfformer
+import dfformer_kernels
 from dfformer import DynamicFilter
 from dfformer.cli import main
 from dfformer.train import config as train_config
@@ -110,9 +112,11 @@ def test_paths_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
-def test_a_page_ends_with_where_to_go_next(page: Path) -> None:
-    *_, last = page.read_text("utf-8").strip().split("\n\n")
-    assert page.name == "api.md" or (last.startswith("Next: ") and LINK.search(last))
+def test_a_page_begins_with_its_use_and_ends_with_where_to_go_next(page: Path) -> None:
+    _, first, *_, last = page.read_text("utf-8").strip().split("\n\n")
+    assert first.startswith("This page ")
+    assert last.startswith("Next: ")
+    assert LINK.search(last)
 
 
 def test_the_recipe_on_its_page_is_the_recipe() -> None:
@@ -139,7 +143,8 @@ def test_site(tmp_path: Path) -> None:
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     api = (tmp_path / "api" / "index.html").read_text("utf-8")
-    assert "replace_dynamic_filters" in api
+    public = {*dfformer.__all__, *dfformer_kernels.__all__} - {"__version__"}
+    assert [name for name in sorted(public) if f'.{name}"' not in api] == []
 
 
 def test_pictures_have_all_their_colours() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfformer_kernels.dispatch import requested_backend
 from dfformer_kernels.ops import checks
 from dfformer_kernels.ops.filter import star_relu as apply_star_relu
 from dfformer_kernels.ops.linear import grad_input, grad_weight, has_many_gradient_rows, linear
@@ -22,7 +23,9 @@ CHUNK_BYTES = 8 * 2**20
 _AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d))
 
 
-def mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: Tensor) -> Tensor:
+def mlp(
+    x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: Tensor, *, backend: str | None = None
+) -> Tensor:
     """``star_relu(x @ weight1.T) @ weight2.T``, MetaFormer's MLP.
 
     Args:
@@ -30,6 +33,7 @@ def mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: T
         weight1: (hidden, K), of x's dtype; under autocast, of any dtype.
         weight2: (N, hidden), like ``weight1``.
         star_relu: StarReLU's ``(scale, bias)``, one element each.
+        backend: of StarReLU, see `dfformer_kernels.star_relu`; the products are PyTorch's.
 
     Returns:
         (..., N). For backward it saves the arguments and the hidden activations before StarReLU, because StarReLU is
@@ -37,8 +41,10 @@ def mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: T
         few rows at a time.
 
     Raises:
-        ValueError, TypeError: a bad argument, by name.
+        ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run StarReLU here.
     """
+    if not torch.compiler.is_compiling():  # there, StarReLU's own functions ask
+        backend = requested_backend(backend)
     checks.check_pair("mlp", star_relu)
     scale, bias = star_relu
     checks.check_tensors("mlp", x=x, weight1=weight1, scale=scale, bias=bias, weight2=weight2)
@@ -47,12 +53,12 @@ def mlp(x: Tensor, weight1: Tensor, star_relu: tuple[Tensor, Tensor], weight2: T
     tensors = (x, weight1, scale, bias, weight2)
     checks.check_mlp(*tensors)
     if is_transformed(tensors):
-        return _layers(*tensors)
+        return _layers(*tensors, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return MlpFunction.apply(*tensors)
+        return MlpFunction.apply(*tensors, backend)
     if not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return _layers(*tensors)
-    return in_chunks(x, len(weight1), len(weight2), lambda rows: _layers(rows, *tensors[1:]))
+        return _layers(*tensors, backend)
+    return in_chunks(x, len(weight1), len(weight2), lambda rows: _layers(rows, *tensors[1:], backend))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -80,46 +86,51 @@ def in_chunks(x: Tensor, hidden: int, N: int, layers: Callable[[Tensor], Tensor]
 
 
 class MlpFunction(torch.autograd.Function):
-    """``mlp`` of checked tensors (x, weight1, scale, bias, weight2)."""
+    """``mlp`` of checked tensors (x, weight1, scale, bias, weight2), with StarReLU's backend."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor, backend: str | None
+    ) -> Tensor:
         hidden = linear(x, weight1)
         ctx.save_for_backward(x, weight1, scale, bias, weight2, hidden)
-        return linear(apply_star_relu(hidden, scale, bias), weight2)
+        ctx.backend = backend
+        return linear(apply_star_relu(hidden, scale, bias, backend=backend), weight2)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, hidden = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[:5]
         if is_differentiated(grad_y, tensors):
             again = torch.is_grad_enabled()
             with torch.enable_grad():
                 wanted = list(compress(tensors, needs))
-                gradients = iter(torch.autograd.grad(_layers(*tensors), wanted, grad_y, create_graph=again))
-            return tuple(next(gradients) if need else None for need in needs)
-        return _gradients(grad_y, hidden, tensors, needs)
+                y = _layers(*tensors, ctx.backend)  # type: ignore[call-arg] # saved_tensors has any length
+                gradients = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=again))
+            return (*(next(gradients) if need else None for need in needs), None)
+        return (*_gradients(grad_y, hidden, tensors, needs, ctx.backend), None)
 
 
-def _layers(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor) -> Tensor:
-    return linear(apply_star_relu(linear(x, weight1), scale, bias), weight2)
+def _layers(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor, backend: str | None) -> Tensor:
+    return linear(apply_star_relu(linear(x, weight1), scale, bias, backend=backend), weight2)
 
 
 def _gradients(
-    grad_y: Tensor, hidden: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
+    grad_y: Tensor, hidden: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool], backend: str | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients of ``tensors`` (x, weight1, scale, bias, weight2); None where one is not needed."""
     x, weight1, scale, bias, weight2 = tensors
     need_x, need_weight1, need_scale, need_bias, need_weight2 = needs
     grad_y, hidden = _rows(grad_y), _rows(hidden)
     many = has_many_gradient_rows(grad_y, weight2)
+    requested = requested_backend(backend) if torch.compiler.is_compiling() else backend
     grad_x = grad_weight1 = grad_scale = grad_bias = grad_weight2 = None
     if need_weight2:
-        grad_weight2 = grad_weight(grad_y, apply_star_relu(hidden, scale, bias), many)
+        grad_weight2 = grad_weight(grad_y, apply_star_relu(hidden, scale, bias, backend=backend), many)
     parts = [need_x or need_weight1, need_scale, need_bias]
     if any(parts):
         gradients = torch.ops.dfformer.star_relu_backward(
-            grad_input(grad_y, weight2, many), hidden, scale, bias, parts, None
+            grad_input(grad_y, weight2, many), hidden, scale, bias, parts, requested
         )
         if parts[0]:
             grad_hidden, *gradients = gradients

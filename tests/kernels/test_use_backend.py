@@ -13,7 +13,7 @@ import torch
 from cases import OPS, Case, make_grad, make_inputs
 from torch import Tensor
 
-from dfformer_kernels import dispatch, use_backend
+from dfformer_kernels import dispatch, mlp, use_backend
 
 OP = OPS["star_relu"]
 
@@ -142,3 +142,24 @@ def test_backward_in_another_thread_runs_where_forward_ran(calls: list[str]) -> 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(y.backward, make_grad(OP, inputs)).result()
     assert calls == ["second star_relu", "second star_relu_backward"]
+
+
+@pytest.mark.parametrize("named", [{"backend": "torch"}, {}], ids=["argument", "context"])
+def test_an_mlps_star_relu_runs_on_the_named_backend_in_backward_too(
+    named: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[tuple[str, str]] = []
+    select = dispatch.select
+
+    def recording(problem: dispatch.Problem, name: str | None = None) -> dispatch.Backend:
+        found = select(problem, name)
+        chosen.append((problem.op, found.name))
+        return found
+
+    monkeypatch.setattr(dispatch, "select", recording)
+    x, w1, w2 = (torch.randn(4, 4, requires_grad=True) for _ in range(3))
+    with nullcontext() if named else use_backend("torch"):
+        y = mlp(x, w1, (torch.ones(1), torch.zeros(1)), w2, **named)
+    y.sum().backward()
+    assert {op for op, _ in chosen} == {"star_relu", "star_relu_backward"}
+    assert {name for _, name in chosen} == {"torch"}

@@ -9,7 +9,7 @@ Each provider computes the dynamic filter with StarReLU, forward and backward, o
   rows say so where it is not installed. The last is another operation, a long convolution with zero padding on planes
   of (B,C,H,W), without mixing and StarReLU. It shows the speed of another fused FFT kernel, and has no error here. Its
   time includes copies between layouts, and its backward includes a forward;
-- ``--variants``: ``cuda`` with other numbers of lanes, threads and planes in shared memory than its default.
+- ``--variants``: ``cuda`` with other numbers of channels per CTA, threads and spectra in shared memory.
 
 Each row is written to ``bench_gpu.csv`` at once, so that a failure loses nothing. Its columns:
 
@@ -39,7 +39,7 @@ from torch import Tensor
 
 from dfformer_kernels import reference
 from dfformer_kernels.backend.cuda import launch, layout
-from dfformer_kernels.backend.cuda.layout import Chip, Step, Variant
+from dfformer_kernels.backend.cuda.layout import Chip, KernelSpec, Variant
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
 STAGES = ((56, 128), (28, 256), (14, 640), (7, 1024))  # side, C
@@ -50,7 +50,8 @@ TENSORS = {"forward": 2, "backward": 4}
 OTHER_OPERATION = "subquadratic-ops (another operation)"
 NO_GPU = "bench_gpu: no CUDA device; nothing is timed without one"
 
-# (lanes, threads, planes in shared memory) that `layout.choose_variant` could have chosen, by side and direction
+# (channels per CTA, threads, spectra in shared memory) that `layout.choose_variant` could have chosen, by side and
+# direction
 VARIANTS: dict[tuple[int, str], tuple[tuple[int, int, int], ...]] = {
     (56, "forward"): ((8, 256, 1), (8, 320, 1), (4, 128, 1)),
     (56, "backward"): ((8, 256, 2), (8, 512, 2), (8, 256, 1), (4, 256, 2), (4, 128, 1), (2, 64, 2)),
@@ -84,7 +85,9 @@ class Row:
 class Provider:
     name: str
     run: Callable[[Tensor | None, list[Tensor]], list[Tensor]]  # backward if there is a grad_y
-    variant: Callable[[Step, Chip], Variant | None] | None = None  # of the cuda kernels, instead of the chosen one
+    variant: Callable[[KernelSpec, Chip], Variant | None] | None = (
+        None  # of the cuda kernels, instead of the chosen one
+    )
     has_error: bool = True  # computes this operation
 
 
@@ -130,28 +133,28 @@ def providers(H: int, direction: str, against: bool, variants: bool) -> Iterator
         yield Provider(OTHER_OPERATION, long_convolution, has_error=False)
 
 
-def other_variants(H: int, direction: str) -> Iterator[tuple[str, Callable[[Step, Chip], Variant | None]]]:
-    for lanes, threads, planes in VARIANTS[H, direction]:
-        variant = partial(layout.variant_of, lanes=lanes, threads=threads, planes=planes)
-        yield f"{lanes} lanes, {threads} threads, {planes} planes", variant
+def other_variants(H: int, direction: str) -> Iterator[tuple[str, Callable[[KernelSpec, Chip], Variant | None]]]:
+    for channels, threads, spectra in VARIANTS[H, direction]:
+        variant = partial(layout.variant_of, channels_per_cta=channels, threads=threads, spectra_in_shared=spectra)
+        yield f"{channels} channels per CTA, {threads} threads, {spectra} spectra", variant
     if layout.longest_in_registers(direction == "backward") < H:
         yield "unrolled columns", with_unrolled_columns
 
 
-def with_unrolled_columns(step: Step, chip: Chip) -> Variant | None:
+def with_unrolled_columns(step: KernelSpec, chip: Chip) -> Variant | None:
     """The chosen variant, but its columns are not in loops: fewer instructions, and two or three times the code."""
     variant = layout.choose_variant(step, chip)
     return variant and replace(variant, columns=layout.COLUMNS_UNROLLED)
 
 
 @contextmanager
-def chosen(variant: Callable[[Step, Chip], Variant | None] | None, direction: str) -> Iterator[None]:
+def chosen(variant: Callable[[KernelSpec, Chip], Variant | None] | None, direction: str) -> Iterator[None]:
     """Makes ``cuda`` compile this variant of the direction's kernels instead of the chosen one."""
     if variant is None:
         yield
         return
 
-    def choose(step: Step, chip: Chip) -> Variant | None:
+    def choose(step: KernelSpec, chip: Chip) -> Variant | None:
         in_question = step.backward == (direction == "backward")
         return (variant if in_question else layout.choose_variant)(step, chip)
 

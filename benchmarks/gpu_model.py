@@ -5,7 +5,7 @@
 Each kernel of DFFormer-S18's stages is compiled and disassembled (nvdisasm from Triton's package). Its loops are known
 from the source, so every instruction is counted as often as warps execute it. From that, for B = 128, the time that
 each resource needs if it never waits: issue slots and float32 lanes, shared memory's wavefronts, bytes of the L2 cache
-(whole sectors, the slots of the basis' gradient, spectra taken in turn), bytes of device memory. The largest is a
+(whole sectors, the slots of the basis' gradient, spectra that wait there), bytes of device memory. The largest is a
 floor: no run is faster, and one with too few warps to hide latencies is slower. Bytes at the floor are not time at the
 floor.
 """
@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from dfformer.analysis.palette import BLUE, GREEN, ORANGE, VERMILLION
 from dfformer_kernels.backend.cuda import layout as cuda
 from dfformer_kernels.backend.cuda import nvrtc
-from dfformer_kernels.backend.cuda.layout import CHIPS, Step, Variant
+from dfformer_kernels.backend.cuda.layout import CHIPS, KernelSpec, Variant
 from dfformer_kernels.backend.cuda.sources import cuda_sources
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ STAGES = ((56, 128), (28, 256), (14, 640), (7, 1024))
 B, F = 128, 4
 KINDS = {"float32": "FADD|FMUL|FFMA", "shared": "LDS|STS", "device": "LDG|STG"}  # the rest: integers, moves, branches
 PHASES = {False: ("rows", "columns", "inverse_rows"), True: ("rows", "grad_rows", "columns", "inverse_rows")}
-IN_TURN = ("rows", "columns", "grad_rows", "columns", "inverse_rows")  # of backward, one spectrum after the other
+ONE_SPECTRUM = ("rows", "columns", "grad_rows", "columns", "inverse_rows")  # of backward, one spectrum after the other
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one work item, a sample's block of channels: instructions of warps."""
+    """Of one work item, a sample's group of channels: instructions of warps."""
 
     by_phase: dict[str, float]
     by_kind: dict[str, float]
@@ -131,41 +131,41 @@ def warp_iterations(tasks: int, threads: int, threads_a_task: int) -> int:
     return sum(-(-max(tasks - first, 0) // workers) for first in range(0, workers, per_warp))
 
 
-def count(step: Step, variant: Variant, code: list[str], labels: dict[str, int]) -> Counts:
+def count(spec: KernelSpec, variant: Variant, code: list[str], labels: dict[str, int]) -> Counts:
     """Raises ValueError where the code's loops are not the source's."""
-    warps, across, loops = variant.threads / 32, variant.lanes // variant.width, loops_of(code, labels)
+    warps, across, loops = variant.threads / 32, variant.channels_per_cta // variant.width, loops_of(code, labels)
     fetching = [loop for loop in loops if loop[1] - loop[0] < 20 and "CCTL" in " ".join(code[loop[0] : loop[1]])]
     loops = [loop for loop in loops if loop not in fetching]
     end = next(i for i, line in enumerate(code) if line == "EXIT" and i > loops[-1][1])
-    if step.backward:
+    if spec.backward:
         (item, item_end), loops = loops[0], loops[1:]
         loops = [loop for loop in loops if loop[1] < item_end]
     outer = [loop for loop in loops if not any(o[0] <= loop[0] and loop[1] < o[1] for o in loops if o != loop)]
-    row_tasks = step.H if variant.rows else -(-step.H // 2)
-    in_turn = step.backward and variant.planes == 1
-    names = IN_TURN if in_turn else PHASES[step.backward]
+    row_tasks = spec.H if variant.rows else -(-spec.H // 2)
+    one_spectrum = spec.backward and variant.spectra_in_shared == 1
+    names = ONE_SPECTRUM if one_spectrum else PHASES[spec.backward]
     if len(outer) < len(names):
-        raise ValueError(f"{step}: {len(outer)} loops, expected {len(names)}")
-    tasks = [step.K if name == "columns" else row_tasks for name in names]
+        raise ValueError(f"{spec}: {len(outer)} loops, expected {len(names)}")
+    tasks = [spec.K if name == "columns" else row_tasks for name in names]
     weights = [warps] * len(code)
     for (first, last), n in zip(outer, tasks, strict=False):
         weights[first : last + 1] = [warp_iterations(n, variant.threads, across)] * (last + 1 - first)
     # In a column the two factors' transforms take turns: N2 of N1 points, then N1 of N2, ...
-    N2 = cuda._second_factor(step.H)
-    N1 = step.H // N2
+    N2 = cuda._second_factor(spec.H)
+    N1 = spec.H // N2
     trips = {0: [], 2: [N2, N1], 3: [N2, N1, N2], 4: [N2, N2, N1, N2]}
     for first, last in (loop for name, loop in zip(names, outer, strict=False) if name == "columns"):
         inner = [loop for loop in loops if first <= loop[0] and loop[1] < last]
         for (begin, stop), n in zip(inner, trips[len(inner)], strict=True):
             weights[begin : stop + 1] = [w * n for w in weights[begin : stop + 1]]
-    _weigh_sums(step, variant, outer[len(names) :], weights)
+    _weigh_sums(spec, variant, outer[len(names) :], weights)
     # Requests to the L2 cache for the next item: a sector each, of every tensor in a loop of its own.
-    requests = step.H * step.W * variant.lanes * step.dtype.itemsize / 32
+    requests = spec.H * spec.W * variant.channels_per_cta * spec.dtype.itemsize / 32
     for first, last in fetching:
         weights[first : last + 1] = [requests / 32] * (last + 1 - first)
 
     boundaries = [last for _, last in outer[: len(names)]]
-    start, stop = (item, item_end) if step.backward else (0, end)
+    start, stop = (item, item_end) if spec.backward else (0, end)
     by_phase, by_kind, wavefronts = dict.fromkeys(names, 0.0), dict.fromkeys([*KINDS, "other"], 0.0), 0.0
     for i in range(start, stop + 1):
         phase = names[min(sum(i > boundary for boundary in boundaries), len(names) - 1)]
@@ -177,35 +177,37 @@ def count(step: Step, variant: Variant, code: list[str], labels: dict[str, int])
     return Counts(by_phase, by_kind, wavefronts)
 
 
-def _weigh_sums(step: Step, variant: Variant, loops: list[tuple[int, int]], weights: list[float]) -> None:
-    """Backward's sums over lanes are in the code twice, for a block's first item and for the others; then come the
+def _weigh_sums(spec: KernelSpec, variant: Variant, loops: list[tuple[int, int]], weights: list[float]) -> None:
+    """Backward's sums over channels are in the code twice, for a CTA's first item and for the others; then come the
     sums over threads for softmax's gradient, a few iterations of one warp.
     """
-    points = step.H * step.K
-    tasks = points * cuda.slots_of_block(points, variant.lanes, variant.threads)
+    points = spec.H * spec.K
+    tasks = points * cuda.slots_per_cta(points, variant.channels_per_cta, variant.threads)
     for n, (first, last) in enumerate(loops):
         weight = warp_iterations(tasks, variant.threads, 1) if n == 0 else 0 if n == 1 else 1
         weights[first : last + 1] = [weight] * (last + 1 - first)
 
 
 @cache
-def counted(arch: str, step: Step) -> tuple[Counts, Variant]:
-    variant = cuda.choose_variant(step, CHIPS[arch])
+def counted(arch: str, spec: KernelSpec) -> tuple[Counts, Variant]:
+    variant = cuda.choose_variant(spec, CHIPS[arch])
     assert variant is not None
-    cubin, _ = nvrtc.compile_cubin(cuda_sources(), cuda.compile_options(step, variant), arch)
-    return count(step, variant, *disassembled(cubin)), variant
+    cubin, _ = nvrtc.compile_cubin(cuda_sources(), cuda.compile_options(spec, variant), arch)
+    return count(spec, variant, *disassembled(cubin)), variant
 
 
-def row(name: str, step: Step) -> Row:
+def row(name: str, spec: KernelSpec) -> Row:
     gpu = GPUS[name]
-    counts, variant = counted(gpu.arch, step)
-    items, pixels = B * -(-step.C // variant.lanes), step.H * step.W
-    elements = pixels * variant.lanes
-    size, tensors = step.dtype.itemsize, 4 if step.backward else 2
-    sectors = tensors * pixels * -(-variant.lanes * size // 32)  # of an item
-    points = step.H * step.K
-    slots = 2 * points * step.F * 8 if step.backward else 0  # bytes of grad_basis, read and written
-    spectra = 4 * points * variant.lanes * 8 if step.backward and variant.planes == 1 else 0  # X and P, both twice
+    counts, variant = counted(gpu.arch, spec)
+    items, pixels = B * -(-spec.C // variant.channels_per_cta), spec.H * spec.W
+    elements = pixels * variant.channels_per_cta
+    size, tensors = spec.dtype.itemsize, 4 if spec.backward else 2
+    sectors = tensors * pixels * -(-variant.channels_per_cta * size // 32)  # of an item
+    points = spec.H * spec.K
+    slots = 2 * points * spec.F * 8 if spec.backward else 0  # bytes of grad_basis, read and written
+    spectra = (
+        4 * points * variant.channels_per_cta * 8 if spec.backward and variant.spectra_in_shared == 1 else 0
+    )  # X and P, both twice
     cycles = gpu.multiprocessors * gpu.clock / items
     times = {
         "issue": counts.instructions / 4 / cycles,
@@ -222,10 +224,10 @@ def row(name: str, step: Step) -> Row:
     }
     return Row(
         gpu=name,
-        H=step.H,
-        C=step.C,
-        dtype=str(step.dtype).removeprefix("torch."),
-        direction="backward" if step.backward else "forward",
+        H=spec.H,
+        C=spec.C,
+        dtype=str(spec.dtype).removeprefix("torch."),
+        direction="backward" if spec.backward else "forward",
         wavefronts=round(counts.wavefronts / elements, 3),
         sectors=round(sectors / elements, 3),
         floor_us=round(1e6 * times[binds], 1),
@@ -237,7 +239,7 @@ def row(name: str, step: Step) -> Row:
 
 def rows() -> Iterator[Row]:
     for name, (H, C), dtype, backward in product(GPUS, STAGES, (torch.float32, torch.bfloat16), (False, True)):
-        yield row(name, Step(H, H, C, F, dtype, star_relu=True, backward=backward))
+        yield row(name, KernelSpec(H, H, C, F, dtype, star_relu=True, backward=backward))
 
 
 def draw(table: list[Row], path: Path = PICTURE) -> None:
@@ -260,7 +262,7 @@ def draw(table: list[Row], path: Path = PICTURE) -> None:
             ax.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(frameon=False)
     figure.suptitle(
-        "What each resource of an H100 needs for a filter step, B = 128: a model, not measured", fontsize=11
+        "What each resource of an H100 needs for a filter spec, B = 128: a model, not measured", fontsize=11
     )
     figure.savefig(path, dpi=110)
 

@@ -20,7 +20,7 @@ from common import write_csv
 
 from dfformer_kernels.backend.cuda import layout as cuda
 from dfformer_kernels.backend.cuda import nvrtc
-from dfformer_kernels.backend.cuda.layout import CHIPS, Chip, Step
+from dfformer_kernels.backend.cuda.layout import CHIPS, Chip, KernelSpec
 from dfformer_kernels.backend.cuda.sources import cuda_sources
 
 RESULTS = Path(__file__).parent / "results" / "gpu_resources.csv"
@@ -49,30 +49,30 @@ class Row:
     regs: int | None
     spill_bytes: int | None
     smem_bytes: int | None
-    blocks_per_sm: int | None
+    ctas_per_sm: int | None
     dispatched: bool
 
 
-def steps() -> Iterator[Step]:
+def specs() -> Iterator[KernelSpec]:
     """The dynamic filters with StarReLU of the DFFormers, and their gradients."""
     planes = [*product(SIZES, STAGES), *product(SIZES[:1], WIDER_STAGES)]
     for (size, (stride, C)), dtype, direction in product(planes, DTYPES, DIRECTIONS):
         side = size // stride
-        yield Step(side, side, C, F, dtype, star_relu=True, backward=direction == "backward")
+        yield KernelSpec(side, side, C, F, dtype, star_relu=True, backward=direction == "backward")
 
 
-def cuda_row(step: Step, chip: Chip) -> Row:
-    direction = DIRECTIONS[step.backward]
-    problem = ("cuda", f"filter_{direction}, C={step.C}", chip.arch, step.H, step.W,
-               str(step.dtype).removeprefix("torch."), direction)  # fmt: skip
-    variant = None if cuda.unsupported_reasons(step, chip) else cuda.choose_variant(step, chip)
+def cuda_row(spec: KernelSpec, chip: Chip) -> Row:
+    direction = DIRECTIONS[spec.backward]
+    problem = ("cuda", f"filter_{direction}, C={spec.C}", chip.arch, spec.H, spec.W,
+               str(spec.dtype).removeprefix("torch."), direction)  # fmt: skip
+    variant = None if cuda.unsupported_reasons(spec, chip) else cuda.choose_variant(spec, chip)
     if variant is None:
         return Row(*problem, None, None, None, None, dispatched=False)
-    options = [*cuda.compile_options(step, variant), "--ptxas-options=-v"]
+    options = [*cuda.compile_options(spec, variant), "--ptxas-options=-v"]
     _, log = nvrtc.compile_cubin(cuda_sources(), options, chip.arch)
     registers, stack = _number(r"Used (\d+) registers", log), _number(r"(\d+) bytes stack frame", log)
-    blocks = chip.resident_blocks(variant.threads, registers, variant.shared_bytes)
-    return Row(*problem, registers, stack, variant.shared_bytes, blocks, dispatched=True)
+    ctas = chip.resident_ctas(variant.threads, registers, variant.shared_bytes)
+    return Row(*problem, registers, stack, variant.shared_bytes, ctas, dispatched=True)
 
 
 def _number(pattern: str, log: str) -> int:
@@ -98,7 +98,7 @@ def read(path: Path = RESULTS) -> list[dict[str, str]]:
 
 
 def cuda_rows(target: str) -> list[Row]:
-    return [cuda_row(step, CHIPS[target]) for step in steps()]
+    return [cuda_row(spec, CHIPS[target]) for spec in specs()]
 
 
 def cufft_rows(target: str) -> list[Row]:

@@ -24,14 +24,14 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from dfformer_kernels.backend.cuda.layout import CHIPS
 from dfformer_kernels.backend.cufft import passes as cufft
 
-# Triton's target; threads, blocks and bytes of shared memory per multiprocessor; the most shared memory of a block.
+# Triton's target; threads, ctas and bytes of shared memory per multiprocessor; the most shared memory of a CTA.
 TARGETS = {
     arch: (
         GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
         chip.threads_per_multiprocessor,
-        chip.blocks_per_multiprocessor,
+        chip.ctas_per_multiprocessor,
         chip.shared_per_multiprocessor,
-        chip.shared_per_block,
+        chip.shared_per_cta,
     )
     for arch, chip in CHIPS.items()
 } | {arch: (GPUTarget("hip", arch, 64), 2048, 32, 64 << 10, 64 << 10) for arch in ("gfx90a", "gfx942")}
@@ -124,18 +124,18 @@ def compiled(launch: Launch, target: str) -> Any:
 
 
 def _resources(launch: Launch, target: str) -> tuple[str, dict[str, int]]:
-    """The identity of a compiled kernel, and its registers, spills, shared memory and blocks per multiprocessor."""
+    """The identity of a compiled kernel, and its registers, spills, shared memory and ctas per multiprocessor."""
     result = compiled(launch, target)
     registers, spilled = _nvidia(result) if target.startswith("sm_") else _amd(result)
-    gpu, threads, blocks, shared, _ = TARGETS[target]
+    gpu, threads, ctas, shared, _ = TARGETS[target]
     used = result.metadata.shared
     warps = result.metadata.num_warps
     if gpu.backend == "cuda":
-        resident = CHIPS[target].resident_blocks(warps * gpu.warp_size, registers, used)
+        resident = CHIPS[target].resident_ctas(warps * gpu.warp_size, registers, used)
     else:
         by_registers = min(8, 512 // (-(-registers // 8) * 8)) * 4 // warps
-        resident = min(blocks, threads // (warps * gpu.warp_size), by_registers, shared // max(used, 1))
-    return result.hash, {"regs": registers, "spill_bytes": spilled, "smem_bytes": used, "blocks_per_sm": resident}
+        resident = min(ctas, threads // (warps * gpu.warp_size), by_registers, shared // max(used, 1))
+    return result.hash, {"regs": registers, "spill_bytes": spilled, "smem_bytes": used, "ctas_per_sm": resident}
 
 
 def _nvidia(result: Any) -> tuple[int, int]:

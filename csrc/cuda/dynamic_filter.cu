@@ -5,14 +5,15 @@
 //   DIRECTION            0 filter_forward, 1 filter_backward
 //   PLANE_H, PLANE_W     H and W
 //   CHANNELS             C
-//   FILTERS              F; 0: one weight a channel, (H,K,C,2)
-//   LANES, THREADS       channels and threads of a block
+//   FILTERS              F; 0: one weight per channel, (H,K,C,2)
+//   CHANNELS_PER_CTA     channels of a CTA (a thread block)
+//   THREADS              threads of a CTA
 //   WIDTH                neighbouring channels of a thread: 1 or 2
-//   ROWS, COLUMNS        how rows and columns are transformed: the enums of dynamic_filter.inl
+//   ROWS, COLUMNS        how rows and columns are transformed: the enums of layout.inl
 //   STORAGE              of x, y and their gradients: 0 float32, 2 bfloat16, 3 float16
 //   STAR_RELU            1: StarReLU on load
-//   PLANES               half spectra of a block's lanes in shared memory: 1 forward, 2 or 1 backward
-//   MIN_BLOCKS           blocks that shall fit a multiprocessor at once
+//   SPECTRA_IN_SHARED    half spectra of a CTA's channels in shared memory: 1 forward, 2 or 1 backward
+//   MIN_CTAS             CTAs that shall fit a multiprocessor at once
 //   SHARED_BYTES         dynamic shared memory at launch: must be the layout's
 
 #ifdef __CUDACC_RTC__
@@ -23,9 +24,9 @@
 #include "butterflies.inl"
 #include "dynamic_filter.inl"
 
-using Block =
-    Layout<PLANE_H, PLANE_W, CHANNELS, FILTERS, LANES, THREADS, ROWS, COLUMNS, STAR_RELU, DIRECTION, PLANES, WIDTH>;
-static_assert(Block::shared_bytes == SHARED_BYTES, "the caller computes shared memory as Layout does");
+using CtaLayout = Layout<PLANE_H, PLANE_W, CHANNELS, FILTERS, CHANNELS_PER_CTA, THREADS, ROWS, COLUMNS, STAR_RELU,
+                         DIRECTION, SPECTRA_IN_SHARED, WIDTH>;
+static_assert(CtaLayout::shared_bytes == SHARED_BYTES, "the caller computes shared memory as Layout does");
 
 template <int storage>
 struct StorageType;
@@ -89,7 +90,7 @@ struct VectorOf<Pair> {
 };
 
 struct Environment {
-    float2* spectra = nullptr;
+    float2* kept_spectrum = nullptr;
 
     template <class T>
     FFT_INLINE T load(const float* p) const {
@@ -156,20 +157,20 @@ struct Environment {
         return (typename VectorOf<T>::Type*)p;
     }
     template <class T>
-    FFT_INLINE Complex<T> plane(int i) const {
+    FFT_INLINE Complex<T> spectrum(int i) const {
         return complex_of(*vectors<T>(shared + i));
     }
     template <class T>
-    FFT_INLINE void set_plane(int i, Complex<T> value) const {
+    FFT_INLINE void set_spectrum(int i, Complex<T> value) const {
         *vectors<T>(shared + i) = vector_of(value);
     }
     template <class T>
-    FFT_INLINE Complex<T> spectrum(int i) const {
-        return complex_of(*vectors<T>(spectra + i));
+    FFT_INLINE Complex<T> kept(int i) const {
+        return complex_of(*vectors<T>(kept_spectrum + i));
     }
     template <class T>
-    FFT_INLINE void set_spectrum(int i, Complex<T> value) const {
-        *vectors<T>(spectra + i) = vector_of(value);
+    FFT_INLINE void set_kept(int i, Complex<T> value) const {
+        *vectors<T>(kept_spectrum + i) = vector_of(value);
     }
     FFT_INLINE float scratch(int i) const { return ((const float*)shared)[i]; }
     template <int count>
@@ -191,12 +192,12 @@ struct Environment {
 
 #if DIRECTION == 0
 
-// One work item a block: gridDim.x = B ceil(C / LANES), a sample's channel blocks side by side. `ahead` is how many
-// blocks the GPU runs at once: about what a multiprocessor's next block is ahead of this one.
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+// One work item per CTA: gridDim.x = B ceil(C / CHANNELS_PER_CTA), those of a sample side by side. `ahead` is how many
+// CTAs the GPU runs at once: about what a multiprocessor's next CTA is ahead of this one.
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS)
     filter_forward(const Storage* x, Storage* y, const float* logits, const float* filters, const float* scale,
                    const float* bias, long long ahead) {
-    using Step = Forward<Block, Storage>;
+    using Step = Forward<CtaLayout, Storage>;
     Environment env;
     unrolled<0, Step::phases>([&](auto phase) {
         if (phase > 0) __syncthreads();
@@ -209,32 +210,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
 #else
 
-// Block i takes the work items i, i + gridDim.x, ... of B ceil(C / LANES), in order, and gridDim.x is at most their
-// number. Its part of a sum over blocks goes to a slot:
+// CTA i takes the work items i, i + gridDim.x, ... of B ceil(C / CHANNELS_PER_CTA), in order, and gridDim.x is at most
+// their number. Its part of a sum over CTAs goes to a slot:
 //
-//   grad_basis   filter_slots[gridDim.x][slots][H][K][F][2], block i has the i-th `slots` of them, Block::slots
-//   grad_weight  filter_slots[gridDim.x / ceil(C / LANES)][H][K][C][2]: gridDim.x is a multiple of ceil(C / LANES), so
-//                that a block's items are samples of the same channels, for which it fills slot i / ceil(C / LANES)
+//   grad_basis   filter_slots[gridDim.x][slots][H][K][F][2], CTA i has the i-th `slots` of them, CtaLayout::slots
+//   grad_weight  filter_slots[gridDim.x / items][H][K][C][2] with items = ceil(C / CHANNELS_PER_CTA): gridDim.x is a
+//                multiple of them, so that a CTA's items are samples of the same channels, for which it fills slot
+//                i / items
 //   scalars      star_relu_slots[gridDim.x][2]: grad_scale, grad_bias
 //
-// `spectra` is [gridDim.x][Block::spectrum_size] where PLANES is 1, and otherwise not used. An output that is null is
-// not wanted.
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+// `kept` is [gridDim.x][CtaLayout::kept_size] where SPECTRA_IN_SHARED is 1, and otherwise not used. An output that is
+// null is not wanted.
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS)
     filter_backward(const Storage* grad_y, const Storage* x, const float* logits, const float* filters,
                     const float* scale, const float* bias, Storage* grad_x, float* grad_logits, float* filter_slots,
-                    float* star_relu_slots, float2* spectra, long long B) {
-    using Step = Backward<Block, Storage>;
-    constexpr int slot_blocks = FILTERS ? 1 : Block::channel_blocks, slot_size = Block::H * Block::K * 2;
-    const long long slot = blockIdx.x / slot_blocks;
-    if (filter_slots) filter_slots += slot * Block::slots * slot_size * (FILTERS ? FILTERS : CHANNELS);
+                    float* star_relu_slots, float2* kept, long long B) {
+    using Step = Backward<CtaLayout, Storage>;
+    constexpr int slot_ctas = FILTERS ? 1 : CtaLayout::items_per_sample, slot_size = CtaLayout::H * CtaLayout::K * 2;
+    const long long slot = blockIdx.x / slot_ctas;
+    if (filter_slots) filter_slots += slot * CtaLayout::slots * slot_size * (FILTERS ? FILTERS : CHANNELS);
     if (star_relu_slots) star_relu_slots += 2LL * blockIdx.x;
 
-    Environment env{Block::in_turn ? spectra + (long long)blockIdx.x * Block::spectrum_size : nullptr};
+    Environment env{CtaLayout::one_spectrum ? kept + (long long)blockIdx.x * CtaLayout::kept_size : nullptr};
     Step step{grad_y, x,           logits,       filters,         {scale, bias},
               grad_x, grad_logits, filter_slots, star_relu_slots, (int)threadIdx.x};
-    for (long long item = blockIdx.x; item < B * Block::channel_blocks; item += gridDim.x) {
+    for (long long item = blockIdx.x; item < B * CtaLayout::items_per_sample; item += gridDim.x) {
         const long long next = item + gridDim.x;
-        step.begin(item, item == blockIdx.x, next < B * Block::channel_blocks ? next : -1);
+        step.begin(item, item == blockIdx.x, next < B * CtaLayout::items_per_sample ? next : -1);
         unrolled<0, Step::phases>([&](auto phase) {
             step.template run<phase.value>(env);
             __syncthreads();

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfformer_kernels.backend.cuda.layout import CHIPS, Step
+from dfformer_kernels.backend.cuda.layout import CHIPS, KernelSpec
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -41,7 +41,7 @@ def test_the_reference_has_no_error(direction: str) -> None:
 @pytest.mark.parametrize("key", bench_gpu.VARIANTS, ids=str)
 def test_variants_fit_an_h100(key: tuple[int, str]) -> None:
     H, direction = key
-    step = Step(H, H, dict(bench_gpu.STAGES)[H], 4, torch.float32, star_relu=True, backward=direction == "backward")
+    step = KernelSpec(H, H, dict(bench_gpu.STAGES)[H], 4, torch.float32, True, backward=direction == "backward")
     found = {name: variant(step, CHIPS["sm_90"]) for name, variant in bench_gpu.other_variants(H, direction)}
     assert len(found) == len(bench_gpu.VARIANTS[key]) + ("unrolled columns" in found)
     assert all(variant is not None for variant in found.values())

@@ -8,7 +8,7 @@ import torch
 from conftest import require
 
 from dfformer_kernels.backend.cuda import nvrtc
-from dfformer_kernels.backend.cuda.layout import CHIPS, Step, choose_variant
+from dfformer_kernels.backend.cuda.layout import CHIPS, KernelSpec, choose_variant
 
 # Thread-instructions an element of x on sm_90 in float32: a few per cent above what there are.
 MOST = {(28, False): 62, (28, True): 120, (7, False): 53, (7, True): 112}
@@ -33,7 +33,7 @@ def test_loops_are_branches_back() -> None:
 def test_instructions_of_a_stage(H: int, backward: bool) -> None:
     pytest.importorskip("triton", reason="its package has the disassembler")
     require("cuda", not nvrtc.unavailable_reasons(), "nothing can be compiled here")
-    step = Step(H, H, dict(gpu_model.STAGES)[H], 4, torch.float32, star_relu=True, backward=backward)
+    step = KernelSpec(H, H, dict(gpu_model.STAGES)[H], 4, torch.float32, star_relu=True, backward=backward)
     row = gpu_model.row("H100", step)
     assert row.instructions <= MOST[H, backward]
     assert row.instructions == pytest.approx(row.rows + row.grad_rows + row.columns + row.inverse_rows, abs=0.1)

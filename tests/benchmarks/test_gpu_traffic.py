@@ -90,13 +90,13 @@ def test_the_table_of_resources(side: int, backward: bool) -> None:
             for row in gpu_resources.read()
             if tuple(row[name] for name in ("backend", "kernel", "target", "H", "dtype")) == problem
         )
-        step = cuda.Step(side, side, C, gpu_resources.F, torch.float32, True, backward)
+        step = cuda.KernelSpec(side, side, C, gpu_resources.F, torch.float32, True, backward)
         variant = cuda.choose_variant(step, cuda.CHIPS[arch])
         if variant is None:
             assert cell == "refused"
             continue
         size = f"{variant.shared_bytes / 1024:.0f} KiB"
-        assert cell == f"{variant.lanes} x {variant.threads}, {row['regs']}, {size}, {row['blocks_per_sm']}"
+        assert cell == f"{variant.channels_per_cta} x {variant.threads}, {row['regs']}, {size}, {row['ctas_per_sm']}"
 
 
 def test_what_the_page_says_of_the_committed_table() -> None:
@@ -106,7 +106,7 @@ def test_what_the_page_says_of_the_committed_table() -> None:
     for row in rows:
         if row["dispatched"] == "True":
             problem = tuple(row[name] for name in ("target", "H", "W", "dtype", "direction"))
-            numbers = int(row["regs"]), int(row["smem_bytes"]), int(row["blocks_per_sm"])
+            numbers = int(row["regs"]), int(row["smem_bytes"]), int(row["ctas_per_sm"])
             of_plane.setdefault(problem, []).append(numbers)
     apart = [[max(numbers) - min(numbers) for numbers in zip(*kernels, strict=True)] for kernels in of_plane.values()]
     registers, shared, blocks = map(max, zip(*apart, strict=True))

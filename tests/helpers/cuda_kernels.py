@@ -12,7 +12,7 @@ from cases import OPS, Case, Inputs, assert_within_bound, expected, make_grad, m
 from paths import ROOT
 from torch import Tensor
 
-from dfformer_kernels.backend.cuda.layout import slots_of_block
+from dfformer_kernels.backend.cuda.layout import slots_per_cta
 from dfformer_kernels.tolerance import BOUND, gradient_errors
 
 COMPILE = [
@@ -39,14 +39,14 @@ class Kernel:
     W: int
     C: int
     F: int
-    lanes: int
+    channels_per_cta: int
     threads: int
     rows: int
     columns: int
     dtype: torch.dtype = torch.float32
     star_relu: bool = True
     B: int = 2
-    planes: int = 2  # in shared memory, backward
+    spectra_in_shared: int = 2  # backward
     width: int = 1  # channels of a thread
 
     def __str__(self) -> str:
@@ -55,41 +55,49 @@ class Kernel:
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        variant = f"lanes{self.lanes}x{self.threads}_rows{self.rows}_columns{self.columns}"
-        flags = "_star_relu" * self.star_relu + "_in_turn" * (self.planes == 1) + "_paired" * (self.width == 2)
+        variant = f"channels_per_cta{self.channels_per_cta}x{self.threads}_rows{self.rows}_columns{self.columns}"
+        flags = (
+            "_star_relu" * self.star_relu
+            + "_one_spectrum" * (self.spectra_in_shared == 1)
+            + "_paired" * (self.width == 2)
+        )
         return f"plane{self.H}x{self.W}_C{self.C}_F{self.F}_{variant}_{dtype}{flags}"
 
     def layout(self, backward: bool) -> str:
-        numbers = (self.H, self.W, self.C, self.F, self.lanes, self.threads, self.rows, self.columns)
-        flags = (self.star_relu, backward, self.planes if backward else 1, self.width)
+        numbers = (self.H, self.W, self.C, self.F, self.channels_per_cta, self.threads, self.rows, self.columns)
+        flags = (self.star_relu, backward, self.spectra_in_shared if backward else 1, self.width)
         return ", ".join(str(int(number)) for number in (*numbers, *flags))
 
     @property
-    def channel_blocks(self) -> int:
-        return -(-self.C // self.lanes)
+    def items_per_sample(self) -> int:
+        return -(-self.C // self.channels_per_cta)
 
     @property
     def slots(self) -> int:
-        return slots_of_block(self.H * (self.W // 2 + 1), self.lanes, self.threads)
+        return slots_per_cta(self.H * (self.W // 2 + 1), self.channels_per_cta, self.threads)
 
     @property
-    def blocks(self) -> tuple[int, int]:
-        """Of the forward kernel, and of the backward one: fewer than there are work items, so that blocks add up."""
-        items = self.B * self.channel_blocks
-        return items, max(items - 1, 1) if self.F else self.channel_blocks
+    def ctas(self) -> tuple[int, int]:
+        """Of the forward kernel, and of the backward one: fewer than there are work items, so that CTAs add up."""
+        items = self.B * self.items_per_sample
+        return items, max(items - 1, 1) if self.F else self.items_per_sample
 
     @property
     def row_stride(self) -> int:
         K = self.W // 2 + 1
-        if self.lanes >= 16:
-            return K * self.lanes
-        return (K | 1) * self.lanes if self.rows == HALVES else K * self.lanes + self.lanes // 2
+        if self.channels_per_cta >= 16:
+            return K * self.channels_per_cta
+        return (
+            (K | 1) * self.channels_per_cta
+            if self.rows == HALVES
+            else K * self.channels_per_cta + self.channels_per_cta // 2
+        )
 
     def shared_bytes(self, backward: bool) -> int:
         forward = 8 * self.H * self.row_stride
         sums = max(self.F, 2 if self.star_relu else 0)
-        floats = self.F * self.lanes + sums * self.threads * self.width
-        return self.planes * forward + 4 * floats if backward else forward
+        floats = self.F * self.channels_per_cta + sums * self.threads * self.width
+        return self.spectra_in_shared * forward + 4 * floats if backward else forward
 
     def macros(self, backward: bool) -> list[str]:
         values = {
@@ -98,15 +106,15 @@ class Kernel:
             "PLANE_W": self.W,
             "CHANNELS": self.C,
             "FILTERS": self.F,
-            "LANES": self.lanes,
+            "CHANNELS_PER_CTA": self.channels_per_cta,
             "WIDTH": self.width,
             "THREADS": self.threads,
             "ROWS": self.rows,
             "COLUMNS": self.columns,
             "STORAGE": STORAGE[self.dtype][1],
             "STAR_RELU": int(self.star_relu),
-            "PLANES": self.planes if backward else 1,
-            "MIN_BLOCKS": 1,
+            "SPECTRA_IN_SHARED": self.spectra_in_shared if backward else 1,
+            "MIN_CTAS": 1,
             "SHARED_BYTES": self.shared_bytes(backward),
         }
         return [f"-D{name}={value}" for name, value in values.items()]
@@ -158,7 +166,7 @@ def execute(
     """Runs a kernel on a problem, its own if none is given; the outputs are in the folder."""
     (folder / "inputs").write_bytes((problem or Problem.of(kernel)).file(backward))
     mask = sum(1 << GRADIENTS.index(name) for name in wanted)
-    arguments = [kernel.B, kernel.blocks[backward], mask, missing_barrier, folder / "inputs", folder / "outputs"]
+    arguments = [kernel.B, kernel.ctas[backward], mask, missing_barrier, folder / "inputs", folder / "outputs"]
     return subprocess.run(list(map(str, [*program, *arguments])), capture_output=True, text=True, check=False)
 
 
@@ -172,14 +180,14 @@ def check_outputs(kernel: Kernel, backward: bool, folder: Path, wanted: Sequence
 
 
 def _check_gradients(kernel: Kernel, exact: Inputs, outputs: Tensor, wanted: Sequence[str]) -> None:
-    blocks = kernel.blocks[1]
+    ctas = kernel.ctas[1]
     filters = "basis" if kernel.F else "weight"
-    slots = blocks * kernel.slots if kernel.F else blocks // kernel.channel_blocks
+    slots = ctas * kernel.slots if kernel.F else ctas // kernel.items_per_sample
     layout = {  # as the kernel writes them
         "x": (kernel.dtype, tuple(exact["x"].shape)),
         "logits": (torch.float32, (kernel.B, kernel.F, kernel.C)),
         "filters": (torch.float32, (slots, *exact[filters].shape)),
-        "star_relu": (torch.float32, (blocks, 2 * kernel.star_relu)),
+        "star_relu": (torch.float32, (ctas, 2 * kernel.star_relu)),
     }
     actual = {}
     for name in wanted:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfformer_kernels import reference
-from dfformer_kernels.backend.cuda.layout import Step
+from dfformer_kernels.backend.cuda.layout import KernelSpec
 
 
 class Result(IntEnum):
@@ -53,10 +53,10 @@ class HostDriver(FakeDriver):
         getattr(module, name.decode())  # the direction's kernel is there
         return (Result.CUDA_SUCCESS, module)
 
-    def cuLaunchKernel(self, library: ctypes.CDLL, blocks: int, *rest: int) -> tuple[Any, ...]:  # noqa: N802
+    def cuLaunchKernel(self, library: ctypes.CDLL, ctas: int, *rest: int) -> tuple[Any, ...]:  # noqa: N802
         *_, shared_bytes, stream, parameters, _ = rest
         assert stream == 7
-        library.launch(blocks, shared_bytes, ctypes.c_void_p(parameters))
+        library.launch(ctas, shared_bytes, ctypes.c_void_p(parameters))
         return (Result.CUDA_SUCCESS,)
 
 
@@ -70,39 +70,37 @@ def at(address: int, dtype: torch.dtype, *shape: int) -> Tensor:
 class FakeKernel:
     """Reads and writes what the kernels do, at the addresses it is given."""
 
-    step: Step
-    channel_blocks: int
+    spec: KernelSpec
+    items_per_sample: int
     launched: list[tuple[int, ...]]
 
-    def launch(self, blocks: int, *arguments: int) -> None:
-        self.launched.append((blocks, *arguments))
-        (self._backward if self.step.backward else self._forward)(blocks, *arguments)
+    def launch(self, ctas: int, *arguments: int) -> None:
+        self.launched.append((ctas, *arguments))
+        (self._backward if self.spec.backward else self._forward)(ctas, *arguments)
 
     def _parameters(self, B: int, logits: int, filters: int, scale: int, bias: int) -> list[Tensor | None]:
-        step = self.step
-        assert bool(logits) == bool(step.F)
-        assert bool(scale) == bool(bias) == step.star_relu
+        spec = self.spec
+        assert bool(logits) == bool(spec.F)
+        assert bool(scale) == bool(bias) == spec.star_relu
         assert filters % 16 == 0
         scalars = [at(p, torch.float32, 1) if p else None for p in (scale, bias)]
-        if not step.F:
-            return [at(filters, torch.float32, step.H, step.K, step.C, 2), *scalars]
-        basis = at(filters, torch.float32, step.H, step.K, step.F, 2)
-        return [at(logits, torch.float32, B, step.F, step.C), basis, *scalars]
+        if not spec.F:
+            return [at(filters, torch.float32, spec.H, spec.K, spec.C, 2), *scalars]
+        basis = at(filters, torch.float32, spec.H, spec.K, spec.F, 2)
+        return [at(logits, torch.float32, B, spec.F, spec.C), basis, *scalars]
 
     def _run(self, suffix: str) -> Callable[..., Any]:
-        return reference.KERNELS[("dynamic_filter" if self.step.F else "global_filter") + suffix]
+        return reference.KERNELS[("dynamic_filter" if self.spec.F else "global_filter") + suffix]
 
-    def _forward(
-        self, blocks: int, x: int, y: int, logits: int, filters: int, scale: int, bias: int, ahead: int
-    ) -> None:
-        B = blocks // self.channel_blocks
-        shape = (self.step.dtype, B, self.step.H, self.step.W, self.step.C)
-        assert (blocks % self.channel_blocks, ahead) == (0, 5)
+    def _forward(self, ctas: int, x: int, y: int, logits: int, filters: int, scale: int, bias: int, ahead: int) -> None:
+        B = ctas // self.items_per_sample
+        shape = (self.spec.dtype, B, self.spec.H, self.spec.W, self.spec.C)
+        assert (ctas % self.items_per_sample, ahead) == (0, 5)
         at(y, *shape).copy_(self._run("")(at(x, *shape), *self._parameters(B, logits, filters, scale, bias)))
 
     def _backward(
         self,
-        blocks: int,
+        ctas: int,
         grad_y: int,
         x: int,
         logits: int,
@@ -113,27 +111,27 @@ class FakeKernel:
         grad_logits: int,
         filter_slots: int,
         star_relu_slots: int,
-        spectra: int,
+        kept: int,
         B: int,
     ) -> None:
-        step = self.step
-        tensors = [at(p, step.dtype, B, step.H, step.W, step.C) for p in (grad_y, x)]
+        spec = self.spec
+        tensors = [at(p, spec.dtype, B, spec.H, spec.W, spec.C) for p in (grad_y, x)]
         parameters = self._parameters(B, logits, filters, scale, bias)
-        names = ["x", "logits", "filters", "scale", "bias"] if step.F else ["x", "filters", "scale", "bias"]
+        names = ["x", "logits", "filters", "scale", "bias"] if spec.F else ["x", "filters", "scale", "bias"]
         given = [True, *(p is not None for p in parameters)]
         gradients = self._run("_backward")(*tensors, *parameters, given)
         found = dict(
             zip([name for name, is_given in zip(names, given, strict=True) if is_given], gradients, strict=True)
         )
-        assert blocks <= B * self.channel_blocks
-        assert blocks % self.channel_blocks == 0 or step.F
+        assert ctas <= B * self.items_per_sample
+        assert ctas % self.items_per_sample == 0 or spec.F
         if grad_x:
-            at(grad_x, step.dtype, *found["x"].shape).copy_(found["x"])
+            at(grad_x, spec.dtype, *found["x"].shape).copy_(found["x"])
         if grad_logits:
             at(grad_logits, torch.float32, *found["logits"].shape).copy_(found["logits"])
         if filter_slots:
-            slots = 2 * blocks if step.F else blocks // self.channel_blocks
+            slots = 2 * ctas if spec.F else ctas // self.items_per_sample
             at(filter_slots, torch.float32, slots, *found["filters"].shape).copy_(found["filters"] / slots)
         if star_relu_slots:
             pair = torch.cat([found["scale"].reshape(1), found["bias"].reshape(1)])
-            at(star_relu_slots, torch.float32, blocks, 2).copy_(pair / blocks)
+            at(star_relu_slots, torch.float32, ctas, 2).copy_(pair / ctas)

@@ -1,4 +1,4 @@
-// As much of CUDA C++ as dynamic_filter.cu uses, for a host compiler: a thread of the host for every thread of a block.
+// As much of CUDA C++ as dynamic_filter.cu uses, for a host compiler: a thread of the host for every thread of a CTA.
 // Included before it.
 #pragma once
 
@@ -41,11 +41,11 @@ inline float __uint_as_float(unsigned bits) {
     return value;
 }
 
-inline std::barrier<>* block_barrier;
-inline int missing_barrier = -1;  // of a block's barriers, the one that does not wait
+inline std::barrier<>* cta_barrier;
+inline int missing_barrier = -1;  // of a CTA's barriers, the one that does not wait
 inline thread_local int barriers;
 inline void __syncthreads() {
-    if (barriers++ != missing_barrier) block_barrier->arrive_and_wait();
+    if (barriers++ != missing_barrier) cta_barrier->arrive_and_wait();
 }
 
 struct BFloat16;

@@ -76,7 +76,7 @@ struct Tensors {
     long long B, grid;
     int wanted;
     long long pixels = B * L::H * L::W * L::C, routing = B * L::F * L::C;
-    long long slots = L::per_channel ? grid / L::channel_blocks : grid * L::slots;
+    long long slots = L::per_channel ? grid / L::items_per_sample : grid * L::slots;
     Tensor<Storage> x{pixels}, grad_y{backward ? pixels : 0};
     Tensor<float> logits{routing}, filters{2LL * L::H * L::K * (L::per_channel ? L::C : L::F)};
     Tensor<float> scale{L::star_relu}, bias{L::star_relu};

@@ -7,11 +7,11 @@
 //   sectors      of 32 bytes, of a warp's requests for pixels; and the requests
 //   loaded       bytes read from, and stored to, the tensors of pixels
 //   asked        sectors that the L2 cache is asked for in advance, and how many different ones
-//   kept         bytes read from and written to a block's own device memory
+//   kept         bytes read from and written to a CTA's own device memory
 //
 //   emulate_cuda SPECIALISATION B GRID WANTED MISSING_BARRIER INPUTS OUTPUTS
 //
-// MISSING_BARRIER counts a block's barriers; -1: none is missing. SPECIALISATIONS, a macro, lists
+// MISSING_BARRIER counts a CTA's barriers; -1: none is missing. SPECIALISATIONS, a macro, lists
 // RUN(name, storage type, Forward or Backward, layout's arguments...).
 #include <algorithm>
 #include <array>
@@ -54,18 +54,18 @@ struct Access {
     int bytes;
 };
 
-struct Block {
+struct Cta {
     Report& report;
-    Region shared, spectra;
+    Region shared, kept;
     std::vector<Region>& tensors;
     std::vector<std::vector<Access>> accesses;  // of each thread in this phase
     int phase = 0, barriers = 0, missing_barrier;
 
-    Block(Report& report, std::vector<char>& memory, std::vector<char>& spectra, std::vector<Region>& tensors,
-          int threads, int missing_barrier)
+    Cta(Report& report, std::vector<char>& memory, std::vector<char>& kept, std::vector<Region>& tensors, int threads,
+        int missing_barrier)
         : report(report),
           shared{memory.data(), (long long)memory.size(), false, true},
-          spectra{spectra.data(), (long long)spectra.size(), false, true},
+          kept{kept.data(), (long long)kept.size(), false, true},
           tensors(tensors),
           accesses(threads),
           missing_barrier(missing_barrier) {}
@@ -84,7 +84,7 @@ struct Block {
             return false;
         }
         accesses[thread].push_back({&region, at, bytes});
-        if (&region == &spectra) report.kept += bytes;
+        if (&region == &kept) report.kept += bytes;
         if (region.pixels) (write ? report.stored : report.loaded) += bytes;
         bool race = false;
         for (long long w = at / Region::granule; w < (at + bytes) / Region::granule; w++) {
@@ -161,12 +161,12 @@ Complex<T> complex_at(const float* p) {
 
 // The environment of one thread.
 struct Environment {
-    Block& block;
+    Cta& cta;
     int thread;
 
     template <class T, class Storage>
     T load(const Storage* p) const {
-        if (!block.touch_tensor(thread, p, sizeof(T) / 4 * sizeof *p, false)) return {};
+        if (!cta.touch_tensor(thread, p, sizeof(T) / 4 * sizeof *p, false)) return {};
         if constexpr (sizeof(T) == 4)
             return float_of(*p);
         else
@@ -174,72 +174,72 @@ struct Environment {
     }
     template <class T>
     Complex<T> complex(const float* p) const {
-        return block.touch_tensor(thread, p, sizeof(Complex<T>), false) ? complex_at<T>(p) : Complex<T>{};
+        return cta.touch_tensor(thread, p, sizeof(Complex<T>), false) ? complex_at<T>(p) : Complex<T>{};
     }
     template <int count>
     void load(const float* p, float* values) const {
-        if (block.touch_tensor(thread, p, count * 4, false)) std::copy_n(p, count, values);
+        if (cta.touch_tensor(thread, p, count * 4, false)) std::copy_n(p, count, values);
     }
     template <class Storage, class T>
     void store(Storage* p, T value) const {
-        if (!block.touch_tensor(thread, p, sizeof(T) / 4 * sizeof *p, true)) return;
+        if (!cta.touch_tensor(thread, p, sizeof(T) / 4 * sizeof *p, true)) return;
         unrolled<0, sizeof(T) / 4>([&](auto own) { p[own] = number_of<Storage>(of_channel(value, own)); });
     }
     void prefetch(const void* p) const {
-        for (const Region& region : block.tensors)
+        for (const Region& region : cta.tensors)
             if (p >= region.begin && p < region.begin + region.bytes) {
-                block.report.asked++;
-                block.report.different.insert((long long)p / 32);
+                cta.report.asked++;
+                cta.report.different.insert((long long)p / 32);
                 return;
             }
-        block.report.outside++;
+        cta.report.outside++;
     }
     int opaque(int i) const { return i; }
     template <int count>
     void accumulate(float* p, const float* values, bool first) const {
-        if (!block.touch_tensor(thread, p, count * 4, true)) return;
+        if (!cta.touch_tensor(thread, p, count * 4, true)) return;
         for (int i = 0; i < count; i++) p[i] = first ? values[i] : p[i] + values[i];
     }
 
     template <class T>
     Complex<T> complex(Region& region, int i) const {
         const float* p = (const float*)region.begin + 2 * i;
-        return block.touch(region, thread, p, sizeof(Complex<T>), false) ? complex_at<T>(p) : Complex<T>{};
+        return cta.touch(region, thread, p, sizeof(Complex<T>), false) ? complex_at<T>(p) : Complex<T>{};
     }
     template <class T>
     void set_complex(Region& region, int i, Complex<T> value) const {
         float* p = (float*)region.begin + 2 * i;
-        if (!block.touch(region, thread, p, sizeof value, true)) return;
+        if (!cta.touch(region, thread, p, sizeof value, true)) return;
         unrolled<0, sizeof(T) / 4>([&](auto own) {
             p[2 * own] = of_channel(value.re, own);
             p[2 * own + 1] = of_channel(value.im, own);
         });
     }
     template <class T>
-    Complex<T> plane(int i) const {
-        return complex<T>(block.shared, i);
-    }
-    template <class T>
-    void set_plane(int i, Complex<T> value) const {
-        set_complex(block.shared, i, value);
-    }
-    template <class T>
     Complex<T> spectrum(int i) const {
-        return complex<T>(block.spectra, i);
+        return complex<T>(cta.shared, i);
     }
     template <class T>
     void set_spectrum(int i, Complex<T> value) const {
-        set_complex(block.spectra, i, value);
+        set_complex(cta.shared, i, value);
     }
-    float* shared(int i) const { return (float*)block.shared.begin + i; }
-    float scratch(int i) const { return block.touch(block.shared, thread, shared(i), 4, false) ? *shared(i) : 0; }
+    template <class T>
+    Complex<T> kept(int i) const {
+        return complex<T>(cta.kept, i);
+    }
+    template <class T>
+    void set_kept(int i, Complex<T> value) const {
+        set_complex(cta.kept, i, value);
+    }
+    float* shared(int i) const { return (float*)cta.shared.begin + i; }
+    float scratch(int i) const { return cta.touch(cta.shared, thread, shared(i), 4, false) ? *shared(i) : 0; }
     template <int count>
     void scratch(int i, float* values) const {
-        if (block.touch(block.shared, thread, shared(i), 4 * count, false)) std::copy_n(shared(i), count, values);
+        if (cta.touch(cta.shared, thread, shared(i), 4 * count, false)) std::copy_n(shared(i), count, values);
     }
     template <class T>
     void set_scratch(int i, T value) const {
-        if (!block.touch(block.shared, thread, shared(i), sizeof value, true)) return;
+        if (!cta.touch(cta.shared, thread, shared(i), sizeof value, true)) return;
         unrolled<0, sizeof(T) / 4>([&](auto own) { shared(i)[own] = of_channel(value, own); });
     }
 };
@@ -250,16 +250,16 @@ void add_region(std::vector<Region>& regions, const Tensor<T>& tensor, bool pixe
 }
 
 template <int phase, class Step>
-void run_phase(Block& block, std::vector<Step>& threads) {
+void run_phase(Cta& cta, std::vector<Step>& threads) {
     for (Step& step : threads) {
-        Environment env{block, step.thread};
+        Environment env{cta, step.thread};
         step.template run<phase>(env);
     }
-    block.barrier();
+    cta.barrier();
 }
 
 template <class L, class Storage, class T>
-void run_forward(const T& t, Block& block, long long index) {
+void run_forward(const T& t, Cta& cta, long long index) {
     std::vector<Forward<L, Storage>> threads;
     for (int thread = 0; thread < L::threads; thread++)
         threads.push_back({t.x.data(),
@@ -269,9 +269,9 @@ void run_forward(const T& t, Block& block, long long index) {
                            {t.scale.data(), t.bias.data()},
                            thread,
                            (unsigned)index,
-                           (unsigned)index + L::channel_blocks,
+                           (unsigned)index + L::items_per_sample,
                            (unsigned)t.grid});
-    unrolled<0, Forward<L, Storage>::phases>([&](auto phase) { run_phase<phase.value>(block, threads); });
+    unrolled<0, Forward<L, Storage>::phases>([&](auto phase) { run_phase<phase.value>(cta, threads); });
 }
 
 // The slot's part of a tensor that may be unwanted.
@@ -280,8 +280,8 @@ float* part(const Tensor<float>& slots, long long slot, long long count) {
 }
 
 template <class L, class Storage, class T>
-void run_backward(const T& t, Block& block, long long index) {
-    const long long slot = L::per_channel ? index / L::channel_blocks : index;
+void run_backward(const T& t, Cta& cta, long long index) {
+    const long long slot = L::per_channel ? index / L::items_per_sample : index;
     std::vector<Backward<L, Storage>> threads;
     for (int thread = 0; thread < L::threads; thread++)
         threads.push_back({t.grad_y.data(),
@@ -294,17 +294,17 @@ void run_backward(const T& t, Block& block, long long index) {
                            part(t.filter_slots, slot, t.slots / L::slots),
                            part(t.star_relu_slots, index, t.grid),
                            thread});
-    for (long long item = index; item < t.B * L::channel_blocks; item += t.grid) {
+    for (long long item = index; item < t.B * L::items_per_sample; item += t.grid) {
         const long long next = item + t.grid;
-        for (auto& step : threads) step.begin(item, item == index, next < t.B * L::channel_blocks ? next : -1);
-        unrolled<0, Backward<L, Storage>::phases>([&](auto phase) { run_phase<phase.value>(block, threads); });
+        for (auto& step : threads) step.begin(item, item == index, next < t.B * L::items_per_sample ? next : -1);
+        unrolled<0, Backward<L, Storage>::phases>([&](auto phase) { run_phase<phase.value>(cta, threads); });
     }
     unrolled<0, Backward<L, Storage>::end_phases>([&](auto phase) {
         for (auto& step : threads) {
-            Environment env{block, step.thread};
+            Environment env{cta, step.thread};
             step.template end<phase.value>(env);
         }
-        block.barrier();
+        cta.barrier();
     });
 }
 
@@ -319,13 +319,13 @@ Report run(long long B, long long grid, int wanted, int missing_barrier, const c
     Report report;
     for (long long index = 0; index < grid; index++) {
         std::vector<char> memory(L::shared_bytes, char(0xff));
-        std::vector<char> spectra(L::in_turn ? 8 * L::spectrum_size : 0, char(0xff));
-        Block block(report, memory, spectra, regions, L::threads, missing_barrier);
+        std::vector<char> kept(L::one_spectrum ? 8 * L::kept_size : 0, char(0xff));
+        Cta cta(report, memory, kept, regions, L::threads, missing_barrier);
         for (Region& region : regions) region.words.assign(region.words.size(), {});
         if constexpr (backward)
-            run_backward<L, Storage>(t, block, index);
+            run_backward<L, Storage>(t, cta, index);
         else
-            run_forward<L, Storage>(t, block, index);
+            run_forward<L, Storage>(t, cta, index);
     }
     t.write(outputs);
     return report;

@@ -1,4 +1,4 @@
-// dynamic_filter.cu compiled for a host as a library, one host thread for every CUDA thread of a block: for the Python
+// dynamic_filter.cu compiled for a host as a library, one host thread for every CUDA thread of a CTA: for the Python
 // code that launches it. `launch` takes what cuLaunchKernel does.
 #include <thread>
 #include <vector>
@@ -21,17 +21,17 @@ struct Argument {
     }
 };
 
-extern "C" void launch(unsigned blocks, unsigned shared_bytes, Argument* a) {
+extern "C" void launch(unsigned ctas, unsigned shared_bytes, Argument* a) {
     if (shared_bytes != SHARED_BYTES) std::abort();
-    gridDim.x = blocks;
-    for (unsigned block = 0; block < blocks; block++) {
+    gridDim.x = ctas;
+    for (unsigned cta = 0; cta < ctas; cta++) {
         std::memset(shared, 0xff, sizeof shared);
         std::barrier<> all(THREADS);
-        block_barrier = &all;
+        cta_barrier = &all;
         std::vector<std::thread> threads;
         for (unsigned thread = 0; thread < THREADS; thread++)
             threads.emplace_back([=] {
-                blockIdx.x = block;
+                blockIdx.x = cta;
                 threadIdx.x = thread;
 #if DIRECTION == 0
                 filter_forward(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);

@@ -14,27 +14,27 @@
 __align__(16) float2 shared[SHARED_BYTES / sizeof(float2)];
 
 int main(int, char** arguments) {
-    const Tensors<Block, Storage, DIRECTION> t(std::atoll(arguments[1]), std::atoll(arguments[2]),
-                                               std::atoi(arguments[3]), arguments[5]);
+    const Tensors<CtaLayout, Storage, DIRECTION> t(std::atoll(arguments[1]), std::atoll(arguments[2]),
+                                                   std::atoi(arguments[3]), arguments[5]);
     missing_barrier = std::atoi(arguments[4]);
     gridDim.x = unsigned(t.grid);
-    std::vector<float2> spectra(Block::in_turn ? t.grid * Block::spectrum_size : 0);
-    for (unsigned block = 0; block < gridDim.x; block++) {
+    std::vector<float2> kept(CtaLayout::one_spectrum ? t.grid * CtaLayout::kept_size : 0);
+    for (unsigned cta = 0; cta < gridDim.x; cta++) {
         std::memset(shared, 0xff, sizeof shared);
         std::barrier<> all(THREADS);
-        block_barrier = &all;
+        cta_barrier = &all;
         std::vector<std::thread> threads;
         for (unsigned thread = 0; thread < THREADS; thread++)
-            threads.emplace_back([&, block, thread] {
-                blockIdx.x = block;
+            threads.emplace_back([&, cta, thread] {
+                blockIdx.x = cta;
                 threadIdx.x = thread;
 #if DIRECTION == 0
                 filter_forward(t.x.data(), t.y.data(), t.logits.data(), t.filters.data(), t.scale.data(), t.bias.data(),
-                               Block::channel_blocks);
+                               CtaLayout::items_per_sample);
 #else
                 filter_backward(t.grad_y.data(), t.x.data(), t.logits.data(), t.filters.data(), t.scale.data(),
                                 t.bias.data(), t.y.data(), t.grad_logits.data(), t.filter_slots.data(),
-                                t.star_relu_slots.data(), spectra.data(), t.B);
+                                t.star_relu_slots.data(), kept.data(), t.B);
 #endif
             });
         for (std::thread& thread : threads) thread.join();

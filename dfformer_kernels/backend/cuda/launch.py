@@ -1,6 +1,6 @@
 """The ``cuda`` backend: the filter steps and their gradients as one hand-written kernel each.
 
-A kernel reads x once and writes y once: a block of threads keeps the half spectra of a few channels of one sample in
+A kernel reads x once and writes y once: a CTA (thread block) keeps the half spectra of a few channels of one sample in
 shared memory (csrc/cuda/dynamic_filter.inl). It is specialised on the plane, C, F, dtype and chip, compiled at the
 first call and kept on disk (`nvrtc`). `layout` decides from the chip's limits how threads and shared memory are used.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dfformer_kernels.backend.cuda import layout, nvrtc
-from dfformer_kernels.backend.cuda.layout import Chip, Step, choose_variant, compile_options
+from dfformer_kernels.backend.cuda.layout import Chip, KernelSpec, choose_variant, compile_options
 from dfformer_kernels.backend.cuda.sources import cuda_sources
 from dfformer_kernels.backend.filter_kernels import FilterStep, Gradients, contiguous, filter_kernels
 from dfformer_kernels.device import refuse_capture
@@ -61,7 +61,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = [] if problem.softmax else ["its routing is a softmax of the logits"]
     if problem.weight_per_sample:
         reasons.append("it has one weight for all samples")
-    return reasons + layout.unsupported_reasons(Step.of(problem), chip_of(problem.device_index))
+    return reasons + layout.unsupported_reasons(KernelSpec.of(problem), chip_of(problem.device_index))
 
 
 def _too_old(capability: tuple[int, int]) -> str:
@@ -72,54 +72,54 @@ def _too_old(capability: tuple[int, int]) -> str:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedKernel:
     """A kernel in a device's memory."""
 
     kernel: nvrtc.Kernel
-    channel_blocks: int  # blocks' worth of work in a sample
-    resident: int  # blocks the chip runs at once
-    spectrum: int  # complex numbers of device memory that a block needs
-    slots: int  # parts of the basis' gradient that a block writes
+    items_per_sample: int  # CTAs' work items in a sample
+    resident_ctas: int  # that the chip runs at once
+    kept: int  # complex numbers of device memory that a CTA needs
+    slots: int  # parts of the basis' gradient that a CTA writes
 
     def launch_size(self, B: int, per_channel: bool) -> tuple[int, int]:
-        """The backward's blocks, and slots of the filters' gradient: each block's own, or one for all blocks of one
+        """The backward's CTAs, and slots of the filters' gradient: each CTA's own, or one for all CTAs of one
         sample together if every channel has its own weight.
         """
         if per_channel:
-            slots = max(1, min(B, self.resident // self.channel_blocks))
-            return slots * self.channel_blocks, slots
-        blocks = min(B * self.channel_blocks, self.resident)
-        return blocks, blocks * self.slots
+            slots = max(1, min(B, self.resident_ctas // self.items_per_sample))
+            return slots * self.items_per_sample, slots
+        ctas = min(B * self.items_per_sample, self.resident_ctas)
+        return ctas, ctas * self.slots
 
 
-_loaded: dict[tuple[Step, int], Loaded] = {}
+_loaded: dict[tuple[KernelSpec, int], LoadedKernel] = {}
 
 
 @lru_cache(maxsize=4096)
-def prepare(problem: Problem) -> Loaded:
+def prepare(problem: Problem) -> LoadedKernel:
     """The kernel that computes ``problem``, for any batch size; compiled and loaded at its first use.
 
     Raises KernelBuildError where it cannot be, RuntimeError while a CUDA graph is captured.
     """
-    key = Step.of(problem), problem.device_index
+    key = KernelSpec.of(problem), problem.device_index
     if key not in _loaded:
         refuse_capture(f"the kernel of {problem.op} on {problem.shape}")
         _loaded[key] = _load(*key)
     return _loaded[key]
 
 
-def _load(step: Step, device: int) -> Loaded:
+def _load(spec: KernelSpec, device: int) -> LoadedKernel:
     chip = chip_of(device)
-    variant = choose_variant(step, chip)
+    variant = choose_variant(spec, chip)
     if variant is None:
-        raise RuntimeError("; ".join(layout.unsupported_reasons(step, chip)))
-    cubin = nvrtc.cached_cubin(cuda_sources(), compile_options(step, variant), chip.arch)
-    name = "filter_backward" if step.backward else "filter_forward"
+        raise RuntimeError("; ".join(layout.unsupported_reasons(spec, chip)))
+    cubin = nvrtc.cached_cubin(cuda_sources(), compile_options(spec, variant), chip.arch)
+    name = "filter_backward" if spec.backward else "filter_forward"
     kernel = nvrtc.load(cubin, name, device, variant.threads, variant.shared_bytes)
-    spectrum = step.H * step.K * variant.lanes if step.backward and variant.planes == 1 else 0
-    resident = chip.multiprocessors * variant.min_blocks
-    slots = layout.slots_of_block(step.H * step.K, variant.lanes, variant.threads)
-    return Loaded(kernel, -(-step.C // variant.lanes), resident, spectrum, slots)
+    kept = spec.H * spec.K * variant.channels_per_cta if spec.backward and variant.spectra_in_shared == 1 else 0
+    resident_ctas = chip.multiprocessors * variant.min_ctas
+    slots = layout.slots_per_cta(spec.H * spec.K, variant.channels_per_cta, variant.threads)
+    return LoadedKernel(kernel, -(-spec.C // variant.channels_per_cta), resident_ctas, kept, slots)
 
 
 # The kernels as functions of tensors
@@ -130,14 +130,14 @@ def _filter(step: FilterStep) -> Tensor:
     y, B = torch.empty_like(inputs.x), len(step.x)
     with _current(y.device):
         loaded = prepare(inputs.problem)
-        blocks, ahead = B * loaded.channel_blocks, loaded.resident
-        loaded.kernel.launch(blocks, inputs.x.data_ptr(), y.data_ptr(), *inputs.parameters, ahead)
+        ctas, ahead = B * loaded.items_per_sample, loaded.resident_ctas
+        loaded.kernel.launch(ctas, inputs.x.data_ptr(), y.data_ptr(), *inputs.parameters, ahead)
     return y
 
 
 def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) -> Gradients:
-    """Sums over samples and channels are one slot a block, or a group of blocks, and torch's sum over slots: in the
-    same order every time, since the number of blocks is the chip's.
+    """Sums over samples and channels are one slot per CTA, or per group of CTAs, and torch's sum over slots: in the
+    same order every time, since the number of CTAs is the chip's.
     """
     need_x, need_logits, need_filters, need_scale, need_bias = needs
     x, logits, filters, scale, bias, _ = step
@@ -145,16 +145,16 @@ def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) ->
     grad_y = _paired(contiguous(grad_y, x.dtype))
     with _current(x.device):
         loaded = prepare(inputs.problem)
-        blocks, slots = loaded.launch_size(B, per_channel=logits is None)
+        ctas, slots = loaded.launch_size(B, per_channel=logits is None)
         new = inputs.filters.new_empty
         grad_x = torch.empty_like(inputs.x) if need_x else None
         grad_logits = new(logits.shape) if logits is not None and need_logits else None
         filter_slots = new((slots, *filters.shape)) if need_filters else None
-        scalar_slots = new((blocks, 2)) if need_scale or need_bias else None
-        spectra = new((blocks, loaded.spectrum, 2)) if loaded.spectrum else None
-        outputs = (grad_x, grad_logits, filter_slots, scalar_slots, spectra)
+        scalar_slots = new((ctas, 2)) if need_scale or need_bias else None
+        kept = new((ctas, loaded.kept, 2)) if loaded.kept else None
+        outputs = (grad_x, grad_logits, filter_slots, scalar_slots, kept)
         loaded.kernel.launch(
-            blocks,
+            ctas,
             *_addresses(x.device, x.dtype, grad_y, inputs.x),
             *inputs.parameters,
             *(0 if t is None else t.data_ptr() for t in outputs),

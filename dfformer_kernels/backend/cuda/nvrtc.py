@@ -115,7 +115,7 @@ def load(cubin: bytes, name: str, device: int, threads: int, shared_bytes: int) 
 class Kernel:
     """A kernel of a cubin on one device, ready to be launched, in CUDA graph capture too.
 
-    ``shared_bytes`` of dynamic shared memory may be all that the device has for one block.
+    ``shared_bytes`` of dynamic shared memory may be all that the device has for one CTA.
     """
 
     def __init__(self, cubin: bytes, name: str, device: int, threads: int, shared_bytes: int) -> None:
@@ -131,7 +131,7 @@ class Kernel:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked("cuFuncSetAttribute", driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
 
-    def launch(self, blocks: int, *arguments: int) -> None:
+    def launch(self, ctas: int, *arguments: int) -> None:
         """On torch's current stream of the device, which must be torch's current device.
 
         The kernel's parameters must all be pointers or 64-bit integers. Raises torch.OutOfMemoryError where the driver
@@ -141,12 +141,12 @@ class Kernel:
         values = (ctypes.c_int64 * len(arguments))(*arguments)
         begin = ctypes.addressof(values)
         pointers = (ctypes.c_void_p * len(arguments))(*range(begin, begin + ctypes.sizeof(values), 8))
-        with_memory_released(lambda: self._launch(blocks, ctypes.addressof(pointers)))
+        with_memory_released(lambda: self._launch(ctas, ctypes.addressof(pointers)))
 
-    def _launch(self, blocks: int, pointers: int) -> None:
+    def _launch(self, ctas: int, pointers: int) -> None:
         stream = torch.cuda.current_stream(self._device).cuda_stream
         result = self._driver.cuLaunchKernel(
-            self._function, blocks, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, pointers, 0
+            self._function, ctas, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, pointers, 0
         )
         _checked("cuLaunchKernel", result)
 

@@ -200,7 +200,7 @@ def test_compiled_channels_first_equals_eager() -> None:
 def test_which_backend_takes_which_form() -> None:
     """On a GPU, what the fused kernel does not compute is cuFFT's."""
     base = Problem("dynamic_filter", "cuda", torch.float32, (2, 14, 14, 64), 4)
-    step = layout.Step.of(base._replace(filters=64))
+    step = layout.KernelSpec.of(base._replace(filters=64))
     assert layout.unsupported_reasons(step, layout.CHIPS["sm_90"]) == ["it mixes at most 16 filters, there are 64"]
     for backend, problem in (("cpu", base._replace(device="cpu", filters=64)), ("torch", base._replace(softmax=False))):
         require_backend(backend)

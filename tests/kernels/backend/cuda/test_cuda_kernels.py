@@ -60,19 +60,19 @@ KERNELS = [
     # a weight for every channel
     Kernel(14, 14, 12, 0, 8, 64, PAIRS, REGISTERS, B=3),
     Kernel(6, 10, 5, 0, 2, 32, HALVES, ROLLED, BF16, star_relu=False),
-    # one block of channels, fewer than a line of 128 bytes has, and a number of pixels that no line's share divides
+    # one group of channels, fewer than a line of 128 bytes has, and a number of pixels that no line's share divides
     Kernel(7, 7, 8, 4, 8, 32, PAIRS, REGISTERS),
-    # two channels a thread: both ways of rows and columns, fewer channels than lanes, a weight for every channel
+    # two channels per thread: both ways of rows and columns, fewer channels than a CTA has, a weight for every channel
     Kernel(7, 7, 40, 4, 32, 64, PAIRS, REGISTERS, width=2),
     Kernel(14, 14, 16, 4, 16, 64, HALVES, REGISTERS, BF16, width=2),
     Kernel(12, 6, 6, 5, 8, 32, HALVES, ROLLED, FP16, star_relu=False, width=2),
     Kernel(6, 5, 6, 0, 4, 32, PAIRS, REGISTERS, width=2, B=3),
-    Kernel(9, 7, 6, 3, 4, 32, PAIRS, ROLLED, width=2, planes=1),
-    # spectra taken in turn: long and short columns, twiddles, F from 0 to 16
-    Kernel(24, 24, 6, 4, 4, 128, HALVES, ROLLED, planes=1),
-    Kernel(9, 7, 5, 3, 2, 32, PAIRS, ROLLED, BF16, planes=1),
-    Kernel(7, 8, 3, 16, 2, 32, HALVES, REGISTERS, star_relu=False, planes=1),
-    Kernel(16, 6, 5, 0, 2, 32, HALVES, ROLLED, planes=1, B=3),
+    Kernel(9, 7, 6, 3, 4, 32, PAIRS, ROLLED, width=2, spectra_in_shared=1),
+    # one spectrum in shared memory: long and short columns, twiddles, F from 0 to 16
+    Kernel(24, 24, 6, 4, 4, 128, HALVES, ROLLED, spectra_in_shared=1),
+    Kernel(9, 7, 5, 3, 2, 32, PAIRS, ROLLED, BF16, spectra_in_shared=1),
+    Kernel(7, 8, 3, 16, 2, 32, HALVES, REGISTERS, star_relu=False, spectra_in_shared=1),
+    Kernel(16, 6, 5, 0, 2, 32, HALVES, ROLLED, spectra_in_shared=1, B=3),
 ]
 if FULL:
     KERNELS += [
@@ -141,24 +141,25 @@ def test_emulated(kernel: Kernel, backward: bool, emulator: Emulator, tmp_path: 
     assert report["loaded"] == size * (1 + backward * (1 + kernel.star_relu))
     assert report["stored"] == size
 
-    # every sector of the next sample once, shared out among blocks, where lines of 128 bytes hold whole blocks
-    run = kernel.lanes * kernel.dtype.itemsize
+    # every sector of the next sample once, shared out among CTAs, where lines of 128 bytes hold whole CTAs' runs
+    run = kernel.channels_per_cta * kernel.dtype.itemsize
     if not backward and kernel.C * kernel.dtype.itemsize % 128 == 0 and 128 % min(run, 128) == 0:
         assert report["asked"] == report["different"] == size * (kernel.B - 1) // kernel.B // 32
 
-    # in turn, X is written and read, and so is P where a basis' gradient adds up over lanes
-    spectra = 8 * kernel.H * (kernel.W // 2 + 1) * kernel.lanes * kernel.B * kernel.channel_blocks
-    in_turn = backward and kernel.planes == 1
-    assert report["kept"] == in_turn * (4 if kernel.F else 2) * spectra
+    # where one spectrum fits, X is written and read, and so is P where a basis' gradient adds up over channels
+    spectra = 8 * kernel.H * (kernel.W // 2 + 1) * kernel.channels_per_cta * kernel.B * kernel.items_per_sample
+    one_spectrum = backward and kernel.spectra_in_shared == 1
+    assert report["kept"] == one_spectrum * (4 if kernel.F else 2) * spectra
 
-    # a warp's request: a run of channels for each of 32 / lanes pixels, in one more sector where it begins anywhere
-    run = -(-kernel.lanes * kernel.dtype.itemsize // 32) + (kernel.C * kernel.dtype.itemsize % 32 != 0)
-    assert report["sectors"] <= report["requests"] * 32 * kernel.width // kernel.lanes * run
+    # a warp's request: a run of channels for each of 32 / channels_per_cta pixels, and one more sector where it begins
+    # anywhere
+    run = -(-kernel.channels_per_cta * kernel.dtype.itemsize // 32) + (kernel.C * kernel.dtype.itemsize % 32 != 0)
+    assert report["sectors"] <= report["requests"] * 32 * kernel.width // kernel.channels_per_cta * run
 
-    # no bank conflicts, but a few where rows are padded (a gradient's sum over lanes goes from one to the next) or
+    # no bank conflicts, but a few where rows are padded (a gradient's sum over channels goes from one to the next) or
     # threads of a warp diverge (channels beyond C)
-    padded = kernel.row_stride > (kernel.W // 2 + 1) * kernel.lanes
-    bound = 1.2 if padded or kernel.C % kernel.lanes else 1.01
+    padded = kernel.row_stride > (kernel.W // 2 + 1) * kernel.channels_per_cta
+    bound = 1.2 if padded or kernel.C % kernel.channels_per_cta else 1.01
     assert report["wavefronts"] <= bound * report["least_wavefronts"]
 
 
@@ -177,7 +178,7 @@ def test_only_wanted_gradients(kernel: Kernel, wanted: tuple[str, ...], emulator
 
 @DIRECTIONS
 def test_channels_keep_to_themselves(backward: bool, emulator: Emulator, tmp_path: Path) -> None:
-    """A channel that holds an infinity is lost; the others of its block do not notice."""
+    """A channel that holds an infinity is lost; the others of its CTA do not notice."""
     plain = _pixels_out(emulator, DYNAMIC, backward, tmp_path, lambda x: None)
     spoilt = _pixels_out(emulator, DYNAMIC, backward, tmp_path, lambda x: x[0, 2, 3, 1].fill_(float("inf")))
     others = torch.arange(DYNAMIC.C) != 1
@@ -199,12 +200,12 @@ def _pixels_out(
 
 
 BARRIERS = [(False, 0), (False, 1), (True, 0), (True, 1)]
-IN_TURN = next(kernel for kernel in KERNELS if kernel.planes == 1)
+ONE_SPECTRUM = next(kernel for kernel in KERNELS if kernel.spectra_in_shared == 1)
 
 
 @pytest.mark.parametrize(
     ("kernel", "backward", "barrier"),
-    [(DYNAMIC, *which) for which in BARRIERS] + [(IN_TURN, True, barrier) for barrier in range(4)],
+    [(DYNAMIC, *which) for which in BARRIERS] + [(ONE_SPECTRUM, True, barrier) for barrier in range(4)],
     ids=lambda value: value.name if isinstance(value, Kernel) else None,
 )
 def test_the_emulator_sees_a_missing_barrier(
@@ -218,7 +219,7 @@ THREADED = [
     Kernel(8, 6, 5, 4, 2, 8, HALVES, UNROLLED),
     Kernel(5, 7, 3, 3, 2, 8, PAIRS, REGISTERS, BF16),
     Kernel(6, 5, 3, 0, 2, 8, PAIRS, ROLLED, FP16),
-    Kernel(8, 6, 5, 4, 2, 8, HALVES, UNROLLED, planes=1),
+    Kernel(8, 6, 5, 4, 2, 8, HALVES, UNROLLED, spectra_in_shared=1),
     Kernel(5, 6, 6, 2, 4, 8, HALVES, REGISTERS, BF16, width=2),
 ]
 
@@ -274,6 +275,6 @@ def test_source_without_unwanted_gradients(shim: Callable[[Kernel, bool, str], P
 def test_a_sanitizer_sees_a_missing_barrier(
     backward: bool, barrier: int, shim: Callable[[Kernel, bool, str], Path], tmp_path: Path
 ) -> None:
-    """In the source too, whose last barrier keeps one item's planes from the next."""
+    """In the source too, whose last barrier keeps one item's spectra from the next."""
     done = execute([shim(THREADED[0], backward, "thread")], THREADED[0], backward, tmp_path, missing_barrier=barrier)
     assert "data race" in done.stderr

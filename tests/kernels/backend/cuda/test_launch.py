@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dfformer_kernels import device, dispatch, dynamic_filter, reference
 from dfformer_kernels.backend.cuda import launch as cuda
 from dfformer_kernels.backend.cuda import layout, nvrtc
-from dfformer_kernels.backend.cuda.layout import CHIPS, Step, choose_variant
+from dfformer_kernels.backend.cuda.layout import CHIPS, KernelSpec, choose_variant
 from dfformer_kernels.problem import Problem
 from dfformer_kernels.tolerance import BOUND, gradient_errors, relative_error
 
@@ -43,14 +43,14 @@ H100 = CHIPS["sm_90"]
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The backend on CPU tensors, with fake kernels that run two channels a block and at most five blocks at once."""
+    """The backend on CPU tensors, with fake kernels that run two channels per CTA and at most five CTAs at once."""
     launched: list[tuple[int, ...]] = []
 
-    def prepare(problem: Problem) -> cuda.Loaded:
-        step = Step.of(problem)
-        channel_blocks = -(-step.C // 2)
-        kernel: Any = FakeKernel(step, channel_blocks, launched)
-        return cuda.Loaded(kernel, channel_blocks, resident=5, spectrum=0, slots=2)
+    def prepare(problem: Problem) -> cuda.LoadedKernel:
+        step = KernelSpec.of(problem)
+        items_per_sample = -(-step.C // 2)
+        kernel: Any = FakeKernel(step, items_per_sample, launched)
+        return cuda.LoadedKernel(kernel, items_per_sample, resident_ctas=5, kept=0, slots=2)
 
     monkeypatch.setattr(cuda, "prepare", prepare)
     monkeypatch.setattr(cuda, "_current", nullcontext)
@@ -114,7 +114,7 @@ class Launches(TorchDispatchMode):
 
 def test_torch_launches_nothing_beside_the_kernel_but_sums_of_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel: Any = SimpleNamespace(launch=lambda *arguments: None)
-    monkeypatch.setattr(cuda, "prepare", lambda problem: cuda.Loaded(kernel, 2, 5, 0, 1))
+    monkeypatch.setattr(cuda, "prepare", lambda problem: cuda.LoadedKernel(kernel, 2, 5, 0, 1))
     monkeypatch.setattr(cuda, "_current", nullcontext)
     inputs = make_inputs(OPS["dynamic_filter+star_relu"], Case(2, 4, 6, 3), torch.float32, requires_grad=False)
     with torch.no_grad(), Launches() as forward:
@@ -126,7 +126,7 @@ def test_torch_launches_nothing_beside_the_kernel_but_sums_of_slots(monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("B", "channel_blocks", "resident", "per_channel", "expected"),
+    ("B", "items_per_sample", "resident_ctas", "per_channel", "expected"),
     [
         (128, 16, 264, False, (264, 528)),
         (2, 16, 264, False, (32, 64)),
@@ -135,10 +135,10 @@ def test_torch_launches_nothing_beside_the_kernel_but_sums_of_slots(monkeypatch:
         (128, 300, 264, True, (300, 1)),
     ],
 )
-def test_the_backwards_blocks(
-    B: int, channel_blocks: int, resident: int, per_channel: bool, expected: tuple[int, int]
+def test_the_backwards_ctas(
+    B: int, items_per_sample: int, resident_ctas: int, per_channel: bool, expected: tuple[int, int]
 ) -> None:
-    loaded = cuda.Loaded(Any, channel_blocks, resident, 0, 2)  # type: ignore[arg-type]
+    loaded = cuda.LoadedKernel(Any, items_per_sample, resident_ctas, 0, 2)  # type: ignore[arg-type]
     assert loaded.launch_size(B, per_channel) == expected
 
 
@@ -156,7 +156,7 @@ def test_a_wrong_tensor_never_reaches_a_kernel() -> None:
 
 @pytest.fixture
 def on_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A chip of one multiprocessor that runs two blocks: a block of the backward has several work items."""
+    """A chip of one multiprocessor that runs two CTAs: a CTA of the backward has several work items."""
     require_compiler()
 
     def compile_library(sources: object, options: list[str], arch: str) -> bytes:
@@ -169,7 +169,7 @@ def on_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
         assert done.returncode == 0, done.stderr
         return str(path).encode()
 
-    small = replace(H100, multiprocessors=1, blocks_per_multiprocessor=2)
+    small = replace(H100, multiprocessors=1, ctas_per_multiprocessor=2)
     driver = HostDriver()
     monkeypatch.setattr(nvrtc, "cached_cubin", compile_library)
     monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
@@ -193,14 +193,14 @@ if FULL:
 
 @pytest.mark.usefixtures("on_the_host")
 @pytest.mark.parametrize("op", ["dynamic_filter+star_relu", "global_filter"])
-def test_two_half_spectra_in_turn(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_half_spectra_one_after_the_other(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a chip whose shared memory has room for one."""
-    chip = replace(cuda.chip_of(0), shared_per_block=1500)
+    chip = replace(cuda.chip_of(0), shared_per_cta=1500)
     monkeypatch.setattr(cuda, "chip_of", lambda device: chip)
     case = Case(3, 8, 6, 5)
-    variant = choose_variant(Step(case.H, case.W, case.C, case.F, torch.float32, True, True), chip)
+    variant = choose_variant(KernelSpec(case.H, case.W, case.C, case.F, torch.float32, True, True), chip)
     assert variant is not None
-    assert (variant.planes, variant.shared_bytes) == (1, 8 * 8 * 5 * 2 + 4 * (4 * 2 + 4 * 32))
+    assert (variant.spectra_in_shared, variant.shared_bytes) == (1, 8 * 8 * 5 * 2 + 4 * (4 * 2 + 4 * 32))
     inputs = make_inputs(OPS[op], case, torch.float32, requires_grad=False)
     compare_with_reference(OPS[op], inputs, make_grad(OPS[op], inputs))
 
@@ -209,7 +209,7 @@ def test_two_half_spectra_in_turn(op: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("op", "case", "dtype"), ON_THE_HOST, ids=str)
 def test_results_and_gradients_of_the_kernels_source(op: str, case: Case, dtype: torch.dtype) -> None:
     for backward in (False, True):
-        step = Step(case.H, case.W, case.C, case.F if op.startswith("dynamic") else 0, dtype, True, backward)
+        step = KernelSpec(case.H, case.W, case.C, case.F if op.startswith("dynamic") else 0, dtype, True, backward)
         if reasons := layout.unsupported_reasons(step, H100):
             pytest.skip("; ".join(reasons))
     inputs = make_inputs(OPS[op], case, dtype, requires_grad=False)
@@ -250,14 +250,14 @@ def test_an_old_chip_beside_a_new_one_is_refused(monkeypatch: pytest.MonkeyPatch
     assert cuda.unsupported_reasons(problem._replace(device_index=1, filters=17)) == [
         "it mixes at most 16 filters, there are 17"
     ]
-    assert Step.of(problem) == Step(14, 14, 640, 4, torch.float32, star_relu=True, backward=True)
+    assert KernelSpec.of(problem) == KernelSpec(14, 14, 640, 4, torch.float32, star_relu=True, backward=True)
 
 
 def test_a_kernel_is_not_loaded_into_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is loaded serves any batch size."""
     problem = Problem("dynamic_filter", "cuda", torch.float32, (8, 14, 14, 640), 4, True)
     monkeypatch.setattr(device, "_capturing", lambda: True)
-    monkeypatch.setattr(cuda, "_loaded", {(Step.of(problem), 0): "loaded"})
+    monkeypatch.setattr(cuda, "_loaded", {(KernelSpec.of(problem), 0): "loaded"})
     cuda.prepare.cache_clear()
     for B in (8, 1):
         assert cuda.prepare(problem._replace(shape=(B, 14, 14, 640))) == "loaded"

@@ -18,82 +18,84 @@ from native_core import pairwise
 
 from dfformer_kernels.backend.cuda import launch as cuda
 from dfformer_kernels.backend.cuda import layout, nvrtc
-from dfformer_kernels.backend.cuda.layout import CHIPS, Chip, Step, choose_variant
+from dfformer_kernels.backend.cuda.layout import CHIPS, Chip, KernelSpec, choose_variant
 from dfformer_kernels.backend.cuda.sources import cuda_sources
 
 H100, RTX_4090 = CHIPS["sm_90"], CHIPS["sm_89"]
 
 
-PLANES = [1, 2, 7, 9, 12, 13, 14, 15, 16, 24, 28, 32, 33, 48, 56, 64, 96, 128]
+SPECTRA_IN_SHARED = [1, 2, 7, 9, 12, 13, 14, 15, 16, 24, 28, 32, 33, 48, 56, 64, 96, 128]
 
 
 # Choosing variants
 
 
-def family() -> list[tuple[Step, Chip]]:
-    return list(product(gpu_resources.steps(), CHIPS.values()))
+def family() -> list[tuple[KernelSpec, Chip]]:
+    return list(product(gpu_resources.specs(), CHIPS.values()))
 
 
-def all_steps() -> Iterator[Step]:
+def all_specs() -> Iterator[KernelSpec]:
     axes = {"F": (0, 1, 4, 16), "dtype": tuple(layout.STORAGE), "star_relu": (False, True), "backward": (False, True)}
-    for H, W, (F, dtype, star_relu, backward) in product(PLANES, PLANES, pairwise(**axes)["argvalues"]):
-        yield Step(H, W, 20, F, dtype, star_relu, backward)
+    for H, W, (F, dtype, star_relu, backward) in product(
+        SPECTRA_IN_SHARED, SPECTRA_IN_SHARED, pairwise(**axes)["argvalues"]
+    ):
+        yield KernelSpec(H, W, 20, F, dtype, star_relu, backward)
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.arch)
 def test_variants_keep_the_kernels_and_the_chips_limits(chip: Chip) -> None:
     chosen = 0
-    for step in all_steps():
-        variant = choose_variant(step, chip)
-        assert (variant is None) == bool(layout.unsupported_reasons(step, chip))
+    for spec in all_specs():
+        variant = choose_variant(spec, chip)
+        assert (variant is None) == bool(layout.unsupported_reasons(spec, chip))
         if variant is None:
             continue
         chosen += 1
-        assert variant.lanes in (2, 4, 8, 16, 32)
-        assert variant.threads % 32 == variant.threads % (variant.lanes // variant.width) == 0
-        assert variant.width == 1 or (variant.width == 2 and step.C % 2 == 0 and variant.lanes >= 16)
+        assert variant.channels_per_cta in (2, 4, 8, 16, 32)
+        assert variant.threads % 32 == variant.threads % (variant.channels_per_cta // variant.width) == 0
+        assert variant.width == 1 or (variant.width == 2 and spec.C % 2 == 0 and variant.channels_per_cta >= 16)
         assert 32 <= variant.threads <= 512
-        assert variant.rows == 0 or step.W % 2 == 0
-        assert variant.shared_bytes <= chip.shared_per_block
-        assert 1 <= variant.min_blocks <= chip.blocks_per_multiprocessor
-        assert variant.min_blocks * variant.threads <= chip.threads_per_multiprocessor
-        assert variant.min_blocks * (variant.shared_bytes + 1024) <= chip.shared_per_multiprocessor
+        assert variant.rows == 0 or spec.W % 2 == 0
+        assert variant.shared_bytes <= chip.shared_per_cta
+        assert 1 <= variant.min_ctas <= chip.ctas_per_multiprocessor
+        assert variant.min_ctas * variant.threads <= chip.threads_per_multiprocessor
+        assert variant.min_ctas * (variant.shared_bytes + 1024) <= chip.shared_per_multiprocessor
     assert chosen > 2000
 
 
 @pytest.mark.parametrize(
-    ("step", "chip", "lanes", "threads", "blocks"),
+    ("spec", "chip", "channels", "threads", "ctas"),
     [
         # 4 columns, two channels a thread: the most channels make two warps
-        (Step(7, 7, 1024, 4, torch.float32, True, False), H100, 32, 64, 8),
-        # 8 channels of float32 fill a sector; two blocks of 104 kB fit an H100, not a 4090
-        (Step(56, 56, 128, 4, torch.float32, True, False), H100, 8, 256, 2),
-        (Step(56, 56, 128, 4, torch.float32, True, False), RTX_4090, 4, 256, 1),
-        # 16 channels of bfloat16 do; one block of 203 kB is better than two with half of a sector
-        (Step(56, 56, 128, 4, torch.bfloat16, True, False), H100, 16, 480, 1),
-        # one block of 66 kB is all that fits
-        (Step(128, 128, 128, 4, torch.float32, True, False), H100, 2, 160, 1),
-        # and one of 133 kB, for two half spectra in turn
-        (Step(128, 128, 128, 4, torch.float32, True, True), H100, 2, 160, 1),
+        (KernelSpec(7, 7, 1024, 4, torch.float32, True, False), H100, 32, 64, 8),
+        # 8 channels of float32 fill a sector; two CTAs of 104 kB fit an H100, not a 4090
+        (KernelSpec(56, 56, 128, 4, torch.float32, True, False), H100, 8, 256, 2),
+        (KernelSpec(56, 56, 128, 4, torch.float32, True, False), RTX_4090, 4, 256, 1),
+        # 16 channels of bfloat16 do; one CTA of 203 kB is better than two with half of a sector
+        (KernelSpec(56, 56, 128, 4, torch.bfloat16, True, False), H100, 16, 480, 1),
+        # one CTA of 66 kB is all that fits
+        (KernelSpec(128, 128, 128, 4, torch.float32, True, False), H100, 2, 160, 1),
+        # and one of 133 kB, for two half spectra, one after the other
+        (KernelSpec(128, 128, 128, 4, torch.float32, True, True), H100, 2, 160, 1),
         # which is alone, with twice the threads
-        (Step(96, 96, 128, 4, torch.float32, True, True), RTX_4090, 2, 256, 1),
-        # 64 bytes of a pixel's channels, where two such blocks fit
-        (Step(28, 28, 256, 4, torch.float32, True, False), H100, 16, 256, 4),
-        (Step(28, 28, 256, 4, torch.float32, True, False), RTX_4090, 8, 128, 3),
-        # no more lanes than channels; an odd number of them takes registers for addresses
-        (Step(7, 7, 3, 4, torch.float32, True, False), H100, 4, 32, 24),
+        (KernelSpec(96, 96, 128, 4, torch.float32, True, True), RTX_4090, 2, 256, 1),
+        # 64 bytes of a pixel's channels, where two such CTAs fit
+        (KernelSpec(28, 28, 256, 4, torch.float32, True, False), H100, 16, 256, 4),
+        (KernelSpec(28, 28, 256, 4, torch.float32, True, False), RTX_4090, 8, 128, 3),
+        # no more channels than there are; an odd number of them takes registers for addresses
+        (KernelSpec(7, 7, 3, 4, torch.float32, True, False), H100, 4, 32, 24),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
-def test_variants_by_hand(step: Step, chip: Chip, lanes: int, threads: int, blocks: int) -> None:
-    variant = choose_variant(step, chip)
+def test_variants_by_hand(spec: KernelSpec, chip: Chip, channels: int, threads: int, ctas: int) -> None:
+    variant = choose_variant(spec, chip)
     assert variant is not None
-    assert (variant.lanes, variant.threads, variant.min_blocks) == (lanes, threads, blocks)
+    assert (variant.channels_per_cta, variant.threads, variant.min_ctas) == (channels, threads, ctas)
 
 
 def test_the_models_planes_fit() -> None:
     """Up to 64x64 everywhere; beyond that as far as the half spectra of two channels fit a chip's shared memory."""
-    refused = {(step.H, step.backward, chip.arch) for step, chip in family() if choose_variant(step, chip) is None}
+    refused = {(spec.H, spec.backward, chip.arch) for spec, chip in family() if choose_variant(spec, chip) is None}
     small = {"sm_86", "sm_89", "sm_120"}
     assert {key for key in refused if key[0] <= 64} == set()
     assert {key for key in refused if key[0] == 96} == set()
@@ -101,20 +103,20 @@ def test_the_models_planes_fit() -> None:
     assert {key for key in refused if key[0] == 256} == {(256, b, arch) for b in (False, True) for arch in CHIPS}
 
 
-def test_resident_blocks_by_hand() -> None:
+def test_resident_ctas_by_hand() -> None:
     # 128 registers of 256 threads are half of the registers; 104 kB and 1 kB of the system's twice are less than 228
-    assert H100.resident_blocks(256, 128, 103936) == 2
-    assert H100.resident_blocks(256, 129, 1000) == 1  # rounded up to 136
-    assert H100.resident_blocks(32, 32, 0) == 32  # blocks
-    assert H100.resident_blocks(1024, 16, 0) == 2  # threads
-    assert RTX_4090.resident_blocks(1024, 16, 0) == 1
-    assert H100.resident_blocks(33, 255, 0) == 4  # two warps of 256 registers a thread
-    assert H100.resident_blocks(224, 96, 0) == 2  # a quarter of the registers has room for 5 warps, of 7 in a block
-    assert H100.resident_blocks(32, 32, 233472 // 3) == 2  # shared memory
+    assert H100.resident_ctas(256, 128, 103936) == 2
+    assert H100.resident_ctas(256, 129, 1000) == 1  # rounded up to 136
+    assert H100.resident_ctas(32, 32, 0) == 32  # CTAs
+    assert H100.resident_ctas(1024, 16, 0) == 2  # threads
+    assert RTX_4090.resident_ctas(1024, 16, 0) == 1
+    assert H100.resident_ctas(33, 255, 0) == 4  # two warps of 256 registers a thread
+    assert H100.resident_ctas(224, 96, 0) == 2  # a quarter of the registers has room for 5 warps, of 7 in a CTA
+    assert H100.resident_ctas(32, 32, 233472 // 3) == 2  # shared memory
 
 
 NO_REGISTERS = "do not fit the 255 registers of a thread"
-NO_SHARED_MEMORY = "do not fit the 227 KiB of shared memory that a block has on sm_90"
+NO_SHARED_MEMORY = "do not fit the 227 KiB of shared memory that a CTA has on sm_90"
 
 
 @pytest.mark.parametrize(
@@ -138,50 +140,51 @@ NO_SHARED_MEMORY = "do not fit the 227 KiB of shared memory that a block has on 
     ],
 )
 def test_unsupported_reasons(changes: dict[str, Any], reason: str | None) -> None:
-    step = replace(Step(14, 14, 640, 4, torch.float32, True, False), **changes)
-    assert layout.unsupported_reasons(step, H100) == ([] if reason is None else [reason])
+    spec = replace(KernelSpec(14, 14, 640, 4, torch.float32, True, False), **changes)
+    assert layout.unsupported_reasons(spec, H100) == ([] if reason is None else [reason])
 
 
 # What the compiler makes of them
 
-# Both ways of rows and of columns in each direction, odd F, an odd plane, a rectangle, a weight a channel, tail lanes.
+# Both ways of rows and of columns in each direction, odd F, an odd plane, a rectangle, a weight per channel, fewer
+# channels than a CTA has.
 QUICK = [
-    (Step(7, 7, 1024, 4, torch.float32, True, False), "sm_90"),
-    (Step(28, 28, 256, 4, torch.bfloat16, True, False), "sm_80"),
-    (Step(14, 14, 640, 4, torch.float32, True, True), "sm_120"),
-    (Step(7, 7, 1024, 4, torch.float16, False, True), "sm_86"),
-    (Step(24, 30, 5, 0, torch.float32, False, True), "sm_100"),
-    (Step(9, 15, 20, 5, torch.float32, False, True), "sm_89"),
-    (Step(12, 12, 6, 16, torch.bfloat16, True, False), "sm_80"),
-    (Step(7, 8, 6, 0, torch.float32, True, True), "sm_90"),
-    # few channels, of an odd number or two a thread: what takes most registers for its size
-    (Step(14, 14, 8, 4, torch.float32, True, False), "sm_90"),
-    (Step(8, 5, 6, 5, torch.float16, False, True), "sm_90"),
-    (Step(12, 5, 3, 4, torch.float32, True, False), "sm_90"),
-    (Step(8, 6, 17, 4, torch.float32, True, True), "sm_90"),
+    (KernelSpec(7, 7, 1024, 4, torch.float32, True, False), "sm_90"),
+    (KernelSpec(28, 28, 256, 4, torch.bfloat16, True, False), "sm_80"),
+    (KernelSpec(14, 14, 640, 4, torch.float32, True, True), "sm_120"),
+    (KernelSpec(7, 7, 1024, 4, torch.float16, False, True), "sm_86"),
+    (KernelSpec(24, 30, 5, 0, torch.float32, False, True), "sm_100"),
+    (KernelSpec(9, 15, 20, 5, torch.float32, False, True), "sm_89"),
+    (KernelSpec(12, 12, 6, 16, torch.bfloat16, True, False), "sm_80"),
+    (KernelSpec(7, 8, 6, 0, torch.float32, True, True), "sm_90"),
+    # few channels, of an odd number or two per thread: what takes most registers for its size
+    (KernelSpec(14, 14, 8, 4, torch.float32, True, False), "sm_90"),
+    (KernelSpec(8, 5, 6, 5, torch.float16, False, True), "sm_90"),
+    (KernelSpec(12, 5, 3, 4, torch.float32, True, False), "sm_90"),
+    (KernelSpec(8, 6, 17, 4, torch.float32, True, True), "sm_90"),
 ]
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize(("step", "arch"), QUICK, ids=str)
-def test_a_specialisation_compiles_without_spills(step: Step, arch: str) -> None:
+@pytest.mark.parametrize(("spec", "arch"), QUICK, ids=str)
+def test_a_specialisation_compiles_without_spills(spec: KernelSpec, arch: str) -> None:
     """The kernel asserts that it lays out shared memory as `choose_variant` has it."""
-    row = gpu_resources.cuda_row(step, CHIPS[arch])
+    row = gpu_resources.cuda_row(spec, CHIPS[arch])
     assert row.spill_bytes == 0
-    variant = choose_variant(step, CHIPS[arch])
+    variant = choose_variant(spec, CHIPS[arch])
     assert variant is not None
-    assert row.blocks_per_sm is not None
-    assert row.blocks_per_sm >= variant.min_blocks
+    assert row.ctas_per_sm is not None
+    assert row.ctas_per_sm >= variant.min_ctas
 
 
 @pytest.mark.usefixtures("compiler")
 def test_the_kernel_checks_the_shared_memory_it_is_given() -> None:
-    step, _ = QUICK[0]
-    variant = choose_variant(step, H100)
+    spec, _ = QUICK[0]
+    variant = choose_variant(spec, H100)
     assert variant is not None
     wrong = replace(variant, shared_bytes=variant.shared_bytes + 8)
     with pytest.raises(RuntimeError, match="the caller computes shared memory as Layout does"):
-        nvrtc.compile_cubin(cuda_sources(), layout.compile_options(step, wrong), "sm_90")
+        nvrtc.compile_cubin(cuda_sources(), layout.compile_options(spec, wrong), "sm_90")
 
 
 def test_the_committed_table_is_complete_and_clean() -> None:
@@ -189,26 +192,26 @@ def test_the_committed_table_is_complete_and_clean() -> None:
     problem = ("kernel", "target", "H", "W", "dtype", "direction")
     recorded = {tuple(row[name] for name in problem): row for row in rows}
     assert len(recorded) == len(rows) == len(family())
-    for step, chip in family():
-        direction = gpu_resources.DIRECTIONS[step.backward]
-        dtype = str(step.dtype).removeprefix("torch.")
-        row = recorded[f"filter_{direction}, C={step.C}", chip.arch, str(step.H), str(step.W), dtype, direction]
-        variant = choose_variant(step, chip)
+    for spec, chip in family():
+        direction = gpu_resources.DIRECTIONS[spec.backward]
+        dtype = str(spec.dtype).removeprefix("torch.")
+        row = recorded[f"filter_{direction}, C={spec.C}", chip.arch, str(spec.H), str(spec.W), dtype, direction]
+        variant = choose_variant(spec, chip)
         assert row["dispatched"] == str(variant is not None)
         if variant is None:
             continue
         assert row["spill_bytes"] == "0", row
         assert row["smem_bytes"] == str(variant.shared_bytes), row
-        blocks = chip.resident_blocks(variant.threads, int(row["regs"]), variant.shared_bytes)
-        assert row["blocks_per_sm"] == str(blocks), row
-        assert blocks >= variant.min_blocks, row
+        ctas = chip.resident_ctas(variant.threads, int(row["regs"]), variant.shared_bytes)
+        assert row["ctas_per_sm"] == str(ctas), row
+        assert ctas >= variant.min_ctas, row
 
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.skipif(not FULL, reason="minutes; DFFORMER_TEST_FULL=1 runs it")
 @pytest.mark.parametrize("arch", CHIPS)
 def test_the_committed_table_is_what_the_compiler_says(arch: str, tmp_path: Path) -> None:
-    gpu_resources.write([gpu_resources.cuda_row(step, CHIPS[arch]) for step in gpu_resources.steps()], tmp_path / "csv")
+    gpu_resources.write([gpu_resources.cuda_row(spec, CHIPS[arch]) for spec in gpu_resources.specs()], tmp_path / "csv")
     committed = [row for row in gpu_resources.read() if (row["backend"], row["target"]) == ("cuda", arch)]
     assert gpu_resources.read(tmp_path / "csv") == committed
 
@@ -219,9 +222,9 @@ def test_the_committed_table_is_what_the_compiler_says(arch: str, tmp_path: Path
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.arch)
 def test_the_operator_tests_planes_compile_without_spills(chip: Chip, backward: bool) -> None:
     for case, per_channel in product(CASES, (False, True)):
-        step = Step(case.H, case.W, case.C, 0 if per_channel else case.F, torch.float32, True, backward)
-        if not layout.unsupported_reasons(step, chip):
-            assert gpu_resources.cuda_row(step, chip).spill_bytes == 0, step
+        spec = KernelSpec(case.H, case.W, case.C, 0 if per_channel else case.F, torch.float32, True, backward)
+        if not layout.unsupported_reasons(spec, chip):
+            assert gpu_resources.cuda_row(spec, chip).spill_bytes == 0, spec
 
 
 @pytest.mark.gpu

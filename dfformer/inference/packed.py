@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dfformer.models.exact import fusible, is_exact
 from dfformer.models.layers import Scale, StarReLU
-from dfformer_kernels import linear
+from dfformer_kernels import linear, star_relu
 from dfformer_kernels.ops.mlp import in_chunks
 from dfformer_kernels.ops.registration import is_transformed
 
@@ -30,6 +30,7 @@ class PackedLinear(nn.Module):
     """
 
     serves_only = True  # checkpoints cannot contain it
+    is_linear = True  # see `dfformer.models.layers.makes_own_result`
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -142,10 +143,13 @@ class PackedMlp(nn.Module):
             and is_exact(self.fc2, PackedLinear, x)
         ):
             return self._layers(x)
-        return in_chunks(x, self.fc1.out_features, self.fc2.out_features, self._layers)
+        return in_chunks(x, self.fc1.out_features, self.fc2.out_features, self._overwriting_layers)
 
     def _layers(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
+
+    def _overwriting_layers(self, x: Tensor) -> Tensor:
+        return self.fc2(star_relu(self.fc1(x), self.act.scale, self.act.bias, overwrite_x=True))
 
 
 class ServedBlock(nn.Module):

@@ -207,6 +207,12 @@ def call_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
 
+def makes_own_result(layer: nn.Module, like: Tensor) -> bool:
+    """Whether nothing but the caller holds what ``layer`` returned: a linear layer, and its call does nothing else."""
+    kind = type(layer)
+    return (kind is nn.Linear or getattr(kind, "is_linear", False)) and is_exact(layer, kind, like)
+
+
 def call_convolution(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``; under torch.compile, some convolutions become a custom operator (`dfformer_kernels.convolution`).
 

@@ -26,16 +26,16 @@ Scalars = tuple[Tensor, Tensor] | None  # StarReLU's scale and bias if the filte
 
 
 @torch.fx.wrap
-def filter_step(x: Tensor, logits: Tensor | None, filters: Tensor, star_relu: Scalars) -> Tensor:
+def filter_step(x: Tensor, logits: Tensor | None, filters: Tensor, star_relu: Scalars, overwrite_x: bool) -> Tensor:
     """`dfformer_kernels.dynamic_filter`, or without logits `dfformer_kernels.global_filter`."""
     if torch.jit.is_scripting():  # then StarReLU is never left to the step
         if logits is None:
             return torch.ops.dfformer.global_filter(x, filters, None, None, None)
         return torch.ops.dfformer.dynamic_filter(x, logits, filters, None, None, None)
     elif logits is None:
-        return global_filter(x, filters, star_relu)
+        return global_filter(x, filters, star_relu, overwrite_x=overwrite_x)
     else:
-        return dynamic_filter(x, logits, filters, star_relu)
+        return dynamic_filter(x, logits, filters, star_relu, overwrite_x=overwrite_x)
 
 
 @torch.fx.wrap
@@ -134,7 +134,16 @@ class SpectralFilter(Projections):
 
     def filter(self, x: Tensor, logits: Tensor | None, filters: Tensor, star_relu: Scalars) -> Tensor:
         """The filter step, see `filter_step`."""
-        return filter_step(x, logits, filters, star_relu)
+        if torch.jit.is_scripting():
+            return filter_step(x, logits, filters, star_relu, False)
+        else:
+            return filter_step(x, logits, filters, star_relu, overwrite_x=self._owns_loaded(x, star_relu))
+
+    def _owns_loaded(self, x: Tensor, star_relu: Scalars) -> bool:
+        """Whether nothing but this layer holds ``x`` from `load`, and no gradient needs it."""
+        if torch.is_grad_enabled() or star_relu is None or type(self).load is not SpectralFilter.load:
+            return False
+        return layers.makes_own_result(self.pwconv1, x)
 
     def filters_for(self, plane: tuple[int, int]) -> Tensor:
         """The filters for planes of ``plane`` (H, W), in the dtype of the arithmetic."""

@@ -71,9 +71,18 @@ def core() -> ModuleType:
 def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     x = x.contiguous()
     y = _empty_like(x)
+    _star_relu_into(y, x, scale, bias)
+    return y
+
+
+def _star_relu_into(y: Tensor, x: Tensor, scale: Tensor, bias: Tensor) -> None:
     problem = x.numel(), _DTYPE_CODES[x.dtype], _threads(), scale.item(), bias.item()
     core().star_relu(*problem, _pointer("x", x), _pointer("y", y, x))
-    return y
+
+
+def star_relu_(x: Tensor, scale: Tensor, bias: Tensor) -> None:
+    contiguous_x = x.permute(0, 3, 1, 2) if is_channels_first(x) else x
+    _star_relu_into(contiguous_x, contiguous_x, scale, bias)
 
 
 def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
@@ -127,6 +136,12 @@ def _filter(step: FilterStep) -> Tensor:
     return given.result(y)
 
 
+def _filter_(step: FilterStep) -> None:
+    """Writes the result over x: a tile's pixels are read before any of them is written."""
+    given = _Arguments(step)
+    core().filter(*given.arguments, _pointer("y", given.x))
+
+
 def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) -> Gradients:
     need_x, need_logits, need_filters, need_scale, need_bias = needs
     given = _Arguments(step)
@@ -171,6 +186,9 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "star_relu": star_relu,
     "star_relu_backward": star_relu_backward,
     **filter_kernels(_filter, _filter_backward),
+    "star_relu_": star_relu_,
+    "dynamic_filter_": lambda *step: _filter_(FilterStep(*step)),
+    "global_filter_": lambda x, *others: _filter_(FilterStep(x, None, *others)),
 }
 
 

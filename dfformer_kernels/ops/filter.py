@@ -33,12 +33,15 @@ from dfformer_kernels.ops.registration import (
 from dfformer_kernels.problem import empty_like, in_format, is_channels_first
 
 
-def star_relu(x: Tensor, scale: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
+def star_relu(
+    x: Tensor, scale: Tensor, bias: Tensor, *, overwrite_x: bool = False, backend: str | None = None
+) -> Tensor:
     """StarReLU, ``scale * relu(x)^2 + bias`` (MetaFormer Baselines for Vision, arXiv:2210.13452).
 
     Args:
         x: any shape; float32, float64, bfloat16 or float16.
         scale, bias: one element each, of any of these dtypes (float64 only with float64 ``x``).
+        overwrite_x: see `dynamic_filter`.
         backend: a name from ``backends()``; if None, ``dfformer_kernels.dispatch`` describes how one is chosen.
 
     Returns:
@@ -53,7 +56,7 @@ def star_relu(x: Tensor, scale: Tensor, bias: Tensor, *, backend: str | None = N
         checks.check_star_relu(x, scale, bias)
         y = reference.star_relu(x, scale, bias)
         return y if is_channels_first(x) else y.contiguous()
-    return _run("star_relu", backend, x, scale, bias)
+    return _run("star_relu", backend, x, scale, bias, overwrite_x=overwrite_x)
 
 
 def dynamic_filter(
@@ -64,6 +67,7 @@ def dynamic_filter(
     *,
     normalization: str | None = "softmax",
     data_format: str = "channels_last",
+    overwrite_x: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """The dynamic filter step ``irfft2(rfft2(u) * (softmax(logits) @ basis))``.
@@ -84,6 +88,8 @@ def dynamic_filter(
         data_format: ``"channels_last"`` or ``"channels_first"``, of ``x`` and the result. No backend copies an ``x``
             that is contiguous in either format: the CPU core and ``cufft`` read and write both. ``torch.channels_last``
             memory counts as channels-last.
+        overwrite_x: the result may take the memory of ``x``, whose contents are then lost, as in scipy.fft. It does so
+            on a CPU, if no gradient is recorded and ``x`` is contiguous in one of the two formats.
         backend: a name from ``backends()``; if None, ``dfformer_kernels.dispatch`` describes how one is chosen.
 
     Returns:
@@ -103,7 +109,8 @@ def dynamic_filter(
         basis = torch.stack((basis, torch.zeros_like(basis)), -1)
     if basis.dim() == 5:
         logits, basis = _ungrouped(logits, basis, -torch.inf if softmax else 0.0)
-    return _call(op, data_format, backend, x, (logits, basis), star_relu, *() if softmax else (softmax,))
+    options = () if softmax else (softmax,)
+    return _call(op, data_format, backend, x, (logits, basis), star_relu, options, overwrite_x)
 
 
 def global_filter(
@@ -112,6 +119,7 @@ def global_filter(
     star_relu: tuple[Tensor, Tensor] | None = None,
     *,
     data_format: str = "channels_last",
+    overwrite_x: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """The global filter step ``irfft2(rfft2(u) * weight)`` (GFNet, arXiv:2107.00645); ``u`` as in `dynamic_filter`.
@@ -122,7 +130,7 @@ def global_filter(
         weight: (H,K,C,2) or complex (H,K,C), with K = W//2 + 1; or one weight for each sample, (B,H,K,C,2) or complex
             (B,H,K,C); float32, or float64 with float64 ``x``.
         star_relu: StarReLU's ``(scale, bias)``, one element each, applied to ``x`` as it is read.
-        data_format: as for `dynamic_filter`.
+        data_format, overwrite_x: as for `dynamic_filter`.
         backend: a name from ``backends()``; if None, ``dfformer_kernels.dispatch`` describes how one is chosen.
 
     Returns:
@@ -132,7 +140,7 @@ def global_filter(
         ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
     """
     checks.check_tensors("global_filter", x=x, weight=weight)
-    return _call("global_filter", data_format, backend, x, (dft_matmul.as_pairs(weight),), star_relu)
+    return _call("global_filter", data_format, backend, x, (dft_matmul.as_pairs(weight),), star_relu, (), overwrite_x)
 
 
 def _scalars(op: str, star_relu: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
@@ -161,24 +169,44 @@ def _call(
     x: Tensor,
     parameters: tuple[Tensor, ...],
     star_relu: tuple[Tensor, Tensor] | None,
-    *options: bool,
+    options: tuple[bool, ...],
+    overwrite_x: bool,
 ) -> Tensor:
     """Runs the filter step on x in either format; the operator sees channels-first as strides only."""
     checks.check_choice(op, "data_format", data_format, ("channels_last", "channels_first"))
     tensors = (*parameters, *_scalars(op, star_relu))
     if data_format == "channels_last":
-        return _run(op, backend, x, *tensors, options=options)
+        return _run(op, backend, x, *tensors, options=options, overwrite_x=overwrite_x)
     checks.check_channels_first(op, x)
-    return _run(op, backend, x.permute(0, 2, 3, 1), *tensors, options=options).permute(0, 3, 1, 2)
+    y = _run(op, backend, x.permute(0, 2, 3, 1), *tensors, options=options, overwrite_x=overwrite_x)
+    return y.permute(0, 3, 1, 2)
 
 
-def _run(op: str, backend: str | None, *tensors: Tensor | None, options: tuple[bool, ...] = ()) -> Tensor:
+def _run(
+    op: str, backend: str | None, x: Tensor, *others: Tensor | None, options: tuple[bool, ...] = (), overwrite_x: bool
+) -> Tensor:
+    tensors = (x, *others)
     backend = requested_backend(backend)
     if is_transformed(tensors):
         return _expression(reference.KERNELS, op, tensors, options)
     if dft_matmul.in_onnx_export():
         return _expression(dft_matmul.KERNELS, op, tensors, options)
+    if overwrite_x and _can_overwrite(x, others):
+        getattr(torch.ops.dfformer, f"{op}_")(*tensors, backend, *options)
+        return x
     return getattr(torch.ops.dfformer, op)(*tensors, backend, *options)
+
+
+def _can_overwrite(x: Tensor, others: Sequence[Tensor | None]) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.is_cpu:
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+        return False
+    return _is_in_a_format(x)
+
+
+def _is_in_a_format(x: Tensor) -> bool:
+    return x.is_contiguous() or is_channels_first(x)
 
 
 def _expression(
@@ -191,7 +219,7 @@ def _expression(
 
 
 def _define(name: str, inputs: str, options: str = "") -> type[Any]:
-    """Registers ``dfformer::<name>`` and ``dfformer::<name>_backward``, and returns their autograd Function.
+    """Registers ``dfformer::<name>``, ``<name>_backward``, and ``<name>_``, which writes over x; returns the Function.
 
     ``inputs`` is the schema of the tensor arguments, ``x`` first. ``options`` is the schema of the flags, which have
     defaults; kernels take them after the tensors.
@@ -213,6 +241,19 @@ def _define(name: str, inputs: str, options: str = "") -> type[Any]:
     def forward_fake(*args: Any) -> Tensor:
         check(*args[:count])
         return empty_like(args[0])
+
+    def overwriting_impl(*args: Any) -> None:
+        tensors, backend, options = args[:count], args[count], args[count + 1 :]
+        x = tensors[0]
+        if not _is_in_a_format(x):
+            x.copy_(forward_impl(*args))
+            return
+        check(*tensors)
+        refuse_tangents(name, tensors)
+        kernel = kernel_for(f"{name}_", backend, tensors, *options)
+        if x.numel():
+            with without_autocast(x.device):
+                kernel(*tensors, *options)
 
     def backward_impl(*args: Any) -> list[Tensor]:
         grad_y, tensors, needs, backend, options = split(args)
@@ -242,6 +283,10 @@ def _define(name: str, inputs: str, options: str = "") -> type[Any]:
         checks.check_backward(backward_name, grad_y, tensors[0], needs, count)
 
     register(f"{name}({inputs}, str? backend{options}) -> Tensor", forward_impl, forward_fake)
+    overwritten = inputs.replace("Tensor", "Tensor(a!)", 1)
+    register(
+        f"{name}_({overwritten}, str? backend{options}) -> ()", overwriting_impl, lambda *args: check(*args[:count])
+    )
     backward_schema = f"{backward_name}(Tensor grad_y, {inputs}, bool[] needs, str? backend{options}) -> Tensor[]"
     register(backward_schema, backward_impl, backward_fake)
     function = _autograd_function(name, count)
@@ -306,6 +351,16 @@ MATMUL_DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
 }
 
 
+def _overwriting(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    return lambda x, *args: x.copy_(function(x, *args))
+
+
+_IN_EAGER_CALLS = MATMUL_DECOMPOSITIONS | {
+    getattr(torch.ops.dfformer, f"{operator.name().partition('::')[2]}_").default: _overwriting(function)
+    for operator, function in MATMUL_DECOMPOSITIONS.items()
+}
+
+
 class MatmulTransforms(TorchFunctionMode):
     """In this context the operators transform with matrix products (`dfformer_kernels.dft_matmul`).
 
@@ -314,4 +369,4 @@ class MatmulTransforms(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operator = getattr(func, "default", func)  # e.g. of torch.ops.dfformer.star_relu
-        return MATMUL_DECOMPOSITIONS.get(operator, func)(*args, **(kwargs or {}))
+        return _IN_EAGER_CALLS.get(operator, func)(*args, **(kwargs or {}))

@@ -41,7 +41,7 @@ def _filter_backward(x: Shape, needs: Sequence[bool], mix: int) -> int:
 _OPS = torch.ops.dfformer
 
 
-@register_flop_formula(_OPS.dynamic_filter)
+@register_flop_formula([_OPS.dynamic_filter, _OPS.dynamic_filter_])
 def _dynamic_filter(x: Shape, logits: Shape, *_: Any, **out: Any) -> int:
     return filter_flops(x, 2, MIX * logits[1] + PRODUCT)
 
@@ -51,7 +51,7 @@ def _dynamic_filter_backward(grad_y: Shape, x: Shape, logits: Shape, *others: An
     return _filter_backward(x, others[3], MIX * logits[1])
 
 
-@register_flop_formula(_OPS.global_filter)
+@register_flop_formula([_OPS.global_filter, _OPS.global_filter_])
 def _global_filter(x: Shape, *_: Any, **out: Any) -> int:
     return filter_flops(x, 2, PRODUCT)
 
@@ -71,6 +71,6 @@ def _linear(x: Shape, weight: Shape, *_: Any, **out: Any) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
-@register_flop_formula([_OPS.star_relu, _OPS.star_relu_backward])
+@register_flop_formula([_OPS.star_relu, _OPS.star_relu_, _OPS.star_relu_backward])
 def _nothing(*_: Any, **out: Any) -> int:
     return 0

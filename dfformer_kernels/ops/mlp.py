@@ -112,7 +112,7 @@ class MlpFunction(torch.autograd.Function):
 
 
 def _layers(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: Tensor, backend: str | None) -> Tensor:
-    return linear(apply_star_relu(linear(x, weight1), scale, bias, backend=backend), weight2)
+    return linear(apply_star_relu(linear(x, weight1), scale, bias, overwrite_x=True, backend=backend), weight2)
 
 
 def _gradients(

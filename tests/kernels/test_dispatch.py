@@ -179,8 +179,8 @@ def test_autocast_is_left_in_compiled_code(enabled: bool) -> None:
 
 
 def test_no_autocast_on_the_meta_device() -> None:
-    with dispatch.without_autocast(torch.device("meta")):
-        pass
+    with torch.autocast("cpu", torch.bfloat16), dispatch.without_autocast(torch.device("meta")):
+        assert torch.is_autocast_enabled("cpu")
 
 
 def test_kernels_run_outside_autocast(install: Callable[..., None]) -> None:

@@ -38,7 +38,8 @@ PLANES: list[tuple[Plane, Plane]] = [
 ]
 EACH_PLANE = pytest.mark.parametrize(("size", "new_size"), PLANES, ids=lambda plane: f"{plane[0]}x{plane[1]}")
 EACH_RULE = pytest.mark.parametrize("rule", RULES)
-REAL = torch.ones(6, 3, 3, 2)
+REAL = torch.arange(108.0).sin().view(6, 3, 3, 2)
+RESIZED = resize_filter(REAL.double(), (6, 5), (7, 8))
 BICUBIC_ERROR = 1e-12  # torch computes its coefficients in another order
 
 
@@ -243,21 +244,25 @@ def under_meta_context() -> None:
 
 def under_inference_mode() -> None:
     with torch.inference_mode():
-        resize_filter(torch.randn(6, 3, 3, 2), (6, 5), (7, 8))
+        assert relative_error(resize_filter(REAL, (6, 5), (7, 8)), RESIZED) < BOUND[torch.float32]
 
 
 def under_compile() -> None:
     compiled = torch.compile(resize_filter, backend="aot_eager", fullgraph=True)
-    compiled(torch.randn(6, 3, 3, 2), (6, 5), (7, 8))
+    assert relative_error(compiled(REAL, (6, 5), (7, 8)), RESIZED) < BOUND[torch.float32]
     torch._dynamo.reset()
 
 
 def under_vmap() -> None:
-    torch.func.vmap(lambda weight: resize_filter(weight, (6, 5), (7, 8)))(torch.randn(2, 6, 3, 3, 2))
+    resized = torch.func.vmap(lambda weight: resize_filter(weight, (6, 5), (7, 8)))(torch.stack([REAL, -2 * REAL]))
+    assert relative_error(resized, torch.stack([RESIZED, -2 * RESIZED])) < BOUND[torch.float32]
 
 
 def under_function_transform() -> None:
-    torch.func.grad(lambda weight: resize_filter(weight, (6, 5), (7, 8)).sum())(torch.randn(6, 3, 3, 2))
+    gradient = torch.func.grad(lambda weight: resize_filter(weight, (6, 5), (7, 8)).square().sum())(REAL)
+    weight = REAL.double().requires_grad_()
+    resize_filter(weight, (6, 5), (7, 8)).square().sum().backward()
+    assert relative_error(gradient, weight.grad) < BOUND[torch.float32]
 
 
 SPECIAL_MODES = [

@@ -112,25 +112,24 @@ def test_a_model_of_rgb_images_on_grey_data(tmp_path: Path) -> None:
     assert float(rows[0]["loss"]) == pytest.approx(float(rows[1]["loss"]), rel=1e-4)
 
 
-NO_CLASSIFIERS: dict[str, tuple[dict[str, Any], str]] = {
-    "four-channels": ({"in_chans": 4}, "in_chans: the model takes images of 4 channels, accepted are 1 (grey) and 3"),
-    "every-position": ({"global_pool": ""}, "the model returns (1, 1, 1, 3), accepted are logits (B,classes)"),
-    "no-classes": ({"num_classes": 0}, "0"),
+# with the messages of prediction and of evaluation
+NO_CLASSIFIERS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "four-channels": ({"in_chans": 4}, ["the model takes images of 4 channels, accepted are 1 (grey) and 3"] * 2),
+    "every-position": ({"global_pool": ""}, ["the model returns (1, 1, 1, 3), accepted are logits (B,classes)"] * 2),
+    "no-classes": ({"num_classes": 0}, ["num_classes is 0, the model has no classifier", "has 0 classes, the data 3"]),
 }
 
 
-@pytest.mark.parametrize(("arguments", "message"), NO_CLASSIFIERS.values(), ids=NO_CLASSIFIERS.keys())
+@pytest.mark.parametrize(("arguments", "messages"), NO_CLASSIFIERS.values(), ids=NO_CLASSIFIERS.keys())
 def test_models_that_do_not_classify_images(
-    arguments: dict[str, Any], message: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: dict[str, Any], messages: list[str], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = tmp_path / "m.safetensors"
     arguments = {**SMALL, "num_classes": 3, **arguments}
     save_checkpoint(timm.create_model("dfformer_s18", **arguments), checkpoint, "dfformer_s18", arguments)
     image = str(root / "val" / "ant" / "0.png")
-    for command in (
-        ["predict", "--checkpoint", str(checkpoint), image],
-        ["eval", str(checkpoint), "--root", str(root)],
-    ):
+    commands = ["predict", "--checkpoint", str(checkpoint), image], ["eval", str(checkpoint), "--root", str(root)]
+    for command, message in zip(commands, messages, strict=True):
         assert main([*command, "--workers", "0", "--batch-size", "1"]) != 0
         assert message in capsys.readouterr().err
 

@@ -125,8 +125,7 @@ def test_any_size_begins_with_the_enlarged_input_and_every_parameter_learns(stri
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_contrast_is_kept() -> None:
-    """Only the input of a block's branch is normalised."""
+def test_only_the_inputs_of_branches_are_normalised() -> None:
     arguments = {**SMALL, "img_size": 32}
     model = Restorer("cdfformer_s18", arguments, 1, [0.5] * 3, [0.25] * 3, channels=8, blocks=1)
     norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]

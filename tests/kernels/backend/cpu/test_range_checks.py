@@ -73,7 +73,11 @@ def test_gradients_without_grad_y_raise(core: ModuleType, name: str) -> None:
 
 @pytest.mark.parametrize("step", GOOD)
 def test_a_global_filter_needs_no_logits(core: ModuleType, step: str) -> None:
-    core.filter(**GOOD[step] | {"shape": (1, 1, 1, 1, 0), "logits": 0})
+    x, weight, result = torch.tensor(3.0), torch.tensor([5.0, 0.0]), torch.tensor(0.0)
+    tensors = {"filters": weight, **({"x": x, "y": result} if step == "forward" else {"grad_y": x, "grad_x": result})}
+    addresses = {name: t.data_ptr() for name, t in tensors.items()}
+    core.filter(**GOOD[step] | {"shape": (1, 1, 1, 1, 0), "logits": 0} | addresses)
+    assert result == 15
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The compiled core in tests: fewer combinations, guarded tensors, results and gradients, scripts of their own."""
+"""The compiled core in tests: guarded tensors, results and gradients, scripts of their own."""
 
 import math
 import os
@@ -6,15 +6,12 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations, product
 from types import ModuleType
-from typing import Any
 
 import torch
 from cases import OPS, Inputs, Op, assert_all_within_bound, expected, gradients, make_grad
-from extent import FULL
 from torch import Tensor
 
 from dfformer_kernels import reference
@@ -30,40 +27,6 @@ USUAL_FORM = (True, False, False)  # softmax, one weight for all samples, channe
 
 FILTERS = {name: op for name, op in OPS.items() if op.parameters}
 DYNAMIC = OPS["dynamic_filter"]
-
-
-def pairwise(**axes: Sequence[Any]) -> Mapping[str, Any]:
-    """Arguments of ``pytest.mark.parametrize``: combinations of one value per axis, so few that every two values of
-    different axes meet in one of them. All combinations with DFFORMER_TEST_FULL=1. The axis ``isa`` is the fixture.
-    """
-    sizes = [range(len(values)) for values in axes.values()]
-    chosen = list(product(*sizes)) if FULL else _covering(sizes)
-    rows = [tuple(values[i] for values, i in zip(axes.values(), row, strict=True)) for row in chosen]
-    indirect = [name for name in axes if name == "isa"]
-    return {"argnames": tuple(axes), "argvalues": rows, "indirect": indirect, "ids": str}
-
-
-def _covering(sizes: Sequence[range]) -> list[tuple[int, ...]]:
-    def pair(row: Mapping[int, int], axis: int, other: int) -> tuple[int, int, int, int]:
-        first, second = sorted((axis, other))
-        return first, row[first], second, row[second]
-
-    missing = {
-        (axis, i, other, j)
-        for axis, other in combinations(range(len(sizes)), 2)
-        for i in sizes[axis]
-        for j in sizes[other]
-    }
-    rows = []
-    while missing:
-        axis, i, other, j = min(missing)
-        row = {axis: i, other: j}
-        for free in set(range(len(sizes))) - row.keys():
-            gains = [sum(pair({**row, free: v}, free, set_) in missing for set_ in row) for v in sizes[free]]
-            row[free] = gains.index(max(gains))
-        missing -= {pair(row, a, b) for a, b in combinations(row, 2)}
-        rows.append(tuple(row[axis] for axis in range(len(sizes))))
-    return rows
 
 
 def run(op: Op, inputs: Inputs, grad_y: Tensor) -> tuple[Tensor, Inputs]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from extent import pairwise
 from small_models import images, trained
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -95,8 +96,7 @@ def responsive() -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize(**pairwise(content=list(CONTENTS), place=PLACES))
 def test_what_lives_in_a_layer_is_honoured(content: str, place: str) -> None:
     model, x = responsive(), images()
     plain = model(x)

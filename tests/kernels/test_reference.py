@@ -76,7 +76,7 @@ def test_gradients_of_wide_planes_leave_the_heap_intact() -> None:
 
 
 def at_odd_offset(t: Tensor) -> Tensor:
-    """Dense, but beginning at the second element of a larger tensor, as parameters in one flat buffer do."""
+    """Contiguous, but at an odd offset in a larger tensor, as parameters in one flat buffer are."""
     return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
 
 

@@ -81,8 +81,8 @@ def test_outputs_and_gradients(name: str) -> None:
 
     assert outputs.keys() == {tensor for tensor in golden if tensor.split(".")[0] == "y"}
     assert too_large(relative_error(outputs[output], golden[output]) for output in outputs) == []
-    # Gradients of one element are judged together. They are sums of thousands of terms that nearly cancel, so a single
-    # one can be badly conditioned: the golden values of dynamic_filter_rect_6x10's reweight.act.bias and
+    # Gradients of one element are compared together. They are sums of thousands of terms that nearly cancel, so one
+    # alone can be badly conditioned: the golden values of dynamic_filter_rect_6x10's reweight.act.bias and
     # metaformer_tiny_df_64's stages.3.0.mlp.act.scale are 8e-5 and 2e-4 away from the same gradients in float64.
     expected = {"x": golden["grad_x"], **with_prefix(golden, "grad.")}
     assert gradients.keys() == expected.keys()

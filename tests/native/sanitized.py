@@ -1,6 +1,6 @@
 """Runs a few small problems on a GPU's backends, for compute-sanitizer.sh: python sanitized.py [BACKEND...]
 
-Results are judged in float64 on the CPU, so that little else runs on the device. Exit status 1 if one is wrong.
+Results are compared in float64 on the CPU, so that little else runs on the device. Exit status 1 if one is wrong.
 """
 
 import sys

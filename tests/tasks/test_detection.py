@@ -215,6 +215,7 @@ def test_train_evaluate_and_predict(
     with Image.open(images / f"{103:012}.png") as image:
         [expected] = detect.detect(model, [torch.from_numpy(np.array(image)).permute(2, 0, 1)], CPU.device)
     written = [entry for entry in json.loads((out / "detections.json").read_text()) if entry["image_id"] == 103]
+    assert written
     assert [entry["score"] for entry in written] == pytest.approx(expected["scores"].tolist())
     assert {entry["category_id"] for entry in written} <= set(CATEGORIES)
     for entry, box in zip(written, expected["boxes"].tolist(), strict=True):

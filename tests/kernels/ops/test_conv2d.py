@@ -123,8 +123,9 @@ def test_errors_are_torchs(name: str, fake: bool) -> None:
         x, weight, bias = case.tensors(torch.float32)
         weight = weight.double() if name == "dtypes" else weight
         expected = _error(lambda: case.definition(x, weight, bias))
-        # fake tensors of torch 2.10 take weights of any dtype
-        assert expected or (fake and name == "dtypes")
+        if fake and name == "dtypes" and not expected:
+            pytest.skip("this torch's fake tensors take weights of any dtype")
+        assert expected
         assert expected in _error(lambda: case.operator(x, weight, bias))
 
 

@@ -1,4 +1,4 @@
-"""What torch's flop counter makes of the operators: counts by hand, the paper's, and those of eager operations."""
+"""What torch's flop counter makes of the operators: counts by hand, and those of eager operations."""
 
 import itertools
 import math
@@ -96,11 +96,7 @@ def test_linear_counts_as_torch_does(needs: tuple[bool, ...]) -> None:
     assert count(linear, inputs, needs) == count(F.linear, inputs, needs)
 
 
-# Multiply-adds of linear layers and convolutions for an image of 224x224 (the paper's FLOPs)
-GMACS = {"dfformer_s18": 3.79, "cdfformer_s18": 3.88, "gfformer_s18": 3.79}
-
-
-@pytest.mark.parametrize("name", GMACS)
+@pytest.mark.parametrize("name", ["dfformer_s18", "cdfformer_s18", "gfformer_s18"])
 @pytest.mark.parametrize("training", [False, True])
 def test_models_count_as_the_eager_baseline(name: str, training: bool) -> None:
     """But for the filters, of which torch counts no transforms."""
@@ -120,5 +116,3 @@ def test_models_count_as_the_eager_baseline(name: str, training: bool) -> None:
     assert ours["bmm"] == eager["filters"] == 0
     assert ours["filters"] > 0
     assert ours["all"] - ours["filters"] == eager["all"] - eager["bmm"]
-    if not training:
-        assert round((ours["all"] - ours["filters"]) / 2e9, 2) == GMACS[name]

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYOUTS, TARGETS, assert_within_bound
+from cases import DTYPES, LAYOUTS, TARGETS, assert_within_bound
 from conftest import require_backend, require_compiler
+from extent import pairwise
+from native_core import ISAS
 from torch import Tensor
 
 from dfformer_kernels import dispatch, dynamic_filter, global_filter
@@ -116,8 +118,7 @@ def test_every_form(form: Form, backend: str, channels_first: bool) -> None:
 PLANES = [(7, 7), (14, 13), (3, 40), (33, 32), (1, 9), (9, 1)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("plane", PLANES, ids=str)
+@pytest.mark.parametrize(**pairwise(isa=ISAS, plane=PLANES, dtype=DTYPES))
 def test_channels_first_on_every_instruction_set(isa: str, plane: tuple[int, int], dtype: torch.dtype) -> None:
     form = FORMS["softmax"]
     x, parameters = make(form, plane, dtype)
@@ -137,7 +138,7 @@ def test_channels_first_has_the_bits_of_channels_last() -> None:
         assert torch.equal(dynamic_filter(planes, logits, basis, data_format="channels_first"), y)
 
 
-def test_no_dense_x_is_copied() -> None:
+def test_neither_memory_format_of_x_is_copied() -> None:
     require_backend("cpu")
     x, (logits, basis) = make(FORMS["softmax"], (6, 7))
     for memory in (x, x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):

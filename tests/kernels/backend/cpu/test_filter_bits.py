@@ -18,7 +18,8 @@ from cases import (
     make_grad,
     make_inputs,
 )
-from native_core import DYNAMIC, FILTERS, ISAS, pairwise, run
+from extent import pairwise
+from native_core import DYNAMIC, FILTERS, ISAS, run
 from torch import Tensor
 
 from dfformer_kernels import dynamic_filter, reference

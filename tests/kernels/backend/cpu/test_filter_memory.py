@@ -12,7 +12,8 @@ import pytest
 import torch
 from cases import DTYPES, Case, make_grad, make_inputs
 from conftest import require
-from native_core import CODES, DYNAMIC, ISAS, USUAL_FORM, VECTOR_BYTES, pairwise, run, run_script
+from extent import pairwise
+from native_core import CODES, DYNAMIC, ISAS, USUAL_FORM, VECTOR_BYTES, run, run_script
 from torch import Tensor
 
 from dfformer_kernels import reference

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from cases import DTYPES, Case, assert_within_bound, expected, make_grad, make_inputs
-from native_core import DYNAMIC, ISAS, pairwise, run
+from extent import pairwise
+from native_core import DYNAMIC, ISAS, run
 from torch import Tensor
 
 from dfformer_kernels import dynamic_filter, reference

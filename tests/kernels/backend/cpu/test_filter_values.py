@@ -20,16 +20,15 @@ from cases import (
     make_grad,
     make_inputs,
 )
+from extent import FULL, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_core import (
     DYNAMIC,
     FILTERS,
-    FULL,
     ISAS,
     assert_joint_scalars_within_bound,
     assert_run_within_bound,
-    pairwise,
     run,
     run_guarded,
 )

@@ -6,7 +6,8 @@ from types import ModuleType
 import pytest
 import torch
 from cases import DTYPES, assert_within_bound
-from native_core import BITS, CODES, ISAS, Guarded, pairwise
+from extent import pairwise
+from native_core import BITS, CODES, ISAS, Guarded
 from torch import Tensor
 
 from dfformer_kernels import reference

@@ -24,8 +24,7 @@ from cuda_kernels import (
     compile_source,
     execute,
 )
-from extent import FULL
-from native_core import pairwise
+from extent import FULL, pairwise
 from torch import Tensor
 
 BF16, FP16 = torch.bfloat16, torch.float16

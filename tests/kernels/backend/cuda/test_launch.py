@@ -19,7 +19,7 @@ import torch
 from cases import CASES, Case, Op, make_grad, make_inputs
 from cases import OPS as ALL_OPS
 from conftest import require_compiler
-from extent import FULL
+from extent import FULL, pairwise
 from fake_cuda import FakeKernel, HostDriver
 from paths import ROOT
 from torch import Tensor
@@ -72,9 +72,13 @@ def compare_with_reference(op: Op, inputs: dict[str, Tensor], grad_y: Tensor) ->
 
 
 @pytest.mark.usefixtures("launched")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", [Case(2, 4, 6, 3), Case(3, 5, 3, 12, F=3)], ids=str)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    **pairwise(
+        op=list(OPS),
+        case=[Case(2, 4, 6, 3), Case(3, 5, 3, 12, F=3)],
+        dtype=[torch.float32, torch.bfloat16, torch.float16],
+    )
+)
 def test_results_and_gradients_through_the_kernels_arguments(op: str, case: Case, dtype: torch.dtype) -> None:
     inputs = make_inputs(OPS[op], case, dtype, requires_grad=False)
     grad_y = make_grad(OPS[op], inputs)
@@ -143,12 +147,12 @@ def test_the_backwards_ctas(
 
 
 def test_a_wrong_tensor_never_reaches_a_kernel() -> None:
-    dense = torch.zeros(2, 3)
-    device = dense.device
-    assert cuda._addresses(device, torch.float32, dense, None) == [dense.data_ptr(), 0]
-    for wrong in (dense.t(), dense.half(), dense.to("meta")):
+    contiguous = torch.zeros(2, 3)
+    device = contiguous.device
+    assert cuda._addresses(device, torch.float32, contiguous, None) == [contiguous.data_ptr(), 0]
+    for wrong in (contiguous.t(), contiguous.half(), contiguous.to("meta")):
         with pytest.raises(RuntimeError, match=r"the kernel takes contiguous torch\.float32 tensors on cpu, got"):
-            cuda._addresses(device, torch.float32, dense, wrong)
+            cuda._addresses(device, torch.float32, contiguous, wrong)
 
 
 # The backend's functions with the kernels' source, compiled for this machine instead of a GPU

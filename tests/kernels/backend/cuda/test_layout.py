@@ -13,8 +13,7 @@ import gpu_resources
 import pytest
 import torch
 from cases import CASES
-from extent import FULL
-from native_core import pairwise
+from extent import FULL, pairwise
 
 from dfformer_kernels.backend.cuda import launch as cuda
 from dfformer_kernels.backend.cuda import layout, nvrtc

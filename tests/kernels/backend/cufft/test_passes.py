@@ -21,8 +21,7 @@ from cases import (
     make_inputs,
 )
 from cufft_traffic import traffic
-from extent import FULL
-from native_core import pairwise
+from extent import FULL, pairwise
 from torch import Tensor
 
 from dfformer_kernels import reference

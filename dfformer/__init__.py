@@ -1,5 +1,7 @@
 """The DFFormer family of vision models ("FFT-based Dynamic Token Mixer for Vision", AAAI 2024) for PyTorch and timm.
 
+Imports models, inference, export and dfformer_kernels, and registers the models with timm.
+
 >>> import timm, dfformer
 >>> model = timm.create_model("dfformer_s18", num_classes=10)
 """

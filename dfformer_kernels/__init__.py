@@ -1,5 +1,7 @@
 """The dynamic filter step as fused operators: correct, deterministic, and fast on devices that have a backend.
 
+Imports torch and numpy, never dfformer. Public are the names below and the modules that CONTRIBUTING.md calls public.
+
 >>> from dfformer_kernels import dynamic_filter
 >>> y = dynamic_filter(x, logits, basis)  # x (B,H,W,C), logits (B,F,C), basis (H,W//2+1,F,2)
 """

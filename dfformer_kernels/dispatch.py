@@ -13,7 +13,7 @@ warning that gives the reason, unless the backend was named. All other errors pr
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -261,14 +261,3 @@ def _rule_out(name: str, problem: Problem, error: KernelBuildError) -> None:
         f"dfformer_kernels' {name!r} backend cannot build its kernel and another backend is used instead, which may be "
         f"much slower: {error}. DFFORMER_BACKEND={name} makes this an error."
     )
-
-
-_NOTHING: AbstractContextManager[object] = nullcontext()
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Switches autocast off inside, if it is on; entering ``torch.autocast`` needlessly would cost microseconds."""
-    # The meta device has no autocast, and asking for it raises.
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return _NOTHING
-    return torch.autocast(device.type, enabled=False)

@@ -1,4 +1,4 @@
 """Exports models as files for other runtimes, with transforms as matrix products.
 
-Imports models, inference and utils.
+Imports models, inference, utils and dfformer_kernels.
 """

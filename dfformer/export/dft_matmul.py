@@ -9,8 +9,8 @@ from torch.export import ExportedProgram
 
 from dfformer.models.spectral import AFNO2D
 from dfformer.utils.copied import with_classes
-from dfformer_kernels import dft_matmul
-from dfformer_kernels.ops.filter import MATMUL_DECOMPOSITIONS, MatmulTransforms
+from dfformer_kernels import MatmulTransforms, dft_matmul
+from dfformer_kernels.ops import MATMUL_DECOMPOSITIONS
 
 ModelT = TypeVar("ModelT", bound=nn.Module | ExportedProgram)
 

@@ -1,4 +1,4 @@
 """Optimises models for serving: folds, packs and fuses modules.
 
-Imports models and utils.
+Imports models, utils and dfformer_kernels.
 """

@@ -12,8 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dfformer.models.exact import fusible, is_exact
 from dfformer.models.layers import Scale, StarReLU
 from dfformer_kernels import linear, star_relu
-from dfformer_kernels.ops.mlp import in_chunks
-from dfformer_kernels.ops.registration import is_transformed
+from dfformer_kernels.ops import in_chunks, is_transformed
 
 # The number of rows that oneDNN packs a weight for; products of any number of rows can use it.
 PACKED_FOR_ROWS = 784

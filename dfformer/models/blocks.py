@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dfformer.models.exact import fusible
 from dfformer.models.layers import Activation, Mlp, Scale, call_convolution
-from dfformer_kernels.ops.registration import is_transformed
+from dfformer_kernels.ops import is_transformed
 
 TokenMixer = Callable[..., nn.Module]  # called as mixer(dim=, size=)
 NormLayer = Callable[[int], nn.Module]  # called with the number of channels; maps (..., channels) to the same shape

@@ -16,9 +16,18 @@ from dfformer.models.copies.trial import Trial, device_of, difference, find, for
 from dfformer.models.layers import StarReLU
 from dfformer.models.spectral import DynamicFilter, GlobalFilter, SpectralFilter
 from dfformer.utils.accepted import check_module
-from dfformer_kernels.graph.compare import undisturbed
-from dfformer_kernels.graph.subclass import FusedModule, check_names, fused_class, is_fused_class
-from dfformer_kernels.graph.trace import ONE_AT_A_TIME, DifferentCopyError, UnsupportedCopyError, first_line, has_hooks
+from dfformer_kernels.graph.toolkit import (
+    ONE_AT_A_TIME,
+    DifferentCopyError,
+    FusedModule,
+    UnsupportedCopyError,
+    check_names,
+    first_line,
+    fused_class,
+    has_hooks,
+    is_fused_class,
+    undisturbed,
+)
 
 _NAME = "complex_weight"  # the name of the filters in the authors' layers and most copies
 _LOOKED_FOR = (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
-from dfformer_kernels.graph import trace
+from dfformer_kernels.graph.toolkit import has_hooks
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -62,7 +62,7 @@ def reasons_against(module: nn.Module, kind: type[nn.Module], x: Any = None) -> 
     ):
         reasons.append("its forward was replaced")
     # Hooks on what is saved or loaded matter only where a module is replaced.
-    if _has_call_hooks(module) or (x is None and trace.has_hooks(module)):
+    if _has_call_hooks(module) or (x is None and has_hooks(module)):
         reasons.append("it has hooks")
     if kind.__call__ is not _CALL or kind._call_impl is not _CALL_IMPL or torch.jit.is_tracing():
         reasons.append("it is being traced")

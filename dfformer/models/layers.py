@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfformer.models.exact import fusible, is_exact
 from dfformer.utils.accepted import COUNT, MODULE, RATIO, check_arguments, choice
 from dfformer_kernels import convolution, linear, mlp, star_relu
-from dfformer_kernels.ops.linear import prefers_convolution
+from dfformer_kernels.ops import prefers_convolution
 
 Activation = Callable[[], nn.Module]
 DATA_FORMAT = choice("channels_last", "channels_first")

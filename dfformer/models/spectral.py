@@ -9,14 +9,15 @@ from typing import Any, Final
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dfformer.models import layers
 from dfformer.models.exact import fusible, is_exact
 from dfformer.models.filter_resize import RULE, resize_filter, scriptable_resize
 from dfformer.models.layers import Activation, Mlp, Projections, StarReLU
 from dfformer.utils.accepted import COUNT, PLANE, RATIO, check_arguments
-from dfformer_kernels import afno, dft_matmul, dynamic_filter, global_filter
-from dfformer_kernels.dispatch import without_autocast
+from dfformer_kernels import dft_matmul, dynamic_filter, global_filter
+from dfformer_kernels.ops import without_autocast
 from dfformer_kernels.reference import compute_dtype
 
 Scalars = tuple[Tensor, Tensor] | None  # StarReLU's scale and bias if the filter step applies it, else None
@@ -305,12 +306,56 @@ class AFNO2D(Projections):
 def afno_filter(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept_fraction: float, threshold: float, matmul: bool
 ) -> Tensor:
-    """``irfft2(softshrink(mlp(rfft2(x)[:, :, :kept])))`` of x (B,H,W,C), the MLP being `dfformer_kernels.afno.mlp`."""
+    """``irfft2(softshrink(_complex_mlp(rfft2(x)[:, :, :kept])))`` of x (B,H,W,C), in torch's own operators."""
     if x.numel() == 0:  # not every FFT library accepts this
         return x
     if torch.jit.is_scripting():
-        return afno.filter(x, w1, b1, w2, b2, kept_fraction, threshold)
+        return _afno(x, w1, b1, w2, b2, kept_fraction, threshold)
     else:
-        step = afno.filter_matmul if matmul or dft_matmul.in_onnx_export() else afno.filter
+        step = _afno_matmul if matmul or dft_matmul.in_onnx_export() else _afno
         with without_autocast(x.device):
             return step(x, w1, b1, w2, b2, kept_fraction, threshold)
+
+
+def _afno(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept_fraction: float, threshold: float) -> Tensor:
+    _, H, W, _ = x.shape
+    K = W // 2 + 1
+    kept = int(K * kept_fraction)
+    X = torch.fft.rfft2(x.to(compute_dtype(x.dtype)), dim=(1, 2), norm="ortho")[:, :, :kept]
+    real, imag = _complex_mlp(X.real, X.imag, w1, b1, w2, b2)
+    Z = torch.view_as_complex(F.softshrink(torch.stack([real, imag], dim=-1), threshold))
+    return torch.fft.irfft2(F.pad(Z, (0, 0, 0, K - kept)), s=(H, W), dim=(1, 2), norm="ortho").to(x.dtype)
+
+
+def _afno_matmul(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept_fraction: float, threshold: float
+) -> Tensor:
+    """`_afno`, with transforms as matrix products."""
+    W = x.shape[2]
+    K = W // 2 + 1
+    kept = int(K * kept_fraction)
+    X = dft_matmul.rfft2(x.to(compute_dtype(x.dtype)))[:, :, :, :kept]
+    Z = torch.stack(_complex_mlp(X[:, 0], X[:, 1], w1, b1, w2, b2), dim=1)
+    return dft_matmul.irfft2(F.pad(F.softshrink(Z, threshold), (0, 0, 0, K - kept)), W).to(x.dtype)
+
+
+def _complex_mlp(real: Tensor, imag: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    """The complex two-layer MLP with ReLU on (...,C) real and imaginary parts, block-diagonal in C.
+
+    ``w1`` (2,blocks,width,hidden), ``b1`` (2,blocks,hidden), ``w2`` (2,blocks,hidden,width), ``b2`` (2,blocks,width).
+    """
+    shape, blocks, width = real.shape, w1.shape[1], w1.shape[2]
+    # Batch dimensions are flattened: Core ML supports at most five dimensions, and no ellipsis in einsum.
+    real, imag = real.reshape(-1, blocks, width), imag.reshape(-1, blocks, width)
+    real, imag = _complex_linear(real, imag, w1, b1)
+    real, imag = _complex_linear(F.relu(real), F.relu(imag), w2, b2)
+    return real.reshape(shape), imag.reshape(shape)
+
+
+def _complex_linear(real: Tensor, imag: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    w, b = w.to(real.dtype), b.to(real.dtype)
+    apply = "nbi,bio->nbo"
+    return (
+        torch.einsum(apply, real, w[0]) - torch.einsum(apply, imag, w[1]) + b[0],
+        torch.einsum(apply, imag, w[0]) + torch.einsum(apply, real, w[1]) + b[1],
+    )

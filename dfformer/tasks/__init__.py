@@ -1,4 +1,4 @@
 """The tasks: classification, segmentation, detection and restoration, with their evaluation and prediction.
 
-Imports data, models, analysis.dense_figures and utils.
+Imports data, models, utils and analysis.dense_figures; from train only types, which cost nothing when it runs.
 """

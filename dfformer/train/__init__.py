@@ -1,4 +1,4 @@
 """The training engine, its configuration, log and resumable state.
 
-Imports tasks and everything below it.
+Imports tasks, data, models, utils and analysis.figures.
 """

@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-import dfformer
 from dfformer.utils.suggest import did_you_mean
 
 
@@ -13,7 +12,7 @@ def packaged_recipes() -> dict[str, Path]:
     Raises:
         FileNotFoundError: none is installed; the message names the folders.
     """
-    package = Path(dfformer.__file__).parent
+    package = Path(__file__).parents[1]
     places = (package / "recipes", package.parent / "recipes")
     for place in places:
         if found := sorted(place.glob("*.yaml")):

@@ -1,4 +1,4 @@
 """The backends that run the filter step, one file or folder for each; only `dfformer_kernels.dispatch` chooses one.
 
-They import what they share, problem, reference and disk_cache, but neither dispatch, autotune nor ops.
+Each imports problem, reference, device, disk_cache, warn_once and, of this folder, filter_kernels and torch_fft.
 """

@@ -1,4 +1,11 @@
 """The operators: public functions, custom ops, fakes and autograd, each defined once for all backends.
 
-Imports problem, dispatch and reference; never a backend.
+Imports problem, dispatch, reference and dft_matmul, never a backend. Layers may import the names below, and flops.
 """
+
+from dfformer_kernels.ops.filter import MATMUL_DECOMPOSITIONS
+from dfformer_kernels.ops.linear import prefers_convolution
+from dfformer_kernels.ops.mlp import in_chunks
+from dfformer_kernels.ops.registration import is_transformed, without_autocast
+
+__all__ = ["MATMUL_DECOMPOSITIONS", "in_chunks", "is_transformed", "prefers_convolution", "without_autocast"]

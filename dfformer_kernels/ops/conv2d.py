@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.ops.mlp import autocast_dtype
-from dfformer_kernels.ops.registration import differentiate, is_in_compiled_graph, refuse_tangents, register
+from dfformer_kernels.ops.registration import (
+    differentiate,
+    is_in_compiled_graph,
+    refuse_tangents,
+    register,
+    without_autocast,
+)
 from dfformer_kernels.problem import not_a_view
 
 Pair = Sequence[int]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dfformer_kernels import dft_matmul, reference
-from dfformer_kernels.dispatch import is_named, kernel_for, requested_backend, without_autocast
+from dfformer_kernels.dispatch import is_named, kernel_for, requested_backend
 from dfformer_kernels.ops import checks
 from dfformer_kernels.ops.registration import (
     differentiate,
@@ -29,6 +29,7 @@ from dfformer_kernels.ops.registration import (
     is_transformed,
     refuse_tangents,
     register,
+    without_autocast,
 )
 from dfformer_kernels.problem import empty_like, in_format, is_channels_first
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from dfformer_kernels.dispatch import without_autocast
 from dfformer_kernels.ops.registration import (
     differentiate,
     is_differentiated,
@@ -24,6 +23,7 @@ from dfformer_kernels.ops.registration import (
     is_transformed,
     refuse_tangents,
     register,
+    without_autocast,
 )
 
 _TENSORS = (Tensor, nn.Parameter)

@@ -6,6 +6,7 @@ with a backward (one thread of a busy Intel Xeon, alternating with a registratio
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -76,3 +77,14 @@ def _have_tangents(tensors: Iterable[Tensor | None]) -> bool:
     if forward_ad._current_level < 0:  # no level is open; cheaper than unpack_dual on each tensor
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+_NOTHING: AbstractContextManager[object] = nullcontext()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Switches autocast off inside, if it is on; entering ``torch.autocast`` needlessly would cost microseconds."""
+    # The meta device has no autocast, and asking for it raises.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return _NOTHING
+    return torch.autocast(device.type, enabled=False)

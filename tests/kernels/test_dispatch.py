@@ -14,6 +14,7 @@ from torch import Tensor
 from dfformer_kernels import backends, dispatch, star_relu, use_backend
 from dfformer_kernels.backend import cpu
 from dfformer_kernels.dispatch import TABLE, Backend
+from dfformer_kernels.ops import without_autocast
 from dfformer_kernels.problem import Problem
 
 OP = OPS["star_relu"]
@@ -171,7 +172,7 @@ def test_compiled_code_follows_use_backend(calls: list[str]) -> None:
 def test_autocast_is_left_in_compiled_code(enabled: bool) -> None:
     @torch.compile(fullgraph=True, backend="eager")
     def product(a: Tensor) -> Tensor:
-        with dispatch.without_autocast(a.device):
+        with without_autocast(a.device):
             return a @ a
 
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -179,7 +180,7 @@ def test_autocast_is_left_in_compiled_code(enabled: bool) -> None:
 
 
 def test_no_autocast_on_the_meta_device() -> None:
-    with torch.autocast("cpu", torch.bfloat16), dispatch.without_autocast(torch.device("meta")):
+    with torch.autocast("cpu", torch.bfloat16), without_autocast(torch.device("meta")):
         assert torch.is_autocast_enabled("cpu")
 
 

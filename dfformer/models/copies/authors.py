@@ -6,9 +6,19 @@ import torch
 from torch import fx, nn
 
 from dfformer.models.copies.match import cast_signal, stored_basis
-from dfformer_kernels.graph.step import dynamic_filter, global_filter
-from dfformer_kernels.graph.trace import UnsupportedCopyError, has_hooks, make_traceable, trace
-from dfformer_kernels.graph.vocabulary import CASTS, VIEWS, first_input, name_of, value_of
+from dfformer_kernels.graph.toolkit import (
+    CASTS,
+    VIEWS,
+    UnsupportedCopyError,
+    dynamic_filter,
+    first_input,
+    global_filter,
+    has_hooks,
+    make_traceable,
+    name_of,
+    trace,
+    value_of,
+)
 from dfformer_kernels.tolerance import relative_error
 
 _OPERATORS = (cast_signal, stored_basis, dynamic_filter, global_filter)

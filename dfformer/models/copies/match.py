@@ -10,14 +10,30 @@ from torch.nn import functional as F
 
 from dfformer.models.filter_resize import resize_filter
 from dfformer_kernels.dft_matmul import as_pairs
-from dfformer_kernels.dispatch import without_autocast
-from dfformer_kernels.graph import trace, vocabulary
-from dfformer_kernels.graph.chain import Chain
-from dfformer_kernels.graph.compare import AGREEMENT
-from dfformer_kernels.graph.rewrite import add_call, rewrite
-from dfformer_kernels.graph.step import PYTHON, Step, called, named_difference
-from dfformer_kernels.graph.trace import DifferentCopyError, UnsupportedCopyError, called_whole
-from dfformer_kernels.graph.vocabulary import CASTS, VIEWS, first_input, name_of, value_of
+from dfformer_kernels.graph.toolkit import (
+    AGREEMENT,
+    CASTS,
+    PYTHON,
+    VIEWS,
+    Chain,
+    DifferentCopyError,
+    Step,
+    UnsupportedCopyError,
+    add_call,
+    ancestors,
+    called,
+    called_whole,
+    first_input,
+    is_mutating,
+    is_tensor,
+    name_of,
+    named_difference,
+    reached,
+    rewrite,
+    transform_of,
+    value_of,
+)
+from dfformer_kernels.ops import without_autocast
 
 # The orders of axes that filters are stored in, and the permutation of each to (H,K,F,2).
 STORAGE: dict[str, tuple[int, ...]] = {"(H,K,F,2)": (0, 1, 2, 3), "(F,H,K,2)": (1, 2, 0, 3)}
@@ -95,7 +111,7 @@ def fuse(traced: fx.Graph, expected: Expected) -> fx.Graph:
         CopyLimitError: the copy does not accept this plane.
         UnsupportedCopyError: there is no chain, or one computes something else; the message has the difference.
     """
-    back = [t for node in traced.nodes if (t := vocabulary.transform_of(node)) and t.kind == "c2r"]
+    back = [t for node in traced.nodes if (t := transform_of(node)) and t.kind == "c2r"]
     if not back:
         raise UnsupportedCopyError("its forward calls no torch.fft.irfft2")
     if expected.plane != expected.size and expected.plane[1] % 2 and not all(t.resizes for t in back):
@@ -129,7 +145,7 @@ def _check_plane(chain: Chain, expected: Expected) -> None:
         )
     if batch != expected.batch:
         raise DifferentCopyError(f"it transforms a batch of {batch} for an input of {expected.batch}")
-    for node in trace.ancestors(chain.x):
+    for node in ancestors(chain.x):
         if name_of(node) in ("view", "reshape"):
             _check_view(value_of(node.all_input_nodes[0]).shape, value_of(node).shape, plane)
 
@@ -148,7 +164,7 @@ def _check_view(before: torch.Size, after: torch.Size, plane: tuple[int, ...]) -
 def _stored_filters(graph: fx.Graph, chain: Chain, step: Step, expected: Expected) -> tuple[fx.Node, dict[str, Any]]:
     """The parameter that the chain's filters are, after resizing, and the other arguments of `stored_basis`."""
     theirs = step.basis(called, value_of(chain.filters))
-    sources = {chain.filters} | trace.ancestors(chain.filters)
+    sources = {chain.filters} | ancestors(chain.filters)
     stored = [n for n in graph.nodes if n in sources and n.op == "get_attr" and "." not in str(n.target)]
     reasons = []
     for node, storage in itertools.product(stored, STORAGE):
@@ -172,12 +188,12 @@ def _check_path(graph: fx.Graph, stored: fx.Node, filters: fx.Node) -> None:
 
     A mask of ones, for example, changes nothing in a trial, but may be another mask later.
     """
-    path = trace.reached([filters], lambda n: () if n is stored else filter(vocabulary.is_tensor, n.all_input_nodes))
+    path = reached([filters], lambda n: () if n is stored else filter(is_tensor, n.all_input_nodes))
     for node in reversed([n for n in graph.nodes if n in path - {stored}]):
         is_moving = node.target in _RESIZING or name_of(node) in _MOVING
         if not (is_moving and node.op in ("call_function", "call_method")):
             raise DifferentCopyError(f"between its stored filters and their product stands {name_of(node)}")
-    for node in filter(vocabulary.is_mutating, graph.nodes):
+    for node in filter(is_mutating, graph.nodes):
         written = node.kwargs.get("out", first_input(node))
         while isinstance(written, fx.Node) and written not in path and name_of(written) in _MOVING:
             written = first_input(written)

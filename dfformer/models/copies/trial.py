@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 from dfformer.models.copies import match
 from dfformer.models.filter_resize import RULES
-from dfformer_kernels.graph import compare, trace
-from dfformer_kernels.graph.trace import DifferentCopyError, UnsupportedCopyError, first_line
+from dfformer_kernels.graph import toolkit
+from dfformer_kernels.graph.toolkit import DifferentCopyError, UnsupportedCopyError, first_line
 
 Plane = tuple[int, int]
 
@@ -76,12 +76,12 @@ class Trial:
             self.module = copy.deepcopy(module).float()
         except Exception as error:  # foreign code may raise anything
             raise UnsupportedCopyError(f"it cannot be copied for a trial ({first_line(error)})") from error
-        inputs = trace.inputs_of(module)
+        inputs = toolkit.inputs_of(module)
         self.names = tuple(name for name, default in inputs.items() if default is inspect.Parameter.empty)
         self.optional = {name: default for name, default in inputs.items() if name not in self.names}
         if not self.names or any(not isinstance(v, int | float | str | None) for v in self.optional.values()):
             raise UnsupportedCopyError(f"its forward has optional inputs ({', '.join(self.optional)})")
-        trace.make_traceable(self.module)
+        toolkit.make_traceable(self.module)
         self.device = device_of(module)
         self._probe: nn.Module | None = None
         with torch.no_grad():
@@ -130,7 +130,7 @@ class Trial:
     def _define(self, error: Exception) -> bool:
         """Some copies resize their filters by a function that they never define; this defines it as the authors do."""
         if isinstance(error, NameError) and error.name:
-            trace.with_function(self.module, error.name, match.authors_resize)
+            toolkit.with_function(self.module, error.name, match.authors_resize)
         elif isinstance(error, AttributeError) and (missing := re.search(r"has no attribute '(\w+)'$", str(error))):
             attributes = {missing[1]: staticmethod(match.authors_resize)}
             self.module.__class__ = type(type(self.module).__name__, (type(self.module),), attributes)
@@ -174,7 +174,7 @@ def _error_of(module: nn.Module, inputs: Sequence[Any]) -> Exception | None:
     except Exception as error:  # foreign code may raise anything
         return error
     try:
-        compare.tensors(result)
+        toolkit.tensors(result)
     except TypeError as error:
         raise UnsupportedCopyError(str(error)) from None
     return None
@@ -231,7 +231,7 @@ def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple
         expected = match.Expected(len(case.inputs[0]), case.plane, hypothesis.size, resize, in_half)
         where = "in training" if case.training else "with another batch"
         try:
-            traced = trace.trace(module, case.inputs, trial.optional)
+            traced = toolkit.trace(module, case.inputs, trial.optional)
             limits += traced.limits
             where = where if native else f"on a {case.plane[0]}x{case.plane[1]} plane"
             yield where, match.fuse(traced.graph, expected), traced.seen if native else None
@@ -249,13 +249,13 @@ def difference(trial: Trial, hypothesis: Hypothesis, replace: Callable[[nn.Modul
     single = Case(hypothesis.inputs(hypothesis.size, 1, device=trial.device), hypothesis.size, False)
     for case in (*cases(trial, hypothesis), *([single] if trial.runs(single) else [])):
         try:
-            theirs = compare.results(trial.copy(case.training), case.inputs)
-            ours = compare.results(replace(trial.copy(case.training)).train(case.training), case.inputs)
+            theirs = toolkit.results(trial.copy(case.training), case.inputs)
+            ours = toolkit.results(replace(trial.copy(case.training)).train(case.training), case.inputs)
         except Exception as error:  # foreign code may raise anything
             return f"it cannot be tried ({first_line(error)})"
         if case.plane[1] % 2 and theirs["output 0"].shape != ours["output 0"].shape:
             continue  # irfft2 without s returns even widths only
-        if reason := compare.difference(theirs, ours):
+        if reason := toolkit.difference(theirs, ours):
             return f"{reason} on a {case.plane[0]}x{case.plane[1]} plane{' in training' * case.training}"
     return ""
 
@@ -272,7 +272,7 @@ def formula_of(module: nn.Module) -> Hashable:
         own = {k: v for k, v in vars(child).items() if k not in inherited or k == "_non_persistent_buffers_set"}
         tensors = itertools.chain(child.named_parameters(recurse=False), child.named_buffers(recurse=False))
         parts.extend((name, child.__class__, tuple((k, _frozen(v)) for k, v in own.items())))
-        parts.append(object() if name and trace.has_hooks(child) else None)
+        parts.append(object() if name and toolkit.has_hooks(child) else None)
         parts.append(tuple((k, type(t), t.shape, t.dtype, t.device, t.requires_grad) for k, t in tensors))
     return tuple(parts)
 
@@ -293,7 +293,7 @@ def find(trial: Trial) -> tuple[Hypothesis, str, fx.Graph]:
     for hypothesis in itertools.islice(trial.hypotheses(), 4):
         for resize in RULES:
             try:
-                return hypothesis, resize, trace.common_graph(_graphs(trial, hypothesis, resize))
+                return hypothesis, resize, toolkit.common_graph(_graphs(trial, hypothesis, resize))
             except UnsupportedCopyError as error:
                 errors.append(error)
                 if not isinstance(error, OtherPlaneError):  # then another rule changes nothing

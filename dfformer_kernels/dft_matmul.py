@@ -67,8 +67,8 @@ def as_pairs(filters: Tensor) -> Tensor:
         return pairs
     if not isinstance(filters, nn.Parameter):
         raise NotImplementedError(
-            "torch.onnx.export(dynamo=False) cannot export complex filters that are computed or a buffer: accepted are "
-            "an nn.Parameter, real filters with a last axis of 2, or dynamo=True"
+            "torch.onnx.export(dynamo=False) cannot export complex filters that are computed or a buffer: use an "
+            "nn.Parameter, real filters with a last axis of 2, or dynamo=True"
         )
     return torch.from_numpy(pairs.detach().numpy(force=True)).to(filters.device)
 

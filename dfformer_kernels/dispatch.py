@@ -80,7 +80,7 @@ def by_name(name: str) -> Backend:
 
 def checked_name(argument: str, name: object) -> str:
     if not isinstance(name, str) or name not in _BY_NAME:
-        raise ValueError(f"{argument}: got {name!r}, accepted are {', '.join(map(repr, _BY_NAME))}")
+        raise ValueError(f"{argument}: expected one of {', '.join(map(repr, _BY_NAME))}, got {name!r}")
     return name
 
 
@@ -226,7 +226,7 @@ def _run_on_gpu(problem: Problem, *args: Any) -> Any:
 def _autotunes() -> bool:
     value = os.environ.get("DFFORMER_AUTOTUNE", "")
     if value not in ("", "0", "1"):
-        raise ValueError(f"DFFORMER_AUTOTUNE: got {value!r}, accepted are '0' and '1'")
+        raise ValueError(f"DFFORMER_AUTOTUNE: expected '0' or '1', got {value!r}")
     return value == "1"
 
 

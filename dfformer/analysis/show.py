@@ -82,9 +82,7 @@ def _trained(path: Path | None, name: str | None, **overrides: Any) -> nn.Module
     if encoder is None:
         raise ValueError(f"{path}: its encoder {about['architecture']} is not one of dfformer's models")
     if encoder.in_chans != len(about["data"]["mean"]):
-        raise ValueError(
-            f"{path}: its encoder takes maps of {encoder.in_chans} channels, accepted are models of images"
-        )
+        raise ValueError(f"{path}: expected a model of images, got an encoder of maps of {encoder.in_chans} channels")
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, **about["data"]}
     return encoder
 

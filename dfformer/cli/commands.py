@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_MOST_PIXELS = 16384  # along a side of an image
+_MAX_SIDE = 16384  # of an image, in pixels
 
 
 class Argument:
@@ -32,13 +32,13 @@ class Command:
 
 def path(text: str) -> Path:
     if not text:  # Path("") is the current folder
-        raise argparse.ArgumentTypeError("got '', accepted are paths")
+        raise argparse.ArgumentTypeError("expected a path, got ''")
     return Path(text)
 
 
 def split(text: str) -> str:
     if not text:  # its folder would be that of all splits together
-        raise argparse.ArgumentTypeError("got '', accepted are names")
+        raise argparse.ArgumentTypeError("expected a name, got ''")
     return text
 
 
@@ -48,9 +48,9 @@ def plane(text: str) -> tuple[int, int]:
         sizes = [int(part) for part in text.lower().split("x")]
         H, W = sizes * 2 if len(sizes) == 1 else sizes
     except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, accepted are N or HxW") from None
-    if not 1 <= min(H, W) <= max(H, W) <= _MOST_PIXELS:
-        raise argparse.ArgumentTypeError(f"got {text!r}, accepted are sizes from 1 to {_MOST_PIXELS}")
+        raise argparse.ArgumentTypeError(f"expected N or HxW, got {text!r}") from None
+    if not 1 <= min(H, W) <= max(H, W) <= _MAX_SIDE:
+        raise argparse.ArgumentTypeError(f"expected sizes from 1 to {_MAX_SIDE}, got {text!r}")
     return H, W
 
 
@@ -68,9 +68,9 @@ def model_args(text: str) -> dict[str, Any]:
     try:
         arguments = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"got {text!r}, accepted is a JSON object: {error}") from None
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}: {error}") from None
     if not isinstance(arguments, dict):
-        raise argparse.ArgumentTypeError(f"got {text!r}, accepted is a JSON object of arguments by name")
+        raise argparse.ArgumentTypeError(f"expected a JSON object of arguments by name, got {text!r}")
     return arguments
 
 

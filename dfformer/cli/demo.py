@@ -99,7 +99,7 @@ def train_on_digits(epochs: int, seed: int, folder: Path) -> list[dict[str, floa
     run = folder / "training"
     start, earlier = run / "start.safetensors", [*checkpoints(run), *weights(run)]
     if earlier and not start.exists():
-        raise ValueError(f"--output: {run} contains a training run that is no demo's, accepted is another folder")
+        raise ValueError(f"--output: choose another folder: {run} contains a training run that the demo did not write")
     for path in earlier:
         path.unlink()
     settings = {"output": run, "seed": seed, "device": "cpu"}

@@ -62,7 +62,7 @@ def _found(argv: list[str]) -> tuple[str, Command, list[str]]:
     while command.commands and argv and not argv[0].startswith("-"):
         if argv[0] not in command.commands:
             hint = did_you_mean(argv[0], command.commands)
-            message = f"command: got {argv[0]!r}, accepted are {', '.join(command.commands)}{hint}"
+            message = f"command: expected one of {', '.join(command.commands)}, got {argv[0]!r}{hint}"
             _group_parser(prog, command).error(message)
         prog, command, argv = f"{prog} {argv[0]}", command.commands[argv[0]], argv[1:]
     return prog, command, argv
@@ -94,11 +94,11 @@ def _parsed(prog: str, command: Command, argv: list[str]) -> argparse.Namespace:
     arguments.what = prog.split()[-1]
     for name, least in _LEAST.items():
         if (value := getattr(arguments, name, least)) < least:
-            raise ValueError(f"--{name.replace('_', '-')}: got {value}, accepted are numbers from {least} up")
+            raise ValueError(f"--{name.replace('_', '-')}: expected a number from {least} up, got {value}")
     for name, suffix in _REPORTS.items():
         path = getattr(arguments, name, None)
         if path and path.is_file() and path.suffix.lower() != suffix:  # e.g. an image, where the name was forgotten
-            raise ValueError(f"--{name}: got {path}, which exists; accepted are a new file or one ending in {suffix}")
+            raise ValueError(f"--{name}: expected a new file or one ending in {suffix}, got the existing {path}")
     if getattr(arguments, "pretrained", False) and arguments.checkpoint:
         raise ValueError("--pretrained: is for --model by itself, a checkpoint brings its weights")
     models, model_args = getattr(arguments, "model", None) or [], getattr(arguments, "model_args", {})
@@ -118,7 +118,7 @@ def _check_models(names: str | list[str], args: dict[str, Any]) -> None:
         if ":" not in name and not timm.is_model(name):  # a prefix such as hf-hub: names another source
             raise ValueError(f"--model: got {name!r}, which timm does not know{did_you_mean(name, timm.list_models())}")
     if "pretrained" in args:
-        raise ValueError("--model-args.pretrained: is not accepted here, weights are --checkpoint's or --pretrained's")
+        raise ValueError("--model-args.pretrained: use --pretrained or --checkpoint instead")
     if args:
         check_model_args(names if isinstance(names, str) else None, args, "--model-args.")
 

@@ -56,7 +56,7 @@ class CocoImages(BoxDataset, FileDataset[tuple[Image.Image, Objects]]):
 
     def __init__(self, spec: DatasetSpec, repair_boxes: bool = False, training: bool = False) -> None:
         super().__init__(spec)
-        root = spec.folder("detect", "COCO's format", synthetic_digits.NAME)
+        root = spec.folder("detection", "COCO's format", synthetic_digits.NAME)
         self.file, self.folder = root / "annotations" / f"instances_{spec.split}.json", root / spec.split
         content = _read(self.file)
         names = {entry["id"]: entry["name"] for entry in content["categories"]}
@@ -74,7 +74,7 @@ class CocoImages(BoxDataset, FileDataset[tuple[Image.Image, Objects]]):
         if all(objects["iscrowd"].all() for *_, objects in self.images):
             raise ValueError(f"{self.file}: no images with objects, crowds not counted")
         if all((objects["boxes"] <= 1).all() for *_, objects in self.images):
-            raise ValueError(f"{self.file}: all boxes lie within one pixel, accepted are boxes in pixels")
+            raise ValueError(f"{self.file}: expected boxes in pixels, got boxes that all lie within one pixel")
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Objects]:
         image = read_image(self._path(index), "RGB", exif_orientation=self.exif_orientation)
@@ -93,7 +93,7 @@ class CocoImages(BoxDataset, FileDataset[tuple[Image.Image, Objects]]):
         outside = given.anchor or ".." in given.parts or "\0" in name
         if outside or not real_path(path).is_relative_to(real_path(self.folder)):
             raise ValueError(
-                f"{self.file}: image {number}: file_name: got {name[:99]!r}, accepted are files in {self.folder}"
+                f"{self.file}: image {number}: file_name: expected a file in {self.folder}, got {name[:99]!r}"
             )
         return path
 

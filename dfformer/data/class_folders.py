@@ -95,6 +95,6 @@ def _labelled(paths: Sequence[tuple[str, ...]], where: Path, folders: Iterable[s
     if not classes:
         raise ValueError(f"{where}: has no class folders with images")
     if len(classes) < 2:
-        raise ValueError(f"{where}: has the single class folder {classes[0]}, accepted are two or more")
+        raise ValueError(f"{where}: has the single class folder {classes[0]}, expected two or more")
     label = {name: n for n, name in enumerate(classes)}
     return classes, [label[path[0]] for path in paths]

@@ -54,10 +54,10 @@ class DatasetSpec(NamedTuple):
             raise ValueError(f"root: give the folder of the data, {self.option} FOLDER")
         return Path(self.root)
 
-    def folder(self, verb: str, files: str, built_in: str) -> Path:
+    def folder(self, task: str, files: str, built_in: str) -> Path:
         """``root``; ValueError if another dataset is named, or if it is not given."""
         if self.name:
-            raise ValueError(f"dataset: got {self.name!r}, accepted to {verb} are '' ({files}) and {built_in!r}")
+            raise ValueError(f"dataset: for {task}, expected '' ({files}) or {built_in!r}, got {self.name!r}")
         return self.given_root()
 
 
@@ -158,7 +158,7 @@ def images_by_stem(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in images_in(folder):
         if (other := found.setdefault(str(path.relative_to(folder).with_suffix("")), path)) != path:
-            raise ValueError(f"{other} and {path}: have the same name, accepted is one image a name")
+            raise ValueError(f"{other} and {path}: have the same name, expected one image a name")
     return found
 
 
@@ -191,8 +191,7 @@ def is_image(path: PurePath, on_unsupported: Callable[[OSError], Any] = _raise) 
     """Whether a file has the suffix of a supported image; calls ``on_unsupported`` for that of another image."""
     suffix = path.suffix.lower()
     if suffix in _UNSUPPORTED_SUFFIXES:
-        accepted = " ".join(sorted(IMAGE_SUFFIXES))
-        reason = f"{suffix} images are not supported, accepted are {accepted}"
+        reason = f"{suffix} images are not supported, only {' '.join(sorted(IMAGE_SUFFIXES))}"
         on_unsupported(io.UnsupportedOperation(errno.ENOTSUP, reason, str(path)))
     return suffix in IMAGE_SUFFIXES
 
@@ -258,11 +257,11 @@ def _highest(image: Image.Image) -> float | None:
     elif image.mode == "F":
         highest = 1.0
     elif image.mode == "I":
-        raise ValueError("pixels: got 32-bit integers, accepted are 8 or 16 bits a channel, or floats from 0 to 1")
+        raise ValueError("pixels: expected 8 or 16 bits a channel, or floats from 0 to 1, got 32-bit integers")
     else:
         return None
     if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # Pillow inverts only 8 bits
-        raise ValueError("pixels: got more than 8 bits with 0 as white, accepted is 0 as black")
+        raise ValueError("pixels: with more than 8 bits, expected 0 as black, got 0 as white")
     return highest
 
 
@@ -270,8 +269,8 @@ def _eight_bits(image: Image.Image, highest: float) -> Image.Image:
     """``image``, whose white is ``highest``, converted to 8 bits."""
     values = np.asarray(image).astype(np.float64)
     if not ((values >= 0) & (values <= highest)).all():  # also for NaN
-        accepted = "accepted are floats from 0 to 1, or 8 or 16 bits a channel"
-        raise ValueError(f"pixels: got values from {values.min():.6g} to {values.max():.6g}, {accepted}")
+        expected = "expected floats from 0 to 1, or 8 or 16 bits a channel"
+        raise ValueError(f"pixels: {expected}, got values from {values.min():.6g} to {values.max():.6g}")
     return Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
 
 
@@ -282,7 +281,7 @@ def image_mode(channels: int) -> str:
         ValueError: any other number.
     """
     if channels not in (1, 3):
-        raise ValueError(f"in_chans: the model takes images of {channels} channels, accepted are 1 (grey) and 3 (RGB)")
+        raise ValueError(f"in_chans: expected a model of images with 1 (grey) or 3 (RGB) channels, got {channels}")
     return "L" if channels == 1 else "RGB"
 
 
@@ -356,5 +355,5 @@ def read_class_names(path: Path) -> list[str]:
     if not names:
         raise ValueError(f"{path}: has no class names")
     if "" in names:
-        raise ValueError(f"{path}: line {names.index('') + 1} has no class name, accepted is one name per line")
+        raise ValueError(f"{path}: line {names.index('') + 1} has no class name, expected one name per line")
     return names

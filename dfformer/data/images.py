@@ -42,7 +42,7 @@ class DigitImages(ImageDataset[tuple[Image.Image, int, str]]):
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
         if split not in ("train", "val"):
-            raise ValueError(f"split: got {split!r}, the digits have train and val")
+            raise ValueError(f"split: expected train or val, got {split!r}")
         data = load_digits()
         parts = train_test_split(np.arange(len(data.target)), test_size=0.2, stratify=data.target, random_state=0)
         part = parts[split == "val"]
@@ -74,8 +74,8 @@ def open_dataset(spec: DatasetSpec, channels: int = 3, download: bool = False) -
         return Images(DigitImages(spec.split), mode, spec.exif_orientation)
     if name and not name.lower().startswith(("torch/", "hfds/")):  # timm would read any other name as a folder
         raise ValueError(
-            f"dataset: got {name!r}, accepted are '' for class folders, {DIGITS!r}, and timm's 'torch/...' and "
-            f"'hfds/...'{did_you_mean(name, [DIGITS])}"
+            f"dataset: expected '' for class folders, {DIGITS!r}, or timm's 'torch/...' or 'hfds/...', got {name!r}"
+            f"{did_you_mean(name, [DIGITS])}"
         )
     folder = spec.given_root()
     source = LibraryDataset(name, folder, spec.split, download) if name else _class_images(folder, spec.split)
@@ -93,7 +93,7 @@ def _class_images(root: Path, split: str) -> ClassFolders | ClassTar:
     try:
         return ClassTar(tar)
     except tarfile.TarError as error:
-        raise ValueError(f"{tar}: {error}; accepted are .tar files without compression, links and holes") from error
+        raise ValueError(f"{tar}: {error}; expected a .tar file without compression, links and holes") from error
 
 
 class LibraryDataset(ImageDataset[tuple[Any, int, str]]):

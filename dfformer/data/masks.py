@@ -54,7 +54,7 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
 
     def __init__(self, spec: DatasetSpec, reduce_zero_label: bool) -> None:
         super().__init__(spec)
-        root = spec.folder("segment", "a folder", synthetic_digits.NAME)
+        root = spec.folder("segmentation", "a folder", synthetic_digits.NAME)
         images, masks = root / "images" / spec.split, root / "annotations" / spec.split
         self.folder = masks
         self._found: set[int] = set()  # classes in the masks checked so far
@@ -95,14 +95,14 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
     def _check_mask(self, mask: Image.Image, size: tuple[int, int]) -> set[int]:
         """The classes in a mask; ValueError if the mask cannot belong to an image of ``size``."""
         if mask.mode not in ("L", "P"):
-            raise ValueError(f"has mode {mask.mode}, accepted are L and P: one channel of 8 bits")
+            raise ValueError(f"expected mode L or P (one channel of 8 bits), got {mask.mode}")
         if mask.size != size:
             raise ValueError("is {}x{}, its image {}x{}{}".format(*mask.size, *size, self.size_hint(mask.size, size)))
         labels = np.flatnonzero(mask.histogram())
         last = self.first_label + len(self.classes) - 1
         unknown = labels[(labels > last) & (labels != IGNORED)]
         if unknown.size:
-            raise ValueError(f"has label {unknown[0]}, accepted are 0 to {last} and {IGNORED}")
+            raise ValueError(f"expected labels from 0 to {last} and {IGNORED}, got {unknown[0]}")
         return {*self.to_class[labels].tolist()} - {IGNORED}
 
 
@@ -133,7 +133,7 @@ def _class_names(root: Path) -> list[str]:
     else:
         raise ValueError(f"{root}: has neither {own.name}, one class name per line, nor ADE20K's {ade20k.name}")
     if not 2 <= len(names) <= IGNORED or not all(names):
-        raise ValueError(f"{root}: the list of classes has {len(names)} names, accepted are 2 to {IGNORED}, none empty")
+        raise ValueError(f"{root}: the list of classes: expected 2 to {IGNORED} names, none empty, got {len(names)}")
     return names
 
 

@@ -71,10 +71,10 @@ class PairFolder(FileDataset[Pair]):
 
     def __init__(self, spec: DatasetSpec, degradation: Degradation, least: tuple[int, int]) -> None:
         super().__init__(spec)
-        root = spec.folder("restore", "a folder", photographs.NAME)
+        root = spec.folder("restoration", "a folder", photographs.NAME)
         made = bool(degradation.blur or degradation.noise or not (root / "inputs").is_dir())
         if made and degradation == Degradation():
-            raise ValueError(f"{root}: has no folder inputs, so inputs are made: give restore.scale, .blur or .noise")
+            raise ValueError(f"{root}: has no inputs/ folder; to generate inputs, set restore.scale, .blur or .noise")
         self.scale, self.least = degradation.scale, least
         targets, inputs = root / "targets" / spec.split, root / "inputs" / spec.split
         if made:
@@ -97,9 +97,7 @@ class PairFolder(FileDataset[Pair]):
     def check_file(self, index: int) -> bool:
         target, path = check_image(self.images[index], self.exif_orientation), self.images[index]
         if target.size[1] < self.least[0] or target.size[0] < self.least[1]:
-            raise ValueError(
-                "{}: is {}x{}, accepted are images from {}x{} up".format(path, *target.size, *self.least[::-1])
-            )
+            raise ValueError("{}: expected {}x{} or larger, got {}x{}".format(path, *self.least[::-1], *target.size))
         if not self.inputs:
             return target.turned
         source = check_image(self.inputs[index], self.exif_orientation)
@@ -109,8 +107,8 @@ class PairFolder(FileDataset[Pair]):
     def _check_sizes(self, source: tuple[int, int], target: tuple[int, int], path: Path) -> None:
         if tuple(self.scale * side for side in source) != target:
             raise ValueError(
-                "{}: is {}x{}, its target {}x{}; accepted with restore.scale={} is {}x{}".format(
-                    path, *source, *target, self.scale, *(side // self.scale for side in target)
+                "{}: with restore.scale={}, expected {}x{} for a target of {}x{}, got {}x{}".format(
+                    path, self.scale, *(side // self.scale for side in target), *target, *source
                 )
             )
 
@@ -132,7 +130,7 @@ def open_pair_dataset(
     if spec.name == photographs.NAME:
         if degradation == Degradation():
             raise ValueError(
-                "restore: the photographs have no inputs: give restore.scale, restore.blur or restore.noise"
+                "restore: the photographs have no inputs; to generate them, set restore.scale, .blur or .noise"
             )
         return Photographs(spec.split)
     return PairFolder(spec, degradation, least)

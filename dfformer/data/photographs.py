@@ -26,7 +26,7 @@ def photographs(split: str) -> dict[str, Image.Image]:
         split: train or val, which have no scene in common.
     """
     if split not in _SPLITS:
-        raise ValueError(f"split: got {split!r}, the photographs have train and val")
+        raise ValueError(f"split: expected train or val, got {split!r}")
     return {name: _photograph(name) for name in _SPLITS[split]}
 
 

@@ -52,7 +52,7 @@ class SyntheticDigits(ImageDataset[SyntheticImage]):
         self.digits = DigitImages(split)
         self.size: tuple[int, int] = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         if min(self.size) < 16 or count < 1:
-            raise ValueError(f"img_size, count: got {img_size}, {count}; accepted are numbers from 16 and from 1 up")
+            raise ValueError(f"img_size, count: expected numbers from 16 and from 1 up, got {img_size}, {count}")
         self.images, self.split, self.seed = range(count), split, seed
 
     def __getitem__(self, index: int) -> SyntheticImage:

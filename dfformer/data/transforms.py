@@ -62,9 +62,9 @@ def check_auto_augment(policy: str | None) -> None:
     """Raises ValueError unless timm knows all of ``policy``: it passes over some of what it does not know."""
     if policy is not None and not _POLICY.fullmatch(policy):
         raise ValueError(
-            f"augment.auto_augment: got {policy[:60]!r}, accepted are, with these or other numbers, rand and any of "
-            "-m9 -n2 -p0.5 -mstd0.5 -mmax10 -inc1 -tweights, augmix and any of -m3 -w3 -d2 -a1 -b1 -mstd0.5, and "
-            "original, originalr, v0, v0r or 3a, which may have -mstd0.5"
+            "augment.auto_augment: expected, with these or other numbers, rand and any of -m9 -n2 -p0.5 -mstd0.5 "
+            "-mmax10 -inc1 -tweights, or augmix and any of -m3 -w3 -d2 -a1 -b1 -mstd0.5, or original, originalr, v0, "
+            f"v0r or 3a, which may have -mstd0.5, got {policy[:60]!r}"
         )
 
 

@@ -35,9 +35,9 @@ def with_dft_matmul(model: ModelT) -> ModelT:
     if isinstance(model, ExportedProgram):
         return model.run_decompositions(MATMUL_DECOMPOSITIONS)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module or a program from torch.export, got {model!r}")
+        raise TypeError(f"model: expected a torch.nn.Module or a program from torch.export, got {model!r}")
     if "forward" in vars(model):
-        raise ValueError("model: its forward was set on the instance, accepted are forwards of classes")
+        raise ValueError("model: expected the forward of its class, got one that was set on the instance")
     dft_matmul.be_constants()
     # Not only the model's class: a checkpoint's backward calls the modules inside again, by themselves.
     kinds = {type(model)} | {type(module) for module in model.modules() if _is_foreign(module)}

@@ -91,14 +91,15 @@ def export(
 
 def _check(model: nn.Module, path: Path, chosen: Format, architecture: str | None) -> None:
     if path.is_dir() and chosen is not FORMATS["coreml"]:
-        accepted = f"a file name ending in {chosen.suffix}" if chosen.suffix else "a new folder"
-        raise IsADirectoryError(f"path: {path} is a directory, accepted is {accepted}")
+        expected = f"a file name ending in {chosen.suffix}" if chosen.suffix else "a new folder"
+        raise IsADirectoryError(f"path: expected {expected}, got the existing folder {path}")
     if not chosen.traced and not (architecture and is_ours(architecture)):
         raise ValueError(
-            f"architecture: got {architecture!r}, safetensors and hub accept this package's models, e.g. 'dfformer_s18'"
+            f"architecture: for safetensors and hub, expected a model of this package, e.g. 'dfformer_s18', "
+            f"got {architecture!r}"
         )
     if not chosen.traced and isinstance(model, InferenceModel):
-        raise ValueError("model: is optimised for inference; safetensors and hub accept the one it was made from")
+        raise ValueError("model: is optimised for inference; for safetensors and hub, pass the one it was made from")
 
 
 def _write(source: Source, path: Path, chosen: Format) -> float:
@@ -124,13 +125,13 @@ def _write(source: Source, path: Path, chosen: Format) -> float:
 def _chosen_format(path: Path, name: str | None, fused: bool) -> Format:
     by_suffix = {chosen.suffix: key for key, chosen in reversed(FORMATS.items()) if chosen.suffix}
     if name is None and path.suffix not in by_suffix:
-        raise ValueError(f"path: got {path}, accepted are names ending in {', '.join(by_suffix)}")
+        raise ValueError(f"path: expected a name ending in one of {', '.join(by_suffix)}, got {path}")
     name = name or by_suffix[path.suffix]
     if name not in FORMATS:
-        raise ValueError(f"format: got {name!r}, accepted are {', '.join(map(repr, FORMATS))}")
+        raise ValueError(f"format: expected one of {', '.join(map(repr, FORMATS))}, got {name!r}")
     chosen = FORMATS[name]
     if chosen.suffix and path.suffix != chosen.suffix:
-        raise ValueError(f"path: got {path}, format {name} takes names ending in {chosen.suffix}")
+        raise ValueError(f"path: for format {name}, expected a name ending in {chosen.suffix}, got {path}")
     if fused and not chosen.takes_fused:
         raise ValueError(f"fused: is for {', '.join(n for n in FORMATS if FORMATS[n].takes_fused)}, not for {name}")
     with extra(chosen.extra):
@@ -144,7 +145,7 @@ def _source(model: nn.Module, img_size: tuple[int, int], fused: bool) -> Source:
     model = copied(model).eval()
     like = blank_image(model, img_size)
     if like.dtype != torch.float32:
-        raise ValueError(f"model: got {like.dtype} parameters, accepted are float32")
+        raise ValueError(f"model: expected float32 parameters, got {like.dtype}")
     source = Source(model, _random_images(TRACED_BATCH, like.shape[1:], like), fused, {})
     try:
         store_filters(model, source.images)

@@ -106,7 +106,7 @@ class InferenceModel(nn.Module):
             if self.dtype is None:
                 return self.model(x, *args, **kwargs)
             if not x.is_floating_point():
-                raise TypeError(f"x: got {x.dtype}, accepted are floating-point images")
+                raise TypeError(f"x: expected floating-point images, got {x.dtype}")
             results = self.model(x.to(self.dtype), *args, **kwargs)
             return tree_map_only(Tensor, lambda t: t.to(x.dtype) if t.is_floating_point() else t, results)
 
@@ -128,7 +128,7 @@ def blank_image(model: nn.Module, img_size: tuple[int, int]) -> Tensor:
         if isinstance(module, nn.Conv2d):
             like = next(model.parameters())
             return torch.zeros(1, module.in_channels, *img_size, dtype=like.dtype, device=like.device)
-    raise ValueError(f"model: got {type(model).__name__} without a Conv2d, accepted are models of images")
+    raise ValueError(f"model: expected a model of images, got {type(model).__name__} without a Conv2d")
 
 
 def store_filters(model: nn.Module, images: Tensor) -> dict[str, str]:

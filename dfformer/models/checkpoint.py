@@ -28,7 +28,7 @@ from dfformer.utils.text import abbreviate, reason
 _NESTED_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _METADATA_KEY = "dfformer"
 # What torch's error says about files that it does not read as data, and what they are.
-_OTHER_FORMATS = {"TorchScript": "a TorchScript archive", "legacy .tar": "in the .tar format of torch before 0.4"}
+_OTHER_FORMATS = {"TorchScript": "a TorchScript archive", "legacy .tar": "the .tar format of torch before 0.4"}
 # The most elements by which a model may exceed its file, for filters of larger images: 1 GiB in float32.
 _MOST_GROWTH = 2**28
 
@@ -47,7 +47,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is truncated or unsafe, has no state dict, or its description is not accepted.
+        CheckpointError: the file is truncated or unsafe, has no state dict, or its description is invalid.
     """
     path = Path(path)
     if not path.is_file():
@@ -145,10 +145,10 @@ def build_and_load(build: Callable[[], Model], state_dict: dict[str, Tensor], pa
     except Exception as error:  # libraries raise anything for arguments that do not match
         raise CheckpointError(f"{path}: its model cannot be built: {reason(error)}") from error
     if must_fit(outline, state_dict, path).reinitialised:
-        raise CheckpointError(f"{path}: num_classes: the checkpoint has another, and a fresh classifier tells nothing")
-    numbers = sum(tensor.numel() for tensor in outline.state_dict().values())
-    if numbers > sum(tensor.numel() for tensor in state_dict.values()) + _MOST_GROWTH:
-        raise CheckpointError(f"{path}: img_size: the model would have {numbers} numbers, far more than the file")
+        raise CheckpointError(f"{path}: num_classes: the checkpoint's classifier has another number of classes")
+    elements = sum(tensor.numel() for tensor in outline.state_dict().values())
+    if elements > sum(tensor.numel() for tensor in state_dict.values()) + _MOST_GROWTH:
+        raise CheckpointError(f"{path}: img_size: the model would have {elements} elements, far more than the file")
     model = build()
     load_state(model, state_dict, path)
     return model.eval()
@@ -181,7 +181,7 @@ def save_checkpoint(
         ValueError: an argument, by name, that `read_checkpoint` would not accept, or a model optimised for inference.
     """
     if isinstance(model, nn.Module) and any(getattr(m, "serves_only", False) for m in model.modules()):
-        raise ValueError("model: is optimised for inference, accepted is the one it was made from")
+        raise ValueError("model: is optimised for inference; pass the one it was made from")
     metadata = {"architecture": architecture, "model_args": model_args or {}, "classes": classes, "data": data or {}}
     state_dict = model.state_dict() if isinstance(model, nn.Module) else model
     _write_safetensors(state_dict, path, metadata | {"task": task, **more})
@@ -240,8 +240,8 @@ def own_architecture(path: str | Path, metadata: Mapping[str, Any]) -> str:
         )
     if not is_ours(name):
         raise CheckpointError(
-            f"{path}: architecture: got {name!r}, which is not one of dfformer's models; if the file may choose it, "
-            f"pass it: --model {name}, or architecture={name!r}"
+            f"{path}: architecture: expected one of dfformer's models, got {name!r}; if you trust this choice, "
+            f"pass --model {name}, or architecture={name!r}"
         )
     return str(name)
 
@@ -249,7 +249,7 @@ def own_architecture(path: str | Path, metadata: Mapping[str, Any]) -> str:
 def convert(source: str | Path, target: str | Path) -> int:
     """Writes the state dict of ``source`` as ``.safetensors``; returns the number of tensors."""
     if Path(target).suffix != ".safetensors":
-        raise ValueError(f"target: got {target}, accepted is a name ending in .safetensors")
+        raise ValueError(f"target: expected a name ending in .safetensors, got {target}")
     state_dict, metadata = read_checkpoint(source)
     _write_safetensors(state_dict, target, metadata)
     return len(state_dict)
@@ -268,7 +268,7 @@ def read_pickle(path: Path) -> Any:
                 f"{path}: refused, because loading it would run code: it refers to {abbreviate(unsafe, 10)}"
             ) from None  # torch's own message explains how to load the file unsafely
         if other := next((kind for words, kind in _OTHER_FORMATS.items() if words in str(error)), None):
-            raise CheckpointError(f"{path}: is {other}, accepted are state dicts written by torch.save") from None
+            raise CheckpointError(f"{path}: expected a state dict written by torch.save, got {other}") from None
         raise CheckpointError(f"{path}: is truncated or not a checkpoint ({reason(error)})") from None
 
 

@@ -148,16 +148,16 @@ def restore_dynamic_filters(model: nn.Module, report: ReplacementReport) -> None
         ValueError: a replacement is no longer where it was put; nothing is changed. TypeError: ``report`` is no report.
     """
     if not isinstance(report, ReplacementReport):
-        raise TypeError(f"report: got {type(report).__name__}, accepted is what replace_dynamic_filters returned")
+        raise TypeError(f"report: expected what replace_dynamic_filters returned, got {type(report).__name__}")
     layers: dict[str, nn.Module] = {}
     for name in report.originals:
         try:
             layers[name] = model.get_submodule(name)
         except AttributeError:
-            raise ValueError(f"model: got one without a module {name!r}, accepted is the report's or a copy") from None
+            raise ValueError(f"model: expected the report's or a copy, got one without a module {name!r}") from None
         kind = type(layers[name])
         if not (issubclass(kind, SpectralFilter) or is_fused_class(kind)):
-            raise ValueError(f"model: got {kind.__name__} at {name!r}, accepted is the layer that was put there")
+            raise ValueError(f"model: expected the layer that was put at {name!r}, got {kind.__name__}")
     for name, layer in layers.items():
         if isinstance(layer, FusedModule):
             layer.restore()
@@ -204,7 +204,7 @@ def _replacement(module: nn.Module, known: dict[Hashable, _Replace]) -> _Replace
     except UnsupportedCopyError as error:
         used = _transforms_of(type(module))
         if used - {"rfft2", "rfftn"} and not used & {"irfft2", "irfftn"}:
-            return f"it uses {', '.join(sorted(used))}, where torch.fft.rfft2 and irfft2 were looked for"
+            return f"expected torch.fft.rfft2 and irfft2, got {', '.join(sorted(used))}"
         return str(error) if used or any(_NAME in name for name in _own_tensors(module)) else ""
     except Exception as error:  # foreign code may raise anything
         return f"it cannot be tried ({first_line(error)})"

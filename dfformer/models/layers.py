@@ -102,7 +102,7 @@ class Mlp(nn.Module):
 
 
 def expanded(dim: int, expansion_ratio: float, act1_layer: Activation, act2_layer: Activation) -> int:
-    """``C = int(expansion_ratio * dim)`` of a token mixer; ValueError for an argument that is not accepted."""
+    """``C = int(expansion_ratio * dim)`` of a token mixer; ValueError for an invalid argument."""
     check_arguments(COUNT, dim=dim)
     check_arguments(RATIO, expansion_ratio=expansion_ratio)
     check_arguments(MODULE, act1_layer=act1_layer, act2_layer=act2_layer)
@@ -122,13 +122,13 @@ def check_maps(x: Any, pwconv1: nn.Module, data_format: str) -> None:
     if not is_exact(pwconv1, nn.Linear, x if is_tensor else None):
         return
     if not is_tensor:
-        raise TypeError(f"x: got {type(x).__name__}, accepted is a tensor")
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if x.dim() != 4 or x.shape[channels] != weight.shape[1]:
-        accepted = f"({'B,dim,H,W' if first else 'B,H,W,dim'}) with dim={weight.shape[1]}"
-        raise ValueError(f"x: got shape {tuple(x.shape)}, accepted is {accepted}")
+        expected = f"({'B,dim,H,W' if first else 'B,H,W,dim'}) with dim={weight.shape[1]}"
+        raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
     castable = x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)  # autocast leaves float64 alone
     if not (castable and torch.is_autocast_enabled(x.device.type)):
-        raise TypeError(f"x: got {x.dtype}, accepted is {weight.dtype}, the dtype of the parameters")
+        raise TypeError(f"x: expected {weight.dtype}, the dtype of the parameters, got {x.dtype}")
 
 
 class Projections(nn.Module):

@@ -20,8 +20,8 @@ from dfformer.utils.accepted import Kind, choice
 from dfformer.utils.io import unique_keys
 from dfformer.utils.suggest import did_you_mean
 
-_MOST_TEXT = 16 * 2**20  # characters; the names of ImageNet-21k's classes take 0.5 million
-_MOST_DIGITS = 18  # of an integer
+_MAX_TEXT = 16 * 2**20  # characters; the names of ImageNet-21k's classes take 0.5 million
+_MAX_DIGITS = 18  # of an integer
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")  # timm's NAME or NAME.TAG; no hub's name, no path
 
 _short = reprlib.Repr()
@@ -30,12 +30,14 @@ _short.maxstring = _short.maxother = 60
 
 def whole(low: int, high: int) -> Kind:
     """Whole numbers from ``low`` to ``high``."""
-    return Kind(lambda value: type(value) is int and low <= value <= high, f"whole numbers from {low} to {high}")
+    return Kind(lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}")
 
 
 def real(low: float, high: float) -> Kind:
     """Numbers from ``low`` to ``high``, never NaN."""
-    return Kind(lambda value: type(value) in (int, float) and low <= value <= high, f"numbers from {low:g} to {high:g}")
+    return Kind(
+        lambda value: type(value) in (int, float) and low <= value <= high, f"a number from {low:g} to {high:g}"
+    )
 
 
 def list_of(kind: Kind, shortest: int, longest: int) -> Kind:
@@ -45,7 +47,7 @@ def list_of(kind: Kind, shortest: int, longest: int) -> Kind:
         lambda value: (
             isinstance(value, list | tuple) and shortest <= len(value) <= longest and all(map(kind.accepts, value))
         ),
-        f"lists of {count} values, each of {kind.words}",
+        f"a list of {count} values, each {kind.words}",
     )
 
 
@@ -64,10 +66,10 @@ def _is_architecture(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 200 and bool(_ARCHITECTURE.fullmatch(value))
 
 
-FLAG = Kind(lambda value: isinstance(value, bool), "true, false")
+FLAG = Kind(lambda value: isinstance(value, bool), "true or false")
 NONE = Kind(lambda value: value is None, "null")
 SHARE = real(0, 1)
-NAME = Kind(_is_name, "names of 1 to 1000 characters, none of them a control character or half of a pair")
+NAME = Kind(_is_name, "a name of 1 to 1000 characters, without control characters or lone surrogates")
 _SIDE = whole(1, 4096)  # images of that size take gigabytes
 _CHANNELS = whole(1, 16384)
 
@@ -136,9 +138,9 @@ DETECTOR: dict[str, Kind] = {
 RESTORER: dict[str, Kind] = {"channels": whole(1, 1024), "stride": whole(1, 8), "blocks": whole(0, 128)}
 # The degradation that a restorer undoes; see `dfformer.data.pairs.Degradation`.
 DEGRADATION: dict[str, Kind] = {"scale": whole(1, 4), "blur": real(0, 5), "noise": real(0, 255)}
-_DICT = Kind(lambda value: isinstance(value, dict), "mappings")
+_DICT = Kind(lambda value: isinstance(value, dict), "a mapping")
 _ABOUT: dict[str, Kind] = {
-    "architecture": either(NONE, Kind(_is_architecture, "names of models of timm, without a hub or a path")),
+    "architecture": either(NONE, Kind(_is_architecture, "the name of a model of timm, without a hub or a path")),
     "model_args": _DICT,
     "classes": either(NONE, list_of(NAME, 1, 1_000_000)),
     "data": _DICT,
@@ -165,9 +167,9 @@ def check_settings(values: Mapping[Any, Any], table: Mapping[str, Kind], prefix:
     for name, value in values.items():
         if name not in table:
             hint = did_you_mean(name, table) if isinstance(name, str) else ""
-            raise ValueError(f"{prefix}{_readable(name)}: is not accepted here, accepted are {', '.join(table)}{hint}")
+            raise ValueError(f"{prefix}{_readable(name)}: unknown name, expected one of {', '.join(table)}{hint}")
         if not table[name].accepts(value):
-            raise ValueError(f"{prefix}{name}: got {shortened(value)}, accepted are {table[name].words}")
+            raise ValueError(f"{prefix}{name}: expected {table[name].words}, got {shortened(value)}")
 
 
 def check_model_args(architecture: str | None, args: Mapping[str, Any], prefix: str = "model_args.") -> None:
@@ -186,14 +188,14 @@ def check_classes(classes: list[str]) -> None:
     """Raises ValueError for the first class name that a checkpoint cannot store."""
     for name in classes:
         if not NAME.accepts(name):
-            raise ValueError(f"classes: got {shortened(name)}, accepted are {NAME.words}")
+            raise ValueError(f"classes: expected {NAME.words}, got {shortened(name)}")
 
 
 def check_metadata(about: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming the key, if a checkpoint has a key that is not accepted or lacks a required one."""
+    """Raises ValueError, naming the key, for an unknown key of a checkpoint, an invalid value or a missing key."""
     task = about.get("task", "classify")
     if not isinstance(task, str) or task not in _TASKS:
-        raise ValueError(f"task: got {shortened(task)}, accepted are {', '.join(_TASKS)}")
+        raise ValueError(f"task: expected one of {', '.join(_TASKS)}, got {shortened(task)}")
     table = {**_ABOUT, **_TASKS[task], "task": choice(task)}
     check_settings(about, table)
     if task != "classify":
@@ -235,7 +237,7 @@ def _check_dense(about: Mapping[str, Any]) -> None:
 
 
 def read_metadata(text: str) -> dict[str, Any]:
-    """The contents of a checkpoint's JSON description; ValueError if it is not accepted."""
+    """The contents of a checkpoint's JSON description; ValueError if it is invalid."""
     about = parse_json(text)
     if not isinstance(about, dict):
         raise ValueError(f"its description of the model is not a mapping: {shortened(about)}")
@@ -255,8 +257,8 @@ def write_metadata(about: Mapping[str, Any]) -> str:
 
 def parse_json(text: str) -> Any:
     """Parses JSON from an untrusted source; ValueError if it is not JSON, has a key twice, or is too long or deep."""
-    if len(text) > _MOST_TEXT:
-        raise ValueError(f"has {len(text)} characters, accepted are {_MOST_TEXT}")
+    if len(text) > _MAX_TEXT:
+        raise ValueError(f"has {len(text)} characters, at most {_MAX_TEXT} are allowed")
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_int=_whole)
     except RecursionError:
@@ -266,8 +268,8 @@ def parse_json(text: str) -> Any:
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
-        raise ValueError(f"has a number of {len(digits)} digits, accepted are {_MOST_DIGITS}")
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"has a number of {len(digits)} digits, at most {_MAX_DIGITS} are allowed")
     return int(digits)
 
 

@@ -298,7 +298,7 @@ class DFFormer(nn.Module):
         elif indices is None:
             indices = list(range(stages))
         if isinstance(indices, int) or not indices or not all(-stages <= i < stages for i in indices):
-            raise ValueError(f"indices: got {indices}, accepted are 1 to {stages}, or a list of stages of {stages}")
+            raise ValueError(f"indices: expected 1 to {stages}, or a list of stages of {stages}, got {indices}")
         taken = [i % stages for i in indices]
         return taken, max(taken)
 
@@ -357,7 +357,7 @@ def _pool(pool_type: str) -> nn.Module:
 def _per_stage(depths: Sequence[int], **arguments: Any) -> dict[str, list[Any]]:
     """For each argument a list with one value per stage; an argument that is no list or tuple holds for all stages."""
     if not isinstance(depths, list | tuple):
-        raise ValueError(f"depths: got {depths!r}, accepted are lists of whole numbers, one for each stage")
+        raise ValueError(f"depths: expected a list of whole numbers, one for each stage, got {depths!r}")
     stages = len(depths)
     lists = {name: list(v) if isinstance(v, list | tuple) else [v] * stages for name, v in arguments.items()}
     for name, values in lists.items():

@@ -48,7 +48,7 @@ class Mismatch(NamedTuple):
             "missing": self.missing,
             "unexpected": [name[:200] for name in self.unexpected],  # names in the file may be anything
             "wrongly shaped": [f"{name} ({shapes})" for name, shapes in self.wrong_shape.items()],
-            "of another kind of number": [f"{name} ({types})" for name, types in self.wrong_type.items()],
+            "with another number type": [f"{name} ({types})" for name, types in self.wrong_type.items()],
         }
         return "\n".join(f"{title} ({len(names)}): {abbreviate(names, 10)}" for title, names in parts.items() if names)
 
@@ -142,7 +142,7 @@ def _by_tensor(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterab
                 yield what.format(theirs, ours)
     if _has(own, ".mlp.act.scale") != _has(given, ".mlp.act.scale"):  # routings have StarReLU in every variant
         with_star, without = ("model", "checkpoint") if _has(own, ".mlp.act.scale") else ("checkpoint", "model")
-        yield f"activations differ: the {with_star} has StarReLU, the {without} has not"
+        yield f"activations differ: the {with_star} has StarReLU, the {without} does not"
     if _has(own, "head.") != _has(given, "head."):
         yield f"only the {'model' if _has(own, 'head.') else 'checkpoint'} has a classifier"
 

@@ -120,7 +120,7 @@ def _feature_class(arguments: dict[str, Any]) -> dict[str, Any]:
     if feature_cls == "getter":
         return {"feature_cls": feature_cls, "norm": fork_feat}
     if fork_feat:
-        raise ValueError(f"feature_cls: got {feature_cls!r} with fork_feat=True, accepted is 'getter'")
+        raise ValueError(f"feature_cls: with fork_feat=True, expected 'getter', got {feature_cls!r}")
     rewriting = {"list": timm.models.FeatureListNet, "dict": timm.models.FeatureDictNet}.get(feature_cls, feature_cls)
     if rewriting in (timm.models.FeatureListNet, timm.models.FeatureDictNet):
         return {"feature_cls": lambda model, **cfg: rewriting(_in_order_of_execution(model), **cfg)}

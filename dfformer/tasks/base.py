@@ -129,7 +129,7 @@ class DenseTask(Task):
         """Arguments of ``timm.create_model(config.model.name, features_only=True, ...)``."""
         model = self.config.model
         if (channels := model.args.get("in_chans", 3)) != 3:
-            raise ValueError(f"model.args.in_chans: got {channels}, the images are RGB: 3")
+            raise ValueError(f"model.args.in_chans: images are RGB, so it must be 3, got {channels}")
         if not is_ours(model.name):
             return model.args
         norms = {"fork_feat": True} if self.norm_each_map else {}

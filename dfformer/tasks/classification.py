@@ -118,7 +118,7 @@ class Classification(Task):
 def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
     """``dfformer eval`` of a classifier: top-1 and top-5 accuracy and cross entropy."""
     if arguments.crop_pct is not None and not 0 < arguments.crop_pct <= 1:
-        raise ValueError(f"--crop-pct: got {arguments.crop_pct}, accepted are numbers above 0, up to 1")
+        raise ValueError(f"--crop-pct: expected a number above 0, up to 1, got {arguments.crop_pct}")
     device = torch.device(arguments.device)
     for img_size in arguments.img_size or [None]:
         overrides = {**arguments.model_args, **({"img_size": img_size} if img_size else {})}
@@ -171,7 +171,7 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, list[str]]:
     if arguments.img_size:
         overrides["img_size"] = arguments.img_size
     if not arguments.checkpoint and not (arguments.model and arguments.pretrained):
-        raise ValueError("pass --checkpoint FILE, or --model NAME with --pretrained; untrained weights predict nothing")
+        raise ValueError("pass --checkpoint FILE, or --model NAME with --pretrained; untrained weights cannot predict")
     model, classes = chosen_model(arguments.checkpoint, arguments.model, arguments.pretrained, **overrides)
     if arguments.classes:
         classes = read_class_names(arguments.classes)

@@ -112,8 +112,8 @@ class Detection(DenseTask):
             )
         if given.size[0] > given.size[1]:
             raise ValueError(
-                f"data.img_size: got {given.img_size}, accepted to detect are the limits of the shorter and of the "
-                "longer side, in this order"
+                f"data.img_size: for detection, expected [limit of the shorter side, limit of the longer side], "
+                f"got {given.img_size}"
             )
         self.categories = train_set.categories
         where = f"{given.root}, split {given.val_split}"
@@ -187,10 +187,10 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
 
     min_score = _MIN_SCORE if arguments.min_score is None else arguments.min_score
     if not 0 <= min_score <= 1:
-        raise ValueError(f"--min-score: got {min_score}, accepted are numbers from 0 to 1")
+        raise ValueError(f"--min-score: expected a number from 0 to 1, got {min_score}")
     report = arguments.output / "detections.json"
     if arguments.json and real_path(arguments.json) == real_path(report):
-        raise ValueError(f"--json: got {arguments.json}, the file of all boxes, accepted is another file")
+        raise ValueError(f"--json: expected another file than that of all boxes, got {arguments.json}")
     model, about = load_detector(arguments.checkpoint)
     device, classes = torch.device(arguments.device), about["classes"]
     model.to(device).set_img_size(*(sorted(arguments.img_size or own_size(about))))

@@ -28,7 +28,7 @@ class Pyramid(nn.Module):
         self.encoder = timm.create_model(encoder, features_only=True, out_indices=(-3, -2, -1), **encoder_args)
         strides, widths = self.encoder.feature_info.reduction(), self.encoder.feature_info.channels()
         if tuple(strides) != _STRIDES[:3]:
-            raise ValueError(f"model.name: the last maps of {encoder} have strides {strides}, accepted are 8, 16, 32")
+            raise ValueError(f"model.name: expected last maps of strides 8, 16, 32, got {strides} of {encoder}")
         self.fpn = FeaturePyramidNetwork(widths, channels, LastLevelP6P7(widths[-1], channels), norm)
         self.out_channels = channels
 

@@ -57,7 +57,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     if not isinstance(output, Tensor) or output.ndim != 2:
         got = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise ValueError(
-            f"the model returns {got}, accepted are logits (B,classes): was it made with global_pool='', "
+            f"the model's output: expected logits (B,classes), got {got}: was it made with global_pool='', "
             "features_only or fork_feat?"
         )
     return output

@@ -134,7 +134,7 @@ def find_inputs(arguments: argparse.Namespace, draws: bool) -> tuple[list[Path],
         raise ValueError(f"no images in {', '.join(map(printable, arguments.inputs))}")
     report = arguments.json
     if report and (report.is_dir() or real_path(report) in map(real_path, paths)):
-        raise ValueError(f"--json: got {report}, which is a folder or one of the images; accepted is another file")
+        raise ValueError(f"--json: expected a file that is not one of the images, got {report}")
     return paths, unreadable
 
 

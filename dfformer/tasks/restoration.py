@@ -107,18 +107,19 @@ class Restoration(DenseTask):
         given, wanted = config.data, config.restore
         self.degradation = Degradation(wanted.scale, wanted.blur, wanted.noise)
         if any(side % wanted.scale for side in given.size):
-            raise ValueError(
-                f"data.img_size: got {given.img_size}, accepted are multiples of restore.scale={wanted.scale}"
-            )
+            raise ValueError(f"data.img_size: expected multiples of restore.scale={wanted.scale}, got {given.img_size}")
         if min(given.size) <= 3 * wanted.blur:
-            raise ValueError(f"restore.blur: got {wanted.blur}, accepted are numbers below a third of data.img_size")
+            raise ValueError(f"restore.blur: expected a number below a third of data.img_size, got {wanted.blur}")
         if config.model.args.get("pretrained"):
-            raise ValueError("model.args.pretrained: got True, accepted to restore is a restorer as model.checkpoint")
+            raise ValueError(
+                "model.args.pretrained: restoration cannot start from a pretrained encoder; set model.checkpoint to a "
+                "restorer's"
+            )
         if config.distributed == "fsdp":  # images differ in size, so processes would wait for one another
-            raise ValueError("distributed: got fsdp, accepted to restore is ddp")
+            raise ValueError("distributed: restoration supports only ddp, got fsdp")
         train_set = open_pair_dataset(given.spec(training=True), self.degradation, given.size)
         if wanted.photometric and train_set[0][0] is not None:
-            raise ValueError("restore.photometric: got True, accepted is false where inputs are files")
+            raise ValueError("restore.photometric: expected false, because inputs are files, got true")
         val_set = open_pair_dataset(given.spec(training=False), self.degradation)
         self.samples = RestorationTensors(train_set, self.degradation, given.size, wanted.crops, wanted.photometric)
         self.whole = RestorationTensors(val_set, self.degradation)

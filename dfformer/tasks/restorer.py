@@ -70,7 +70,7 @@ class Restorer(nn.Module):
     ) -> None:
         super().__init__()
         if not is_ours(encoder):
-            raise ValueError(f"model.name: got {encoder}, accepted to restore are this package's models")
+            raise ValueError(f"model.name: for restoration, expected a model of this package, got {encoder}")
         plane = [-(-side // stride) + 2 * _BORDER for side in to_2tuple(encoder_args["img_size"])]
         # create_model would drop None as a norm.
         arguments = {**encoder_args, "img_size": plane, "in_chans": channels, "downsample_norm": nn.Identity}

@@ -67,7 +67,7 @@ def plan_results(paths: Sequence[Path], folder: Path, endings: Sequence[str], of
         ValueError: a result would replace an image, or a file that ``predict`` did not write.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output: got {folder}, which is a file, accepted is a folder")
+        raise ValueError(f"--output: expected a folder, got the file {folder}")
     names = result_names(paths, endings)
     inputs = {_identity(path) for path in paths}
     targets = [folder / f"{name}{ending}" for name in names for ending in endings]
@@ -77,8 +77,8 @@ def plan_results(paths: Sequence[Path], folder: Path, endings: Sequence[str], of
         foreign.append(str(report))
     if foreign:
         raise ValueError(
-            f"--output: got {folder}, where results would replace files that are not earlier results: "
-            f"{abbreviate(foreign)}; accepted is another folder"
+            f"--output: choose another folder: in {folder}, results would replace files that are not earlier results: "
+            f"{abbreviate(foreign)}"
         )
     return {path: folder / name for path, name in zip(paths, names, strict=True)}
 

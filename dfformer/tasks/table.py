@@ -17,7 +17,7 @@ _TASKS: dict[str, tuple[str, str, str]] = {
 def check_task(task: str) -> None:
     """Raises ValueError for an unknown task."""
     if task not in _TASKS:
-        raise ValueError(f"task: got {task!r}, accepted are {', '.join(_TASKS)}")
+        raise ValueError(f"task: expected one of {', '.join(_TASKS)}, got {task!r}")
 
 
 def task_part(task: str, part: Literal["loading", "training", "evaluation", "prediction"]) -> Any:

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def check(config: "TrainConfig") -> None:
-    """Raises ValueError for settings that are not accepted."""
+    """Raises ValueError for invalid settings."""
     check_task(config.task)
     _check_values(config)
     if config.optim.warmup_epochs >= config.optim.epochs:
         raise ValueError(
-            f"optim.warmup_epochs: got {config.optim.warmup_epochs}, accepted are numbers below "
-            f"optim.epochs={config.optim.epochs}"
+            f"optim.warmup_epochs: expected a number below optim.epochs={config.optim.epochs}, "
+            f"got {config.optim.warmup_epochs}"
         )
     if config.model.checkpoint and not Path(config.model.checkpoint).is_file():
         raise FileNotFoundError(f"model.checkpoint: {config.model.checkpoint} does not exist")
@@ -42,8 +42,8 @@ def _check_values(section: Any, prefix: str = "") -> None:
             _check_values(value, f"{prefix}{field.name}.")
         elif value is None:
             if type(None) not in get_args(field.type):
-                words = field.metadata["kind"].words if "kind" in field.metadata else "other values"
-                raise ValueError(f"{prefix}{field.name}: got null, accepted are {words}")
+                words = field.metadata["kind"].words if "kind" in field.metadata else "another value"
+                raise ValueError(f"{prefix}{field.name}: expected {words}, got null")
         elif "kind" in field.metadata:
             check_settings({field.name: value}, {field.name: field.metadata["kind"]}, prefix)
 
@@ -55,7 +55,7 @@ def _check_names(config: "TrainConfig") -> None:
         hint = did_you_mean(optimizer[:100], list_optimizers())
         raise ValueError(f"optim.opt: timm knows no optimiser {config.optim.opt[:100]!r}{hint}")
     if get_optimizer_info(optimizer).second_order:
-        raise ValueError(f"optim.opt: got {config.optim.opt!r}, accepted are optimisers without second derivatives")
+        raise ValueError(f"optim.opt: expected an optimizer without second derivatives, got {config.optim.opt!r}")
     try:
         groups = create_optimizer_v2(nn.Linear(1, 1, device="meta"), config.optim.opt, lr=config.optim.lr).param_groups
         if any(isinstance(value, torch.dtype) for group in groups for value in group.values()):
@@ -74,10 +74,10 @@ def _check_channels(config: "TrainConfig") -> None:
     for name in ("mean", "std"):
         values, got = getattr(config.data, name), "got"
         if values is None and config.task == "classify":
-            values, got = getattr(default, name, None), "is not given, and the model's default is"
+            values, got = getattr(default, name, None), "got the model's default"
         if values is not None and len(values) != channels:
-            accepted = f"accepted is a number for each of {channels} channels (model.args.in_chans)"
-            raise ValueError(f"data.{name}: {got} {values}, {accepted}")
+            expected = f"expected a number for each of {channels} channels (model.args.in_chans)"
+            raise ValueError(f"data.{name}: {expected}, {got} {values}")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,12 +27,13 @@ with extra("train"):
 # The values that settings accept. A number from a file must not make a run endless.
 _POSITIVE = real(0, 1e9)
 _COUNT = whole(1, 10**9)
-_PATH = Kind(bool, "paths")  # an empty one would be the current folder
-_SPLIT = Kind(bool, "names")  # an empty one would be all splits together
-_RANGE = Kind(lambda value: 0 < value[0] <= value[1] <= 1e9, "two numbers above 0 and up to 1e9, least and most")
+_PATH = Kind(bool, "a path")  # an empty one would be the current folder
+_SPLIT = Kind(bool, "a name")  # an empty one would be all splits together
+_RANGE = Kind(lambda value: 0 < value[0] <= value[1] <= 1e9, "two numbers above 0 and up to 1e9, in order")
 # Leaves out timm's readers that run commands, e.g. webdataset's.
 _DATASET = Kind(
-    lambda name: bool(re.fullmatch(r"[^/:]*|(torch|hfds)/.+", name)), "'torch/NAME' and 'hfds/NAME' of timm's"
+    lambda name: bool(re.fullmatch(r"[^/:]*|(torch|hfds)/.+", name)),
+    "a built-in dataset, or timm's 'torch/NAME' or 'hfds/NAME'",
 )
 _MILESTONES = Kind(
     lambda value: value == sorted(set(value)) and all(1 <= epoch <= 10**6 for epoch in value),
@@ -326,12 +327,12 @@ def _check_recipe(path: Path) -> None:
     try:
         content = strict_yaml.load(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError(f"got {str(content)[:60]!r}, accepted are settings by name")
+            raise ValueError(f"expected settings by name, got {str(content)[:60]!r}")
         for name, value in content.items():
             if name in ("recipe", "config"):
-                raise ValueError(f"{name}: is not accepted in a recipe")
+                raise ValueError(f"{name}: a recipe cannot name another")
             if name in _SECTIONS and not isinstance(value, dict):
-                raise ValueError(f"{name}: got {str(value)[:60]!r}, accepted are its settings by name")
+                raise ValueError(f"{name}: expected its settings by name, got {str(value)[:60]!r}")
             _check_name("", name, settings)
             for key in value if name in _SECTIONS else ():
                 _check_name(f"{name}.", key, settings[name])

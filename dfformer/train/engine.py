@@ -75,7 +75,7 @@ def _processes(config: TrainConfig) -> Iterator[Place]:
     """Joins the process group, if torchrun started this process."""
     kind = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if config.amp == "float16" and not kind.startswith("cuda"):
-        raise ValueError("amp: float16 needs a CUDA device; accepted on others are none and bfloat16")
+        raise ValueError("amp: float16 needs a CUDA device; on others, use none or bfloat16")
     rank = os.environ.get("LOCAL_RANK")
     if rank is None and config.distributed == "fsdp":
         raise ValueError("distributed: fsdp needs several processes; start them with torchrun")

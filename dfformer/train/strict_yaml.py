@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader
 
-_MOST_TEXT = 2**20  # characters
+_MAX_TEXT = 2**20  # characters
 _DEEPEST = 20
 
 
@@ -16,8 +16,8 @@ def load(text: str) -> Any:
         ValueError: the text is too long or nested too deep, or it has an alias, a tag, a repeated key, or a very long
             number. yaml.YAMLError: it is not YAML.
     """
-    if len(text) > _MOST_TEXT:
-        raise ValueError(f"YAML: has {len(text)} characters, accepted are {_MOST_TEXT}")
+    if len(text) > _MAX_TEXT:
+        raise ValueError(f"YAML: has {len(text)} characters, at most {_MAX_TEXT} are allowed")
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -26,7 +26,7 @@ def load(text: str) -> Any:
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"YAML: has the alias *{event.anchor[:40]}, write its value instead")
         if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:
-            raise ValueError(f"YAML: has the tag {event.tag[:60]}, accepted are values without tags")
+            raise ValueError(f"YAML: has the tag {event.tag[:60]}, write the value without it")
         if isinstance(event, yaml.ScalarEvent) and _is_endless(event.value):
             raise ValueError(f"YAML: {event.value[:20]}... is a number of {len(event.value)} characters")
     node = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -29,7 +29,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
-        raise IsADirectoryError(f"{path} is a folder, accepted is the name of a file")
+        raise IsADirectoryError(f"expected the name of a file, got the folder {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.partial")  # a name may have 255 bytes
     try:

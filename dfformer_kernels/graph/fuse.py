@@ -36,7 +36,7 @@ def fuse(program: nn.Module | ExportedProgram, *inputs: Any, **named: Any) -> Fu
             raise TypeError("fuse: inputs must not be given with an ExportedProgram, which has its own")
         return FuseReport(_fuse_exported(program))
     if not isinstance(program, nn.Module):
-        raise TypeError(f"fuse: program must be a module or an ExportedProgram, got {type(program).__name__}")
+        raise TypeError(f"fuse: program: expected a module or an ExportedProgram, got {type(program).__name__}")
     from dfformer_kernels.graph.module import fuse_module  # imported late, because most programs fuse nothing
 
     return FuseReport(fuse_module(program, inputs, named))

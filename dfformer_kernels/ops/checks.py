@@ -1,4 +1,4 @@
-"""Argument checks of the operators: bad input raises at once, naming the argument, what was given and what fits."""
+"""Argument checks of the operators: bad input raises at once, naming the argument, what was expected and what given."""
 
 from collections.abc import Sequence
 
@@ -47,19 +47,19 @@ def check_mlp(x: Tensor, weight1: Tensor, scale: Tensor, bias: Tensor, weight2: 
     _check_scalars(op, x, scale, bias)
 
 
-def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) -> None:
-    if value not in accepted:
-        _fail(op, name, " or ".join(map(repr, accepted)), repr(value))
+def check_choice(op: str, name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        _fail(op, name, " or ".join(map(repr, choices)), repr(value))
 
 
 def check_groups(op: str, logits: Tensor, basis: Tensor) -> None:
     """Checks a grouped basis (G,H,K,F,2), because groups are merged before the operator's own checks."""
     G, _, _, F, _ = basis.shape
     if G < 1:
-        _fail(op, "basis", "of G >= 1 groups of channels", f"shape {_shape(basis)}")
+        _fail(op, "basis", "G >= 1 groups of channels", f"shape {_shape(basis)}")
     if logits.dim() != 3 or logits.shape[1] != F or logits.shape[2] % G:
-        accepted = f"shape (B,F,C), F = {F}, C a multiple of G = {G} groups of the basis"
-        _fail(op, "logits", accepted, _shape(logits))
+        expected = f"shape (B,F,C), F = {F}, C a multiple of G = {G} groups of the basis"
+        _fail(op, "logits", expected, _shape(logits))
 
 
 def check_channels_first(op: str, x: Tensor) -> None:
@@ -73,9 +73,9 @@ def check_tensors(op: str, **arguments: object) -> None:
             _fail(op, name, "a tensor", type(argument).__name__, TypeError)
 
 
-def check_pair(op: str, pair: object, accepted: str = "a pair (scale, bias) of tensors") -> None:
+def check_pair(op: str, pair: object, expected: str = "a pair (scale, bias) of tensors") -> None:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        _fail(op, "star_relu", accepted, repr(pair), TypeError)
+        _fail(op, "star_relu", expected, repr(pair), TypeError)
 
 
 def check_backward(op: str, grad_y: Tensor, x: Tensor, needs: Sequence[bool], inputs: int) -> None:
@@ -138,14 +138,14 @@ def _check_scalars(op: str, x: Tensor, scale: Tensor | None, bias: Tensor | None
 
 def _check_kind(op: str, name: str, x: Tensor, t: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     if t.device != x.device:
-        _fail(op, name, f"on {x.device}, where x is", f"it on {t.device}")
+        _fail(op, name, f"a tensor on {x.device}, where x is", f"one on {t.device}")
     if t.dtype not in dtypes:
         _fail(op, name, f"dtype {_names(dtypes)} beside {_names([x.dtype])} x", _names([t.dtype]), TypeError)
     _check_layout(op, name, t)
 
 
-def _fail(op: str, name: str, accepted: str, given: object, error: type[Exception] = ValueError) -> None:
-    raise error(f"{op}: {name} must be {accepted}, got {given}")
+def _fail(op: str, name: str, expected: str, given: object, error: type[Exception] = ValueError) -> None:
+    raise error(f"{op}: {name}: expected {expected}, got {given}")
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:

@@ -198,7 +198,7 @@ def test_show_the_encoder_of_a_model_for_dense_prediction(task: str, folder: Pat
 def test_show_an_encoder_of_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = dense_checkpoint("restore", tmp_path / "dense.safetensors", "dfformer_s18", {**SMALL, "img_size": [32, 48]})
     assert main(["show", "spectrum", "--checkpoint", str(path)]) == 2
-    assert "its encoder takes maps of 8 channels, accepted are models of images" in capsys.readouterr().err
+    assert "expected a model of images, got an encoder of maps of 8 channels" in capsys.readouterr().err
 
 
 def test_show_another_encoder_for_dense_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

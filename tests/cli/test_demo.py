@@ -78,7 +78,7 @@ def test_demo_keeps_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     state.touch()
     for _ in range(2):
         assert main(["demo", "--output", str(tmp_path), "--quick"]) == 2
-        assert "contains a training run that is no demo's" in capsys.readouterr().err
+        assert "contains a training run that the demo did not write" in capsys.readouterr().err
     assert [*state.parent.iterdir()] == [state]
 
 

@@ -151,4 +151,4 @@ def test_a_report_that_cannot_be_written_is_refused_first(tmp_path: Path, capsys
     assert main(["doctor", "--quick", "--json", str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == f"dfformer doctor: {tmp_path} is a folder, accepted is the name of a file\n"
+    assert printed.err == f"dfformer doctor: expected the name of a file, got the folder {tmp_path}\n"

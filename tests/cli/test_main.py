@@ -67,8 +67,8 @@ def test_group_lists_its_commands(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trian"], "command: got 'trian', accepted are info, .*; did you mean train?"),
-        (["show", "filtrs"], "command: got 'filtrs', accepted are filters, .*; did you mean filters?"),
+        (["trian"], "command: expected one of info, .*, got 'trian'; did you mean train?"),
+        (["show", "filtrs"], "command: expected one of filters, .*, got 'filtrs'; did you mean filters?"),
         (["info", "--img-sise", "64"], "unrecognized arguments: --img-sise 64; did you mean --img-size?"),
         (["info", "model"], "unrecognized arguments: model$"),
     ],
@@ -206,7 +206,7 @@ def test_predict_at_another_size_and_with_class_names(
 
 
 MISUSES = {
-    "no-weights": (["--model", "dfformer_s18"], "untrained weights predict nothing"),
+    "no-weights": (["--model", "dfformer_s18"], "untrained weights cannot predict"),
     "absent-checkpoint": (["--checkpoint", "absent.safetensors"], "absent.safetensors does not exist"),
     "topk-0": (["--checkpoint", "absent.safetensors", "--topk", "0"], "--topk"),
 }
@@ -221,10 +221,7 @@ def test_predict_misused(arguments: list[str], message: str, capsys: pytest.Capt
 def test_a_table_replaces_no_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = checkpoint.read_bytes()
     assert main(["eval", "absent.safetensors", "--dataset", "digits", "--csv", str(checkpoint)]) == 2
-    assert (
-        f"--csv: got {checkpoint}, which exists; accepted are a new file or one ending in .csv"
-        in capsys.readouterr().err
-    )
+    assert f"--csv: expected a new file or one ending in .csv, got the existing {checkpoint}" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
 
 
@@ -245,7 +242,7 @@ def test_an_empty_path_or_split_is_no_folder(argv: list[str], capsys: pytest.Cap
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     assert stopped.value.code == 2
-    assert re.search(r"error: argument \S+: got '', accepted are (paths|names)", capsys.readouterr().err)
+    assert re.search(r"error: argument \S+: expected a (path|name), got ''", capsys.readouterr().err)
 
 
 COMMANDS = [["predict", "image.png"], ["eval", "m.pth"], ["export", "m.onnx"], ["show", "filters"]]

@@ -116,7 +116,7 @@ def _mask(root: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
 
 def _label(root: Path) -> str:
     path = _mask(root, lambda mask: np.where(mask == 3, 4, mask).astype(np.uint8))
-    return f"1 of 4 images cannot be used: {path}: has label 4, accepted are 0 to 3 and 255"
+    return f"1 of 4 images cannot be used: {path}: expected labels from 0 to 3 and 255, got 4"
 
 
 def _smaller(root: Path) -> str:
@@ -124,11 +124,11 @@ def _smaller(root: Path) -> str:
 
 
 def _colours(root: Path) -> str:
-    return f"{_mask(root, lambda mask: np.stack([mask] * 3, -1))}: has mode RGB, accepted are L and P"
+    return f"{_mask(root, lambda mask: np.stack([mask] * 3, -1))}: expected mode L or P (one channel of 8 bits), got"
 
 
 def _deep(root: Path) -> str:
-    return f"{_mask(root, lambda mask: mask.astype(np.uint16))}: has mode I;16, accepted are L and P"
+    return f"{_mask(root, lambda mask: mask.astype(np.uint16))}: expected mode L or P (one channel of 8 bits), got I;16"
 
 
 def _no_mask(root: Path) -> str:
@@ -196,8 +196,8 @@ MALFORMED = {
     "all-ignored": _all_ignored,
     "no-classes": _no_classes,
     "empty-class": _classes("sky\n\nsand\n", "classes.txt: line 2 has no class name"),
-    "too-many": _classes("x\n" * 256, "has 256 names, accepted are 2 to 255"),
-    "one": _classes("sky\n", "has 1 names, accepted are 2 to 255"),
+    "too-many": _classes("x\n" * 256, "expected 2 to 255 names, none empty, got 256"),
+    "one": _classes("sky\n", "expected 2 to 255 names, none empty, got 1"),
 }
 
 
@@ -211,7 +211,7 @@ def test_malformed_data(change: Callable[[Path], str], root: Path) -> None:
 
 def test_what_was_not_checked_is_found_when_read(root: Path) -> None:
     _label(root)
-    with pytest.raises(ValueError, match=r"3\.png: has label 4"):
+    with pytest.raises(ValueError, match=r"3\.png: expected labels from 0 to 3 and 255, got 4"):
         [opened(root)[n] for n in range(4)]
 
 

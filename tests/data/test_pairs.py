@@ -123,10 +123,10 @@ def of_another_size(root: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], object], Degradation, tuple[int, int], str]] = {
     "no-input": (missing, Degradation(scale=2), (8, 8), "has no image below/1, although there is such a target"),
     "two-inputs": (twice, Degradation(scale=2), (8, 8), r"1[.](bmp|png) and .*1[.](png|bmp): have the same name"),
-    "other-size": (of_another_size, Degradation(scale=2), (8, 8), r"is 12x8, its target 36x24; accepted .* is 18x12"),
+    "other-size": (of_another_size, Degradation(scale=2), (8, 8), r"expected 18x12 for a target of 36x24, got 12x8"),
     "files-and-made": (lambda _: None, Degradation(noise=1.0), (8, 8), "has inputs, so restore.blur and restore.noise"),
-    "small": (lambda _: None, Degradation(scale=2), (32, 8), r"is 36x24, accepted are images from 8x32 up"),
-    "nothing-to-do": (without_inputs, Degradation(), (8, 8), "has no folder inputs, so inputs are made"),
+    "small": (lambda _: None, Degradation(scale=2), (32, 8), r"expected 8x32 or larger, got 36x24"),
+    "nothing-to-do": (without_inputs, Degradation(), (8, 8), "has no inputs/ folder; to generate inputs, set"),
 }
 
 
@@ -147,7 +147,7 @@ def test_photographs() -> None:
     assert not train.keys() & val.keys()
     for image in (*train.values(), *val.values()):
         assert (image.mode, min(image.size) >= 300) == ("RGB", True)
-    with pytest.raises(ValueError, match="got 'test', the photographs have train and val"):
+    with pytest.raises(ValueError, match="split: expected train or val, got 'test'"):
         photographs("test")
     with pytest.raises(ValueError, match="the photographs have no inputs"):
         open_pair_dataset(DatasetSpec("photographs", None, "train"), Degradation())

@@ -71,9 +71,9 @@ def test_digits_hide_little_of_each_other(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_misuses() -> None:
-    with pytest.raises(ValueError, match="split: got 'test'"):
+    with pytest.raises(ValueError, match="split: expected train or val, got 'test'"):
         SyntheticDigits("test", 64, 1)
-    with pytest.raises(ValueError, match="img_size, count: got 8, 1"):
+    with pytest.raises(ValueError, match="img_size, count: expected numbers from 16 and from 1 up, got 8, 1"):
         SyntheticDigits("train", 8, 1)
     with pytest.raises(IndexError, match="index: got 3, there are 3 images"):
         SyntheticDigits("train", 64, 3)[3]

@@ -56,7 +56,7 @@ def test_every_strength_of_every_operation(policy: str, mode: str) -> None:
     ],
 )
 def test_policies_that_are_refused(policy: str) -> None:
-    with pytest.raises(ValueError, match=r"augment\.auto_augment: got .*accepted are.* rand and any of -m9 "):
+    with pytest.raises(ValueError, match=r"augment\.auto_augment: expected.* rand and any of -m9 .*, got "):
         training_transform((3, 16, 16), auto_augment=policy)
 
 

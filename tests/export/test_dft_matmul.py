@@ -156,14 +156,14 @@ def test_torch_traces_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_things_than_models_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module or a program from torch\.export, got 3"):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module or a program from torch\.export, got 3"):
         dfformer.with_dft_matmul(3)  # type: ignore[type-var]
 
 
 def test_forward_on_the_instance_is_refused() -> None:
     model = tiny()
     model.forward = model.forward_features
-    with pytest.raises(ValueError, match="model: its forward was set on the instance"):
+    with pytest.raises(ValueError, match="model: expected the forward of its class, got one that was set"):
         dfformer.with_dft_matmul(model)
 
 

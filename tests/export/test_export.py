@@ -143,19 +143,27 @@ def test_variant_in_onnx(architecture: str, tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "suffix": ("model.bin", {}, r"path: got .*model.bin, accepted are names ending in .*\.onnx"),
-    "format": ("model.pt2", {"format": "tflite"}, "format: got 'tflite', accepted are 'pt2', 'aoti', 'onnx'"),
-    "other suffix": ("model.onnx", {"format": "aoti"}, "path: got .*, format aoti takes names ending in .pt2"),
+    "suffix": ("model.bin", {}, r"path: expected a name ending in .*\.onnx.*, got .*model.bin"),
+    "format": ("model.pt2", {"format": "tflite"}, "format: expected one of 'pt2', 'aoti', 'onnx', .*, got 'tflite'"),
+    "other suffix": ("model.onnx", {"format": "aoti"}, "path: for format aoti, expected a name ending in .pt2"),
     "fused onnx": ("model.onnx", {"fused": True}, "fused: is for pt2, aoti, not for onnx"),
-    "nameless": ("model.safetensors", {}, "architecture: got None, safetensors and hub accept this package's models"),
-    "other architecture": ("hub", {"format": "hub", "architecture": "resnet18"}, "architecture: got 'resnet18'"),
-    "size": ("model.pt2", {"img_size": "64"}, "img_size: got '64', accepted are whole numbers from 1"),
+    "nameless": (
+        "model.safetensors",
+        {},
+        "architecture: for safetensors and hub, expected a model of this package, .*, got None",
+    ),
+    "other architecture": ("hub", {"format": "hub", "architecture": "resnet18"}, "architecture: .* got 'resnet18'"),
+    "size": (
+        "model.pt2",
+        {"img_size": "64"},
+        "img_size: expected a whole number .*, got '64'",
+    ),
     "small image": ("model.pt2", {"img_size": 2}, r"img_size: got \(2, 2\), which this model does not accept"),
 }
 
 
 def test_a_model_without_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model: got Linear without a Conv2d, accepted are models of images"):
+    with pytest.raises(ValueError, match="model: expected a model of images, got Linear without a Conv2d"):
         export(nn.Linear(3, 3), tmp_path / "model.pt2", img_size=64)
 
 
@@ -170,17 +178,17 @@ REFUSED_MODELS: dict[str, tuple[Callable[[Any], nn.Module], str, str]] = {
     "bfloat16": (
         lambda model: model.bfloat16(),
         "model.onnx",
-        "model: got torch.bfloat16 parameters, accepted are float32",
+        "model: expected float32 parameters, got torch.bfloat16",
     ),
     "optimised in bfloat16": (
         lambda model: optimize_for_inference(model, torch.bfloat16),
         "model.pt2",
-        "model: got torch.bfloat16 parameters, accepted are float32",
+        "model: expected float32 parameters, got torch.bfloat16",
     ),
     "optimised weights": (
         optimize_for_inference,
         "model.safetensors",
-        "model: is optimised for inference; safetensors and hub accept the one it was made from",
+        "model: is optimised for inference; for safetensors and hub, pass the one it was made from",
     ),
     "optimised for another size": (
         lambda model: optimize_for_inference(model, img_size=32),
@@ -199,7 +207,7 @@ def test_refused_model(changed: Callable[[Any], nn.Module], name: str, message: 
 
 def test_refused_directory(tmp_path: Path) -> None:
     (tmp_path / "model.pt2").mkdir()
-    with pytest.raises(IsADirectoryError, match=r"model.pt2 is a directory"):
+    with pytest.raises(IsADirectoryError, match=r"got the existing folder .*model.pt2"):
         export(tiny(), tmp_path / "model.pt2", 24)
 
 
@@ -255,7 +263,7 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--checkpoint", "absent.pth", "--pretrained", "model.onnx"], "--pretrained: is for --model by itself"),
         (["--model", "dfformer_s18", "--img-size", "2", "model.onnx"], "img_size: got (2, 2)"),
         (["--model", "dfformer_s17", "model.onnx"], "dfformer_s17"),
-        (["--model", "resnet18", "model.safetensors"], "architecture: got 'resnet18', safetensors and hub accept"),
+        (["--model", "resnet18", "model.safetensors"], "architecture: for safetensors and hub, expected a model of"),
     ],
 )
 def test_command_refuses(

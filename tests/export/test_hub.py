@@ -103,6 +103,6 @@ def test_the_command(model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(command) == 0
     assert "differs from the model by 0 " in capsys.readouterr().out
     assert main(command) == 2
-    assert "is a directory, accepted is a new folder" in capsys.readouterr().err
+    assert "path: expected a new folder, got the existing folder" in capsys.readouterr().err
     shutil.rmtree(folder)
     assert main([*command[:4]]) == 2, "a folder's name is of no format"

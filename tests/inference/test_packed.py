@@ -93,6 +93,6 @@ def test_what_would_not_reach_the_packed_weight_is_refused(change: str, served: 
 
 @pytest.mark.parametrize("part", ["whole", "model"])
 def test_no_checkpoint_holds_a_served_model(part: str, served: InferenceModel, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model: is optimised for inference, accepted is the one it was made from"):
+    with pytest.raises(ValueError, match="model: is optimised for inference; pass the one it was made from"):
         save_checkpoint(served if part == "whole" else served.model, tmp_path / "m.safetensors", "cdfformer_s18")
     assert not list(tmp_path.iterdir())

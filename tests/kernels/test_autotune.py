@@ -115,7 +115,7 @@ def test_by_default_the_tables_first_runs_and_nothing_is_measured(
 
 def test_another_value_of_the_variable_is_an_error(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DFFORMER_AUTOTUNE", "yes")
-    with pytest.raises(ValueError, match="DFFORMER_AUTOTUNE: got 'yes', accepted are '0' and '1'"):
+    with pytest.raises(ValueError, match="DFFORMER_AUTOTUNE: expected '0' or '1', got 'yes'"):
         run()
 
 

@@ -395,5 +395,5 @@ def test_ema_copies_follow_a_swapped_model(before: bool) -> None:
 
 
 def test_restoring_needs_a_report() -> None:
-    with pytest.raises(TypeError, match="report: got list, accepted is what replace_dynamic_filters returned"):
+    with pytest.raises(TypeError, match="report: expected what replace_dynamic_filters returned, got list"):
         restore_dynamic_filters(nn.Identity(), [])  # type: ignore[arg-type]

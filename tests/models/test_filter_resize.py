@@ -133,7 +133,7 @@ def test_scripted() -> None:
 
 
 def test_unknown_rule() -> None:
-    with pytest.raises(ValueError, match="resize: got 'linear', accepted are 'bicubic', 'fourier'"):
+    with pytest.raises(ValueError, match="resize: expected one of 'bicubic', 'fourier', got 'linear'"):
         resize_filter(filters((4, 4)), (4, 4), (6, 6), "linear")
 
 

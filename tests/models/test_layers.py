@@ -60,7 +60,7 @@ def test_another_plane_is_an_error_without_weight_resize(layer_class: Callable[.
 
 @FILTERS
 def test_unknown_resize_rule(layer_class: Callable[..., nn.Module]) -> None:
-    with pytest.raises(ValueError, match="resize: got 'nearest', accepted are 'bicubic', 'fourier'"):
+    with pytest.raises(ValueError, match="resize: expected one of 'bicubic', 'fourier', got 'nearest'"):
         layer_class(DIM, resize="nearest")
 
 
@@ -72,21 +72,21 @@ def test_num_blocks_must_divide_the_channels() -> None:
 @pytest.mark.parametrize(
     ("layer", "arguments", "message"),
     [
-        (DynamicFilter, {"dim": -1}, "dim: got -1, accepted are whole numbers from 1"),
-        (DynamicFilter, {"num_filters": 0}, "num_filters: got 0"),
-        (DynamicFilter, {"reweight_expansion_ratio": -1}, "reweight_expansion_ratio: got -1"),
+        (DynamicFilter, {"dim": -1}, "dim: expected a whole number from 1 up, got -1"),
+        (DynamicFilter, {"num_filters": 0}, "num_filters: expected a whole number from 1 up, got 0"),
+        (DynamicFilter, {"reweight_expansion_ratio": -1}, "reweight_expansion_ratio: expected .*, got -1"),
         (
             GlobalFilter,
             {"size": (3, 4, 5)},
-            r"size: got \(3, 4, 5\), accepted are whole numbers from 1 and pairs",
+            r"size: expected a whole number from 1 up or a pair of them, got \(3, 4, 5\)",
         ),
-        (GlobalFilter, {"size": "14"}, "size: got '14'"),
-        (GlobalFilter, {"size": 0}, "size: got 0"),
+        (GlobalFilter, {"size": "14"}, "size: expected a whole number .*, got '14'"),
+        (GlobalFilter, {"size": 0}, r"size: expected a whole number .*, got 0"),
         (GlobalFilter, {"expansion_ratio": 0.1}, "expansion_ratio: got 0.1, which leaves none of the 8"),
-        (AFNO2D, {"expansion_ratio": "2"}, "expansion_ratio: got '2', accepted are numbers from 0"),
-        (AFNO2D, {"num_blocks": 0}, "num_blocks: got 0"),
-        (AFNO2D, {"sparsity_threshold": -0.1}, "sparsity_threshold: got -0.1"),
-        (SepConv, {"act1_layer": "gelu"}, "act1_layer: got 'gelu', accepted are what makes a module"),
+        (AFNO2D, {"expansion_ratio": "2"}, "expansion_ratio: expected a number from 0 up, got '2'"),
+        (AFNO2D, {"num_blocks": 0}, "num_blocks: expected a whole number from 1 up, got 0"),
+        (AFNO2D, {"sparsity_threshold": -0.1}, "sparsity_threshold: expected a number from 0 up, got -0.1"),
+        (SepConv, {"act1_layer": "gelu"}, "act1_layer: expected a callable that returns a module, got 'gelu'"),
     ],
 )
 def test_arguments_are_refused_by_name(layer: Any, arguments: dict[str, Any], message: str) -> None:
@@ -99,18 +99,18 @@ def test_maps_are_refused_by_name(layer_class: Callable[..., nn.Module]) -> None
     last, first = layer_class(DIM, size=PLANE), layer_class(DIM, size=PLANE, data_format="channels_first")
     x = image(*PLANE)
     for layer, given, error, message in (
-        (last, x.permute(0, 3, 1, 2), ValueError, r"x: got shape \(2, 8, 6, 5\), accepted is \(B,H,W,dim\) with dim=8"),
-        (last, x[0], ValueError, r"x: got shape \(6, 5, 8\)"),
-        (first, x, ValueError, r"x: got shape .*, accepted is \(B,dim,H,W\) with dim=8"),
-        (last, x.double(), TypeError, "x: got torch.float64, accepted is torch.float32"),
-        (last, x.int(), TypeError, "x: got torch.int32"),
-        (last, None, TypeError, "x: got NoneType, accepted is a tensor"),
-        (last, x.numpy(), TypeError, "x: got ndarray, accepted is a tensor"),
-        (SepConv(DIM), x[..., 1:], ValueError, r"x: got shape \(2, 6, 5, 7\), accepted is \(B,H,W,dim\) with dim=8"),
+        (last, x.permute(0, 3, 1, 2), ValueError, r"x: expected shape \(B,H,W,dim\) with dim=8, got \(2, 8, 6, 5\)"),
+        (last, x[0], ValueError, r"x: expected shape .*, got \(6, 5, 8\)"),
+        (first, x, ValueError, r"x: expected shape \(B,dim,H,W\) with dim=8, got "),
+        (last, x.double(), TypeError, "x: expected torch.float32, .*, got torch.float64"),
+        (last, x.int(), TypeError, "x: expected torch.float32, .*, got torch.int32"),
+        (last, None, TypeError, "x: expected a tensor, got NoneType"),
+        (last, x.numpy(), TypeError, "x: expected a tensor, got ndarray"),
+        (SepConv(DIM), x[..., 1:], ValueError, r"x: expected shape \(B,H,W,dim\) with dim=8, got \(2, 6, 5, 7\)"),
     ):
         with pytest.raises(error, match=message):
             layer(given)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"x: got torch\.float64"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"x: expected .*, got torch\.float64"):
         last(x.double())
 
 
@@ -191,7 +191,7 @@ def test_channels_first_is_channels_last_turned(
 
 @pytest.mark.parametrize("layer_class", [DynamicFilter, GlobalFilter, AFNO2D])
 def test_an_unknown_data_format_raises(layer_class: Callable[..., nn.Module]) -> None:
-    with pytest.raises(ValueError, match="data_format: got 'NCHW', accepted are 'channels_last', 'channels_first'"):
+    with pytest.raises(ValueError, match="data_format: expected one of 'channels_last', 'channels_first', got 'NCHW'"):
         layer_class(8, data_format="NCHW")
 
 

@@ -112,7 +112,7 @@ def test_maps_of_an_encoder_that_puts_channels_last() -> None:
 
 def test_an_encoder_with_other_strides() -> None:
     with pytest.raises(
-        ValueError, match=r"model.name: the last maps of vit_tiny_patch16_224 have strides \[16, 16, 16\]"
+        ValueError, match=r"model.name: expected last maps of strides 8, 16, 32, got \[16, 16, 16\] of vit_tiny"
     ):
         small_detector("vit_tiny_patch16_224", {})
 
@@ -255,11 +255,11 @@ def test_other_categories_to_validate(command: list[str], root: Path, refusal: C
 
 
 MISUSES = {
-    "dataset": (["--data.dataset", "digits"], "dataset: got 'digits', accepted to detect are ''"),
+    "dataset": (["--data.dataset", "digits"], "dataset: for detection, expected ''"),
     "no-root": (["--data.root", "null"], "root: give the folder of the data, --data.root FOLDER"),
-    "channels": (["--model.args.in_chans", "1"], "model.args.in_chans: got 1"),
-    "img-size": (["--data.img_size", "[64, 48]"], "data.img_size: got (64, 48), accepted to detect are the limits"),
-    "head": (["--detect.channels", "0"], "detect.channels: got 0"),
+    "channels": (["--model.args.in_chans", "1"], "model.args.in_chans: images are RGB, so it must be 3, got 1"),
+    "img-size": (["--data.img_size", "[64, 48]"], "data.img_size: for detection, expected [limit of the shorter"),
+    "head": (["--detect.channels", "0"], "detect.channels: expected a whole number from 1 to 16384, got 0"),
     "groups": (["--detect.norm_groups", "3"], "detect.norm_groups: got 3"),
 }
 

@@ -114,8 +114,8 @@ def test_a_model_of_rgb_images_on_grey_data(tmp_path: Path) -> None:
 
 # with the messages of prediction and of evaluation
 NO_CLASSIFIERS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "four-channels": ({"in_chans": 4}, ["the model takes images of 4 channels, accepted are 1 (grey) and 3"] * 2),
-    "every-position": ({"global_pool": ""}, ["the model returns (1, 1, 1, 3), accepted are logits (B,classes)"] * 2),
+    "four-channels": ({"in_chans": 4}, ["expected a model of images with 1 (grey) or 3 (RGB) channels"] * 2),
+    "every-position": ({"global_pool": ""}, ["expected logits (B,classes), got (1, 1, 1, 3)"] * 2),
     "no-classes": ({"num_classes": 0}, ["num_classes is 0, the model has no classifier", "has 0 classes, the data 3"]),
 }
 
@@ -143,7 +143,7 @@ def test_bfloat16(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
 MISUSES = {
     "no-root": ([], "root: give the folder of the data, --root FOLDER"),
     "no-split": (["--root", "{root}", "--split", "test"], "has neither a folder 'test' nor test.tar"),
-    "crop": (["--root", "{root}", "--crop-pct", "0"], "--crop-pct: got 0.0"),
+    "crop": (["--root", "{root}", "--crop-pct", "0"], "--crop-pct: expected a number above 0, up to 1, got 0.0"),
     "batch": (["--root", "{root}", "--batch-size", "0"], "--batch-size"),
     "classes": (["--dataset", "digits"], "its classes are not those of the data; missing: 0, 1, 2, 3, 4"),
     "unknown": (["--root", "{root}", "--dataset", "torch/nothing"], "Unknown torchvision dataset nothing"),

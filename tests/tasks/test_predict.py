@@ -265,18 +265,18 @@ def test_arguments_of_a_model(checkpoints: dict[str, str], tmp_path: Path, capsy
         assert main([*arguments, "--model", "dfformer_s18"]) == 2
     with pytest.raises(SystemExit):
         main(["eval", "m.pth", "--model-args", "[1]"])
-    assert "--model-args: got '[1]', accepted is a JSON object" in capsys.readouterr().err
+    assert "--model-args: expected a JSON object of arguments by name, got '[1]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["eval", "m.pth"], ["predict", "--pretrained", "1.png"]], ids=["eval", "predict"])
 @pytest.mark.parametrize(
     ("model", "args", "message"),
     [
-        ("dfformer_s18", '{"pretrained": true}', "pretrained: is not accepted here, weights are --checkpoint's or"),
-        ("dfformer_s18", '{"depths": "abc"}', "depths: got 'abc', accepted are lists of 1 to 8 values"),
-        ("dfformer_s18", '{"dimms": [8]}', "dimms: is not accepted here, .*; did you mean dims"),
-        ("resnet18", '{"in_chans": 2.5}', "in_chans: got 2.5, accepted are whole numbers"),
-        ("resnet18", '{"checkpoint_path": "m.pth"}', "checkpoint_path: is not accepted here"),
+        ("dfformer_s18", '{"pretrained": true}', "pretrained: use --pretrained or --checkpoint"),
+        ("dfformer_s18", '{"depths": "abc"}', "depths: expected a list of 1 to 8 values, .*, got 'abc'"),
+        ("dfformer_s18", '{"dimms": [8]}', "dimms: unknown name, .*; did you mean dims"),
+        ("resnet18", '{"in_chans": 2.5}', "in_chans: expected a whole number .*, got 2.5"),
+        ("resnet18", '{"checkpoint_path": "m.pth"}', "checkpoint_path: unknown name"),
     ],
 )
 def test_wrong_arguments_of_a_model(
@@ -294,7 +294,7 @@ MISUSES = {
     ),
     "model-args": ("detect", ["--model-args", '{"depths": [1]}'], "--model-args: not for the task detect"),
     "classes": ("detect", ["--classes", "names.txt"], "--classes: not for the task detect"),
-    "score": ("detect", ["--min-score", "nan"], "--min-score: got nan, accepted are numbers from 0 to 1"),
+    "score": ("detect", ["--min-score", "nan"], "--min-score: expected a number from 0 to 1, got nan"),
     "score-of-masks": ("segment", ["--min-score", "0"], "--min-score: not for the task segment"),
     "pretrained": ("segment", ["--pretrained"], "--pretrained: is for --model by itself, a checkpoint brings its"),
     "self-ensemble": ("detect", ["--self-ensemble"], "--self-ensemble: not for the task detect"),

@@ -219,14 +219,17 @@ def test_resuming_amid_an_epoch_is_exact(command: list[str], tmp_path: Path) -> 
 
 
 MISUSES = {
-    "dataset": (["--data.dataset", "torch/voc"], "dataset: got 'torch/voc', accepted to restore are ''"),
-    "nothing": (["--restore.noise", "0"], "so inputs are made: give restore.scale"),
-    "scale": (["--restore.scale", "3"], "data.img_size: got 32, accepted are multiples of restore.scale=3"),
-    "scale-range": (["--restore.scale", "9"], "restore.scale: got 9, accepted are whole numbers from 1 to 4"),
-    "small": (["--data.img_size", "48"], "55x40, accepted are images from 48x48 up"),
-    "encoder": (["--model.name", "convnext_atto", "--model.args", "{}"], "accepted to restore are this package's"),
-    "blocks": (["--restore.blocks", "-1"], "restore.blocks: got -1, accepted are whole numbers from 0 to 128"),
-    "pretrained": (["--model.args.pretrained", "true"], "model.args.pretrained: got True"),
+    "dataset": (["--data.dataset", "torch/voc"], "dataset: for restoration, expected ''"),
+    "nothing": (["--restore.noise", "0"], "to generate inputs, set restore.scale"),
+    "scale": (["--restore.scale", "3"], "data.img_size: expected multiples of restore.scale=3, got 32"),
+    "scale-range": (["--restore.scale", "9"], "restore.scale: expected a whole number from 1 to 4, got 9"),
+    "small": (["--data.img_size", "48"], "expected 48x48 or larger, got 55x40"),
+    "encoder": (
+        ["--model.name", "convnext_atto", "--model.args", "{}"],
+        "for restoration, expected a model of this",
+    ),
+    "blocks": (["--restore.blocks", "-1"], "restore.blocks: expected a whole number from 0 to 128, got -1"),
+    "pretrained": (["--model.args.pretrained", "true"], "model.args.pretrained: restoration cannot start from"),
 }
 
 
@@ -240,7 +243,7 @@ def test_misuses(
 def test_colours_of_files_are_kept(command: list[str], root: Path, refusal: Callable[[Sequence[str]], str]) -> None:
     shutil.copytree(root / "targets", root / "inputs")
     settings = ["--restore.noise", "0", "--restore.photometric", "true"]
-    assert "restore.photometric: got True, accepted is false where inputs" in refusal([*command, *settings])
+    assert "restore.photometric: expected false, because inputs are files" in refusal([*command, *settings])
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

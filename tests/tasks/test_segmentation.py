@@ -212,7 +212,7 @@ def test_faults_of_the_data_are_found_before_training_starts(
 ) -> None:
     path = root / "annotations" / "training" / "1" / "3.png"
     Image.fromarray(np.full((40, 50), 4, dtype=np.uint8)).save(path)
-    assert f"1 of 13 images cannot be used: {path}: has label 4, accepted are 0 to 3 and 255" in refusal(command)
+    assert f"1 of 13 images cannot be used: {path}: expected labels from 0 to 3 and 255, got 4" in refusal(command)
 
 
 def test_masks_without_a_class_are_found_when_measured(
@@ -226,11 +226,14 @@ def test_masks_without_a_class_are_found_when_measured(
 
 
 MISUSES = {
-    "dataset": (["--data.dataset", "torch/voc"], "dataset: got 'torch/voc', accepted to segment are ''"),
+    "dataset": (["--data.dataset", "torch/voc"], "dataset: for segmentation, expected ''"),
     "no-root": (["--data.root", "nowhere"], "nowhere/images/training: is not a folder"),
-    "channels": (["--model.args.in_chans", "1"], "model.args.in_chans: got 1"),
-    "task": (["--task", "guess"], "task: got 'guess', accepted are classify, segment"),
-    "scale": (["--segment.scale", "[2.0, 0.5]"], "segment.scale: got (2.0, 0.5)"),
+    "channels": (["--model.args.in_chans", "1"], "model.args.in_chans: images are RGB, so it must be 3, got 1"),
+    "task": (["--task", "guess"], "task: expected one of classify, segment"),
+    "scale": (
+        ["--segment.scale", "[2.0, 0.5]"],
+        "segment.scale: expected two numbers above 0",
+    ),
 }
 
 

@@ -99,7 +99,7 @@ def test_a_symbolic_link_is_replaced_and_its_target_left_alone(kind: str, tmp_pa
 
 
 def test_a_folder_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError, match="is a folder, accepted is the name of a file"):
+    with pytest.raises(IsADirectoryError, match="expected the name of a file, got the folder "):
         write_atomically(tmp_path, put(b"new"))
 
 

@@ -180,7 +180,7 @@ def _stored_filters(graph: fx.Graph, chain: Chain, step: Step, expected: Expecte
             return node, arguments
         made = f"what it makes of its filters ({name_of(chain.filters)}) {reason}"
         reasons.append(_other_resizing(graph, expected) or made)
-    raise DifferentCopyError(reasons[0] if reasons else "its spectrum meets no filters of its own")
+    raise DifferentCopyError(reasons[0] if reasons else "its spectrum is multiplied by no parameter of the layer")
 
 
 def _check_path(graph: fx.Graph, stored: fx.Node, filters: fx.Node) -> None:
@@ -192,7 +192,7 @@ def _check_path(graph: fx.Graph, stored: fx.Node, filters: fx.Node) -> None:
     for node in reversed([n for n in graph.nodes if n in path - {stored}]):
         is_moving = node.target in _RESIZING or name_of(node) in _MOVING
         if not (is_moving and node.op in ("call_function", "call_method")):
-            raise DifferentCopyError(f"between its stored filters and their product stands {name_of(node)}")
+            raise DifferentCopyError(f"{name_of(node)} lies between its stored filters and their product")
     for node in filter(is_mutating, graph.nodes):
         written = node.kwargs.get("out", first_input(node))
         while isinstance(written, fx.Node) and written not in path and name_of(written) in _MOVING:

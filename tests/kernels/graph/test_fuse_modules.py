@@ -388,7 +388,7 @@ def test_other_threads_may_run_modules_and_wait_to_fuse() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(TypeError, match="program must be a module or an ExportedProgram, got function"):
+    with pytest.raises(TypeError, match="program: expected a module or an ExportedProgram, got function"):
         fuse(lambda x: x)  # type: ignore[arg-type]
     layer = copies.Authors(6)
     layer.forward = layer.forward  # type: ignore[method-assign]

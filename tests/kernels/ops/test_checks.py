@@ -1,4 +1,4 @@
-"""Bad input of every operator raises at once; the message names the argument, what was given and what is accepted."""
+"""Bad input of every operator raises at once; the message names the argument, what was expected and what was given."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class Bad(NamedTuple):
     argument: str
     change: Change
     exception: type[Exception]
-    accepted: str
+    expected: str
     given: str
 
 
@@ -65,7 +65,7 @@ BAD_INPUTS = {
     "logits-float64": Bad("dynamic_filter", "logits", Tensor.double, TypeError, COMPANION, "float64"),
     "logits-integer": Bad("dynamic_filter", "logits", Tensor.long, TypeError, COMPANION, "int64"),
     "logits-sparse": Bad("dynamic_filter", "logits", Tensor.to_sparse, TypeError, STRIDED, "a torch.sparse_coo one"),
-    "logits-device": Bad("dynamic_filter", "logits", to_meta, ValueError, "on cpu, where x is", "it on meta"),
+    "logits-device": Bad("dynamic_filter", "logits", to_meta, ValueError, "a tensor on cpu, where x is", "one on meta"),
     "basis-rank": Bad("dynamic_filter", "basis", lambda t: t[0], ValueError, BASIS, "(4, 4, 2)"),
     "basis-rows": Bad("dynamic_filter", "basis", lambda t: t[:3], ValueError, BASIS, "(3, 4, 4, 2)"),
     "basis-columns": Bad("dynamic_filter", "basis", lambda t: t[:, :3], ValueError, BASIS, "(4, 3, 4, 2)"),
@@ -73,12 +73,12 @@ BAD_INPUTS = {
     "basis-real": Bad("dynamic_filter", "basis", lambda t: t[..., :1], ValueError, BASIS, "(4, 4, 4, 1)"),
     "basis-16-bit": Bad("dynamic_filter", "basis", Tensor.bfloat16, TypeError, SPECTRAL, "bfloat16"),
     "basis-float64": Bad("dynamic_filter", "basis", Tensor.double, TypeError, SPECTRAL, "float64"),
-    "basis-device": Bad("dynamic_filter", "basis", to_meta, ValueError, "on cpu, where x is", "it on meta"),
+    "basis-device": Bad("dynamic_filter", "basis", to_meta, ValueError, "a tensor on cpu, where x is", "one on meta"),
     "weight-columns": Bad("global_filter", "weight", lambda t: t[:, :3], ValueError, WEIGHT, "(4, 3, 3, 2)"),
     "weight-channels": Bad("global_filter", "weight", lambda t: t[:, :, :1], ValueError, WEIGHT, "(4, 4, 1, 2)"),
     "weight-16-bit": Bad("global_filter", "weight", Tensor.half, TypeError, SPECTRAL, "float16"),
     "weight-sparse": Bad("global_filter", "weight", Tensor.to_sparse, TypeError, STRIDED, "a torch.sparse_coo one"),
-    "weight-device": Bad("global_filter", "weight", to_meta, ValueError, "on cpu, where x is", "it on meta"),
+    "weight-device": Bad("global_filter", "weight", to_meta, ValueError, "a tensor on cpu, where x is", "one on meta"),
     "scale-two": Bad("star_relu", "scale", lambda t: t.expand(2), ValueError, "one element", "shape (2,)"),
     # a leaf, whose gradient a backend that reads one element would get wrong
     "scale-per-channel": Bad(
@@ -94,7 +94,7 @@ BAD_INPUTS = {
     ),
     "bias-integer": Bad("global_filter+star_relu", "bias", Tensor.int, TypeError, COMPANION, "int32"),
     "bias-float64": Bad("star_relu", "bias", Tensor.double, TypeError, COMPANION, "float64"),
-    "scale-device": Bad("star_relu", "scale", to_meta, ValueError, "on cpu, where x is", "it on meta"),
+    "scale-device": Bad("star_relu", "scale", to_meta, ValueError, "a tensor on cpu, where x is", "one on meta"),
 }
 ALL_BAD_INPUTS = pytest.mark.parametrize("bad", BAD_INPUTS.values(), ids=BAD_INPUTS)
 
@@ -109,12 +109,12 @@ def assert_message(info: pytest.ExceptionInfo[Exception], *fragments: str) -> No
 
 @ALL_ENTRIES
 @ALL_BAD_INPUTS
-def test_bad_input_raises_naming_argument_given_and_accepted(bad: Bad, entry: Callable[..., Tensor]) -> None:
+def test_bad_input_raises_naming_argument_expected_and_given(bad: Bad, entry: Callable[..., Tensor]) -> None:
     op = OPS[bad.op_name]
     inputs = make_inputs(op, SMALL, torch.float32)
     with pytest.raises(bad.exception) as info:
         entry(op, inputs | {bad.argument: bad.change(inputs[bad.argument].detach())})
-    assert_message(info, f"{op.name}: {bad.argument} must be {bad.accepted}", f"got {bad.given}")
+    assert_message(info, f"{op.name}: {bad.argument}: expected {bad.expected}, got {bad.given}")
 
 
 @ALL_BAD_INPUTS
@@ -123,7 +123,7 @@ def test_bad_input_of_the_backward_operator_raises_alike(bad: Bad) -> None:
     inputs = make_inputs(op, SMALL, torch.float32, requires_grad=False)
     with pytest.raises(bad.exception) as info:
         op.backward(make_grad(op, inputs), inputs | {bad.argument: bad.change(inputs[bad.argument])})
-    assert_message(info, f"{bad.argument} must be {bad.accepted}", f"got {bad.given}")
+    assert_message(info, f"{bad.argument}: expected {bad.expected}, got {bad.given}")
 
 
 BAD_GRADIENTS: dict[str, tuple[Change, type[Exception], str, str]] = {
@@ -132,18 +132,18 @@ BAD_GRADIENTS: dict[str, tuple[Change, type[Exception], str, str]] = {
     "integer": (Tensor.long, TypeError, COMPANION, "int64"),
     "sparse": (Tensor.to_sparse, TypeError, STRIDED, "a torch.sparse_coo one"),
     "float64": (Tensor.double, TypeError, COMPANION, "float64"),
-    "device": (to_meta, ValueError, "on cpu, where x is", "it on meta"),
+    "device": (to_meta, ValueError, "a tensor on cpu, where x is", "one on meta"),
 }
 
 
 @pytest.mark.parametrize("bad", BAD_GRADIENTS.values(), ids=BAD_GRADIENTS)
 @ALL_OPS
 def test_bad_grad_y_raises_naming_it(op: Op, bad: tuple[Change, type[Exception], str, str]) -> None:
-    change, exception, accepted, given_ = bad
+    change, exception, expected, given_ = bad
     inputs = make_inputs(op, SMALL, torch.float32, requires_grad=False)
     with pytest.raises(exception) as info:
         op.backward(change(make_grad(op, inputs)), inputs)
-    assert_message(info, f"{op.name}_backward: grad_y must be {accepted}", f"got {given_}")
+    assert_message(info, f"{op.name}_backward: grad_y: expected {expected}, got {given_}")
 
 
 @ALL_ENTRIES
@@ -152,20 +152,20 @@ def test_bad_grad_y_raises_naming_it(op: Op, bad: tuple[Change, type[Exception],
 def test_scale_without_bias_raises(name: str, missing: str, entry: Callable[..., Any]) -> None:
     inputs = make_inputs(OPS[name], SMALL, torch.float32)
     del inputs[missing]
-    with pytest.raises(ValueError, match="star_relu must be both scale and bias, or neither, got one of them"):
+    with pytest.raises(ValueError, match="star_relu: expected both scale and bias, or neither, got one of them"):
         entry(OPS[name], inputs)
 
 
 def test_a_backend_that_is_no_name_raises_naming_the_known_ones() -> None:
     number: Any = 3
-    with pytest.raises(ValueError, match="backend: got 3, accepted are 'cpu'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of 'cpu', .*, got 3"):
         global_filter(torch.randn(1, 4, 4, 2), torch.randn(4, 3, 2, 2), backend=number)
 
 
 @ALL_ENTRIES
 @ALL_OPS
 def test_unknown_backend_raises_naming_the_known_ones(op: Op, entry: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"backend: got 'nonesuch', accepted are 'cpu', .*'torch'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of 'cpu', .*'torch', got 'nonesuch'"):
         entry(op, make_inputs(op, SMALL, torch.float32), "nonesuch")
 
 
@@ -173,13 +173,13 @@ def test_unknown_backend_raises_naming_the_known_ones(op: Op, entry: Callable[..
 @pytest.mark.parametrize("name", FILTERS)
 def test_star_relu_that_is_no_pair_raises(name: str, pair: Any) -> None:
     inputs = make_inputs(OPS[name], SMALL, torch.float32)
-    with pytest.raises(TypeError, match=rf"{name}: star_relu must be None or a pair \(scale, bias\) of tensors, got "):
+    with pytest.raises(TypeError, match=rf"{name}: star_relu: expected None or a pair \(scale, bias\) of tensors"):
         FILTERS[name](*inputs.values(), star_relu=pair)
 
 
 @pytest.mark.parametrize("pair", [None, torch.ones(2)], ids=repr)
 def test_an_mlps_star_relu_that_is_no_pair_raises(pair: Any) -> None:
-    with pytest.raises(TypeError, match=r"mlp: star_relu must be a pair \(scale, bias\) of tensors, got "):
+    with pytest.raises(TypeError, match=r"mlp: star_relu: expected a pair \(scale, bias\) of tensors, got "):
         mlp(torch.ones(6, 4), torch.ones(8, 4), pair, torch.ones(3, 8))
 
 
@@ -196,4 +196,4 @@ NOT_A_TENSOR = [
 def test_an_argument_that_is_no_tensor_raises_naming_it(name: str, argument: str, value: Any) -> None:
     with pytest.raises(TypeError) as info:
         OPS[name].public(make_inputs(OPS[name], SMALL, torch.float32) | {argument: value})
-    assert_message(info, f"{OPS[name].name}: {argument} must be a tensor", f"got {type(value).__name__}")
+    assert_message(info, f"{OPS[name].name}: {argument}: expected a tensor, got {type(value).__name__}")

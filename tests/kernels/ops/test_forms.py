@@ -211,14 +211,17 @@ def test_which_backend_takes_which_form() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"normalization": "tanh"}, "normalization must be 'softmax' or None, got 'tanh'"),
+        ({"normalization": "tanh"}, "normalization: expected 'softmax' or None, got 'tanh'"),
         (
             {"data_format": "NCHW"},
-            "data_format must be 'channels_last' or 'channels_first', got 'NCHW'",
+            "data_format: expected 'channels_last' or 'channels_first', got 'NCHW'",
         ),
-        ({"data_format": "channels_first", "x": torch.ones(3, 4)}, r"x must be shape \(B,C,H,W\) .*, got \(3, 4\)"),
-        ({"basis": torch.ones(5, 6, 4, 5, 2)}, r"logits must be shape \(B,F,C\), F = 5, C a multiple of G = 5 groups"),
-        ({"basis": torch.ones(0, 6, 4, 4, 2)}, r"basis must be of G >= 1 groups of channels, got shape \(0, 6"),
+        ({"data_format": "channels_first", "x": torch.ones(3, 4)}, r"x: expected shape \(B,C,H,W\) .*, got \(3, 4\)"),
+        (
+            {"basis": torch.ones(5, 6, 4, 5, 2)},
+            r"logits: expected shape \(B,F,C\), F = 5, C a multiple of G = 5",
+        ),
+        ({"basis": torch.ones(0, 6, 4, 4, 2)}, r"basis: expected G >= 1 groups of channels, got shape \(0, 6"),
     ],
 )
 def test_bad_forms_raise(changed: dict[str, Any], message: str) -> None:

@@ -327,15 +327,15 @@ X, W1, SCALAR, W2 = torch.zeros(6, 4), torch.zeros(8, 4), torch.zeros(1), torch.
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: mlp(X, W1, (SCALAR, None), W2), TypeError, "mlp: bias must be a tensor, got NoneType"),  # type: ignore
-        (lambda: mlp(X, W2, (SCALAR, SCALAR), W2), ValueError, r"mlp: weight1 must be shape \(N, 4\)"),
-        (lambda: mlp(X, W1, (SCALAR, SCALAR), W1), ValueError, r"mlp: weight2 must be shape \(N, 8\)"),
-        (lambda: mlp(X, W1.double(), (SCALAR, SCALAR), W2), TypeError, "mlp: weight1 must be dtype float32"),
-        (lambda: mlp(X, W1, (W2, SCALAR), W2), ValueError, "mlp: scale must be one element"),
-        (lambda: mlp(SCALAR[0], W1, (SCALAR, SCALAR), W2), ValueError, r"mlp: x must be shape \(\.\.\.,K\)"),
-        (lambda: mlp(X.long(), W1, (SCALAR, SCALAR), W2), TypeError, "mlp: x must be dtype float32, float64"),
-        (lambda: mlp(X, W1.to("meta"), (SCALAR, SCALAR), W2), ValueError, "mlp: weight1 must be on cpu"),
-        (lambda: linear(X, W2), (ValueError, RuntimeError), "weight must be shape|mat1 and mat2"),
+        (lambda: mlp(X, W1, (SCALAR, None), W2), TypeError, "mlp: bias: expected a tensor, got NoneType"),  # type: ignore
+        (lambda: mlp(X, W2, (SCALAR, SCALAR), W2), ValueError, r"mlp: weight1: expected shape \(N, 4\)"),
+        (lambda: mlp(X, W1, (SCALAR, SCALAR), W1), ValueError, r"mlp: weight2: expected shape \(N, 8\)"),
+        (lambda: mlp(X, W1.double(), (SCALAR, SCALAR), W2), TypeError, "mlp: weight1: expected dtype float32"),
+        (lambda: mlp(X, W1, (W2, SCALAR), W2), ValueError, "mlp: scale: expected one element"),
+        (lambda: mlp(SCALAR[0], W1, (SCALAR, SCALAR), W2), ValueError, r"mlp: x: expected shape \(\.\.\.,K\)"),
+        (lambda: mlp(X.long(), W1, (SCALAR, SCALAR), W2), TypeError, "mlp: x: expected dtype float32, float64"),
+        (lambda: mlp(X, W1.to("meta"), (SCALAR, SCALAR), W2), ValueError, "mlp: weight1: expected a tensor on cpu"),
+        (lambda: linear(X, W2), (ValueError, RuntimeError), "weight: expected shape|mat1 and mat2"),
     ],
 )
 def test_bad_arguments(call: Callable[[], Any], error: type[Exception], message: str) -> None:

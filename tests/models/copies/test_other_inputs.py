@@ -240,5 +240,5 @@ def test_names_of_fused_layers_are_not_hidden() -> None:
 
 @pytest.mark.parametrize("model", [None, {}])
 def test_what_is_no_module_is_named(model: Any) -> None:
-    with pytest.raises(TypeError, match=f"model: got {type(model).__name__}, accepted is"):
+    with pytest.raises(TypeError, match=f"model: expected a torch.nn.Module, got {type(model).__name__}"):
         replace_dynamic_filters(model)

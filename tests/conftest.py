@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import TARGETS, Target
+from extent import FULL
 from native_core import ISAS
 from torch import Tensor
 
@@ -100,7 +101,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of ``DFFORMER_TEST_SHARD=i/n`` every n-th test, from the i-th on (tests/gpu.sh)."""
+    """Of ``DFFORMER_TEST_SHARD=i/n`` every n-th test, from the i-th on (tests/gpu.sh). The slow ones are skipped."""
+    for item in items:
+        if not FULL and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: DFFORMER_TEST_FULL=1 runs it"))
     if shard := os.environ.get("DFFORMER_TEST_SHARD"):
         index, count = map(int, shard.split("/"))
         items[:] = items[index::count]

@@ -11,6 +11,11 @@ import pytest
 FULL = bool(os.environ.get("DFFORMER_TEST_FULL"))
 
 
+def slow(*parameters: Any) -> list[Any]:
+    """Parameters, of several arguments each or of one, that only `make test-full` runs."""
+    return [pytest.param(*(p if isinstance(p, tuple) else (p,)), marks=pytest.mark.slow) for p in parameters]
+
+
 def pairwise(**axes: Sequence[Any]) -> Mapping[str, Any]:
     """Arguments of ``pytest.mark.parametrize``: combinations of one value per axis, so few that every two values of
     different axes meet in one of them. All combinations with DFFORMER_TEST_FULL=1. The axes ``isa`` and ``target`` are

@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from export_models import ERROR, detector, images, spread, tiny
-from extent import FULL
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -132,7 +131,7 @@ def test_foreign_model(tmp_path: Path) -> None:
     assert torch.export.load(path).module()(images(3, 3, 32, 32)).keys() == {"boxes", "scores"}
 
 
-@pytest.mark.skipif(not FULL, reason="whole models; DFFORMER_TEST_FULL=1")
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", VARIANTS)
 def test_variant_in_onnx(architecture: str, tmp_path: Path) -> None:
     model = timm.create_model(architecture, img_size=64)

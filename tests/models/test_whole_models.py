@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import Operators
 from conftest import require_compiler
-from extent import FULL
+from extent import FULL, slow
 from small_models import CLASSES, ERROR, EVERY_KIND, KINDS, gradients, images, small, step
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -301,7 +301,7 @@ def test_no_graph_break(mixer: Any) -> None:
     assert explanation.graph_count == 1
 
 
-@pytest.mark.parametrize("rule", ["bicubic", "fourier"] if FULL else ["fourier"])
+@pytest.mark.parametrize("rule", [*slow("bicubic"), "fourier"])
 @pytest.mark.usefixtures("fresh_dynamo")
 @torch.no_grad()
 def test_compiled_at_other_image_sizes(rule: str) -> None:
@@ -323,7 +323,8 @@ def test_eager_calls_do_not_make_it_compile_again() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", KINDS if FULL else ["cdfformer_s18"])  # tests/export has a model of every mixer
+# tests/export has a model of every mixer
+@pytest.mark.parametrize("name", ["cdfformer_s18", *slow(*(name for name in KINDS if name != "cdfformer_s18"))])
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_export_with_any_batch(name: str) -> None:
     model = small(name)

@@ -12,7 +12,6 @@ import pytest
 import timm
 import torch
 from conftest import require
-from extent import FULL
 from paths import ROOT
 
 from dfformer.analysis.figures import full_spectrum
@@ -37,8 +36,6 @@ return { ...read, rows: rows.length, bold, captions, left: document.querySelecto
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not FULL:
-        pytest.skip("fetches a runtime of 33 MB: DFFORMER_TEST_FULL=1")
     require("npm", shutil.which("npm") is not None, "no npm")
     browser.chromium()
     folder = tmp_path_factory.mktemp("page")
@@ -57,6 +54,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "index.html"
 
 
+@pytest.mark.slow  # fetches a runtime of 33 MB
 @pytest.mark.parametrize("width", [390, 1400])
 def test_a_drawn_digit(page: Path, width: int) -> None:
     found = browser.inspect(page, width, READ, wait_ms=30000)

@@ -227,7 +227,7 @@ def test_train_evaluate_and_predict(
     assert all(len(p["top"]) <= 1 for p in said["predictions"])
 
 
-@pytest.mark.skipif(not FULL, reason="segmentation resumes the same way: DFFORMER_TEST_FULL=1")
+@pytest.mark.slow  # segmentation resumes the same way
 def test_resuming_amid_an_epoch_is_exact(command: list[str], tmp_path: Path) -> None:
     expected, run = tmp_path / "expected", tmp_path / "run"
     command = [*command, "--optim.ema_decay", "0.9", "--keep", "9"]

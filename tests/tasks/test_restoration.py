@@ -15,7 +15,6 @@ import pytest
 import torch
 from conftest import require
 from dense_models import dense_checkpoint
-from extent import FULL
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
@@ -206,7 +205,7 @@ def test_train_evaluate_and_predict(
     assert [Path(e["path"]).name for e in said["errors"]] == ["broken.png"]
 
 
-@pytest.mark.skipif(not FULL, reason="segmentation resumes the same way: DFFORMER_TEST_FULL=1")
+@pytest.mark.slow  # segmentation resumes the same way
 def test_resuming_amid_an_epoch_is_exact(command: list[str], tmp_path: Path) -> None:
     expected, run = tmp_path / "expected", tmp_path / "run"
     command = [*command, "--save_steps", "5", "--keep", "9"]
@@ -253,7 +252,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         task_part("restore", "training")
 
 
-@pytest.mark.skipif(not FULL, reason="minutes: DFFORMER_TEST_FULL=1")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "steps", "gain"), [("restore_photographs", 360, 0.8), ("denoise_photographs", 90, 7.5)]
 )

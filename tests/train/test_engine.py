@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import require, require_compiler
-from extent import FULL
+from extent import slow
 from paths import ROOT
 from PIL import Image
 from torch import nn
@@ -344,7 +344,7 @@ def test_settings_of_the_model(command: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", *(["inductor"] if FULL else [])])
+@pytest.mark.parametrize("backend", ["aot_eager", *slow("inductor")])
 def test_compiled(backend: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under torch.compile a run has the losses of an eager one, and is resumed exactly."""
     if backend == "inductor":
@@ -365,7 +365,7 @@ def test_compiled(backend: str, command: list[str], tmp_path: Path, monkeypatch:
     assert_same_result(again, compiled)
 
 
-@pytest.mark.skipif(not FULL, reason="trains for two minutes: DFFORMER_TEST_FULL=1")
+@pytest.mark.slow
 def test_the_recipe_of_the_digits(tmp_path: Path) -> None:
     """99.2 % as the documentation says, less two images of 360 that rounding may decide."""
     run = tmp_path / "run"

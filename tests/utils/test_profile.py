@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from extent import FULL
+from extent import slow
 
 import dfformer  # noqa: F401 (registers the models)
 from dfformer.utils.profile import profile, saved_for_backward
@@ -15,9 +15,10 @@ SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "img_si
 GMACS = {"dfformer_s18": 3.79, "dfformer_s36": 7.35, "dfformer_m36": 12.45, "dfformer_b36": 22.10}
 GMACS |= {"cdfformer_s18": 3.88, "cdfformer_s36": 7.53, "cdfformer_m36": 12.71, "cdfformer_b36": 22.46}
 GMACS |= {"gfformer_s18": 3.79}
+USUAL = ("dfformer_s18", "cdfformer_b36", "gfformer_s18")
 
 
-@pytest.mark.parametrize("name", GMACS if FULL else ["dfformer_s18", "cdfformer_b36", "gfformer_s18"])
+@pytest.mark.parametrize("name", [*USUAL, *slow(*(name for name in GMACS if name not in USUAL))])
 def test_macs_without_the_spectral_part_are_the_papers(name: str) -> None:
     counted = profile(lambda: timm.create_model(name), (224, 224))
     assert round((counted.macs - counted.spectral_macs) / 1e9, 2) == GMACS[name]

@@ -234,7 +234,7 @@ def test_compiled_graphs_of_any_plane() -> None:
     assert not fuse_pass.report.left_alone
 
 
-@pytest.mark.skipif(not FULL, reason="compiles C++; DFFORMER_TEST_FULL=1 runs it")
+@pytest.mark.slow
 def test_inductor() -> None:
     require_compiler()
     model, fuse_pass = network(SAME["einsum"][0]).eval(), FusePass()

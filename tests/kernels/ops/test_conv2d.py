@@ -10,7 +10,7 @@ import timm
 import torch
 from cases import DTYPES
 from conftest import require_compiled_graphs, require_compiler
-from extent import FULL
+from extent import slow
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -80,7 +80,10 @@ def test_result_and_gradients_are_torchs(case: Case, dtype: torch.dtype) -> None
     assert all(error <= BOUND[dtype] for error in gradient_errors(gradients, [g.double() for g in expected]))
 
 
-@pytest.mark.parametrize("name", CASES if FULL else ["stem", "grouped", "empty"])
+OPCHECKED = ("stem", "grouped", "empty")
+
+
+@pytest.mark.parametrize("name", [*OPCHECKED, *slow(*(name for name in CASES if name not in OPCHECKED))])
 def test_opcheck(name: str) -> None:
     case = CASES[name]
     torch.library.opcheck(torch.ops.dfformer.convolution, (*case.tensors(torch.float32), *case[3:]))

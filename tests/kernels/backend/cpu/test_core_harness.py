@@ -6,13 +6,12 @@ import sys
 
 import pytest
 from conftest import require, require_compiler
-from extent import FULL
 from paths import NATIVE
 
 RUN = NATIVE / "run.sh"
 
 
-@pytest.mark.skipif(not FULL, reason="compiles for minutes; DFFORMER_TEST_FULL=1 runs it")
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the harness is written for Linux")
 def test_the_core_agrees_with_its_definition_and_stays_within_its_tensors() -> None:
     require_compiler()

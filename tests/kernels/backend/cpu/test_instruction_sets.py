@@ -8,7 +8,6 @@ from types import ModuleType
 
 import pytest
 from conftest import require
-from extent import FULL
 from native_core import ISAS, X86, run_script
 from paths import ROOT
 
@@ -53,14 +52,12 @@ UNITS = {"isa_baseline": "xmm", "isa_avx2": "ymm", "isa_avx512": "zmm"} if X86 e
 @pytest.fixture(scope="session")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each instruction set's translation unit, compiled alone."""
-    if not FULL:
-        pytest.skip("compiles for minutes; DFFORMER_TEST_FULL=1 runs it")
     tools = [tool for tool in ("g++", "nm", "objdump") if not shutil.which(tool)]
     require("cpu", not tools, f"{', '.join(tools)} not installed")
     folder = tmp_path_factory.mktemp("objects")
     flags = [
         "-std=c++20",
-        "-O3" if FULL else "-O0",
+        "-O3",
         "-w",
         "-fPIC",
         "-fno-math-errno",
@@ -76,6 +73,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return outputs
 
 
+@pytest.mark.slow  # compiles for minutes
 @pytest.mark.parametrize("unit", UNITS)
 def test_no_instruction_set_leaks_into_another_by_a_shared_symbol(objects: dict[str, Path], unit: str) -> None:
     """The linker keeps one copy of a weak or unique symbol, perhaps that of a wider instruction set."""
@@ -85,6 +83,7 @@ def test_no_instruction_set_leaks_into_another_by_a_shared_symbol(objects: dict[
     assert [name for kind, name in defined if kind in "WVu"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not X86, reason="NEON has registers of one width")
 @pytest.mark.parametrize(("unit", "register"), UNITS.items())
 def test_a_unit_uses_its_registers_and_no_wider_ones(objects: dict[str, Path], unit: str, register: str) -> None:

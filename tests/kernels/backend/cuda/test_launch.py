@@ -19,7 +19,7 @@ import torch
 from cases import CASES, Case, Op, make_grad, make_inputs
 from cases import OPS as ALL_OPS
 from conftest import require_compiler
-from extent import FULL, pairwise
+from extent import pairwise, slow
 from fake_cuda import FakeKernel, HostDriver
 from paths import ROOT
 from torch import Tensor
@@ -186,13 +186,12 @@ def on_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     cuda.prepare.cache_clear()
 
 
-ON_THE_HOST = [
+ON_THE_HOST: list[Any] = [
     ("dynamic_filter+star_relu", Case(3, 7, 7, 40), torch.float32),
     ("dynamic_filter", Case(3, 5, 9, 40, F=3), torch.float16),
     ("global_filter+star_relu", Case(3, 10, 6, 40), torch.bfloat16),
 ]
-if FULL:
-    ON_THE_HOST += product(OPS, CASES, [torch.float32])
+ON_THE_HOST += slow(*product(OPS, CASES, [torch.float32]))
 
 
 @pytest.mark.usefixtures("on_the_host")

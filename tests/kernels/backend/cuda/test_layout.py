@@ -13,7 +13,7 @@ import gpu_resources
 import pytest
 import torch
 from cases import CASES
-from extent import FULL, pairwise
+from extent import pairwise
 
 from dfformer_kernels.backend.cuda import launch as cuda
 from dfformer_kernels.backend.cuda import layout, nvrtc
@@ -207,7 +207,7 @@ def test_the_committed_table_is_complete_and_clean() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.skipif(not FULL, reason="minutes; DFFORMER_TEST_FULL=1 runs it")
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", CHIPS)
 def test_the_committed_table_is_what_the_compiler_says(arch: str, tmp_path: Path) -> None:
     gpu_resources.write([gpu_resources.cuda_row(spec, CHIPS[arch]) for spec in gpu_resources.specs()], tmp_path / "csv")
@@ -216,7 +216,7 @@ def test_the_committed_table_is_what_the_compiler_says(arch: str, tmp_path: Path
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.skipif(not FULL, reason="minutes; DFFORMER_TEST_FULL=1 runs it")
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.arch)
 def test_the_operator_tests_planes_compile_without_spills(chip: Chip, backward: bool) -> None:

@@ -21,7 +21,7 @@ from cases import (
     make_inputs,
 )
 from cufft_traffic import traffic
-from extent import FULL, pairwise
+from extent import FULL, pairwise, slow
 from torch import Tensor
 
 from dfformer_kernels import reference
@@ -186,7 +186,9 @@ def test_only_the_gradients_asked_for_in_order(op: Op) -> None:
 
 
 @pytest.mark.parametrize("case", [Case(2, 8, 9, 70, F=3), Case(65, 2, 3, 4)], ids=str)
-@pytest.mark.parametrize("name", FILTERS if FULL else ["dynamic_filter+star_relu", "global_filter"])
+@pytest.mark.parametrize(
+    "name", ["dynamic_filter+star_relu", "global_filter", *slow("dynamic_filter", "global_filter+star_relu")]
+)
 def test_several_tiles_and_the_same_bits_again(name: str, case: Case) -> None:
     op = OPS[name]
     inputs = make_inputs(op, case, torch.float32)

@@ -225,7 +225,14 @@ def _define(name: str, inputs: str, options: str = "") -> type[Any]:
     ``inputs`` is the schema of the tensor arguments, ``x`` first. ``options`` is the schema of the flags, which have
     defaults; kernels take them after the tensors.
     """
-    backward_name = f"{name}_backward"
+    _define_forward(name, inputs, options)
+    _define_backward(name, inputs, options)
+    function = _autograd_function(name, inputs.count("Tensor"))
+    differentiate(name, function)
+    return function
+
+
+def _define_forward(name: str, inputs: str, options: str) -> None:
     check, count = getattr(checks, f"check_{name}"), inputs.count("Tensor")
 
     def forward_impl(*args: Any) -> Tensor:
@@ -256,6 +263,17 @@ def _define(name: str, inputs: str, options: str = "") -> type[Any]:
             with without_autocast(x.device):
                 kernel(*tensors, *options)
 
+    register(f"{name}({inputs}, str? backend{options}) -> Tensor", forward_impl, forward_fake)
+    overwritten = inputs.replace("Tensor", "Tensor(a!)", 1)
+    register(
+        f"{name}_({overwritten}, str? backend{options}) -> ()", overwriting_impl, lambda *args: check(*args[:count])
+    )
+
+
+def _define_backward(name: str, inputs: str, options: str) -> None:
+    backward_name = f"{name}_backward"
+    check, count = getattr(checks, f"check_{name}"), inputs.count("Tensor")
+
     def backward_impl(*args: Any) -> list[Tensor]:
         grad_y, tensors, needs, backend, options = split(args)
         check_backward(grad_y, tensors, needs)
@@ -283,16 +301,8 @@ def _define(name: str, inputs: str, options: str = "") -> type[Any]:
         check(*tensors)
         checks.check_backward(backward_name, grad_y, tensors[0], needs, count)
 
-    register(f"{name}({inputs}, str? backend{options}) -> Tensor", forward_impl, forward_fake)
-    overwritten = inputs.replace("Tensor", "Tensor(a!)", 1)
-    register(
-        f"{name}_({overwritten}, str? backend{options}) -> ()", overwriting_impl, lambda *args: check(*args[:count])
-    )
     backward_schema = f"{backward_name}(Tensor grad_y, {inputs}, bool[] needs, str? backend{options}) -> Tensor[]"
     register(backward_schema, backward_impl, backward_fake)
-    function = _autograd_function(name, count)
-    differentiate(name, function)
-    return function
 
 
 def _autograd_function(name: str, count: int) -> type[Any]:

@@ -352,8 +352,7 @@ def test_what_is_made_without_gradients_can_be_changed_in_place_with_them(
     tensors, _ = make(OPS["mlp"], (2, 3, 4))
     with torch.no_grad():
         y = run_mlp(*tensors)
-    factor = torch.ones((), requires_grad=True)
-    expected = y.sum()
+    expected, factor = y.sum(), torch.ones((), requires_grad=True)
     y.mul_(factor).sum().backward()
     assert factor.grad == expected
 

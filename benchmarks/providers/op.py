@@ -17,6 +17,7 @@ from torch import Tensor
 import dfformer_kernels
 from dfformer_kernels import dispatch, reference
 from dfformer_kernels.backend import cpu
+from dfformer_kernels.ops.flops import filter_flops
 
 F = 4
 FORWARD, BOTH = "forward", "forward+backward"
@@ -158,10 +159,8 @@ def is_measured(size: int, shape: tuple[int, int, int, int]) -> bool:
     return (size, shape[0]) != (1024, 8) and math.prod(shape) <= 2**26
 
 
-def flops(op: str, shape: Sequence[int], direction: str) -> float:
-    B, H, W, C = shape
-    transforms, per_frequency = FLOPS[op, direction]
-    return B * C * (transforms * 2.5 * H * W * math.log2(H * W) + H * (W // 2 + 1) * per_frequency)
+def flops(op: str, shape: Sequence[int], direction: str) -> int:
+    return filter_flops(shape, *FLOPS[op, direction])
 
 
 def moved_bytes(shape: Sequence[int], dtype: torch.dtype, direction: str) -> int:

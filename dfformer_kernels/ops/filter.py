@@ -199,7 +199,7 @@ def _run(
 
 
 def _can_overwrite(x: Tensor, others: Sequence[Tensor | None]) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.is_cpu:
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or not x.is_cpu:
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
         return False

@@ -23,7 +23,7 @@ from dfformer.models.layers import SepConv
 from dfformer.tasks.table import task_part
 from dfformer.train.config import parse
 from dfformer.train.engine import Engine
-from dfformer.utils.device import Place
+from dfformer.utils.device import DistContext
 
 SIDE = 64  # of the images, in pixels
 # What differs from the recipes segment_digits and detect_digits of this package: models and images are smaller.
@@ -92,12 +92,12 @@ def train(case: Case, brief: bool) -> Result:
     settings = RECIPES[case.images] | {"model.name": MODELS[case.model], "seed": case.seed} | (_BRIEF if brief else {})
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
-        config, place = parse([*words, f"--output={folder}"]), Place(torch.device("cpu"))
+        config, context = parse([*words, f"--output={folder}"]), DistContext(torch.device("cpu"))
         seed_everything(config.seed)
-        task = task_part(config.task, "training")(config, place)
+        task = task_part(config.task, "training")(config, context)
         task.samples.images, task.whole.images = _images(case.images, brief, task)
         task.val_set = task.whole.images
-        engine = _Timed(config, task, place)
+        engine = _Timed(config, task, context)
         history = engine.run()
     curve = [[row["epoch"], row["seconds"], 100 * row[task.metric]] for row in history]
     return Result(

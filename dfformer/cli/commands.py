@@ -77,25 +77,29 @@ def model_args(text: str) -> dict[str, Any]:
 # The number of processes that read images: more of them than processors would be slower.
 _WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
-_CHECKPOINT = Argument("--checkpoint", type=path, help=".safetensors or .pth")
-_MODEL = Argument("--model", help="e.g. dfformer_s18; checkpoints written by dfformer name it themselves")
+_CHECKPOINT = Argument("--checkpoint", type=path, help="file with the weights, .safetensors or .pth")
+_MODEL = Argument("--model", help="name of the model, e.g. dfformer_s18 (default: the checkpoint's)")
 _MODEL_ARGS = Argument(
-    "--model-args", type=model_args, default={}, metavar="JSON", help="of --model, e.g. '{\"depths\": [2, 2, 6, 2]}'"
+    "--model-args",
+    type=model_args,
+    default={},
+    metavar="JSON",
+    help="arguments of --model, e.g. '{\"depths\": [2, 2, 6, 2]}'",
 )
 _EXIF_ORIENTATION = Argument(
-    "--exif-orientation", action="store_true", help="rotate and mirror images as viewers do; default: as stored"
+    "--exif-orientation", action="store_true", help="rotate and mirror images as viewers do (default: as stored)"
 )
 _PRETRAINED = Argument("--pretrained", action="store_true", help="download the authors' weights of --model")
-_DEVICE = Argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1; default: cpu")
+_DEVICE = Argument("--device", type=device, default="cpu", help="device, e.g. cuda or cuda:1 (default: cpu)")
 _WORKERS_ARGUMENT = Argument(
-    "--workers", type=int, default=_WORKERS, help=f"processes that read images (here: {_WORKERS})"
+    "--workers", type=int, default=_WORKERS, help=f"number of processes that read images (default: {_WORKERS})"
 )
 _SELF_ENSEMBLE = Argument(
     "--self-ensemble", action="store_true", help="restoration: average over the eight rotations and flips"
 )
 
 
-def _img_size(words: str = "default: the model's", **options: Any) -> Argument:
+def _img_size(words: str = "size of the images (default: the model's)", **options: Any) -> Argument:
     return Argument("--img-size", type=plane, metavar="N or HxW", help=words, **options)
 
 
@@ -104,19 +108,25 @@ def _output(folder: str, words: str = "folder to write to") -> Argument:
 
 
 def _batch_size(default: int) -> Argument:
-    return Argument("--batch-size", type=int, default=default, help=f"default: {default}")
+    return Argument("--batch-size", type=int, default=default, help=f"number of images in a batch (default: {default})")
 
 
 _SHOW = (
-    Argument("inputs", nargs="*", type=path, metavar="IMAGE", help="default: scikit-learn's"),
-    Argument("--checkpoint", action="append", type=path, help=".safetensors or .pth"),
-    Argument("--model", action="append", help="e.g. dfformer_s18; with or without a checkpoint"),
+    Argument(
+        "inputs",
+        nargs="*",
+        type=path,
+        metavar="IMAGE",
+        help="image files, or folders of them (default: scikit-learn's)",
+    ),
+    Argument("--checkpoint", action="append", type=path, help="file with the weights, .safetensors or .pth"),
+    Argument("--model", action="append", help="name of the model, e.g. dfformer_s18, with or without a checkpoint"),
     _PRETRAINED,
     _img_size(),
     _output("show"),
     _DEVICE,
 )
-_LAYER = Argument("--layer", metavar="PATTERN", help="only layers with such names, e.g. 'stages.2.*'")
+_LAYER = Argument("--layer", metavar="PATTERN", help="show only layers with such names, e.g. 'stages.2.*'")
 _UNTRAINED = Argument("--untrained", action="store_true", help="also show the same model with fresh weights")
 
 
@@ -127,20 +137,20 @@ def _shows(summary: str, details: str, *own: Argument) -> Command:
 
 SHOW = {
     "filters": _shows(
-        "stored filters, routing, and mixed filters",
-        "Stored filters, the weights that the routing gives them, and the mixed filters of images and classes.",
+        "show stored filters, routing, and mixed filters",
+        "Shows stored filters, the weights that the routing gives them, and the mixed filters of images and classes.",
         _LAYER,
     ),
-    "response": _shows("responses of the filters to an image and their input", "", _LAYER),
-    "spectrum": _shows("relative log amplitude of feature maps by depth", "", _LAYER),
+    "response": _shows("show the filters' responses to an image", "", _LAYER),
+    "spectrum": _shows("show the relative log amplitude of maps by depth", "", _LAYER),
     "receptive-field": _shows(
-        "effective receptive fields of one or several models",
-        "Effective receptive fields, of several models side by side (repeat --checkpoint or --model).",
+        "show the effective receptive fields of models",
+        "Shows effective receptive fields, of several models side by side (repeat --checkpoint or --model).",
         _UNTRAINED,
     ),
     "similarity": _shows(
-        "CKA between the layers of one model or two",
-        "CKA between the layers of a model, or of two (repeat --checkpoint or --model).",
+        "show the CKA between the layers of one model or two",
+        "Shows the CKA between the layers of a model, or of two (repeat --checkpoint or --model).",
         _UNTRAINED,
         _LAYER,
     ),
@@ -150,7 +160,7 @@ COMMANDS = {
     "info": Command(
         "show versions, available backends and the models",
         "dfformer.cli.info:info_command",
-        (_img_size("default: 224", default=(224, 224)),),
+        (_img_size("size of the images (default: 224)", default=(224, 224)),),
     ),
     "doctor": Command(
         "verify every backend against float64",
@@ -176,20 +186,25 @@ COMMANDS = {
             Argument(
                 "--dataset",
                 default="",
-                help="digits, synthetic_digits, photographs, or timm's name; default: the task's folders in root",
+                help="digits, synthetic_digits, photographs, or timm's name (default: the task's folders in root)",
             ),
             Argument("--synthetic-images", type=int, default=200, help="number of synthetic images (default: 200)"),
-            Argument("--split", type=split, default="val", help="default: val"),
+            Argument("--split", type=split, default="val", help="name of the split (default: val)"),
             _EXIF_ORIENTATION,
             _MODEL,
             _MODEL_ARGS,
-            _img_size("one or several; default: the model's", nargs="+"),
-            Argument("--crop-pct", type=float, help="share of the image's side that is kept; default: the model's"),
+            _img_size("one or several sizes of the images (default: the model's)", nargs="+"),
+            Argument("--crop-pct", type=float, help="share of the image's side that is kept (default: the model's)"),
             _SELF_ENSEMBLE,
             _batch_size(64),
             _WORKERS_ARGUMENT,
             _DEVICE,
-            Argument("--amp", choices=["none", "bfloat16", "float16"], default="none"),
+            Argument(
+                "--amp",
+                choices=["none", "bfloat16", "float16"],
+                default="none",
+                help="dtype of mixed precision (default: none)",
+            ),
             Argument("--csv", type=path, help="also write the table to this file"),
         ),
         extra="train",
@@ -206,8 +221,8 @@ COMMANDS = {
             _PRETRAINED,
             Argument("--classes", type=path, help="a text file with a class name per line"),
             _img_size(),
-            Argument("--topk", type=int, default=5, help="classification: number of classes shown; default: 5"),
-            Argument("--min-score", type=float, help="detection: lowest score of drawn boxes; default: 0.3"),
+            Argument("--topk", type=int, default=5, help="for classification, number of classes shown (default: 5)"),
+            Argument("--min-score", type=float, help="for detection, lowest score of drawn boxes (default: 0.3)"),
             _SELF_ENSEMBLE,
             _batch_size(16),
             _WORKERS_ARGUMENT,
@@ -226,11 +241,11 @@ COMMANDS = {
             _CHECKPOINT,
             _MODEL,
             _PRETRAINED,
-            _img_size("of the images; default: the model's"),
+            _img_size(),
             Argument(
                 "--format",
                 help="pt2, aoti (a .pt2 too), onnx, openvino (.xml), executorch (.pte), coreml (.mlpackage), "
-                "safetensors or hub; default: by output's name",
+                "safetensors or hub (default: by output's name)",
             ),
             Argument(
                 "--fused",
@@ -246,14 +261,17 @@ COMMANDS = {
     "convert": Command(
         "convert a checkpoint (.pth) to .safetensors",
         "dfformer.cli.convert:convert_command",
-        (Argument("source", type=path), Argument("target", type=path)),
+        (
+            Argument("source", type=path, help="the checkpoint to read"),
+            Argument("target", type=path, help="the .safetensors file to write"),
+        ),
     ),
     "demo": Command(
         "train on handwritten digits, compare on photographs",
         "dfformer.cli.demo:demo_command",
         (
             _output("demo"),
-            Argument("--seed", type=int, default=0, help="default: 0"),
+            Argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)"),
             Argument("--quick", action="store_true", help="less training, fewer repetitions"),
         ),
         details="Trains a small CDFFormer on handwritten digits and compares the filter step on photographs.",

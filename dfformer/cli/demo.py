@@ -31,7 +31,7 @@ from dfformer.tasks.evaluate import data_config
 from dfformer.train.config import ModelConfig, parse
 from dfformer.train.engine import train
 from dfformer.train.state import checkpoints, weights
-from dfformer.utils.device import Place
+from dfformer.utils.device import DistContext
 from dfformer.utils.eager_baseline import eager_baseline
 from dfformer.utils.io import write_atomically, write_json
 from dfformer.utils.profile import saved_for_backward
@@ -108,7 +108,7 @@ def train_on_digits(epochs: int, seed: int, folder: Path) -> list[dict[str, floa
     config.model.checkpoint = str(start)
     torch.manual_seed(seed)
     save_start(config.model)
-    history = train(config, Place(torch.device("cpu")))
+    history = train(config, DistContext(torch.device("cpu")))
     write_atomically(folder / "digits.safetensors", (run / "last.safetensors").read_bytes())
     return history
 
@@ -179,14 +179,14 @@ def compare(model: nn.Module, photo: str, x: Tensor, repetitions: int) -> Compar
 
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repetitions + 1):
-        for contender, measured in zip(models, times, strict=True):
+        for provider, measured in zip(models, times, strict=True):
             start = time.perf_counter()
-            inference(contender)
+            inference(provider)
             measured.append(1e3 * (time.perf_counter() - start))
-    eager, fused = (inference(contender) for contender in models)
+    eager, fused = (inference(provider) for provider in models)
     medians = [statistics.median(measured[1:]) for measured in times]  # the first run of each warms up
-    kept = [saved_for_backward(contender, x) / 2**20 for contender in models]
-    return Comparison(photo, x.shape[2], x.shape[3], relative_error(fused, eager), *medians, *kept)
+    saved = [saved_for_backward(provider, x) / 2**20 for provider in models]
+    return Comparison(photo, x.shape[2], x.shape[3], relative_error(fused, eager), *medians, *saved)
 
 
 def draw_comparisons(comparisons: list[Comparison], output: Output) -> None:

@@ -87,7 +87,7 @@ def processor() -> str:
 
 def model_table(img_size: tuple[int, int]) -> Iterator[str]:
     """A line for each model created with this ``img_size``: parameters, GMACs, what training saves, planes."""
-    yield f"  {'model':<18}{'params M':>10}{'GMACs':>9}{'of it spectral':>16}{'saved MiB':>11}  stage planes"
+    yield f"  {'model':<18}{'params M':>10}{'GMACs':>9}{'spectral GMACs':>16}{'saved MiB':>11}  stage planes"
     for name in VARIANTS:
         p = profile(partial(timm.create_model, name, img_size=img_size), img_size)
         numbers = f"{p.parameters / 1e6:>10.1f}{p.macs / 1e9:>9.2f}{p.spectral_macs / 1e9:>16.2f}"

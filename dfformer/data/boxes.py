@@ -62,9 +62,9 @@ class CocoImages(BoxDataset, FileDataset[tuple[Image.Image, Objects]]):
         names = {entry["id"]: entry["name"] for entry in content["categories"]}
         self.categories: dict[int, str] = dict(sorted(names.items()))
         sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in content["images"]}
-        boxes, problems = _boxes(content["annotations"], sizes, self.categories, repair_boxes)
-        if problems:
-            raise ValueError(f"{self.file}: {len(problems)} annotations cannot be used: {abbreviate(problems)}")
+        boxes, faults = _boxes(content["annotations"], sizes, self.categories, repair_boxes)
+        if faults:
+            raise ValueError(f"{self.file}: {len(faults)} annotations cannot be used: {abbreviate(faults)}")
         self.images = [
             (entry["id"], entry["file_name"], sizes[entry["id"]], _stack(boxes[entry["id"]]))
             for entry in content["images"]
@@ -84,7 +84,7 @@ class CocoImages(BoxDataset, FileDataset[tuple[Image.Image, Objects]]):
     def check_file(self, index: int) -> bool:
         info = check_image(self._path(index), self.exif_orientation)
         self._check_size(index, info.size)
-        return info.turned
+        return info.has_orientation
 
     def _path(self, index: int) -> Path:
         """The file of an image; ValueError if it is not in the split's folder after links are followed."""
@@ -136,18 +136,18 @@ def _boxes(
     """The objects of each image as (box, label, crowd, area), and the faults of annotations."""
     label = {category: n for n, category in enumerate(categories)}
     found: dict[int, list[tuple[Any, ...]]] = {image: [] for image in sizes}
-    problems = []
+    faults = []
     for entry in annotations:
         name, image, category, bbox = entry["id"], entry["image_id"], entry["category_id"], entry["bbox"]
         crowd, area = entry.get("iscrowd", 0), entry.get("area", 0)
         if image not in sizes:
-            problems.append(f"annotation {name} is of image {image}, which is not listed")
+            faults.append(f"annotation {name} is of image {image}, which is not listed")
         elif category not in categories:
-            problems.append(f"annotation {name} has the unknown category {category}")
+            faults.append(f"annotation {name} has the unknown category {category}")
         elif len(bbox) != 4 or not all(map(_is_number, bbox)):
-            problems.append(f"annotation {name}: the box {str(bbox)[:99]} is not four numbers")
+            faults.append(f"annotation {name}: the box {str(bbox)[:99]} is not four numbers")
         elif crowd not in (0, 1) or not (_is_number(area) and area >= 0):
-            problems.append(f"annotation {name}: iscrowd must be 0 or 1, and area a number from 0")
+            faults.append(f"annotation {name}: iscrowd must be 0 or 1, and area a number from 0")
         else:
             box, beyond = _clip(bbox, sizes[image])
             has_area = min(box[2] - box[0], box[3] - box[1]) >= _LEAST_SIDE
@@ -156,8 +156,8 @@ def _boxes(
             elif not repair:
                 inside = "is not inside its image of {}x{}".format(*sizes[image])
                 what = "has no area" if min(bbox[2:]) < _LEAST_SIDE else inside
-                problems.append(f"annotation {name}: the box {bbox} (left, top, width, height) {what}")
-    return found, problems
+                faults.append(f"annotation {name}: the box {bbox} (left, top, width, height) {what}")
+    return found, faults
 
 
 def _is_number(value: Any) -> bool:
@@ -234,5 +234,5 @@ class DetectionTensors(Samples):
         return list(images), list(targets)
 
     @staticmethod
-    def uncounted(target: Target) -> None:
+    def ignored_target(target: Target) -> None:
         return None

@@ -37,7 +37,7 @@ class ClassFolders(ImageDataset[tuple[Path, int, str]]):
         return Path(self.images[index]), self.labels[index], self.images[index]
 
     def check(self) -> list[bool]:
-        return [info.turned for info in check_each(check_image, [Path(name) for name in self.images])]
+        return [info.has_orientation for info in check_each(check_image, [Path(name) for name in self.images])]
 
 
 class ClassTar(ImageDataset[tuple[IO[bytes], int, str]]):

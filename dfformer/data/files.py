@@ -111,7 +111,7 @@ class Samples(ImageDataset[tuple[Any, Any]]):
 
     @staticmethod
     @abstractmethod
-    def uncounted(target: Any) -> Any:
+    def ignored_target(target: Any) -> Any:
         """A target that does not count, in place of ``target``."""
 
 
@@ -119,7 +119,7 @@ class ImageInfo(NamedTuple):
     """The size (W,H) of an image, and whether its EXIF orientation rotates or mirrors it."""
 
     size: tuple[int, int]
-    turned: bool
+    has_orientation: bool
 
 
 def _raise(error: OSError) -> None:
@@ -211,7 +211,7 @@ def opened(file: Path | IO[bytes], name: Path | str = "") -> Iterator[Image.Imag
         if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
             raise ValueError("is not a regular file")  # opening a pipe would wait forever
         with Image.open(file, formats=[known for known in _FORMATS if known in Image.OPEN]) as image:
-            image.filename = ""  # so that it is not mapped: Pillow maps a turned TIFF with its sides exchanged
+            image.filename = ""  # so that it is not mapped: Pillow maps a rotated TIFF with its sides exchanged
             yield image
     except Exception as error:  # decoders raise anything for a damaged file
         message = str(error) or type(error).__name__
@@ -238,12 +238,12 @@ def read_image(
     with nullcontext(file) if isinstance(file, Image.Image) else opened(file, name) as image:
         image.load()
         highest = _highest(image)
-        turned = ImageOps.exif_transpose(image) if exif_orientation else image
+        upright = ImageOps.exif_transpose(image) if exif_orientation else image
         if highest is not None:
-            turned = _eight_bits(turned, highest)
-        if turned.mode in ("P", "PA") and "transparency" in turned.info:
-            turned = turned.convert("RGBA")  # Pillow warns about a direct conversion to RGB
-        return turned.convert(mode)
+            upright = _eight_bits(upright, highest)
+        if upright.mode in ("P", "PA") and "transparency" in upright.info:
+            upright = upright.convert("RGBA")  # Pillow warns about a direct conversion to RGB
+        return upright.convert(mode)
 
 
 def _highest(image: Image.Image) -> float | None:
@@ -317,28 +317,28 @@ def _tail(path: Path) -> bytes:
 
 def check_each(check: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """The results of ``check`` for each of a dataset's images; its errors are collected into one ValueError."""
-    problems: list[str] = []
+    faults: list[str] = []
 
     def attempt(item: Item) -> Result | None:
         try:
             return check(item)
         except ValueError as error:
-            problems.append(str(error))
+            faults.append(str(error))
             return None
 
     with ThreadPoolExecutor(16) as pool:
         results: list[Any] = list(pool.map(attempt, items))
-    if problems:
-        raise ValueError(f"{len(problems)} of {len(items)} images cannot be used: {abbreviate(sorted(problems))}")
+    if faults:
+        raise ValueError(f"{len(faults)} of {len(items)} images cannot be used: {abbreviate(sorted(faults))}")
     return results
 
 
-def orientation_note(turned: Sequence[bool]) -> str:
+def orientation_note(oriented: Sequence[bool]) -> str:
     """A note about images with an EXIF orientation that is not applied; "" if there are none."""
-    if not any(turned):
+    if not any(oriented):
         return ""
     return (
-        f"{sum(turned)} of {len(turned)} images have an EXIF orientation, which is not applied: viewers show them "
+        f"{sum(oriented)} of {len(oriented)} images have an EXIF orientation, which is not applied: viewers show them "
         f"turned or mirrored; {_APPLY_ORIENTATION} does so here"
     )
 

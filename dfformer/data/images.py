@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dfformer.data.class_folders import ClassFolders, ClassTar
 from dfformer.data.files import DatasetSpec, ImageDataset, Samples, image_mode, orientation_note, read_image
-from dfformer.utils.device import Place
+from dfformer.utils.device import DistContext
 from dfformer.utils.extras import extra
 from dfformer.utils.suggest import did_you_mean
 from dfformer.utils.text import abbreviate, echo
@@ -154,7 +154,7 @@ class Images(Samples):
             raise ValueError(f"{name}: {error or type(error).__name__}") from error
 
     @staticmethod
-    def uncounted(target: int) -> int:
+    def ignored_target(target: int) -> int:
         return -1
 
     def check(self) -> list[bool]:
@@ -189,8 +189,8 @@ def check_images(*datasets: Any) -> None:
     Raises:
         ValueError: naming the files that cannot be used, and why.
     """
-    turned = [image for dataset in datasets for image in dataset.check() if not dataset.exif_orientation]
-    if note := orientation_note(turned):
+    oriented = [image for dataset in datasets for image in dataset.check() if not dataset.exif_orientation]
+    if note := orientation_note(oriented):
         echo(note, file=sys.stderr)
 
 
@@ -225,17 +225,17 @@ class GlobalBatches:
         accumulation: passes per step; each has a batch of its own.
     """
 
-    def __init__(self, images: int, global_batch: int, accumulation: int, place: Place, seed: int) -> None:
-        parts = place.world * accumulation
+    def __init__(self, images: int, global_batch: int, accumulation: int, context: DistContext, seed: int) -> None:
+        parts = context.world * accumulation
         if global_batch % parts:
             raise ValueError(
-                f"optim.global_batch: got {global_batch}, which {place.world} processes x {accumulation} "
+                f"optim.global_batch: got {global_batch}, which {context.world} processes x {accumulation} "
                 "accumulated passes do not divide"
             )
         if images < global_batch:
             raise ValueError(f"optim.global_batch: got {global_batch}, the training split has only {images} images")
         self.images, self.batch, self.accumulation = images, global_batch // parts, accumulation
-        self.place, self.seed = place, seed
+        self.context, self.seed = context, seed
         self.steps = images // global_batch
         self.epoch = self.first_step = 0
 
@@ -245,21 +245,21 @@ class GlobalBatches:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         shuffled = np.random.default_rng([self.seed, self.epoch]).permutation(self.images)
         order = torch.from_numpy(shuffled).split(self.batch)
-        parts = self.place.world * self.accumulation
+        parts = self.context.world * self.accumulation
         for step in range(self.first_step, self.steps):
             for part in range(self.accumulation):
-                indices = order[step * parts + part * self.place.world + self.place.rank]
+                indices = order[step * parts + part * self.context.world + self.context.rank]
                 yield [(self.epoch, index) for index in indices.tolist()]
 
 
-def training_loader(samples: Samples, batches: GlobalBatches, workers: int, place: Place) -> DataLoader:
+def training_loader(samples: Samples, batches: GlobalBatches, workers: int, context: DistContext) -> DataLoader:
     """``samples`` in the order of ``batches``."""
     return DataLoader(
         _Seeded(samples, batches.seed),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=samples.collate,
-        pin_memory=place.device.type == "cuda",
+        pin_memory=context.device.type == "cuda",
         persistent_workers=workers > 0,
     )
 
@@ -272,17 +272,17 @@ class _Padded(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         image, target = self.samples[index % len(self.samples)]
-        return image, target if index < len(self.samples) else self.samples.uncounted(target)
+        return image, target if index < len(self.samples) else self.samples.ignored_target(target)
 
 
-def evaluation_loader(samples: Samples, workers: int, place: Place, batch_size: int = 1) -> DataLoader:
+def evaluation_loader(samples: Samples, workers: int, context: DistContext, batch_size: int = 1) -> DataLoader:
     """This process's part of ``samples`` in their order: every ``world``-th from ``rank`` on; equally many for all."""
-    each = -(-len(samples) // place.world)
+    each = -(-len(samples) // context.world)
     return DataLoader(
         _Padded(samples),
         batch_size=batch_size,
-        sampler=range(place.rank, each * place.world, place.world),
+        sampler=range(context.rank, each * context.world, context.world),
         num_workers=workers,
         collate_fn=samples.collate,
-        pin_memory=place.device.type == "cuda",
+        pin_memory=context.device.type == "cuda",
     )

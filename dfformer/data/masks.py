@@ -76,13 +76,13 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
             return pixels, self.to_class[np.asarray(mask)]
 
     def check(self) -> list[bool]:
-        turned = super().check()
+        oriented = super().check()
         if not self._found:
             raise ValueError(f"{self.folder}: no pixel of its masks has a class, all are ignored")
         if absent := [name for n, name in enumerate(self.classes) if n not in self._found]:  # e.g. where 255 is meant
             count = f"{len(absent)} of {len(self.classes)} classes are in none of its masks"
             echo(f"{self.folder}: {count}: {abbreviate(absent)}", file=sys.stderr)
-        return turned
+        return oriented
 
     def check_file(self, index: int) -> bool:
         info, path = check_image(self.images[index], self.exif_orientation), self.masks[index]
@@ -90,7 +90,7 @@ class MaskFolder(MaskDataset, FileDataset[tuple[Image.Image, np.ndarray]]):
             raise ValueError(f"{self.images[index]} has no mask {path}")
         with opened(path) as mask:
             self._found |= self._check_mask(mask, info.size)
-        return info.turned
+        return info.has_orientation
 
     def _check_mask(self, mask: Image.Image, size: tuple[int, int]) -> set[int]:
         """The classes in a mask; ValueError if the mask cannot belong to an image of ``size``."""
@@ -149,7 +149,7 @@ class SegmentationTensors(Samples):
         return pixels.as_subclass(Tensor), classes.as_subclass(Tensor)
 
     @staticmethod
-    def uncounted(target: Tensor) -> Tensor:
+    def ignored_target(target: Tensor) -> Tensor:
         return torch.full_like(target, IGNORED)
 
 

@@ -99,10 +99,10 @@ class PairFolder(FileDataset[Pair]):
         if target.size[1] < self.least[0] or target.size[0] < self.least[1]:
             raise ValueError("{}: expected {}x{} or larger, got {}x{}".format(path, *self.least[::-1], *target.size))
         if not self.inputs:
-            return target.turned
+            return target.has_orientation
         source = check_image(self.inputs[index], self.exif_orientation)
         self._check_sizes(source.size, target.size, self.inputs[index])
-        return target.turned or source.turned
+        return target.has_orientation or source.has_orientation
 
     def _check_sizes(self, source: tuple[int, int], target: tuple[int, int], path: Path) -> None:
         if tuple(self.scale * side for side in source) != target:
@@ -185,7 +185,7 @@ class RestorationTensors(Samples):
         return pixels[1], pixels[0]
 
     @staticmethod
-    def uncounted(target: Tensor) -> Tensor:
+    def ignored_target(target: Tensor) -> Tensor:
         """A target without pixels."""
         return target[:, :0]
 

@@ -47,5 +47,5 @@ def _card(architecture: str, classes: int, images: tuple[int, int, int], counts:
         parameters=f"{counts.parameters / 1e6:.3g}",
         macs=f"{counts.macs / 1e9:.2g}",
         spectral=f"{counts.spectral_macs / 1e9:.2g}",
-        kept=f"{counts.saved_bytes / 2**20:.3g}",
+        saved=f"{counts.saved_bytes / 2**20:.3g}",
     )

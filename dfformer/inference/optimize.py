@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from dfformer.inference.packed import PackedLinear, PackedMlp, ServedBlock
 from dfformer.models.blocks import MetaFormerBlock
-from dfformer.models.exact import reasons_against
+from dfformer.models.exact import unsupported_reasons
 from dfformer.models.layers import Mlp, SepConv, StarReLU
 from dfformer.models.spectral import AFNO2D, DynamicFilter, GlobalFilter, SpectralFilter
 from dfformer.utils.accepted import PLANE, check_arguments, choice
@@ -171,7 +171,7 @@ def _fold_norms(name: str, block: Any, shared: set[int], left_alone: list[LeftAl
         norm, reader = getattr(block, child, None), getattr(block, follower, None)
         if norm is None or reader is None:  # a subclass may do without
             continue
-        reasons = [f"its block: {reason}" for reason in reasons_against(block, MetaFormerBlock)]
+        reasons = [f"its block: {reason}" for reason in unsupported_reasons(block, MetaFormerBlock)]
         reasons += _against_folding(norm, reader, shared)
         if reasons:
             left_alone.append(LeftAlone(f"{name}.{child}".lstrip("."), tuple(reasons)))
@@ -184,12 +184,12 @@ def _fold_norms(name: str, block: Any, shared: set[int], left_alone: list[LeftAl
 
 
 def _against_folding(norm: Any, reader: nn.Module, shared: set[int]) -> list[str]:
-    reasons = reasons_against(norm, nn.LayerNorm)
+    reasons = unsupported_reasons(norm, nn.LayerNorm)
     if not reasons and (norm.weight is None or norm.bias is not None or len(norm.normalized_shape) != 1):
         reasons.append("it is not a layer norm of the channels with only a scale")
     if type(reader) not in _READERS:
         return [*reasons, f"it is read by a {type(reader).__qualname__}"]
-    reasons += [f"its reader: {reason}" for reason in reasons_against(reader, type(reader))]
+    reasons += [f"its reader: {reason}" for reason in unsupported_reasons(reader, type(reader))]
     return reasons + [f"its reader's {reason}" for reason in _against_parts(reader, _READERS[type(reader)], shared)]
 
 
@@ -203,7 +203,7 @@ def _against_parts(module: nn.Module, parts: _Parts, shared: Collection[int] = (
             reasons.append(f"{path}: it is absent")
             continue
         kind = type(part) if type(part) in kinds else kinds[0]
-        against = reasons_against(part, kind)
+        against = unsupported_reasons(part, kind)
         if not against and id(part) in shared:
             against = ["it has several names"]
         reasons += [f"{path}: {reason}" for reason in against]
@@ -221,7 +221,7 @@ def _replaced(module: nn.Module, name: str, left_alone: list[LeftAlone]) -> nn.M
     kind = next((kind for kind in _SERVED if isinstance(module, kind)), None)
     if kind is not None:
         serve, parts = _SERVED[kind]
-        if reasons := reasons_against(module, kind) or [f"its {why}" for why in _against_parts(module, parts)]:
+        if reasons := unsupported_reasons(module, kind) or [f"its {why}" for why in _against_parts(module, parts)]:
             left_alone.append(LeftAlone(name, tuple(reasons)))
         else:
             module = serve(module)

@@ -57,10 +57,10 @@ class Replacement(NamedTuple):
     name: str
     original: str
     replacement: str
-    refusal: str
+    reason: str
 
     def __str__(self) -> str:
-        outcome = f"left alone: {self.refusal}" if self.refusal else f"is now {self.replacement}"
+        outcome = f"left alone: {self.reason}" if self.reason else f"is now {self.replacement}"
         return f"{self.name} ({self.original}): {outcome}"
 
 
@@ -87,7 +87,7 @@ class ReplacementReport(list[Replacement]):
             fused = sum(isinstance(module, SpectralFilter | FusedModule) for module in self.model.modules())
             already = f", {fused} of them fused already" if fused else ""
             return f"nothing to replace among the {count} modules of {name}{already}: looked for {_LOOKED_FOR}"
-        rows = [(r.name, r.original, f"left alone: {r.refusal}" if r.refusal else r.replacement) for r in self]
+        rows = [(r.name, r.original, f"left alone: {r.reason}" if r.reason else r.replacement) for r in self]
         rows.insert(0, ("name", "class", f"replaced by ({len(self.originals)} of {len(self)})"))
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
         return "\n".join(f"{name:{widths[0]}}  {kind:{widths[1]}}  {outcome}" for name, kind, outcome in rows)

@@ -41,11 +41,11 @@ for _kind in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Identity, DropPath):
 
 
 def is_exact(module: nn.Module, kind: type[ModuleT], x: Any) -> TypeGuard[ModuleT]:
-    """Whether a fused step may compute ``module(x)`` from the module's own parameters. See `reasons_against`."""
-    return not reasons_against(module, kind, x)
+    """Whether a fused step may compute ``module(x)`` from the module's own parameters. See `unsupported_reasons`."""
+    return not unsupported_reasons(module, kind, x)
 
 
-def reasons_against(module: nn.Module, kind: type[nn.Module], x: Any = None) -> list[str]:
+def unsupported_reasons(module: nn.Module, kind: type[nn.Module], x: Any = None) -> list[str]:
     """Why a fused step must call ``module`` instead of reading its parameters; empty if it may read them.
 
     Args:

@@ -101,7 +101,7 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-def expanded(dim: int, expansion_ratio: float, act1_layer: Activation, act2_layer: Activation) -> int:
+def hidden_channels(dim: int, expansion_ratio: float, act1_layer: Activation, act2_layer: Activation) -> int:
     """``C = int(expansion_ratio * dim)`` of a token mixer; ValueError for an invalid argument."""
     check_arguments(COUNT, dim=dim)
     check_arguments(RATIO, expansion_ratio=expansion_ratio)
@@ -141,11 +141,11 @@ class Projections(nn.Module):
         act2: nn.Module
         pwconv2: nn.Module
 
-    def expand(self, x: Tensor) -> Tensor:
+    def project_in(self, x: Tensor) -> Tensor:
         """``act1(pwconv1(x))``."""
         return self.act1(self.pwconv1(x) if torch.jit.is_scripting() else call_linear(self.pwconv1, x))
 
-    def store(self, y: Tensor) -> Tensor:
+    def project_out(self, y: Tensor) -> Tensor:
         """``pwconv2(act2(y))``."""
         y = self.act2(y)
         return self.pwconv2(y) if torch.jit.is_scripting() else call_linear(self.pwconv2, y)
@@ -173,7 +173,7 @@ class SepConv(Projections):
     ) -> None:
         super().__init__()
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        C = expanded(dim, expansion_ratio, act1_layer, act2_layer)
+        C = hidden_channels(dim, expansion_ratio, act1_layer, act2_layer)
         self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
         self.act1 = build_activation(act1_layer, **placed)
         self.dwconv = nn.Conv2d(C, C, kernel_size, padding=padding, groups=C, bias=bias, **placed)
@@ -183,9 +183,9 @@ class SepConv(Projections):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             check_maps(x, self.pwconv1, "channels_last")
-        y = self.expand(x).permute(0, 3, 1, 2)
+        y = self.project_in(x).permute(0, 3, 1, 2)
         y = self.dwconv(y) if torch.jit.is_scripting() else call_convolution(self.dwconv, y)
-        return self.store(y.permute(0, 2, 3, 1))
+        return self.project_out(y.permute(0, 2, 3, 1))
 
 
 def build_activation(

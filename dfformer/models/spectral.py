@@ -86,7 +86,7 @@ class SpectralFilter(Projections):
         check_arguments(layers.DATA_FORMAT, data_format=data_format)
         check_arguments(PLANE, size=size)
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        C, (H, W) = layers.expanded(dim, expansion_ratio, act1_layer, act2_layer), to_2tuple(size)
+        C, (H, W) = layers.hidden_channels(dim, expansion_ratio, act1_layer, act2_layer), to_2tuple(size)
         self.size = (int(H), int(W))
         self.weight_resize = weight_resize
         self.resize = resize
@@ -112,21 +112,21 @@ class SpectralFilter(Projections):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 (torch.jit.script compiles both sides of an `and`)
-            if type(self).load is SpectralFilter.load:  # a subclass's own may read other maps
+            if type(self).step_input is SpectralFilter.step_input:  # a subclass's own may read other maps
                 layers.check_maps(x, self.pwconv1, self.data_format)
         x = layers.channels_last(x, self.data_format)
         logits, filters = self.logits(x), self.filters_for((x.shape[1], x.shape[2]))
-        y, star_relu = self.load(x)
-        return layers.from_channels_last(self.store(self.filter(y, logits, filters, star_relu)), self.data_format)
+        y, star_relu = self.step_input(x)
+        return layers.from_channels_last(self.project_out(self.filter(y, logits, filters, star_relu)), self.data_format)
 
     def logits(self, x: Tensor) -> Tensor | None:
         """The logits (B,F,C) of the weights of a basis, from x (B,H,W,dim); by default there is no basis."""
         return None
 
-    def load(self, x: Tensor) -> tuple[Tensor, Scalars]:
+    def step_input(self, x: Tensor) -> tuple[Tensor, Scalars]:
         """``pwconv1(x)``, and the StarReLU for the filter step to apply; any other activation is applied here."""
         if torch.jit.is_scripting():
-            return self.expand(x), None
+            return self.project_in(x), None
         else:
             x = layers.call_linear(self.pwconv1, x)
             if is_exact(self.act1, StarReLU, x):
@@ -142,7 +142,7 @@ class SpectralFilter(Projections):
 
     def _owns_loaded(self, x: Tensor, star_relu: Scalars) -> bool:
         """Whether nothing but this layer holds ``x`` from `load`, and no gradient needs it."""
-        if torch.is_grad_enabled() or star_relu is None or type(self).load is not SpectralFilter.load:
+        if torch.is_grad_enabled() or star_relu is None or type(self).step_input is not SpectralFilter.step_input:
             return False
         return layers.makes_own_result(self.pwconv1, x)
 
@@ -269,7 +269,7 @@ class AFNO2D(Projections):
     ) -> None:
         super().__init__()
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        C = layers.expanded(dim, expansion_ratio, act1_layer, act2_layer)
+        C = layers.hidden_channels(dim, expansion_ratio, act1_layer, act2_layer)
         check_arguments(COUNT, num_blocks=num_blocks, hidden_size_factor=hidden_size_factor)
         fraction = hard_thresholding_fraction
         check_arguments(RATIO, sparsity_threshold=sparsity_threshold, hard_thresholding_fraction=fraction)
@@ -293,8 +293,8 @@ class AFNO2D(Projections):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             layers.check_maps(x, self.pwconv1, self.data_format)
-        x = self.expand(layers.channels_last(x, self.data_format))
-        return layers.from_channels_last(self.store(x + self.filter(x)), self.data_format)
+        x = self.project_in(layers.channels_last(x, self.data_format))
+        return layers.from_channels_last(self.project_out(x + self.filter(x)), self.data_format)
 
     def filter(self, x: Tensor) -> Tensor:
         """The neural operator of x (B,H,W,C), in x's dtype."""

@@ -13,7 +13,7 @@ from dfformer.data import images as image_data
 from dfformer.data.files import Samples
 from dfformer.models import checkpoint
 from dfformer.models.metadata import check_classes, is_ours
-from dfformer.utils.device import Place
+from dfformer.utils.device import DistContext
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,17 +37,17 @@ class Task(ABC):
     def __init__(
         self,
         config: "TrainConfig",
-        place: Place,
+        context: DistContext,
         train_set: Any,
         val_set: Any,
         classes: list[str] | None,
         epoch: int | None = None,
     ) -> None:
         """``epoch``: number of samples in an epoch; by default, each image once."""
-        self.config, self.place, self.classes = config, place, classes
+        self.config, self.context, self.classes = config, context, classes
         self.train_set, self.val_set = train_set, val_set
         optim, images = config.optim, len(train_set) if epoch is None else epoch
-        self.batches = image_data.GlobalBatches(images, optim.global_batch, optim.accumulation, place, config.seed)
+        self.batches = image_data.GlobalBatches(images, optim.global_batch, optim.accumulation, context, config.seed)
 
     def check(self) -> None:
         """Checks the data, and raises ValueError naming what is wrong."""
@@ -89,10 +89,10 @@ class Task(ABC):
         checkpoint.save_checkpoint(weights, path, **self.description())
 
     def training_loader(self) -> DataLoader:
-        return image_data.training_loader(self.samples, self.batches, self.config.data.workers, self.place)
+        return image_data.training_loader(self.samples, self.batches, self.config.data.workers, self.context)
 
     def validation_loader(self, batch_size: int = 1) -> DataLoader:
-        return image_data.evaluation_loader(self.whole, self.config.data.workers, self.place, batch_size)
+        return image_data.evaluation_loader(self.whole, self.config.data.workers, self.context, batch_size)
 
 
 def load_dense(path: str | Path, task: str, build: Callable[[dict[str, Any]], Model]) -> tuple[Model, dict[str, Any]]:
@@ -113,9 +113,9 @@ class DenseTask(Task):
     build: Callable[[dict[str, Any]], Any]  # a model, from its description in a checkpoint
     norm_each_map = True  # in this package's encoders, as in the authors' for dense prediction
 
-    def __init__(self, config: "TrainConfig", place: Place, *data: Any) -> None:
+    def __init__(self, config: "TrainConfig", context: DistContext, *data: Any) -> None:
         """``data``: as for `Task`."""
-        super().__init__(config, place, *data)
+        super().__init__(config, context, *data)
         model_cfg = timm.get_pretrained_cfg(config.model.name)
         self.mean, self.std = config.data.mean or list(model_cfg.mean), config.data.std or list(model_cfg.std)
         self.model_args = self._encoder_args()

@@ -20,7 +20,7 @@ from dfformer.models.metadata import is_ours
 from dfformer.tasks.base import Task
 from dfformer.tasks.evaluate import Measured, Pixels, Timed, accuracy, batches, data_config, dataset_spec, logits_of
 from dfformer.tasks.predict import File, Predictor, Top, checked
-from dfformer.utils.device import Place
+from dfformer.utils.device import DistContext
 
 if TYPE_CHECKING:
     from dfformer.train.config import TrainConfig
@@ -33,7 +33,7 @@ class Classification(Task):
 
     metric = "top1"
 
-    def __init__(self, config: "TrainConfig", place: Place) -> None:
+    def __init__(self, config: "TrainConfig", context: DistContext) -> None:
         given = config.data
         channels = config.model.args.get("in_chans", 3)
         train_set, val_set = (
@@ -41,7 +41,7 @@ class Classification(Task):
         )
         where = f"{given.root}, split {given.val_split}"
         image_data.check_same_classes(val_set.classes, train_set.classes, where, "the training images")
-        super().__init__(config, place, train_set, val_set, train_set.classes)
+        super().__init__(config, context, train_set, val_set, train_set.classes)
         self.samples, self.whole = train_set, val_set
         self.model_args = {**config.model.args, **self._num_classes()}
         self.mix = self._mixup()
@@ -91,15 +91,15 @@ class Classification(Task):
         channels = self.model_args.get("in_chans", 3)
         overrides = {"input_size": (channels, *img_size)} | {k: v for k, v in overrides.items() if v is not None}
         self.data_config = resolve_data_config(overrides, model=model)
-        self.pixels = Pixels(self.data_config["mean"], self.data_config["std"], self.place.device)
-        self.erase = RandomErasing(augment.re_prob, mode=augment.re_mode, device=self.place.device)
+        self.pixels = Pixels(self.data_config["mean"], self.data_config["std"], self.context.device)
+        self.erase = RandomErasing(augment.re_prob, mode=augment.re_mode, device=self.context.device)
         self.val_set.transform = evaluation_transform(self.data_config, as_uint8=True)
         names = ("scale", "ratio", "hflip", "color_jitter", "auto_augment", "interpolation")
         augmented = {"mean": self.data_config["mean"], **{name: getattr(augment, name) for name in names}}
         self.train_set.transform = training_transform(self.data_config["input_size"], **augmented)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        images, labels = self.pixels(batch[0]), batch[1].to(self.place.device, non_blocking=True)
+        images, labels = self.pixels(batch[0]), batch[1].to(self.context.device, non_blocking=True)
         if self.config.augment.re_prob:
             images = self.erase(images)
         if self.mix is not None:
@@ -108,7 +108,7 @@ class Classification(Task):
         return F.cross_entropy(logits_of(model, images), labels, label_smoothing=self.config.augment.smoothing)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        return accuracy(model, self.validation_loader(self.batches.batch), self.pixels, self.place)[1]
+        return accuracy(model, self.validation_loader(self.batches.batch), self.pixels, self.context)[1]
 
     def own_description(self) -> dict[str, Any]:
         names = ("input_size", "mean", "std", "interpolation", "crop_pct")
@@ -133,7 +133,7 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         timed = Timed(model, device, arguments.amp)
         bar = batches(dataset, arguments, f"{checkpoint.name} {H}x{W}", arguments.batch_size)
         pixels = Pixels(config["mean"], config["std"], device)
-        images, measures = accuracy(timed, bar, pixels, Place(device))
+        images, measures = accuracy(timed, bar, pixels, DistContext(device))
         yield Measured(
             model=model.pretrained_cfg.get("architecture", type(model).__name__),  # type: ignore[union-attr, operator]
             size={"height": H, "width": W, "crop_pct": config["crop_pct"]},

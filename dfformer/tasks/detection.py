@@ -22,8 +22,8 @@ from dfformer.tasks.base import DenseTask, load_dense
 from dfformer.tasks.detector import Detector
 from dfformer.tasks.evaluate import Measured, Timed, at_each_size, batches, dataset_spec, own_size
 from dfformer.tasks.predict import File, Predictor, Top
-from dfformer.tasks.results import plan_results, result_names, write_results
-from dfformer.utils.device import Place
+from dfformer.tasks.results import result_names, result_paths, write_results
+from dfformer.utils.device import DistContext
 from dfformer.utils.extras import extra
 from dfformer.utils.io import write_atomically
 
@@ -73,18 +73,18 @@ def detect(model: nn.Module, images: Iterable[Tensor], device: torch.device) -> 
 
 
 def average_precision(
-    model: nn.Module, batches: Iterable[Batch], place: Place, by_class: bool = False
+    model: nn.Module, batches: Iterable[Batch], context: DistContext, by_class: bool = False
 ) -> dict[str, Any]:
     """COCO's metrics over all processes, by torchmetrics' names; a metric without any objects is NaN.
 
     Images whose target is None do not count. The model is left in eval mode.
     """
     model.eval()
-    found = [(detect(model, images, place.device), targets) for images, targets in batches]
+    found = [(detect(model, images, context.device), targets) for images, targets in batches]
     pairs = [pair for batch in found for pair in zip(*batch, strict=True) if pair[1] is not None]
     parts: list[Any] = [pairs]
-    if place.world > 1:
-        parts = [None] * place.world
+    if context.world > 1:
+        parts = [None] * context.world
         distributed.all_gather_object(parts, pairs)
     metric = MeanAveragePrecision(class_metrics=by_class, sync_on_compute=False)
     for objects, truth in (pair for each in zip_longest(*parts) for pair in each if pair):
@@ -100,7 +100,7 @@ class Detection(DenseTask):
     metric = "map"
     build = staticmethod(_detector)
 
-    def __init__(self, config: "TrainConfig", place: Place) -> None:
+    def __init__(self, config: "TrainConfig", context: DistContext) -> None:
         given = config.data
         train_set, val_set = (
             open_box_dataset(given.spec(training), config.detect.repair_boxes, training) for training in (True, False)
@@ -119,18 +119,18 @@ class Detection(DenseTask):
         where = f"{given.root}, split {given.val_split}"
         expected = with_ids(self.categories)
         image_data.check_same_classes(with_ids(val_set.categories), expected, where, f"split {given.train_split}")
-        super().__init__(config, place, train_set, val_set, list(train_set.categories.values()))
+        super().__init__(config, context, train_set, val_set, list(train_set.categories.values()))
         self.samples, self.whole = DetectionTensors(train_set, config.detect.hflip), DetectionTensors(val_set)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, targets = batch
-        device = self.place.device
+        device = self.context.device
         moved = [{name: t.to(device, non_blocking=True) for name, t in target.items()} for target in targets]
         losses: dict[str, Tensor] = model(_on(device, images), moved)
         return torch.stack(list(losses.values())).sum()
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        measures = average_precision(model, self.validation_loader(), self.place)
+        measures = average_precision(model, self.validation_loader(), self.context)
         return {name: measures[name] for name in _MEASURES[:3]}  # the others are NaN if there are no such objects
 
     def own_description(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Detection(DenseTask):
         from dfformer.analysis.dense_figures import detections
 
         images, truths = zip(*(self.val_set[n] for n in self.shown), strict=True)
-        found = detect(model, map(v2.functional.pil_to_tensor, images), self.place.device)
+        found = detect(model, map(v2.functional.pil_to_tensor, images), self.context.device)
         confident_ones = [confident(objects, _MIN_SCORE) for objects in found]
         title = f"{self.config.model.name}: the first {len(images)} validation images"
         rows = {"truth": truths, f"found, score {_MIN_SCORE:g} and up": _as_arrays(confident_ones)}
@@ -163,7 +163,7 @@ def _as_arrays(found: list[Target]) -> list[dict[str, np.ndarray]]:
 def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
     """``dfformer eval`` of a detection checkpoint."""
     model, about = load_detector(checkpoint)
-    place, classes = Place(torch.device(arguments.device)), about["classes"]
+    context, classes = DistContext(torch.device(arguments.device)), about["classes"]
     dataset = open_box_dataset(dataset_spec(arguments, own_size(about)), about["repair_boxes"])
     own = with_ids(dict(zip(about["category_ids"], classes, strict=True)))
     image_data.check_same_classes(own, with_ids(dataset.categories), checkpoint, "the data")
@@ -172,7 +172,7 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         shorter, longer = sorted(size)
         model.set_img_size(shorter, longer)
         bar = batches(DetectionTensors(dataset), arguments, f"{checkpoint.name} {shorter}x{longer}")
-        measures = average_precision(timed, bar, place, by_class=True)
+        measures = average_precision(timed, bar, context, by_class=True)
         each = dict(zip(measures["classes"], measures["map_per_class"], strict=True))
         by_class = {f"map {name}": each.get(n, float("nan")) for n, name in enumerate(classes)}
         columns = {"shorter_side": shorter, "longer_side": longer}
@@ -194,7 +194,7 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
     model, about = load_detector(arguments.checkpoint)
     device, classes = torch.device(arguments.device), about["classes"]
     model.to(device).set_img_size(*(sorted(arguments.img_size or own_size(about))))
-    stems, ids = plan_results(paths, arguments.output, [".png"], report.name), _image_ids(paths)
+    stems, ids = result_paths(paths, arguments.output, [".png"], report.name), _image_ids(paths)
     results: list[dict[str, Any]] = []
 
     def apply(batch: list[File]) -> list[Top]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dfformer.data.files import DatasetSpec, Samples
 from dfformer.data.images import check_images, evaluation_loader
 from dfformer.models.metadata import check_channels
-from dfformer.utils.device import Place
+from dfformer.utils.device import DistContext
 from dfformer.utils.io import as_csv, write_atomically
 from dfformer.utils.text import echo, printable
 
@@ -64,7 +64,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def accuracy(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pixels: Pixels, place: Place
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pixels: Pixels, context: DistContext
 ) -> tuple[int, dict[str, float]]:
     """The number of images over all processes, and their top-1 and top-5 accuracy and mean cross entropy.
 
@@ -79,7 +79,7 @@ def accuracy(
             right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
             sums += torch.stack([right[:, 0].sum(), right.sum(), loss, (labels >= 0).sum()]).double()
-    *totals, count = place.add_up(sums).tolist()
+    *totals, count = context.add_up(sums).tolist()
     return int(count), {n: total / count for n, total in zip(("top1", "top5", "loss"), totals, strict=True)}
 
 
@@ -163,5 +163,5 @@ class Timed(nn.Module):
 
 def batches(samples: Samples, arguments: argparse.Namespace, name: str, batch_size: int = 1) -> Iterable[Any]:
     """``samples`` in batches, with a progress bar on a terminal."""
-    loader = evaluation_loader(samples, arguments.workers, Place(torch.device(arguments.device)), batch_size)
+    loader = evaluation_loader(samples, arguments.workers, DistContext(torch.device(arguments.device)), batch_size)
     return tqdm(loader, desc=name, unit="batch", leave=False, disable=not sys.stderr.isatty())

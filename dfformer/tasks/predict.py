@@ -32,7 +32,7 @@ class File(NamedTuple):
     path: Path
     content: Any = None
     error: str = ""
-    turned: bool = False  # it has an EXIF orientation that was not applied
+    has_orientation: bool = False  # it has an EXIF orientation that was not applied
 
 
 Apply = Callable[[list[File]], list[Top]]
@@ -78,8 +78,8 @@ class Files(Dataset):
         try:
             with opened(path) as file:
                 image = read_image(file, self.mode, exif_orientation=self.exif_orientation)
-                turned = not self.exif_orientation and orientation_of(file) != 1
-            return File(path, self.prepare(image), turned=turned)
+                oriented = not self.exif_orientation and orientation_of(file) != 1
+            return File(path, self.prepare(image), has_orientation=oriented)
         except Exception as error:  # any error concerns this file alone, and not every error can be pickled
             return File(path, error=_message(path, error))
 
@@ -171,7 +171,7 @@ def predict_files(
     echo(*_table(predicted))
     if predictor.written:
         echo(f"{predictor.written}: {printable(arguments.output)}")
-    if note := orientation_note([file.turned for file in outcomes]):
+    if note := orientation_note([file.has_orientation for file in outcomes]):
         echo(note, file=sys.stderr)
     if failed:
         echo(f"{len(failed)} of {len(unreadable + outcomes)} images failed", file=sys.stderr)

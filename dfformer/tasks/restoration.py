@@ -19,8 +19,8 @@ from dfformer.tasks.base import DenseTask, load_dense
 from dfformer.tasks.evaluate import Measured, Timed, at_each_size, batches, dataset_spec, own_size
 from dfformer.tasks.predict import File, Predictor, Top, checked
 from dfformer.tasks.restorer import Restorer, SelfEnsemble, enlarged, tiled
-from dfformer.tasks.results import plan_results, write_results
-from dfformer.utils.device import Place
+from dfformer.tasks.results import result_paths, write_results
+from dfformer.utils.device import DistContext
 from dfformer.utils.extras import extra
 
 with extra("dense"):
@@ -79,7 +79,12 @@ def quality(image: Tensor, target: Tensor) -> tuple[float, float]:
 
 
 def mean_quality(
-    model: nn.Module, batches: Iterable[InputAndTarget], place: Place, scale: int, tile: tuple[int, int], at_once: int
+    model: nn.Module,
+    batches: Iterable[InputAndTarget],
+    context: DistContext,
+    scale: int,
+    tile: tuple[int, int],
+    at_once: int,
 ) -> dict[str, float]:
     """The mean `quality` of restored images and of the inputs alone, over the images of all processes.
 
@@ -88,11 +93,11 @@ def mean_quality(
     model.eval()
     sums = torch.zeros(5, dtype=torch.float64)
     for (source,), (target,) in batches:
-        restored = restore(model, source, scale, tile, place.device, at_once)
+        restored = restore(model, source, scale, tile, context.device, at_once)
         if target.numel():
             both = *quality(restored, target), *quality(enlarged_only(source, scale), target)
             sums += torch.tensor([*both, 1.0], dtype=torch.float64)
-    sums = place.add_up(sums.to(place.device)).cpu()
+    sums = context.add_up(sums.to(context.device)).cpu()
     return dict(zip(("psnr", "ssim", "input_psnr", "input_ssim"), (sums[:4] / sums[4]).tolist(), strict=True))
 
 
@@ -103,7 +108,7 @@ class Restoration(DenseTask):
     build = staticmethod(_restorer)
     norm_each_map = False
 
-    def __init__(self, config: "TrainConfig", place: Place) -> None:
+    def __init__(self, config: "TrainConfig", context: DistContext) -> None:
         given, wanted = config.data, config.restore
         self.degradation = Degradation(wanted.scale, wanted.blur, wanted.noise)
         if any(side % wanted.scale for side in given.size):
@@ -123,7 +128,7 @@ class Restoration(DenseTask):
         val_set = open_pair_dataset(given.spec(training=False), self.degradation)
         self.samples = RestorationTensors(train_set, self.degradation, given.size, wanted.crops, wanted.photometric)
         self.whole = RestorationTensors(val_set, self.degradation)
-        super().__init__(config, place, train_set, val_set, [], len(self.samples))
+        super().__init__(config, context, train_set, val_set, [], len(self.samples))
 
     def build_model(self) -> nn.Module:
         model = _restorer(self.description())
@@ -132,12 +137,12 @@ class Restoration(DenseTask):
         return model
 
     def loss(self, model: nn.Module, batch: InputAndTarget) -> Tensor:
-        source, target = (pixels.to(self.place.device, non_blocking=True).float() / 255 for pixels in batch)
+        source, target = (pixels.to(self.context.device, non_blocking=True).float() / 255 for pixels in batch)
         return F.l1_loss(model(source), target)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         tiles = self.degradation.scale, self.config.data.size, _TILES_AT_ONCE
-        return mean_quality(model, self.validation_loader(), self.place, *tiles)
+        return mean_quality(model, self.validation_loader(), self.context, *tiles)
 
     def own_description(self) -> dict[str, Any]:
         restorer = {name: getattr(self.config.restore, name) for name in RESTORER}
@@ -148,7 +153,7 @@ class Restoration(DenseTask):
 
         scale, rows = self.degradation.scale, []
         for source, target in (self.whole[n] for n in self.shown):
-            restored = restore(model, source, scale, self.config.data.size, self.place.device)
+            restored = restore(model, source, scale, self.config.data.size, self.context.device)
             before = enlarged_only(source, scale)
             named = {
                 f"input\n{quality(before, target)[0]:.2f} dB": before,
@@ -171,13 +176,13 @@ def _load(checkpoint: Path, arguments: argparse.Namespace) -> tuple[nn.Module, d
 def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
     """``dfformer eval`` of a restoration checkpoint."""
     model, about = _load(checkpoint, arguments)
-    place, degradation = Place(torch.device(arguments.device)), Degradation(**about["degradation"])
+    context, degradation = DistContext(torch.device(arguments.device)), Degradation(**about["degradation"])
     dataset = open_pair_dataset(dataset_spec(arguments, own_size(about)), degradation)
 
     def measure(timed: Timed, tile: tuple[int, int]) -> Any:
         H, W = tile
         bar = batches(RestorationTensors(dataset, degradation), arguments, f"{checkpoint.name} {H}x{W}")
-        measures = mean_quality(timed, bar, place, degradation.scale, tile, arguments.batch_size)
+        measures = mean_quality(timed, bar, context, degradation.scale, tile, arguments.batch_size)
         return {"tile_height": H, "tile_width": W, "self_ensemble": arguments.self_ensemble}, measures, {}
 
     return at_each_size(model, about, dataset, arguments, measure)
@@ -194,7 +199,7 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
     device, scale = torch.device(arguments.device), about["degradation"]["scale"]
     model.to(device)
     tile = arguments.img_size or own_size(about)
-    stems = plan_results(paths, arguments.output, _ENDINGS)
+    stems = result_paths(paths, arguments.output, _ENDINGS)
 
     def apply(batch: list[File]) -> list[Top]:
         [(path, image, *_)] = batch

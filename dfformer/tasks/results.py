@@ -57,7 +57,7 @@ def _candidate(path: Path, level: int, number: int) -> str:
     return "_".join([*parts[-depth - 1 : -1], parts[-1] if with_suffix else path.stem])
 
 
-def plan_results(paths: Sequence[Path], folder: Path, endings: Sequence[str], of_all: str = "") -> dict[Path, Path]:
+def result_paths(paths: Sequence[Path], folder: Path, endings: Sequence[str], of_all: str = "") -> dict[Path, Path]:
     """For each image, the path of its results in ``folder``, to which ``endings`` are appended.
 
     ``of_all`` is the name of a JSON list about all images. It counts as written by ``predict`` if it is empty or if the

@@ -26,8 +26,8 @@ from dfformer.data.transforms import resize_shorter_side
 from dfformer.tasks.base import DenseTask, load_dense
 from dfformer.tasks.evaluate import Measured, Pixels, Timed, at_each_size, batches, dataset_spec, own_size
 from dfformer.tasks.predict import File, Predictor, Top, checked
-from dfformer.tasks.results import plan_results, write_results
-from dfformer.utils.device import Place
+from dfformer.tasks.results import result_paths, write_results
+from dfformer.utils.device import DistContext
 from dfformer.utils.extras import extra
 
 with extra("dense"):
@@ -132,11 +132,11 @@ class Segmentation(DenseTask):
     metric = "miou"
     build = staticmethod(_segmenter)
 
-    def __init__(self, config: "TrainConfig", place: Place) -> None:
+    def __init__(self, config: "TrainConfig", context: DistContext) -> None:
         zero = config.segment.reduce_zero_label
         train_set, val_set = (open_mask_dataset(config.data.spec(training), zero) for training in (True, False))
-        super().__init__(config, place, train_set, val_set, train_set.classes)
-        self.pixels = Pixels(self.mean, self.std, place.device)
+        super().__init__(config, context, train_set, val_set, train_set.classes)
+        self.pixels = Pixels(self.mean, self.std, context.device)
         names = ("scale", "most_of_one_class", "hflip", "photometric")
         augment = {name: getattr(config.segment, name) for name in names}
         fill = [round(255 * mean) for mean in self.mean]
@@ -145,7 +145,7 @@ class Segmentation(DenseTask):
 
     def loss(self, model: nn.Module, batch: ImageAndMask) -> Tensor:
         """The mean over all pixels, where ignored ones count as 0. So it does not depend on how a batch is split."""
-        masks = batch[1].to(self.place.device, non_blocking=True).long()
+        masks = batch[1].to(self.context.device, non_blocking=True).long()
         logits = model(self.pixels(batch[0]))
         return F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum") / masks.numel()
 
@@ -206,7 +206,7 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
     model.to(arguments.device)
     classes, pixels, shorter = about["classes"], _pixels(about, arguments), min(arguments.img_size or own_size(about))
     palette = class_colours(classes).tobytes()
-    stems = plan_results(paths, arguments.output, _ENDINGS)
+    stems = result_paths(paths, arguments.output, _ENDINGS)
 
     def apply(batch: list[File]) -> list[Top]:
         [(path, (image, resized), *_)] = batch

@@ -37,7 +37,7 @@ from dfformer.train.checks import flatten
 from dfformer.train.config import FREE_TO_CHANGE, TrainConfig, parse
 from dfformer.train.log import Log, interruption
 from dfformer.train.state import checkpoints, load_latest_state, locked, optimizer_layout, save_state, weights
-from dfformer.utils.device import Place, usable_device
+from dfformer.utils.device import DistContext, usable_device
 from dfformer.utils.io import write_atomically
 from dfformer.utils.text import echo, reason
 
@@ -45,33 +45,33 @@ from dfformer.utils.text import echo, reason
 def train_command(arguments: list[str]) -> int:
     """The command line's ``train``."""
     config = parse(arguments)
-    with _processes(config) as place:
+    with _processes(config) as context:
         try:
-            train(config, place)
+            train(config, context)
         except KeyboardInterrupt:
-            if place.rank == 0:
-                print(f"\n{interruption(Path(config.output), arguments, place.world > 1)}", file=sys.stderr)
+            if context.rank == 0:
+                print(f"\n{interruption(Path(config.output), arguments, context.world > 1)}", file=sys.stderr)
             raise
     return 0
 
 
-def train(config: TrainConfig, place: Place) -> list[dict[str, float]]:
+def train(config: TrainConfig, context: DistContext) -> list[dict[str, float]]:
     """Trains from the start, or from the latest checkpoint in ``config.output``; returns the measures by epoch."""
     folder = Path(config.output)
     with ExitStack() as held:
-        _on_first(place, lambda: held.enter_context(locked(folder)))
+        _on_first(context, lambda: held.enter_context(locked(folder)))
         if not config.resume and (checkpoints(folder) or weights(folder)):
             raise ValueError(
                 f"output: {folder} already contains a run; pass --resume=true to continue it, or another folder"
             )
         seed_everything(config.seed)
-        task: Task = task_part(config.task, "training")(config, place)
-        _on_first(place, task.check)
-        return Engine(config, task, place).run()
+        task: Task = task_part(config.task, "training")(config, context)
+        _on_first(context, task.check)
+        return Engine(config, task, context).run()
 
 
 @contextmanager
-def _processes(config: TrainConfig) -> Iterator[Place]:
+def _processes(config: TrainConfig) -> Iterator[DistContext]:
     """Joins the process group, if torchrun started this process."""
     kind = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if config.amp == "float16" and not kind.startswith("cuda"):
@@ -81,26 +81,26 @@ def _processes(config: TrainConfig) -> Iterator[Place]:
         raise ValueError("distributed: fsdp needs several processes; start them with torchrun")
     device = usable_device(f"cuda:{rank}" if rank and kind == "cuda" else kind)
     if rank is None:
-        yield Place(device)
+        yield DistContext(device)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Place(device, distributed.get_rank(), distributed.get_world_size())
+        yield DistContext(device, distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
 
 
-def _on_first(place: Place, check: Any) -> None:
+def _on_first(context: DistContext, check: Any) -> None:
     """Runs a check in the first process only, and raises its error in all processes."""
     failure: list[Exception | None] = [None]
-    if place.rank == 0:
+    if context.rank == 0:
         try:
             check()
         except (ValueError, OSError) as error:
             failure = [error]
-    if place.world > 1:
+    if context.world > 1:
         distributed.broadcast_object_list(failure)
     if failure[0] is not None:
         raise failure[0]
@@ -109,10 +109,10 @@ def _on_first(place: Place, check: Any) -> None:
 class Engine:
     """Trains what a task defines."""
 
-    def __init__(self, config: TrainConfig, task: Task, place: Place) -> None:
-        self.config, self.task, self.place = config, task, place
-        self.folder, self.first = Path(config.output), place.rank == 0
-        self.model = _built(task).to(place.device)
+    def __init__(self, config: TrainConfig, task: Task, context: DistContext) -> None:
+        self.config, self.task, self.context = config, task, context
+        self.folder, self.first = Path(config.output), context.rank == 0
+        self.model = _built(task).to(context.device)
         if config.model.grad_checkpointing:
             self.model.set_grad_checkpointing()  # type: ignore[operator]
         optim = config.optim
@@ -134,7 +134,7 @@ class Engine:
             updates_per_epoch=self.steps,
             **{name: getattr(optim, name) for name in same},
         )
-        self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.amp == "float16")
+        self.scaler = torch.amp.GradScaler(context.device.type, enabled=config.amp == "float16")
         self.step = 0  # steps done, over all epochs
         self.loss_sum = 0.0  # over the steps done in this epoch
         self.history: list[dict[str, float]] = []
@@ -144,7 +144,7 @@ class Engine:
         if self.config.model.compile:
             # Inductor would take (B,H,W,C) for (B,C,H,W), see dfformer_kernels/ops/conv2d.py.
             self.model.compile(options={"layout_optimization": False})
-        if self.place.world == 1:
+        if self.context.world == 1:
             return self.model
         if self.config.distributed == "fsdp":
             for model in self.models.values():
@@ -152,7 +152,7 @@ class Engine:
                     fully_shard(block)
                 fully_shard(model)
             return self.model
-        devices = [self.place.device] if self.place.device.type == "cuda" else None
+        devices = [self.context.device] if self.context.device.type == "cuda" else None
         return DistributedDataParallel(self.model, device_ids=devices)
 
     def run(self) -> list[dict[str, float]]:
@@ -207,17 +207,17 @@ class Engine:
 
     def _train_step(self, batches: list[Any]) -> tuple[float, float]:
         """One optimiser step; returns its loss over all processes and the norm of its gradient."""
-        seed_everything(self.config.seed, self.step, self.place.rank)
+        seed_everything(self.config.seed, self.step, self.context.rank)
         self.scheduler.step_update(self.step)
         self.optimizer.zero_grad()
-        total = torch.zeros((), device=self.place.device)
+        total = torch.zeros((), device=self.context.device)
         for part, batch in enumerate(batches):
             with self._gradients_stay_here(part < len(batches) - 1):
-                with autocast(self.place.device, self.config.amp):
+                with autocast(self.context.device, self.config.amp):
                     loss = self.task.loss(self.runner, batch) / len(batches)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
-        total = self.place.add_up(total) / self.place.world
+        total = self.context.add_up(total) / self.context.world
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()
         self._must_be_finite(float(total), norm, batches)
@@ -233,7 +233,7 @@ class Engine:
         """Keeps gradients local in all but the last pass of a step, after which processes exchange them."""
         if isinstance(self.runner, DistributedDataParallel):
             return self.runner.no_sync() if stay else nullcontext()
-        if self.place.world > 1:
+        if self.context.world > 1:
             self.model.set_requires_gradient_sync(not stay)  # type: ignore[operator]
         return nullcontext()
 
@@ -266,9 +266,9 @@ class Engine:
                 found.append(names[module] or "the model itself")
 
         hooks = [module.register_forward_hook(look) for module in names]
-        seed_everything(self.config.seed, self.step, self.place.rank)
+        seed_everything(self.config.seed, self.step, self.context.rank)
         try:
-            with torch.no_grad(), autocast(self.place.device, self.config.amp):
+            with torch.no_grad(), autocast(self.context.device, self.config.amp):
                 for batch in batches:
                     self.task.loss(self.model, batch)
         finally:
@@ -280,7 +280,7 @@ class Engine:
         """Measures of the model, and of the averaged weights with the prefix ``ema_``."""
         row: dict[str, float] = {}
         for prefix, model in zip(("", "ema_"), self.models.values(), strict=False):
-            with autocast(self.place.device, self.config.amp):
+            with autocast(self.context.device, self.config.amp):
                 measures = self.task.validate(model)
             row |= {f"{prefix}{name}": value for name, value in measures.items()}
         return row
@@ -295,7 +295,7 @@ class Engine:
 
     def _draw(self) -> None:
         self.result.eval()
-        with autocast(self.place.device, self.config.amp):
+        with autocast(self.context.device, self.config.amp):
             figure = self.task.picture(self.result)
         if figure and self.first:
             write_atomically(self.folder / "predictions.png", partial(figure.savefig, dpi=110))
@@ -357,8 +357,8 @@ class Engine:
         optim, batches = self.config.optim, self.task.batches
         parameters = sum(p.numel() for p in self.model.parameters())
         print(
-            f"{self.config.model.name}: {parameters / 1e6:.2f} M parameters on {self.place.device}\n"
-            f"global batch {optim.global_batch} = {batches.batch} images x {self.place.world} processes x "
+            f"{self.config.model.name}: {parameters / 1e6:.2f} M parameters on {self.context.device}\n"
+            f"global batch {optim.global_batch} = {batches.batch} images x {self.context.world} processes x "
             f"{optim.accumulation} passes; {self.steps} steps an epoch, {self.epochs} epochs; "
             f"learning rate {optim.lr:g} for that batch"
         )

@@ -7,7 +7,7 @@ from torch import Tensor, distributed
 
 
 @dataclass(frozen=True)
-class Place:
+class DistContext:
     """This process's device and rank, and the number of processes."""
 
     device: torch.device

@@ -30,7 +30,7 @@ class Profile:
     parameters: int
     macs: int  # half the FLOPs of linear layers, convolutions and spectral parts
     spectral_macs: int  # the part of macs in transforms, filter mixing and products
-    saved_bytes: int  # that one training forward keeps for backward, without the parameters
+    saved_bytes: int  # that one training forward saves for backward, without the parameters
     planes: tuple[tuple[int, int, int], ...]  # H, W, C of every stage
 
 
@@ -62,7 +62,7 @@ def profile(make_model: Callable[[], nn.Module], img_size: tuple[int, int], in_c
 
 
 def saved_for_backward(model: nn.Module, *inputs: Tensor) -> int:
-    """Bytes of distinct storages that ``model(*inputs)`` keeps for backward, parameters excluded."""
+    """Bytes of distinct storages that ``model(*inputs)`` saves for backward, parameters excluded."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}  # holding the storage keeps its identity from being reused
 

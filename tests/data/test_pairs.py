@@ -91,7 +91,7 @@ def test_whole_pairs(root: Path) -> None:
     assert (source.shape, target.shape) == ((3, 4, 7), (3, 20, 35))
     assert torch.equal(source, again)
     assert not torch.equal(source, other)
-    assert RestorationTensors.uncounted(target).numel() == 0
+    assert RestorationTensors.ignored_target(target).numel() == 0
 
 
 def test_degradation() -> None:

@@ -174,7 +174,7 @@ def test_forward_on_the_instance_is_refused() -> None:
 def swapped() -> Detector:
     model = detector()
     report = dfformer.replace_dynamic_filters(model)
-    assert [row.refusal for row in report] == [""]
+    assert [row.reason for row in report] == [""]
     return model
 
 

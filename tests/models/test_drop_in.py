@@ -82,7 +82,7 @@ def test_swapped_model_agrees_and_shares_parameters(make: Callable[[], Frequency
     before = outputs_and_gradients(model, x)
     names, state = dict(model.named_parameters()), list(model.state_dict())
     replaced = replace_dynamic_filters(model)
-    assert [(r.name, r.refusal) for r in replaced] == [("blocks.block0.1", ""), ("blocks.block1.1", "")]
+    assert [(r.name, r.reason) for r in replaced] == [("blocks.block0.1", ""), ("blocks.block1.1", "")]
     kind = GlobalFilter if make is MIXERS["global"] else DynamicFilter
     assert all(type(model.layer(i)) is kind for i in (0, 1))
     after = dict(model.named_parameters())
@@ -96,7 +96,7 @@ def test_swapped_model_agrees_and_shares_parameters(make: Callable[[], Frequency
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_models_are_swapped_too(dtype: torch.dtype) -> None:
     model = SomebodysModel(MIXERS["dynamic"]()).to(dtype)
-    assert [r.refusal for r in replace_dynamic_filters(model)] == [""]
+    assert [r.reason for r in replace_dynamic_filters(model)] == [""]
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert model(torch.randn(1, 8, 8, 16).to(dtype)).dtype == dtype
 
@@ -106,7 +106,7 @@ def test_star_relu_is_fused_only_if_it_is_one() -> None:
     hooked.act1.register_forward_hook(lambda module, inputs, output: None)
     others = [FrequencyMixer(16, (8, 8), act, routed=True) for act in (Affine, Gained)]
     model = SomebodysModel(MIXERS["dynamic"](), *others, hooked)
-    assert [r.refusal for r in replace_dynamic_filters(model)] == [""] * 4
+    assert [r.reason for r in replace_dynamic_filters(model)] == [""] * 4
     assert [type(model.layer(i).act1) for i in range(4)] == [StarReLU, Affine, Gained, Star]
 
 
@@ -125,10 +125,10 @@ def test_zero_weights_hide_no_difference() -> None:
     for mixer in (model.layer(0), model.layer(1)):
         nn.init.zeros_(mixer.pwconv2.weight)
     scaled, equal = replace_dynamic_filters(model)
-    assert "its output differs from ours by a factor, 1.01 in the trial" in scaled.refusal
+    assert "its output differs from ours by a factor, 1.01 in the trial" in scaled.reason
     assert "left alone" in str(scaled)
     assert type(model.layer(0)) is FrequencyMixer
-    assert not equal.refusal
+    assert not equal.reason
     assert not model.layer(1).pwconv2.weight.any(), "the trial changed nothing"
 
 
@@ -158,7 +158,7 @@ def test_hooks_stay_and_see_no_trial(add: Callable[..., Any], make: Callable[[],
     handle = add(mixer, lambda module, *_: seen.append(module))
     try:
         report = replace_dynamic_filters(model)
-        assert not report[0].refusal
+        assert not report[0].reason
         assert mixer not in seen
         model(torch.randn(1, 8, 8, 8, requires_grad=True)).sum().backward()
         model.load_state_dict(model.state_dict())
@@ -172,7 +172,7 @@ def test_methods_stay() -> None:
     report = replace_dynamic_filters(model)
     model.load_state_dict(model.state_dict())
     assert model[0].loaded == 1
-    assert (report[0].replacement, report[0].refusal) == ("FusedOwnLoading", "")
+    assert (report[0].replacement, report[0].reason) == ("FusedOwnLoading", "")
 
 
 class Doubled(nn.Module):
@@ -194,7 +194,7 @@ def test_what_cannot_be_tried_is_left_alone(change: Callable[[nn.Module], Any], 
     change(mixer)
     kind = type(mixer)
     [outcome] = replace_dynamic_filters(model)
-    assert reason in outcome.refusal
+    assert reason in outcome.reason
     assert type(model[0]) is kind
 
 
@@ -293,7 +293,7 @@ def test_the_trial_leaves_random_numbers_and_modes_alone() -> None:
     expected = torch.randn(4)
     torch.manual_seed(3)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not replace_dynamic_filters(model)[0].refusal
+        assert not replace_dynamic_filters(model)[0].reason
     assert torch.equal(torch.randn(4), expected)
     assert all(p.grad is None for p in model.parameters())
 
@@ -323,7 +323,7 @@ def test_undo_gives_back_the_trained_original() -> None:
     assert type(model[2].act1) is Star
     assert not any(m.training for m in model.modules())
     assert relative_error(model.to(torch.float32)(x), expected) < 1e-5
-    with pytest.raises(ValueError, match="got ChannelsFirst at '1'"):
+    with pytest.raises(ValueError, match="expected the layer that was put at '1', got ChannelsFirst"):
         report.undo()
 
 

@@ -119,7 +119,7 @@ def test_forms_are_swapped(make: Make, shapes: list[Any], others: list[Any], req
     parameters, state = dict(model.named_parameters()), list(model.state_dict())
     kind = "DynamicFilter" if "spline" in request.node.callspec.id else f"Fused{type(model.mixer).__name__}"
     [outcome] = replace_dynamic_filters(model)
-    assert (outcome.refusal, outcome.replacement) == ("", kind)
+    assert (outcome.reason, outcome.replacement) == ("", kind)
     after = dict(model.named_parameters())
     assert all(after[name] is parameters[name] for name in after.keys() | parameters.keys())
     assert list(model.state_dict()) == state
@@ -135,7 +135,7 @@ def test_other_formulas_are_refused_with_the_difference(make: Make, difference: 
     model = Parallel(make())
     original = model.mixer
     [outcome] = replace_dynamic_filters(model)
-    assert difference in outcome.refusal
+    assert difference in outcome.reason
     assert model.mixer is original
 
 
@@ -228,12 +228,12 @@ def test_adapters_in_a_form_are_used(form: type[forms.Authors], before: bool) ->
     model = Parallel(form(8)).eval()
     reference, x = copy.deepcopy(model), torch.randn(2, 8, 8, 8)
     if not before:
-        assert not replace_dynamic_filters(model)[0].refusal
+        assert not replace_dynamic_filters(model)[0].reason
     torch.manual_seed(0)
     adapter = LowRank(model.mixer.pwconv1)
     model.mixer.pwconv1, reference.mixer.pwconv1 = adapter, copy.deepcopy(adapter)
     if before:
-        assert not replace_dynamic_filters(model)[0].refusal
+        assert not replace_dynamic_filters(model)[0].reason
     ours, theirs = (results_of_trained(m, x) for m in (model, reference))
     for actual, expected in zip(ours, theirs, strict=True):
         assert relative_error(actual, expected) < 1e-4
@@ -267,7 +267,7 @@ def swapped() -> tuple[Detector, Any]:
     torch.manual_seed(0)
     detector = Detector()
     report = replace_dynamic_filters(detector)
-    assert [(r.name, r.refusal) for r in report] == [("encoder.0", ""), ("encoder.1", ""), ("fusion", "")]
+    assert [(r.name, r.reason) for r in report] == [("encoder.0", ""), ("encoder.1", ""), ("fusion", "")]
     return detector, report
 
 
@@ -311,7 +311,7 @@ def test_complex_filters_are_swapped_without_warnings() -> None:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         report = replace_dynamic_filters(forms.FiltersFirst(DIM))
-    assert not report[0].refusal
+    assert not report[0].reason
     assert not warned
 
 
@@ -320,7 +320,7 @@ def test_swapping_and_exporting_under_another_default_dtype(tmp_path: Path) -> N
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float64)
-        assert [r.refusal for r in replace_dynamic_filters(model)] == [""]
+        assert [r.reason for r in replace_dynamic_filters(model)] == [""]
         export(model, tmp_path / "model.pt2", 32)
     finally:
         torch.set_default_dtype(default)
@@ -349,7 +349,7 @@ def test_forms_inside_distributed_data_parallel_are_swapped(tmp_path: Path) -> N
     try:
         reference = Detector()
         parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(reference))
-        assert not any(r.refusal for r in replace_dynamic_filters(parallel))
+        assert not any(r.reason for r in replace_dynamic_filters(parallel))
         image = torch.randn(2, 3, 320, 320)
         for model in (parallel, reference):
             model(image).square().sum().backward()

@@ -117,8 +117,8 @@ def test_maps_are_refused_by_name(layer_class: Callable[..., nn.Module]) -> None
 class ReadsHalf(GlobalFilter):
     """Its maps have more channels than its first projection takes."""
 
-    def load(self, x: Tensor) -> Any:
-        return super().load(x[..., : x.shape[3] // 2])
+    def step_input(self, x: Tensor) -> Any:
+        return super().step_input(x[..., : x.shape[3] // 2])
 
 
 def test_a_projection_of_another_class_decides_what_it_reads() -> None:

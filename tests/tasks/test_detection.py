@@ -23,12 +23,12 @@ from dfformer.tasks import detection as detect
 from dfformer.tasks.detector import Pyramid
 from dfformer.tasks.table import task_part
 from dfformer.train.config import parse
-from dfformer.utils.device import Place
+from dfformer.utils.device import DistContext
 
 CATEGORIES = {7: "dark", 3: "bright"}  # in no order, with gaps
 SMALL: dict[str, Any] = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
 HEAD: dict[str, Any] = {"channels": 8, "anchor_scale": 2.0, "norm_groups": 2}
-CPU = Place(torch.device("cpu"))
+CPU = DistContext(torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # A run of seconds: 2 epochs of 3 steps.

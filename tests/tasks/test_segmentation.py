@@ -32,7 +32,7 @@ from dfformer.tasks.segmentation import (
 )
 from dfformer.tasks.table import task_part
 from dfformer.train.config import parse
-from dfformer.utils.device import Place
+from dfformer.utils.device import DistContext
 
 CLASSES = ["sky", "sea", "sand"]
 SMALL: dict[str, Any] = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
@@ -194,8 +194,8 @@ def test_an_encoder_starts_from_a_classifier(command: list[str], tmp_path: Path)
     save_checkpoint(classifier, path, "dfformer_s18", {**SMALL, "num_classes": 7, "img_size": 32})
     task = task_part("segment", "training")
     config = parse([*command[1:], "--model.checkpoint", str(path)])
-    place = Place(torch.device("cpu"))
-    encoder = task(config, place).build_model().fpn.encoder.model.model.state_dict()
+    context = DistContext(torch.device("cpu"))
+    encoder = task(config, context).build_model().fpn.encoder.model.model.state_dict()
     resized = timm.create_model("dfformer_s18", num_classes=7, img_size=64, **SMALL)
     load_checkpoint(resized, path)
     expected = resized.state_dict()
@@ -204,7 +204,7 @@ def test_an_encoder_starts_from_a_classifier(command: list[str], tmp_path: Path)
     assert all(torch.equal(encoder[name], expected[name]) for name in common)
     config.model.args = {**SMALL, "dims": [8, 8, 16, 24]}
     with pytest.raises(CheckpointError, match="does not fit this DFFormer"):
-        task(config, place).build_model()
+        task(config, context).build_model()
 
 
 def test_faults_of_the_data_are_found_before_training_starts(

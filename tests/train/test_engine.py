@@ -25,7 +25,7 @@ from dfformer.models.checkpoint import load_model, read_checkpoint
 from dfformer.tasks.table import task_part
 from dfformer.train import state as train_state
 from dfformer.train.config import parse
-from dfformer.utils.device import Place
+from dfformer.utils.device import DistContext
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 OWN_RECIPES = ("digits", "transfer")  # classification with values of this project
@@ -246,14 +246,14 @@ PIXELS = ["--model.args.in_chans=1", "--data.mean=[0.5]", "--data.std=[0.5]", "-
 
 def test_a_model_of_one_image_size_is_made_for_the_images() -> None:
     config = parse(["--model.name=vit_tiny_patch16_224", "--data.dataset=digits", "--data.img_size=32", *PIXELS])
-    task = task_part("classify", "training")(config, Place(torch.device("cpu")))
+    task = task_part("classify", "training")(config, DistContext(torch.device("cpu")))
     assert task.build_model()(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
 
 
 def test_a_model_that_is_registered_without_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("timm.get_pretrained_cfg", lambda name: None)  # as timm answers
     config = parse(["--model.name=test_convnext", "--data.dataset=digits", "--data.img_size=32", *PIXELS])
-    task = task_part("classify", "training")(config, Place(torch.device("cpu")))
+    task = task_part("classify", "training")(config, DistContext(torch.device("cpu")))
     assert task.build_model()(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
 
 
@@ -299,8 +299,8 @@ def test_two_processes_train_as_one(command: list[str], expected_alone: Path, tm
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 2), (2, 1), (2, 3), (4, 1)])
 def test_the_images_of_a_step_do_not_depend_on_who_works(world: int, accumulation: int) -> None:
     def batches(world: int, accumulation: int, first_step: int = 0) -> list[list[tuple[int, int]]]:
-        places = [Place(torch.device("cpu"), rank, world) for rank in range(world)]
-        ranks = [images.GlobalBatches(50, 12, accumulation, place, seed=5) for place in places]
+        contexts = [DistContext(torch.device("cpu"), rank, world) for rank in range(world)]
+        ranks = [images.GlobalBatches(50, 12, accumulation, context, seed=5) for context in contexts]
         for rank in ranks:
             rank.epoch, rank.first_step = 3, first_step
         parts = [list(rank) for rank in ranks]
@@ -323,8 +323,8 @@ def test_evaluation_counts_each_image_once() -> None:
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
             return torch.full((1, 2, 2), index, dtype=torch.uint8), index
 
-    places = [Place(torch.device("cpu"), rank, 3) for rank in range(3)]
-    loaders = [images.evaluation_loader(Numbers(), 0, place, batch_size=2) for place in places]
+    contexts = [DistContext(torch.device("cpu"), rank, 3) for rank in range(3)]
+    loaders = [images.evaluation_loader(Numbers(), 0, context, batch_size=2) for context in contexts]
     labels = [label for loader in loaders for _, batch in loader for label in batch.tolist()]
     assert sorted(labels) == [-1, -1, *range(7)]
 

@@ -99,20 +99,20 @@ class Trial:
         failures: list[str] = []
         found = False
         for hypothesis in self._guesses():
-            problem = self._problem(hypothesis)
-            if problem is not None and self._define(problem):
-                problem = self._problem(hypothesis)
-            if problem is None:
+            error = self._error_on(hypothesis)
+            if error is not None and self._define(error):
+                error = self._error_on(hypothesis)
+            if error is None:
                 found = True
                 yield hypothesis
             else:
                 shapes = ", ".join(str(tuple(getattr(x, "shape", [x]))) for x in hypothesis.inputs(hypothesis.size, 2))
-                failures.append(f"{shapes} first: {first_line(problem)}")
+                failures.append(f"{shapes} first: {first_line(error)}")
         if not found:
             tried = f"{len(failures)} were tried, {failures[0]}" if failures else "its filters have no known shape"
             raise UnsupportedCopyError(f"it runs on no trial input ({tried})")
 
-    def _problem(self, hypothesis: Hypothesis) -> Exception | None:
+    def _error_on(self, hypothesis: Hypothesis) -> Exception | None:
         self._probe = self._probe or self.copy(training=False)
         return _error_of(self._probe, hypothesis.inputs(hypothesis.size, 2, device=self.device))
 

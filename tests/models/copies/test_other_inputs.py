@@ -78,14 +78,14 @@ def subclass(**methods: Any) -> nn.Module:
 @pytest.mark.parametrize(("stored", "reason"), FILTERS.values(), ids=FILTERS.keys())
 def test_filters_that_are_changed_at_run_time_are_refused(stored: Any, reason: str) -> None:
     [outcome] = replace_dynamic_filters(nn.Sequential(subclass(stored=stored)))
-    assert reason in outcome.refusal
+    assert reason in outcome.reason
 
 
 @pytest.mark.parametrize(("after", "reason"), BRANCHES.values(), ids=BRANCHES.keys())
 def test_branches_on_what_an_input_is_are_refused(after: Any, reason: str) -> None:
     model = nn.Sequential(subclass(after=after))
     [outcome] = replace_dynamic_filters(model)
-    assert reason in outcome.refusal
+    assert reason in outcome.reason
     report = fuse(model, torch.randn(2, DIM, 8, 8))
     assert not report.fused
     assert reason in str(report)
@@ -96,7 +96,7 @@ def test_a_branch_on_one_image_that_no_trace_shows_is_refused() -> None:
         return 2 * y if isinstance(x.shape[0], int) and x.shape[0] == 1 else y
 
     [outcome] = replace_dynamic_filters(nn.Sequential(subclass(after=after)))
-    assert "its output 0 differs from ours" in outcome.refusal
+    assert "its output 0 differs from ours" in outcome.reason
 
 
 class Twice(Plain):
@@ -127,7 +127,7 @@ def test_ties_are_those_of_each_layer_and_of_later(whole: bool) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(tied(whole), Twice(), tied(whole)), torch.randn(2, DIM, 8, 8)
     original = copy.deepcopy(model)
-    assert not any(r.refusal for r in replace_dynamic_filters(model))
+    assert not any(r.reason for r in replace_dynamic_filters(model))
     torch.testing.assert_close(model(x), original(x), rtol=1e-4, atol=1e-3)
     for m in (model, original):
         torch.manual_seed(1)
@@ -147,7 +147,7 @@ def test_a_softmax_module_is_still_called(when: str) -> None:
     if when == "before":
         hook()
     original: Any = copy.deepcopy(model)
-    assert not any(r.refusal for r in replace_dynamic_filters(model))
+    assert not any(r.reason for r in replace_dynamic_filters(model))
     if when == "after":
         hook()
         original[1].softmax.register_forward_hook(lambda module, inputs, y: 0 * y + 0.25)
@@ -172,7 +172,7 @@ class Direct(nn.Module):
 def test_results_have_the_dtype_of_the_original(change: Callable[[nn.Module], nn.Module]) -> None:
     model = change(nn.Sequential(Direct()))
     original, x = copy.deepcopy(model), (2000 * torch.rand(1, 8, 8, DIM)).half()
-    assert not replace_dynamic_filters(model)[0].refusal
+    assert not replace_dynamic_filters(model)[0].reason
     assert model(x).dtype == original(x).dtype
     torch.testing.assert_close(model(x), original(x), rtol=1e-3, atol=1.0)
 
@@ -235,7 +235,7 @@ def test_names_of_fused_layers_are_not_hidden() -> None:
     model = nn.Sequential(subclass(code=lambda self: 1), subclass())
     model[1].restore = nn.Identity()
     for outcome, name in zip(replace_dynamic_filters(model), ("code", "restore"), strict=True):
-        assert f"it has a {name!r}" in outcome.refusal
+        assert f"it has a {name!r}" in outcome.reason
 
 
 @pytest.mark.parametrize("model", [None, {}])

@@ -143,7 +143,13 @@ class Projections(nn.Module):
 
     def project_in(self, x: Tensor) -> Tensor:
         """``act1(pwconv1(x))``."""
-        return self.act1(self.pwconv1(x) if torch.jit.is_scripting() else call_linear(self.pwconv1, x))
+        if torch.jit.is_scripting():
+            return self.act1(self.pwconv1(x))
+        else:
+            y = call_linear(self.pwconv1, x)
+            if is_exact(self.act1, StarReLU, y) and makes_own_result(self.pwconv1, y):
+                return star_relu(y, self.act1.scale, self.act1.bias, overwrite_x=True)
+            return self.act1(y)
 
     def project_out(self, y: Tensor) -> Tensor:
         """``pwconv2(act2(y))``."""

@@ -341,7 +341,7 @@ def test_device_and_dtype_of_construction(name: str) -> None:
     assert [n for n, _ in layer.named_parameters()] == [n for n, _ in type(layer)(DIM).named_parameters()]
 
 
-@pytest.mark.parametrize("layer_class", [DynamicFilter, GlobalFilter])
+@pytest.mark.parametrize("layer_class", [DynamicFilter, GlobalFilter, SepConv, AFNO2D])
 def test_without_gradients_nothing_that_somebody_holds_is_overwritten(layer_class: Callable[..., Any]) -> None:
     layer = layer_class(8, expansion_ratio=1, size=6)
     x = torch.randn(2, 6, 6, 8)
@@ -369,7 +369,7 @@ def test_without_gradients_nothing_that_somebody_holds_is_overwritten(layer_clas
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("layer_class", [DynamicFilter, GlobalFilter])
+@pytest.mark.parametrize("layer_class", [DynamicFilter, GlobalFilter, SepConv, AFNO2D])
 def test_without_gradients_the_result_has_the_same_bits(layer_class: Callable[..., Any]) -> None:
     layer, x = layer_class(8, size=6), torch.randn(2, 6, 6, 8)
     with torch.no_grad():

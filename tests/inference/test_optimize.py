@@ -123,7 +123,7 @@ def test_unknown_model_and_size() -> None:
         optimize_for_inference(none)
     with pytest.raises(ValueError, match="img_size: expected a whole number from 1 up or a pair of them, got 0"):
         optimize_for_inference(trained(), img_size=0)
-    with pytest.raises(ValueError, match="model: got Linear without a Conv2d"):
+    with pytest.raises(ValueError, match="model: expected a model of images, got Linear without a Conv2d"):
         optimize_for_inference(nn.Linear(3, 3), img_size=64)
 
 

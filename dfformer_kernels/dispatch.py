@@ -110,7 +110,11 @@ def use_backend(name: str) -> Iterator[None]:
 
     The choice holds for the current context, i.e. for this thread or asyncio task, but not for others. A new thread
     starts without a choice; ``contextvars.copy_context().run`` passes it on. Code compiled with torch before 2.14 looks
-    up the choice when it runs, and again for its backward.
+    up the choice when it runs, and again for its backward. `linear` and `convolution` have no backends: PyTorch's own
+    products run them.
+
+    Args:
+        name: one of ``backends()``.
 
     Raises:
         ValueError: the name is unknown.

@@ -14,16 +14,16 @@ from matplotlib.patches import Patch
 from dfformer.analysis.figures import frame, panels
 from dfformer.utils.text import printable
 
-MOST_NAMED = 24  # classes in a legend: those with most pixels
-_MOST_ELONGATED = 8  # ratio of sides; longer strips are drawn compressed
+MAX_NAMED = 24  # classes in a legend: those with most pixels
+_MAX_ASPECT = 8  # ratio of sides; longer strips are drawn compressed
 _DETAIL = 96  # pixels along a side of an enlarged detail
-_MOST_PIXELS = 1600  # along a side; a figure has fewer dots
+_MAX_PIXELS = 1600  # along a side; a figure has fewer dots
 
 
 def class_colours(classes: Sequence[str]) -> np.ndarray:
     """(256,3) uint8: a colour a class, black for the background and for pixels without a class."""
     colours = np.zeros((256, 3), dtype=np.uint8)
-    step = 1 / len(classes) if len(classes) <= MOST_NAMED else 0.618034  # the golden ratio: hues never repeat closely
+    step = 1 / len(classes) if len(classes) <= MAX_NAMED else 0.618034  # the golden ratio: hues never repeat closely
     for n, name in enumerate(classes):
         rgb = hsv_to_rgb((n * step % 1, (0.95, 0.6)[n % 2], (0.95, 0.75)[n % 2]))
         colours[n] = 0 if name == "background" else 255 * rgb
@@ -52,7 +52,7 @@ def segmentations(
         for ax, image, picture in zip(cells, images, pictures, strict=True):
             _show(ax, picture, image.shape, "nearest")
     counts = np.bincount(np.concatenate([mask.ravel() for row in masks.values() for mask in row]), minlength=256)
-    shown = [n for n in np.argsort(-counts, kind="stable") if counts[n] and colours[n].any()][:MOST_NAMED]
+    shown = [n for n in np.argsort(-counts, kind="stable") if counts[n] and colours[n].any()][:MAX_NAMED]
     patches = [Patch(color=colours[n] / 255) for n in sorted(shown)]
     labels = [str(n) for n in sorted(shown)]  # replaced below, because a legend leaves out names that begin with "_"
     legend = figure.legend(
@@ -124,12 +124,12 @@ def _grid(
 
 def _ratio(shape: tuple[int, ...]) -> float:
     """Height by width, as drawn."""
-    return float(np.clip(shape[0] / shape[1], 1 / _MOST_ELONGATED, _MOST_ELONGATED))
+    return float(np.clip(shape[0] / shape[1], 1 / _MAX_ASPECT, _MAX_ASPECT))
 
 
 def _thinned(pixels: np.ndarray) -> np.ndarray:
     """Every n-th row and column, because drawing all of a large image would take gigabytes."""
-    rows, columns = (-(-side // _MOST_PIXELS) for side in pixels.shape[:2])
+    rows, columns = (-(-side // _MAX_PIXELS) for side in pixels.shape[:2])
     return pixels[::rows, ::columns]
 
 

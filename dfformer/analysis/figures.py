@@ -24,15 +24,15 @@ from dfformer.analysis.palette import BLUE, CYCLE, GREY, VERMILLION
 
 WRONG, RIGHT = VERMILLION, BLUE
 # Axis and colour ranges cover at least this much, so that meaningless differences do not look large.
-LEAST_POINTS = 10.0  # percentage points of an accuracy
-LEAST_DECADES = 1.0  # of a filter's magnitude
-LEAST_GAIN = 1.0  # dB, in both directions
-LEAST_SHARE = 0.5  # of an even share, in both directions
-LEAST_BITS = 0.5
-LEAST_LOG = 1.0  # of a natural logarithm
-LEAST_CKA = 0.5
+MIN_POINTS = 10.0  # percentage points of an accuracy
+MIN_DECADES = 1.0  # of a filter's magnitude
+MIN_GAIN = 1.0  # dB, in both directions
+MIN_SHARE = 0.5  # of an even share, in both directions
+MIN_BITS = 0.5
+MIN_LOG = 1.0  # of a natural logarithm
+MIN_CKA = 0.5
 NO_TICKS: dict[str, list[float]] = {"xticks": [], "yticks": []}
-MOST_WRITTEN = 150  # cells of a matrix whose numbers can be read
+MAX_WRITTEN = 150  # cells of a matrix whose numbers can be read
 
 
 def predictions_grid(
@@ -63,7 +63,7 @@ def learning_curve(
     unit: str = "%",
 ) -> Figure:
     """Training loss, and accuracy on ``images``, by epoch. ``measure`` is a share of 1, or has another unit than %."""
-    factor, most, least = (100, 100.0, LEAST_POINTS) if unit == "%" else (1, np.inf, LEAST_GAIN)
+    factor, most, least = (100, 100.0, MIN_POINTS) if unit == "%" else (1, np.inf, MIN_GAIN)
     epochs = np.arange(1, len(loss) + 1)
     figure, [[left, right]] = panels(1, 2, 8, 3.4)
     left.plot(epochs, loss, ".-", color=RIGHT)  # with dots, because one epoch makes no line
@@ -86,7 +86,7 @@ def filter_basis(filters: Tensor, width: int, names: Sequence[str]) -> Figure:
     magnitude, phase = np.log10(np.abs(spectra) + 1e-12), np.angle(spectra)
     count = spectra.shape[-1]
     figure, axes = panels(2, count, 2.3 * count + 1, 5.2)
-    low, high = at_least(np.percentile(magnitude, [1, 100]), LEAST_DECADES)
+    low, high = at_least(np.percentile(magnitude, [1, 100]), MIN_DECADES)
     for f in range(count):
         top = _spectrum(axes[0, f], magnitude[..., f], "magma", low, high)
         bottom = _spectrum(axes[1, f], phase[..., f], "twilight", -np.pi, np.pi)
@@ -112,14 +112,14 @@ def mixed_filters(
     spectra = np.stack([np.abs(full_spectrum(f, width)) + 1e-12 for f in filters])
     average = spectra.mean(0)
     gain = 20 * np.log10(spectra / average)
-    limit = max(float(np.percentile(np.abs(gain), 99)), LEAST_GAIN)
+    limit = max(float(np.percentile(np.abs(gain), 99)), MIN_GAIN)
     rows, columns = len(channels) + 1, count + 1
     figure, axes = panels(rows, columns, 1.2 * columns + 1.6, 1.25 * rows + 0.7)
     axes[0, 0].set_axis_off()
     for n in range(count):
         axes[0, n + 1].imshow(images[n], cmap="gray")
         axes[0, n + 1].set_title(literal(labels[n]), fontsize=9)
-    low, high = at_least(np.percentile(np.log10(average), [1, 100]), LEAST_DECADES)
+    low, high = at_least(np.percentile(np.log10(average), [1, 100]), MIN_DECADES)
     for row, channel in enumerate(channels):
         mean = _spectrum(axes[row + 1, 0], np.log10(average[..., row]), "magma", low, high)
         axes[row + 1, 0].set_ylabel(f"channel {channel}", fontsize=9)
@@ -142,7 +142,7 @@ def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], row: str) -> Fi
     mean = shares.mean(0).numpy()
     order = np.lexsort((-mean.max(0), mean.argmax(0)))
     even = 1 / filters
-    limit = max(float((shares - even).abs().max()), LEAST_SHARE * even)
+    limit = max(float((shares - even).abs().max()), MIN_SHARE * even)
     norm = TwoSlopeNorm(even, max(even - limit, 0), even + limit)
     figure, [axes] = panels(1, filters + 1, 2.4 * filters + 3.2, 0.22 * count + 2.2, sharey=True)
     for f in range(filters):
@@ -158,7 +158,7 @@ def routing(shares: Tensor, bits: Tensor, labels: Sequence[str], row: str) -> Fi
     axes[filters].boxplot(list(bits.numpy()), positions=range(count), orientation="horizontal", showfliers=False)
     axes[filters].axvline(np.log2(filters), color=WRONG, linestyle=":", label="all filters alike")
     axes[filters].set_yticks(range(count), names, fontsize=8)
-    axes[filters].set_xlim(_limits(bits.numpy(), LEAST_BITS, 0, float(np.log2(filters)) or LEAST_BITS))
+    axes[filters].set_xlim(_limits(bits.numpy(), MIN_BITS, 0, float(np.log2(filters)) or MIN_BITS))
     axes[filters].set_xlabel("entropy of the shares (bits)", fontsize=9)
     axes[filters].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     return figure
@@ -205,7 +205,7 @@ def spectra_by_depth(spectra: dict[str, Spectrum]) -> Figure:
     right.set(ylabel="Δ log amplitude, highest frequency")
     right.set_xticks(range(1, count + 1), names, rotation=90, fontsize=7)
     for ax, values in ((left, torch.cat([s.amplitude for s in spectra.values()])), (right, highest)):
-        ax.set_ylim(_limits(np.asarray(values), LEAST_LOG))
+        ax.set_ylim(_limits(np.asarray(values), MIN_LOG))
         _clear(ax)
     return figure
 
@@ -245,13 +245,13 @@ def similarity_matrix(cka: Tensor, layers: Sequence[Sequence[str]], models: Sequ
     """CKA (a,b) of the ``layers`` of two ``models`` (rows, columns)."""
     rows, columns = layers
     figure, [[ax]] = panels(1, 1, 0.34 * len(columns) + 3, 0.34 * len(rows) + 2.2)
-    lowest = min(np.floor(10 * np.nan_to_num(cka.numpy(), nan=1).min()) / 10, 1 - LEAST_CKA)
+    lowest = min(np.floor(10 * np.nan_to_num(cka.numpy(), nan=1).min()) / 10, 1 - MIN_CKA)
     image = ax.imshow(cka.numpy(), cmap="magma", vmin=lowest, vmax=1, interpolation="nearest")
     ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
     ax.set_yticks(range(len(rows)), rows, fontsize=7)
     ax.set_ylabel(f"{literal(models[0])}\nlayer", fontsize=9)
     ax.set_xlabel(f"layer\n{literal(models[1])}", fontsize=9)
-    if cka.numel() <= MOST_WRITTEN:
+    if cka.numel() <= MAX_WRITTEN:
         for (a, b), value in np.ndenumerate(cka.numpy()):
             color = "white" if value <= (lowest + 1) / 2 else "black"  # black where there is no value
             ax.text(b, a, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)

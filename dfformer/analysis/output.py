@@ -17,8 +17,8 @@ from dfformer.analysis.figures import titled
 from dfformer.utils.io import as_csv, finite, write_atomically
 from dfformer.utils.text import echo
 
-MOST_ROWS = 1000  # of a table on the page; longer tables are only written as CSV
-MOST_PIXELS = 160  # along the longer side of an image beside its filters
+MAX_ROWS = 1000  # of a table on the page; longer tables are only written as CSV
+MAX_PIXELS = 160  # along the longer side of an image beside its filters
 
 
 class Output:
@@ -42,7 +42,7 @@ class Output:
         """Writes a table as CSV. Nine digits of a float are enough to restore a float32 exactly."""
         rows = list(rows)
         exact = ([f"{v:.9g}" if isinstance(v, float) else v for v in row] for row in rows)
-        if len(rows) <= MOST_ROWS:
+        if len(rows) <= MAX_ROWS:
             self._page["tables"].append({"name": name, "header": list(header), "rows": finite(rows)})
         self._write(f"{name}.csv", as_csv(header, (dict(zip(header, row, strict=True)) for row in exact)))
 
@@ -85,7 +85,7 @@ def _data_url(png: io.BytesIO) -> str:
 
 def _thumbnail(pixels: Tensor) -> str:
     image = to_pil_image((255 * pixels).round().to(torch.uint8))
-    image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+    image.thumbnail((MAX_PIXELS, MAX_PIXELS))
     png = io.BytesIO()
     image.save(png, "PNG")
     return _data_url(png)

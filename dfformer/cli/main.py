@@ -17,7 +17,7 @@ from dfformer_kernels import __version__
 # Exit status after writing to a closed pipe: 128 + SIGPIPE, as of programs that the signal kills.
 _BROKEN_PIPE, _INTERRUPTED, _FAILED = 141, 130, 2
 # Lower bounds of arguments that several commands have.
-_LEAST = {"topk": 1, "batch_size": 1, "synthetic_images": 1, "workers": 0}
+_MINIMA = {"topk": 1, "batch_size": 1, "synthetic_images": 1, "workers": 0}
 # The files that several commands write, and how their names end.
 _REPORTS = {"json": ".json", "csv": ".csv"}
 _ALL = Command("The DFFormer family of vision models.", commands=COMMANDS)
@@ -92,7 +92,7 @@ def _parsed(prog: str, command: Command, argv: list[str]) -> argparse.Namespace:
         hint = did_you_mean(unknown[0].split("=")[0], flags) if unknown[0].startswith("-") else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     arguments.what = prog.split()[-1]
-    for name, least in _LEAST.items():
+    for name, least in _MINIMA.items():
         if (value := getattr(arguments, name, least)) < least:
             raise ValueError(f"--{name.replace('_', '-')}: expected a number from {least} up, got {value}")
     for name, suffix in _REPORTS.items():

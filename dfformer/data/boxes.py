@@ -24,9 +24,9 @@ _FIELDS: dict[str, dict[str, type]] = {
     "annotations": {"id": int, "image_id": int, "category_id": int, "bbox": list},
 }
 _ROUNDING = 1.0  # pixels by which a box may extend beyond its image before that counts as a mistake
-_LEAST_SIDE = 0.01  # pixels; a smaller box may become empty as float32, or when flipped or resized
-_LARGEST = 1e9  # number in a box
-_LARGEST_INTEGER = 2**53  # that a checkpoint can keep
+_MIN_SIDE = 0.01  # pixels; a smaller box may become empty as float32, or when flipped or resized
+_MAX_NUMBER = 1e9  # number in a box
+_MAX_INTEGER = 2**53  # that a checkpoint can keep
 
 
 # The ``n`` objects of an image, by the names of torchvision and torchmetrics. ``boxes`` (n,4) are (left, top, right,
@@ -122,8 +122,8 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
             for field, wanted in fields.items():
                 if not isinstance(entry, dict) or type(entry.get(field)) is not wanted:
                     raise ValueError(f"{path}: {kind}[{n}] has no {field!r} of type {wanted.__name__}")
-                if wanted is int and abs(entry[field]) > _LARGEST_INTEGER:
-                    raise ValueError(f"{path}: {kind}[{n}] has a {field!r} above {_LARGEST_INTEGER}")
+                if wanted is int and abs(entry[field]) > _MAX_INTEGER:
+                    raise ValueError(f"{path}: {kind}[{n}] has a {field!r} above {_MAX_INTEGER}")
         [(most_common, times)] = Counter(entry["id"] for entry in entries).most_common(1)
         if times > 1:
             raise ValueError(f"{path}: {times} {kind} have the id {most_common}")
@@ -150,19 +150,19 @@ def _boxes(
             faults.append(f"annotation {name}: iscrowd must be 0 or 1, and area a number from 0")
         else:
             box, beyond = _clip(bbox, sizes[image])
-            has_area = min(box[2] - box[0], box[3] - box[1]) >= _LEAST_SIDE
+            has_area = min(box[2] - box[0], box[3] - box[1]) >= _MIN_SIDE
             if has_area and (repair or beyond <= _ROUNDING):
                 found[image].append((box, label[category], crowd, entry.get("area", bbox[2] * bbox[3])))
             elif not repair:
                 inside = "is not inside its image of {}x{}".format(*sizes[image])
-                what = "has no area" if min(bbox[2:]) < _LEAST_SIDE else inside
+                what = "has no area" if min(bbox[2:]) < _MIN_SIDE else inside
                 faults.append(f"annotation {name}: the box {bbox} (left, top, width, height) {what}")
     return found, faults
 
 
 def _is_number(value: Any) -> bool:
     """Whether a value can be a coordinate: not NaN, not infinite, without hundreds of digits."""
-    return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST
+    return type(value) in (int, float) and -_MAX_NUMBER <= value <= _MAX_NUMBER
 
 
 def _clip(bbox: list[float], size: tuple[int, int]) -> tuple[tuple[float, ...], float]:

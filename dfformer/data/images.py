@@ -221,7 +221,7 @@ class GlobalBatches:
 
     Args:
         images: number of images in the dataset.
-        global_batch: images per optimiser step, over all processes and passes.
+        global_batch: images per optimizer step, over all processes and passes.
         accumulation: passes per step; each has a batch of its own.
     """
 
@@ -275,7 +275,7 @@ class _Padded(Dataset):
         return image, target if index < len(self.samples) else self.samples.ignored_target(target)
 
 
-def evaluation_loader(samples: Samples, workers: int, context: DistContext, batch_size: int = 1) -> DataLoader:
+def evaluation_loader(samples: Samples, workers: int, context: DistContext, batch_size: int) -> DataLoader:
     """This process's part of ``samples`` in their order: every ``world``-th from ``rank`` on; equally many for all."""
     each = -(-len(samples) // context.world)
     return DataLoader(

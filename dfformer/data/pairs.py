@@ -22,7 +22,7 @@ from dfformer.data.files import (
     read_image,
 )
 
-LEAST_SIDE = 16  # of a whole image, in pixels; the metrics need it
+MIN_SIDE = 16  # of a whole image, in pixels; the metrics need it
 _MIRRORINGS = (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE)
 
 InputAndTarget = tuple[Tensor, Tensor]  # uint8 (3,H/scale,W/scale) and uint8 (3,H,W)
@@ -124,7 +124,7 @@ class Photographs(PairDataset):
 
 
 def open_pair_dataset(
-    spec: DatasetSpec, degradation: Degradation, least: tuple[int, int] = (LEAST_SIDE, LEAST_SIDE)
+    spec: DatasetSpec, degradation: Degradation, least: tuple[int, int] = (MIN_SIDE, MIN_SIDE)
 ) -> PairDataset:
     """Pairs in a folder, or the photographs of scikit-image and scikit-learn; ``least`` is the smallest size (H,W)."""
     if spec.name == photographs.NAME:

@@ -13,8 +13,8 @@ from dfformer.data.photographs import sklearn_photographs
 
 NAME = "synthetic_digits"
 CLASSES = [str(digit) for digit in range(10)]
-MOST_DIGITS = 4
-MOST_HIDDEN = 0.1  # largest share of a digit's pixels that later digits may cover
+MAX_DIGITS = 4
+MAX_HIDDEN = 0.1  # largest share of a digit's pixels that later digits may cover
 _DIGIT_SIDES = (0.3, 0.6)  # least and most, as shares of the image's shorter side
 _CROP_SIDES = (96, 192)  # least and most of a crop's shorter side, in pixels of its photograph
 _TRAINING_COLUMNS = 0.7  # share of a photograph's columns, from the left; validation uses the rest
@@ -63,7 +63,7 @@ class SyntheticDigits(ImageDataset[SyntheticImage]):
         owner = np.zeros(self.size, dtype=np.uint8)  # 1 + number of the digit visible at a pixel
         areas: list[int] = []
         labels: list[int] = []
-        for _ in range(rng.integers(1, MOST_DIGITS + 1)):
+        for _ in range(rng.integers(1, MAX_DIGITS + 1)):
             coverage, label = self._digit(rng)
             place = _place(rng, coverage >= 0.5, owner, areas)
             if place is None:
@@ -109,6 +109,6 @@ def _place(
         place = slice(top, top + len(ink)), slice(left, left + len(ink))
         seen = np.bincount(owner.ravel(), minlength=1 + len(areas))
         seen -= np.bincount(owner[place][ink], minlength=1 + len(areas))
-        if all(seen[1:] >= (1 - MOST_HIDDEN) * np.array(areas)):
+        if all(seen[1:] >= (1 - MAX_HIDDEN) * np.array(areas)):
             return place
     return None

@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from torchvision.transforms import v2
 
-LONGEST = 4  # the most that a resized image's longer side may be, in shorter sides
+MAX_RESIZED_ASPECT = 4  # the most that a resized image's longer side may be, in shorter sides
 # timm's notation of augmentation: a policy and sections, each with a number that is not large.
 _NUMBER = r"\d{1,3}(\.\d{1,4})?"
 _POLICY = re.compile(
@@ -17,17 +17,17 @@ _POLICY = re.compile(
     rf"|augmix(-(m\d\d?|w[1-9]|d[1-9]|a(?=[0.]*[1-9]){_NUMBER}|b[01]|mstd{_NUMBER}))*"
     rf"|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"
 )
-_MOST_ELONGATED = 64  # ratio of sides; timm would enlarge a longer strip to gigabytes before it crops
+_MAX_ASPECT = 64  # ratio of sides; timm would enlarge a longer strip to gigabytes before it crops
 
 
 def shorter_side_size(size: tuple[int, int], shorter: int) -> list[int]:
     """The size (H,W) of an image of ``size`` after resizing its shorter side to ``shorter`` pixels.
 
-    The longer side has at most LONGEST times as many, and each side at least one.
+    The longer side has at most MAX_RESIZED_ASPECT times as many, and each side at least one.
     """
     longer = shorter * max(size) // min(size)
-    if longer > LONGEST * shorter:
-        shorter, longer = LONGEST * shorter * shorter // longer, LONGEST * shorter
+    if longer > MAX_RESIZED_ASPECT * shorter:
+        shorter, longer = MAX_RESIZED_ASPECT * shorter * shorter // longer, MAX_RESIZED_ASPECT * shorter
     new = [max(1, shorter), longer]
     return new if size[0] <= size[1] else new[::-1]
 
@@ -43,7 +43,7 @@ def evaluation_transform(config: dict[str, Any], as_uint8: bool = False) -> v2.C
     The ends of very long strips are cut off first; the centre crop would not keep them.
     """
     H, W = config["input_size"][-2:]
-    most = _MOST_ELONGATED * max(H / W, W / H)
+    most = _MAX_ASPECT * max(H / W, W / H)
     transform = create_transform(**config, is_training=False, use_prefetcher=as_uint8)
     return v2.Compose([partial(_cut_strip, most=most), transform])
 

@@ -57,7 +57,7 @@ def export(
         img_size: (H, W) of the images, or one number; filters are resized to it once.
         format: ``"pt2"`` (`torch.export`), ``"aoti"`` (compiled by AOTInductor for this processor or the model's GPU,
             also a ``.pt2``), ``"onnx"``, ``"openvino"`` (``.xml``, with a ``.bin`` beside it), ``"executorch"``
-            (``.pte``, for at most MOST_IMAGES images at a time), ``"coreml"`` (``.mlpackage``, likewise),
+            (``.pte``, for at most MAX_IMAGES images at a time), ``"coreml"`` (``.mlpackage``, likewise),
             ``"safetensors"`` (weights, see `load_model`) or ``"hub"`` (a new folder for Hugging Face's hub). By
             default, the suffix of ``path`` decides.
         fused: for pt2 and aoti, keep this package's operators; ``import dfformer_kernels`` before loading.

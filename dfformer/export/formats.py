@@ -24,7 +24,7 @@ Run = Callable[[Tensor], Any]  # takes images
 # Programs are traced with this batch size, and checked with others.
 TRACED_BATCH = 2
 # The largest batch in formats that plan their memory ahead.
-MOST_IMAGES = 8
+MAX_IMAGES = 8
 # The name of a file's description: a key of the format's metadata, a file in a .pt2, a method of a .pte.
 DESCRIPTION = "dfformer"
 
@@ -120,7 +120,7 @@ def _write_executorch(source: Source, path: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    program = source.traced(MOST_IMAGES)
+    program = source.traced(MAX_IMAGES)
     for node in program.graph.nodes:
         if "memory_format" in node.kwargs:  # ExecuTorch's kernels support a single layout
             node.update_kwarg("memory_format", torch.contiguous_format)
@@ -141,7 +141,7 @@ def _load_executorch(path: Path) -> Run:
 def _write_coreml(source: Source, path: Path) -> None:
     import coremltools
 
-    program = source.traced(MOST_IMAGES).run_decompositions({})
+    program = source.traced(MAX_IMAGES).run_decompositions({})
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
         node.replace_all_uses_with(node.args[0])  # the converter does not support every alias
     program.graph.eliminate_dead_code()

@@ -52,8 +52,8 @@ def optimize_for_inference(
 
     Args:
         model: any module that contains blocks of this family, e.g. a classifier or a segmentation model.
-        dtype: torch.bfloat16 for weights and activations of that dtype (filters and spectra stay float32); None for
-            the model's own. Images are cast to it, and results back to the dtype of the images.
+        dtype: torch.bfloat16 or torch.float32 for weights and activations of that dtype (filters and spectra are never
+            bfloat16); None for the model's own. Images are cast to it, and results back to the dtype of the images.
         img_size: (H, W) of the images, or one number. Filters are resized to it now, and sizes that need other filters
             are refused. None to resize filters in every forward.
 

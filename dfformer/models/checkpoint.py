@@ -30,7 +30,7 @@ _METADATA_KEY = "dfformer"
 # What torch's error says about files that it does not read as data, and what they are.
 _OTHER_FORMATS = {"TorchScript": "a TorchScript archive", "legacy .tar": "the .tar format of torch before 0.4"}
 # The most elements by which a model may exceed its file, for filters of larger images: 1 GiB in float32.
-_MOST_GROWTH = 2**28
+_MAX_GROWTH = 2**28
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -147,7 +147,7 @@ def build_and_load(build: Callable[[], Model], state_dict: dict[str, Tensor], pa
     if must_fit(outline, state_dict, path).reinitialised:
         raise CheckpointError(f"{path}: num_classes: the checkpoint's classifier has another number of classes")
     elements = sum(tensor.numel() for tensor in outline.state_dict().values())
-    if elements > sum(tensor.numel() for tensor in state_dict.values()) + _MOST_GROWTH:
+    if elements > sum(tensor.numel() for tensor in state_dict.values()) + _MAX_GROWTH:
         raise CheckpointError(f"{path}: img_size: the model would have {elements} elements, far more than the file")
     model = build()
     load_state(model, state_dict, path)
@@ -197,6 +197,11 @@ def load_model(
         architecture: name for ``timm.create_model``. It is required unless `save_checkpoint` wrote the file for a model
             of this package, because a file may not choose among other packages' models.
         model_args: override the arguments that the file records, e.g. ``img_size``. They are passed on unchecked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file cannot be read, is for another task, names no model or another package's, or its
+            weights do not fit the model.
     """
     state_dict, metadata = read_checkpoint(path)
     if metadata.get("task", "classify") != "classify":

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from dfformer.utils.accepted import check_arguments, choice
 from dfformer_kernels.kept import kept
+from dfformer_kernels.reference import compute_dtype
 
 RULES = ("bicubic", "fourier")
 RULE = choice(*RULES)
@@ -46,7 +47,7 @@ def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, in
         raise ValueError(f"size: got {(H, W)}, but weight of shape {tuple(weight.shape)} is not (H, W//2 + 1, ...)")
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, Parameter):  # traced, or a fake tensor
         return scriptable_resize(weight, (H, W), (new_H, new_W), rule)
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(weight.dtype)
     return _along_H_and_K(weight, *_kept_matrices((H, W), (new_H, new_W), rule, weight.device, dtype))
 
 

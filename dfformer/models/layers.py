@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfformer.models.exact import fusible, is_exact
-from dfformer.utils.accepted import COUNT, MODULE, RATIO, check_arguments, choice
+from dfformer.utils.accepted import COUNT, COUNT_OR_0, MODULE, RATIO, check_arguments, choice
 from dfformer_kernels import convolution, linear, mlp, star_relu
 from dfformer_kernels.ops import prefers_convolution
 
@@ -42,6 +42,10 @@ class StarReLU(nn.Module):
     """``scale * relu(x)^2 + bias`` with learnable scalars (MetaFormer Baselines for Vision, arXiv:2210.13452).
 
     ``x`` may have any shape and floating dtype; the result has x's dtype. Only the input is saved for backward.
+
+    Args:
+        scale_value, bias_value: initial values of the parameters ``scale`` and ``bias``, one element each.
+        device, dtype: of the parameters.
     """
 
     def __init__(
@@ -135,7 +139,7 @@ class Projections(nn.Module):
     """The base of the token mixers: ``pwconv1`` and ``act1`` come first, ``act2`` and ``pwconv2`` last."""
 
     if TYPE_CHECKING:  # torch.jit.script refuses annotated modules
-        # Created in the authors' order, because the state of an optimiser depends on it.
+        # Created in the authors' order, because the state of an optimizer depends on it.
         pwconv1: nn.Module
         act1: nn.Module
         act2: nn.Module
@@ -161,7 +165,16 @@ class Projections(nn.Module):
 class SepConv(Projections):
     """Inverted separable convolution: expand, StarReLU, depthwise convolution, project.
 
-    ``x`` is (B,H,W,dim), with any plane. ``size`` is accepted and ignored, because spectral mixers need it.
+    Args:
+        dim, expansion_ratio, act1_layer, act2_layer, device, dtype: see `DynamicFilter`.
+        bias: whether the projections and the convolution have biases.
+        kernel_size, padding: of the depthwise convolution, whole numbers.
+        size: ignored; spectral mixers need it.
+
+    ``x`` is (B,H,W,dim) in the parameters' dtype, with any plane.
+
+    Raises:
+        ValueError: an invalid argument, by name, or ``x`` of another shape. TypeError: ``x`` of another dtype.
     """
 
     def __init__(
@@ -180,6 +193,8 @@ class SepConv(Projections):
         super().__init__()
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         C = hidden_channels(dim, expansion_ratio, act1_layer, act2_layer)
+        check_arguments(COUNT, kernel_size=kernel_size)
+        check_arguments(COUNT_OR_0, padding=padding)
         self.pwconv1 = nn.Linear(dim, C, bias=bias, **placed)
         self.act1 = build_activation(act1_layer, **placed)
         self.dwconv = nn.Conv2d(C, C, kernel_size, padding=padding, groups=C, bias=bias, **placed)
@@ -194,9 +209,7 @@ class SepConv(Projections):
         return self.project_out(y.permute(0, 2, 3, 1))
 
 
-def build_activation(
-    layer: Activation, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> nn.Module:
+def build_activation(layer: Activation, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
     """The activation. It is moved only if a device or dtype is given: torch cannot move modules of fake tensors."""
     act = layer()
     return act if device is None and dtype is None else act.to(device=device, dtype=dtype)

@@ -9,7 +9,7 @@ import re
 import reprlib
 import unicodedata
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import timm
 
@@ -74,7 +74,7 @@ _SIDE = whole(1, 4096)  # images of that size take gigabytes
 _CHANNELS = whole(1, 16384)
 
 IMAGE_SIZE = either(_SIDE, list_of(_SIDE, 2, 2))
-INTERPOLATION = choice("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 _COMMON_ARGS: dict[str, Kind] = {
     "num_classes": whole(0, 1_000_000),
@@ -116,7 +116,7 @@ DATA: dict[str, Kind] = {
     "input_size": list_of(_SIDE, 3, 3),
     "mean": list_of(real(-1e6, 1e6), 1, 1024),
     "std": list_of(real(1e-12, 1e6), 1, 1024),
-    "interpolation": INTERPOLATION,
+    "interpolation": choice(*get_args(Interpolation)),
     "crop_pct": real(0.01, 1),
     "crop_mode": choice("center", "squash", "border"),
 }

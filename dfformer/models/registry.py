@@ -42,7 +42,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dfformer_s18_d8": {**_S18, "token_mixers": partial(DynamicFilter, reweight_expansion_ratio=0.125)},
     "dfformer_s18_afno": {**_S18, "token_mixers": AFNO2D},
 }
-"""DFFormer's arguments by model name."""
+"""DFFormer's arguments by model name.
+
+The functions of these names are for timm and IDEs: ``pretrained`` downloads the authors' weights, and a RuntimeError
+says where to fetch them if that fails; ``kwargs`` replace these arguments.
+"""
 
 _WEIGHTS = "https://github.com/okojoalg/dfformer/releases/download/weights/{}.pth"
 # The authors published weights for these; the files carry no hash.

@@ -196,8 +196,7 @@ class DynamicFilter(SpectralFilter):
     but float64.
 
     Raises:
-        ValueError: an argument that is not accepted, by name, or ``x`` of another shape. TypeError: ``x`` of another
-            dtype.
+        ValueError: an invalid argument, by name, or ``x`` of another shape. TypeError: ``x`` of another dtype.
     """
 
     def __init__(
@@ -236,8 +235,8 @@ class DynamicFilter(SpectralFilter):
 class GlobalFilter(SpectralFilter):
     """The global filter token mixer (GFNet, arXiv:2107.00645; GFFormer in the paper): one learned filter per channel.
 
-    The arguments are those of `DynamicFilter` but for ``num_filters`` and ``reweight_expansion_ratio``.
-    ``complex_weights`` is (H, W//2 + 1, C, 2).
+    The arguments, ``x`` and errors are those of `DynamicFilter` but for ``num_filters`` and
+    ``reweight_expansion_ratio``. ``complex_weights`` is (H, W//2 + 1, C, 2), C being the expanded channels.
     """
 
 
@@ -245,8 +244,16 @@ class GlobalFilter(SpectralFilter):
 class AFNO2D(Projections):
     """Adaptive Fourier neural operator (arXiv:2111.13587) between two projections, the paper's ablation.
 
-    One block-diagonal two-layer MLP runs on every frequency. No parameter depends on the plane, so ``size`` is
-    ignored. Spectral arithmetic is float32 (float64 for float64 ``x``). ``data_format``: see `DynamicFilter`.
+    One block-diagonal two-layer MLP runs on every frequency. Spectral arithmetic is float32, for float64 ``x`` float64.
+
+    Args:
+        size: ignored, because no parameter depends on the plane.
+        num_blocks: number of diagonal blocks; it must divide the ``C`` expanded channels.
+        sparsity_threshold: threshold of the softshrink after the MLP.
+        hard_thresholding_fraction: share of the frequencies that are kept; the others become 0.
+        hidden_size_factor: hidden width of the MLP, relative to a block.
+
+    The other arguments, ``x`` and errors are those of `DynamicFilter`.
     """
 
     matmul: Final[bool] = False  # whether matrix products transform, see `dfformer.with_dft_matmul`

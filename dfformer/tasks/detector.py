@@ -14,7 +14,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
 _STRIDES = (8, 16, 32, 64, 128)  # of the pyramid's maps; the first three are the encoder's
-_MOST_FOUND = 100  # objects per image, as in COCO
+_MAX_FOUND = 100  # objects per image, as in COCO
 
 NormLayer = Callable[[int], nn.Module]
 Boxes = dict[str, Tensor]  # boxes, labels and other properties of the objects in an image
@@ -99,7 +99,7 @@ class Detector(RetinaNet):
             image_std=std,
             anchor_generator=anchors,
             head=_Float32Head(channels, anchors.num_anchors_per_location()[0], classes, norm_layer=norm),
-            detections_per_img=_MOST_FOUND,
+            detections_per_img=_MAX_FOUND,
         )
         self.transform = _Resize(*img_size, mean, std)
         self.set_img_size(*img_size)

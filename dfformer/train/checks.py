@@ -1,4 +1,4 @@
-"""Checks the settings of a training run: ranges of numbers, and names of models, optimisers and datasets."""
+"""Checks the settings of a training run: ranges of numbers, and names of models, optimizers and datasets."""
 
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ def _check_names(config: "TrainConfig") -> None:
     optimizer = config.optim.opt.lower().split("_")[-1]  # without timm's prefix "lookahead_"
     if optimizer not in list_optimizers():
         hint = did_you_mean(optimizer[:100], list_optimizers())
-        raise ValueError(f"optim.opt: timm knows no optimiser {config.optim.opt[:100]!r}{hint}")
+        raise ValueError(f"optim.opt: timm knows no optimizer {config.optim.opt[:100]!r}{hint}")
     if get_optimizer_info(optimizer).second_order:
         raise ValueError(f"optim.opt: expected an optimizer without second derivatives, got {config.optim.opt!r}")
     try:

@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dfformer.data.files import DatasetSpec
-from dfformer.models.metadata import DATA, DEGRADATION, DETECTOR, IMAGE_SIZE, RESTORER, SHARE, list_of, real, whole
+from dfformer.models.metadata import (
+    DATA,
+    DEGRADATION,
+    DETECTOR,
+    IMAGE_SIZE,
+    RESTORER,
+    SHARE,
+    Interpolation,
+    list_of,
+    real,
+    whole,
+)
 from dfformer.train.checks import check, flatten
 from dfformer.train.recipes import split_recipes
 from dfformer.utils.accepted import Kind
@@ -41,7 +52,6 @@ _MILESTONES = Kind(
 )
 
 MODE = "dfformer_yaml"  # for ``ArgumentParser(parser_mode=)``
-Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
 def setting(kind: Kind, default: Any) -> Any:

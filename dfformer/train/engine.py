@@ -206,7 +206,7 @@ class Engine:
                     self._save()
 
     def _train_step(self, batches: list[Any]) -> tuple[float, float]:
-        """One optimiser step; returns its loss over all processes and the norm of its gradient."""
+        """One optimizer step; returns its loss over all processes and the norm of its gradient."""
         seed_everything(self.config.seed, self.step, self.context.rank)
         self.scheduler.step_update(self.step)
         self.optimizer.zero_grad()

@@ -122,7 +122,7 @@ def _checked_state(path: Path, state: Any) -> dict[str, Any]:
 
 
 def optimizer_layout(state: dict[str, Any]) -> Any:
-    """The structure of an optimiser's state: the names and shapes of each parameter's state, and the groups."""
+    """The structure of an optimizer's state: the names and shapes of each parameter's state, and the groups."""
     kept = {
         name: {key: getattr(value, "shape", ()) for key, value in of.items()} for name, of in state["state"].items()
     }

@@ -6,7 +6,7 @@ import yaml
 from jsonargparse import get_loader
 
 _MAX_TEXT = 2**20  # characters
-_DEEPEST = 20
+_MAX_DEPTH = 20
 
 
 def load(text: str) -> Any:
@@ -21,8 +21,8 @@ def load(text: str) -> Any:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise ValueError(f"YAML: is nested deeper than {_DEEPEST}")
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"YAML: is nested deeper than {_MAX_DEPTH}")
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"YAML: has the alias *{event.anchor[:40]}, write its value instead")
         if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:

@@ -46,7 +46,8 @@ def star_relu(
         backend: a name from ``backends()``; if None, ``dfformer_kernels.dispatch`` describes how one is chosen.
 
     Returns:
-        A contiguous tensor of x's shape and dtype. Only the three arguments are saved for backward.
+        A tensor of x's shape and dtype, contiguous or, like x, in torch.channels_last. Only the three arguments are
+        saved for backward.
 
     Raises:
         ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.

@@ -49,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (..., N). Saves ``x`` and ``weight`` for backward.
 
     Raises:
-        RuntimeError: as ``F.linear``, for shapes, dtypes or devices that do not match.
+        RuntimeError, TypeError: as ``F.linear``, for shapes, dtypes or devices that do not match, or no tensors.
     """
     broadcast = bias is not None and bias.shape != weight.shape[:1]  # F.linear accepts this, a convolution does not
     if broadcast or not prefers_convolution(x, weight) or is_transformed((x, weight, bias)):

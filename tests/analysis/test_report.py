@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from dfformer.analysis.figures import full_spectrum
 from dfformer.analysis.metrics import mix
-from dfformer.analysis.output import MOST_ROWS, Output
+from dfformer.analysis.output import MAX_ROWS, Output
 
 NAME = "</script><b>$&'a"  # a file's, which is only text
 LAYERS = {(6, 9): 8, (5, 4): 3}  # planes and channels
@@ -72,7 +72,7 @@ def report(tmp_path: Path) -> Path:
     output.figure("a picture with a name that is much longer than a phone is wide, without an end", figure)
     rows = [(NAME, value, float("nan"), *["a wide cell of a table"] * 9) for value in (10.0, 9.5, -2.0)]
     output.table("numbers", ["name", "value", "none", *map(str, range(9))], rows)
-    output.table("long", ["row"], [[row] for row in range(MOST_ROWS + 1)])
+    output.table("long", ["row"], [[row] for row in range(MAX_ROWS + 1)])
     output.filters({NAME: torch.rand(1, 9, 6), "b": torch.rand(3, 300, 200)}, random_layers())
     output.report("filters: a model", ["A fact."])
     return tmp_path / "report.html"

@@ -20,7 +20,7 @@ def test_boxes_are_tight_around_what_the_mask_shows(split: str, size: int | tupl
         assert (sample.image.mode, sample.image.size) == ("RGB", (W, H))
         assert (sample.mask.shape, sample.mask.dtype) == ((H, W), np.uint8)
         assert (sample.boxes.dtype, sample.labels.dtype) == (np.float32, np.int64)
-        assert 1 <= len(sample.boxes) == len(sample.labels) <= synthetic_digits.MOST_DIGITS
+        assert 1 <= len(sample.boxes) == len(sample.labels) <= synthetic_digits.MAX_DIGITS
         assert {*np.unique(sample.mask)} - {0} == {1 + label for label in sample.labels}
         for (left, top, right, bottom), label in zip(sample.boxes.astype(int), sample.labels, strict=True):
             inside = sample.mask[top:bottom, left:right] == 1 + label
@@ -66,7 +66,7 @@ def test_digits_hide_little_of_each_other(monkeypatch: pytest.MonkeyPatch) -> No
             shares += [
                 (sample.mask == 1 + label).sum() / area for label, area in zip(sample.labels, areas, strict=True)
             ]
-    assert min(shares) >= 1 - synthetic_digits.MOST_HIDDEN
+    assert min(shares) >= 1 - synthetic_digits.MAX_HIDDEN
     assert np.mean(np.array(shares) < 1) > 0.1, "some do overlap"
 
 

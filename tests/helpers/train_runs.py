@@ -78,7 +78,7 @@ def steps(folder: Path) -> list[dict[str, float]]:
 
 
 def assert_same_result(folder: Path, expected: Path) -> None:
-    """Bit for bit: weights, averaged weights, optimiser, measures, logs."""
+    """Bit for bit: weights, averaged weights, optimizer, measures, logs."""
     assert history(folder) == history(expected)
     assert steps(folder) == steps(expected)
     for name in ("last.safetensors", "best.safetensors"):

@@ -86,6 +86,8 @@ def test_num_blocks_must_divide_the_channels() -> None:
         (AFNO2D, {"expansion_ratio": "2"}, "expansion_ratio: expected a number from 0 up, got '2'"),
         (AFNO2D, {"num_blocks": 0}, "num_blocks: expected a whole number from 1 up, got 0"),
         (AFNO2D, {"sparsity_threshold": -0.1}, "sparsity_threshold: expected a number from 0 up, got -0.1"),
+        (SepConv, {"kernel_size": 0}, "kernel_size: expected a whole number from 1 up, got 0"),
+        (SepConv, {"padding": -1}, "padding: expected a whole number from 0 up, got -1"),
         (SepConv, {"act1_layer": "gelu"}, "act1_layer: expected a callable that returns a module, got 'gelu'"),
     ],
 )

@@ -175,7 +175,7 @@ def test_out_indices(name: str, feature_cls: str, out_indices: Any) -> None:
 def test_stage_norms_come_from_the_getter_alone() -> None:
     assert len(create("dfformer_s18", features_only=True, fork_feat=True)(images())) == 4
     for feature_cls in ("hook", "list", "dict", "fx"):
-        with pytest.raises(ValueError, match=f"feature_cls: with fork_feat=True, expected 'getter', got"):
+        with pytest.raises(ValueError, match="feature_cls: with fork_feat=True, expected 'getter', got"):
             create("dfformer_s18", features_only=True, fork_feat=True, feature_cls=feature_cls)
 
 

@@ -88,7 +88,7 @@ MISUSES = {
         ["--model.name", "dfformer_s81"],
         "timm knows no model 'dfformer_s81'; did you mean dfformer_s18",
     ),
-    "unknown-optimiser": (["--optim.opt", "adamww"], "optim.opt: timm knows no optimiser 'adamww'; did you mean adamw"),
+    "unknown-optimizer": (["--optim.opt", "adamww"], "optim.opt: timm knows no optimizer 'adamww'; did you mean adamw"),
     "unknown-argument": (["--model.args.foo", "3"], "model.args.foo: unknown name, expected one of "),
     "interpolation": (["--data.interpolation", "nearestt"], "data.interpolation"),
     "no-size": (["--data.img_size", "0"], "data.img_size: expected a whole number from 1 to "),

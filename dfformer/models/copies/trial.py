@@ -18,8 +18,8 @@ from dfformer_kernels.graph.toolkit import DifferentCopyError, UnsupportedCopyEr
 
 Plane = tuple[int, int]
 
-_MOST_CHANNELS = 8  # numbers of channels tried for an input
-_LARGEST_DOUBLED = 40 * 40  # pixels; a smaller plane is also tried at twice its height and width
+_MAX_CHANNELS = 8  # numbers of channels tried for an input
+_MAX_DOUBLED = 40 * 40  # pixels; a smaller plane is also tried at twice its height and width
 _NUMBERS = {"h": "H", "height": "H", "w": "W", "width": "W"}  # names of inputs that take numbers, as some on tokens do
 
 
@@ -152,7 +152,7 @@ class Trial:
                 maps = [layout not in _NUMBERS.values() for layout in layouts]
                 same = [tuple(C * is_map for is_map in maps) for C in channels]
                 choices = [channels if is_map else [0] for is_map in maps]
-                for cs in dict.fromkeys([*same, *itertools.islice(itertools.product(*choices), _MOST_CHANNELS**2)]):
+                for cs in dict.fromkeys([*same, *itertools.islice(itertools.product(*choices), _MAX_CHANNELS**2)]):
                     yield Hypothesis(size, layouts, cs)
 
     def _layouts(self) -> Iterator[tuple[str, ...]]:
@@ -203,7 +203,7 @@ def _channels(module: nn.Module, filters: int) -> list[int]:
     values: list[Any] = [getattr(m, name, None) for m in module.modules() for name in names]
     values = [v[-1] if isinstance(v, tuple) and v else v for v in values]
     values += [size for p in module.parameters() for size in p.shape[:2]] + [filters]
-    return list(dict.fromkeys(v for v in values if type(v) is int and v > 0))[:_MOST_CHANNELS]
+    return list(dict.fromkeys(v for v in values if type(v) is int and v > 0))[:_MAX_CHANNELS]
 
 
 def cases(trial: Trial, hypothesis: Hypothesis) -> Iterator[Case]:
@@ -211,7 +211,7 @@ def cases(trial: Trial, hypothesis: Hypothesis) -> Iterator[Case]:
     H, W = hypothesis.size
     for batch, training in ((2, False), (2, True), (3, False)):
         yield Case(hypothesis.inputs((H, W), batch, device=trial.device), (H, W), training)
-    planes = [(H // 2 + 1, W // 4 * 2 + 3)] + ([(2 * H, 2 * W)] if H * W <= _LARGEST_DOUBLED else [])
+    planes = [(H // 2 + 1, W // 4 * 2 + 3)] + ([(2 * H, 2 * W)] if H * W <= _MAX_DOUBLED else [])
     for plane, same in itertools.product(planes, hypothesis.indistinguishable()):
         case = Case(same.inputs(plane, 1, device=trial.device), plane, False)
         if trial.runs(case):

@@ -4,7 +4,7 @@
 
 Each kernel of DFFormer-S18's stages is compiled and disassembled (nvdisasm from Triton's package). Its loops are known
 from the source, so every instruction is counted as often as warps execute it. From that, for B = 128, the time that
-each resource needs if it never waits: issue slots and float32 lanes, shared memory's wavefronts, bytes of the L2 cache
+each resource needs if it never waits: issue slots and float32 units, shared memory's wavefronts, bytes of the L2 cache
 (whole sectors, the slots of the basis' gradient, spectra that wait there), bytes of device memory. The largest is a
 floor: no run is faster, and one with too few warps to hide latencies is slower. Bytes at the floor are not time at the
 floor.
@@ -272,7 +272,7 @@ def main() -> None:
     write_csv(RESULTS, [field.name for field in fields(Row)], [asdict(r) for r in table])
     draw(table)
     for r in table:
-        print(f"{r.gpu:9}{r.H:3} {r.dtype:9}{r.direction:9} floor {r.floor_us:7.1f} us, {r.binds} binds")
+        print(f"{r.gpu:9}{r.H:3} {r.dtype:9}{r.direction:9} floor {r.floor_us:7.1f} µs, {r.binds} binds")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Measures which backend is fastest on a GPU, if ``DFFORMER_AUTOTUNE=1`` is set, and remembers the result.
 
+A backend that runs out of memory is skipped, because another may need less.
+
 A measurement holds for a class of problems whose batch sizes differ by less than a factor of 2. The winner is
 kept in memory and in a file of the cache directory. The file names the versions it was measured with, so other versions
 use other files.
@@ -68,7 +70,7 @@ class Autotuner:
         """The name of the fastest of ``calls``, which run ``problem`` on a GPU.
 
         ``calls`` are by backend, in order of preference. A backend that cannot build its kernel is reported to
-        ``on_build_error``. A backend that runs out of memory is left out, because another may need less. If no backend
+        ``on_build_error``. A backend that runs out of memory is skipped. If no backend
         could be timed, the result is the first. Other errors propagate.
 
         Raises RuntimeError while a CUDA graph is captured.

@@ -16,10 +16,14 @@ def refuse_capture(what: str) -> None:
     ``what`` would first have to be compiled, loaded, planned or measured, which a capture does not allow.
     """
     if _capturing():
-        raise RuntimeError(
-            f"{what} has not run yet and cannot be prepared while a CUDA graph is captured: call the operator once "
-            "with the same shapes, dtypes and layouts before capturing"
-        )
+        raise capture_error(what)
+
+
+def capture_error(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what} has not run yet and cannot be prepared while a CUDA graph is captured: call the operator once "
+        "with the same shapes, dtypes and layouts before capturing"
+    )
 
 
 def _capturing() -> bool:

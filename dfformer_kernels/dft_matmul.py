@@ -100,13 +100,13 @@ def _filtered(u: Tensor, M: Tensor) -> Tensor:
 class Matrices(NamedTuple):
     """The orthonormal transforms of (H,W) planes. The matrices along H map real and imaginary parts together."""
 
-    forward_columns: Tensor  # (2K, W): real parts of the kept columns, then imaginary parts
+    forward_columns: Tensor  # (2K, W): real parts of the half spectrum's columns, then imaginary parts
     forward_rows: Tensor  # (2H, 2H): from (row, part) to (part, row)
     inverse_rows: Tensor  # (2H, 2H): from (part, row) to (row, part)
     inverse_columns: Tensor  # (W, 2K)
 
 
-def be_constants() -> None:
+def mark_matrices_constant() -> None:
     """From now on torch.compile takes the matrices as constants. Not on import, which would import all of Dynamo."""
     torch.compiler.assume_constant_result(_matrices_on)
 

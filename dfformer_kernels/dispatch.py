@@ -8,7 +8,8 @@ Operators in compiled code read the variable when they run. But `star_relu` outs
 graph that was compiled before a backend was named, and setting the variable later does not change that: set it before.
 
 On a GPU, a kernel may fail to compile or load (`KernelBuildError`). Then the next backend runs the problem, with a
-warning that gives the reason, unless the backend was named. All other errors propagate.
+warning that gives the reason, unless the backend was named. A measurement also skips a backend that runs out of memory.
+All other errors propagate.
 """
 
 import os

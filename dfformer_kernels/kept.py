@@ -15,8 +15,8 @@ def kept(most: int) -> Callable[[Callable[..., TensorsT]], Callable[..., Tensors
     """Decorates a function that makes tensors: keeps the results of ``most`` calls, then forgets them all.
 
     The tensors are constants of a trace, and work in training even if they were made in inference mode. If some are
-    not plain tensors, the result is not kept: fake tensors, or those of a tracer or of torch.func.functionalize, would
-    reach calls that compute.
+    not exactly torch.Tensor, the result is not kept: fake tensors, or those of a tracer or of
+    torch.func.functionalize, would reach calls that compute.
     """
 
     def decorator(make: Callable[..., TensorsT]) -> Callable[..., TensorsT]:

@@ -212,7 +212,7 @@ def _conj(Z: Tensor) -> Tensor:
 
 
 def _half_spectrum_weight(W: int, like: Tensor) -> Tensor:
-    """``D`` (1,1,K,1): how many columns of the full spectrum each kept column stands for."""
+    """``D`` (1,1,K,1): how many columns of the full spectrum each column of the half spectrum stands for."""
     D = torch.full((W // 2 + 1,), 2.0, dtype=like.dtype, device=like.device)
     D[0] = 1
     if W % 2 == 0:

@@ -39,7 +39,7 @@ OTHER_SHAPES = (
     (1, 1024, 64, 32),
 )
 
-# (operator, direction): transforms a channel, flops a kept frequency and channel.
+# (operator, direction): transforms per channel, flops per half-spectrum frequency and channel.
 FLOPS = {
     ("dynamic_filter", FORWARD): (2, 6 + 4 * F),
     ("dynamic_filter", BOTH): (5, 6 + 4 * F + 4 * F + 6 + 8 + 8 * F),

@@ -1,4 +1,4 @@
-// The kernels that each instruction set's translation unit provides to the drivers (dispatch.cpp, filter.cpp).
+// The kernels that each instruction set's translation unit provides to the drivers (instruction_sets.cpp, filter.cpp).
 //
 // Every isa_*.cpp compiles the same kernel source inside an anonymous namespace. The kernels use no std:: templates:
 // an inline std function instantiated under a wider target would be a weak symbol that the linker may hand to a
@@ -35,7 +35,7 @@ struct StarReLUKernel {
 struct FilterCall {
     const FilterProblem* problem;
     const FilterTensors* tensors;
-    const LineOrder* row_plan;     // a Plan<T> of length W, where T is the arithmetic type
+    const LineOrder* row_plan;     // a LinePlan<T> of length W, where T is the arithmetic type
     const LineOrder* column_plan;  // of length H
     std::int64_t row_stride;       // from one pair of rows to the next in a tile's workspace, in complex registers
     void* basis;                   // of a dynamic filter, in the layout of `arrange_basis`

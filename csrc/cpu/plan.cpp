@@ -127,11 +127,11 @@ std::vector<Complex64> transformed(const std::vector<Complex64>& a) {
 // A plan and everything its pointers point into.
 template <class T>
 struct OwnedPlan {
-    Plan<T> plan{};
+    LinePlan<T> plan{};
     std::vector<Pass<T>> passes;
     std::deque<std::vector<T>> tables;  // deques, because plan and passes point to their elements
     std::deque<std::vector<int>> indices;
-    std::vector<std::shared_ptr<const Plan<T>>> convolutions;
+    std::vector<std::shared_ptr<const LinePlan<T>>> convolutions;
 
     const T* table(const std::vector<Complex64>& values) {
         std::vector<T>& rounded = tables.emplace_back();
@@ -144,7 +144,7 @@ struct OwnedPlan {
 };
 
 template <class T>
-std::shared_ptr<const Plan<T>> build(int size);
+std::shared_ptr<const LinePlan<T>> build(int size);
 
 // Sets pass.spectrum: the transform of the convolution's kernel, scaled by 1/n, in the order of pass.convolution.
 template <class T>
@@ -217,7 +217,7 @@ void add_prime(OwnedPlan<T>& owned, Pass<T>& pass) {
 // M r + R m) is input r of butterfly m. Frequency k = r + R km (coprime: the k with remainders r modulo R and km modulo
 // M) is frequency km of line r.
 template <class T>
-std::shared_ptr<const Plan<T>> build(int size) {
+std::shared_ptr<const LinePlan<T>> build(int size) {
     auto owned = std::make_shared<OwnedPlan<T>>();
     std::vector<int> sample{0},
         frequency{0};  // by position, of the line built so far, from the innermost pass outwards

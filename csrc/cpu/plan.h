@@ -8,7 +8,7 @@
 namespace dfformer::cpu {
 
 template <class T>
-struct Plan;
+struct LinePlan;
 
 // Butterflies of `radix` points over a line seen as [outer][radix][inner].
 template <class T>
@@ -24,8 +24,8 @@ struct Pass {
     // Bluestein, a longer convolution:
     const T* chirp;  // [radix] pairs exp(-pi i j^2 / radix)
     // Rader and Bluestein:
-    const Plan<T>* convolution;  // plan of the convolution's length
-    const T* spectrum;           // transform of the kernel, scaled, in the order of `convolution`, as pairs
+    const LinePlan<T>* convolution;  // plan of the convolution's length
+    const T* spectrum;               // transform of the kernel, scaled, in the order of `convolution`, as pairs
 };
 
 // A transform leaves frequencies in the order its passes produce them, and the inverse reads them in that order: there
@@ -41,11 +41,12 @@ struct LineOrder {
     std::int64_t scratch;  // complex elements of scratch that the passes need
 };
 template <class T>
-struct Plan : LineOrder {
+struct LinePlan : LineOrder {
     const Pass<T>* passes;
 };
 
-// A Plan<double> or Plan<float>. Thread-safe. The `plan_cache_limit` most recently used plans of each are cached.
+// A LinePlan<double> or LinePlan<float>. Thread-safe. The `plan_cache_limit` most recently used plans of each are
+// cached.
 std::shared_ptr<const LineOrder> plan_for(int size, bool float64);
 inline constexpr int plan_cache_limit = 64;
 

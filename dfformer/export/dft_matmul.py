@@ -38,7 +38,7 @@ def with_dft_matmul(model: ModelT) -> ModelT:
         raise TypeError(f"model: expected a torch.nn.Module or a program from torch.export, got {model!r}")
     if "forward" in vars(model):
         raise ValueError("model: expected the forward of its class, got one that was set on the instance")
-    dft_matmul.be_constants()
+    dft_matmul.mark_matrices_constant()
     # Not only the model's class: a checkpoint's backward calls the modules inside again, by themselves.
     kinds = {type(model)} | {type(module) for module in model.modules() if _is_foreign(module)}
     return with_classes(model, {kind: _with_products(kind) for kind in kinds})

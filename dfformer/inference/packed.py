@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dfformer.models.exact import fusible, is_exact
 from dfformer.models.layers import Scale, StarReLU
 from dfformer_kernels import linear, star_relu
-from dfformer_kernels.ops import in_chunks, is_transformed
+from dfformer_kernels.ops import in_chunks, is_under_functorch
 
 # The number of rows that oneDNN packs a weight for; products of any number of rows can use it.
 PACKED_FOR_ROWS = 784
@@ -66,7 +66,7 @@ class PackedLinear(nn.Module):
             return False
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
-        if (torch.is_grad_enabled() and x.requires_grad) or is_transformed((x,)):
+        if (torch.is_grad_enabled() and x.requires_grad) or is_under_functorch((x,)):
             return False  # the packed product has no derivative
         return (
             x.is_cpu

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dfformer.models.exact import fusible
 from dfformer.models.layers import Activation, Mlp, Scale, call_convolution
-from dfformer_kernels.ops import is_transformed
+from dfformer_kernels.ops import is_under_functorch
 
 TokenMixer = Callable[..., nn.Module]  # called as mixer(dim=, size=)
 NormLayer = Callable[[int], nn.Module]  # called with the number of channels; maps (..., channels) to the same shape
@@ -60,7 +60,7 @@ def _channels_last(x: Tensor) -> Tensor:
     """``x`` in channels-last memory, so that the convolution's result has it too and needs no copy."""
     if torch.jit.is_scripting():
         return x.contiguous(memory_format=torch.channels_last)
-    elif is_transformed((x,)):  # torch.func.vmap does not support memory formats
+    elif is_under_functorch((x,)):  # torch.func.vmap does not support memory formats
         return x
     else:
         return x.contiguous(memory_format=torch.channels_last)

@@ -18,15 +18,15 @@ from dfformer.models.spectral import DynamicFilter, GlobalFilter, SpectralFilter
 from dfformer.utils.accepted import check_module
 from dfformer_kernels.graph.toolkit import (
     ONE_AT_A_TIME,
-    DifferentCopyError,
+    DifferentFormulaError,
     FusedModule,
-    UnsupportedCopyError,
+    NotFusableError,
     check_names,
     first_line,
     fused_class,
     has_hooks,
     is_fused_class,
-    undisturbed,
+    isolated,
 )
 
 _NAME = "complex_weight"  # the name of the filters in the authors' layers and most copies
@@ -193,15 +193,15 @@ def _replacement(module: nn.Module, known: dict[Hashable, _Replace]) -> _Replace
     """
     try:
         _check_tensors(module)
-        with ONE_AT_A_TIME, undisturbed(device_of(module)):
+        with ONE_AT_A_TIME, isolated(device_of(module)):
             official = _only_computes(module, _OFFICIAL)
             formula = official, formula_of(module)
             if formula not in known:
                 known[formula] = _tried(module, official)
             return known[formula]
-    except DifferentCopyError as error:
+    except DifferentFormulaError as error:
         return str(error)
-    except UnsupportedCopyError as error:
+    except NotFusableError as error:
         used = _transforms_of(type(module))
         if used - {"rfft2", "rfftn"} and not used & {"irfft2", "irfftn"}:
             return f"expected torch.fft.rfft2 and irfft2, got {', '.join(sorted(used))}"
@@ -238,7 +238,7 @@ def _tried(module: nn.Module, official: bool) -> _Replace:
         if not difference(trial, hypothesis, replace):
             return replace
     if reason := difference(trial, hypothesis, with_graph):
-        raise DifferentCopyError(reason)
+        raise DifferentFormulaError(reason)
     return with_graph
 
 
@@ -246,9 +246,9 @@ def _check_tensors(module: nn.Module) -> None:
     tensors = [*module.parameters(), *module.buffers()]
     foreign = {type(t).__name__ for t in tensors} - {"Parameter", "Tensor"}
     if parametrize.is_parametrized(module):
-        raise UnsupportedCopyError("it has parametrisations, which compute its filters")
+        raise NotFusableError("it has parametrisations, which compute its filters")
     if foreign or any(t.is_meta for t in tensors):
-        raise UnsupportedCopyError(f"its parameters are {', '.join(sorted(foreign)) or 'on the meta device'}")
+        raise NotFusableError(f"its parameters are {', '.join(sorted(foreign)) or 'on the meta device'}")
 
 
 def _only_computes(module: nn.Module, public: set[str]) -> bool:

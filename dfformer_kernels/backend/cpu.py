@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfformer_kernels.backend.filter_kernels import FilterStep, Gradients, contiguous, filter_kernels, needed
-from dfformer_kernels.problem import Problem, is_channels_first
+from dfformer_kernels.problem import Problem, empty_like, is_channels_first
 from dfformer_kernels.reference import compute_dtype
 
 # The order of DType in csrc/dynamic_filter.h.
@@ -69,20 +69,21 @@ def core() -> ModuleType:
 
 
 def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    x = x.contiguous()
-    y = _empty_like(x)
+    x = x if is_channels_first(x) else x.contiguous()
+    y = empty_like(x)
     _star_relu_into(y, x, scale, bias)
     return y
 
 
+def star_relu_(x: Tensor, scale: Tensor, bias: Tensor) -> None:
+    _star_relu_into(x, x, scale, bias)
+
+
 def _star_relu_into(y: Tensor, x: Tensor, scale: Tensor, bias: Tensor) -> None:
+    if is_channels_first(x):
+        y, x = y.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
     problem = x.numel(), _DTYPE_CODES[x.dtype], _threads(), scale.item(), bias.item()
     core().star_relu(*problem, _pointer("x", x), _pointer("y", y, x))
-
-
-def star_relu_(x: Tensor, scale: Tensor, bias: Tensor) -> None:
-    contiguous_x = x.permute(0, 3, 1, 2) if is_channels_first(x) else x
-    _star_relu_into(contiguous_x, contiguous_x, scale, bias)
 
 
 def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
@@ -102,7 +103,7 @@ class _Arguments:
         x, logits, filters, scale, bias, softmax = step
         arithmetic = compute_dtype(x.dtype)
         self._channels_first, self._dtype = is_channels_first(x), x.dtype
-        self.x = self.planes(x)
+        self.x = self.in_core_layout(x)
         self.logits = None if logits is None else contiguous(logits, arithmetic)
         self.filters = contiguous(filters, arithmetic)
         B, H, W, C = x.shape
@@ -120,13 +121,13 @@ class _Arguments:
         inputs = _pointer("x", self.x), _pointer("logits", self.logits), _pointer("filters", self.filters)
         self.arguments = *problem, *inputs
 
-    def planes(self, t: Tensor) -> Tensor:
+    def in_core_layout(self, t: Tensor) -> Tensor:
         """``t`` (B,H,W,C) in the core's form: x's dtype, contiguous, as (B,C,H,W) if x is channels-first in memory."""
         return contiguous(t.permute(0, 3, 1, 2) if self._channels_first else t, self._dtype)
 
-    def result(self, planes: Tensor) -> Tensor:
+    def result(self, t: Tensor) -> Tensor:
         """The core's result as (B,H,W,C)."""
-        return planes.permute(0, 2, 3, 1) if self._channels_first else planes
+        return t.permute(0, 2, 3, 1) if self._channels_first else t
 
 
 def _filter(step: FilterStep) -> Tensor:
@@ -145,7 +146,7 @@ def _filter_(step: FilterStep) -> None:
 def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) -> Gradients:
     need_x, need_logits, need_filters, need_scale, need_bias = needs
     given = _Arguments(step)
-    grad_y = given.planes(grad_y)
+    grad_y = given.in_core_layout(grad_y)
     grad_x = _empty_like(given.x) if need_x else None
     grad_logits = _empty_like(given.logits) if need_logits and given.logits is not None else None
     grad_filters = _empty_like(given.filters) if need_filters else None

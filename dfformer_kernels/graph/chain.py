@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from dfformer_kernels.graph.trace import DifferentCopyError, ancestors, reached
+from dfformer_kernels.graph.trace import DifferentFormulaError, ancestors, reached
 from dfformer_kernels.graph.vocabulary import (
     CASTS,
     FRESH,
@@ -65,13 +65,13 @@ def find(graph: fx.Graph, inverse: fx.Node) -> list[Chain]:
     Candidates differ in which tensors they take as filters and routing. These may be views of one another; those next
     to the multiplication come first.
 
-    Raises DifferentCopyError, with the first difference from a filter step, if there is no candidate.
+    Raises DifferentFormulaError, with the first difference from a filter step, if there is no candidate.
     """
     transform = transform_of(inverse)
     if transform is None or transform.kind != "c2r":
-        raise DifferentCopyError(f"{name_of(inverse)} takes a full spectrum, where rfft2 and irfft2 were looked for")
+        raise DifferentFormulaError(f"{name_of(inverse)} takes a full spectrum; expected rfft2 and irfft2")
     passed = sorted(_passed(inverse))
-    forward = _forward(inverse, passed)
+    forward = _forward(passed)
     nodes = _dependent(passed, {forward})
     softmaxes = {n for node in passed for n in _tensors(node) if softmax_axis(n) is not None}
     x = first_input(forward)
@@ -82,7 +82,7 @@ def find(graph: fx.Graph, inverse: fx.Node) -> list[Chain]:
         replaced = sorted({*nodes, *between})
         _check_in_place(replaced, nodes)
         if reason := _disturbance(graph, replaced, [x, forward, *outside]):
-            raise DifferentCopyError(reason)
+            raise DifferentFormulaError(reason)
         for filters in sorted(outside):
             routing = next((n for n in outside if n is not filters), None)
             logits = first_input(routing) if routing in softmaxes else None
@@ -93,7 +93,7 @@ def find(graph: fx.Graph, inverse: fx.Node) -> list[Chain]:
 
 
 def _passed(inverse: fx.Node) -> set[fx.Node]:
-    """The nodes passed on the way back from ``inverse``, up to forward transforms and non-linear nodes."""
+    """The nodes that the search back from ``inverse`` passes, up to forward transforms and non-linear nodes."""
 
     def onward(node: fx.Node) -> list[fx.Node]:
         return [] if _is_forward(node) else [n for n in _tensors(node) if _is_forward(n) or is_linear(n)]
@@ -110,23 +110,23 @@ def _tensors(node: fx.Node) -> Iterator[fx.Node]:
     return (n for n in node.all_input_nodes if is_tensor(n))
 
 
-def _forward(inverse: fx.Node, passed: list[fx.Node]) -> fx.Node:
+def _forward(passed: list[fx.Node]) -> fx.Node:
     """The only forward transform among the passed nodes."""
     forwards = [node for node in passed if _is_forward(node)]
     if not forwards:
-        raise DifferentCopyError(_obstacle(inverse, passed))
+        raise DifferentFormulaError(_obstacle(passed))
     if len(forwards) > 1:
-        raise DifferentCopyError(f"its irfft2 takes {len(forwards)} spectra")
+        raise DifferentFormulaError(f"its irfft2 takes {len(forwards)} spectra")
     return forwards[0]
 
 
-def _obstacle(inverse: fx.Node, passed: list[fx.Node]) -> str:
+def _obstacle(passed: list[fx.Node]) -> str:
     for node in sorted((n for p in passed for n in _tensors(p) if n not in passed), reverse=True):
         sources = [n for n in ancestors(node) if transform_of(n)]
         if any(_is_forward(n) for n in sources):
-            return f"between rfft2 and irfft2 stands {_described(node)}"
+            return f"{_described(node)} lies between rfft2 and irfft2"
         if sources:
-            return f"its spectrum comes from {name_of(sources[0])}, where rfft2 was looked for"
+            return f"its spectrum comes from {name_of(sources[0])}; expected rfft2"
     return "its irfft2 takes no rfft2's result"
 
 
@@ -154,7 +154,7 @@ def _cuts(
     """
     outside, between = {n for node in nodes[1:] for n in _tensors(node)} - {*nodes}, set[fx.Node]()
     if not outside:
-        raise DifferentCopyError("it multiplies its spectrum with no filters")
+        raise DifferentFormulaError("it multiplies its spectrum by no filters")
     names = ", ".join(sorted(_described(n) for n in outside))
     cuts = []
     while True:
@@ -166,7 +166,7 @@ def _cuts(
             break
         outside, between = outside - {last} | {*_tensors(last)}, between | {last}
     if not cuts:
-        raise DifferentCopyError(f"its spectrum meets more than filters and their weights ({names})")
+        raise DifferentFormulaError(f"its spectrum is multiplied by more than filters and their weights ({names})")
     return cuts
 
 
@@ -181,19 +181,19 @@ def _check_transforms(nodes: list[fx.Node]) -> bool:
     halved = forward.axes[-1], inverse.axes[-1]
     if len(before) != 4 or axes[0] not in ((1, 2), (2, 3)) or axes[0] != axes[1] or halved != (axes[0][1],) * 2:
         shown = " and ".join(f"{(*sorted(set(a) - {h}), h)}" for a, h in zip(axes, halved, strict=True))
-        raise DifferentCopyError(
+        raise DifferentFormulaError(
             f"it transforms axes {shown} of a {len(before)}-D tensor, ours (1, 2) or (2, 3) of a 4-D one"
         )
     if norms[0] != norms[1]:
-        raise DifferentCopyError(f"its norms, {forward.norm!r} and {inverse.norm!r}, do not cancel out")
+        raise DifferentFormulaError(f"its norms, {forward.norm!r} and {inverse.norm!r}, do not cancel out")
     H, W = axes[0]
     if not (same(spectrum[H], before[H]) and same(spectrum[W], before[W] // 2 + 1)):
-        raise DifferentCopyError("it crops or pads the plane before it transforms")
+        raise DifferentFormulaError("it crops or pads the plane before it transforms")
     if any(t.resizes for t in transforms if t.kind == "c2c"):
-        raise DifferentCopyError("it gives a size to a complex transform")
+        raise DifferentFormulaError("it gives a size to a complex transform")
     if len(after) != 4 or not all(same(before[a], after[a]) for a in (H, W)):
         theirs, ours = (f"{shape[H]} x {shape[W]}" for shape in (after, before))
-        raise DifferentCopyError(f"it goes back to a plane of {theirs}, where the input has {ours}")
+        raise DifferentFormulaError(f"its inverse transform returns a plane of {theirs}, the input has {ours}")
     return (H, W) == (2, 3)
 
 
@@ -217,7 +217,7 @@ def _check_use(nodes: list[fx.Node], forward: fx.Node) -> None:
                 allowed = is_question(user) or not (is_overwritten or is_mutating(user))
             if user not in nodes and not allowed:
                 what = "a result" if user.op == "output" else _described(user)
-                raise DifferentCopyError(f"{node.name}, inside the chain, is also needed by {what}")
+                raise DifferentFormulaError(f"{node.name}, inside the chain, is also needed by {what}")
 
 
 def is_question(node: fx.Node) -> bool:
@@ -228,7 +228,7 @@ def is_question(node: fx.Node) -> bool:
 def _check_in_place(nodes: list[fx.Node], own: list[fx.Node]) -> None:
     for node in nodes:
         if name_of(node) in IN_PLACE and node.args[0] not in own:
-            raise DifferentCopyError(f"it writes into a tensor that is not its own ({name_of(node)})")
+            raise DifferentFormulaError(f"it writes into a tensor that is not its own ({name_of(node)})")
 
 
 def _disturbance(graph: fx.Graph, nodes: list[fx.Node], inputs: list[fx.Node]) -> str:

@@ -21,7 +21,7 @@ _INVERSE_TRANSFORMS = (torch.fft.irfft2, torch.fft.irfftn)
 
 
 @contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
+def isolated(device: torch.device) -> Iterator[None]:
     """Isolates random numbers, Python's and NumPy's too, autocast and the gradient mode inside from those outside."""
     devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     modes = torch.autocast(device.type, enabled=False), torch.inference_mode(False), torch.enable_grad()
@@ -52,7 +52,7 @@ def tensors(result: Any) -> list[Tensor]:
     fx.node.map_aggregate(result, found.append)
     other = {type(t).__name__ for t in found if not isinstance(t, Tensor | None)}
     if other or all(t is None for t in found):
-        raise TypeError(f"its result has {', '.join(sorted(other)) or 'no tensors'}, where tensors were looked for")
+        raise TypeError(f"its result has {', '.join(sorted(other)) or 'no tensors'}; expected tensors")
     return [t for t in found if t is not None]
 
 

@@ -1,6 +1,6 @@
 """Fuses the chains of a module: finds them while the module runs, then rewrites the forward that contains each.
 
-That is the forward of the innermost module that transforms both there and back. This module's class becomes a subclass
+That is the forward of the innermost module that runs both transforms. This module's class becomes a subclass
 of its own. For inputs of the shapes that were tried, with any batch size, the subclass runs the rewritten graph;
 otherwise it runs the original forward. Nothing else changes.
 """
@@ -23,7 +23,7 @@ from dfformer_kernels.graph.step import PYTHON
 from dfformer_kernels.graph.subclass import batched_inputs, check_names, fused_class
 from dfformer_kernels.graph.trace import (
     ONE_AT_A_TIME,
-    UnsupportedCopyError,
+    NotFusableError,
     common_graph,
     first_line,
     has_hooks,
@@ -32,8 +32,8 @@ from dfformer_kernels.graph.trace import (
     trace,
 )
 
-_THERE = {getattr(torch.fft, name) for name in ("rfft", "rfft2", "rfftn", "fft", "fft2", "fftn")}
-_BACK = {getattr(torch.fft, name) for name in ("irfft", "irfft2", "irfftn", "ifft", "ifft2", "ifftn")}
+_FORWARD = {getattr(torch.fft, name) for name in ("rfft", "rfft2", "rfftn", "fft", "fft2", "fftn")}
+_INVERSE = {getattr(torch.fft, name) for name in ("irfft", "irfft2", "irfftn", "ifft", "ifft2", "ifftn")}
 _CONSTANTS = (int, float, str, type(None))
 
 
@@ -48,7 +48,7 @@ class _Call:
 class _Recorder(TorchFunctionMode):
     """Records which modules transform, or take or return spectra.
 
-    ``owners`` holds the innermost calls that transform both there and back.
+    ``owners`` holds the innermost calls that run both transforms.
     """
 
     def __init__(self) -> None:
@@ -77,12 +77,12 @@ class _Recorder(TorchFunctionMode):
             self.spectral.add(module)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _THERE or func in _BACK:
+        if func in _FORWARD or func in _INVERSE:
             self.spectral |= {call.module for call in self._active}
-        if func in _THERE:
+        if func in _FORWARD:
             for call in self._active:
                 call.has_spectrum = True
-        if func in _BACK:
+        if func in _INVERSE:
             owner = next((call for call in reversed(self._active) if call.has_spectrum), self._active[-1])
             self.owners.setdefault(owner.module, owner)
         return func(*args, **(kwargs or {}))
@@ -98,7 +98,7 @@ def fuse_module(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         where = f"{names[owner]} ({type(owner).__name__})"
         try:
             found += _fuse_call(call, where, recorder.spectral)
-        except UnsupportedCopyError as error:
+        except NotFusableError as error:
             found.append(Finding(where, reason=str(error)))
         except Exception as error:  # foreign code may raise anything
             found.append(Finding(where, reason=f"it cannot be tried ({first_line(error)})"))
@@ -111,11 +111,13 @@ def _fuse_call(call: _Call, where: str, spectral: Collection[nn.Module]) -> list
     given = _given(call)
     for name, inner in module.named_modules():
         if inner in spectral and parametrize.is_parametrized(inner):
-            raise UnsupportedCopyError(f"{name or 'it'} has parametrisations, which the graph would not let be removed")
+            raise NotFusableError(
+                f"{name or 'it'} has parametrisations; removing them later would not update the rewritten graph"
+            )
         if inner in spectral and name and has_hooks(inner):
-            raise UnsupportedCopyError(f"{name} has hooks, which the graph would not call")
+            raise NotFusableError(f"{name} has hooks, which the graph would not call")
     device = next((t.device for t in given.values() if isinstance(t, Tensor)), torch.device("cpu"))
-    with ONE_AT_A_TIME, compare.undisturbed(device):
+    with ONE_AT_A_TIME, compare.isolated(device):
         found, graph = _rewritten(module, given, where, spectral)
         if graph is None:
             return found
@@ -126,7 +128,7 @@ def _fuse_call(call: _Call, where: str, spectral: Collection[nn.Module]) -> list
             original, fused = (copy.deepcopy(module).train(training) for _ in range(2))
             fused.__class__ = kind
             if reason := compare.difference(compare.results(original, inputs), compare.results(fused, inputs)):
-                raise UnsupportedCopyError(reason)
+                raise NotFusableError(reason)
     module.__class__ = kind
     return found
 
@@ -137,7 +139,7 @@ def _given(call: _Call) -> dict[str, Any]:
     given |= dict(zip(given, call.args, strict=False)) | dict(call.kwargs)
     other = [name for name, value in given.items() if not isinstance(value, (Tensor, *_CONSTANTS))]
     if other:
-        raise UnsupportedCopyError(f"its input {other[0]} is neither a tensor nor a number")
+        raise NotFusableError(f"its input {other[0]} is neither a tensor nor a number")
     return given
 
 

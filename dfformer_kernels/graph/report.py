@@ -31,5 +31,5 @@ class FuseReport:
 
     def __str__(self) -> str:
         if not self.found:
-            return "nothing to fuse: looked for torch.fft.irfft2 of rfft2's result times filters"
+            return "nothing to fuse; expected torch.fft.irfft2 of rfft2's result times filters"
         return "\n".join([f"fused {len(self.fused)} of {len(self.found)}", *map(str, self.found)])

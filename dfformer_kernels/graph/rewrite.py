@@ -9,11 +9,11 @@ from torch import Tensor, fx
 
 from dfformer_kernels.graph.chain import Chain, find, inverse_transforms, is_question
 from dfformer_kernels.graph.report import Finding
-from dfformer_kernels.graph.step import PYTHON, Operators, Step, match
-from dfformer_kernels.graph.trace import DifferentCopyError, ancestors
+from dfformer_kernels.graph.step import PYTHON, Operators, StepMatch, match
+from dfformer_kernels.graph.trace import DifferentFormulaError, ancestors
 from dfformer_kernels.graph.vocabulary import VALUES, is_mutating, name_of
 
-Adapt = Callable[[fx.Graph, Chain, Step], tuple[Chain, Step]]
+Adapt = Callable[[fx.Graph, Chain, StepMatch], tuple[Chain, StepMatch]]
 
 
 def rewrite(
@@ -24,13 +24,13 @@ def rewrite(
 ) -> list[Finding]:
     """Replaces the chains of ``graph`` by calls of ``operators``; ``where`` names a node for the report.
 
-    ``adapt`` may insert nodes that other tensors for the step come from, or raise DifferentCopyError.
+    ``adapt`` may insert nodes that other tensors for the step come from, or raise DifferentFormulaError.
     """
     found = []
     for inverse in inverse_transforms(graph):
         try:
             chain, step = adapt(graph, *match(find(graph, inverse)))
-        except (DifferentCopyError, ValueError) as error:
+        except (DifferentFormulaError, ValueError) as error:
             found.append(Finding(where(inverse), reason=str(error)))
             continue
         found.append(Finding(where(inverse), operator=PYTHON[step.kind][0].__name__))
@@ -41,7 +41,7 @@ def rewrite(
     return found
 
 
-def _emit(graph: fx.Graph, chain: Chain, step: Step, operators: Operators) -> None:
+def _emit(graph: fx.Graph, chain: Chain, step: StepMatch, operators: Operators) -> None:
     """Turns ``chain.inverse`` into the last node of the step. It keeps its name, which a signature may refer to."""
     inverse = chain.inverse
     call = partial(add_call, graph, inverse)

@@ -9,8 +9,8 @@ from torch import Tensor, fx
 
 from dfformer_kernels import reference
 from dfformer_kernels.graph.chain import Chain, same
-from dfformer_kernels.graph.compare import undisturbed
-from dfformer_kernels.graph.trace import DifferentCopyError, called_whole, first_line
+from dfformer_kernels.graph.compare import isolated
+from dfformer_kernels.graph.trace import DifferentFormulaError, called_whole, first_line
 from dfformer_kernels.graph.vocabulary import evaluate, example, shape_of, softmax_axis, value_of
 from dfformer_kernels.ops import filter as ops
 from dfformer_kernels.tolerance import relative_error
@@ -48,7 +48,7 @@ ATEN = _operators(_OPS.dynamic_filter.default, _OPS.global_filter.default, None,
 _REFERENCE = _operators(reference.dynamic_filter, reference.global_filter, None, None)
 
 
-class Step(NamedTuple):
+class StepMatch(NamedTuple):
     """How a chain's tensors become the operators' arguments.
 
     ``kind`` is a key of `Operators`. ``filters`` permutes the filters' axes to (H,K,F,2), (H,K,C,2) or (B,H,K,C,2).
@@ -102,27 +102,27 @@ class Step(NamedTuple):
         return call(aten.contiguous.default, y)
 
 
-def match(chains: list[Chain]) -> tuple[Chain, Step]:
+def match(chains: list[Chain]) -> tuple[Chain, StepMatch]:
     """The chain that is a step at the lowest cost, and that step: outputs and gradients agree on random inputs.
 
-    Raises DifferentCopyError with the first reason against a chain if there is none.
+    Raises DifferentFormulaError with the first reason against a chain if there is none.
     """
-    fitting: list[tuple[Chain, Step]] = []
+    fitting: list[tuple[Chain, StepMatch]] = []
     reasons: list[str] = []
     for chain in chains:
         try:
             fitting += [(chain, step) for step in _candidates(chain)]
-        except DifferentCopyError as error:
+        except DifferentFormulaError as error:
             reasons.append(str(error))
     for chain, step in sorted(fitting, key=lambda pair: pair[1].cost):
         reason = _difference(chain, step)
         if not reason:
             return chain, step
         reasons.append(reason)
-    raise DifferentCopyError(reasons[0] if reasons else _other_shape(chains[0]))
+    raise DifferentFormulaError(reasons[0] if reasons else _other_shape(chains[0]))
 
 
-def _candidates(chain: Chain) -> Iterator[Step]:
+def _candidates(chain: Chain) -> Iterator[StepMatch]:
     """The steps whose shapes fit."""
     B, H, W, C = _map_shape(chain)
     _check_dtypes(chain)
@@ -136,10 +136,10 @@ def _candidates(chain: Chain) -> Iterator[Step]:
         fits = len(shape) == len(expected) and all(map(same, [shape[axis] for axis in order], expected))
         if fits and (not dtype.is_complex or order[-1] == len(shape) - 1):
             if value_of(chain.filters).is_conj():
-                raise DifferentCopyError(
+                raise DifferentFormulaError(
                     "its filters are a lazy conjugate, which has no view as pairs; conj_physical() has"
                 )
-            yield Step(kind, chain.channels_first, order, dtype.is_complex, routing, example(C), cast)
+            yield StepMatch(kind, chain.channels_first, order, dtype.is_complex, routing, example(C), cast)
 
 
 def _map_shape(chain: Chain) -> tuple[int, int, int, int]:
@@ -159,9 +159,13 @@ def _check_dtypes(chain: Chain) -> None:
     x, routing = value_of(chain.x).dtype, chain.routing
     taken = any(_takes(n, x) for n in (routing, chain.logits) if n is not None)
     if not x.is_floating_point or value_of(chain.inverse).dtype != x:
-        raise DifferentCopyError(f"it makes {value_of(chain.inverse).dtype} of {x}")
+        raise DifferentFormulaError(f"its output is {_name(value_of(chain.inverse).dtype)} for a {_name(x)} input")
     if routing is not None and not (value_of(routing).dtype.is_complex or taken):
-        raise DifferentCopyError(f"its weights are {value_of(routing).dtype} beside {x}")
+        raise DifferentFormulaError(f"its weights are {_name(value_of(routing).dtype)}, its input {_name(x)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _takes(routing: fx.Node, x: torch.dtype) -> bool:
@@ -186,7 +190,7 @@ def _routings(chain: Chain, B: int, C: int) -> Iterator[tuple[str, int, tuple[in
                 yield kind, shape[axis], (0, axis, *rest)
 
 
-def _difference(chain: Chain, step: Step) -> str:
+def _difference(chain: Chain, step: StepMatch) -> str:
     """How the step differs from the chain on the same random inputs; "" if they agree.
 
     The weights are random inputs, even if they are a softmax's in the graph and the step computes it too.
@@ -194,7 +198,7 @@ def _difference(chain: Chain, step: Step) -> str:
     if step.kind == "softmax":
         step = step._replace(kind="weights")
     nodes = [node for node in (chain.x, chain.routing, chain.filters) if node is not None]
-    with undisturbed(torch.device("cpu")):
+    with isolated(torch.device("cpu")):
         inputs = [_random(node) for node in nodes]
         computed: dict[fx.Node, Any] = dict(zip(nodes, inputs, strict=True))
         try:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from dfformer_kernels.graph.trace import UnsupportedCopyError
+from dfformer_kernels.graph.trace import NotFusableError
 
 # What the source of every graph may refer to without an import, such as torch and inf.
 _BUILTINS = fx.Graph().python_code("self").globals
@@ -86,10 +86,10 @@ class FusedModule(nn.Module):
 
 
 def check_names(module: nn.Module) -> None:
-    """Raises UnsupportedCopyError if ``module`` has something of a name that fused classes use."""
+    """Raises NotFusableError if ``module`` has something of a name that fused classes use."""
     for name in () if isinstance(module, FusedModule) else (*FusedModule.__annotations__, "restore"):
         if hasattr(module, name):
-            raise UnsupportedCopyError(f"it has a {name!r}, which the replacement would hide behind its own")
+            raise NotFusableError(f"its attribute {name!r} clashes with one of the replacement's")
 
 
 def _rebuilt(

@@ -4,14 +4,14 @@
 """
 
 from dfformer_kernels.graph.chain import Chain
-from dfformer_kernels.graph.compare import AGREEMENT, difference, results, tensors, undisturbed
+from dfformer_kernels.graph.compare import AGREEMENT, difference, isolated, results, tensors
 from dfformer_kernels.graph.rewrite import add_call, rewrite
-from dfformer_kernels.graph.step import PYTHON, Step, called, dynamic_filter, global_filter, named_difference
+from dfformer_kernels.graph.step import PYTHON, StepMatch, called, dynamic_filter, global_filter, named_difference
 from dfformer_kernels.graph.subclass import FusedModule, check_names, fused_class, is_fused_class
 from dfformer_kernels.graph.trace import (
     ONE_AT_A_TIME,
-    DifferentCopyError,
-    UnsupportedCopyError,
+    DifferentFormulaError,
+    NotFusableError,
     ancestors,
     called_whole,
     common_graph,
@@ -41,10 +41,10 @@ __all__ = [
     "PYTHON",
     "VIEWS",
     "Chain",
-    "DifferentCopyError",
+    "DifferentFormulaError",
     "FusedModule",
-    "Step",
-    "UnsupportedCopyError",
+    "NotFusableError",
+    "StepMatch",
     "add_call",
     "ancestors",
     "called",
@@ -62,6 +62,7 @@ __all__ = [
     "is_fused_class",
     "is_mutating",
     "is_tensor",
+    "isolated",
     "make_traceable",
     "name_of",
     "named_difference",
@@ -71,7 +72,6 @@ __all__ = [
     "tensors",
     "trace",
     "transform_of",
-    "undisturbed",
     "value_of",
     "with_function",
 ]

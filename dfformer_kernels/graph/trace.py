@@ -29,12 +29,12 @@ _ORDERINGS = (operator.lt, operator.le, operator.gt, operator.ge)
 _SIZES = {"shape", "size", "_length", "dim", "ndim", "numel", "is_floating_point", "is_complex"}
 
 
-class UnsupportedCopyError(Exception):
-    """A module is left alone; the message is the clause that completes "left alone: "."""
+class NotFusableError(Exception):
+    """A module or program is left alone; the message is the clause that completes "left alone: "."""
 
 
-class DifferentCopyError(UnsupportedCopyError):
-    """A module is left alone that has both transforms, but does not compute our step."""
+class DifferentFormulaError(NotFusableError):
+    """A module or program is left alone that has both transforms, but does not compute our step."""
 
 
 class Trace(NamedTuple):
@@ -70,18 +70,18 @@ def common_graph(graphs: Iterable[tuple[str, fx.Graph, list[Any] | None]]) -> fx
     """The graph that all of ``graphs`` are, up to the names of nodes.
 
     Each comes with the case that it was made for, and the numbers that Python saw, or None if others are expected.
-    Raises DifferentCopyError with the first case and call that differ, or if the graph holds tensors.
+    Raises DifferentFormulaError with the first case and call that differ, or if the graph holds tensors.
     """
     remaining = iter(graphs)
     _, first, numbers = next(remaining)
     if any(str(node.target).startswith("_tensor_constant") for node in first.nodes):
-        raise DifferentCopyError("its forward makes tensors that depend on no input")
+        raise DifferentFormulaError("its forward makes tensors that depend on no input")
     for case, graph, seen in remaining:
         for a, b in itertools.zip_longest(_calls(graph), _calls(first), fillvalue=("its end", "")):
             if a != b:
-                raise DifferentCopyError(f"{case} its forward does something else (at {a[0]})")
+                raise DifferentFormulaError(f"{case} its forward does something else (at {a[0]})")
         if seen is not None and seen != numbers:
-            raise DifferentCopyError(f"{case} its forward's Python code computes with other numbers")
+            raise DifferentFormulaError(f"{case} its forward's Python code computes with other numbers")
     return first
 
 
@@ -103,20 +103,20 @@ def trace(
     ``module``: its buffers, and attributes that its forward sets. The caller holds ``ONE_AT_A_TIME``.
 
     Raises:
-        UnsupportedCopyError: its forward cannot be written as a graph, or does more than compute a result.
+        NotFusableError: its forward cannot be written as a graph, or does more than compute a result.
     """
     before = _attributes(module)
     tracer = _Tracer(module, inputs, constants, through)
     try:
         with torch.no_grad():
             graph = tracer.trace(module)
-    except UnsupportedCopyError:
+    except NotFusableError:
         raise
     except Exception as error:  # foreign code may raise anything
-        raise UnsupportedCopyError(f"its forward cannot be traced ({first_line(error)})") from error
+        raise NotFusableError(f"its forward cannot be traced ({first_line(error)})") from error
     for name, held in _attributes(module).items():
         if list(map(id, before.get(name, ()))) != list(map(id, held)) and not name.startswith("_tensor_constant"):
-            raise UnsupportedCopyError(f"its forward changes self.{name}, which the replacement would not")
+            raise NotFusableError(f"its forward changes self.{name}, which the replacement would not")
     # A dtype that no call takes may have been compared with ``is``.
     unused = [n for n in graph.nodes if isinstance(value_of(n), torch.dtype) and not n.users]
     return Trace(graph, [number for node in (*tracer.seen, *unused) for number in _numbers(node)], tracer.limits)
@@ -135,7 +135,7 @@ def _attributes(module: nn.Module) -> dict[str, list[Any]]:
 def _numbers(node: fx.Node) -> list[Any]:
     """The numbers among a node's value and the values it is computed from; the search ends at tensors.
 
-    Raises UnsupportedCopyError if they tell of a tensor something else than its sizes, which trials do not vary.
+    Raises NotFusableError if they tell of a tensor something else than its sizes, which trials do not vary.
     """
     found, waiting = [], [(node, True)]
     while waiting:
@@ -145,7 +145,7 @@ def _numbers(node: fx.Node) -> list[Any]:
             continue
         name = name_of(current).rpartition(".")[2]
         if any(map(is_tensor, inputs)) and name not in _SIZES:
-            raise UnsupportedCopyError(f"its forward branches on {name} of a tensor")
+            raise NotFusableError(f"its forward branches on {name} of a tensor")
         if isinstance(value, int | float):
             found.append(value)
         elif isinstance(value, tuple) and whole:
@@ -189,7 +189,7 @@ class _Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         if kind == "call_method" and target in ("item", "tolist", "numpy"):
-            raise UnsupportedCopyError(f"its forward takes numbers out of tensors (.{target}())")
+            raise NotFusableError(f"its forward takes numbers out of tensors (.{target}())")
         return super().create_proxy(kind, target, args, kwargs, *rest, **options)
 
     def create_node(self, kind: str, *rest: Any, **options: Any) -> fx.Node:
@@ -267,7 +267,7 @@ def _seen(proxy: fx.Proxy) -> Any:
 def _number(proxy: fx.Proxy) -> Any:
     value = _seen(proxy)
     if isinstance(value, Tensor):
-        raise UnsupportedCopyError("its forward branches on the values of tensors")
+        raise NotFusableError("its forward branches on the values of tensors")
     return value
 
 
@@ -299,13 +299,13 @@ def _length(of: Any) -> int:
 def inputs_of(module: nn.Module) -> dict[str, Any]:
     """The inputs of the forward of a module's class and their defaults, which are `inspect.Parameter.empty` if needed.
 
-    Raises UnsupportedCopyError if the module runs another forward, or one with ``*args`` or inputs by name only.
+    Raises NotFusableError if the module runs another forward, or one with ``*args`` or inputs by name only.
     """
     if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedCopyError("its forward is not that of its class")
+        raise NotFusableError("its forward is not that of its class")
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     if not parameters or any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
-        raise UnsupportedCopyError("its forward takes no inputs, or some that are not named or only given by name")
+        raise NotFusableError("its forward takes no inputs, or some that are not named or only given by name")
     return {p.name: p.default for p in parameters}
 
 

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from dfformer_kernels.ops.mlp import autocast_dtype
 from dfformer_kernels.ops.registration import (
-    differentiate,
     is_in_compiled_graph,
     refuse_tangents,
     register,
+    register_gradient,
     without_autocast,
 )
 from dfformer_kernels.problem import not_a_view
@@ -31,18 +31,20 @@ def convolution(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | Pair = 1,
-    padding: int | Pair = 0,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
     *,
     groups: int = 1,
 ) -> Tensor:
-    """``F.conv2d(x, weight, bias, stride, padding, groups=groups)``; under torch.compile, a custom operator.
+    """``F.conv2d(x, weight, bias, stride, padding, dilation, groups)``; under torch.compile, a custom operator.
 
     Args:
         x: (B,C,H,W), float32, float64, bfloat16 or float16. Channels-last memory is fastest, and is the memory format
             of the custom operator's result.
         weight: (N, C / groups, h, w), of x's dtype; under autocast, of any dtype.
         bias: (N,), like ``weight``, or None.
-        stride, padding: one number, or one each along H and W.
+        stride, padding, dilation: one number, or one each along H and W. A dilation other than 1, a padding by name and
+            an unbatched x (C,H,W) are torch's own operator under torch.compile, too.
 
     Returns:
         (B,N,H',W'). Saves ``x`` and ``weight`` for backward.
@@ -50,8 +52,8 @@ def convolution(
     Raises:
         RuntimeError: as ``F.conv2d``.
     """
-    if not is_in_compiled_graph():
-        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
+    if not is_in_compiled_graph() or x.dim() != 4 or isinstance(padding, str) or tuple(_pair(dilation)) != (1, 1):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if dtype := autocast_dtype(x):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     y = torch.ops.dfformer.convolution(x.permute(0, 2, 3, 1), weight, bias, _pair(stride), _pair(padding), groups)
@@ -99,4 +101,4 @@ register(
     _convolution,
     _fake,
 )
-differentiate("convolution", _Gradient)
+register_gradient("convolution", _Gradient)

@@ -1,4 +1,4 @@
-"""The operators: public functions, custom ops, fakes and autograd, each defined once for all backends.
+"""The filter step's operators and StarReLU: public functions, custom ops, fakes and autograd.
 
 Every operator maps ``x`` (and its parameters) to a ``y`` of x's shape, dtype and memory format. Its backward maps
 ``(grad_y, inputs, needs)`` to the needed gradients. So one function (`_define`) registers them all:
@@ -23,12 +23,12 @@ from dfformer_kernels import dft_matmul, reference
 from dfformer_kernels.dispatch import is_named, kernel_for, requested_backend
 from dfformer_kernels.ops import checks
 from dfformer_kernels.ops.registration import (
-    differentiate,
-    is_differentiated,
     is_in_compiled_graph,
-    is_transformed,
+    is_under_functorch,
+    needs_double_backward,
     refuse_tangents,
     register,
+    register_gradient,
     without_autocast,
 )
 from dfformer_kernels.problem import empty_like, in_format, is_channels_first
@@ -189,7 +189,7 @@ def _run(
 ) -> Tensor:
     tensors = (x, *others)
     backend = requested_backend(backend)
-    if is_transformed(tensors):
+    if is_under_functorch(tensors):
         return _expression(reference.KERNELS, op, tensors, options)
     if dft_matmul.in_onnx_export():
         return _expression(dft_matmul.KERNELS, op, tensors, options)
@@ -229,7 +229,7 @@ def _define(name: str, inputs: str, options: str = "") -> type[Any]:
     _define_forward(name, inputs, options)
     _define_backward(name, inputs, options)
     function = _autograd_function(name, inputs.count("Tensor"))
-    differentiate(name, function)
+    register_gradient(name, function)
     return function
 
 
@@ -332,7 +332,7 @@ def _autograd_function(name: str, count: int) -> type[Any]:
         def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
             tensors = ctx.saved_tensors
             needs = list(ctx.needs_input_grad[:count])
-            if is_differentiated(grad_y, tensors):
+            if needs_double_backward(grad_y, tensors):
                 with without_autocast(grad_y.device):
                     gradients: Sequence[Tensor] = differentiable_backward(grad_y, *tensors, needs, *ctx.options)
             else:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 Shape = Sequence[int]
 
-# FLOPs for each kept frequency and channel
+# FLOPs for each half-spectrum frequency and channel
 MIX = 4  # a complex number times a real weight, added to a sum; once for each filter of the basis
 PRODUCT = 6  # of two complex numbers
 WEIGHTED_PRODUCT = PRODUCT + 2  # times the number of columns of the full spectrum that it stands for
@@ -22,7 +22,7 @@ BATCH_SUM = 2
 
 
 def filter_flops(x: Shape, transforms: int, spectral: int = 0) -> int:
-    """FLOPs of ``transforms`` transforms of x (B,H,W,C), plus ``spectral`` for each kept frequency and channel."""
+    """FLOPs of ``transforms`` transforms of x (B,H,W,C), plus ``spectral`` per half-spectrum frequency and channel."""
     B, H, W, C = x
     N = max(H * W, 1)
     return round(B * C * (transforms * 2.5 * N * math.log2(N) + H * (W // 2 + 1) * spectral))

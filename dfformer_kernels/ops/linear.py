@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 from dfformer_kernels.ops.registration import (
-    differentiate,
-    is_differentiated,
     is_in_compiled_graph,
-    is_transformed,
+    is_under_functorch,
+    needs_double_backward,
     refuse_tangents,
     register,
+    register_gradient,
     without_autocast,
 )
 
@@ -52,7 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError, TypeError: as ``F.linear``, for shapes, dtypes or devices that do not match, or no tensors.
     """
     broadcast = bias is not None and bias.shape != weight.shape[:1]  # F.linear accepts this, a convolution does not
-    if broadcast or not prefers_convolution(x, weight) or is_transformed((x, weight, bias)):
+    if broadcast or not prefers_convolution(x, weight) or is_under_functorch((x, weight, bias)):
         return F.linear(x, weight, bias)
     if is_in_compiled_graph():
         return torch.ops.dfformer.linear(x, weight, bias)
@@ -72,7 +72,7 @@ class _Gradient:
         need_x, need_weight, need_bias = ctx.needs_input_grad
         N, K = weight.shape
         rows = grad_y.reshape(-1, N)
-        many = has_many_gradient_rows(rows, weight) and not is_differentiated(grad_y, (x, weight))
+        many = has_many_gradient_rows(rows, weight) and not needs_double_backward(grad_y, (x, weight))
         return (
             grad_input(rows, weight, many).reshape(x.shape) if need_x else None,
             grad_weight(rows, x.reshape(-1, K), many) if need_weight else None,
@@ -131,7 +131,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 # Compiled graphs contain this operator, because Inductor would multiply by MKL.
 register("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _fake)
-differentiate("linear", _Gradient)
+register_gradient("linear", _Gradient)
 
 
 def prefers_convolution(x: Tensor, weight: Tensor) -> bool:

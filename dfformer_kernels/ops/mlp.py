@@ -12,7 +12,7 @@ from dfformer_kernels.dispatch import requested_backend
 from dfformer_kernels.ops import checks
 from dfformer_kernels.ops.filter import star_relu as apply_star_relu
 from dfformer_kernels.ops.linear import grad_input, grad_weight, has_many_gradient_rows, linear
-from dfformer_kernels.ops.registration import is_differentiated, is_transformed
+from dfformer_kernels.ops.registration import is_under_functorch, needs_double_backward
 
 # Without gradients, the CPU computes this much of the hidden activations at a time. They stay in a cache, and weights
 # are reordered once a chunk. DFFormer-S18 on 8 images of 224x224, two cores of an AMD EPYC: 484 ms with 1 MiB, 418 with
@@ -52,7 +52,7 @@ def mlp(
         x, weight1, weight2 = x.to(dtype), weight1.to(dtype), weight2.to(dtype)
     tensors = (x, weight1, scale, bias, weight2)
     checks.check_mlp(*tensors)
-    if is_transformed(tensors):
+    if is_under_functorch(tensors):
         return _layers(*tensors, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return MlpFunction.apply(*tensors, backend)
@@ -101,7 +101,7 @@ class MlpFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, hidden = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
-        if is_differentiated(grad_y, tensors):
+        if needs_double_backward(grad_y, tensors):
             again = torch.is_grad_enabled()
             with torch.enable_grad():
                 wanted = list(compress(tensors, needs))

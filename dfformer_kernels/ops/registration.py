@@ -1,7 +1,7 @@
 """Registers operators with torch.library, and decides when a call needs the reference expression instead.
 
 An operator is opaque to torch.compile and torch.export. Public registration costs time: with it, and with the checks
-below, a filter step on a 7x7 plane took 85 to 93 us instead of 51 to 62 forward, and 541 to 555 instead of 387 to 403
+below, a filter step on a 7x7 plane took 85 to 93 µs instead of 51 to 62 forward, and 541 to 555 instead of 387 to 403
 with a backward (one thread of a busy Intel Xeon, alternating with a registration on torch's private dispatch keys).
 """
 
@@ -25,7 +25,7 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     torch.library.register_fake(f"dfformer::{name}", fake, lib=LIBRARY)
 
 
-def differentiate(name: str, function: Any) -> None:
+def register_gradient(name: str, function: Any) -> None:
     """Registers ``function``'s ``setup_context`` and ``backward`` as the operator's gradient."""
     torch.library.register_autograd(
         f"dfformer::{name}", function.backward, setup_context=function.setup_context, lib=LIBRARY
@@ -40,7 +40,7 @@ def is_in_compiled_graph() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
-def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
+def is_under_functorch(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a transform of torch.func is active, or one of ``tensors`` has a forward-mode tangent.
 
     Opaque operators silently drop tangents and have no batching rules. The caller then evaluates the reference
@@ -51,7 +51,7 @@ def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
     return not torch.compiler.is_compiling() and _have_tangents(tensors)
 
 
-def is_differentiated(grad_y: Tensor, tensors: Iterable[Tensor | None]) -> bool:
+def needs_double_backward(grad_y: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     """Whether a backward must evaluate the reference expression.
 
     It must if its gradients are themselves differentiated, or batched
@@ -62,7 +62,7 @@ def is_differentiated(grad_y: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     if torch.compiler.is_compiling():
         return False
     # No public function tells this either.
-    return torch._C._functorch.is_legacy_batchedtensor(grad_y) or is_transformed((grad_y, *tensors))
+    return torch._C._functorch.is_legacy_batchedtensor(grad_y) or is_under_functorch((grad_y, *tensors))
 
 
 def refuse_tangents(name: str, tensors: Iterable[Tensor | None]) -> None:

@@ -44,7 +44,7 @@ MACHINE = {
 
 
 def test_counts() -> None:
-    """By hand: N = 16, so a transform is 2.5 * 16 * 4 = 160 flops a channel; 6 channels, 12 kept frequencies."""
+    """By hand: N = 16, so a transform is 2.5 * 16 * 4 = 160 flops per channel; 6 channels, 12 frequencies."""
     counts = {
         ("dynamic_filter", FORWARD): 6 * (2 * 160 + 12 * (16 + 6)),
         ("dynamic_filter", BOTH): 6 * (5 * 160 + 12 * (22 + 16 + 6 + 8 + 32)),

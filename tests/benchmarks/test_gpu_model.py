@@ -46,7 +46,7 @@ def test_instructions_of_a_stage(H: int, backward: bool) -> None:
 
 
 def test_layouts_differ_and_arithmetic_does_not() -> None:
-    """In the committed table, whose kernels differ between chips in lanes, threads and spectra taken in turn."""
+    """In the committed table, whose kernels differ between chips in channels per CTA, threads and spectra."""
     of_step: dict[tuple[str, ...], list[float]] = {}
     with gpu_model.RESULTS.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):

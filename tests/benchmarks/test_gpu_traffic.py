@@ -109,9 +109,9 @@ def test_what_the_page_says_of_the_committed_table() -> None:
             numbers = int(row["regs"]), int(row["smem_bytes"]), int(row["ctas_per_sm"])
             of_plane.setdefault(problem, []).append(numbers)
     apart = [[max(numbers) - min(numbers) for numbers in zip(*kernels, strict=True)] for kernels in of_plane.values()]
-    registers, shared, blocks = map(max, zip(*apart, strict=True))
-    assert (shared, blocks) == (0, 0)
-    assert f"differ by up to {registers} registers, which leaves as many blocks resident." in PAGE.replace("\n", " ")
+    registers, shared, ctas = map(max, zip(*apart, strict=True))
+    assert (shared, ctas) == (0, 0)
+    assert f"differ by up to {registers} registers, which leaves as many CTAs resident." in PAGE.replace("\n", " ")
 
 
 @pytest.mark.parametrize("column", range(4))
@@ -136,7 +136,7 @@ def test_what_the_page_says_of_large_samples(monkeypatch: pytest.MonkeyPatch) ->
     a, c = (f"{moved(backward):.1f}" for backward in (False, True))
     monkeypatch.setattr(cufft, "_LAUNCH_BYTES", 2**60)
     b, d = (f"{moved(backward):.1f}" for backward in (False, True))
-    words = f"{a} bytes an element forward instead of {b}, and {c} instead of {d} backward"
+    words = f"{a} bytes per element forward instead of {b}, and {c} instead of {d} backward"
     assert words in " ".join(PAGE.split())
 
 

@@ -135,7 +135,7 @@ struct ColumnsOf : MixingOf<V> {
 
     // Backward: transforms columns of x along H.
     static void transform_columns(const Tile& tile, const ColumnGroup& group, Line* lines, Line* scratch) {
-        const Plan<T>& plan = tile.column_plan;
+        const LinePlan<T>& plan = tile.column_plan;
         const Pass<T>& first = plan.passes[0];
         run_pass<false, V>(first, group.count, scratch, column_source(tile, tile.x_spectrum, group),
                            line_sink(lines, first.inner, tile.H));
@@ -145,7 +145,7 @@ struct ColumnsOf : MixingOf<V> {
     // Transforms columns along H, multiplies by the filter, transforms back.
     template <class Mix>
     static void filter_columns(const Tile& tile, const ColumnGroup& group, Line* lines, Line* scratch, const Mix& mix) {
-        const Plan<T>& plan = tile.column_plan;
+        const LinePlan<T>& plan = tile.column_plan;
         const Pass<T>& first = plan.passes[0];
         const auto from_columns = column_source(tile, tile.y_spectrum, group);
         const auto to_columns = column_sink(tile, tile.y_spectrum, group);

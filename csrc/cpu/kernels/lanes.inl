@@ -43,7 +43,7 @@ inline Vec load_unaligned(const Scalar* from) {
 }
 
 template <class T, class Register>
-struct Plain {
+struct NativeLane {
     using Scalar = T;
     using Vec = Register;
     static constexpr int count = sizeof(Register) / sizeof(T);
@@ -66,8 +66,8 @@ inline void stream(void*, Vec) {}
 inline void stream_fence() {}
 #endif
 
-using Float32 = Plain<float, F32>;
-using Float64 = Plain<double, F64>;
+using Float32 = NativeLane<float, F32>;
+using Float64 = NativeLane<double, F64>;
 
 struct BFloat16 {
     using Scalar = std::uint16_t;

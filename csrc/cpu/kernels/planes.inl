@@ -38,15 +38,15 @@ struct Planes : ColumnsOf<typename L::Vec> {
         const std::int64_t next = plane(tile);
         const std::int32_t* at = tile.call.pixel_at;
         V* registers = reinterpret_cast<V*>(spectrum);
-        V block[lanes];
+        V square[lanes];
         for_each_register_of(tile, first, last, [&](std::int64_t p, auto count) UNROLLED_BODY {
             if (tile.used == lanes)
-                unrolled<0, lanes>([&](auto c) UNROLLED_BODY { block[c] = load<L>(from + p + c * next, count); });
+                unrolled<0, lanes>([&](auto c) UNROLLED_BODY { square[c] = load<L>(from + p + c * next, count); });
             else
-                for (int c = 0; c < lanes; c++) block[c] = c < tile.used ? load<L>(from + p + c * next, count) : V{};
-            Base::transpose(block);
+                for (int c = 0; c < lanes; c++) square[c] = c < tile.used ? load<L>(from + p + c * next, count) : V{};
+            Base::transpose(square);
             unrolled<0, lanes>([&](auto i) UNROLLED_BODY {
-                if (i < count) registers[at[p + i]] = act(block[i]);
+                if (i < count) registers[at[p + i]] = act(square[i]);
             });
         });
     }
@@ -72,13 +72,13 @@ struct Planes : ColumnsOf<typename L::Vec> {
         if (result) result += offset;
         const V two_scale = V{} + T(2 * tile.problem.scale);
         typename StarReLU<L>::Sums sums;
-        V block[lanes];
+        V square[lanes];
         for_each_register_of(tile, segment, segment + 1, [&](std::int64_t p, auto count) UNROLLED_BODY {
-            unrolled<0, lanes>([&](auto i) UNROLLED_BODY { block[i] = i < count ? registers[at[p + i]] : V{}; });
-            Base::transpose(block);
+            unrolled<0, lanes>([&](auto i) UNROLLED_BODY { square[i] = i < count ? registers[at[p + i]] : V{}; });
+            Base::transpose(square);
             unrolled<0, lanes>([&](auto c) UNROLLED_BODY {
                 if (c >= tile.used) return;
-                V value = block[c];
+                V value = square[c];
                 if constexpr (star_relu_backward)
                     value = StarReLU<L>::backward_lane(value, load<L>(x + c * next + p, count), two_scale, sums);
                 if (!star_relu_backward || result) store<L>(result + c * next + p, value, count);

@@ -48,7 +48,7 @@ struct Filter : Planes<L> {
     template <class Act>
     static void transform_rows(const Tile& tile, const void* tensor, int first, int count, Line* line, Line* scratch,
                                const Act& act) {
-        const Plan<T>& plan = tile.row_plan;
+        const LinePlan<T>& plan = tile.row_plan;
         const std::int64_t stride = tile.call.row_stride;
         const bool from_tensor = tile.used == lanes;
         if (from_tensor)
@@ -101,7 +101,7 @@ struct Filter : Planes<L> {
     static void inverse_rows(const FilterCall& call, const TileGroup& group, void* scratch, int first, int last) {
         const Tile tile{call, group.tasks[0]};
         if (!tile.needs_y_spectrum()) return;
-        const Plan<T>& plan = tile.row_plan;
+        const LinePlan<T>& plan = tile.row_plan;
         const int at_once = Base::lines_at_once(tile.W);
         for (int start = first; start < last; start += at_once) {
             const int count = start + at_once < last ? at_once : last - start;

@@ -17,7 +17,7 @@ template <class V>
 struct TileOf {
     using T = typename ScalarOf<V>::Type;
     using Line = Complex<V>;
-    using Arithmetic = Plain<T, V>;  // lane type of tensors kept in the arithmetic type
+    using Arithmetic = NativeLane<T, V>;  // lane type of tensors kept in the arithmetic type
     using Sum = decltype(Accumulator<V>::sum);
     static constexpr int lanes = Arithmetic::count;
 
@@ -34,8 +34,8 @@ struct TileOf {
         const TileTask& task;
         const FilterProblem& problem = *call.problem;
         const FilterTensors& tensors = *call.tensors;
-        const Plan<T>& row_plan = *static_cast<const Plan<T>*>(call.row_plan);
-        const Plan<T>& column_plan = *static_cast<const Plan<T>*>(call.column_plan);
+        const LinePlan<T>& row_plan = *static_cast<const LinePlan<T>*>(call.row_plan);
+        const LinePlan<T>& column_plan = *static_cast<const LinePlan<T>*>(call.column_plan);
         const int H = int(problem.H), W = int(problem.W), K = W / 2 + 1, F = int(problem.F);
         const int pairs = column_plan.num_pairs;
         const std::int64_t channel = task.channel_tile * lanes, spectrum = pairs * call.row_stride;

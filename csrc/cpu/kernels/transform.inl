@@ -1,4 +1,4 @@
-// Transforms of lines of any length, following a Plan.
+// Transforms of lines of any length, following a LinePlan.
 //
 // Forward: in each pass a butterfly, then twiddles. Inverse: the passes in reverse order, twiddles before the
 // butterfly, with real and imaginary parts swapped. Neither is normalised.
@@ -12,7 +12,7 @@ namespace {
 template <class V>
 using PassOf = Pass<typename ScalarOf<V>::Type>;
 template <class V>
-using PlanOf = Plan<typename ScalarOf<V>::Type>;
+using PlanOf = LinePlan<typename ScalarOf<V>::Type>;
 
 template <class T>
 FFT_INLINE Complex<T> pair_at(const T* pairs, std::int64_t i) {
@@ -182,7 +182,7 @@ void unrolled_pass(const PassOf<V>& pass, std::int64_t lines, const Source& sour
     run_butterflies<inverse, twiddled, V>(pass, lines, Index<R>{}, a, source, sink);
 }
 
-// `scratch` holds Plan::scratch elements; only radices without an unrolled butterfly use it.
+// `scratch` holds LinePlan::scratch elements; only radices without an unrolled butterfly use it.
 template <bool inverse, bool twiddled, class V, class Source, class Sink>
 void run_pass_of_any_radix(const PassOf<V>& pass, std::int64_t lines, Complex<V>* scratch, const Source& source,
                            const Sink& sink) {

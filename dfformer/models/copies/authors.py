@@ -9,7 +9,7 @@ from dfformer.models.copies.match import cast_signal, stored_basis
 from dfformer_kernels.graph.toolkit import (
     CASTS,
     VIEWS,
-    UnsupportedCopyError,
+    NotFusableError,
     dynamic_filter,
     first_input,
     global_filter,
@@ -61,7 +61,7 @@ def is_star_relu(act: nn.Module) -> bool:
             make_traceable(module)
             module.load_state_dict({"scale": scale, "bias": bias})
             traced = trace(module, [x.clone()], {})
-        except (UnsupportedCopyError, RuntimeError):
+        except (NotFusableError, RuntimeError):
             return False
         [result] = [first_input(node) for node in traced.graph.nodes if node.op == "output"]
         if traced.seen or not _is_polynomial(traced.graph, module):

@@ -16,9 +16,9 @@ from dfformer_kernels.graph.toolkit import (
     PYTHON,
     VIEWS,
     Chain,
-    DifferentCopyError,
-    Step,
-    UnsupportedCopyError,
+    DifferentFormulaError,
+    NotFusableError,
+    StepMatch,
     add_call,
     ancestors,
     called,
@@ -109,15 +109,15 @@ def fuse(traced: fx.Graph, expected: Expected) -> fx.Graph:
 
     Raises:
         CopyLimitError: the copy does not accept this plane.
-        UnsupportedCopyError: there is no chain, or one computes something else; the message has the difference.
+        NotFusableError: there is no chain, or one computes something else; the message has the difference.
     """
     back = [t for node in traced.nodes if (t := transform_of(node)) and t.kind == "c2r"]
     if not back:
-        raise UnsupportedCopyError("its forward calls no torch.fft.irfft2")
+        raise NotFusableError("its forward calls no torch.fft.irfft2")
     if expected.plane != expected.size and expected.plane[1] % 2 and not all(t.resizes for t in back):
         raise CopyLimitError("irfft2 without s returns even widths only")
 
-    def with_stored_filters(graph: fx.Graph, chain: Chain, step: Step) -> tuple[Chain, Step]:
+    def with_stored_filters(graph: fx.Graph, chain: Chain, step: StepMatch) -> tuple[Chain, StepMatch]:
         _check_plane(chain, expected)
         weight, arguments = _stored_filters(graph, chain, step, expected)
         x = chain.x
@@ -131,7 +131,7 @@ def fuse(traced: fx.Graph, expected: Expected) -> fx.Graph:
 
     for finding in rewrite(traced, PYTHON, str, with_stored_filters):
         if finding.reason:
-            raise DifferentCopyError(finding.reason)
+            raise DifferentFormulaError(finding.reason)
     return traced
 
 
@@ -140,11 +140,11 @@ def _check_plane(chain: Chain, expected: Expected) -> None:
     batch, *sizes = value_of(chain.x).shape
     plane = tuple(sizes[1:] if chain.channels_first else sizes[:2])
     if plane != expected.plane:
-        raise DifferentCopyError(
+        raise DifferentFormulaError(
             f"it filters {_by(plane)} windows of a {_by(expected.plane)} plane, ours the whole plane"
         )
     if batch != expected.batch:
-        raise DifferentCopyError(f"it transforms a batch of {batch} for an input of {expected.batch}")
+        raise DifferentFormulaError(f"it transforms a batch of {batch} for an input of {expected.batch}")
     for node in ancestors(chain.x):
         if name_of(node) in ("view", "reshape"):
             _check_view(value_of(node.all_input_nodes[0]).shape, value_of(node).shape, plane)
@@ -158,10 +158,12 @@ def _check_view(before: torch.Size, after: torch.Size, plane: tuple[int, ...]) -
     for (theirs, (old, _)), (ours, (new, viewed)) in itertools.permutations(layouts.items(), 2):
         old = min(old, len(before) - 1)
         if before[old] == after[new] != before[len(before) - 1 if old == 1 else 1] and viewed == plane:
-            raise DifferentCopyError(f"it views {theirs} data as {ours}, which mixes channels with positions")
+            raise DifferentFormulaError(f"it views {theirs} data as {ours}, which mixes channels with positions")
 
 
-def _stored_filters(graph: fx.Graph, chain: Chain, step: Step, expected: Expected) -> tuple[fx.Node, dict[str, Any]]:
+def _stored_filters(
+    graph: fx.Graph, chain: Chain, step: StepMatch, expected: Expected
+) -> tuple[fx.Node, dict[str, Any]]:
     """The parameter that the chain's filters are, after resizing, and the other arguments of `stored_basis`."""
     theirs = step.basis(called, value_of(chain.filters))
     sources = {chain.filters} | ancestors(chain.filters)
@@ -180,7 +182,7 @@ def _stored_filters(graph: fx.Graph, chain: Chain, step: Step, expected: Expecte
             return node, arguments
         made = f"what it makes of its filters ({name_of(chain.filters)}) {reason}"
         reasons.append(_other_resizing(graph, expected) or made)
-    raise DifferentCopyError(reasons[0] if reasons else "its spectrum is multiplied by no parameter of the layer")
+    raise DifferentFormulaError(reasons[0] if reasons else "its spectrum is multiplied by no parameter of the layer")
 
 
 def _check_path(graph: fx.Graph, stored: fx.Node, filters: fx.Node) -> None:
@@ -192,13 +194,13 @@ def _check_path(graph: fx.Graph, stored: fx.Node, filters: fx.Node) -> None:
     for node in reversed([n for n in graph.nodes if n in path - {stored}]):
         is_moving = node.target in _RESIZING or name_of(node) in _MOVING
         if not (is_moving and node.op in ("call_function", "call_method")):
-            raise DifferentCopyError(f"{name_of(node)} lies between its stored filters and their product")
+            raise DifferentFormulaError(f"{name_of(node)} lies between its stored filters and their product")
     for node in filter(is_mutating, graph.nodes):
         written = node.kwargs.get("out", first_input(node))
         while isinstance(written, fx.Node) and written not in path and name_of(written) in _MOVING:
             written = first_input(written)
         if written in path:
-            raise DifferentCopyError(f"it writes into its filters ({name_of(node)})")
+            raise DifferentFormulaError(f"it writes into its filters ({name_of(node)})")
 
 
 def _other_resizing(graph: fx.Graph, expected: Expected) -> str:

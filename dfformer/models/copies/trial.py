@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from dfformer.models.copies import match
 from dfformer.models.filter_resize import RULES
 from dfformer_kernels.graph import toolkit
-from dfformer_kernels.graph.toolkit import DifferentCopyError, UnsupportedCopyError, first_line
+from dfformer_kernels.graph.toolkit import DifferentFormulaError, NotFusableError, first_line
 
 Plane = tuple[int, int]
 
@@ -23,7 +23,7 @@ _MAX_DOUBLED = 40 * 40  # pixels; a smaller plane is also tried at twice its hei
 _NUMBERS = {"h": "H", "height": "H", "w": "W", "width": "W"}  # names of inputs that take numbers, as some on tokens do
 
 
-class OtherPlaneError(DifferentCopyError):
+class OtherPlaneError(DifferentFormulaError):
     """The modules differ on another plane than that of the filters, so another resizing rule may fit."""
 
 
@@ -75,12 +75,12 @@ class Trial:
         try:
             self.module = copy.deepcopy(module).float()
         except Exception as error:  # foreign code may raise anything
-            raise UnsupportedCopyError(f"it cannot be copied for a trial ({first_line(error)})") from error
+            raise NotFusableError(f"it cannot be copied for a trial ({first_line(error)})") from error
         inputs = toolkit.inputs_of(module)
         self.names = tuple(name for name, default in inputs.items() if default is inspect.Parameter.empty)
         self.optional = {name: default for name, default in inputs.items() if name not in self.names}
         if not self.names or any(not isinstance(v, int | float | str | None) for v in self.optional.values()):
-            raise UnsupportedCopyError(f"its forward has optional inputs ({', '.join(self.optional)})")
+            raise NotFusableError(f"its forward has optional inputs ({', '.join(self.optional)})")
         toolkit.make_traceable(self.module)
         self.device = device_of(module)
         self._probe: nn.Module | None = None
@@ -94,7 +94,7 @@ class Trial:
     def hypotheses(self) -> Iterator[Hypothesis]:
         """The hypotheses under which the module runs, most likely first.
 
-        Raises UnsupportedCopyError if there are none.
+        Raises NotFusableError if there are none.
         """
         failures: list[str] = []
         found = False
@@ -110,7 +110,7 @@ class Trial:
                 failures.append(f"{shapes} first: {first_line(error)}")
         if not found:
             tried = f"{len(failures)} were tried, {failures[0]}" if failures else "its filters have no known shape"
-            raise UnsupportedCopyError(f"it runs on no trial input ({tried})")
+            raise NotFusableError(f"it runs on no trial input ({tried})")
 
     def _error_on(self, hypothesis: Hypothesis) -> Exception | None:
         self._probe = self._probe or self.copy(training=False)
@@ -166,7 +166,7 @@ class Trial:
 def _error_of(module: nn.Module, inputs: Sequence[Any]) -> Exception | None:
     """The error of ``module`` on such inputs; None if it runs.
 
-    Raises UnsupportedCopyError if the result is something else than tensors.
+    Raises NotFusableError if the result is something else than tensors.
     """
     try:
         with torch.no_grad():
@@ -176,7 +176,7 @@ def _error_of(module: nn.Module, inputs: Sequence[Any]) -> Exception | None:
     try:
         toolkit.tensors(result)
     except TypeError as error:
-        raise UnsupportedCopyError(str(error)) from None
+        raise NotFusableError(str(error)) from None
     return None
 
 
@@ -221,7 +221,7 @@ def cases(trial: Trial, hypothesis: Hypothesis) -> Iterator[Case]:
 def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple[str, fx.Graph, list[Any] | None]]:
     """The trial module's forward with our step, where it was traced, and the numbers it saw there, for all `cases`.
 
-    Raises UnsupportedCopyError if one computes something else; the message has the difference.
+    Raises NotFusableError if one computes something else; the message has the difference.
     """
     in_half = not trial.runs_in_half(hypothesis)
     limits: list[float] = []
@@ -237,10 +237,10 @@ def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple
             yield where, match.fuse(traced.graph, expected), traced.seen if native else None
         except match.CopyLimitError:
             continue
-        except DifferentCopyError as error:
+        except DifferentFormulaError as error:
             raise (error if native else OtherPlaneError(str(error))) from None
     if limits:
-        raise UnsupportedCopyError(f"its forward branches on whether a size is beyond {limits[0]}")
+        raise NotFusableError(f"its forward branches on whether a size is beyond {limits[0]}")
 
 
 def difference(trial: Trial, hypothesis: Hypothesis, replace: Callable[[nn.Module], nn.Module]) -> str:
@@ -287,14 +287,14 @@ def _frozen(value: Any) -> Hashable:
 def find(trial: Trial) -> tuple[Hypothesis, str, fx.Graph]:
     """How our step fits into the trial module: the hypothesis, the rule that resizes its filters, and the graph.
 
-    Raises UnsupportedCopyError with the first difference that remained.
+    Raises NotFusableError with the first difference that remained.
     """
-    errors: list[UnsupportedCopyError] = []
+    errors: list[NotFusableError] = []
     for hypothesis in itertools.islice(trial.hypotheses(), 4):
         for resize in RULES:
             try:
                 return hypothesis, resize, toolkit.common_graph(_graphs(trial, hypothesis, resize))
-            except UnsupportedCopyError as error:
+            except NotFusableError as error:
                 errors.append(error)
                 if not isinstance(error, OtherPlaneError):  # then another rule changes nothing
                     break

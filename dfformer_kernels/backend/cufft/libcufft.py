@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dfformer_kernels.backend.cufft.plans import DTYPES, Plans, Transform
+from dfformer_kernels.backend.cufft.plans import DTYPES, Plans, PlanSpec
 from dfformer_kernels.device import with_memory_released
 
 _SONAMES = {"12": "libcufft.so.11", "13": "libcufft.so.12"}  # by torch's major version of CUDA
@@ -112,20 +112,20 @@ def _transform(source: Tensor, result: Tensor, shape: tuple[int, int, int], inve
     if source.data_ptr() % (2 * source.itemsize):  # cuFFT requires the alignment of complex numbers for real arrays
         source = source.clone()
     with _cuda.guard(device):
-        _run(plans, Transform(_cuda.index(device), shape, source.dtype, inverse), source, result, count)
+        _run(plans, PlanSpec(_cuda.index(device), shape, source.dtype, inverse), source, result, count)
     return result
 
 
-def _run(plans: Plans, transform: Transform, source: Tensor, result: Tensor, count: int) -> None:
+def _run(plans: Plans, spec: PlanSpec, source: Tensor, result: Tensor, count: int) -> None:
     """Transforms ``count`` arrays. A plan that is no longer kept is destroyed on return: its device is current."""
-    plan = with_memory_released(partial(plans.get, transform, _cuda.capturing()))
+    plan = with_memory_released(partial(plans.get, spec, _cuda.capturing()))
     workspace = source.new_empty(plan.workspace_bytes, dtype=torch.uint8)
     buffers = {"workspace": workspace.data_ptr(), "stream": _cuda.stream(source.device)}
     for i in range(count):
         arrays = (t.data_ptr() + i * t.nbytes // count for t in (source, result))
         run = partial(plan.run, *arrays, **buffers)
         # A failed inverse is not repeated, because it may have overwritten its input.
-        run() if transform.inverse else with_memory_released(run)
+        run() if spec.inverse else with_memory_released(run)
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from dfformer_kernels.device import capture_error
 from dfformer_kernels.problem import KernelBuildError
 
 PLANS_PER_DEVICE = 64  # those used last
@@ -48,17 +49,16 @@ _RESULTS = (
     *("NO_WORKSPACE", "NOT_IMPLEMENTED", "LICENSE_ERROR", "NOT_SUPPORTED", "MISSING_DEPENDENCY", "NVRTC_FAILURE"),
     *("NVJITLINK_FAILURE", "NVSHMEM_FAILURE"),
 )
-# Results that mean a lack of device memory, and those of planning that are the fault of the library or plan. A call may
-# also report others that it did not cause, such as an illegal access of an earlier kernel.
-_NO_MEMORY = ("ALLOC_FAILED", "INTERNAL_ERROR")
+# Results of planning that are the fault of the library or plan. A call may also report others that it did not cause,
+# such as an illegal access of an earlier kernel.
 _NO_PLAN = (
     *("SETUP_FAILED", "INVALID_SIZE", "NOT_IMPLEMENTED", "LICENSE_ERROR", "NOT_SUPPORTED", "MISSING_DEPENDENCY"),
     *("NVRTC_FAILURE", "NVJITLINK_FAILURE"),
 )
 
 
-class Transform(NamedTuple):
-    """What a plan does: rfft2 of (H,W,N) planes of ``dtype`` to (H,K,N) complex, or the inverse, on one device."""
+class PlanSpec(NamedTuple):
+    """What a plan computes: rfft2 of (H,W,N) planes of ``dtype`` to (H,K,N) complex, or the inverse, on one device."""
 
     device: int
     shape: tuple[int, int, int]  # (H,W,N)
@@ -81,28 +81,29 @@ def _load(path: str) -> ctypes.CDLL:
     return library
 
 
-def _call(library: ctypes.CDLL, transform: Transform, name: str, *args: object) -> None:
+def _call(library: ctypes.CDLL, spec: PlanSpec, name: str, *args: object) -> None:
     """Raises RuntimeError if the function returns an error, which the class tells from others."""
     if (code := getattr(library, name)(*args)) == 0:
         return
     result = _RESULTS[code] if 0 < code < len(_RESULTS) else ""
-    message = f"{name} returned {f'CUFFT_{result}' if result else f'code {code}'} for {transform}"
-    if result in _NO_MEMORY:
+    message = f"{name} returned {f'CUFFT_{result}' if result else f'code {code}'} for {spec}"
+    planning = name in _PLANNING  # which reports a lack of memory as either
+    if result == "ALLOC_FAILED" or (planning and result == "INTERNAL_ERROR"):
         raise torch.OutOfMemoryError(message)
-    raise (KernelBuildError if result in _NO_PLAN and name in _PLANNING else RuntimeError)(message)
+    raise (KernelBuildError if planning and result in _NO_PLAN else RuntimeError)(message)
 
 
-class Plan:
+class CufftPlan:
     """A plan of libcufft. It is destroyed when nothing refers to it any more, but not at exit: the driver may be gone.
 
     Attributes:
         workspace_bytes: what `run` needs.
     """
 
-    def __init__(self, library: ctypes.CDLL, transform: Transform) -> None:
-        self._call = partial(_call, library, transform)
-        self._execute, self._kind = _EXECUTE[transform.dtype, transform.inverse]
-        self._transform, self._id, self._lock = transform, _PLAN(-1), threading.Lock()
+    def __init__(self, library: ctypes.CDLL, spec: PlanSpec) -> None:
+        self._call = partial(_call, library, spec)
+        self._execute, self._kind = _EXECUTE[spec.dtype, spec.inverse]
+        self._spec, self._id, self._lock = spec, _PLAN(-1), threading.Lock()
         self._call("cufftCreate", ctypes.byref(self._id))
         # What destroying returns is of no use: after a fault on the device every call fails.
         self.destroy = weakref.finalize(self, library.cufftDestroy, self._id)
@@ -114,9 +115,9 @@ class Plan:
             raise
 
     def _make(self) -> int:
-        H, W, N = self._transform.shape
+        H, W, N = self._spec.shape
         planes, spectra = ((_SIZE * 2)(H, width) for width in (W, W // 2 + 1))
-        source, result = (spectra, planes) if self._transform.inverse else (planes, spectra)
+        source, result = (spectra, planes) if self._spec.inverse else (planes, spectra)
         layouts = (source, N, 1, result, N, 1)
         workspace = ctypes.c_size_t()
         self._call("cufftSetAutoAllocation", self._id, 0)  # the workspace comes from torch's allocator
@@ -137,27 +138,24 @@ class Plans:
     def __init__(self, path: str) -> None:
         self._library = _load(path)
         self._lock = threading.Lock()
-        self._recent: defaultdict[int, OrderedDict[Transform, Plan]] = defaultdict(OrderedDict)  # by device
-        self._captured: set[Plan] = set()  # graphs refer to their memory, and may be replayed for ever
+        self._recent: defaultdict[int, OrderedDict[PlanSpec, CufftPlan]] = defaultdict(OrderedDict)  # by device
+        self._captured: set[CufftPlan] = set()  # graphs refer to their memory, and may be replayed for ever
         os.register_at_fork(
             before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._forget_parents
         )
 
-    def get(self, transform: Transform, capturing: bool) -> Plan:
+    def get(self, spec: PlanSpec, capturing: bool) -> CufftPlan:
         """The plan, made if there is none; RuntimeError if it would have to be made while a graph is captured."""
         with self._lock:
-            plans = self._recent[transform.device]
-            plan = plans.get(transform)
+            plans = self._recent[spec.device]
+            plan = plans.get(spec)
             if plan is None:
                 if capturing:
-                    raise RuntimeError(
-                        f"{transform} cannot be planned while a CUDA graph is captured: call the operator once before "
-                        "capturing"
-                    )
-                plan = plans[transform] = Plan(self._library, transform)
+                    raise capture_error(str(spec))
+                plan = plans[spec] = CufftPlan(self._library, spec)
                 if len(plans) > PLANS_PER_DEVICE:
                     plans.popitem(last=False)
-            plans.move_to_end(transform)
+            plans.move_to_end(spec)
             if capturing:
                 self._captured.add(plan)
             return plan

@@ -12,10 +12,11 @@ from torch import Tensor
 from dfformer_kernels.backend.cufft import triton_kernels as kernels
 from dfformer_kernels.device import Prepared, with_memory_released
 from dfformer_kernels.problem import KernelBuildError
+from dfformer_kernels.reference import compute_dtype
 
 _PLANE_TILE = 2048  # elements of a program
 _SPECTRUM_TILE = {4: 1024, 8: 256}  # by bytes of an element: the most without spilled registers
-_WIDTH = 128  # columns of a tile, if there are as many
+_WIDTH = 128  # channels of a tile, if there are as many
 _HEIGHT = 64  # most rows of a spectrum's tile: long sums in float32 would lose digits
 _WARPS = 8  # of a program: a thread needs half as many registers as with Triton's default of 4, so none spill
 _PROGRAMS = 1024  # enough to occupy any GPU
@@ -175,35 +176,34 @@ def global_mix_backward(G: Tensor, X: Tensor | None, W: int, weight: Tensor, nee
     """
     S, H, K, width, _ = G.shape
     C = weight.shape[-2]
-    # Samples with weights of their own count as the columns of a single sample.
-    B, columns = (1, S * width) if weight.dim() == 5 else (S * width // C, C)
+    # Samples with weights of their own count as the channels of a single sample.
+    B, channels = (1, S * width) if weight.dim() == 5 else (S * width // C, C)
     need_G, need_weight = needs
-    tile, (tiles,) = _spectrum_tiles(G, columns)
+    tile, (tiles,) = _spectrum_tiles(G, channels)
     samples = triton.cdiv(B, min(B, triton.cdiv(_PROGRAMS, tiles), 65535))
     slices = triton.cdiv(B, samples)
     slots = _empty(G, slices, *weight.shape) if need_weight else None
-    sizes = (H, W, H * K, B, columns, C, width, _sample_stride(weight), samples)
+    sizes = (H, W, H * K, B, channels, C, width, _sample_stride(weight), samples)
     arguments = (G, X, weight, slots, *sizes, need_G, _compute(G), *tile)
     _launch(kernels.global_mix_backward_kernel, (tiles, slices), *arguments)
     return None if slots is None else slots.sum(0)
 
 
-def _spectrum_tiles(spectrum: Tensor, columns: int) -> tuple[tuple[int, int], tuple[int]]:
+def _spectrum_tiles(spectrum: Tensor, channels: int) -> tuple[tuple[int, int], tuple[int]]:
     _, H, K, _, _ = spectrum.shape
-    return _tiles(H * K, columns, _SPECTRUM_TILE[spectrum.element_size()], _HEIGHT)
+    return _tiles(H * K, channels, _SPECTRUM_TILE[spectrum.element_size()], _HEIGHT)
 
 
 def _tiles(rows: int, N: int, elements: int, most_rows: int) -> tuple[tuple[int, int], tuple[int]]:
-    """(rows, columns) of a tile, and the grid. They, and so the order of sums, depend only on the problem."""
-    columns = min(triton.next_power_of_2(N), _WIDTH)
-    height = min(triton.next_power_of_2(rows), elements // columns, most_rows)
-    return (height, columns), (triton.cdiv(rows, height) * triton.cdiv(N, columns),)
+    """(rows, channels) of a tile, and the grid. They, and so the order of sums, depend only on the problem."""
+    channels = min(triton.next_power_of_2(N), _WIDTH)
+    height = min(triton.next_power_of_2(rows), elements // channels, most_rows)
+    return (height, channels), (triton.cdiv(rows, height) * triton.cdiv(N, channels),)
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
     """An empty tensor for sums, with the dtype of arithmetic on ``like``."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.empty(shape, dtype=dtype, device=like.device)
+    return torch.empty(shape, dtype=compute_dtype(like.dtype), device=like.device)
 
 
 def _compute(t: Tensor) -> tl.dtype:

@@ -209,7 +209,7 @@ def test_compiled_graphs_of_something_else() -> None:
     for step, reason in (
         (product_without_gradient, "gradients are switched on or off inside it"),
         (OTHER["rows of a spectrum in place"][0], "also needed by getitem"),
-        (OTHER["divided"][0], "stands truediv by 8"),
+        (OTHER["divided"][0], "truediv by 8 lies between"),
         (OTHER["overwritten by an activation"][0], "may be overwritten in between (relu)"),
         (OTHER["overwritten by another name"][0], "may be overwritten in between (__imul__)"),
     ):

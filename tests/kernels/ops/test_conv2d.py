@@ -163,6 +163,19 @@ def test_compiled_as_eager(autocast: bool) -> None:
     assert all(error <= BOUND[dtype] for error in gradient_errors(gradients, expected))
 
 
+@pytest.mark.parametrize("options", [{"padding": "same"}, {"padding": 2, "dilation": 2}, {"dilation": (1, 2)}], ids=str)
+@pytest.mark.parametrize("shape", [(2, 8, 9, 7), (8, 9, 7)], ids=["batch", "unbatched"])
+def test_what_the_operator_does_not_take_is_torchs(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    x, weight = torch.randn(shape), torch.randn(4, 8, 3, 3)
+
+    def run(x: Tensor) -> Tensor:
+        return convolution(x, weight, **options)
+
+    expected = F.conv2d(x, weight, **options)
+    assert torch.equal(run(x), expected)
+    assert relative_error(torch.compile(run, backend="eager", fullgraph=True)(x), expected.double()) <= BOUND[x.dtype]
+
+
 def test_exported_programs_hold_torchs() -> None:
     model = timm.create_model("dfformer_s18", img_size=32).eval()
     graph = torch.export.export(model, (torch.zeros(1, 3, 32, 32),)).graph

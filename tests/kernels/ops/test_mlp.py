@@ -68,15 +68,15 @@ def make(op: Op, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> 
     return tensors, (y + 0.5 * normal(*y.shape)).to(dtype)
 
 
-def differentiate(f: Callable[..., Tensor], tensors: list[Tensor], grad_y: Tensor) -> tuple[Tensor, list[Tensor]]:
+def register_gradient(f: Callable[..., Tensor], tensors: list[Tensor], grad_y: Tensor) -> tuple[Tensor, list[Tensor]]:
     y = f(*tensors)
     return y.detach(), list(torch.autograd.grad(y, tensors, grad_y))
 
 
 def assert_correct(op: Op, tensors: list[Tensor], grad_y: Tensor) -> None:
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    wanted_y, wanted = differentiate(op.definition, exact, grad_y.double())
-    y, gradients = differentiate(op.run, tensors, grad_y)
+    wanted_y, wanted = register_gradient(op.definition, exact, grad_y.double())
+    y, gradients = register_gradient(op.run, tensors, grad_y)
     assert (y.shape, y.dtype) == (wanted_y.shape, tensors[0].dtype)
     assert [(g.shape, g.dtype) for g in gradients] == [(t.shape, t.dtype) for t in tensors]
     bound = op.units * BOUND[tensors[0].dtype]
@@ -238,7 +238,7 @@ def test_without_onednn(op: Op) -> None:
 @ALL_OPS
 def test_same_bits_every_time(op: Op) -> None:
     tensors, grad_y = make(op, (4, 28, 28, 16))
-    first, again = (differentiate(op.run, tensors, grad_y) for _ in range(2))
+    first, again = (register_gradient(op.run, tensors, grad_y) for _ in range(2))
     assert torch.equal(first[0], again[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
 
@@ -246,7 +246,7 @@ def test_same_bits_every_time(op: Op) -> None:
 @ALL_OPS
 def test_empty(op: Op) -> None:
     tensors, grad_y = make(op, (0, 7, 7, 8))
-    y, gradients = differentiate(op.run, tensors, grad_y)
+    y, gradients = register_gradient(op.run, tensors, grad_y)
     assert (y.shape, gradients[0].shape) == (grad_y.shape, tensors[0].shape)
     assert not any(g.any() for g in gradients)
 
@@ -303,7 +303,7 @@ def test_autocast_casts_as_it_does_for_linear(op: Op, dtype: torch.dtype) -> Non
     gradients = torch.autograd.grad(y, tensors, grad_y.to(dtype))
     assert {g.dtype for g in gradients} == {torch.float32}
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    wanted_y, wanted = differentiate(op.definition, exact, grad_y.double())
+    wanted_y, wanted = register_gradient(op.definition, exact, grad_y.double())
     # input, weights and the incoming gradient are rounded too
     bound = (op.units + 3) * BOUND[dtype]
     for error in (relative_error(y, wanted_y), *gradient_errors(gradients, wanted)):

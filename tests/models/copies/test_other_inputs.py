@@ -46,10 +46,10 @@ def overwritten(self: Any, w: Tensor) -> Tensor:
 
 
 FILTERS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
-    "a mask that is one so far": (lambda self, w: w * self.keep, "stands mul"),
-    "an order that changes nothing so far": (lambda self, w: w[:, :, self.order].contiguous(), "stands order"),
-    "a wide clamp": (lambda self, w: w.clamp(-50, 50), "stands clamp"),
-    "a condition": (lambda self, w: torch.where(w.abs() < 1e6, w, 0 * w), "stands where"),
+    "a mask that is one so far": (lambda self, w: w * self.keep, "mul lies between"),
+    "an order that changes nothing so far": (lambda self, w: w[:, :, self.order].contiguous(), "order lies between"),
+    "a wide clamp": (lambda self, w: w.clamp(-50, 50), "clamp lies between"),
+    "a condition": (lambda self, w: torch.where(w.abs() < 1e6, w, 0 * w), "where lies between"),
     "written into": (overwritten, "writes into its filters"),
 }
 BRANCHES: dict[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], str]] = {
@@ -235,7 +235,7 @@ def test_names_of_fused_layers_are_not_hidden() -> None:
     model = nn.Sequential(subclass(code=lambda self: 1), subclass())
     model[1].restore = nn.Identity()
     for outcome, name in zip(replace_dynamic_filters(model), ("code", "restore"), strict=True):
-        assert f"it has a {name!r}" in outcome.reason
+        assert outcome.reason == f"its attribute {name!r} clashes with one of the replacement's"
 
 
 @pytest.mark.parametrize("model", [None, {}])

@@ -1,4 +1,5 @@
-// Instruction-set choice, threads, and the order of reductions. Compiled for the baseline only.
+// The choice of an instruction set, and the driver of StarReLU: its threads and order of sums. Compiled for the
+// baseline only.
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>

@@ -71,7 +71,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ),
     "functional dropout": (lambda: different.FunctionalDropout(DIM), "in training its forward does something else"),
     "by value": (lambda: different.ByValue(DIM), "branches on the values of tensors"),
-    "full spectrum": (lambda: different.FullSpectrum(DIM), "uses fft2, ifft2"),
+    "full spectrum": (lambda: different.FullSpectrum(DIM), "got fft2, ifft2"),
     "side effect": (lambda: different.SavesRouting(DIM), "changes self.last_routing"),
     "subclasses need a key": (
         lambda: different.Registered(DIM),

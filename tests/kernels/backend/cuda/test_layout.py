@@ -35,10 +35,8 @@ def family() -> list[tuple[KernelSpec, Chip]]:
 
 def all_specs() -> Iterator[KernelSpec]:
     axes = {"F": (0, 1, 4, 16), "dtype": tuple(layout.STORAGE), "star_relu": (False, True), "backward": (False, True)}
-    for H, W, (F, dtype, star_relu, backward) in product(
-        SPECTRA_IN_SHARED, SPECTRA_IN_SHARED, pairwise(**axes)["argvalues"]
-    ):
-        yield KernelSpec(H, W, 20, F, dtype, star_relu, backward)
+    for H, W, others in product(SPECTRA_IN_SHARED, SPECTRA_IN_SHARED, pairwise(**axes)["argvalues"]):
+        yield KernelSpec(H, W, 20, *others.values)
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.arch)

@@ -52,7 +52,7 @@ def names(accepted: Sequence[str]) -> Callable[[str], list[str]]:
 
     def parse(text: str) -> list[str]:
         if unknown := set(text.split(",")) - set(accepted):
-            raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, accepted are {', '.join(accepted)}")
+            raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, expected {', '.join(accepted)}")
         return text.split(",")
 
     return parse

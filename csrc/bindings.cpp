@@ -25,7 +25,7 @@ constexpr std::int64_t any_size = std::numeric_limits<std::int64_t>::max();
 
 void check_range(const char* got, std::int64_t value, std::int64_t least, std::int64_t most) {
     if (value < least || value > most)
-        throw std::invalid_argument(got + std::to_string(value) + ", accepted are " + std::to_string(least) + " to " +
+        throw std::invalid_argument(got + std::to_string(value) + ", expected " + std::to_string(least) + " to " +
                                     std::to_string(most));
 }
 
@@ -38,7 +38,7 @@ void check_threads(int threads) { check_range("threads: got ", threads, 1, 4096)
 
 void* pointer(const char* name, Address address, bool needed = true) {
     if (needed && address == 0)
-        throw std::invalid_argument(std::string(name) + ": got a null pointer, accepted is a tensor's address");
+        throw std::invalid_argument(std::string(name) + ": got a null pointer, expected a tensor's address");
     return reinterpret_cast<void*>(address);
 }
 
@@ -93,9 +93,9 @@ auto bind_filter(const std::array<std::int64_t, 5>& shape, int dtype,
     const FilterProblem problem = checked_problem(shape, dtype, star_relu, form);
     check_threads(threads);
     if (need_scalars && !problem.star_relu)
-        throw std::invalid_argument("need_scalars: got true, accepted without StarReLU is false");
+        throw std::invalid_argument("need_scalars: got true, expected false without StarReLU");
     if (grad_logits && problem.F == 0)
-        throw std::invalid_argument("grad_logits: got an address, accepted for a global filter (F = 0) is 0");
+        throw std::invalid_argument("grad_logits: got an address, expected 0 for a global filter (F = 0)");
     const bool backward = grad_y || grad_x || grad_logits || grad_filters || need_scalars;
     const FilterTensors tensors{.x = pointer("x", x),
                                 .logits = pointer("logits", logits, problem.F > 0),

@@ -364,7 +364,7 @@ class Entry:
             y = self.forward(self.x).detach()
         if y.shape != (self.problem.batch, CLASSES) or not y.isfinite().all():
             raise ValueError(
-                f"logits: got {tuple(y.shape)}, {y.isfinite().sum()} of them finite, accepted are "
+                f"logits: got {tuple(y.shape)}, {y.isfinite().sum()} of them finite, expected "
                 f"{(self.problem.batch, CLASSES)}, all finite"
             )
         return y

@@ -115,7 +115,7 @@ class _Arguments:
         if filters.shape != expected or (logits is not None and logits.shape != (B, F, C)):
             raise RuntimeError(
                 f"filters, logits: got {tuple(filters.shape)} and {None if logits is None else tuple(logits.shape)}, "
-                f"accepted beside x {tuple(x.shape)} are (H,K,F,2) and (B,F,C), or (H,K,C,2), (B,H,K,C,2) and None"
+                f"expected beside x {tuple(x.shape)} (H,K,F,2) and (B,F,C), or (H,K,C,2), (B,H,K,C,2) and None"
             )
         problem = (B, H, W, C, F), _DTYPE_CODES[x.dtype], star_relu, form, _threads()
         inputs = _pointer("x", self.x), _pointer("logits", self.logits), _pointer("filters", self.filters)
@@ -212,7 +212,7 @@ def _pointer(name: str, t: Tensor | None, like: Tensor | None = None) -> int:
     like = t if like is None else like
     if not (t.is_cpu and t.is_contiguous() and t.dtype == like.dtype and t.numel() == like.numel()):
         raise RuntimeError(
-            f"{name}: got {t.dtype} {tuple(t.shape)} with strides {t.stride()} on {t.device}, accepted is a contiguous "
+            f"{name}: got {t.dtype} {tuple(t.shape)} with strides {t.stride()} on {t.device}, expected a contiguous "
             f"{like.dtype} CPU tensor of {like.numel()} elements"
         )
     return t.data_ptr()

@@ -76,7 +76,7 @@ def test_plan(device: str) -> None:
 def test_an_unknown_word_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench_model.main(["--only", "float23"])
-    assert "got float23, accepted are inference, training" in capsys.readouterr().err
+    assert "got float23, expected inference, training" in capsys.readouterr().err
 
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

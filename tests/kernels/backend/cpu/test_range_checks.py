@@ -29,9 +29,9 @@ BAD_SHAPES = [
     (1, 2**15, 2**15, 1, 2**31),
 ]
 BAD_PROBLEMS: list[tuple[dict[str, Any], str]] = [
-    ({"dtype": 4}, "dtype: got code 4, accepted are 0 to 3"),
+    ({"dtype": 4}, "dtype: got code 4, expected 0 to 3"),
     ({"dtype": -1}, "dtype: got code -1"),
-    ({"threads": 0}, "threads: got 0, accepted are 1 to 4096"),
+    ({"threads": 0}, "threads: got 0, expected 1 to 4096"),
     ({"threads": -1}, "threads: got -1"),
     ({"threads": 4097}, "threads: got 4097"),
     *(({"shape": shape}, "shape: ") for shape in BAD_SHAPES),
@@ -83,7 +83,7 @@ def test_a_global_filter_needs_no_logits(core: ModuleType, step: str) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"need_scalars": True}, "need_scalars: got true, accepted without StarReLU is false"),
+        ({"need_scalars": True}, "need_scalars: got true, expected false without StarReLU"),
         (
             {"shape": (1, 1, 1, 1, 0), "grad_logits": BUFFER.data_ptr()},
             r"grad_logits: got an address",
@@ -111,14 +111,14 @@ def test_arguments_of_the_wrong_type_raise(core: ModuleType, bad: dict[str, Any]
 STAR_RELU: dict[str, Any] = {"n": 0, "dtype": 0, "threads": 1, "scale": 1.0, "bias": 0.0, "x": 1}
 STAR_RELU_STEPS = {"forward": STAR_RELU | {"y": 1}, "backward": STAR_RELU | {"grad_y": 1, "grad_x": 1}}
 BAD_ARGUMENTS = [
-    ({"dtype": 4}, "dtype: got code 4, accepted are 0 to 3"),
-    ({"dtype": -1}, "dtype: got code -1, accepted are 0 to 3"),
+    ({"dtype": 4}, "dtype: got code 4, expected 0 to 3"),
+    ({"dtype": -1}, "dtype: got code -1, expected 0 to 3"),
     ({"n": -1}, "n: got -1"),
     ({"n": 2**61, "dtype": 0}, f"n: got {2**61}"),  # whose bytes are more than an int64 counts
     ({"n": 2**60, "dtype": 1}, f"n: got {2**60}"),
     ({"n": 2**62, "dtype": 3}, f"n: got {2**62}"),
     ({"x": 0, "n": 1}, "x: got a null pointer"),
-    ({"threads": 0}, "threads: got 0, accepted are 1 to 4096"),
+    ({"threads": 0}, "threads: got 0, expected 1 to 4096"),
     ({"threads": -1}, "threads: got -1"),
     ({"threads": 4097}, "threads: got 4097"),
 ]

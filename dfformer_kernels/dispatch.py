@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -44,6 +44,7 @@ class Backend:
     unavailable_reasons: Callable[[], list[str]]  # why it cannot run anything on this machine
     # Why its kernels cannot run this problem, although it is on its device.
     kernel_unsupported_reasons: Callable[[Problem], list[str]] = lambda problem: []
+    overwriting: Mapping[str, Kernel] = field(default_factory=dict)  # those that write their result over x
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """Why it cannot run ``problem``; empty if it can."""
@@ -56,7 +57,7 @@ class Backend:
 
 
 TABLE: tuple[Backend, ...] = (
-    Backend("cpu", "cpu", cpu.KERNELS, cpu.unavailable_reasons, cpu.unsupported_reasons),
+    Backend("cpu", "cpu", cpu.KERNELS, cpu.unavailable_reasons, cpu.unsupported_reasons, cpu.OVERWRITING),
     Backend("cuda", "cuda", cuda.KERNELS, cuda.unavailable_reasons, cuda.unsupported_reasons),
     Backend("cufft", "cuda", cufft.KERNELS, cufft.unavailable_reasons, cufft.unsupported_reasons),
     Backend("torch", None, torch_fft.KERNELS, list),
@@ -182,6 +183,12 @@ def kernel_for(op: str, backend: str | None, tensors: Sequence[Tensor | None], *
     if name is None and problem.device == "cuda":
         return partial(_run_on_gpu, problem)
     return select(problem, name).kernels[op]
+
+
+def overwriting_kernel(op: str, backend: str | None, tensors: Sequence[Tensor | None], *options: bool) -> Kernel:
+    """What runs ``op`` on a CPU and writes the result over x; otherwise as `kernel_for`."""
+    found = select(Problem.of(op, tensors, *options), _named(backend))
+    return found.overwriting.get(op) or (lambda x, *others: x.copy_(found.kernels[op](x, *others)))
 
 
 @lru_cache(maxsize=1024)

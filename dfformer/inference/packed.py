@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from dfformer.models.exact import fusible, is_exact
+from dfformer.models.exact import is_exact, returning_new
 from dfformer.models.layers import Scale, StarReLU
 from dfformer_kernels import linear, star_relu
 from dfformer_kernels.ops import in_chunks, is_under_functorch
@@ -19,7 +19,7 @@ PACKED_FOR_ROWS = 784
 _NOT_HERE = "a served layer's weights change by load_state_dict alone; prune, average or replace those it was made from"
 
 
-@fusible
+@returning_new
 class PackedLinear(nn.Module):
     """A linear layer without gradients: ``x @ weight.T + bias`` of x (...,K), weight (N,K), bias (N,).
 
@@ -29,7 +29,6 @@ class PackedLinear(nn.Module):
     """
 
     serves_only = True  # checkpoints cannot contain it
-    is_linear = True  # see `dfformer.models.layers.makes_own_result`
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -40,6 +40,20 @@ for _kind in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Identity, DropPath):
     fusible(_kind)
 
 
+_RETURNING_NEW: set[type[nn.Module]] = {nn.Linear}
+
+
+def returning_new(kind: type[ModuleT]) -> type[ModuleT]:
+    """Class decorator: as `fusible`, of a class whose ``forward`` returns a tensor that nothing else holds."""
+    _RETURNING_NEW.add(kind)
+    return fusible(kind)
+
+
+def returns_new(module: nn.Module, x: Any) -> bool:
+    """Whether nothing but the caller will hold what ``module(x)`` returns. It must be asked before the call."""
+    return type(module) in _RETURNING_NEW and is_exact(module, type(module), x)
+
+
 def is_exact(module: nn.Module, kind: type[ModuleT], x: Any) -> TypeGuard[ModuleT]:
     """Whether a fused step may compute ``module(x)`` from the module's own parameters. See `unsupported_reasons`."""
     return not unsupported_reasons(module, kind, x)

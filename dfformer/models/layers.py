@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
-from dfformer.models.exact import fusible, is_exact
+from dfformer.models.exact import fusible, is_exact, returns_new
 from dfformer.utils.accepted import COUNT, COUNT_OR_0, MODULE, RATIO, check_arguments, choice
 from dfformer_kernels import convolution, linear, mlp, star_relu
 from dfformer_kernels.ops import prefers_convolution
@@ -150,8 +150,9 @@ class Projections(nn.Module):
         if torch.jit.is_scripting():
             return self.act1(self.pwconv1(x))
         else:
+            owns_y = not torch.is_grad_enabled() and returns_new(self.pwconv1, x)
             y = call_linear(self.pwconv1, x)
-            if is_exact(self.act1, StarReLU, y) and makes_own_result(self.pwconv1, y):
+            if owns_y and is_exact(self.act1, StarReLU, y):
                 return star_relu(y, self.act1.scale, self.act1.bias, overwrite_x=True)
             return self.act1(y)
 
@@ -224,12 +225,6 @@ def call_linear(layer: nn.Module, x: Tensor) -> Tensor:
     if is_exact(layer, nn.Linear, x) and prefers_convolution(x, layer.weight):
         return linear(x, layer.weight, layer.bias)
     return layer(x)
-
-
-def makes_own_result(layer: nn.Module, like: Tensor) -> bool:
-    """Whether nothing but the caller holds what ``layer`` returned: a linear layer, and its call does nothing else."""
-    kind = type(layer)
-    return (kind is nn.Linear or getattr(kind, "is_linear", False)) and is_exact(layer, kind, like)
 
 
 def call_convolution(layer: nn.Module, x: Tensor) -> Tensor:

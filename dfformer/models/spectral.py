@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfformer.models import layers
-from dfformer.models.exact import fusible, is_exact
+from dfformer.models.exact import fusible, is_exact, returns_new
 from dfformer.models.filter_resize import RULE, resize_filter, scriptable_resize
 from dfformer.models.layers import Activation, Mlp, Projections, StarReLU
 from dfformer.utils.accepted import COUNT, PLANE, RATIO, check_arguments
@@ -58,6 +58,10 @@ def fitted_filters(weight: Tensor, size: tuple[int, int], H: int, W: int, weight
         return scriptable_resize(weight, size, (H, W), rule).to(dtype)
     else:
         return resize_filter(weight, size, (H, W), rule).to(dtype)
+
+
+# The methods that decide whether something else may hold the filter step's input.
+_OWN = {"forward", "step_input", "filter"}
 
 
 class SpectralFilter(Projections):
@@ -116,8 +120,13 @@ class SpectralFilter(Projections):
                 layers.check_maps(x, self.pwconv1, self.data_format)
         x = layers.channels_last(x, self.data_format)
         logits, filters = self.logits(x), self.filters_for((x.shape[1], x.shape[2]))
+        owns_y = False if torch.jit.is_scripting() else self._owns_step_input(x)
         y, star_relu = self.step_input(x)
-        return layers.from_channels_last(self.project_out(self.filter(y, logits, filters, star_relu)), self.data_format)
+        if owns_y and star_relu is not None:
+            y = filter_step(y, logits, filters, star_relu, True)
+        else:
+            y = self.filter(y, logits, filters, star_relu)
+        return layers.from_channels_last(self.project_out(y), self.data_format)
 
     def logits(self, x: Tensor) -> Tensor | None:
         """The logits (B,F,C) of the weights of a basis, from x (B,H,W,dim); by default there is no basis."""
@@ -135,16 +144,14 @@ class SpectralFilter(Projections):
 
     def filter(self, x: Tensor, logits: Tensor | None, filters: Tensor, star_relu: Scalars) -> Tensor:
         """The filter step, see `filter_step`."""
-        if torch.jit.is_scripting():
-            return filter_step(x, logits, filters, star_relu, False)
-        else:
-            return filter_step(x, logits, filters, star_relu, overwrite_x=self._owns_loaded(x, star_relu))
+        return filter_step(x, logits, filters, star_relu, False)
 
-    def _owns_loaded(self, x: Tensor, star_relu: Scalars) -> bool:
-        """Whether nothing but this layer holds ``x`` from `load`, and no gradient needs it."""
-        if torch.is_grad_enabled() or star_relu is None or type(self).step_input is not SpectralFilter.step_input:
+    def _owns_step_input(self, x: Tensor) -> bool:
+        """Whether nothing but this layer will hold `step_input` of ``x``, and no gradient needs it."""
+        if torch.is_grad_enabled() or not _OWN.isdisjoint(vars(self)):
             return False
-        return layers.makes_own_result(self.pwconv1, x)
+        own = all(getattr(type(self), name) is getattr(SpectralFilter, name) for name in _OWN)
+        return own and returns_new(self.pwconv1, x)
 
     def filters_for(self, plane: tuple[int, int]) -> Tensor:
         """The filters for planes of ``plane`` (H, W), in the dtype of the arithmetic."""

@@ -187,9 +187,11 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "star_relu": star_relu,
     "star_relu_backward": star_relu_backward,
     **filter_kernels(_filter, _filter_backward),
-    "star_relu_": star_relu_,
-    "dynamic_filter_": lambda *step: _filter_(FilterStep(*step)),
-    "global_filter_": lambda x, *others: _filter_(FilterStep(x, None, *others)),
+}
+OVERWRITING: dict[str, Callable[..., None]] = {
+    "star_relu": star_relu_,
+    "dynamic_filter": lambda *step: _filter_(FilterStep(*step)),
+    "global_filter": lambda x, *others: _filter_(FilterStep(x, None, *others)),
 }
 
 

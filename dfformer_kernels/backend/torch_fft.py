@@ -29,13 +29,6 @@ def run(kernel: Callable[..., Any], name: str, *args: Any) -> Any:
     return result
 
 
-def _overwriting(kernel: Callable[..., Tensor], x: Tensor, *others: Any) -> None:
-    x.copy_(kernel(x, *others))
-
-
 KERNELS: dict[str, Callable[..., Any]] = {
     name: partial(run, kernel, name) for name, kernel in reference.KERNELS.items()
-}
-KERNELS |= {
-    f"{name}_": partial(_overwriting, kernel) for name, kernel in KERNELS.items() if not name.endswith("_backward")
 }

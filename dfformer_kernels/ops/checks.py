@@ -75,7 +75,7 @@ def check_tensors(op: str, **arguments: object) -> None:
 
 def check_pair(op: str, pair: object, expected: str = "a pair (scale, bias) of tensors") -> None:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        _fail(op, "star_relu", expected, repr(pair), TypeError)
+        _fail(op, "star_relu", expected, type(pair).__name__, TypeError)
 
 
 def check_backward(op: str, grad_y: Tensor, x: Tensor, needs: Sequence[bool], inputs: int) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dfformer_kernels import dft_matmul, reference
-from dfformer_kernels.dispatch import is_named, kernel_for, requested_backend
+from dfformer_kernels.dispatch import is_named, kernel_for, overwriting_kernel, requested_backend
 from dfformer_kernels.ops import checks
 from dfformer_kernels.ops.registration import (
+    is_in_a_mode,
     is_in_compiled_graph,
     is_under_functorch,
     needs_double_backward,
@@ -91,7 +92,8 @@ def dynamic_filter(
             that is contiguous in either format: the CPU core and ``cufft`` read and write both. ``torch.channels_last``
             memory counts as channels-last.
         overwrite_x: the result may take the memory of ``x``, whose contents are then lost, as in scipy.fft. It does so
-            on a CPU, if no gradient is recorded and ``x`` is contiguous in one of the two formats.
+            on a CPU, if no gradient is recorded, no mode of torch sees the call, and ``x`` is contiguous in one of the
+            two formats and shares no memory with the other arguments.
         backend: a name from ``backends()``; if None, ``dfformer_kernels.dispatch`` describes how one is chosen.
 
     Returns:
@@ -200,11 +202,24 @@ def _run(
 
 
 def _can_overwrite(x: Tensor, others: Sequence[Tensor | None]) -> bool:
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or not x.is_cpu:
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or not x.is_cpu or x.requires_grad:
         return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others):
         return False
+    if not torch.compiler.is_compiling():  # what follows, functionalization takes care of
+        if is_in_a_mode() or x.is_neg() or (x.is_inference() and not torch.is_inference_mode_enabled()):
+            return False
+        if _may_share_memory(x, others):
+            return False
     return _is_in_a_format(x)
+
+
+def _may_share_memory(x: Tensor, others: Sequence[Tensor | None]) -> bool:
+    try:
+        first, *addresses = (t.untyped_storage().data_ptr() for t in (x, *others) if t is not None)
+    except RuntimeError:  # a tensor has no memory, as torch's zeros in forward-mode derivatives
+        return True
+    return first in addresses
 
 
 def _is_in_a_format(x: Tensor) -> bool:
@@ -254,12 +269,13 @@ def _define_forward(name: str, inputs: str, options: str) -> None:
     def overwriting_impl(*args: Any) -> None:
         tensors, backend, options = args[:count], args[count], args[count + 1 :]
         x = tensors[0]
-        if not _is_in_a_format(x):
+        if not (x.is_cpu and _is_in_a_format(x)):
             x.copy_(forward_impl(*args))
             return
         check(*tensors)
         refuse_tangents(name, tensors)
-        kernel = kernel_for(f"{name}_", backend, tensors, *options)
+        kernel = overwriting_kernel(name, backend, tensors, *options)
+        torch.autograd.graph.increment_version(x)  # a backward that needs the old values then raises
         if x.numel():
             with without_autocast(x.device):
                 kernel(*tensors, *options)
@@ -363,16 +379,6 @@ MATMUL_DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
 }
 
 
-def _overwriting(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    return lambda x, *args: x.copy_(function(x, *args))
-
-
-_IN_EAGER_CALLS = MATMUL_DECOMPOSITIONS | {
-    getattr(torch.ops.dfformer, f"{operator.name().partition('::')[2]}_").default: _overwriting(function)
-    for operator, function in MATMUL_DECOMPOSITIONS.items()
-}
-
-
 class MatmulTransforms(TorchFunctionMode):
     """In this context the operators transform with matrix products (`dfformer_kernels.dft_matmul`).
 
@@ -381,4 +387,4 @@ class MatmulTransforms(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operator = getattr(func, "default", func)  # e.g. of torch.ops.dfformer.star_relu
-        return _IN_EAGER_CALLS.get(operator, func)(*args, **(kwargs or {}))
+        return MATMUL_DECOMPOSITIONS.get(operator, func)(*args, **(kwargs or {}))

@@ -51,6 +51,12 @@ def is_under_functorch(tensors: Iterable[Tensor | None]) -> bool:
     return not torch.compiler.is_compiling() and _have_tangents(tensors)
 
 
+def is_in_a_mode() -> bool:
+    """Whether a mode sees calls of operators, and may keep their tensors."""
+    # No public function tells, of either stack.
+    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
+
+
 def needs_double_backward(grad_y: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     """Whether a backward must evaluate the reference expression.
 

@@ -1,15 +1,18 @@
 """``overwrite_x``: the result takes the memory of x, if nothing can notice; otherwise x keeps its values."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from cases import CASES, DTYPES, EMPTY_CASES, OPS, SMALL, Case, Inputs, Op, Target, make_inputs
 from conftest import targets
 from torch import Tensor
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfformer_kernels
-from dfformer_kernels import MatmulTransforms
+from dfformer_kernels import MatmulTransforms, global_filter, star_relu
 from dfformer_kernels.ops import filter as ops
 
 ON_CPU = pytest.mark.parametrize("target", targets(lambda t: t.device == "cpu"), indirect=True)
@@ -105,7 +108,7 @@ def test_without_gradients_parameters_do_not_matter(op: Op) -> None:
     inputs = make_inputs(op, SMALL, torch.float32)
     inputs["x"] = inputs["x"].detach()
     with torch.no_grad():
-        expected = run(op, inputs, overwrite_x=False)
+        expected = run(op, inputs, overwrite_x=False).clone()
         assert run(op, inputs).data_ptr() == inputs["x"].data_ptr()
     assert torch.equal(inputs["x"], expected)
 
@@ -124,13 +127,79 @@ def test_transforms_and_compiled_code_have_the_same_result(op: Op) -> None:
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=str)
-def test_matrix_products_overwrite_too(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matrix_products_overwrite_nothing(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(op, SMALL, torch.float64, requires_grad=False)
-    expected = run(op, inputs, overwrite_x=False)
+    before, expected = inputs["x"].clone(), run(op, inputs, overwrite_x=False)
     monkeypatch.setattr(ops, "kernel_for", None)
+    monkeypatch.setattr(ops, "overwriting_kernel", None)
     with MatmulTransforms():
         y = run(op, inputs)
     torch.testing.assert_close(y, expected)
+    assert torch.equal(inputs["x"], before)
+
+
+class Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [BaseTorchFunctionMode, Dispatch])
+@pytest.mark.parametrize("op", OPS.values(), ids=str)
+def test_a_mode_may_keep_x(op: Op, mode: Callable[[], Any]) -> None:
+    inputs = make_inputs(op, SMALL, torch.float32, requires_grad=False)
+    before = inputs["x"].clone()
+    with mode():
+        run(op, inputs)
+    assert torch.equal(inputs["x"], before)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=str)
+def test_a_backward_that_needs_x_raises(op: Op) -> None:
+    inputs = make_inputs(op, SMALL, torch.float32, requires_grad=False)
+    leaf = inputs["x"].clone().requires_grad_()
+    y = leaf.exp()
+    with torch.no_grad():
+        run(op, inputs | {"x": y.detach()})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_an_inference_tensor_is_not_overwritten_outside() -> None:
+    with torch.inference_mode():
+        x = torch.randn(4)
+    before = x.tolist()
+    with torch.no_grad():
+        star_relu(x, torch.ones(1), torch.zeros(1), overwrite_x=True)
+    assert x.tolist() == before
+
+
+def test_an_x_that_requires_grad_is_kept_without_gradients_too() -> None:
+    x = torch.nn.Parameter(torch.randn(4))
+    before = x.detach().clone()
+    with torch.no_grad():
+        y = star_relu(x, torch.ones(1), torch.zeros(1), overwrite_x=True)
+    assert not y.requires_grad
+    assert torch.equal(x, before)
+
+
+def test_memory_that_another_argument_shares_is_kept() -> None:
+    x = torch.randn(2, 8, 8, 4)
+    weight = x.flatten()[: 8 * 5 * 4 * 2].view(8, 5, 4, 2)
+    expected = global_filter(x, weight)
+    assert torch.equal(global_filter(x, weight, overwrite_x=True), expected)
+
+
+def test_a_negated_view_is_kept() -> None:
+    x = torch._neg_view(torch.randn(2, 4, 4, 3))
+    expected = star_relu(x, torch.ones(1), torch.ones(1))
+    assert torch.equal(star_relu(x, torch.ones(1), torch.ones(1), overwrite_x=True), expected)
+
+
+def test_a_refusal_names_the_operator_that_was_called() -> None:
+    inputs = make_inputs(OPS["dynamic_filter"], SMALL, torch.float32, requires_grad=False)
+    with pytest.raises(RuntimeError) as info:
+        run(OPS["dynamic_filter"], inputs, "cuda")
+    assert "dynamic_filter_" not in str(info.value)
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=str)

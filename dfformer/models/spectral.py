@@ -61,7 +61,7 @@ def fitted_filters(weight: Tensor, size: tuple[int, int], H: int, W: int, weight
 
 
 # The methods that decide whether something else may hold the filter step's input.
-_OWN = {"forward", "step_input", "filter"}
+_OWN = ("forward", "step_input", "filter")
 
 
 class SpectralFilter(Projections):
@@ -148,10 +148,12 @@ class SpectralFilter(Projections):
 
     def _owns_step_input(self, x: Tensor) -> bool:
         """Whether nothing but this layer will hold `step_input` of ``x``, and no gradient needs it."""
-        if torch.is_grad_enabled() or not _OWN.isdisjoint(vars(self)):
+        if torch.is_grad_enabled():
             return False
-        own = all(getattr(type(self), name) is getattr(SpectralFilter, name) for name in _OWN)
-        return own and returns_new(self.pwconv1, x)
+        for name in _OWN:
+            if name in self.__dict__ or getattr(type(self), name) is not getattr(SpectralFilter, name):
+                return False
+        return returns_new(self.pwconv1, x)
 
     def filters_for(self, plane: tuple[int, int]) -> Tensor:
         """The filters for planes of ``plane`` (H, W), in the dtype of the arithmetic."""

@@ -327,7 +327,7 @@ X, W1, SCALAR, W2 = torch.zeros(6, 4), torch.zeros(8, 4), torch.zeros(1), torch.
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: mlp(X, W1, (SCALAR, None), W2), TypeError, "mlp: bias: expected a tensor, got NoneType"),  # type: ignore
+        (lambda: mlp(X, W1, (SCALAR, None), W2), TypeError, "mlp: bias: expected a tensor, got NoneType"),  # type: ignore[arg-type]
         (lambda: mlp(X, W2, (SCALAR, SCALAR), W2), ValueError, r"mlp: weight1: expected shape \(N, 4\)"),
         (lambda: mlp(X, W1, (SCALAR, SCALAR), W1), ValueError, r"mlp: weight2: expected shape \(N, 8\)"),
         (lambda: mlp(X, W1.double(), (SCALAR, SCALAR), W2), TypeError, "mlp: weight1: expected dtype float32"),

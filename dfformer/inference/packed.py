@@ -1,13 +1,10 @@
 """Layers whose weights no longer change, and are kept in oneDNN's packed format."""
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
 from dfformer.models.exact import is_exact, returning_new
 from dfformer.models.layers import Scale, StarReLU
@@ -168,13 +165,6 @@ class ServedBlock(nn.Module):
         block: Any = self  # with modules that __init__ took by name
         x = _add_residual(block.layer_scale1(block.token_mixer(block.norm1(x))), x, block.res_scale1)
         return _add_residual(block.layer_scale2(block.mlp(block.norm2(x))), x, block.res_scale2)
-
-
-if torch.backends.mkldnn.is_available():
-
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _packed_flops(x: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
-        return 2 * math.prod(out_shape) * x[-1]
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dfformer.models.exact import fusible, is_exact, returns_new
 from dfformer.utils.accepted import COUNT, COUNT_OR_0, MODULE, RATIO, check_arguments, choice
 from dfformer_kernels import convolution, linear, mlp, star_relu
-from dfformer_kernels.ops import prefers_convolution
 
 Activation = Callable[[], nn.Module]
 DATA_FORMAT = choice("channels_last", "channels_first")
@@ -222,9 +221,7 @@ def _is_without_bias(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
 
 def call_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``; an unmodified ``nn.Linear`` runs on the fastest library (`dfformer_kernels.linear`)."""
-    if is_exact(layer, nn.Linear, x) and prefers_convolution(x, layer.weight):
-        return linear(x, layer.weight, layer.bias)
-    return layer(x)
+    return linear(x, layer.weight, layer.bias) if is_exact(layer, nn.Linear, x) else layer(x)
 
 
 def call_convolution(layer: nn.Module, x: Tensor) -> Tensor:

@@ -4,8 +4,7 @@ Imports problem, dispatch, reference and dft_matmul, never a backend. Layers may
 """
 
 from dfformer_kernels.ops.filter import MATMUL_DECOMPOSITIONS
-from dfformer_kernels.ops.linear import prefers_convolution
 from dfformer_kernels.ops.mlp import in_chunks
 from dfformer_kernels.ops.registration import is_under_functorch, without_autocast
 
-__all__ = ["MATMUL_DECOMPOSITIONS", "in_chunks", "is_under_functorch", "prefers_convolution", "without_autocast"]
+__all__ = ["MATMUL_DECOMPOSITIONS", "in_chunks", "is_under_functorch", "without_autocast"]

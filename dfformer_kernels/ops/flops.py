@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from dfformer_kernels.ops.linear import HAS_ONEDNN
+
 Shape = Sequence[int]
 
 # FLOPs for each half-spectrum frequency and channel
@@ -66,9 +68,9 @@ def _convolution(x: Shape, weight: Shape, *_: Any, out_shape: Shape) -> int:
     return 2 * math.prod(out_shape[:3]) * math.prod(weight)
 
 
-@register_flop_formula(_OPS.linear)
-def _linear(x: Shape, weight: Shape, *_: Any, **out: Any) -> int:
-    return 2 * math.prod(x) * weight[0]
+@register_flop_formula([_OPS.linear, torch.ops.mkldnn._linear_pointwise] if HAS_ONEDNN else _OPS.linear)
+def _linear(x: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+    return 2 * math.prod(out_shape) * x[-1]  # the weight may be packed
 
 
 @register_flop_formula([_OPS.star_relu, _OPS.star_relu_, _OPS.star_relu_backward])

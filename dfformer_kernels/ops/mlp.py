@@ -11,7 +11,7 @@ from torch import Tensor
 from dfformer_kernels.dispatch import requested_backend
 from dfformer_kernels.ops import checks
 from dfformer_kernels.ops.filter import star_relu as apply_star_relu
-from dfformer_kernels.ops.linear import grad_input, grad_weight, has_many_gradient_rows, linear
+from dfformer_kernels.ops.linear import linear
 from dfformer_kernels.ops.registration import is_under_functorch, needs_double_backward
 
 # Without gradients, the CPU computes this much of the hidden activations at a time. They stay in a cache, and weights
@@ -122,20 +122,19 @@ def _gradients(
     x, weight1, scale, bias, weight2 = tensors
     need_x, need_weight1, need_scale, need_bias, need_weight2 = needs
     grad_y, hidden = _rows(grad_y), _rows(hidden)
-    many = has_many_gradient_rows(grad_y, weight2)
     requested = requested_backend(backend) if torch.compiler.is_compiling() else backend
     grad_x = grad_weight1 = grad_scale = grad_bias = grad_weight2 = None
     if need_weight2:
-        grad_weight2 = grad_weight(grad_y, apply_star_relu(hidden, scale, bias, backend=backend), many)
+        grad_weight2 = grad_y.t() @ apply_star_relu(hidden, scale, bias, backend=backend)
     parts = [need_x or need_weight1, need_scale, need_bias]
     if any(parts):
         gradients = torch.ops.dfformer.star_relu_backward(
-            grad_input(grad_y, weight2, many), hidden, scale, bias, parts, requested
+            linear(grad_y, weight2.t()), hidden, scale, bias, parts, requested
         )
         if parts[0]:
             grad_hidden, *gradients = gradients
-            grad_x = grad_input(grad_hidden, weight1, many).view(x.shape) if need_x else None
-            grad_weight1 = grad_weight(grad_hidden, _rows(x), many) if need_weight1 else None
+            grad_x = linear(grad_hidden, weight1.t()).view(x.shape) if need_x else None
+            grad_weight1 = grad_hidden.t() @ _rows(x) if need_weight1 else None
         remaining = iter(gradients)
         grad_scale, grad_bias = (next(remaining) if need else None for need in parts[1:])
     return grad_x, grad_weight1, grad_scale, grad_bias, grad_weight2

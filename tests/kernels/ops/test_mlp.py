@@ -142,13 +142,19 @@ def test_with_two_threads(op: Op) -> None:
     assert_correct(op, *make(op, (1, 28, 28, 8)))
 
 
-@pytest.fixture(params=["mkl", "convolution"])
+@pytest.fixture(params=["mkl", "onednn"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What ordinary float32 products are, whoever made this processor."""
-    monkeypatch.setattr(linear_module, "MKL_IS_SLOW", request.param == "convolution")
-    for threshold in ("MANY_ROWS", "MANY_ROWS_BACKWARD"):
-        monkeypatch.setattr(linear_module, threshold, 1)
+    if request.param == "onednn":
+        require_onednn()
+    monkeypatch.setattr(linear_module, "MKL_IS_SLOW", request.param == "onednn")
+    monkeypatch.setattr(linear_module, "MANY_MULTIPLICATIONS", 1)
     return request.param
+
+
+def require_onednn() -> None:
+    if not linear_module.HAS_ONEDNN:
+        pytest.skip("this build of torch has no oneDNN")
 
 
 @pytest.mark.usefixtures("library")
@@ -189,21 +195,20 @@ def test_second_derivatives_of_either_library() -> None:
     assert max(gradient_errors(derivatives(linear, inputs), wanted)) <= 4 * BOUND[torch.float32]
 
 
-@pytest.mark.parametrize("rows", [linear_module.MANY_ROWS - 1, linear_module.MANY_ROWS])
-def test_few_rows_are_no_convolution(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [7, 8])
+def test_small_products_are_not_onednns(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_module, "MKL_IS_SLOW", True)
-    x, weight = torch.empty(rows, 4), torch.empty(5, 4)
-    assert linear_module.prefers_convolution(x, weight) == (rows == linear_module.MANY_ROWS)
-    assert not linear_module.has_many_gradient_rows(x, weight.t())
+    x, weight = torch.empty(rows, 2**8), torch.empty(2**9, 2**8)
+    assert linear_module.prefers_onednn(x, weight) == (rows == 8)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @ALL_OPS
 def test_either_library_is_within_the_bound(op: Op, shape: tuple[int, ...], library: str) -> None:
     tensors, grad_y = make(op, shape)
-    assert linear_module.prefers_convolution(tensors[0], tensors[1]) == (library == "convolution")
+    assert linear_module.prefers_onednn(tensors[0], tensors[1]) == (library == "onednn")
     last = tensors[4 if op.run is run_mlp else 1]
-    assert linear_module.has_many_gradient_rows(grad_y, last) == (library == "convolution")
+    assert linear_module.prefers_onednn(grad_y, last.t()) == (library == "onednn")
     assert_correct(op, tensors, grad_y)
 
 
@@ -357,31 +362,44 @@ def test_what_is_made_without_gradients_can_be_changed_in_place_with_them(
     assert factor.grad == expected
 
 
-@pytest.mark.parametrize("rows", [6, 200])
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bias", [False, True])
-def test_opcheck_of_the_operator_in_compiled_graphs(rows: int, bias: bool) -> None:
-    tensors = [torch.randn(shape, requires_grad=True) for shape in ((2, rows // 2, 4), (5, 4), (5,))]
+def test_opcheck_of_the_operator_in_compiled_graphs(dtype: torch.dtype, bias: bool) -> None:
+    tensors = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, 3, 4), (5, 4), (5,))]
     torch.library.opcheck(torch.ops.dfformer.linear, (*tensors[:2], tensors[2] if bias else None))
+
+
+@pytest.mark.usefixtures("library")
+def test_linear_multiplies_by_weights_of_any_layout() -> None:
+    x, large, b = torch.randn(3, 4), torch.randn(10, 8), torch.randn(10)
+    layouts = (large[:5, :4], large[::2, ::2], large.t()[:5, :4], large[:1, :4].expand(5, 4), large[5:, 4:].flip(0))
+    for weight in layouts:
+        for bias in (b[:5], b[::2], b[:1].expand(5)):
+            expected = F.linear(*(t.double() for t in (x, weight, bias)))
+            assert relative_error(linear(x, weight, bias), expected) <= BOUND[torch.float32]
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_one_compiled_graph_multiplies_few_and_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     require_compiler()
     require_compiled_graphs()
+    require_onednn()
     monkeypatch.setattr(linear_module, "MKL_IS_SLOW", True)
+    monkeypatch.setattr(linear_module, "MANY_MULTIPLICATIONS", 100 * 8 * 8)
     calls: list[int] = []
-    convolution = linear_module._convolution
+    by_onednn = linear_module._by_onednn
 
     def counted(x: Tensor, *others: Any) -> Tensor:
         calls.append(len(x))
-        return convolution(x, *others)
+        return by_onednn(x, *others)
 
-    monkeypatch.setattr(linear_module, "_convolution", counted)
+    monkeypatch.setattr(linear_module, "_by_onednn", counted)
     op = OPS["linear_bias"]
     compiled = torch.compile(op.run, fullgraph=True, dynamic=True)
     for rows in (33, 333):
         assert_correct(op._replace(run=compiled), *make(op, (rows, 8)))
-    assert calls == [333]
+    assert calls == [333, 333]  # with the gradient of x
 
 
 def test_exported_programs_have_no_operator_of_their_own_for_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Tables of backends that tell what runs where."""
+"""Tables of backends that tell what runs where, and the libraries that compute matrix products."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,6 +7,7 @@ from cases import counting
 
 from dfformer_kernels import dispatch
 from dfformer_kernels.dispatch import Backend
+from dfformer_kernels.ops import linear
 from dfformer_kernels.warn_once import warn_once
 
 
@@ -36,3 +37,13 @@ def calls(install: Callable[..., None]) -> list[str]:
         counting("first", calls), counting("second", calls), counting("broken", calls, "cuda", ("no driver", "no luck"))
     )
     return calls
+
+
+@pytest.fixture(params=["mkl", "onednn"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What ordinary float32 products are, of any size, whoever made this processor."""
+    if request.param == "onednn" and not linear.HAS_ONEDNN:
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(linear, "MKL_IS_SLOW", request.param == "onednn")
+    monkeypatch.setattr(linear, "MANY_MULTIPLICATIONS", 1)
+    return request.param

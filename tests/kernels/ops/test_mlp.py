@@ -1,14 +1,12 @@
 """Pointwise projections and the MLP: values, gradients, layouts, chunks, errors, and torch's transformations."""
 
-import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS
-from conftest import require_compiled_graphs, require_compiler
+from conftest import require_compiler
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -140,66 +138,6 @@ def test_chunks_are_of_about_one_size(rows: int) -> None:
 def test_with_two_threads(op: Op) -> None:
     torch.set_num_threads(2)
     assert_correct(op, *make(op, (1, 28, 28, 8)))
-
-
-@pytest.fixture(params=["mkl", "onednn"])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What ordinary float32 products are, whoever made this processor."""
-    if request.param == "onednn":
-        require_onednn()
-    monkeypatch.setattr(linear_module, "MKL_IS_SLOW", request.param == "onednn")
-    monkeypatch.setattr(linear_module, "MANY_MULTIPLICATIONS", 1)
-    return request.param
-
-
-def require_onednn() -> None:
-    if not linear_module.HAS_ONEDNN:
-        pytest.skip("this build of torch has no oneDNN")
-
-
-@pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1), (6, 1), (1, 6), (2, 3, 4)], ids=str)
-def test_linears_result_is_contiguous_and_may_be_changed_in_place(shape: tuple[int, ...], gradients: bool) -> None:
-    x, weight = torch.randn(shape), torch.randn(3, shape[-1], requires_grad=True)
-    with torch.set_grad_enabled(gradients):
-        y = linear(x, weight)
-    assert y.stride() == torch.empty(*shape[:-1], 3).stride()
-    factor = torch.ones((), requires_grad=True)
-    expected = F.linear(x, weight).sum()
-    y.mul_(factor).sum().backward()
-    assert factor.grad is not None
-    assert torch.allclose(factor.grad, expected.detach(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("shape", [(), (1,), (1, 3), (4, 3)], ids=str)
-def test_linears_bias_may_be_broadcast(shape: tuple[int, ...]) -> None:
-    x, weight, bias = torch.randn(4, 2), torch.randn(3, 2), torch.randn(shape, requires_grad=True)
-    y = linear(x, weight, bias)
-    assert torch.allclose(y, F.linear(x, weight, bias))
-    y.sum().backward()
-    assert bias.grad is not None
-
-
-@pytest.mark.usefixtures("library")
-def test_second_derivatives_of_either_library() -> None:
-    inputs = [torch.randn(shape, requires_grad=True) for shape in ((2, 3, 4), (5, 4), (5,))]
-
-    def derivatives(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-        first = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
-        second = torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), inputs)
-        return [*first, *second]
-
-    wanted = derivatives(F.linear, [t.detach().double().requires_grad_() for t in inputs])
-    assert max(gradient_errors(derivatives(linear, inputs), wanted)) <= 4 * BOUND[torch.float32]
-
-
-@pytest.mark.parametrize("rows", [7, 8])
-def test_small_products_are_not_onednns(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_module, "MKL_IS_SLOW", True)
-    x, weight = torch.empty(rows, 2**8), torch.empty(2**9, 2**8)
-    assert linear_module.prefers_onednn(x, weight) == (rows == 8)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -360,59 +298,3 @@ def test_what_is_made_without_gradients_can_be_changed_in_place_with_them(
     expected, factor = y.sum(), torch.ones((), requires_grad=True)
     y.mul_(factor).sum().backward()
     assert factor.grad == expected
-
-
-@pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("bias", [False, True])
-def test_opcheck_of_the_operator_in_compiled_graphs(dtype: torch.dtype, bias: bool) -> None:
-    tensors = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, 3, 4), (5, 4), (5,))]
-    torch.library.opcheck(torch.ops.dfformer.linear, (*tensors[:2], tensors[2] if bias else None))
-
-
-@pytest.mark.usefixtures("library")
-def test_linear_multiplies_by_weights_of_any_layout() -> None:
-    x, large, b = torch.randn(3, 4), torch.randn(10, 8), torch.randn(10)
-    layouts = (large[:5, :4], large[::2, ::2], large.t()[:5, :4], large[:1, :4].expand(5, 4), large[5:, 4:].flip(0))
-    for weight in layouts:
-        for bias in (b[:5], b[::2], b[:1].expand(5)):
-            expected = F.linear(*(t.double() for t in (x, weight, bias)))
-            assert relative_error(linear(x, weight, bias), expected) <= BOUND[torch.float32]
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_one_compiled_graph_multiplies_few_and_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_compiler()
-    require_compiled_graphs()
-    require_onednn()
-    monkeypatch.setattr(linear_module, "MKL_IS_SLOW", True)
-    monkeypatch.setattr(linear_module, "MANY_MULTIPLICATIONS", 100 * 8 * 8)
-    calls: list[int] = []
-    by_onednn = linear_module._by_onednn
-
-    def counted(x: Tensor, *others: Any) -> Tensor:
-        calls.append(len(x))
-        return by_onednn(x, *others)
-
-    monkeypatch.setattr(linear_module, "_by_onednn", counted)
-    op = OPS["linear_bias"]
-    compiled = torch.compile(op.run, fullgraph=True, dynamic=True)
-    for rows in (33, 333):
-        assert_correct(op._replace(run=compiled), *make(op, (rows, 8)))
-    assert calls == [333, 333]  # with the gradient of x
-
-
-def test_exported_programs_have_no_operator_of_their_own_for_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_module, "MKL_IS_SLOW", True)
-    layer = torch.nn.Module()
-    layer.forward = lambda x: linear(x, torch.ones(3, 4))
-    program = torch.export.export(layer, (torch.ones(200, 4),))
-    assert "aten.linear.default" in {str(node.target) for node in program.graph.nodes}
-
-
-def test_a_processor_that_may_not_be_read_has_the_name_that_python_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(Path, "open", refuse)
-    assert linear_module._processor() == platform.processor()

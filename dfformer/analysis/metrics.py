@@ -47,7 +47,7 @@ def blocks(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Module]
 def _matching(layers: Mapping[str, Layer], pattern: str) -> dict[str, Layer]:
     chosen = {name: layer for name, layer in layers.items() if fnmatchcase(name, pattern)}
     if not chosen:
-        raise ValueError(f"layer: got {pattern!r}, which matches none of {', '.join(layers)}")
+        raise ValueError(f"layer: expected a pattern of {', '.join(layers)}, got {pattern!r}")
     return chosen
 
 
@@ -237,7 +237,7 @@ def hsic(K: Tensor, L: Tensor) -> Tensor:
     """
     n = K.shape[-1]
     if n < 4:
-        raise ValueError(f"images: got {n} in a batch, similarity is estimated from 4 or more")
+        raise ValueError(f"images: expected 4 or more in a batch, to estimate similarity, got {n}")
     K, L = (gram * (1 - torch.eye(n, dtype=gram.dtype)) for gram in (K, L))
     trace = K.flatten(1) @ L.flatten(1).T
     sums = K.sum((1, 2))[:, None] * L.sum((1, 2)) / ((n - 1) * (n - 2))

@@ -97,7 +97,7 @@ def load_samples(inputs: Sequence[Path], channels: set[int]) -> Samples:
     if channels == {1}:
         return _digits()
     if not channels <= {1, 3}:
-        raise ValueError(f"in_chans: got {channels}, scikit-learn's images and image files have 1 channel or 3")
+        raise ValueError(f"in_chans: expected 1 or 3, as scikit-learn's images and image files have, got {channels}")
     samples = [Sample(name, name, photograph.copy) for name, photograph in sklearn_photographs().items()]
     return Samples("scikit-learn's two photographs", samples)
 

@@ -31,7 +31,7 @@ def show_command(arguments: argparse.Namespace) -> int:
     show, most = ANALYSES[arguments.what]
     models = load_models(arguments)
     if len(models) > most:
-        raise ValueError(f"--checkpoint, --model: got {len(models)} models, {arguments.what} takes {most}")
+        raise ValueError(f"--checkpoint, --model: for {arguments.what}, expected at most {most}, got {len(models)}")
     channels = {loaded.config["input_size"][0] for loaded in models}
     samples = load_samples(arguments.inputs, channels)
     output = Output(arguments.output)
@@ -47,7 +47,9 @@ def load_models(arguments: argparse.Namespace) -> list[Loaded]:
     if not checkpoints and not names:
         raise ValueError("pass --checkpoint FILE, or --model NAME (with --pretrained, or its fresh weights are shown)")
     if checkpoints and len(names) not in (0, 1, len(checkpoints)):
-        raise ValueError(f"--model: got {len(names)} for {len(checkpoints)} checkpoints; one each, or one for all")
+        raise ValueError(
+            f"--model: expected one for all {len(checkpoints)} checkpoints, or one for each, got {len(names)}"
+        )
     count = max(len(checkpoints), len(names))
     paths = checkpoints or [None] * count
     names = names * (count // len(names)) if names else [None] * count
@@ -76,23 +78,23 @@ def _trained(path: Path | None, name: str | None, **overrides: Any) -> nn.Module
     if path is None or (task := read_task(path)) == "classify":
         return chosen_model(path, name, pretrained=True, **overrides)[0]
     if name:
-        raise ValueError(f"--model: got {name}, but {path} says its model")
-    model, about = task_part(task, "loading")(path)
+        raise ValueError(f"--model: expected none with {path}, which says its model, got {name}")
+    model, description = task_part(task, "loading")(path)
     encoder: Any = next((module for module in model.modules() if isinstance(module, DFFormer)), None)
     if encoder is None:
-        raise ValueError(f"{path}: its encoder {about['architecture']} is not one of dfformer's models")
-    if encoder.in_chans != len(about["data"]["mean"]):
+        raise ValueError(f"{path}: its encoder {description['architecture']} is not one of dfformer's models")
+    if encoder.in_chans != len(description["data"]["mean"]):
         raise ValueError(f"{path}: expected a model of images, got an encoder of maps of {encoder.in_chans} channels")
-    encoder.pretrained_cfg = {**encoder.pretrained_cfg, **about["data"]}
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, **description["data"]}
     return encoder
 
 
 def _untrained(path: Path | None, name: str | None, **overrides: Any) -> nn.Module:
     """A fresh model called ``name``, or like that of a checkpoint."""
-    metadata = read_checkpoint(path)[1] if path else {}
-    model_args = {**metadata.get("model_args", {}), **overrides}
-    data = metadata.get("data", {})
-    return timm.create_model(name or metadata["architecture"], pretrained_cfg_overlay=data, **model_args)
+    description = read_checkpoint(path)[1] if path else {}
+    model_args = {**description.get("model_args", {}), **overrides}
+    data = description.get("data", {})
+    return timm.create_model(name or description["architecture"], pretrained_cfg_overlay=data, **model_args)
 
 
 def show_spectrum(models: list[Loaded], samples: Samples, output: Output, pattern: str | None) -> None:
@@ -121,7 +123,9 @@ def show_receptive_field(models: list[Loaded], samples: Samples, output: Output,
     """Effective receptive fields, side by side."""
     fields = {loaded.name: analysis.receptive_field(loaded.model, samples.batches(loaded)) for loaded in models}
     if len(fields) < len(models):
-        raise ValueError(f"--checkpoint, --model: got one twice: {', '.join(loaded.name for loaded in models)}")
+        raise ValueError(
+            f"--checkpoint, --model: expected each once, got {', '.join(loaded.name for loaded in models)}"
+        )
     planes = [(field.shape[0], field.shape[1]) for field in fields.values()]
     centres = [analysis.receptive_centre(loaded.model, plane) for loaded, plane in zip(models, planes, strict=True)]
     areas = [analysis.contribution_areas(f, centre) for f, centre in zip(fields.values(), centres, strict=True)]

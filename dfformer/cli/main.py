@@ -112,7 +112,7 @@ def _check_models(names: str | list[str], args: dict[str, Any]) -> None:
     import timm
 
     import dfformer  # noqa: F401 (registers the models with timm)
-    from dfformer.models.metadata import check_model_args
+    from dfformer.models.description import check_model_args
 
     for name in [names] if isinstance(names, str) else names:
         if ":" not in name and not timm.is_model(name):  # a prefix such as hf-hub: names another source

@@ -3,10 +3,10 @@
 import functools
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from dfformer.models.exact import has_foreign_forward
 from dfformer.models.spectral import AFNO2D
 from dfformer.utils.copied import with_classes
 from dfformer_kernels import MatmulTransforms, dft_matmul
@@ -40,15 +40,8 @@ def with_dft_matmul(model: ModelT) -> ModelT:
         raise ValueError("model: expected the forward of its class, got one that was set on the instance")
     dft_matmul.mark_matrices_constant()
     # Not only the model's class: a checkpoint's backward calls the modules inside again, by themselves.
-    kinds = {type(model)} | {type(module) for module in model.modules() if _is_foreign(module)}
+    kinds = {type(model)} | {type(module) for module in model.modules() if has_foreign_forward(module)}
     return with_classes(model, {kind: _with_products(kind) for kind in kinds})
-
-
-def _is_foreign(module: nn.Module) -> bool:
-    """Whether a module's forward is in Python and not torch's own, which only calls operators through other modules."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return False
-    return not str(type(module).forward.__module__).startswith("torch.")
 
 
 def _with_products(kind: type[Any]) -> type[Any]:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from dfformer.export.formats import FORMATS, TRACED_BATCH, Format, Run, Source
 from dfformer.inference.optimize import InferenceModel, blank_image, store_filters
 from dfformer.models.checkpoint import chosen_model, read_checkpoint
-from dfformer.models.metadata import is_ours
+from dfformer.models.description import is_ours
 from dfformer.models.spectral import SpectralFilter
 from dfformer.utils.accepted import PLANE, check_arguments
 from dfformer.utils.copied import copied
@@ -150,7 +150,7 @@ def _source(model: nn.Module, img_size: tuple[int, int], fused: bool) -> Source:
     try:
         store_filters(model, source.images)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"img_size: got {img_size}, which this model does not accept: {error}") from error
+        raise ValueError(f"img_size: expected one that this model accepts, got {img_size}: {error}") from error
     return source
 
 
@@ -175,16 +175,16 @@ def _largest_error(source: Source, run: Run, any_size: bool) -> float:
 def export_command(arguments: argparse.Namespace) -> int:
     """The command line's ``export``."""
     overrides = {"img_size": arguments.img_size} if arguments.img_size else {}
-    metadata = read_checkpoint(arguments.checkpoint)[1] if arguments.checkpoint else {}
+    description = read_checkpoint(arguments.checkpoint)[1] if arguments.checkpoint else {}
     model, classes = chosen_model(arguments.checkpoint, arguments.model, arguments.pretrained, **overrides)
-    model_args = {**metadata.get("model_args", {}), "num_classes": model.num_classes, **overrides}
+    model_args = {**description.get("model_args", {}), "num_classes": model.num_classes, **overrides}
     error = export(
         model.to(arguments.device),
         arguments.output,
         model_args.get("img_size", resolve_model_data_config(model)["input_size"][1:]),
         arguments.format,
         fused=arguments.fused,
-        architecture=arguments.model or metadata.get("architecture"),
+        architecture=arguments.model or description.get("architecture"),
         model_args=model_args,
         classes=classes,
     )

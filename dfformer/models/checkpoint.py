@@ -18,7 +18,7 @@ import torch
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from dfformer.models.metadata import is_ours, read_metadata, write_metadata
+from dfformer.models.description import is_ours, read_description, write_description
 from dfformer.models.mismatch import Mismatch, causes, compare
 from dfformer.utils.accepted import check_module
 from dfformer.utils.io import replacing
@@ -26,7 +26,7 @@ from dfformer.utils.text import abbreviate, reason
 
 # The keys under which training scripts store weights inside a checkpoint, averaged weights first.
 _NESTED_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
-_METADATA_KEY = "dfformer"
+_DESCRIPTION_KEY = "dfformer"
 # What torch's error says about files that it does not read as data, and what they are.
 _OTHER_FORMATS = {"TorchScript": "a TorchScript archive", "legacy .tar": "the .tar format of torch before 0.4"}
 # The most elements by which a model may exceed its file, for filters of larger images: 1 GiB in float32.
@@ -43,7 +43,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     """The state dict of a checkpoint file, and the description of its model by `save_checkpoint` ({} for other files).
 
     ``.pth`` files are read with ``weights_only=True``. The name prefixes of DDP and torch.compile are removed. The
-    description has passed `dfformer.models.metadata.check_metadata`.
+    description has passed `dfformer.models.description.check_description`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -52,7 +52,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {path} does not exist or is not a file")
-    content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (read_pickle(path), {})
+    content, description = _read_safetensors(path) if path.suffix == ".safetensors" else (read_pickle(path), {})
     if isinstance(content, dict):
         content = next((content[key] for key in _NESTED_KEYS if isinstance(content.get(key), dict)), content)
     if (
@@ -64,12 +64,12 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
                               f"{', '.join(_NESTED_KEYS)})")  # fmt: skip
     for name, tensor in content.items():
         _check_stored(path, name, tensor)
-    blocks = sum(metadata.get("model_args", {}).get("depths", ()))
+    blocks = sum(description.get("model_args", {}).get("depths", ()))
     if blocks > len(content):  # building so many takes seconds even on the meta device
         raise CheckpointError(
             f"{path}: model_args.depths: adds up to {blocks} blocks, the file has {len(content)} tensors"
         )
-    return clean_state_dict(content), metadata
+    return clean_state_dict(content), description
 
 
 def _check_stored(path: Path, name: str, tensor: Tensor) -> None:
@@ -182,9 +182,9 @@ def save_checkpoint(
     """
     if isinstance(model, nn.Module) and any(getattr(m, "serves_only", False) for m in model.modules()):
         raise ValueError("model: is optimised for inference; pass the one it was made from")
-    metadata = {"architecture": architecture, "model_args": model_args or {}, "classes": classes, "data": data or {}}
+    description = {"architecture": architecture, "model_args": model_args or {}, "classes": classes, "data": data or {}}
     state_dict = model.state_dict() if isinstance(model, nn.Module) else model
-    _write_safetensors(state_dict, path, metadata | {"task": task, **more})
+    _write_safetensors(state_dict, path, description | {"task": task, **more})
 
 
 def load_model(
@@ -203,20 +203,22 @@ def load_model(
         CheckpointError: the file cannot be read, is for another task, names no model or another package's, or its
             weights do not fit the model.
     """
-    state_dict, metadata = read_checkpoint(path)
-    if metadata.get("task", "classify") != "classify":
-        raise CheckpointError(f"{path}: is a model for the task {metadata['task']}, not a classifier")
-    name = architecture or own_architecture(path, metadata)
-    arguments = {**metadata.get("model_args", {}), **model_args}
+    state_dict, description = read_checkpoint(path)
+    if description.get("task", "classify") != "classify":
+        raise CheckpointError(f"{path}: is a model for the task {description['task']}, not a classifier")
+    name = architecture or own_architecture(path, description)
+    arguments = {**description.get("model_args", {}), **model_args}
     if "num_classes" not in arguments and "head.fc2.weight" in state_dict:
         arguments["num_classes"] = state_dict["head.fc2.weight"].shape[0]
-    data = metadata.get("data", {})
+    data = description.get("data", {})
     model: Any = build_and_load(
         lambda: timm.create_model(name, pretrained_cfg_overlay=data, **arguments), state_dict, path
     )
-    classes = metadata.get("classes")
+    classes = description.get("classes")
     if classes and "num_classes" not in model_args and len(classes) != model.num_classes:
-        raise CheckpointError(f"{path}: classes: got {len(classes)} names, the model has {model.num_classes} classes")
+        raise CheckpointError(
+            f"{path}: classes: expected {model.num_classes} names, as the model has, got {len(classes)}"
+        )
     return model, classes
 
 
@@ -235,9 +237,9 @@ def chosen_model(
     return timm.create_model(architecture, pretrained=pretrained, **model_args).eval(), None
 
 
-def own_architecture(path: str | Path, metadata: Mapping[str, Any]) -> str:
+def own_architecture(path: str | Path, description: Mapping[str, Any]) -> str:
     """The model of this package that a checkpoint is for; CheckpointError if the file names none."""
-    name = metadata.get("architecture")
+    name = description.get("architecture")
     if name is None:
         raise CheckpointError(
             f"{path}: does not say which model it is for; pass it, e.g. --model dfformer_s18, or "
@@ -255,8 +257,8 @@ def convert(source: str | Path, target: str | Path) -> int:
     """Writes the state dict of ``source`` as ``.safetensors``; returns the number of tensors."""
     if Path(target).suffix != ".safetensors":
         raise ValueError(f"target: expected a name ending in .safetensors, got {target}")
-    state_dict, metadata = read_checkpoint(source)
-    _write_safetensors(state_dict, target, metadata)
+    state_dict, description = read_checkpoint(source)
+    _write_safetensors(state_dict, target, description)
     return len(state_dict)
 
 
@@ -299,23 +301,23 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, which stay in the file until they are used, and the description."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_METADATA_KEY)
-            metadata = {} if text is None else read_metadata(text)
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
+            text = (file.metadata() or {}).get(_DESCRIPTION_KEY)
+            description = {} if text is None else read_description(text)
+            return {name: file.get_tensor(name) for name in file.keys()}, description  # noqa: SIM118 (not a mapping)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # its format, its tensors' types or the disk may be at fault
         raise CheckpointError(f"{path}: is truncated or not a safetensors file ({reason(error)})") from error
 
 
-def _write_safetensors(state_dict: dict[str, Tensor], path: str | Path, metadata: dict[str, Any]) -> None:
-    about = {_METADATA_KEY: write_metadata(metadata)} if metadata else {}
+def _write_safetensors(state_dict: dict[str, Tensor], path: str | Path, description: dict[str, Any]) -> None:
+    entries = {_DESCRIPTION_KEY: write_description(description)} if description else {}
     tensors = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in state_dict.items()
     }
     with replacing(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, about | {"format": "pt"})
+        safetensors.torch.save_file(tensors, temporary, entries | {"format": "pt"})
         _sort_header(temporary)
 
 

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from dfformer.models.copies.authors import is_authors, is_star_relu
 from dfformer.models.copies.match import is_filter_shape
 from dfformer.models.copies.trial import Trial, device_of, difference, find, formula_of
+from dfformer.models.exact import has_foreign_forward
 from dfformer.models.layers import StarReLU
 from dfformer.models.spectral import DynamicFilter, GlobalFilter, SpectralFilter
 from dfformer.utils.accepted import check_module
@@ -171,9 +172,7 @@ def restore_dynamic_filters(model: nn.Module, report: ReplacementReport) -> None
 
 
 def _may_be_copy(module: nn.Module) -> bool:
-    if isinstance(module, SpectralFilter | FusedModule | torch.jit.ScriptModule):
-        return False
-    if str(type(module).forward.__module__).startswith("torch."):  # torch's own, or without a forward
+    if isinstance(module, SpectralFilter | FusedModule) or not has_foreign_forward(module):
         return False
     return any(is_filter_shape(t) or _NAME in name for name, t in _own_tensors(module).items())
 

@@ -90,6 +90,13 @@ def unsupported_reasons(module: nn.Module, kind: type[nn.Module], x: Any = None)
     return reasons
 
 
+def has_foreign_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is in Python and not torch's own, which only calls operators through other modules."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    return not str(type(module).forward.__module__).startswith("torch.")  # which a class without one has, too
+
+
 def _has_call_hooks(module: nn.Module) -> bool:
     """Whether hooks, its own or global ones, could see or change the inputs and outputs of this module."""
     return bool(

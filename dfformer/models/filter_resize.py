@@ -44,7 +44,9 @@ def resize_filter(weight: Tensor, size: tuple[int, int], new_size: tuple[int, in
     check_arguments(RULE, resize=rule)
     (H, W), (new_H, new_W) = size, new_size
     if tuple(weight.shape[:2]) != (H, W // 2 + 1):
-        raise ValueError(f"size: got {(H, W)}, but weight of shape {tuple(weight.shape)} is not (H, W//2 + 1, ...)")
+        raise ValueError(
+            f"size: expected that of weight {tuple(weight.shape)}, which is (H, W//2 + 1, ...), got {(H, W)}"
+        )
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, Parameter):  # traced, or a fake tensor
         return scriptable_resize(weight, (H, W), (new_H, new_W), rule)
     dtype = compute_dtype(weight.dtype)

@@ -110,7 +110,7 @@ def hidden_channels(dim: int, expansion_ratio: float, act1_layer: Activation, ac
     check_arguments(RATIO, expansion_ratio=expansion_ratio)
     check_arguments(MODULE, act1_layer=act1_layer, act2_layer=act2_layer)
     if (C := int(expansion_ratio * dim)) < 1:
-        raise ValueError(f"expansion_ratio: got {expansion_ratio}, which leaves none of the {dim} channels")
+        raise ValueError(f"expansion_ratio: expected one that leaves some of the {dim} channels, got {expansion_ratio}")
     return C
 
 

@@ -152,7 +152,7 @@ class DFFormer(nn.Module):
             kernel_size, padding = STEM if i == 0 else DOWNSAMPLE
             plane = tuple((side + 2 * padding - kernel_size) // stride + 1 for side in plane)
             if min(plane) < 1:
-                raise ValueError(f"img_size: got {img_size}, which leaves nothing at stage {i}")
+                raise ValueError(f"img_size: expected one that leaves pixels at stage {i}, got {img_size}")
             self.downsample_layers.append(
                 Downsampling(channels, dim, kernel_size, stride, padding, stem=i == 0, norm_layer=downsample_norm)
             )
@@ -257,7 +257,7 @@ class DFFormer(nn.Module):
             device, dtype: of the new head; None for those of the model.
         """
         if self.fork_feat and num_classes:
-            raise ValueError(f"num_classes: got {num_classes}, a model with fork_feat=True has no head")
+            raise ValueError(f"num_classes: with fork_feat=True, without a head, expected 0, got {num_classes}")
         check_arguments(COUNT_OR_0, num_classes=num_classes)
         if global_pool is not None:
             self.global_pool = _pool(global_pool)
@@ -362,7 +362,9 @@ def _per_stage(depths: Sequence[int], **arguments: Any) -> dict[str, list[Any]]:
     lists = {name: list(v) if isinstance(v, list | tuple) else [v] * stages for name, v in arguments.items()}
     for name, values in lists.items():
         if len(values) != stages:
-            raise ValueError(f"{name}: got {len(values)} values for the {stages} stages of depths={tuple(depths)}")
+            raise ValueError(
+                f"{name}: expected {stages} values, for the stages of depths={tuple(depths)}, got {len(values)}"
+            )
     return lists
 
 

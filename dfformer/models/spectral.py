@@ -50,7 +50,7 @@ def fitted_filters(weight: Tensor, size: tuple[int, int], H: int, W: int, weight
         return weight.to(dtype)
     if not weight_resize:
         raise ValueError(
-            f"x: got a plane of ({H}, {W}), this layer was built for size={size}; "
+            f"x: expected a plane of size={size}, which this layer was built for, got ({H}, {W}); "
             "pass weight_resize=True to resize the filters to each plane, or if optimize_for_inference fixed them, "
             "leave out its img_size or give that of these images"
         )
@@ -290,7 +290,7 @@ class AFNO2D(Projections):
         fraction = hard_thresholding_fraction
         check_arguments(RATIO, sparsity_threshold=sparsity_threshold, hard_thresholding_fraction=fraction)
         if C % num_blocks:
-            raise ValueError(f"num_blocks: got {num_blocks}, which does not divide the {C} expanded channels")
+            raise ValueError(f"num_blocks: expected a divisor of the {C} expanded channels, got {num_blocks}")
         check_arguments(layers.DATA_FORMAT, data_format=data_format)
         self.data_format = data_format
         width, hidden = C // num_blocks, C // num_blocks * hidden_size_factor

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from dfformer.data import images as image_data
 from dfformer.data.files import Samples
 from dfformer.models import checkpoint
-from dfformer.models.metadata import check_classes, is_ours
+from dfformer.models.description import check_classes, is_ours
 from dfformer.utils.device import DistContext
 
 if TYPE_CHECKING:

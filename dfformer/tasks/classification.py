@@ -16,7 +16,7 @@ from dfformer.data import images as image_data
 from dfformer.data.files import read_class_names
 from dfformer.data.transforms import evaluation_transform, training_transform
 from dfformer.models.checkpoint import chosen_model, load_checkpoint, load_model
-from dfformer.models.metadata import is_ours
+from dfformer.models.description import is_ours
 from dfformer.tasks.base import Task
 from dfformer.tasks.evaluate import Measured, Pixels, Timed, accuracy, batches, data_config, dataset_spec, logits_of
 from dfformer.tasks.predict import File, Predictor, Top, checked

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from dfformer.data import images as image_data
 from dfformer.data.boxes import DetectionTensors, Target, open_box_dataset, with_ids
 from dfformer.data.files import real_path
-from dfformer.models.metadata import DETECTOR
+from dfformer.models.description import DETECTOR
 from dfformer.tasks.base import DenseTask, load_dense
 from dfformer.tasks.detector import Detector
 from dfformer.tasks.evaluate import Measured, Timed, at_each_size, batches, dataset_spec, own_size

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dfformer.data.files import DatasetSpec, Samples
 from dfformer.data.images import check_images, evaluation_loader
-from dfformer.models.metadata import check_channels
+from dfformer.models.description import check_channels
 from dfformer.utils.device import DistContext
 from dfformer.utils.io import as_csv, write_atomically
 from dfformer.utils.text import echo, printable

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from dfformer.data.pairs import Degradation, InputAndTarget, RestorationTensors, open_pair_dataset
 from dfformer.models.checkpoint import load_checkpoint
-from dfformer.models.metadata import RESTORER
+from dfformer.models.description import RESTORER
 from dfformer.tasks.base import DenseTask, load_dense
 from dfformer.tasks.evaluate import Measured, Timed, at_each_size, batches, dataset_spec, own_size
 from dfformer.tasks.predict import File, Predictor, Top, checked

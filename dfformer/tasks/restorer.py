@@ -11,7 +11,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfformer.models.metadata import is_ours
+from dfformer.models.description import is_ours
 
 # Border of the map, in pixels, with which the encoder's first convolution returns 1 / stride of them.
 _BORDER = 1

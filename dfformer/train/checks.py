@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
 from dfformer.data.transforms import check_auto_augment
-from dfformer.models.metadata import DECODER, FLAG, check_architecture, check_model_args, check_settings
+from dfformer.models.description import DECODER, FLAG, check_architecture, check_model_args, check_settings
 from dfformer.tasks.table import check_task
 from dfformer.utils.suggest import did_you_mean
 from dfformer.utils.text import reason

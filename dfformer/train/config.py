@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dfformer.data.files import DatasetSpec
-from dfformer.models.metadata import (
+from dfformer.models.description import (
     DATA,
     DEGRADATION,
     DETECTOR,

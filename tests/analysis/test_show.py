@@ -206,12 +206,15 @@ def test_show_another_encoder_for_dense_prediction(tmp_path: Path, capsys: pytes
     assert main(["show", "spectrum", "--checkpoint", str(path)]) == 2
     assert "its encoder convnext_atto is not one of dfformer's models" in capsys.readouterr().err
     assert main(["show", "spectrum", "--checkpoint", str(path), "--model", "dfformer_s18"]) == 2
-    assert "--model: got dfformer_s18, but" in capsys.readouterr().err
+    assert "says its model, got dfformer_s18" in capsys.readouterr().err
 
 
 MISUSES = {
     "nothing": (["filters"], "pass --checkpoint FILE, or --model NAME"),
-    "two-models": (["filters", "--model", "dfformer_s18", "--model", "gfformer_s18"], "got 2 models, filters takes 1"),
+    "two-models": (
+        ["filters", "--model", "dfformer_s18", "--model", "gfformer_s18"],
+        "for filters, expected at most 1, got 2",
+    ),
     "not-ours": (["spectrum", "--model", "resnet10t"], "is a ResNet and not"),
     "unknown": (["spectrum", "--model", "dfformer_s19"], "dfformer_s19"),
     "no-filters": (["filters", "--model", "dfformer_s18_afno"], "no DynamicFilter or GlobalFilter"),
@@ -219,7 +222,7 @@ MISUSES = {
     "both-weights": (["spectrum", "--checkpoint", "a", "--pretrained"], "--pretrained: is for --model by itself"),
     "pairs": (
         ["similarity", *["--checkpoint", "a"] * 3, *["--model", "dfformer_s18"] * 2],
-        "got 2 for 3 checkpoints; one each",
+        "expected one for all 3 checkpoints, or one for each, got 2",
     ),
 }
 

@@ -157,7 +157,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"img_size": "64"},
         "img_size: expected a whole number .*, got '64'",
     ),
-    "small image": ("model.pt2", {"img_size": 2}, r"img_size: got \(2, 2\), which this model does not accept"),
+    "small image": ("model.pt2", {"img_size": 2}, r"img_size: expected one that this model accepts, got \(2, 2\)"),
 }
 
 
@@ -192,7 +192,7 @@ REFUSED_MODELS: dict[str, tuple[Callable[[Any], nn.Module], str, str]] = {
     "optimised for another size": (
         lambda model: optimize_for_inference(model, img_size=32),
         "model.pt2",
-        r"img_size: got \(24, 24\), which this model does not accept: x: got a plane",
+        r"img_size: expected one that this model accepts, got \(24, 24\): x: expected a plane",
     ),
 }
 
@@ -260,7 +260,10 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["model.onnx"], "pass --checkpoint FILE or --model NAME"),
         (["--checkpoint", "absent.pth", "model.onnx"], "absent.pth does not exist"),
         (["--checkpoint", "absent.pth", "--pretrained", "model.onnx"], "--pretrained: is for --model by itself"),
-        (["--model", "dfformer_s18", "--img-size", "2", "model.onnx"], "img_size: got (2, 2)"),
+        (
+            ["--model", "dfformer_s18", "--img-size", "2", "model.onnx"],
+            "img_size: expected one that leaves pixels at stage 0, got (2, 2)",
+        ),
         (["--model", "dfformer_s17", "model.onnx"], "dfformer_s17"),
         (["--model", "resnet18", "model.safetensors"], "architecture: for safetensors and hub, expected a model of"),
     ],

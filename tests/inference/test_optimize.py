@@ -67,9 +67,7 @@ def test_images_are_prepared_as_for_the_model() -> None:
 def test_fixed_filters_refuse_another_size() -> None:
     served = optimize_for_inference(trained(), img_size=(96, 64))
     served(images(96, 64))
-    with pytest.raises(
-        ValueError, match=r"x: got a plane of .* this layer was built for size.* leave out its img_size"
-    ):
+    with pytest.raises(ValueError, match=r"x: expected a plane of size=.*, got .* leave out its img_size"):
         served(images(64, 64))
 
 

@@ -235,10 +235,12 @@ def test_values_out_of_range(argument: str, value: Any, expected: str) -> None:
     ],
 )
 def test_one_value_a_stage(argument: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{argument}: got {len(value)} values for the 4 stages of depths="):
+    with pytest.raises(
+        ValueError, match=f"{argument}: expected 4 values, for the stages of depths=.*, got {len(value)}"
+    ):
         build(**{argument: value})
 
 
 def test_too_small_image_size() -> None:
-    with pytest.raises(ValueError, match="img_size: got 2, which leaves nothing at stage 0"):
+    with pytest.raises(ValueError, match="img_size: expected one that leaves pixels at stage 0, got 2"):
         build(img_size=2)

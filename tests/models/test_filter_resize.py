@@ -140,7 +140,7 @@ def test_unknown_rule() -> None:
 @EACH_RULE
 @pytest.mark.parametrize("size", [(5, 4), (4, 6)], ids=["height", "width"])
 def test_size_that_is_not_the_filters(rule: str, size: Plane) -> None:
-    with pytest.raises(ValueError, match=rf"size: got \({size[0]}, {size[1]}\).*\(4, 3, 3, 2\)"):
+    with pytest.raises(ValueError, match=rf"size: expected .*\(4, 3, 3, 2\).*, got \({size[0]}, {size[1]}\)"):
         resize_filter(filters((4, 4)), size, (6, 6), rule)
 
 

@@ -54,7 +54,7 @@ def test_unknown_argument(layer: Callable[..., nn.Module]) -> None:
 
 @FILTERS
 def test_another_plane_is_an_error_without_weight_resize(layer_class: Callable[..., nn.Module]) -> None:
-    with pytest.raises(ValueError, match=r"\(7, 8\).*size=\(6, 5\).*weight_resize=True"):
+    with pytest.raises(ValueError, match=r"size=\(6, 5\).*\(7, 8\).*weight_resize=True"):
         layer_class(DIM, size=PLANE)(image(*OTHER))
 
 
@@ -65,7 +65,7 @@ def test_unknown_resize_rule(layer_class: Callable[..., nn.Module]) -> None:
 
 
 def test_num_blocks_must_divide_the_channels() -> None:
-    with pytest.raises(ValueError, match="num_blocks: got 3, which does not divide the 16"):
+    with pytest.raises(ValueError, match="num_blocks: expected a divisor of the 16 expanded channels, got 3"):
         AFNO2D(DIM, num_blocks=3)
 
 
@@ -82,7 +82,11 @@ def test_num_blocks_must_divide_the_channels() -> None:
         ),
         (GlobalFilter, {"size": "14"}, "size: expected a whole number .*, got '14'"),
         (GlobalFilter, {"size": 0}, r"size: expected a whole number .*, got 0"),
-        (GlobalFilter, {"expansion_ratio": 0.1}, "expansion_ratio: got 0.1, which leaves none of the 8"),
+        (
+            GlobalFilter,
+            {"expansion_ratio": 0.1},
+            "expansion_ratio: expected one that leaves some of the 8 channels, got 0.1",
+        ),
         (AFNO2D, {"expansion_ratio": "2"}, "expansion_ratio: expected a number from 0 up, got '2'"),
         (AFNO2D, {"num_blocks": 0}, "num_blocks: expected a whole number from 1 up, got 0"),
         (AFNO2D, {"sparsity_threshold": -0.1}, "sparsity_threshold: expected a number from 0 up, got -0.1"),

@@ -138,23 +138,26 @@ DETECTOR: dict[str, Kind] = {
 RESTORER: dict[str, Kind] = {"channels": whole(1, 1024), "stride": whole(1, 8), "blocks": whole(0, 128)}
 # The degradation that a restorer undoes; see `dfformer.data.pairs.Degradation`.
 DEGRADATION: dict[str, Kind] = {"scale": whole(1, 4), "blur": real(0, 5), "noise": real(0, 255)}
-_DICT = Kind(lambda value: isinstance(value, dict), "a mapping")
-_ABOUT: dict[str, Kind] = {
+_MAPPING = Kind(lambda value: isinstance(value, dict), "a mapping")
+_IDS = list_of(whole(-(2**53), 2**53), 1, 1_000_000)
+Table = Mapping[str, Kind | Mapping[str, Kind]]
+_COMMON: Table = {
     "architecture": either(NONE, Kind(_is_architecture, "the name of a model of timm, without a hub or a path")),
-    "model_args": _DICT,
+    "model_args": _MAPPING,  # see `check_model_args`
     "classes": either(NONE, list_of(NAME, 1, 1_000_000)),
-    "data": _DICT,
+    "data": DATA,
 }
 # By task: what a checkpoint has besides. Those of a dense task have every key of both tables.
-_TASKS: dict[str, dict[str, Kind]] = {
+_TASKS: dict[str, Table] = {
     "classify": {},
-    "segment": {"decoder": _DICT, "reduce_zero_label": FLAG},
-    "detect": {"detector": _DICT, "repair_boxes": FLAG, "category_ids": list_of(whole(-(2**53), 2**53), 1, 1_000_000)},
-    "restore": {"classes": NONE, "restorer": _DICT, "degradation": _DICT},
+    "segment": {"decoder": DECODER, "reduce_zero_label": FLAG},
+    "detect": {"detector": DETECTOR, "repair_boxes": FLAG, "category_ids": _IDS},
+    "restore": {"classes": NONE, "restorer": RESTORER, "degradation": DEGRADATION},
 }
-# The settings that belong to single tasks: each table by its key in a checkpoint.
-_OWN = {"decoder": DECODER, "detector": DETECTOR, "restorer": RESTORER, "degradation": DEGRADATION}
-_COMPLETE = ("detector", "restorer", "degradation")  # those whose settings must all be present
+# The settings that a dense task must have in these tables.
+_NEEDED: dict[str, Iterable[str]] = {
+    "data": ("input_size", "mean", "std"), "detector": DETECTOR, "restorer": RESTORER, "degradation": DEGRADATION
+}  # fmt: skip
 
 
 def is_ours(architecture: str) -> bool:
@@ -162,14 +165,18 @@ def is_ours(architecture: str) -> bool:
     return architecture.split(".")[0] in VARIANTS
 
 
-def check_settings(values: Mapping[Any, Any], table: Mapping[str, Kind], prefix: str = "") -> None:
+def check_settings(values: Mapping[Any, Any], table: Table, prefix: str = "") -> None:
     """Raises ValueError for the first of ``values`` that ``table`` does not list or accept."""
     for name, value in values.items():
         if name not in table:
             hint = did_you_mean(name, table) if isinstance(name, str) else ""
             raise ValueError(f"{prefix}{_readable(name)}: unknown name, expected one of {', '.join(table)}{hint}")
-        if not table[name].accepts(value):
-            raise ValueError(f"{prefix}{name}: expected {table[name].words}, got {shortened(value)}")
+        inner = table[name]
+        kind = inner if isinstance(inner, Kind) else _MAPPING
+        if not kind.accepts(value):
+            raise ValueError(f"{prefix}{name}: expected {kind.words}, got {shortened(value)}")
+        if not isinstance(inner, Kind):
+            check_settings(value, inner, f"{prefix}{name}.")
 
 
 def check_model_args(architecture: str | None, args: Mapping[str, Any], prefix: str = "model_args.") -> None:
@@ -191,33 +198,37 @@ def check_classes(classes: list[str]) -> None:
             raise ValueError(f"classes: expected {NAME.words}, got {shortened(name)}")
 
 
-def check_metadata(about: Mapping[str, Any]) -> None:
+def check_description(description: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the key, for an unknown key of a checkpoint, an invalid value or a missing key."""
-    task = about.get("task", "classify")
+    task = description.get("task", "classify")
     if not isinstance(task, str) or task not in _TASKS:
         raise ValueError(f"task: expected one of {', '.join(_TASKS)}, got {shortened(task)}")
-    table = {**_ABOUT, **_TASKS[task], "task": choice(task)}
-    check_settings(about, table)
+    table = {**_COMMON, **_TASKS[task], "task": choice(task)}
+    check_settings(description, table)
     if task != "classify":
-        _check_complete(about, [name for name, kind in table.items() if kind is not NONE], task)
-    architecture = about.get("architecture") or next(iter(VARIANTS))
+        _check_complete(description, [name for name, kind in table.items() if kind is not NONE], task)
+        for name, needed in _NEEDED.items():
+            if name in table:
+                _check_complete(description[name], needed, task, f"{name}.")
+    if task == "detect":
+        classes, different = len(description["classes"]), len(set(description["category_ids"]))
+        if not different == len(description["category_ids"]) == classes:
+            raise ValueError(f"category_ids: expected {classes} different numbers, one a class, got {different}")
+    architecture = description.get("architecture") or next(iter(VARIANTS))
     check_architecture(architecture)
-    check_model_args(architecture, about.get("model_args", {}))
-    check_settings(about.get("data", {}), DATA, "data.")
-    for name, own in _OWN.items():
-        check_settings(about.get(name, {}), own, f"{name}.")
-    check_channels(about.get("model_args", {}).get("in_chans", 3), about.get("data", {}))
-    if task != "classify":
-        _check_dense(about)
+    model_args = description.get("model_args", {})
+    check_model_args(architecture, model_args)
+    check_channels(model_args.get("in_chans", 3), description.get("data", {}))
 
 
 def check_channels(channels: int, data: Mapping[str, Any]) -> None:
-    """Raises ValueError for a description of images that does not fit the number of input channels."""
+    """Raises ValueError for settings of images that do not fit the number of input channels."""
     for name in ("mean", "std"):
         if name in data and len(data[name]) != channels:
-            raise ValueError(f"data.{name}: got {len(data[name])} values, the model has {channels} input channels")
+            raise ValueError(f"data.{name}: expected {channels} values, one an input channel, got {len(data[name])}")
     if "input_size" in data and data["input_size"][0] != channels:
-        raise ValueError(f"data.input_size: got {list(data['input_size'])}, the model has {channels} input channels")
+        size = list(data["input_size"])
+        raise ValueError(f"data.input_size: expected {channels} channels, as the model has, got {size}")
 
 
 def _check_complete(given: Mapping[str, Any], needed: Iterable[str], task: str, prefix: str = "") -> None:
@@ -226,32 +237,22 @@ def _check_complete(given: Mapping[str, Any], needed: Iterable[str], task: str, 
             raise ValueError(f"{prefix}{name}: is missing, a checkpoint for the task {task} has it")
 
 
-def _check_dense(about: Mapping[str, Any]) -> None:
-    _check_complete(about["data"], ("input_size", "mean", "std"), about["task"], "data.")
-    for own in about.keys() & set(_COMPLETE):
-        _check_complete(about[own], _OWN[own], about["task"], f"{own}.")
-    if about["task"] == "detect":
-        different = len(set(about["category_ids"]))
-        if not different == len(about["category_ids"]) == len(about["classes"]):
-            raise ValueError(f"category_ids: got {different} different numbers for {len(about['classes'])} classes")
-
-
-def read_metadata(text: str) -> dict[str, Any]:
+def read_description(text: str) -> dict[str, Any]:
     """The contents of a checkpoint's JSON description; ValueError if it is invalid."""
-    about = parse_json(text)
-    if not isinstance(about, dict):
-        raise ValueError(f"its description of the model is not a mapping: {shortened(about)}")
-    check_metadata(about)
-    return about
+    description = parse_json(text)
+    if not isinstance(description, dict):
+        raise ValueError(f"its description of the model is not a mapping: {shortened(description)}")
+    check_description(description)
+    return description
 
 
-def write_metadata(about: Mapping[str, Any]) -> str:
-    """``about`` as JSON, the same for equal contents; ValueError if `read_metadata` would not accept it."""
+def write_description(description: Mapping[str, Any]) -> str:
+    """``description`` as JSON, the same for equal contents; ValueError if `read_description` would not accept it."""
     try:
-        text = json.dumps(about, sort_keys=True, allow_nan=False)
+        text = json.dumps(description, sort_keys=True, allow_nan=False)
     except (TypeError, RecursionError) as error:
         raise ValueError(f"is not of JSON's types: {error}") from error
-    read_metadata(text)
+    read_description(text)
     return text
 
 

@@ -21,15 +21,15 @@ from dfformer.models.checkpoint import (
     read_task,
     save_checkpoint,
 )
-from dfformer.models.metadata import DATA, MODEL_ARGS, parse_json
+from dfformer.models.description import DATA, MODEL_ARGS, parse_json
 from dfformer.tasks.detection import load_detector
 from dfformer.tasks.restoration import load_restorer
 from dfformer.tasks.segmentation import Segmenter, load_segmenter
 
 ARGS: dict[str, Any] = {"depths": [1, 1], "dims": [8, 8], "strides": [4, 2], "res_scale_init_values": [None, 1.0]}
 ARGS |= {"img_size": 16, "num_classes": 2}
-ABOUT: dict[str, Any] = {"architecture": "dfformer_s18", "model_args": ARGS, "classes": ["ant", "bee"]}
-ABOUT |= {"data": {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.2] * 3}, "task": "classify"}
+DESCRIPTION: dict[str, Any] = {"architecture": "dfformer_s18", "model_args": ARGS, "classes": ["ant", "bee"]}
+DESCRIPTION |= {"data": {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.2] * 3}, "task": "classify"}
 RESTORER_ARGS: dict[str, Any] = {"strides": (2, 2), "res_scale_init_values": (None, 1.0), "img_size": (32, 48)}
 DENSE_ARGS: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "fork_feat": True, "img_size": (32, 48)}
 
@@ -70,7 +70,7 @@ def write(folder: Path, weights: dict[str, torch.Tensor], text: str) -> Path:
 
 
 def changed(**changes: Any) -> dict[str, Any]:
-    return {**ABOUT, **changes}
+    return {**DESCRIPTION, **changes}
 
 
 def with_args(**arguments: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def with_args(**arguments: Any) -> dict[str, Any]:
 
 
 def with_data(**settings: Any) -> dict[str, Any]:
-    return changed(data={**ABOUT["data"], **settings})
+    return changed(data={**DESCRIPTION["data"], **settings})
 
 
 # Of the wrong type, or out of bounds.
@@ -141,11 +141,11 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("key", "about"), REFUSED, ids=[f"{n}-{key}" for n, (key, _) in enumerate(REFUSED)])
+@pytest.mark.parametrize(("key", "description"), REFUSED, ids=[f"{n}-{key}" for n, (key, _) in enumerate(REFUSED)])
 def test_what_a_file_must_not_say(
-    key: str, about: dict[str, Any], trap: Path, weights: dict[str, torch.Tensor]
+    key: str, description: dict[str, Any], trap: Path, weights: dict[str, torch.Tensor]
 ) -> None:
-    path = write(trap, weights, json.dumps(about))
+    path = write(trap, weights, json.dumps(description))
     with pytest.raises(CheckpointError) as raised:
         load_model(path)
     message = str(raised.value)
@@ -159,7 +159,7 @@ def test_what_a_file_must_not_say(
 TEXTS: dict[str, str] = {
     "not-json": "{'a': 1}",
     "empty": "",
-    "half": json.dumps(ABOUT)[:-5],
+    "half": json.dumps(DESCRIPTION)[:-5],
     "list": "[]",
     "number": "1",
     "null": "null",
@@ -180,7 +180,7 @@ TEXTS: dict[str, str] = {
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_text_that_is_no_metadata(text: str, tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+def test_text_that_is_no_description(text: str, tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
     path = write(tmp_path, {"a": torch.zeros(1)}, text)
     for read in (read_checkpoint, read_task, load_model, load_segmenter, load_detector):
         with pytest.raises(CheckpointError, match=r"innocent\.safetensors: ") as raised:
@@ -204,7 +204,7 @@ def test_dense_checkpoints(task: str, trap: Path) -> None:
     """Their own settings, and an encoder that is registered with timm, from neither a hub nor a folder."""
     load = load_segmenter if task == "segment" else load_detector
     path = dense_checkpoint(task, trap / "dense.safetensors", "dfformer_s18", DENSE_ARGS)
-    state_dict, about = read_checkpoint(path)
+    state_dict, description = read_checkpoint(path)
     load(path)
     own = "decoder" if task == "segment" else "detector"
     refused: list[tuple[str, dict[str, Any]]] = [
@@ -212,8 +212,8 @@ def test_dense_checkpoints(task: str, trap: Path) -> None:
         ("architecture", {"architecture": "resnet18x"}),
         ("architecture", {"architecture": "tu-resnet18"}),
         ("architecture", {"architecture": None}),
-        ("model_args.pretrained", {"model_args": {**about["model_args"], "pretrained": True}}),
-        ("model_args.checkpoint_path", {"model_args": {**about["model_args"], "checkpoint_path": "evil.pth"}}),
+        ("model_args.pretrained", {"model_args": {**description["model_args"], "pretrained": True}}),
+        ("model_args.checkpoint_path", {"model_args": {**description["model_args"], "checkpoint_path": "evil.pth"}}),
         ("model_args.block", {"architecture": "resnet18", "model_args": {"block": "x"}}),
         ("model_args.pretrained", {"architecture": "resnet18", "model_args": {"pretrained": True}}),
         (f"{own}.encoder_weights", {own: {**DENSE[task][own], "encoder_weights": "imagenet"}}),
@@ -232,7 +232,7 @@ def test_dense_checkpoints(task: str, trap: Path) -> None:
         refused += [("detector.norm_groups", {own: {"channels": 8, "anchor_scale": 2.0}})]
         refused += [("category_ids", {"category_ids": v}) for v in ([0], [1, 1], [0, 1.5], ["0", "1"], None)]
     for key, changes in refused:
-        safetensors.torch.save_file(state_dict, path, {"dfformer": json.dumps({**about, **changes})})
+        safetensors.torch.save_file(state_dict, path, {"dfformer": json.dumps({**description, **changes})})
         with pytest.raises(CheckpointError) as raised:
             load(path)
         assert str(raised.value).startswith(f"{path}: {key}: "), (key, str(raised.value))
@@ -242,7 +242,7 @@ def test_dense_checkpoints(task: str, trap: Path) -> None:
 def test_checkpoints_of_restoration(trap: Path) -> None:
     path = trap / "restorer.safetensors"
     dense_checkpoint("restore", path, "dfformer_s18", {"depths": (1, 1), "dims": (8, 8), **RESTORER_ARGS})
-    state_dict, about = read_checkpoint(path)
+    state_dict, description = read_checkpoint(path)
     load_restorer(path)
     undone = DENSE["restore"]["degradation"]
     refused: list[tuple[str, dict[str, Any]]] = [
@@ -256,12 +256,12 @@ def test_checkpoints_of_restoration(trap: Path) -> None:
         ("classes", {"classes": ["one"]}),
         ("decoder", {"decoder": {}}),
         ("data.mean", {"data": {"input_size": [3, 32, 48], "std": [1] * 3}}),
-        ("model_args.img_size", {"model_args": {**about["model_args"], "img_size": 10**6}}),
-        ("model_args.downsample_norm", {"model_args": {**about["model_args"], "downsample_norm": None}}),
+        ("model_args.img_size", {"model_args": {**description["model_args"], "img_size": 10**6}}),
+        ("model_args.downsample_norm", {"model_args": {**description["model_args"], "downsample_norm": None}}),
         ("its model cannot be built", {"architecture": "resnet18", "model_args": {"img_size": 32}}),
     ]
     for key, changes in refused:
-        safetensors.torch.save_file(state_dict, path, {"dfformer": json.dumps({**about, **changes})})
+        safetensors.torch.save_file(state_dict, path, {"dfformer": json.dumps({**description, **changes})})
         with pytest.raises(CheckpointError) as raised:
             load_restorer(path)
         assert str(raised.value).startswith(f"{path}: {key}: "), (key, str(raised.value))
@@ -270,9 +270,9 @@ def test_checkpoints_of_restoration(trap: Path) -> None:
 def test_an_encoder_larger_than_its_file_is_never_allocated(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor one of another kind: what a file says is compared with its weights on the meta device first."""
     path = dense_checkpoint("segment", trap / "dense.safetensors", "dfformer_s18", DENSE_ARGS)
-    state_dict, about = read_checkpoint(path)
-    about |= {"architecture": "resnet18", "model_args": {}}
-    safetensors.torch.save_file(state_dict, path, {"dfformer": json.dumps(about)})
+    state_dict, description = read_checkpoint(path)
+    description |= {"architecture": "resnet18", "model_args": {}}
+    safetensors.torch.save_file(state_dict, path, {"dfformer": json.dumps(description)})
     with monkeypatch.context() as patch:
         real = Segmenter.__init__
 
@@ -317,7 +317,7 @@ def test_a_fresh_classifier_is_no_answer(tmp_path: Path, weights: dict[str, torc
 def test_numbers_of_another_kind(dtype: torch.dtype, tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
     """As of a quantised checkpoint: torch would copy the integers, and drop the imaginary part."""
     kinds = {name: tensor.to(dtype) if name == "norm.weight" else tensor for name, tensor in weights.items()}
-    path = write(tmp_path, kinds, json.dumps(ABOUT))
+    path = write(tmp_path, kinds, json.dumps(DESCRIPTION))
     expected = f"with another number type .1.: norm.weight .checkpoint {str(dtype)[6:]}, model float32"
     with pytest.raises(CheckpointError, match=expected):
         load_model(path)

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -36,7 +36,11 @@ Kernel = Callable[..., Any]  # (tensors) -> Tensor forward, (grad_y, tensors, ne
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run the operators; ``kernels`` maps operators' names to functions with the reference's signatures."""
+    """A way to run the operators.
+
+    ``kernels`` maps operators' names to functions with the reference's signatures, and a name with "_" added to one
+    that writes its result over x.
+    """
 
     name: str
     device: str | None  # device type, None for any
@@ -44,7 +48,6 @@ class Backend:
     unavailable_reasons: Callable[[], list[str]]  # why it cannot run anything on this machine
     # Why its kernels cannot run this problem, although it is on its device.
     kernel_unsupported_reasons: Callable[[Problem], list[str]] = lambda problem: []
-    overwriting: Mapping[str, Kernel] = field(default_factory=dict)  # those that write their result over x
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """Why it cannot run ``problem``; empty if it can."""
@@ -57,7 +60,7 @@ class Backend:
 
 
 TABLE: tuple[Backend, ...] = (
-    Backend("cpu", "cpu", cpu.KERNELS, cpu.unavailable_reasons, cpu.unsupported_reasons, cpu.OVERWRITING),
+    Backend("cpu", "cpu", cpu.KERNELS, cpu.unavailable_reasons, cpu.unsupported_reasons),
     Backend("cuda", "cuda", cuda.KERNELS, cuda.unavailable_reasons, cuda.unsupported_reasons),
     Backend("cufft", "cuda", cufft.KERNELS, cufft.unavailable_reasons, cufft.unsupported_reasons),
     Backend("torch", None, torch_fft.KERNELS, list),
@@ -185,10 +188,9 @@ def kernel_for(op: str, backend: str | None, tensors: Sequence[Tensor | None], *
     return select(problem, name).kernels[op]
 
 
-def overwriting_kernel(op: str, backend: str | None, tensors: Sequence[Tensor | None], *options: bool) -> Kernel:
-    """What runs ``op`` on a CPU and writes the result over x; otherwise as `kernel_for`."""
-    found = select(Problem.of(op, tensors, *options), _named(backend))
-    return found.overwriting.get(op) or (lambda x, *others: x.copy_(found.kernels[op](x, *others)))
+def overwriting_kernel(op: str, backend: str | None, tensors: Sequence[Tensor | None], *options: bool) -> Kernel | None:
+    """The kernel that writes the result of ``op`` over x on a CPU; None if the backend that runs ``op`` has none."""
+    return select(Problem.of(op, tensors, *options), _named(backend)).kernels.get(f"{op}_")
 
 
 @lru_cache(maxsize=1024)

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfformer_kernels.backend.filter_kernels import FilterStep, Gradients, contiguous, filter_kernels, needed
+from dfformer_kernels.backend.filter_kernels import (
+    FilterStep,
+    Gradients,
+    contiguous,
+    filter_kernels,
+    forward_kernels,
+    needed,
+)
 from dfformer_kernels.problem import Problem, empty_like, is_channels_first
 from dfformer_kernels.reference import compute_dtype
 
@@ -185,13 +192,10 @@ def filter_workspace_bytes(shape: Sequence[int], num_filters: int, dtype: torch.
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "star_relu": star_relu,
+    "star_relu_": star_relu_,
     "star_relu_backward": star_relu_backward,
     **filter_kernels(_filter, _filter_backward),
-}
-OVERWRITING: dict[str, Callable[..., None]] = {
-    "star_relu": star_relu_,
-    "dynamic_filter": lambda *step: _filter_(FilterStep(*step)),
-    "global_filter": lambda x, *others: _filter_(FilterStep(x, None, *others)),
+    **forward_kernels(_filter_, "_"),
 }
 
 

@@ -32,22 +32,24 @@ def filter_kernels(
         backward: maps (grad_y, step, needs) to gradients. ``needs`` has a flag for each of the step's tensors.
     """
 
-    def dynamic_filter(*step: Any) -> Tensor:
-        return forward(FilterStep(*step))
-
     def dynamic_filter_backward(grad_y: Tensor, *args: Any) -> list[Tensor]:
         tensors, needs, options = args[:5], args[5], args[6:]
         return needed(*backward(grad_y, FilterStep(*tensors, *options), needs))
-
-    def global_filter(x: Tensor, *others: Any) -> Tensor:
-        return forward(FilterStep(x, None, *others))
 
     def global_filter_backward(grad_y: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
         *others, (need_x, *needs) = args
         return needed(*backward(grad_y, FilterStep(x, None, *others), (need_x, False, *needs)))
 
-    kernels = (dynamic_filter, dynamic_filter_backward, global_filter, global_filter_backward)
-    return {kernel.__name__: kernel for kernel in kernels}
+    backwards = (dynamic_filter_backward, global_filter_backward)
+    return forward_kernels(forward) | {kernel.__name__: kernel for kernel in backwards}
+
+
+def forward_kernels(forward: Callable[[FilterStep], Any], suffix: str = "") -> dict[str, Callable[..., Any]]:
+    """The kernels ``dynamic_filter`` and ``global_filter``, with ``suffix`` added to their names."""
+    return {
+        f"dynamic_filter{suffix}": lambda *step: forward(FilterStep(*step)),
+        f"global_filter{suffix}": lambda x, *others: forward(FilterStep(x, None, *others)),
+    }
 
 
 def needed(*gradients: Tensor | None) -> list[Tensor]:

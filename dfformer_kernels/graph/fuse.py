@@ -28,6 +28,9 @@ def fuse(program: nn.Module | ExportedProgram, *inputs: Any, **named: Any) -> Fu
         inputs, named: the arguments to call a module with. It is called once, for evaluation and without gradients. An
             ExportedProgram takes none.
 
+    Returns:
+        A finding for each inverse transform of the program, fused or left alone; ``print`` shows one line for each.
+
     Raises:
         TypeError: ``program`` is neither, or inputs are given for an exported program.
     """
@@ -45,8 +48,10 @@ def fuse(program: nn.Module | ExportedProgram, *inputs: Any, **named: Any) -> Fu
 class FusePass:
     """`fuse` for torch.compile: ``torch.compile(model, options={"pre_grad_custom_pass": FusePass()})``.
 
-    It rewrites in place the graphs it is called with, in the form that Dynamo passes to Inductor or another backend.
-    ``report`` holds the findings for all of them.
+    ``FusePass()`` takes no arguments. ``report`` holds the findings for all graphs that the pass was called with.
+
+    Args:
+        graph: of a call, what to rewrite in place, in the form that Dynamo passes to Inductor or another backend.
     """
 
     def __init__(self) -> None:

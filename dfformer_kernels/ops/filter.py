@@ -236,14 +236,18 @@ def _expression(
 
 
 def _define(name: str, inputs: str, options: str = "") -> type[Any]:
-    """Registers ``dfformer::<name>``, ``<name>_backward``, and ``<name>_``, which writes over x; returns the Function.
+    """Registers ``dfformer::<name>``, ``<name>_backward``, and ``<name>_``, which writes over x.
 
-    ``inputs`` is the schema of the tensor arguments, ``x`` first. ``options`` is the schema of the flags, which have
-    defaults; kernels take them after the tensors.
+    Returns the autograd Function. ``inputs`` is the schema of the tensor arguments, ``x`` first. ``options`` is the
+    schema of the flags, which have defaults; kernels take them after the tensors.
     """
+    count = inputs.count("Tensor")
     _define_forward(name, inputs, options)
     _define_backward(name, inputs, options)
-    function = _autograd_function(name, inputs.count("Tensor"))
+    MATMUL_DECOMPOSITIONS[getattr(torch.ops.dfformer, name).default] = lambda *args: _expression(
+        dft_matmul.KERNELS, name, args[:count], args[count + 1 :]
+    )
+    function = _autograd_function(name, count)
     register_gradient(name, function)
     return function
 
@@ -268,13 +272,14 @@ def _define_forward(name: str, inputs: str, options: str) -> None:
 
     def overwriting_impl(*args: Any) -> None:
         tensors, backend, options = args[:count], args[count], args[count + 1 :]
-        x = tensors[0]
-        if not (x.is_cpu and _is_in_a_format(x)):
-            x.copy_(forward_impl(*args))
-            return
         check(*tensors)
         refuse_tangents(name, tensors)
-        kernel = overwriting_kernel(name, backend, tensors, *options)
+        x = tensors[0]
+        writable = x.is_cpu and _is_in_a_format(x)
+        kernel = overwriting_kernel(name, backend, tensors, *options) if writable else None
+        if kernel is None:
+            x.copy_(forward_impl(*args))
+            return
         torch.autograd.graph.increment_version(x)  # a backward that needs the old values then raises
         if x.numel():
             with without_autocast(x.device):
@@ -323,41 +328,42 @@ def _define_backward(name: str, inputs: str, options: str) -> None:
 
 
 def _autograd_function(name: str, count: int) -> type[Any]:
+    """An operator and its gradient.
+
+    ``apply`` takes the arguments of the operator in ``torch.ops.dfformer`` by position: x, its parameters, scale and
+    bias or None; then the backend's name or None; then optionally its flags, such as ``softmax``. It raises as the
+    operator's public function does.
+    """
     forward_op = getattr(torch.ops.dfformer, name)
     backward_op = getattr(torch.ops.dfformer, f"{name}_backward")
     differentiable_backward = getattr(reference, f"{name}_backward")
 
-    class Function(torch.autograd.Function):
-        """An operator and its gradient.
+    def forward(*args: Any) -> Tensor:
+        return forward_op(*args)
 
-        ``apply`` takes the arguments of the operator in ``torch.ops.dfformer`` by position: x, its parameters, scale
-        and bias or None; then the backend's name or None; then optionally its flags, such as ``softmax``. It raises as
-        the operator's public function does.
-        """
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.backend, *ctx.options = inputs[count:]
+        ctx.save_for_backward(*inputs[:count])
 
-        @staticmethod
-        def forward(*args: Any) -> Tensor:
-            return forward_op(*args)
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:count])
+        if needs_double_backward(grad_y, tensors):
+            with without_autocast(grad_y.device):
+                gradients: Sequence[Tensor] = differentiable_backward(grad_y, *tensors, needs, *ctx.options)
+        else:
+            gradients = backward_op(grad_y, *tensors, needs, ctx.backend, *ctx.options)
+        remaining = iter(gradients)
+        return (*(next(remaining) if need else None for need in needs), None, *(None for _ in ctx.options))
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            ctx.backend, *ctx.options = inputs[count:]
-            ctx.save_for_backward(*inputs[:count])
+    methods = (forward, setup_context, backward)
+    body = {method.__name__: staticmethod(method) for method in methods}
+    class_name = f"{name.title().replace('_', '')}Function"  # its gradient's nodes in a graph are called after it
+    return type(class_name, (torch.autograd.Function,), {"__doc__": _autograd_function.__doc__, **body})
 
-        @staticmethod
-        def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-            tensors = ctx.saved_tensors
-            needs = list(ctx.needs_input_grad[:count])
-            if needs_double_backward(grad_y, tensors):
-                with without_autocast(grad_y.device):
-                    gradients: Sequence[Tensor] = differentiable_backward(grad_y, *tensors, needs, *ctx.options)
-            else:
-                gradients = backward_op(grad_y, *tensors, needs, ctx.backend, *ctx.options)
-            remaining = iter(gradients)
-            return (*(next(remaining) if need else None for need in needs), None, *(None for _ in ctx.options))
 
-    return Function
-
+# In the form that `torch.export.ExportedProgram.run_decompositions` takes.
+MATMUL_DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {}
 
 StarReLUFunction = _define("star_relu", "Tensor x, Tensor scale, Tensor bias")
 DynamicFilterFunction = _define(
@@ -367,22 +373,10 @@ DynamicFilterFunction = _define(
 GlobalFilterFunction = _define("global_filter", "Tensor x, Tensor weight, Tensor? scale, Tensor? bias")
 
 
-def _decomposition(op: str, count: int) -> Callable[..., Tensor]:
-    """A function of an operator's arguments (``count`` tensors, the backend's name, options)."""
-    return lambda *args: _expression(dft_matmul.KERNELS, op, args[:count], args[count + 1 :])
-
-
-# In the form that `torch.export.ExportedProgram.run_decompositions` takes.
-MATMUL_DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
-    getattr(torch.ops.dfformer, op).default: _decomposition(op, count)
-    for op, count in (("star_relu", 3), ("dynamic_filter", 5), ("global_filter", 4))
-}
-
-
 class MatmulTransforms(TorchFunctionMode):
     """In this context the operators transform with matrix products (`dfformer_kernels.dft_matmul`).
 
-    A trace made inside contains only torch's own operators, on real tensors.
+    A trace made inside contains only torch's own operators, on real tensors. ``MatmulTransforms()`` takes no arguments.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -125,7 +125,7 @@ def test_torch_is_the_last_resort_everywhere() -> None:
     assert backends()["torch"] == []
     assert TABLE[-1].device is None
     for backend in TABLE:
-        assert set(backend.kernels) <= set(TABLE[-1].kernels)
+        assert {op.removesuffix("_") for op in backend.kernels} <= set(TABLE[-1].kernels)
 
 
 @pytest.mark.parametrize("op", cpu.KERNELS)

@@ -22,7 +22,7 @@ import torch
 
 from dfformer.analysis.palette import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
 from dfformer.cli.info import environment
-from dfformer_kernels.autotune import version
+from dfformer_kernels.versions import version
 
 # The environment of a process by what glibc does with freed memory. By default it munmaps allocations of 32 MiB and
 # more on free; docs/cpu_kernel.md explains how to keep them.

@@ -13,7 +13,6 @@ import math
 import statistics
 import threading
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from itertools import pairwise
 
 import torch
@@ -21,6 +20,7 @@ import torch
 from dfformer_kernels import disk_cache as disk
 from dfformer_kernels.device import refuse_capture
 from dfformer_kernels.problem import KernelBuildError, Problem
+from dfformer_kernels.versions import version
 from dfformer_kernels.warn_once import warn_once
 
 
@@ -61,17 +61,11 @@ class Autotuner:
         """The name of the fastest backend for ``problem``; None until `measure` has found it."""
         return self._chosen.get(problem)
 
-    def measure(
-        self,
-        problem: Problem,
-        calls: Mapping[str, Callable[[], object]],
-        on_build_error: Callable[[str, KernelBuildError], None],
-    ) -> str:
+    def measure(self, problem: Problem, calls: Mapping[str, Callable[[], object]]) -> str:
         """The name of the fastest of ``calls``, which run ``problem`` on a GPU.
 
-        ``calls`` are by backend, in order of preference. A backend that cannot build its kernel is reported to
-        ``on_build_error``. A backend that runs out of memory is skipped. If no backend
-        could be timed, the result is the first. Other errors propagate.
+        ``calls`` are by backend, in order of preference. A backend that cannot build its kernel or runs out of memory
+        is skipped. If no backend could be timed, the result is the first. Other errors propagate.
 
         Raises RuntimeError while a CUDA graph is captured.
         """
@@ -83,7 +77,7 @@ class Autotuner:
             self._winners = self._read() | self._winners
             winner = next(iter(calls)) if len(calls) == 1 else self._winners.get(class_)
             if winner is None or winner not in calls:
-                seconds = self._seconds(problem, calls, on_build_error)
+                seconds = self._seconds(problem, calls)
                 if not seconds:
                     return next(iter(calls))
                 winner = min(seconds, key=lambda name: seconds[name])
@@ -91,20 +85,13 @@ class Autotuner:
             self._chosen[problem] = winner
             return winner
 
-    def _seconds(
-        self,
-        problem: Problem,
-        calls: Mapping[str, Callable[[], object]],
-        on_build_error: Callable[[str, KernelBuildError], None],
-    ) -> dict[str, float]:
+    def _seconds(self, problem: Problem, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         """The times of those ``calls`` that run."""
         seconds = {}
         for name, call in calls.items():
             try:
                 seconds[name] = self._gpu.seconds(call, problem.device_index)
-            except KernelBuildError as error:
-                on_build_error(name, error)
-            except torch.OutOfMemoryError:
+            except (KernelBuildError, torch.OutOfMemoryError):
                 continue  # it may run when more memory is free
         return seconds
 
@@ -144,11 +131,3 @@ class Autotuner:
     def _file(self) -> str:
         versions = json.dumps(self._gpu.versions(), sort_keys=True).encode()
         return f"autotune-{hashlib.sha256(versions).hexdigest()[:16]}.json"
-
-
-def version(distribution: str) -> str:
-    """The installed version of a distribution, or "absent"."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "absent"

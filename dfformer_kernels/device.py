@@ -15,18 +15,15 @@ def refuse_capture(what: str) -> None:
 
     ``what`` would first have to be compiled, loaded, planned or measured, which a capture does not allow.
     """
-    if _capturing():
-        raise capture_error(what)
+    if capturing():
+        raise RuntimeError(
+            f"{what} has not run yet and cannot be prepared while a CUDA graph is captured: call the operator once "
+            "with the same shapes, dtypes and layouts before capturing"
+        )
 
 
-def capture_error(what: str) -> RuntimeError:
-    return RuntimeError(
-        f"{what} has not run yet and cannot be prepared while a CUDA graph is captured: call the operator once "
-        "with the same shapes, dtypes and layouts before capturing"
-    )
-
-
-def _capturing() -> bool:
+def capturing() -> bool:
+    """Whether torch's current stream is being captured into a CUDA graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -58,7 +55,7 @@ def with_memory_released(call: Callable[[], T]) -> T:
     try:
         return call()
     except torch.OutOfMemoryError:
-        if _capturing():  # nothing can be freed now
+        if capturing():  # nothing can be freed now
             raise
     torch.cuda.empty_cache()
     return call()

@@ -232,9 +232,9 @@ def _run_on_gpu(problem: Problem, *args: Any) -> Any:
     while True:
         backend = _fastest(problem, args) if _autotunes() else select(problem)
         try:
-            return backend.kernels[problem.op](*args)
-        except KernelBuildError as error:
-            _rule_out(backend.name, problem, error)
+            return _run_or_rule_out(backend, problem, *args)
+        except KernelBuildError:
+            continue
 
 
 def _autotunes() -> bool:
@@ -247,8 +247,8 @@ def _autotunes() -> bool:
 def _fastest(problem: Problem, args: Sequence[Any]) -> Backend:
     name = autotuner.choice(problem)
     if name is None:
-        calls = {backend.name: partial(backend.kernels[problem.op], *args) for backend in candidates(problem)}
-        name = autotuner.measure(problem, calls, lambda name, error: _rule_out(name, problem, error))
+        calls = {found.name: partial(_run_or_rule_out, found, problem, *args) for found in candidates(problem)}
+        name = autotuner.measure(problem, calls)
     return _BY_NAME[name]
 
 
@@ -266,12 +266,16 @@ def _any_batch(problem: Problem) -> Problem:
     return problem._replace(shape=problem.shape[1:])
 
 
-def _rule_out(name: str, problem: Problem, error: KernelBuildError) -> None:
-    """Makes the next backend run such problems from now on, in this process."""
-    _build_errors[name, _any_batch(problem)] = str(error)
-    select.cache_clear()
-    autotuner.forget(problem)
-    warn_once(
-        f"dfformer_kernels' {name!r} backend cannot build its kernel and another backend is used instead, which may be "
-        f"much slower: {error}. DFFORMER_BACKEND={name} makes this an error."
-    )
+def _run_or_rule_out(backend: Backend, problem: Problem, *args: Any) -> Any:
+    """Runs the operator. If the kernel cannot be built, the next backend runs such problems from now on."""
+    try:
+        return backend.kernels[problem.op](*args)
+    except KernelBuildError as error:
+        _build_errors[backend.name, _any_batch(problem)] = str(error)
+        select.cache_clear()
+        autotuner.forget(problem)
+        warn_once(
+            f"dfformer_kernels' {backend.name!r} backend cannot build its kernel and another backend is used instead, "
+            f"which may be much slower: {error}. DFFORMER_BACKEND={backend.name} makes this an error."
+        )
+        raise

@@ -5,7 +5,6 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import timm
@@ -15,6 +14,7 @@ from dfformer.models.registry import VARIANTS
 from dfformer.utils.profile import profile
 from dfformer_kernels import __version__, backends
 from dfformer_kernels.dispatch import instruction_sets
+from dfformer_kernels.versions import version
 
 
 def info_command(arguments: argparse.Namespace) -> int:
@@ -46,7 +46,7 @@ def environment() -> dict[str, str]:
         "machine": f"{processor()}, {torch.get_num_threads()} threads",
         "cpu kernels": f"{active} (this machine runs {', '.join(supported)})" if active else "compiled core absent",
         "gpu": "; ".join(_gpu(device) for device in gpus) or "none",
-        "gpu software": ", ".join(f"{name} {version}" for name, version in _gpu_software().items()),
+        "gpu software": ", ".join(f"{name} {number}" for name, number in _gpu_software().items()),
     }
 
 
@@ -60,10 +60,8 @@ def _gpu(device: int) -> str:
 def _gpu_software() -> dict[str, str]:
     """Versions of the software that compiles and runs kernels."""
     built_for = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
-    versions = {f"torch for {name}": version for name, version in built_for.items() if version}
-    for name in ("triton", "cuda-bindings"):
-        versions[name] = next((found.version for found in metadata.distributions(name=name)), "absent")
-    return versions | {"driver": _driver()}
+    versions = {f"torch for {name}": number for name, number in built_for.items() if number}
+    return versions | {name: version(name) for name in ("triton", "cuda-bindings")} | {"driver": _driver()}
 
 
 def _driver() -> str:

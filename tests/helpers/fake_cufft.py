@@ -55,7 +55,6 @@ class HostMemory(libcufft.Cuda):
     """Each thread's CPU tensors are on the device and stream it says."""
 
     device_type = "cpu"
-    is_capturing = False
 
     def __init__(self, fake: Fake) -> None:
         self.fake = fake
@@ -74,9 +73,6 @@ class HostMemory(libcufft.Cuda):
 
     def stream(self, device: torch.device) -> int:
         return getattr(self.here, "stream", 0)
-
-    def capturing(self) -> bool:
-        return self.is_capturing
 
 
 def host_memory() -> HostMemory:

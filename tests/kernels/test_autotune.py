@@ -350,13 +350,13 @@ def test_nothing_is_measured_while_a_graph_is_captured(
         run()
         restart(tuned)
         tuned.calls.clear()
-    monkeypatch.setattr(device, "_capturing", lambda: True)
+    monkeypatch.setattr(device, "capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"dynamic_filter on \(8, 14, 14, 640\).* call the operator once .* before"):
         run()
     assert tuned.calls == []
-    monkeypatch.setattr(device, "_capturing", lambda: False)
+    monkeypatch.setattr(device, "capturing", lambda: False)
     run()
-    monkeypatch.setattr(device, "_capturing", lambda: True)
+    monkeypatch.setattr(device, "capturing", lambda: True)
     assert run()[0] == "cufft"
 
 

@@ -20,7 +20,7 @@ ADVICE = "call the operator once with the same shapes, dtypes and layouts before
 def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Begins or ends a capture; nothing has run before."""
     monkeypatch.setattr(torch_fft, "_ran", device.Prepared())
-    return lambda on: monkeypatch.setattr(device, "_capturing", lambda: on)
+    return lambda on: monkeypatch.setattr(device, "capturing", lambda: on)
 
 
 # torch.fft

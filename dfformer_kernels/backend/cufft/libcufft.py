@@ -34,9 +34,6 @@ class Cuda:
     def stream(self, device: torch.device) -> int:
         return torch.cuda.current_stream(device).cuda_stream
 
-    def capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
-
 
 _cuda = Cuda()
 
@@ -118,7 +115,7 @@ def _transform(source: Tensor, result: Tensor, shape: tuple[int, int, int], inve
 
 def _run(plans: Plans, spec: PlanSpec, source: Tensor, result: Tensor, count: int) -> None:
     """Transforms ``count`` arrays. A plan that is no longer kept is destroyed on return: its device is current."""
-    plan = with_memory_released(partial(plans.get, spec, _cuda.capturing()))
+    plan = with_memory_released(partial(plans.get, spec))
     workspace = source.new_empty(plan.workspace_bytes, dtype=torch.uint8)
     buffers = {"workspace": workspace.data_ptr(), "stream": _cuda.stream(source.device)}
     for i in range(count):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from dfformer_kernels.device import capture_error
+from dfformer_kernels import device
 from dfformer_kernels.problem import KernelBuildError
 
 PLANS_PER_DEVICE = 64  # those used last
@@ -144,19 +144,18 @@ class Plans:
             before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._forget_parents
         )
 
-    def get(self, spec: PlanSpec, capturing: bool) -> CufftPlan:
+    def get(self, spec: PlanSpec) -> CufftPlan:
         """The plan, made if there is none; RuntimeError if it would have to be made while a graph is captured."""
         with self._lock:
             plans = self._recent[spec.device]
             plan = plans.get(spec)
             if plan is None:
-                if capturing:
-                    raise capture_error(str(spec))
+                device.refuse_capture(str(spec))
                 plan = plans[spec] = CufftPlan(self._library, spec)
                 if len(plans) > PLANS_PER_DEVICE:
                     plans.popitem(last=False)
             plans.move_to_end(spec)
-            if capturing:
+            if device.capturing():
                 self._captured.add(plan)
             return plan
 

@@ -259,7 +259,7 @@ def test_an_old_chip_beside_a_new_one_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_a_kernel_is_not_loaded_into_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is loaded serves any batch size."""
     problem = Problem("dynamic_filter", "cuda", torch.float32, (8, 14, 14, 640), 4, True)
-    monkeypatch.setattr(device, "_capturing", lambda: True)
+    monkeypatch.setattr(device, "capturing", lambda: True)
     monkeypatch.setattr(cuda, "_loaded", {(KernelSpec.of(problem), 0): "loaded"})
     cuda.prepare.cache_clear()
     for B in (8, 1):

@@ -213,5 +213,5 @@ def test_torchs_own_libcufft_opens_and_says_what_it_lacks_without_a_driver() -> 
         pytest.skip("there is a driver")
     assert libcufft.unavailable_reasons() == []
     with pytest.raises(RuntimeError, match=r"^cufftCreate returned CUFFT_[A-Z_]+ for rfft2 of float32 8x8 planes, N=4"):
-        library_plans().get(PlanSpec(0, (8, 8, 4), torch.float32, inverse=False), capturing=False)
+        library_plans().get(PlanSpec(0, (8, 8, 4), torch.float32, inverse=False))
     assert kept_plans(0) == 0

@@ -92,7 +92,7 @@ def test_an_error_of_any_call_is_raised_and_no_plan_is_lost(
 def test_errors_have_the_names_of_cuffts_header(code: int, name: str, fake: Fake) -> None:
     fake.fail("cufftMakePlanMany64", code)
     with pytest.raises(RuntimeError, match=f"^cufftMakePlanMany64 returned {name} for rfft2"):
-        library_plans().get(PlanSpec(0, (6, 10, 4), torch.float32, inverse=False), capturing=False)
+        library_plans().get(PlanSpec(0, (6, 10, 4), torch.float32, inverse=False))
 
 
 # What a failure to make a plan is: the library's or the plan's fault, memory that is lacking, or somebody else's.
@@ -148,7 +148,7 @@ def test_an_internal_error_of_a_launch_is_no_lack_of_memory(
 
 def test_memory_is_not_released_during_capture(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     run_one(torch.float32, False)
-    monkeypatch.setattr(device_module, "_capturing", lambda: True)
+    monkeypatch.setattr(device_module, "capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: pytest.fail("nothing can be freed now"))
     fake.fail("cufftExecR2C", 2)
     with pytest.raises(torch.OutOfMemoryError, match="cufftExecR2C returned CUFFT_ALLOC_FAILED"):
@@ -222,13 +222,13 @@ def test_the_library_works_in_torchs_memory_and_on_torchs_stream(fake: Fake, mon
     assert fake.library.fake_cufft_last_stream() == 0x5EA
 
 
-def test_a_captured_plan_outlives_all_others(fake: Fake) -> None:
+def test_a_captured_plan_outlives_all_others(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     run_one(torch.float32, False)
-    host_memory().is_capturing = True
+    monkeypatch.setattr(device_module, "capturing", lambda: True)
     run_one(torch.float32, False)
     with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
         run_one(torch.float32, True)
-    host_memory().is_capturing = False
+    monkeypatch.setattr(device_module, "capturing", lambda: False)
     clear_plans()
     assert fake.live_plans == 1
     for N in range(PLANS_PER_DEVICE + 1):
@@ -297,20 +297,23 @@ def test_different_transforms_run_at_the_same_time(fake: Fake) -> None:
 FORK = """
 import ctypes, os, signal, sys, threading, time
 import torch
+from dfformer_kernels import device
 from dfformer_kernels.backend.cufft.plans import Plans, PlanSpec
 
 fake, plans = ctypes.CDLL(sys.argv[1]), Plans(sys.argv[1])
 u, Z, workspace = torch.ones(4, 4, 2), torch.empty(4, 3, 2, 2), torch.empty(4 * 3 * 2 * 16, dtype=torch.uint8)
 
-def run(capturing=False, N=2):
-    plan = plans.get(PlanSpec(0, (4, 4, N), torch.float32, False), capturing)
+def run(N=2):
+    plan = plans.get(PlanSpec(0, (4, 4, N), torch.float32, False))
     plan.run(u.data_ptr(), Z.data_ptr(), workspace.data_ptr(), 0)
 
 def counts():
     return len(plans._recent[0]), fake.fake_cufft_live_plans()
 
 run()
-run(capturing=True)
+device.capturing = lambda: True
+run()
+device.capturing = lambda: False
 run(N=1)
 assert counts() == (2, 2)
 fake.fake_cufft_meet(2)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfformer_kernels.ops.registration import (
+    is_in_a_dispatch_mode,
     is_in_compiled_graph,
     is_under_functorch,
     needs_double_backward,
@@ -115,7 +116,8 @@ register_gradient("linear", _Gradient)
 def prefers_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether ``linear`` computes these tensors by oneDNN, outside of torch.func's transforms.
 
-    Under torch.compile, which may not know the number of rows, the operator decides this last point at every call.
+    Under torch.compile, which may not know the number of rows, the operator decides about that at every call. A
+    dispatch mode sees PyTorch's own operator, which has a derivative and which other tools know.
     """
     if not MKL_IS_SLOW or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
@@ -126,10 +128,14 @@ def prefers_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
         and x.dim() > 0
         and x.shape[-1] == weight.shape[1]
         and (bias is None or (_is_usual(bias) and bias.shape == weight.shape[:1]))
-        and (is_in_compiled_graph() or x.numel() * weight.shape[0] >= MANY_MULTIPLICATIONS)
+        and (is_in_compiled_graph() or (_is_large(x, weight) and not is_in_a_dispatch_mode()))
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _is_large(x: Tensor, weight: Tensor) -> bool:
+    return x.numel() * weight.shape[0] >= MANY_MULTIPLICATIONS
 
 
 def _is_usual(t: Tensor) -> bool:

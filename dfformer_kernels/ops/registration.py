@@ -53,8 +53,12 @@ def is_under_functorch(tensors: Iterable[Tensor | None]) -> bool:
 
 def is_in_a_mode() -> bool:
     """Whether a mode sees calls of operators, and may keep their tensors."""
-    # No public function tells, of either stack.
-    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
+    return bool(torch._C._len_torch_function_stack()) or is_in_a_dispatch_mode()  # no public function tells
+
+
+def is_in_a_dispatch_mode() -> bool:
+    """Whether a mode sees what operators compute: it counts, traces, or decides what is recomputed."""
+    return bool(torch._C._len_torch_dispatch_stack())  # no public function tells this either
 
 
 def needs_double_backward(grad_y: Tensor, tensors: Iterable[Tensor | None]) -> bool:

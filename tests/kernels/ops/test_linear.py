@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import require_compiled_graphs, require_compiler
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from dfformer_kernels import linear
@@ -102,6 +103,15 @@ def test_one_compiled_graph_multiplies_few_and_many_rows(monkeypatch: pytest.Mon
         wanted = torch.autograd.grad(F.linear(*exact).square().sum(), exact)
         assert max(gradient_errors(gradients, wanted)) <= 2 * BOUND[torch.float32]
     assert calls == [333, 333]  # with the gradient of x
+
+
+@pytest.mark.usefixtures("library")
+def test_tracers_record_an_operator_that_has_a_derivative() -> None:
+    x, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
+    traced = make_fx(lambda x, weight: linear(x, weight))(x, weight)
+    traced(x, weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.allclose(weight.grad, x.sum(0).expand(5, 4))
 
 
 def test_exported_programs_have_no_operator_of_their_own_for_products(monkeypatch: pytest.MonkeyPatch) -> None:

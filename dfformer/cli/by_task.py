@@ -21,6 +21,8 @@ _ONLY_FOR: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def predict_command(arguments: argparse.Namespace) -> int:
+    if not arguments.checkpoint and not (arguments.model and arguments.pretrained):
+        raise ValueError("pass --checkpoint FILE, or --model NAME with --pretrained; untrained weights cannot predict")
     task = _task([arguments.checkpoint] if arguments.checkpoint else [], arguments)
     return predict_files(arguments, task_part(task, "prediction"), draws=task != "classify")
 

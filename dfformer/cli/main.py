@@ -116,7 +116,7 @@ def _check_models(names: str | list[str], args: dict[str, Any]) -> None:
 
     for name in [names] if isinstance(names, str) else names:
         if ":" not in name and not timm.is_model(name):  # a prefix such as hf-hub: names another source
-            raise ValueError(f"--model: got {name!r}, which timm does not know{did_you_mean(name, timm.list_models())}")
+            raise ValueError(f"--model: expected a model of timm, got {name!r}{did_you_mean(name, timm.list_models())}")
     if "pretrained" in args:
         raise ValueError("--model-args.pretrained: use --pretrained or --checkpoint instead")
     if args:

@@ -62,9 +62,9 @@ class DatasetSpec(NamedTuple):
 
 
 class ImageDataset(ABC, Generic[Sample]):
-    """The base of a task's datasets, with ``images`` of any kind."""
+    """The base of a task's datasets."""
 
-    images: Any
+    images: Any  # what the images are read or made from, one entry each: paths, entries of an annotation file, arrays
     exif_orientation = False  # whether images' EXIF orientation is applied
 
     def __len__(self) -> int:

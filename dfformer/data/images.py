@@ -229,11 +229,13 @@ class GlobalBatches:
         parts = context.world * accumulation
         if global_batch % parts:
             raise ValueError(
-                f"optim.global_batch: got {global_batch}, which {context.world} processes x {accumulation} "
-                "accumulated passes do not divide"
+                f"optim.global_batch: expected a multiple of {context.world} processes x {accumulation} accumulated "
+                f"passes, got {global_batch}"
             )
         if images < global_batch:
-            raise ValueError(f"optim.global_batch: got {global_batch}, the training split has only {images} images")
+            raise ValueError(
+                f"optim.global_batch: expected at most {images}, the images to train on, got {global_batch}"
+            )
         self.images, self.batch, self.accumulation = images, global_batch // parts, accumulation
         self.context, self.seed = context, seed
         self.steps = images // global_batch

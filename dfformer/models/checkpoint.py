@@ -49,9 +49,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         FileNotFoundError: there is no such file.
         CheckpointError: the file is truncated or unsafe, has no state dict, or its description is invalid.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: {path} does not exist or is not a file")
+    path = _existing(path)
     content, description = _read_safetensors(path) if path.suffix == ".safetensors" else (read_pickle(path), {})
     if isinstance(content, dict):
         content = next((content[key] for key in _NESTED_KEYS if isinstance(content.get(key), dict)), content)
@@ -81,9 +79,15 @@ def _check_stored(path: Path, name: str, tensor: Tensor) -> None:
 
 def read_task(path: str | Path) -> str:
     """The task that a checkpoint was trained for; "classify" if the file does not say."""
-    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
-        return "classify"
-    return _read_safetensors(Path(path))[1].get("task", "classify")
+    path = _existing(path)
+    return "classify" if path.suffix != ".safetensors" else _read_safetensors(path)[1].get("task", "classify")
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: {path} does not exist or is not a file")
+    return path
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> Mismatch:

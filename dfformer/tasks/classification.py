@@ -170,8 +170,6 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, list[str]]:
     overrides = dict(arguments.model_args)
     if arguments.img_size:
         overrides["img_size"] = arguments.img_size
-    if not arguments.checkpoint and not (arguments.model and arguments.pretrained):
-        raise ValueError("pass --checkpoint FILE, or --model NAME with --pretrained; untrained weights cannot predict")
     model, classes = chosen_model(arguments.checkpoint, arguments.model, arguments.pretrained, **overrides)
     if arguments.classes:
         classes = read_class_names(arguments.classes)

@@ -107,8 +107,8 @@ class Detection(DenseTask):
         )
         if config.detect.norm_groups and config.detect.channels % config.detect.norm_groups:
             raise ValueError(
-                f"detect.norm_groups: got {config.detect.norm_groups}, which does not divide "
-                f"detect.channels={config.detect.channels}"
+                f"detect.norm_groups: expected a divisor of detect.channels={config.detect.channels}, "
+                f"got {config.detect.norm_groups}"
             )
         if given.size[0] > given.size[1]:
             raise ValueError(

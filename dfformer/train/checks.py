@@ -61,7 +61,8 @@ def _check_names(config: "TrainConfig") -> None:
         if any(isinstance(value, torch.dtype) for group in groups for value in group.values()):
             raise ValueError("torch cannot gather its settings for a checkpoint")
     except Exception as error:  # timm asserts, or imports, what some need
-        raise ValueError(f"optim.opt: got {config.optim.opt!r}, which cannot be used here: {reason(error)}") from error
+        expected = f"expected an optimizer that can be used here, got {config.optim.opt!r}"
+        raise ValueError(f"optim.opt: {expected}: {reason(error)}") from error
     args = dict(config.model.args)
     check_settings({"pretrained": args.pop("pretrained", False)}, {"pretrained": FLAG}, "model.args.")
     check_model_args(config.model.name, args, "model.args.")
@@ -80,10 +81,10 @@ def _check_channels(config: "TrainConfig") -> None:
             raise ValueError(f"data.{name}: {expected}, {got} {values}")
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"optim": {"lr": 1}}`` as ``{"optim.lr": 1}``."""
+def flatten(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"optim": {"lr": 1}}`` as ``{"optim.lr": 1}``; the settings that are mappings stay whole."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        nested = isinstance(value, dict) and key != "args"
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+        nested = isinstance(value, dict) and key not in ("args", "decoder")
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat

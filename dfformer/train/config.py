@@ -5,8 +5,7 @@ defaults of their ``train.py``. A recipe file names the model and the settings t
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -324,36 +323,27 @@ class TrainConfig:
 FREE_TO_CHANGE = {"output", "resume", "save_steps", "keep", "log_steps", "tensorboard"}
 FREE_TO_CHANGE |= {"data.root", "data.download", "data.workers", "data.check_images", "model.checkpoint"}
 
-
-_SECTIONS = {f.name for f in fields(TrainConfig) if is_dataclass(f.default_factory)}
-
+_SETTINGS = flatten(asdict(TrainConfig()))
+_SECTIONS = {name.split(".")[0] for name in _SETTINGS if "." in name}
 
 set_loader(MODE, strict_yaml.load, (yaml.YAMLError, ValueError))
 
 
 def _check_recipe(path: Path) -> None:
     """Raises ValueError, naming the file, unless it has settings by name and names no other recipe."""
-    settings = asdict(TrainConfig())
     try:
         content = strict_yaml.load(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"expected settings by name, got {str(content)[:60]!r}")
-        for name, value in content.items():
+        for name, value in flatten(content).items():
             if name in ("recipe", "config"):
                 raise ValueError(f"{name}: a recipe cannot name another")
-            if name in _SECTIONS and not isinstance(value, dict):
+            if name in _SECTIONS:
                 raise ValueError(f"{name}: expected its settings by name, got {str(value)[:60]!r}")
-            _check_name("", name, settings)
-            for key in value if name in _SECTIONS else ():
-                _check_name(f"{name}.", key, settings[name])
+            if name not in _SETTINGS and not name.startswith(("model.args.", "segment.decoder.")):
+                raise ValueError(f"{name[:60]}: is not a setting{did_you_mean(name[:60], _SETTINGS)}")
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())[:2000]}") from error
-
-
-def _check_name(section: str, name: Any, known: Iterable[str]) -> None:
-    """Checks a name in a recipe up to its first dot."""
-    if str(name).split(".")[0] not in known:
-        raise ValueError(f"{section}{str(name)[:60]}: is not a setting{did_you_mean(str(name)[:60], known)}")
 
 
 def parse(arguments: list[str]) -> TrainConfig:
@@ -375,7 +365,7 @@ def parse(arguments: list[str]) -> TrainConfig:
         parsed: Namespace = parser.parse_args([*(f"--recipe={path}" for path in recipes), *settings])
     except (ArgumentError, OverflowError, RecursionError) as error:
         unknown = [a.split("=")[0] for a in arguments if a.startswith("--") and a.split("=")[0] in str(error)]
-        known = [f"--{name}" for name in flatten(asdict(TrainConfig()))]
+        known = [f"--{name}" for name in _SETTINGS]
         hint = did_you_mean(unknown[0], known) if unknown and unknown[0] not in known else ""
         raise ValueError(" ".join(str(error).split())[:2000] + hint) from error
     parsed.pop("recipe", None)

@@ -32,9 +32,7 @@ def find_recipe(name: str) -> Path:
     recipes = packaged_recipes()
     if name in recipes:
         return recipes[name]
-    raise ValueError(
-        f"recipe: got {name!r}, which is neither a file nor a packaged recipe{did_you_mean(path.stem, recipes)}"
-    )
+    raise ValueError(f"recipe: expected a file or a packaged recipe, got {name!r}{did_you_mean(path.stem, recipes)}")
 
 
 def split_recipes(arguments: list[str]) -> tuple[list[Path], list[str]]:

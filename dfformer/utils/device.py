@@ -31,5 +31,7 @@ def usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the meta device has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # a torch without CUDA asserts
-        raise ValueError(f"device: got {name!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"device: expected one that can be used here, got {name!r}: {str(error).splitlines()[0]}"
+        ) from error
     return device

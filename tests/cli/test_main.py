@@ -252,10 +252,16 @@ COMMANDS = [["predict", "image.png"], ["eval", "m.pth"], ["export", "m.onnx"], [
 def test_a_device_that_is_not_there(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*arguments, "--device", "cuda:99"])
-    assert "argument --device: got 'cuda:99', which cannot be used here: " in capsys.readouterr().err
+    assert "argument --device: expected one that can be used here, got 'cuda:99': " in capsys.readouterr().err
 
 
 def test_predict_on_an_empty_folder(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint that is missing too is named first."""
     (tmp_path / "empty").mkdir()
-    assert main(["predict", "--checkpoint", str(checkpoint), str(tmp_path / "empty")]) == 2
-    assert "no images in" in capsys.readouterr().err
+    for weights, message in (
+        (["--checkpoint", str(checkpoint)], "no images in"),
+        (["--checkpoint", str(tmp_path / "absent.pth")], "absent.pth does not exist"),
+        ([], "pass --checkpoint FILE"),
+    ):
+        assert main(["predict", *weights, str(tmp_path / "empty")]) == 2
+        assert message in capsys.readouterr().err

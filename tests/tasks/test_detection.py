@@ -260,7 +260,7 @@ MISUSES = {
     "channels": (["--model.args.in_chans", "1"], "model.args.in_chans: images are RGB, so it must be 3, got 1"),
     "img-size": (["--data.img_size", "[64, 48]"], "data.img_size: for detection, expected [limit of the shorter"),
     "head": (["--detect.channels", "0"], "detect.channels: expected a whole number from 1 to 16384, got 0"),
-    "groups": (["--detect.norm_groups", "3"], "detect.norm_groups: got 3"),
+    "groups": (["--detect.norm_groups", "3"], "detect.norm_groups: expected a divisor of detect.channels=8, got 3"),
 }
 
 

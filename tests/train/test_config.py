@@ -1,13 +1,11 @@
 """Recipes and settings are not trusted: what no run can have is an error that names it."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from dfformer.train.checks import flatten
-from dfformer.train.config import TrainConfig, parse
+from dfformer.train.config import _SETTINGS, parse
 from dfformer.train.strict_yaml import load
 
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
@@ -98,8 +96,8 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
     "billion-epochs": (["--optim.epochs", "1000000000"], r"optim\.epochs"),
     "huge-size": (["--data.img_size", "4097"], r"data\.img_size: expected a whole number from 1 to 4096 .*, got 4097"),
     "second-order": (["--optim.opt", "adahessian"], r"optim\.opt: expected .* without second .*, got 'adahessian'"),
-    "needs-a-library": (["--optim.opt", "fusedadam"], r"optim\.opt: got 'fusedadam', which cannot be used here"),
-    "no-checkpoint": (["--optim.opt", "adafactorbv"], r"optim\.opt: got 'adafactorbv', which cannot be used here: Val"),
+    "needs-a-library": (["--optim.opt", "fusedadam"], r"optim\.opt: expected .*, got 'fusedadam'"),
+    "no-checkpoint": (["--optim.opt", "adafactorbv"], r"optim\.opt: expected .* 'adafactorbv': Val"),
     "milestones-far": (["--optim.milestones", "[1, 1000001]"], r"optim\.milestones: expected epochs from 1 to 1000000"),
     "milestones-order": (
         ["--optim.milestones", "[3, 1]"],
@@ -132,7 +130,11 @@ def test_the_command_line_overrules_the_recipe_in_any_order(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
-    [("optm: {lr: 1}", "optm: is not a setting; did you mean optim"), ("optim: {lrr: 1}", r"optim\.lrr: is not .* lr")],
+    [
+        ("optm: {lr: 1}", r"optm\.lr: is not a setting; did you mean optim\.lr"),
+        ("optim: {lrr: 1}", r"optim\.lrr: is not a setting; did you mean optim\.lr"),
+        ("lr: 1", r"lr: is not a setting; did you mean optim\.lr\?$"),
+    ],
 )
 def test_unknown_names_in_a_recipe_suggest_the_nearest(recipe: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(recipe)
@@ -154,7 +156,7 @@ def test_a_grey_recipe_is_refused_by_the_command(refusal: Callable[[list[str]], 
     )
 
 
-NUMBERS = [name for name, value in flatten(asdict(TrainConfig())).items() if type(value) in (int, float)]
+NUMBERS = [name for name, value in _SETTINGS.items() if type(value) in (int, float)]
 
 
 @pytest.mark.parametrize("name", NUMBERS)

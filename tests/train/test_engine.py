@@ -82,6 +82,7 @@ def test_every_variant_has_a_recipe_and_it_is_the_authors() -> None:
 MISUSES = {
     "unknown-key": (["--optim.learning_rate", "1"], "optim.learning_rate"),
     "misspelt-key": (["--optim.lrr", "1"], "unrecognized arguments: --optim.lrr 1; did you mean --optim.lr"),
+    "section-forgotten": (["--lr=1"], "unrecognized arguments: --lr=1; did you mean --optim.lr?"),
     "wrong-type": (["--optim.epochs", "many"], "optim.epochs"),
     "out-of-range": (["--augment.re_prob", "2"], "augment.re_prob: expected a number from 0 to 1, got 2.0"),
     "unknown-model": (
@@ -106,11 +107,14 @@ MISUSES = {
         ["--data.synthetic_images", "[0, 2]"],
         "data.synthetic_images: expected a list of 2 values",
     ),
-    "device": (["--device", "gpu"], "device: got 'gpu', which cannot be used here: "),
+    "device": (["--device", "gpu"], "device: expected one that can be used here, got 'gpu': "),
     "milestone-before-the-start": (["--optim.milestones", "[-1]"], "optim.milestones"),
     "all-warm-up": (["--optim.warmup_epochs", "2"], "optim.warmup_epochs"),
-    "batch-does-not-divide": (["--optim.accumulation", "3"], "optim.global_batch: got 8"),
-    "batch-too-large": (["--optim.global_batch", "32"], "the training split has only 25 images"),
+    "batch-does-not-divide": (
+        ["--optim.accumulation", "3"],
+        "optim.global_batch: expected a multiple of 1",
+    ),
+    "batch-too-large": (["--optim.global_batch", "32"], "expected at most 25, the images to train on, got 32"),
     "odd-mixup": (["--optim.global_batch", "5"], "mixup pairs them"),
     "classes": (["--model.args.num_classes", "4"], "model.args.num_classes: got 4, the data has 3 classes"),
     "no-weights": (["--model.checkpoint", "absent.pth"], "model.checkpoint: absent.pth does not exist"),

@@ -43,18 +43,18 @@ def test_other_arguments_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     {
-        "digitz": "recipe: got 'digitz', which is neither a file nor a packaged recipe; did you mean digits?",
+        "digitz": "recipe: expected a file or a packaged recipe, got 'digitz'; did you mean digits?",
         "recipes/dfformer_s81.yaml": "did you mean dfformer_s18",
-        "xyzzy": "recipe: got 'xyzzy', which is neither a file nor a packaged recipe",
-        "": "recipe: got '', which is neither a file nor a packaged recipe",
-        ".": "recipe: got '.', which is neither a file nor a packaged recipe",
+        "xyzzy": "recipe: expected a file or a packaged recipe, got 'xyzzy'",
+        "": "recipe: expected a file or a packaged recipe, got ''",
+        ".": "recipe: expected a file or a packaged recipe, got '.'",
     }.items(),
 )
 def test_unknown_recipes(name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags in (["--recipe", name], [f"--recipe={name}"]):
         assert main(["train", *flags]) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(ValueError, match="recipe: got"):
+    with pytest.raises(ValueError, match="recipe: expected"):
         find_recipe(name)
 
 

@@ -1,5 +1,6 @@
 """Runs that were interrupted, killed or damaged, and resumed."""
 
+import itertools
 import os
 import random
 import re
@@ -17,6 +18,7 @@ import pytest
 import torch
 from extent import FULL
 from paths import ROOT
+from torch.optim import AdamW
 from train_runs import assert_same_result, found, history
 
 from dfformer.cli.main import main
@@ -137,38 +139,16 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-# Starts training, and presses Ctrl-C in the third epoch.
-INTERRUPTED = """
-import os, signal, sys
-from dfformer.cli.main import main
-from torch.optim import AdamW
-
-def step(self, *args, **kwargs):
-    global steps
-    steps += 1
-    if steps == 8:
-        os.kill(os.getpid(), signal.SIGINT)
-    return real(self, *args, **kwargs)
-
-steps, real, AdamW.step = 0, AdamW.step, step
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def start(script: str, arguments: list[str], stderr: int = subprocess.STDOUT) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
-
-
 def test_killed_at_random_moments(command: list[str], expected: Path, tmp_path: Path) -> None:
     """Also amid the writing of checkpoints: the result is that of a run nobody disturbed."""
     run = tmp_path / "run"
     moment = random.Random(os.environ.get("DFFORMER_TEST_SEED", "0"))
     kills, landed = (10 if FULL else 2), 0
     arguments = [*command, "--output", str(run), "--resume", "true"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     while kills:
-        process = start(SLOW, arguments)
+        process = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], env=environment, **streams)
         assert process.stdout is not None
         for writings, line in enumerate(process.stdout):
             # the first kill is sure to be in a writing, the others anywhere
@@ -245,13 +225,22 @@ def test_a_state_that_does_not_fit(
     assert re.search(message, told, re.DOTALL), told
 
 
-def test_interrupted_from_the_keyboard(command: list[str], tmp_path: Path) -> None:
+def test_interrupted_from_the_keyboard(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It says what there is and how to resume, and the command that it prints finishes the run."""
     run = tmp_path / "run"
     arguments = [*command, "--optim.epochs", "4", "--save_steps", "0", "--output", str(run)]
-    process = start(INTERRUPTED, arguments, stderr=subprocess.PIPE)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    step, calls = AdamW.step, itertools.count(1)
+
+    def interrupted(self: AdamW, *more: Any, **options: Any) -> Any:
+        if next(calls) == 8:  # in the third epoch
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *more, **options)
+
+    monkeypatch.setattr(AdamW, "step", interrupted)
+    assert main(arguments) == 130
+    errors = capsys.readouterr().err
     assert "Traceback" not in errors
     told = dict(line.split(": ", 1) for line in errors.splitlines() if ": " in line)
     last = history(run)[-1]

@@ -1,4 +1,4 @@
-"""Pictures of dense predictions: masks, boxes and their classes over photographs; restored details."""
+"""Figures of dense predictions: masks, boxes and their classes over images; restored details."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -41,16 +41,16 @@ def overlay(image: np.ndarray, mask: np.ndarray, colours: np.ndarray) -> np.ndar
 def segmentations(
     images: Sequence[np.ndarray], masks: dict[str, Sequence[np.ndarray]], classes: Sequence[str], title: str
 ) -> Figure:
-    """Photographs (H,W,3) uint8 in columns, rows of masks (H,W) over them, and a legend."""
+    """Images (H,W,3) uint8 in columns, rows of masks (H,W) over them, and a legend."""
     colours = class_colours(classes)
     thin = [_thinned(image) for image in images]
-    rows = {"photograph": thin}
+    rows = {"image": thin}
     for name, row in masks.items():
         rows[name] = [overlay(image, _thinned(mask), colours) for image, mask in zip(thin, row, strict=True)]
     figure, axes = _grid(images, list(rows), 5.0, 1.2, title)
-    for cells, pictures in zip(axes, rows.values(), strict=True):
-        for ax, image, picture in zip(cells, images, pictures, strict=True):
-            _show(ax, picture, image.shape, "nearest")
+    for cells, drawn in zip(axes, rows.values(), strict=True):
+        for ax, image, pixels in zip(cells, images, drawn, strict=True):
+            _show(ax, pixels, image.shape, "nearest")
     counts = np.bincount(np.concatenate([mask.ravel() for row in masks.values() for mask in row]), minlength=256)
     shown = [n for n in np.argsort(-counts, kind="stable") if counts[n] and colours[n].any()][:MAX_NAMED]
     patches = [Patch(color=colours[n] / 255) for n in sorted(shown)]
@@ -69,7 +69,7 @@ def detections(
     classes: Sequence[str],
     title: str,
 ) -> Figure:
-    """Photographs (H,W,3) uint8 in columns, in rows with their objects: boxes, labels, and scores if there are any."""
+    """Images (H,W,3) uint8 in columns, in rows with their objects: boxes, labels, and scores if there are any."""
     colours = class_colours(classes) / 255
     figure, axes = _grid(images, list(objects), 6.0, 0.7, title)
     for cells, found in zip(axes, objects.values(), strict=True):
@@ -81,11 +81,11 @@ def detections(
     return figure
 
 
-def restorations(pictures: Sequence[dict[str, np.ndarray]], title: str) -> Figure:
+def restorations(images: Sequence[dict[str, np.ndarray]], title: str) -> Figure:
     """A row for each image: its last version, and the most changed detail of all versions (H,W,3) uint8, by name."""
-    columns = 1 + max(map(len, pictures))
-    figure, axes = panels(len(pictures), columns, 2.6 * columns, 2.8 * len(pictures) + 0.5)
-    for cells, versions in zip(axes, pictures, strict=True):
+    columns = 1 + max(map(len, images))
+    figure, axes = panels(len(images), columns, 2.6 * columns, 2.8 * len(images) + 0.5)
+    for cells, versions in zip(axes, images, strict=True):
         first, last, *_ = versions.values()
         top, left, side = _most_changed(first, last)
         _show(cells[0], _thinned(last), last.shape, "auto")
@@ -133,11 +133,11 @@ def _thinned(pixels: np.ndarray) -> np.ndarray:
     return pixels[::rows, ::columns]
 
 
-def _show(ax: Axes, picture: np.ndarray, shape: tuple[int, ...], interpolation: str) -> None:
-    """``picture`` in the coordinates of an image of ``shape`` (H,W,...)."""
+def _show(ax: Axes, pixels: np.ndarray, shape: tuple[int, ...], interpolation: str) -> None:
+    """``pixels`` in the coordinates of an image of ``shape`` (H,W,...)."""
     H, W = shape[:2]
     aspect: Literal["equal", "auto"] = "equal" if _ratio(shape) == H / W else "auto"
-    ax.imshow(picture, interpolation=interpolation, extent=(-0.5, W - 0.5, H - 0.5, -0.5), aspect=aspect)
+    ax.imshow(pixels, interpolation=interpolation, extent=(-0.5, W - 0.5, H - 0.5, -0.5), aspect=aspect)
     ax.set(xticks=[], yticks=[])
 
 

@@ -1,4 +1,4 @@
-"""Pictures of training and of models, each with axes, units and colour bars; `titled` adds a title and a caption."""
+"""Figures of training and of models, each with axes, units and colour bars; `titled` adds a title and a caption."""
 
 import textwrap
 from collections.abc import Sequence

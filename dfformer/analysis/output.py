@@ -1,4 +1,4 @@
-"""The results of ``dfformer show`` and ``dfformer demo``: pictures, tables, and one page with all of them."""
+"""The results of ``dfformer show`` and ``dfformer demo``: figures, tables, and one page with all of them."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ class Output:
 
     def __init__(self, folder: Path, dpi: int = 110) -> None:
         self.folder, self.dpi = folder, dpi
-        self._page: dict[str, list[Any]] = {"pictures": [], "tables": [], "images": [], "layers": []}
+        self._page: dict[str, list[Any]] = {"figures": [], "tables": [], "images": [], "layers": []}
         folder.mkdir(parents=True, exist_ok=True)
 
     def figure(self, name: str, figure: Figure, title: str = "", caption: str = "") -> None:
@@ -35,7 +35,7 @@ class Output:
             titled(figure, title, caption)
         png = io.BytesIO()
         figure.savefig(png, dpi=self.dpi)
-        self._page["pictures"].append({"name": name, "src": _data_url(png)})
+        self._page["figures"].append({"name": name, "src": _data_url(png)})
         self._write(f"{name}.png", png.getvalue())
 
     def table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

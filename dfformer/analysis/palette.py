@@ -1,4 +1,4 @@
-"""The colours of all pictures: a grey, and Okabe and Ito's, which are distinct for any colour vision."""
+"""The colours of all figures: a grey, and Okabe and Ito's, which are distinct for any colour vision."""
 
 BLACK, GREY = "#000000", "#7f7f7f"
 BLUE, SKY, GREEN = "#0072b2", "#56b4e9", "#009e73"

@@ -1,4 +1,4 @@
-"""``dfformer show``: what happens inside a model, as pictures (PNG), tables (CSV) and a page (HTML).
+"""``dfformer show``: what happens inside a model, as figures (PNG), tables (CSV) and a page (HTML).
 
 See `dfformer.analysis.metrics`.
 """
@@ -16,8 +16,8 @@ from torch import nn
 from dfformer.analysis import figures
 from dfformer.analysis import metrics as analysis
 from dfformer.analysis.output import Output
-from dfformer.analysis.samples import Loaded, Samples, load_samples
 from dfformer.analysis.show_filters import show_filters, show_response
+from dfformer.analysis.shown import ShownImages, ShownModel, shown_images
 from dfformer.models.checkpoint import chosen_model, read_checkpoint, read_task
 from dfformer.models.metaformer import DFFormer
 from dfformer.tasks.table import task_part
@@ -32,16 +32,16 @@ def show_command(arguments: argparse.Namespace) -> int:
     models = load_models(arguments)
     if len(models) > most:
         raise ValueError(f"--checkpoint, --model: for {arguments.what}, expected at most {most}, got {len(models)}")
-    channels = {loaded.config["input_size"][0] for loaded in models}
-    samples = load_samples(arguments.inputs, channels)
+    channels = {model.config["input_size"][0] for model in models}
+    images = shown_images(arguments.inputs, channels)
     output = Output(arguments.output)
-    show(models, samples, output, getattr(arguments, "layer", None))
-    names = ", ".join(loaded.name for loaded in models)
-    output.report(f"{arguments.what}: {names}", [f"Shown on {samples.description}."], f"{arguments.what}.report")
+    show(models, images, output, getattr(arguments, "layer", None))
+    names = ", ".join(model.name for model in models)
+    output.report(f"{arguments.what}: {names}", [f"Shown on {images.description}."], f"{arguments.what}.report")
     return 0
 
 
-def load_models(arguments: argparse.Namespace) -> list[Loaded]:
+def load_models(arguments: argparse.Namespace) -> list[ShownModel]:
     """The models of ``--checkpoint`` and ``--model``; with ``--untrained`` each once more with fresh weights."""
     checkpoints, names = arguments.checkpoint or [], arguments.model or []
     if not checkpoints and not names:
@@ -56,18 +56,18 @@ def load_models(arguments: argparse.Namespace) -> list[Loaded]:
     same_names = len({path.name for path in checkpoints}) < len(checkpoints)  # a/last and b/last
     overrides = {"img_size": arguments.img_size} if arguments.img_size else {}
     has_weights = bool(checkpoints) or arguments.pretrained
-    loaded = []
+    shown = []
     torch.manual_seed(0)
     for path, name in zip(paths, names, strict=True):
         title = name if path is None else str(path) if same_names else path.name
         if has_weights:
-            loaded.append(Loaded(title, _trained(path, name, **overrides)))
+            shown.append(ShownModel(title, _trained(path, name, **overrides)))
         if getattr(arguments, "untrained", False) or not has_weights:
-            loaded.append(Loaded(f"{title}, untrained", _untrained(path, name, **overrides)))
-    for name, model, _ in loaded:
+            shown.append(ShownModel(f"{title}, untrained", _untrained(path, name, **overrides)))
+    for name, model, _ in shown:
         if not isinstance(model, DFFormer):
             raise ValueError(f"--model: {name}: is a {type(model).__name__} and not one of dfformer's models")
-    return [Loaded(name, model.eval().to(arguments.device), arguments.img_size) for name, model, _ in loaded]
+    return [ShownModel(name, model.eval().to(arguments.device), arguments.img_size) for name, model, _ in shown]
 
 
 def _trained(path: Path | None, name: str | None, **overrides: Any) -> nn.Module:
@@ -97,16 +97,16 @@ def _untrained(path: Path | None, name: str | None, **overrides: Any) -> nn.Modu
     return timm.create_model(name or description["architecture"], pretrained_cfg_overlay=data, **model_args)
 
 
-def show_spectrum(models: list[Loaded], samples: Samples, output: Output, pattern: str | None) -> None:
+def show_spectrum(models: list[ShownModel], images: ShownImages, output: Output, pattern: str | None) -> None:
     """Relative log amplitude of feature maps by depth."""
-    [loaded] = models
-    layers = analysis.blocks(loaded.model, pattern)
-    spectra = analysis.spectra(loaded.model, samples.batches(loaded), layers)
+    [model] = models
+    layers = analysis.blocks(model.network, pattern)
+    spectra = analysis.spectra(model.network, images.batches(model), layers)
     caption = (
         f"Natural log of the amplitude on the diagonal of the feature maps' spectra, less its value at frequency 0, "
-        f"averaged over channels and {samples.description}. Lower at high frequencies: smoother maps."
+        f"averaged over channels and {images.description}. Lower at high frequencies: smoother maps."
     )
-    title = f"{loaded.name}: spectra of feature maps"
+    title = f"{model.name}: spectra of feature maps"
     output.figure("spectrum", figures.spectra_by_depth(spectra), title, caption)
     output.table(
         "spectrum",
@@ -119,23 +119,21 @@ def show_spectrum(models: list[Loaded], samples: Samples, output: Output, patter
     )
 
 
-def show_receptive_field(models: list[Loaded], samples: Samples, output: Output, pattern: str | None) -> None:
+def show_receptive_field(models: list[ShownModel], images: ShownImages, output: Output, pattern: str | None) -> None:
     """Effective receptive fields, side by side."""
-    fields = {loaded.name: analysis.receptive_field(loaded.model, samples.batches(loaded)) for loaded in models}
+    fields = {model.name: analysis.receptive_field(model.network, images.batches(model)) for model in models}
     if len(fields) < len(models):
-        raise ValueError(
-            f"--checkpoint, --model: expected each once, got {', '.join(loaded.name for loaded in models)}"
-        )
+        raise ValueError(f"--checkpoint, --model: expected each once, got {', '.join(model.name for model in models)}")
     planes = [(field.shape[0], field.shape[1]) for field in fields.values()]
-    centres = [analysis.receptive_centre(loaded.model, plane) for loaded, plane in zip(models, planes, strict=True)]
+    centres = [analysis.receptive_centre(model.network, plane) for model, plane in zip(models, planes, strict=True)]
     areas = [analysis.contribution_areas(f, centre) for f, centre in zip(fields.values(), centres, strict=True)]
     squares = [[area for area in own if area.share in SQUARES] for own in areas]
     caption = (
         "Sum over image channels of |d feature / d pixel| for the middle of the last feature map, averaged over "
-        f"{samples.description}. Squares around the feature's centre hold {' and '.join(f'{s:.0%}' for s in SQUARES)}."
+        f"{images.description}. Squares around the feature's centre hold {' and '.join(f'{s:.0%}' for s in SQUARES)}."
     )
-    picture = figures.receptive_fields(fields, centres, squares)
-    output.figure("receptive_field", picture, "Effective receptive fields", caption)
+    figure = figures.receptive_fields(fields, centres, squares)
+    output.figure("receptive_field", figure, "Effective receptive fields", caption)
     output.table(
         "receptive_field_areas",
         ("model", "height", "width", "share", "pixels", "fraction_of_image", "square_side"),
@@ -152,17 +150,17 @@ def show_receptive_field(models: list[Loaded], samples: Samples, output: Output,
     )
 
 
-def show_similarity(models: list[Loaded], samples: Samples, output: Output, pattern: str | None) -> None:
+def show_similarity(models: list[ShownModel], images: ShownImages, output: Output, pattern: str | None) -> None:
     """CKA between the layers of one model or of two."""
-    layers = [analysis.blocks(loaded.model, pattern) for loaded in models]
+    layers = [analysis.blocks(model.network, pattern) for model in models]
     # Folders are read class by class, and a batch of a single class would not show how layers separate classes.
-    order = torch.randperm(len(samples.samples), generator=torch.Generator().manual_seed(0))
-    shuffled = Samples(samples.description, [samples.samples[i] for i in order.tolist()])
-    batches = zip(*(shuffled.batches(loaded, SIMILARITY_BATCH) for loaded in models), strict=True)
-    cka = analysis.similarity([loaded.model for loaded in models], batches, layers)
+    order = torch.randperm(len(images.members), generator=torch.Generator().manual_seed(0))
+    shuffled = ShownImages(images.description, [images.members[i] for i in order.tolist()])
+    batches = zip(*(shuffled.batches(model, SIMILARITY_BATCH) for model in models), strict=True)
+    cka = analysis.similarity([model.network for model in models], batches, layers)
     names = [list(layers[0]), list(layers[-1])]
     caption = (
-        f"Linear CKA of layers' outputs for {samples.description}: 1 if two layers distinguish these images in the "
+        f"Linear CKA of layers' outputs for {images.description}: 1 if two layers distinguish these images in the "
         "same way, up to rotation and scale. Unbiased estimate from minibatches."
     )
     labels = [models[0].name, models[-1].name]
@@ -175,7 +173,7 @@ def show_similarity(models: list[Loaded], samples: Samples, output: Output, patt
 
 
 # The analyses, and the largest number of models that each compares.
-ANALYSES: dict[str, tuple[Callable[[list[Loaded], Samples, Output, str | None], None], int]] = {
+ANALYSES: dict[str, tuple[Callable[[list[ShownModel], ShownImages, Output, str | None], None], int]] = {
     "filters": (show_filters, 1),
     "response": (show_response, 1),
     "spectrum": (show_spectrum, 1),

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from dfformer.analysis import figures
 from dfformer.analysis import metrics as analysis
 from dfformer.analysis.output import Output
-from dfformer.analysis.samples import Loaded, Samples, device_of
+from dfformer.analysis.shown import ShownImages, ShownModel, device_of
 from dfformer.models.spectral import DynamicFilter, SpectralFilter
 
 DRAWN_IMAGES, DRAWN_CLASSES, DRAWN_CHANNELS, DRAWN_FILTERS = 3, 10, 4, 6
 
 
 class _Shown(NamedTuple):
-    """A layer's filters (H,K,F) for ``plane`` (H,W), the title of its pictures, and the start of its files' names."""
+    """A layer's filters (H,K,F) for ``plane`` (H,W), the title of its figures, and the start of its files' names."""
 
     filters: Tensor
     plane: tuple[int, int]
@@ -26,30 +26,30 @@ class _Shown(NamedTuple):
     files: str
 
 
-def show_filters(models: list[Loaded], samples: Samples, output: Output, pattern: str | None) -> None:
+def show_filters(models: list[ShownModel], images: ShownImages, output: Output, pattern: str | None) -> None:
     """The stored filters, their weights by the routing, and the mixed filters of images and classes."""
-    [loaded] = models
-    layers = chosen_layers(loaded.model, pattern)
+    [model] = models
+    layers = chosen_layers(model.network, pattern)
     shares: dict[str, list[Tensor]] = {name: [] for name in layers}
     planes: dict[str, tuple[int, int]] = {}
-    for images in samples.batches(loaded):
-        for name, x in analysis.capture(loaded.model, layers, images, inputs=True).items():
+    for batch in images.batches(model):
+        for name, x in analysis.capture(model.network, layers, batch, inputs=True).items():
             layer = layers[name]
             planes[name] = layer.plane_of(x)
             if isinstance(layer, DynamicFilter):
                 shares[name].append(analysis.routing(layer, x))
-    examples = samples.examples[:DRAWN_CLASSES]
+    examples = images.examples[:DRAWN_CLASSES]
     explored: dict[str, tuple[Tensor, Tensor | None, tuple[int, int]]] = {}
     for name, layer in layers.items():
         routed = torch.cat(shares[name]) if shares[name] else None
         basis = analysis.stored_filters(layer, planes[name])
         explored[name] = basis, None if routed is None else routed[examples], planes[name]
-        shown = _Shown(basis, planes[name], f"{loaded.name}: {name}", f"filters.{name}")
+        shown = _Shown(basis, planes[name], f"{model.name}: {name}", f"filters.{name}")
         _show_basis(shown, layer, output)
         if routed is not None:
-            _show_routing(shown, routed, samples, output)
-            _show_mixed(shown, routed, loaded, samples, output)
-    output.filters({samples.samples[i].name: samples.pixels(i, loaded) for i in examples}, explored)
+            _show_routing(shown, routed, images, output)
+            _show_mixed(shown, routed, model, images, output)
+    output.filters({images.members[i].name: images.pixels(i, model) for i in examples}, explored)
 
 
 def _show_basis(shown: _Shown, layer: SpectralFilter, output: Output) -> None:
@@ -66,8 +66,8 @@ def _show_basis(shown: _Shown, layer: SpectralFilter, output: Output) -> None:
         "middle. The filters act on real-valued maps, so the left half mirrors the right half."
     )
     names = [f"{kind} {i}" for i in drawn]
-    picture = figures.filter_basis(basis[..., drawn], W, names)
-    output.figure(f"{shown.files}.basis", picture, f"{shown.title}, {what}", caption)
+    figure = figures.filter_basis(basis[..., drawn], W, names)
+    output.figure(f"{shown.files}.basis", figure, f"{shown.title}, {what}", caption)
     header = (kind, "vertical_cycles", "horizontal_cycles", "real", "imaginary")
     rows = ((i, *row) for i in range(count) for row in _half_spectrum(basis[..., i]))
     output.table(f"{shown.files}.basis", header, rows)
@@ -80,19 +80,19 @@ def _half_spectrum(filters: Tensor) -> Iterator[tuple[int, int, float, float]]:
         yield (h if h < (H + 1) // 2 else h - H), k, value.real, value.imag
 
 
-def _show_routing(shown: _Shown, shares: Tensor, samples: Samples, output: Output) -> None:
-    groups, bits = samples.groups, analysis.entropy(shares)
+def _show_routing(shown: _Shown, shares: Tensor, images: ShownImages, output: Output) -> None:
+    groups, bits = images.groups, analysis.entropy(shares)
     by_class = len(groups) > 1
-    rows = groups if by_class else {sample.name: [n] for n, sample in enumerate(samples.samples)}
+    rows = groups if by_class else {image.name: [n] for n, image in enumerate(images.members)}
     labels = list(rows)[:DRAWN_CLASSES]
     drawn, drawn_bits = (torch.stack([values[rows[label]].mean(0) for label in labels]) for values in (shares, bits))
-    averaged = "averaged over the images of a class, " if by_class and len(groups) < len(samples.samples) else ""
+    averaged = "averaged over the images of a class, " if by_class and len(groups) < len(images.members) else ""
     caption = (
         f"The routing's softmax weight of each filter in each of {shares.shape[2]} channels, {averaged}"
-        f"on {samples.description}. Right: their entropy (quartiles over channels)."
+        f"on {images.description}. Right: their entropy (quartiles over channels)."
     )
-    picture = figures.routing(drawn, drawn_bits, labels, "class" if by_class else "image")
-    output.figure(f"{shown.files}.routing", picture, f"{shown.title}, routing", caption)
+    figure = figures.routing(drawn, drawn_bits, labels, "class" if by_class else "image")
+    output.figure(f"{shown.files}.routing", figure, f"{shown.title}, routing", caption)
     filters = range(shares.shape[1])
     strongest = F.one_hot(shares.argmax(1), shares.shape[1]).float().mean(1)
     output.table(
@@ -100,7 +100,7 @@ def _show_routing(shown: _Shown, shares: Tensor, samples: Samples, output: Outpu
         ("image", "class", "entropy_bits", *(f"share_{f}" for f in filters), *(f"strongest_{f}" for f in filters)),
         (
             (s.name, s.group, float(bits[n].mean()), *shares[n].mean(1).tolist(), *strongest[n].tolist())
-            for n, s in enumerate(samples.samples)
+            for n, s in enumerate(images.members)
         ),
     )
     output.table(
@@ -116,25 +116,25 @@ def _show_routing(shown: _Shown, shares: Tensor, samples: Samples, output: Outpu
     )
 
 
-def _show_mixed(shown: _Shown, shares: Tensor, loaded: Loaded, samples: Samples, output: Output) -> None:
+def _show_mixed(shown: _Shown, shares: Tensor, model: ShownModel, images: ShownImages, output: Output) -> None:
     basis, (H, W) = shown.filters, shown.plane
-    examples, groups = samples.examples[:DRAWN_CLASSES], samples.groups
+    examples, groups = images.examples[:DRAWN_CLASSES], images.groups
     channels = analysis.most_different(analysis.mix(shares[examples], basis), DRAWN_CHANNELS)
-    parts = {"images": ([samples.samples[i].name for i in examples], [[i] for i in examples])}
-    if 1 < len(groups) < len(samples.samples):
+    parts = {"images": ([images.members[i].name for i in examples], [[i] for i in examples])}
+    if 1 < len(groups) < len(images.members):
         parts["classes"] = (list(groups)[:DRAWN_CLASSES], list(groups.values())[:DRAWN_CLASSES])
     for part, (labels, members) in parts.items():
         filters = analysis.mix(torch.stack([shares[i].mean(0) for i in members])[..., channels], basis)
-        pictures = [torch.stack([samples.pixels(i, loaded) for i in own]).mean(0).permute(1, 2, 0) for own in members]
-        what = f"{len(labels)} of {samples.description} and the filters they make"
+        inputs = [torch.stack([images.pixels(i, model) for i in own]).mean(0).permute(1, 2, 0) for own in members]
+        what = f"{len(labels)} of {images.description} and the filters they make"
         if part == "classes":
-            what = f"{len(labels)} classes of {samples.description}, averages of images and of the filters they make"
+            what = f"{len(labels)} classes of {images.description}, averages of images and of the filters they make"
         caption = (
             f"{what}, in the {len(channels)} of {shares.shape[2]} channels that differ most between images. "
             f"Planes of {H}x{W}, frequency 0 in the middle."
         )
-        picture = figures.mixed_filters([p.numpy() for p in pictures], labels, filters, channels, W)
-        output.figure(f"{shown.files}.mixed_{part}", picture, f"{shown.title}, mixed filters", caption)
+        figure = figures.mixed_filters([pixels.numpy() for pixels in inputs], labels, filters, channels, W)
+        output.figure(f"{shown.files}.mixed_{part}", figure, f"{shown.title}, mixed filters", caption)
         output.table(
             f"{shown.files}.mixed_{part}",
             (part, "channel", "vertical_cycles", "horizontal_cycles", "real", "imaginary"),
@@ -147,20 +147,20 @@ def _show_mixed(shown: _Shown, shares: Tensor, loaded: Loaded, samples: Samples,
         )
 
 
-def show_response(models: list[Loaded], samples: Samples, output: Output, pattern: str | None) -> None:
+def show_response(models: list[ShownModel], images: ShownImages, output: Output, pattern: str | None) -> None:
     """Responses of each filter of the basis and of the mixed filter to the image and to the layer's own input."""
-    [loaded] = models
-    layers = chosen_layers(loaded.model, pattern)
-    for i in samples.examples[:DRAWN_IMAGES]:
-        images = samples.prepared(i, loaded)[None].to(device_of(loaded.model))
-        for name, x in analysis.capture(loaded.model, layers, images, inputs=True).items():
-            _show_response(loaded, name, layers[name], x, samples, i, output)
+    [model] = models
+    layers = chosen_layers(model.network, pattern)
+    for i in images.examples[:DRAWN_IMAGES]:
+        batch = images.prepared(i, model)[None].to(device_of(model.network))
+        for name, x in analysis.capture(model.network, layers, batch, inputs=True).items():
+            _show_response(model, name, layers[name], x, images, i, output)
 
 
 def _show_response(
-    loaded: Loaded, name: str, layer: SpectralFilter, x: Tensor, samples: Samples, index: int, output: Output
+    model: ShownModel, name: str, layer: SpectralFilter, x: Tensor, images: ShownImages, index: int, output: Output
 ) -> None:
-    sample, plane = samples.samples[index], layer.plane_of(x)
+    image, plane = images.members[index], layer.plane_of(x)
     u, applied = analysis.expanded(layer, x)[0], analysis.applied_filters(layer, x)[0]
     basis = analysis.stored_filters(layer, plane) if isinstance(layer, DynamicFilter) else applied[..., :0]
     channels = (
@@ -169,21 +169,21 @@ def _show_response(
         .topk(min(DRAWN_CHANNELS - 1, u.shape[2]))
         .indices.tolist()
     )
-    grey = samples.pixels(index, loaded).mean(0)
-    photograph = F.interpolate(grey[None, None], plane, mode="bilinear", antialias=True)[0, 0]
-    inputs = {"image": (photograph, channels[0])} | {f"channel {c}": (u[..., c], c) for c in channels}
+    grey = images.pixels(index, model).mean(0)
+    reduced = F.interpolate(grey[None, None], plane, mode="bilinear", antialias=True)[0, 0]
+    inputs = {"image": (reduced, channels[0])} | {f"channel {c}": (u[..., c], c) for c in channels}
     columns = ["input", *(f"filter {f}" for f in range(basis.shape[2])), "applied filter"]
     maps = []
     for plane_in, channel in inputs.values():
         filters = torch.cat([basis, applied[..., channel : channel + 1]], dim=2)
         maps.append([plane_in, *analysis.filtered(plane_in[..., None], filters).unbind(-1)])
     caption = (
-        f"{sample.name}, grey and reduced to the layer's plane of {plane[0]}x{plane[1]}, and the layer's own input in "
+        f"{image.name}, grey and reduced to the layer's plane of {plane[0]}x{plane[1]}, and the layer's own input in "
         f"the {len(channels)} of {u.shape[2]} channels with the strongest response. The applied filter is the "
         f"channel's own (for the image, that of channel {channels[0]}). Gains in dB are ratios of standard deviations."
     )
-    drawn = f"response.{name}.{sample.name}"
-    title = f"{loaded.name}: {name}, responses"
+    drawn = f"response.{name}.{image.name}"
+    title = f"{model.name}: {name}, responses"
     output.figure(drawn, figures.responses(maps, list(inputs), columns), title, caption)
     output.table(
         drawn,

@@ -19,8 +19,8 @@ from torchvision.transforms.v2.functional import normalize, pil_to_tensor, to_dt
 
 from dfformer.analysis import figures
 from dfformer.analysis.output import Output
-from dfformer.analysis.samples import Loaded, load_samples
 from dfformer.analysis.show_filters import show_filters
+from dfformer.analysis.shown import ShownModel, shown_images
 from dfformer.cli.info import environment
 from dfformer.data.images import DigitImages
 from dfformer.data.photographs import sklearn_photographs
@@ -154,7 +154,7 @@ def draw_digits(history: list[dict[str, float]], output: Output) -> None:
     paths[0].parent.mkdir(exist_ok=True)
     for digit, path in enumerate(paths):
         test[test.labels.index(digit)][0].save(path)
-    show_filters([Loaded("digits", model)], load_samples(paths, {1}), output, "*")
+    show_filters([ShownModel("digits", model)], shown_images(paths, {1}), output, "*")
 
 
 def compare_on_photos(repetitions: int) -> list[Comparison]:

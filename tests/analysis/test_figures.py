@@ -1,4 +1,4 @@
-"""Pictures do not exaggerate: no offsets, no range narrower than what is meaningful, no ticks between frequencies."""
+"""Figures do not exaggerate: no offsets, no range narrower than what is meaningful, no ticks between frequencies."""
 
 import math
 from collections.abc import Callable, Iterator

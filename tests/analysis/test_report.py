@@ -69,7 +69,7 @@ def report(tmp_path: Path) -> Path:
     output = Output(tmp_path)
     figure = Figure(figsize=(12, 3))
     figure.subplots().plot([1, 2])
-    output.figure("a picture with a name that is much longer than a phone is wide, without an end", figure)
+    output.figure("a figure with a name that is much longer than a phone is wide, without an end", figure)
     rows = [(NAME, value, float("nan"), *["a wide cell of a table"] * 9) for value in (10.0, 9.5, -2.0)]
     output.table("numbers", ["name", "value", "none", *map(str, range(9))], rows)
     output.table("long", ["row"], [[row] for row in range(MAX_ROWS + 1)])

@@ -1,4 +1,4 @@
-"""``dfformer show``: pictures and tables of filters, responses, spectra, receptive fields, similarity."""
+"""``dfformer show``: figures and tables of filters, responses, spectra, receptive fields, similarity."""
 
 import csv
 import sys
@@ -63,7 +63,7 @@ def run(what: str, *arguments: object) -> None:
     assert main(["show", what, *map(str, arguments)]) == 0
 
 
-def assert_pictures(output: Path, names: set[str]) -> None:
+def assert_figures(output: Path, names: set[str]) -> None:
     assert {path.stem for path in output.glob("*.png")} == names
     for path in output.glob("*.png"):
         assert np.asarray(Image.open(path).convert("L")).std() > 5, f"{path.name} shows nothing"
@@ -73,7 +73,7 @@ def test_show_filters(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     run("filters", "--checkpoint", checkpoint, "--layer", "stages.2.0.*", "--output", output, folder)
     name = "filters.stages.2.0.token_mixer"
-    assert_pictures(output, {f"{name}.{part}" for part in ("basis", "routing", "mixed_images", "mixed_classes")})
+    assert_figures(output, {f"{name}.{part}" for part in ("basis", "routing", "mixed_images", "mixed_classes")})
     layer: Any = small("cdfformer_s18", **GREY).get_submodule("stages.2.0.token_mixer")
     H, K, F, _ = layer.complex_weights.shape
     basis = column(read(output / f"{name}.basis.csv"), "real", "imaginary").view(F, H, K, 2)
@@ -96,16 +96,16 @@ def test_show_global_filters(tmp_path: Path) -> None:
     save_checkpoint(small("gfformer_s18"), path, "gfformer_s18", SMALL, data={"input_size": (3, 32, 32)})
     for what in ("filters", "response"):
         run(what, "--checkpoint", path, "--layer", "stages.0.*", "--output", tmp_path / what)
-    assert_pictures(tmp_path / "filters", {"filters.stages.0.0.token_mixer.basis"})
+    assert_figures(tmp_path / "filters", {"filters.stages.0.0.token_mixer.basis"})
     responses = {f"response.stages.0.0.token_mixer.{photograph}" for photograph in ("china", "flower")}
-    assert_pictures(tmp_path / "response", responses)
+    assert_figures(tmp_path / "response", responses)
 
 
 def test_show_response(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     image = folder / "ant" / "0.png"
     run("response", "--checkpoint", checkpoint, "--output", output, image, "--layer", "stages.3.*")
-    assert_pictures(output, {"response.stages.3.0.token_mixer.0"})
+    assert_figures(output, {"response.stages.3.0.token_mixer.0"})
     rows = read(output / "response.stages.3.0.token_mixer.0.csv")
     side = 8
     maps = column(rows, "value").view(4, 6, side, side)
@@ -121,16 +121,16 @@ def test_images_of_the_same_name_do_not_overwrite_each_other(checkpoint: Path, f
     arguments = ("--checkpoint", checkpoint, "--layer", "stages.3.*", "--output")
     run("response", *arguments, tmp_path / "folder", folder)
     names = {f"response.stages.3.0.token_mixer.{name}" for name in ("ant_0", "bee_0")}
-    assert_pictures(tmp_path / "folder", names)
+    assert_figures(tmp_path / "folder", names)
     run("response", *arguments, tmp_path / "files", folder / "ant" / "0.png", folder / "bee" / "0.png")
-    assert_pictures(tmp_path / "files", names)
+    assert_figures(tmp_path / "files", names)
 
 
 def test_show_spectrum_of_the_built_in_digits(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("spectrum", "--checkpoint", checkpoint, "--output", tmp_path / "out", "--layer", "stages.?")
-    assert_pictures(tmp_path / "out", {"spectrum"})
+    assert_figures(tmp_path / "out", {"spectrum"})
     rows = read(tmp_path / "out" / "spectrum.csv")
     assert {row["layer"] for row in rows} == {f"stages.{i}" for i in range(4)}
     assert all(float(row["relative_log_amplitude"]) == 0 for row in rows if float(row["frequency_pi"]) == 0)
@@ -141,7 +141,7 @@ def test_show_spectrum_of_the_built_in_digits(
 def test_show_receptive_fields_side_by_side(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     run("receptive-field", "--checkpoint", checkpoint, "--untrained", "--output", output, "--img-size", "32x48", folder)
-    assert_pictures(output, {"receptive_field"})
+    assert_figures(output, {"receptive_field"})
     rows = read(output / "receptive_field.csv")
     fields = column(rows, "contribution").view(2, 32, 48)
     torch.testing.assert_close(fields.sum((1, 2)), torch.ones(2, dtype=torch.float64))
@@ -159,7 +159,7 @@ def test_show_similarity_of_two(checkpoint: Path, folder: Path, tmp_path: Path) 
     other = tmp_path / "other.safetensors"
     other.write_bytes(checkpoint.read_bytes())
     run("similarity", "--checkpoint", checkpoint, "--checkpoint", other, "--output", output, folder)
-    assert_pictures(output, {"similarity"})
+    assert_figures(output, {"similarity"})
     rows = read(output / "similarity.csv")
     cka = column(rows, "cka").view(5, 5)
     torch.testing.assert_close(cka.diag(), torch.ones(5, dtype=torch.float64))
@@ -189,8 +189,8 @@ def test_show_the_encoder_of_a_model_for_dense_prediction(task: str, folder: Pat
     name = "stages.2.0.token_mixer.complex_weights"
     [stored] = [t for key, t in weights.items() if key.endswith(name)]
     assert torch.equal(encoder.state_dict()[name], stored)
-    assert show.Loaded("", encoder).config["input_size"] == [3, 32, 48]
-    assert show.Loaded("", encoder).config["mean"] == [0.3] * 3
+    assert show.ShownModel("", encoder).config["input_size"] == [3, 32, 48]
+    assert show.ShownModel("", encoder).config["mean"] == [0.3] * 3
     run("receptive-field", "--checkpoint", path, "--untrained", "--output", output, folder)
     assert column(read(output / "receptive_field.csv"), "contribution").numel() == 2 * 32 * 48
 
@@ -260,4 +260,4 @@ def test_the_python_of_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     shapes = {"x": (8, 4, 4, 320), "basis": (4, 3, 4), "shares": (8, 4, 640), "filters": (8, 4, 3, 640)}
     shapes |= {"response": (8, 4, 4, 640), "field": (64, 64), "cka": (18, 18)}
     assert {name: tuple(scope[name].shape) for name in shapes} == shapes
-    assert_pictures(tmp_path, {"spectrum"})
+    assert_figures(tmp_path, {"spectrum"})

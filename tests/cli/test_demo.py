@@ -36,13 +36,13 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_demo_writes_everything(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--output", str(output), "--seed", "3", "--quick"]) == 0
     report = (output / "report.html").read_text()
-    pictures = {path.stem for path in output.glob("*.png")}
-    assert pictures == {name for name in pictures if f'"name": "{name}"' in report}, "every picture is in the report"
-    assert len(pictures) == 13
+    figures = {path.stem for path in output.glob("*.png")}
+    assert figures == {name for name in figures if f'"name": "{name}"' in report}, "every figure is in the report"
+    assert len(figures) == 13
     layers = {f"stages.{layer}.token_mixer" for layer in ("2.0", "2.1", "3.0")}
     assert set(re.findall(r'"name": "(stages[^"]*)"', report)) == layers, "the sliders have every spectral layer"
-    for picture in output.glob("*.png"):
-        assert np.asarray(Image.open(picture).convert("L")).std() > 5, f"{picture.name} shows nothing"
+    for figure in output.glob("*.png"):
+        assert np.asarray(Image.open(figure).convert("L")).std() > 5, f"{figure.name} shows nothing"
     content = json.loads((output / "report.json").read_text())
     assert content["seed"] == 3
     assert all(photo["difference"] < 1e-5 and photo["fused_mib"] < photo["eager_mib"] for photo in content["photos"])

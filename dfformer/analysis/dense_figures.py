@@ -1,18 +1,15 @@
 """Figures of dense predictions: masks, boxes and their classes over images; restored details."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Patch
 
-from dfformer.analysis.figures import frame, panels
-from dfformer.utils.text import printable
+from dfformer.analysis.figures import frame, literal, panels, titled
 
 MAX_NAMED = 24  # classes in a legend: those with most pixels
 _MAX_ASPECT = 8  # ratio of sides; longer strips are drawn compressed
@@ -59,7 +56,7 @@ def segmentations(
         patches, labels, loc="outside lower center", ncols=max(1, int(figure.get_figwidth())), fontsize=8
     )
     for text, n in zip(legend.get_texts(), sorted(shown), strict=True):
-        text.set(text=_drawable(classes[n]), parse_math=False)
+        text.set_text(literal(classes[n]))
     return figure
 
 
@@ -77,7 +74,7 @@ def detections(
             _show(ax, _thinned(image), image.shape, "auto")
             for n, label in enumerate(there["labels"]):
                 score = f" {100 * there['scores'][n]:.0f}%" if "scores" in there else ""
-                _draw_box(ax, there["boxes"][n], f"{_drawable(classes[label])}{score}", colours[label])
+                _draw_box(ax, there["boxes"][n], f"{literal(classes[label])}{score}", colours[label])
     return figure
 
 
@@ -94,8 +91,7 @@ def restorations(images: Sequence[dict[str, np.ndarray]], title: str) -> Figure:
             detail = version[top : top + side, left : left + side]
             _show(ax, detail, detail.shape, "nearest")
             ax.set_title(name, fontsize=9)
-    figure.suptitle(_drawable(title), fontsize=11, parse_math=False)
-    return figure
+    return titled(figure, title)
 
 
 def _most_changed(first: np.ndarray, last: np.ndarray) -> tuple[int, int, int]:
@@ -118,8 +114,7 @@ def _grid(
     figure, axes = panels(len(rows), len(images), *size)
     for ax, name in zip(axes[:, 0], rows, strict=True):
         ax.set_ylabel(name, fontsize=9)
-    figure.suptitle(_drawable(title), fontsize=11, parse_math=False)
-    return figure, axes
+    return titled(figure, title), axes
 
 
 def _ratio(shape: tuple[int, ...]) -> float:
@@ -141,20 +136,10 @@ def _show(ax: Axes, pixels: np.ndarray, shape: tuple[int, ...], interpolation: s
     ax.set(xticks=[], yticks=[])
 
 
-@cache
-def _glyphs() -> frozenset[int]:
-    return frozenset(get_font(findfont(FontProperties())).get_charmap())
-
-
-def _drawable(text: str) -> str:
-    """``text`` with a square in place of each character that the font lacks."""
-    return "".join(c if ord(c) in _glyphs() else "\N{WHITE SQUARE}" for c in printable(text))
-
-
 def _draw_box(ax: Axes, box: np.ndarray, text: str, colour: np.ndarray) -> None:
     left, top, right, bottom = box - 0.5  # imshow's first pixel is centred at 0
     frame(ax, left, top, right - left, bottom - top, colour, 1.4)
     ink = "white" if colour @ (0.299, 0.587, 0.114) < 0.55 else "black"
     around = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
     place: Literal["bottom", "top"] = "bottom" if top > 0.08 * ax.get_ylim()[0] else "top"  # is there room above?
-    ax.text(left, top, text, color=ink, fontsize=6, va=place, bbox=around, clip_on=True, parse_math=False)
+    ax.text(left, top, text, color=ink, fontsize=6, va=place, bbox=around, clip_on=True)

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import BoundaryNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from dfformer.analysis.metrics import Area, Spectrum
 from dfformer.analysis.palette import BLUE, CYCLE, GREY, VERMILLION
+from dfformer.utils.text import printable
 
 WRONG, RIGHT = VERMILLION, BLUE
 # Axis and colour ranges cover at least this much, so that meaningless differences do not look large.
@@ -45,10 +48,12 @@ def predictions_grid(
     for ax, image, label, guess, p in zip(axes.flat, images, labels, predicted, confidence, strict=False):
         ax.imshow(image.numpy(), cmap="gray_r")
         if label == guess:
-            ax.set_title(literal(f"{guess}  {100 * p:.0f}%"), fontsize=8, color=RIGHT)
+            ax.set_title(f"{literal(guess)}  {100 * p:.0f}%", fontsize=8, color=RIGHT)
             ax.spines[:].set(color="#d0d0d0", linewidth=1)
         else:
-            ax.set_title(literal(f"predicted {guess}\ntrue {label}"), fontsize=8, color=WRONG, fontweight="bold")
+            ax.set_title(
+                f"predicted {literal(guess)}\ntrue {literal(label)}", fontsize=8, color=WRONG, fontweight="bold"
+            )
             ax.spines[:].set(color=WRONG, linewidth=3)
     for ax in axes.flat[len(images) :]:
         ax.set_axis_off()
@@ -287,8 +292,9 @@ def titled(figure: Figure, title: str, caption: str = "") -> Figure:
     """``figure`` with a title above, and a caption in small print below."""
     figure.suptitle(literal(title), fontsize=11)
     letters_an_inch = 17  # of 8 points
-    text = textwrap.fill(caption, int(letters_an_inch * figure.get_figwidth()))
-    figure.supxlabel(literal(text), x=0.01, ha="left", fontsize=8, color="#404040")
+    lines = textwrap.wrap(caption, int(letters_an_inch * figure.get_figwidth()))
+    if lines:
+        figure.supxlabel("\n".join(map(literal, lines)), x=0.01, ha="left", fontsize=8, color="#404040")
     return figure
 
 
@@ -299,9 +305,15 @@ def frame(
     ax.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=colour, linewidth=line, **options))
 
 
+@cache
+def _glyphs() -> frozenset[int]:
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
 def literal(text: str) -> str:
-    """``text`` escaped, so that matplotlib does not set a part between two dollars as a formula."""
-    return text.replace("$", r"\$")
+    """``text`` as matplotlib draws it on one line: no part is a formula, and a square is what the font lacks."""
+    drawn = "".join(c if ord(c) in _glyphs() else "\N{WHITE SQUARE}" for c in printable(text))
+    return drawn.replace("$", r"\$")
 
 
 def at_least(values: np.ndarray, span: float, low: float = -np.inf, high: float = np.inf) -> tuple[float, float]:

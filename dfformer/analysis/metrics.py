@@ -6,7 +6,9 @@ parameters, so the results do not depend on how its forward is fused.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -60,16 +62,14 @@ def capture(
         ValueError: a layer did not run, or its output is not a tensor.
     """
     seen: dict[str, Any] = {}
-    handles = [
-        layer.register_forward_hook(lambda m, given, out, name=name: seen.update({name: given[0] if inputs else out}))
-        for name, layer in layers.items()
-    ]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def note(name: str, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        seen[name] = given[0] if inputs else output
+
+    with ExitStack() as hooks, torch.no_grad():
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(partial(note, name)))
+        model(images)
     if lost := [name for name in layers if not isinstance(seen.get(name), Tensor)]:
         raise ValueError(f"layer: {', '.join(lost)} did not run, or returned something other than a tensor")
     return {name: seen[name] for name in layers}

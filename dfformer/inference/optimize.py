@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -143,12 +144,10 @@ def store_filters(model: nn.Module, images: Tensor) -> dict[str, str]:
     def note_plane(module: Any, inputs: tuple[Tensor, ...]) -> None:
         planes[module].add(module.plane_of(inputs[0]))
 
-    handles = [layer.register_forward_pre_hook(note_plane) for layer in planes]
-    try:
+    with ExitStack() as hooks:
+        for layer in planes:
+            hooks.enter_context(layer.register_forward_pre_hook(note_plane))
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     left_alone = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, SpectralFilter):

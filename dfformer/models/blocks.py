@@ -58,12 +58,10 @@ class Downsampling(nn.Module):
 
 def _channels_last(x: Tensor) -> Tensor:
     """``x`` in channels-last memory, so that the convolution's result has it too and needs no copy."""
-    if torch.jit.is_scripting():
-        return x.contiguous(memory_format=torch.channels_last)
-    elif is_under_functorch((x,)):  # torch.func.vmap does not support memory formats
-        return x
-    else:
-        return x.contiguous(memory_format=torch.channels_last)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (torch.jit.script compiles both sides of an `and`)
+        if is_under_functorch((x,)):  # torch.func.vmap does not support memory formats
+            return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 @fusible

@@ -70,7 +70,9 @@ def _matrices(size: tuple[int, int], new_size: tuple[int, int], rule: str) -> tu
     H, K, new_H, new_K = size[0], size[1] // 2 + 1, new_size[0], new_size[1] // 2 + 1
     if rule == "bicubic":
         return _bicubic(H, new_H), _bicubic(K, new_K)
-    return _fourier_rows(H, new_H), _fourier_columns(K, new_K)
+    # Frequencies keep their gain, and those that are new get gain 0.
+    rows = _folded_frequencies(new_H, H) if new_H < H else _folded_frequencies(H, new_H).sign().T
+    return rows, torch.eye(new_K, K, dtype=torch.float64, device="cpu")
 
 
 # The matrices are the same for all layers of a stage and from step to step. A training run with random crops sees a few
@@ -92,14 +94,9 @@ def _bicubic(old: int, new: int) -> Tensor:
         distance = (position - (first + tap)).abs()
         near = (1.25 * distance - 2.25) * distance * distance + 1
         far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
-        column = (first + tap).clamp(0, old - 1)
-        matrix = matrix + _one_hot(column, old) * torch.where(distance <= 1, near, far)[:, None]
+        column = (first + tap).clamp(0, old - 1)[:, None] == torch.arange(old, device="cpu")
+        matrix = matrix + column.to(torch.float64) * torch.where(distance <= 1, near, far)[:, None]
     return matrix
-
-
-def _fourier_rows(old: int, new: int) -> Tensor:
-    """(new, old) float64: frequencies keep their gain; the highest of an even plane counts for both signs."""
-    return _folded_frequencies(new, old) if new < old else _folded_frequencies(old, new).sign().T
 
 
 def _folded_frequencies(small: int, large: int) -> Tensor:
@@ -110,12 +107,3 @@ def _folded_frequencies(small: int, large: int) -> Tensor:
     taken = ((signed % small) == index) & (2 * signed.abs() <= small)
     weight = taken.to(torch.float64)
     return weight / weight.sum(1, keepdim=True)
-
-
-def _fourier_columns(old: int, new: int) -> Tensor:
-    """(new, old) float64: the first min(old, new) frequencies keep their gain, the others get gain 0."""
-    return torch.eye(new, old, dtype=torch.float64, device="cpu")
-
-
-def _one_hot(column: Tensor, size: int) -> Tensor:
-    return (column[:, None] == torch.arange(size, device="cpu")).to(torch.float64)

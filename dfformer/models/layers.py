@@ -4,7 +4,7 @@ Projections and convolutions are exactly ``nn.Linear`` and ``nn.Conv2d``, so too
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -230,11 +230,12 @@ def call_convolution(layer: nn.Module, x: Tensor) -> Tensor:
     These are unmodified ``nn.Conv2d`` without dilation and with zero padding. The operator keeps the memory format of
     the surrounding channels-last layers.
     """
-    if torch.compiler.is_compiling() and is_exact(layer, nn.Conv2d, x) and _has_default_geometry(layer):
-        stride, padding = layer.stride, cast(tuple[int, int], layer.padding)
-        return convolution(x, layer.weight, layer.bias, stride, padding, groups=layer.groups)
+    if (
+        torch.compiler.is_compiling()
+        and is_exact(layer, nn.Conv2d, x)
+        and layer.padding_mode == "zeros"
+        and layer.dilation == (1, 1)
+        and not isinstance(layer.padding, str)
+    ):
+        return convolution(x, layer.weight, layer.bias, layer.stride, layer.padding, groups=layer.groups)
     return layer(x)
-
-
-def _has_default_geometry(layer: nn.Conv2d) -> bool:
-    return layer.padding_mode == "zeros" and layer.dilation == (1, 1) and not isinstance(layer.padding, str)

@@ -128,7 +128,9 @@ class DFFormer(nn.Module):
             self._add_norms(output_norm)
             self.global_pool, self.head = _pool(global_pool), self._make_head()
             self.apply(_init_weights)
-        _set_resize_rule(self, resize)
+        for module in self.modules():
+            if isinstance(module, SpectralFilter):
+                module.weight_resize, module.resize = True, resize
         if dtype is not None:
             _cast(self, dtype)
 
@@ -293,10 +295,9 @@ class DFFormer(nn.Module):
     def _taken(self, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
         """Stage numbers that timm's ``indices`` stand for, and the last of them."""
         stages = len(self.stages)
+        indices = stages if indices is None else indices
         if isinstance(indices, int) and 0 < indices <= stages:
             indices = list(range(stages - indices, stages))
-        elif indices is None:
-            indices = list(range(stages))
         if isinstance(indices, int) or not indices or not all(-stages <= i < stages for i in indices):
             raise ValueError(f"indices: expected 1 to {stages}, or a list of stages of {stages}, got {indices}")
         taken = [i % stages for i in indices]
@@ -321,12 +322,6 @@ class DFFormer(nn.Module):
         # The last layer has the name that timm expects of the classifier.
         layers = [("drop", nn.Dropout(self.drop_rate)), ("fc2", nn.Linear(self.num_features, self.num_classes))]
         return nn.Sequential(OrderedDict(layers))
-
-
-def _set_resize_rule(model: nn.Module, resize: str) -> None:
-    for module in model.modules():
-        if isinstance(module, SpectralFilter):
-            module.weight_resize, module.resize = True, resize
 
 
 def _init_weights(module: nn.Module) -> None:

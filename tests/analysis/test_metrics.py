@@ -14,8 +14,6 @@ from dfformer.analysis import metrics as analysis
 from dfformer.models.spectral import SpectralFilter
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16), "img_size": 32, "num_classes": 3}
-GREY = {"in_chans": 1, "strides": (2, 1, 1, 2)}
-WEIGHTLESS = (DynamicFilter, GlobalFilter)
 
 
 def small(name: str = "dfformer_s18", **kwargs: Any) -> nn.Module:
@@ -36,7 +34,7 @@ def spectral(kind: type[SpectralFilter], **kwargs: Any) -> SpectralFilter:
 # Filters
 
 
-@pytest.mark.parametrize("kind", WEIGHTLESS)
+@pytest.mark.parametrize("kind", [DynamicFilter, GlobalFilter])
 @pytest.mark.parametrize("plane", [(6, 9), (7, 4)], ids=str)
 @pytest.mark.parametrize("act1_layer", [None, nn.GELU], ids=["starrelu", "gelu"])
 def test_shown_filters_reproduce_the_layer(

@@ -10,9 +10,9 @@ import pytest
 import timm
 import torch
 from export_models import ERROR, detector, images, spread, tiny
+from small_models import EVERY_COMPUTATION
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
 
 import dfformer
 from dfformer import VARIANTS, load_model, optimize_for_inference
@@ -51,20 +51,9 @@ def test_image_size_of_its_own(tmp_path: Path) -> None:
     assert filter_size(model) == (15, 15)
 
 
-class _Halved(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight / 2
-
-
-COMPUTED: dict[str, Callable[[nn.Module], Any]] = {
-    "parametrisation": lambda layer: parametrize.register_parametrization(layer, "complex_weights", _Halved()),
-    "pruning": lambda layer: prune.l1_unstructured(layer, "complex_weights", 0.5),
-}
-
-
 @pytest.mark.filterwarnings("ignore:The tensor attribute .* was assigned")  # by the pruning
-@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED.keys())
-def test_computed_filters_at_another_image_size(compute: Callable[[nn.Module], Any], tmp_path: Path) -> None:
+@EVERY_COMPUTATION
+def test_computed_filters_at_another_image_size(compute: Callable[[nn.Module], object], tmp_path: Path) -> None:
     """Filters that are computed at each call stay as they are: the program computes and resizes them."""
     model = tiny(img_size=(32, 32))
     compute(model.stages[0][0].token_mixer)

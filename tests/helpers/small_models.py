@@ -1,7 +1,9 @@
 """Narrow models with a block a stage, and a training step, for the tests of whole models."""
 
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import timm
 import torch
 from extent import FULL
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from dfformer import VARIANTS, StarReLU
 from dfformer.models.layers import Scale
@@ -55,6 +58,32 @@ def trained(name: str = "dfformer_s18", **kwargs: Any) -> nn.Module:
             elif isinstance(module, nn.Linear):  # at initialisation, blocks hardly change what comes in
                 module.weight *= 2
     return model
+
+
+class Malicious:
+    """Unpickled freely, this makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+class Halved(nn.Module):
+    def forward(self, filters: Tensor) -> Tensor:
+        return filters / 2
+
+    def right_inverse(self, filters: Tensor) -> Tensor:
+        return 2 * filters
+
+
+# What makes a layer compute its filters at each call.
+COMPUTED: dict[str, Callable[[nn.Module], object]] = {
+    "prune": lambda mixer: prune.l1_unstructured(mixer, "complex_weights", 0.5),
+    "parametrization": lambda mixer: parametrize.register_parametrization(mixer, "complex_weights", Halved()),
+}
+EVERY_COMPUTATION = pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -25,15 +25,10 @@ def test_without_gradients_nothing_that_somebody_holds_is_overwritten(layer_clas
         kept.append(output)
         copies.append(output.clone())
 
-    own = layer.pwconv1.register_forward_hook(keep)
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), expected)
-        own.remove()
-        everywhere = nn.modules.module.register_module_forward_hook(keep)
-        try:
-            torch.testing.assert_close(layer(x), expected)
-        finally:
-            everywhere.remove()
+        for register in (layer.pwconv1.register_forward_hook, nn.modules.module.register_module_forward_hook):
+            with register(keep):
+                torch.testing.assert_close(layer(x), expected)
         assert all(map(torch.equal, kept, copies))
         layer.pwconv1 = nn.Identity()
         before = x.clone()

@@ -206,6 +206,7 @@ def test_an_unknown_argument_gets_a_suggestion() -> None:
         ("dims", (8.5, 16, 24, 32), "a whole number from 1 up"),
         ("img_size", "32", "a whole number from 1 up or a pair of them"),
         ("img_size", (32,), "a whole number from 1 up or a pair of them"),
+        ("img_size", 2, "one that leaves pixels at stage 0"),
         ("res_scale_init_values", "1", "a number or None"),
         ("token_mixers", "DynamicFilter", "a callable that returns a module"),
         ("mlp_act", "gelu", "a callable that returns a module"),
@@ -239,8 +240,3 @@ def test_one_value_a_stage(argument: str, value: Any) -> None:
         ValueError, match=f"{argument}: expected 4 values, for the stages of depths=.*, got {len(value)}"
     ):
         build(**{argument: value})
-
-
-def test_too_small_image_size() -> None:
-    with pytest.raises(ValueError, match="img_size: expected one that leaves pixels at stage 0, got 2"):
-        build(img_size=2)

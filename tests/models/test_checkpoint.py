@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pickle
 import re
 import tarfile
@@ -16,6 +15,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from small_models import Malicious
 from torch import Tensor, nn
 
 import dfformer
@@ -192,16 +192,6 @@ def test_a_mismatch_lists_ten_names_a_kind(tmp_path: Path) -> None:
     assert unexpected.startswith("unexpected (12): extra.0\\n, ")
     assert unexpected.endswith(" and 2 more")
     assert (missing.count(", "), unexpected.count(", "), wrong.count("(checkpoint ")) == (9, 9, 4)
-
-
-class Malicious:
-    """Unpickled freely, this writes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
 
 
 def _advice(path: Path) -> None:

@@ -1,8 +1,8 @@
 """What a checkpoint may say of its model: everything else is an error that names it, and nothing runs or is fetched."""
 
 import json
-import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import safetensors.torch
 import timm
 import torch
 from dense_models import DENSE, dense_checkpoint
+from small_models import Malicious
 
 import dfformer  # noqa: F401 (registers the models)
 from dfformer.models.checkpoint import (
@@ -34,16 +35,6 @@ RESTORER_ARGS: dict[str, Any] = {"strides": (2, 2), "res_scale_init_values": (No
 DENSE_ARGS: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "fork_feat": True, "img_size": (32, 48)}
 
 
-class Trap:
-    """Unpickled freely, this makes a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
     return timm.create_model("dfformer_s18", **ARGS).state_dict()
@@ -52,7 +43,7 @@ def weights() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def trap(tmp_path: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a pickle that would make "sprung", in a process without a network."""
-    torch.save({"state_dict": weights, "trap": Trap(tmp_path / "sprung")}, tmp_path / "evil.pth")
+    torch.save({"state_dict": weights, "trap": Malicious(tmp_path / "sprung")}, tmp_path / "evil.pth")
 
     def offline(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("something reached for the network")
@@ -199,12 +190,21 @@ def test_a_million_equal_keys_take_no_time() -> None:
         parse_json(text)
 
 
+def assert_refused(load: Callable[[Path], Any], path: Path, refused: list[tuple[str, dict[str, Any]]]) -> None:
+    state_dict, description = read_checkpoint(path)
+    for key, changes in refused:
+        safetensors.torch.save_file(state_dict, path, {"dfformer": json.dumps({**description, **changes})})
+        with pytest.raises(CheckpointError) as raised:
+            load(path)
+        assert str(raised.value).startswith(f"{path}: {key}: "), (key, str(raised.value))
+
+
 @pytest.mark.parametrize("task", ["segment", "detect"])
 def test_dense_checkpoints(task: str, trap: Path) -> None:
     """Their own settings, and an encoder that is registered with timm, from neither a hub nor a folder."""
     load = load_segmenter if task == "segment" else load_detector
     path = dense_checkpoint(task, trap / "dense.safetensors", "dfformer_s18", DENSE_ARGS)
-    state_dict, description = read_checkpoint(path)
+    model_args = read_checkpoint(path)[1]["model_args"]
     load(path)
     own = "decoder" if task == "segment" else "detector"
     refused: list[tuple[str, dict[str, Any]]] = [
@@ -212,8 +212,8 @@ def test_dense_checkpoints(task: str, trap: Path) -> None:
         ("architecture", {"architecture": "resnet18x"}),
         ("architecture", {"architecture": "tu-resnet18"}),
         ("architecture", {"architecture": None}),
-        ("model_args.pretrained", {"model_args": {**description["model_args"], "pretrained": True}}),
-        ("model_args.checkpoint_path", {"model_args": {**description["model_args"], "checkpoint_path": "evil.pth"}}),
+        ("model_args.pretrained", {"model_args": {**model_args, "pretrained": True}}),
+        ("model_args.checkpoint_path", {"model_args": {**model_args, "checkpoint_path": "evil.pth"}}),
         ("model_args.block", {"architecture": "resnet18", "model_args": {"block": "x"}}),
         ("model_args.pretrained", {"architecture": "resnet18", "model_args": {"pretrained": True}}),
         (f"{own}.encoder_weights", {own: {**DENSE[task][own], "encoder_weights": "imagenet"}}),
@@ -231,18 +231,14 @@ def test_dense_checkpoints(task: str, trap: Path) -> None:
         refused += [("detector.channels", {own: {**DENSE[task][own], "channels": 10**6}})]
         refused += [("detector.norm_groups", {own: {"channels": 8, "anchor_scale": 2.0}})]
         refused += [("category_ids", {"category_ids": v}) for v in ([0], [1, 1], [0, 1.5], ["0", "1"], None)]
-    for key, changes in refused:
-        safetensors.torch.save_file(state_dict, path, {"dfformer": json.dumps({**description, **changes})})
-        with pytest.raises(CheckpointError) as raised:
-            load(path)
-        assert str(raised.value).startswith(f"{path}: {key}: "), (key, str(raised.value))
+    assert_refused(load, path, refused)
     assert not (trap / "sprung").exists()
 
 
 def test_checkpoints_of_restoration(trap: Path) -> None:
     path = trap / "restorer.safetensors"
     dense_checkpoint("restore", path, "dfformer_s18", {"depths": (1, 1), "dims": (8, 8), **RESTORER_ARGS})
-    state_dict, description = read_checkpoint(path)
+    model_args = read_checkpoint(path)[1]["model_args"]
     load_restorer(path)
     undone = DENSE["restore"]["degradation"]
     refused: list[tuple[str, dict[str, Any]]] = [
@@ -256,15 +252,11 @@ def test_checkpoints_of_restoration(trap: Path) -> None:
         ("classes", {"classes": ["one"]}),
         ("decoder", {"decoder": {}}),
         ("data.mean", {"data": {"input_size": [3, 32, 48], "std": [1] * 3}}),
-        ("model_args.img_size", {"model_args": {**description["model_args"], "img_size": 10**6}}),
-        ("model_args.downsample_norm", {"model_args": {**description["model_args"], "downsample_norm": None}}),
+        ("model_args.img_size", {"model_args": {**model_args, "img_size": 10**6}}),
+        ("model_args.downsample_norm", {"model_args": {**model_args, "downsample_norm": None}}),
         ("its model cannot be built", {"architecture": "resnet18", "model_args": {"img_size": 32}}),
     ]
-    for key, changes in refused:
-        safetensors.torch.save_file(state_dict, path, {"dfformer": json.dumps({**description, **changes})})
-        with pytest.raises(CheckpointError) as raised:
-            load_restorer(path)
-        assert str(raised.value).startswith(f"{path}: {key}: "), (key, str(raised.value))
+    assert_refused(load_restorer, path, refused)
 
 
 def test_an_encoder_larger_than_its_file_is_never_allocated(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:

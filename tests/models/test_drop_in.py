@@ -155,16 +155,13 @@ HOOKS: dict[str, Callable[..., Any]] = {
 def test_hooks_stay_and_see_no_trial(add: Callable[..., Any], make: Callable[[], nn.Module]) -> None:
     mixer = make()
     model, seen = nn.Sequential(mixer), list[nn.Module]()
-    handle = add(mixer, lambda module, *_: seen.append(module))
-    try:
+    with add(mixer, lambda module, *_: seen.append(module)):
         report = replace_dynamic_filters(model)
         assert not report[0].reason
         assert mixer not in seen
         model(torch.randn(1, 8, 8, 8, requires_grad=True)).sum().backward()
         model.load_state_dict(model.state_dict())
         assert model[0] in seen
-    finally:
-        handle.remove()
 
 
 def test_methods_stay() -> None:

@@ -16,7 +16,8 @@ from dfformer_kernels.tolerance import BOUND, relative_error
 PLANE, OTHER = (6, 5), (7, 8)
 DIM = 8
 
-FILTERS = pytest.mark.parametrize("layer_class", [DynamicFilter, GlobalFilter])
+SPECTRAL = (DynamicFilter, GlobalFilter, AFNO2D)
+FILTERS = pytest.mark.parametrize("layer_class", SPECTRAL[:2])
 MIXERS: dict[str, Callable[[], nn.Module]] = {
     "dynamic": lambda: DynamicFilter(DIM, size=PLANE),
     "dynamic_resized": lambda: DynamicFilter(DIM, size=OTHER, weight_resize=True),
@@ -58,17 +59,6 @@ def test_another_plane_is_an_error_without_weight_resize(layer_class: Callable[.
         layer_class(DIM, size=PLANE)(image(*OTHER))
 
 
-@FILTERS
-def test_unknown_resize_rule(layer_class: Callable[..., nn.Module]) -> None:
-    with pytest.raises(ValueError, match="resize: expected one of 'bicubic', 'fourier', got 'nearest'"):
-        layer_class(DIM, resize="nearest")
-
-
-def test_num_blocks_must_divide_the_channels() -> None:
-    with pytest.raises(ValueError, match="num_blocks: expected a divisor of the 16 expanded channels, got 3"):
-        AFNO2D(DIM, num_blocks=3)
-
-
 @pytest.mark.parametrize(
     ("layer", "arguments", "message"),
     [
@@ -88,6 +78,19 @@ def test_num_blocks_must_divide_the_channels() -> None:
             "expansion_ratio: expected one that leaves some of the 8 channels, got 0.1",
         ),
         (AFNO2D, {"expansion_ratio": "2"}, "expansion_ratio: expected a number from 0 up, got '2'"),
+        *(
+            (f, {"resize": "nearest"}, "resize: expected one of 'bicubic', 'fourier', got 'nearest'")
+            for f in SPECTRAL[:2]
+        ),
+        *(
+            (
+                mixer,
+                {"data_format": "NCHW"},
+                "data_format: expected one of 'channels_last', 'channels_first', got 'NCHW'",
+            )
+            for mixer in SPECTRAL
+        ),
+        (AFNO2D, {"num_blocks": 3}, "num_blocks: expected a divisor of the 16 expanded channels, got 3"),
         (AFNO2D, {"num_blocks": 0}, "num_blocks: expected a whole number from 1 up, got 0"),
         (AFNO2D, {"sparsity_threshold": -0.1}, "sparsity_threshold: expected a number from 0 up, got -0.1"),
         (SepConv, {"kernel_size": 0}, "kernel_size: expected a whole number from 1 up, got 0"),
@@ -100,7 +103,7 @@ def test_arguments_are_refused_by_name(layer: Any, arguments: dict[str, Any], me
         layer(**{"dim": DIM, **arguments})
 
 
-@pytest.mark.parametrize("layer_class", [DynamicFilter, GlobalFilter, AFNO2D])
+@pytest.mark.parametrize("layer_class", SPECTRAL)
 def test_maps_are_refused_by_name(layer_class: Callable[..., nn.Module]) -> None:
     last, first = layer_class(DIM, size=PLANE), layer_class(DIM, size=PLANE, data_format="channels_first")
     x = image(*PLANE)
@@ -183,7 +186,7 @@ def test_gradients(layer_class: Callable[..., nn.Module], resize: str, plane: tu
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("layer_class", [DynamicFilter, GlobalFilter, AFNO2D])
+@pytest.mark.parametrize("layer_class", SPECTRAL)
 def test_channels_first_is_channels_last_turned(
     layer_class: Callable[..., nn.Module], memory: torch.memory_format
 ) -> None:
@@ -193,12 +196,6 @@ def test_channels_first_is_channels_last_turned(
     y = first(x.permute(0, 3, 1, 2).contiguous(memory_format=memory))
     assert torch.equal(y, last(x).permute(0, 3, 1, 2))
     assert y.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("layer_class", [DynamicFilter, GlobalFilter, AFNO2D])
-def test_an_unknown_data_format_raises(layer_class: Callable[..., nn.Module]) -> None:
-    with pytest.raises(ValueError, match="data_format: expected one of 'channels_last', 'channels_first', got 'NCHW'"):
-        layer_class(8, data_format="NCHW")
 
 
 def naive_afno(layer: AFNO2D, x: Tensor) -> Tensor:

@@ -23,29 +23,29 @@ constexpr std::int64_t max_side = 32768, max_filters = 65536;
 
 constexpr std::int64_t any_size = std::numeric_limits<std::int64_t>::max();
 
-void check_range(const char* got, std::int64_t value, std::int64_t least, std::int64_t most) {
+void check_range(const char* expected, std::int64_t value, std::int64_t least, std::int64_t most) {
     if (value < least || value > most)
-        throw std::invalid_argument(got + std::to_string(value) + ", expected " + std::to_string(least) + " to " +
-                                    std::to_string(most));
+        throw std::invalid_argument(expected + std::to_string(least) + " to " + std::to_string(most) + ", got " +
+                                    std::to_string(value));
 }
 
 DType checked_dtype(int dtype) {
-    check_range("dtype: got code ", dtype, 0, num_dtypes - 1);
+    check_range("dtype: expected code ", dtype, 0, num_dtypes - 1);
     return static_cast<DType>(dtype);
 }
 
-void check_threads(int threads) { check_range("threads: got ", threads, 1, 4096); }
+void check_threads(int threads) { check_range("threads: expected ", threads, 1, 4096); }
 
 void* pointer(const char* name, Address address, bool needed = true) {
     if (needed && address == 0)
-        throw std::invalid_argument(std::string(name) + ": got a null pointer, expected a tensor's address");
+        throw std::invalid_argument(std::string(name) + ": expected a tensor's address, got a null pointer");
     return reinterpret_cast<void*>(address);
 }
 
 ScalarGrads bind_star_relu(std::int64_t n, int dtype_code, int threads, double scale, double bias, Address x, Address y,
                            Address grad_y, Address grad_x) {
     const DType dtype = checked_dtype(dtype_code);
-    check_range("n: got ", n, 0, any_size / item_size[dtype_code]);
+    check_range("n: expected ", n, 0, any_size / item_size[dtype_code]);
     check_threads(threads);
     const bool backward = grad_y || grad_x;
     const StarReLUTensors tensors{.x = pointer("x", x, n > 0),
@@ -59,7 +59,7 @@ void check_product(std::initializer_list<std::int64_t> sizes) {
     std::int64_t result = 1;
     for (std::int64_t size : sizes)
         if (__builtin_mul_overflow(result, size, &result))
-            throw std::invalid_argument("shape: got a tensor of more bytes than 64 bits count");
+            throw std::invalid_argument("shape: expected no more bytes of a tensor than 64 bits count, got more");
 }
 
 // Softmax, weight_per_sample and channels_first of a problem.
@@ -70,11 +70,11 @@ FilterProblem checked_problem(const std::array<std::int64_t, 5>& shape, int dtyp
                               std::optional<std::pair<double, double>> star_relu, const Form& form) {
     const auto [B, H, W, C, F] = shape;
     const DType dtype = checked_dtype(dtype_code);
-    check_range("shape: got B = ", B, 1, any_size);
-    check_range("shape: got H = ", H, 1, max_side);
-    check_range("shape: got W = ", W, 1, max_side);
-    check_range("shape: got C = ", C, 1, any_size);
-    check_range("shape: got F = ", F, 0, max_filters);
+    check_range("shape: expected B = ", B, 1, any_size);
+    check_range("shape: expected H = ", H, 1, max_side);
+    check_range("shape: expected W = ", W, 1, max_side);
+    check_range("shape: expected C = ", C, 1, any_size);
+    check_range("shape: expected F = ", F, 0, max_filters);
     // 32 bytes per element: the largest complex item, doubled because C is rounded up to whole registers
     check_product({B, H, W, C, 32});
     check_product({B, std::max<std::int64_t>(F, 1), C, 32});
@@ -93,9 +93,9 @@ auto bind_filter(const std::array<std::int64_t, 5>& shape, int dtype,
     const FilterProblem problem = checked_problem(shape, dtype, star_relu, form);
     check_threads(threads);
     if (need_scalars && !problem.star_relu)
-        throw std::invalid_argument("need_scalars: got true, expected false without StarReLU");
+        throw std::invalid_argument("need_scalars: expected false without StarReLU, got true");
     if (grad_logits && problem.F == 0)
-        throw std::invalid_argument("grad_logits: got an address, expected 0 for a global filter (F = 0)");
+        throw std::invalid_argument("grad_logits: expected 0 for a global filter (F = 0), got an address");
     const bool backward = grad_y || grad_x || grad_logits || grad_filters || need_scalars;
     const FilterTensors tensors{.x = pointer("x", x),
                                 .logits = pointer("logits", logits, problem.F > 0),

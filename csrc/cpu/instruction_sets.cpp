@@ -34,12 +34,6 @@ std::atomic<const Kernels*>& active() {
 // parts of x and y (or grad) stay in L2 and small tensors do not start threads.
 constexpr std::int64_t chunk = 16384;
 
-// Null stays null.
-template <class Pointer>
-Pointer offset(Pointer base, std::int64_t bytes) {
-    return base ? reinterpret_cast<Pointer>(reinterpret_cast<std::uintptr_t>(base) + bytes) : nullptr;
-}
-
 }  // namespace
 
 ScalarGrads cpu::sum(const std::vector<ScalarGrads>& terms) {
@@ -66,7 +60,7 @@ void set_active_isa(const std::string& name) {
         }
     std::string accepted;
     for (const std::string& isa : supported_isas()) accepted += (accepted.empty() ? "" : ", ") + isa;
-    throw std::invalid_argument("isa: got '" + name + "', this machine runs " + accepted);
+    throw std::invalid_argument("isa: expected what this machine runs, " + accepted + ", got '" + name + "'");
 }
 
 ScalarGrads star_relu(const StarReLUTensors& tensors, std::int64_t n, DType dtype, double scale, double bias,
@@ -77,14 +71,11 @@ ScalarGrads star_relu(const StarReLUTensors& tensors, std::int64_t n, DType dtyp
     [[maybe_unused]] const int used = static_cast<int>(std::min<std::int64_t>(threads, chunks));
 #pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
     for (std::int64_t c = 0; c < chunks; c++) {
-        const std::int64_t count = std::min(chunk, n - c * chunk);
-        const std::int64_t first = c * chunk * item_size[static_cast<int>(dtype)];
-        const void* x = offset(tensors.x, first);
+        const std::int64_t first = c * chunk, last = std::min(n, first + chunk);
         if (tensors.grad_y)
-            kernel.backward(offset(tensors.grad_y, first), x, offset(tensors.grad_x, first), count, scale,
-                            partial[c].data());
+            kernel.backward(tensors, first, last, scale, partial[c].data());
         else
-            kernel.forward(x, offset(tensors.y, first), count, scale, bias);
+            kernel.forward(tensors, first, last, scale, bias);
     }
     return cpu::sum(partial);
 }

@@ -23,11 +23,11 @@
 
 namespace dfformer::cpu {
 
-// Serial kernels over a range of elements; the driver owns threads and the order of reductions.
+// Serial kernels over elements [first, last); the driver owns threads and the order of reductions.
 struct StarReLUKernel {
-    void (*forward)(const void* x, void* y, std::int64_t n, double scale, double bias);
-    // sums[0] = sum(grad_y * relu(x)^2), sums[1] = sum(grad_y); grad_x may be null.
-    void (*backward)(const void* grad_y, const void* x, void* grad_x, std::int64_t n, double scale, double* sums);
+    void (*forward)(const StarReLUTensors&, std::int64_t first, std::int64_t last, double scale, double bias);
+    // sums[0] = sum(grad_y * relu(x)^2), sums[1] = sum(grad_y)
+    void (*backward)(const StarReLUTensors&, std::int64_t first, std::int64_t last, double scale, double* sums);
 };
 
 // One call of a filter step as the kernels see it. The unit of work is a tile: the H x W planes of neighbouring

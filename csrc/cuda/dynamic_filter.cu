@@ -28,21 +28,13 @@ using CtaLayout = Layout<PLANE_H, PLANE_W, CHANNELS, FILTERS, CHANNELS_PER_CTA, 
                          DIRECTION, SPECTRA_IN_SHARED, WIDTH>;
 static_assert(CtaLayout::shared_bytes == SHARED_BYTES, "the caller computes shared memory as Layout does");
 
-template <int storage>
-struct StorageType;
-template <>
-struct StorageType<0> {
-    using Type = float;
-};
-template <>
-struct StorageType<2> {
-    using Type = BFloat16;
-};
-template <>
-struct StorageType<3> {
-    using Type = Float16;
-};
-using Storage = StorageType<STORAGE>::Type;
+#if STORAGE == 0
+using Storage = float;
+#elif STORAGE == 2
+using Storage = BFloat16;
+#else
+using Storage = Float16;
+#endif
 
 #ifdef __CUDACC_RTC__
 // i itself, of which the compiler knows no more: what it computes from i it cannot have computed before.
@@ -80,14 +72,19 @@ FFT_INLINE Complex<Pair> complex_of(float4 v) { return {{v.x, v.z}, {v.y, v.w}};
 FFT_INLINE Complex<float> complex_of(float2 v) { return {v.x, v.y}; }
 FFT_INLINE float2 vector_of(Complex<float> a) { return make_float2(a.re, a.im); }
 FFT_INLINE float4 vector_of(Complex<Pair> a) { return make_float4(a.re.first, a.im.first, a.re.second, a.im.second); }
-template <class T>
-struct VectorOf {
+template <int count>
+struct Vector {
     using Type = float2;
 };
 template <>
-struct VectorOf<Pair> {
+struct Vector<4> {
     using Type = float4;
 };
+template <class T>
+using VectorOf = Vector<2 * sizeof(T) / sizeof(float)>;
+
+FFT_INLINE void unpack(float2 v, float* values) { values[0] = v.x, values[1] = v.y; }
+FFT_INLINE void unpack(float4 v, float* values) { values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w; }
 
 struct Environment {
     float2* kept_spectrum = nullptr;
@@ -116,13 +113,7 @@ struct Environment {
     }
     template <int count>
     FFT_INLINE void load(const float* p, float* values) const {
-        if constexpr (count == 4) {
-            const float4 v = __ldg((const float4*)p);
-            values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
-        } else {
-            const float2 v = __ldg((const float2*)p);
-            values[0] = v.x, values[1] = v.y;
-        }
+        unpack(__ldg((const typename Vector<count>::Type*)p), values);
     }
 
     FFT_INLINE void store(float* p, float value) const { *p = value; }
@@ -176,15 +167,10 @@ struct Environment {
     template <int count>
     FFT_INLINE void scratch(int i, float* values) const {
         const float* p = (const float*)shared + i;
-        if constexpr (count == 4) {
-            const float4 v = *(const float4*)p;
-            values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
-        } else if constexpr (count == 2) {
-            const float2 v = *(const float2*)p;
-            values[0] = v.x, values[1] = v.y;
-        } else {
+        if constexpr (count == 1)
             values[0] = *p;
-        }
+        else
+            unpack(*(const typename Vector<count>::Type*)p, values);
     }
     FFT_INLINE void set_scratch(int i, float value) const { store((float*)shared + i, value); }
     FFT_INLINE void set_scratch(int i, Pair value) const { store((float*)shared + i, value); }

@@ -94,13 +94,12 @@ def _star_relu_into(y: Tensor, x: Tensor, scale: Tensor, bias: Tensor) -> None:
 
 
 def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    need_x, need_scale, need_bias = needs
     x, grad_y = x.contiguous(), contiguous(grad_y, x.dtype)
-    grad_x = _empty_like(x) if need_x else None
+    grad_x = _empty_like(x) if needs[0] else None
     problem = x.numel(), _DTYPE_CODES[x.dtype], _threads(), scale.item(), bias.item()
     addresses = _pointer("x", x), 0, _pointer("grad_y", grad_y, x), _pointer("grad_x", grad_x, x)
-    grad_scale, grad_bias = core().star_relu(*problem, *addresses)
-    return needed(grad_x, _scalar(grad_scale, scale, need_scale), _scalar(grad_bias, bias, need_bias))
+    gradients = grad_x, *_scalars(core().star_relu(*problem, *addresses))
+    return needed(gradients, (x, scale, bias), needs)
 
 
 class _Arguments:
@@ -121,8 +120,8 @@ class _Arguments:
         expected = (*(B,) * per_sample, H, W // 2 + 1, F or C, 2)
         if filters.shape != expected or (logits is not None and logits.shape != (B, F, C)):
             raise RuntimeError(
-                f"filters, logits: got {tuple(filters.shape)} and {None if logits is None else tuple(logits.shape)}, "
-                f"expected beside x {tuple(x.shape)} (H,K,F,2) and (B,F,C), or (H,K,C,2), (B,H,K,C,2) and None"
+                f"filters, logits: expected beside x {tuple(x.shape)} (H,K,F,2) and (B,F,C), or (H,K,C,2), (B,H,K,C,2) "
+                f"and None, got {tuple(filters.shape)} and {None if logits is None else tuple(logits.shape)}"
             )
         problem = (B, H, W, C, F), _DTYPE_CODES[x.dtype], star_relu, form, _threads()
         inputs = _pointer("x", self.x), _pointer("logits", self.logits), _pointer("filters", self.filters)
@@ -157,7 +156,7 @@ def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) ->
     grad_x = _empty_like(given.x) if need_x else None
     grad_logits = _empty_like(given.logits) if need_logits and given.logits is not None else None
     grad_filters = _empty_like(given.filters) if need_filters else None
-    grad_scale, grad_bias = core().filter(
+    sums = core().filter(
         *given.arguments,
         0,  # y
         _pointer("grad_y", grad_y, given.x),
@@ -166,18 +165,14 @@ def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) ->
         _pointer("grad_filters", grad_filters, given.filters),
         need_scale or need_bias,
     )
-    return (
-        None if grad_x is None else given.result(grad_x),
-        None if grad_logits is None or step.logits is None else contiguous(grad_logits, step.logits.dtype),
-        None if grad_filters is None else contiguous(grad_filters, step.filters.dtype),
-        _scalar(grad_scale, step.scale, need_scale),
-        _scalar(grad_bias, step.bias, need_bias),
-    )
+    grad_scale, grad_bias = _scalars(sums) if need_scale or need_bias else (None, None)
+    return None if grad_x is None else given.result(grad_x), grad_logits, grad_filters, grad_scale, grad_bias
 
 
-def _scalar(gradient: float, parameter: Tensor | None, need: bool) -> Tensor | None:
-    """The gradient of StarReLU's scale or bias as a tensor like it, if it is needed."""
-    return torch.full_like(parameter, gradient) if need and parameter is not None else None
+def _scalars(sums: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The gradients of StarReLU's scale and bias."""
+    grad_scale, grad_bias = torch.tensor(sums, dtype=torch.float64, device="cpu").unbind()
+    return grad_scale, grad_bias
 
 
 def filter_workspace_bytes(shape: Sequence[int], num_filters: int, dtype: torch.dtype, backward: bool = False) -> int:
@@ -218,7 +213,7 @@ def _pointer(name: str, t: Tensor | None, like: Tensor | None = None) -> int:
     like = t if like is None else like
     if not (t.is_cpu and t.is_contiguous() and t.dtype == like.dtype and t.numel() == like.numel()):
         raise RuntimeError(
-            f"{name}: got {t.dtype} {tuple(t.shape)} with strides {t.stride()} on {t.device}, expected a contiguous "
-            f"{like.dtype} CPU tensor of {like.numel()} elements"
+            f"{name}: expected a contiguous {like.dtype} CPU tensor of {like.numel()} elements, got {t.dtype} "
+            f"{tuple(t.shape)} with strides {t.stride()} on {t.device}"
         )
     return t.data_ptr()

@@ -18,7 +18,7 @@ class FilterStep(NamedTuple):
     softmax: bool = True
 
 
-# The gradients of (x, logits, filters, scale, bias); None where a gradient is not needed.
+# The gradients of (x, logits, filters, scale, bias), in any dtype; those that are not needed are ignored.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -34,11 +34,11 @@ def filter_kernels(
 
     def dynamic_filter_backward(grad_y: Tensor, *args: Any) -> list[Tensor]:
         tensors, needs, options = args[:5], args[5], args[6:]
-        return needed(*backward(grad_y, FilterStep(*tensors, *options), needs))
+        return needed(backward(grad_y, FilterStep(*tensors, *options), needs), tensors, needs)
 
     def global_filter_backward(grad_y: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
         *others, (need_x, *needs) = args
-        return needed(*backward(grad_y, FilterStep(x, None, *others), (need_x, False, *needs)))
+        return dynamic_filter_backward(grad_y, x, None, *others, (need_x, False, *needs))
 
     backwards = (dynamic_filter_backward, global_filter_backward)
     return forward_kernels(forward) | {kernel.__name__: kernel for kernel in backwards}
@@ -52,9 +52,14 @@ def forward_kernels(forward: Callable[[FilterStep], Any], suffix: str = "") -> d
     }
 
 
-def needed(*gradients: Tensor | None) -> list[Tensor]:
-    """The gradients that an operator's backward returns: those that are not None, in order."""
-    return [gradient for gradient in gradients if gradient is not None]
+def needed(gradients: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """What an operator's backward returns: the needed gradients in order, with the dtypes and shapes of ``tensors``."""
+    found = []
+    for gradient, tensor, need in zip(gradients, tensors, needs, strict=True):
+        if need and gradient is not None and tensor is not None:
+            gradient = gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
+            found.append(gradient if gradient.shape == tensor.shape else gradient.reshape(tensor.shape))
+    return found
 
 
 def contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:

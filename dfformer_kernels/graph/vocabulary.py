@@ -26,13 +26,6 @@ _LAYERS = """linear addmm baddbmm conv1d conv2d convolution mean amax amin adapt
 FRESH = {*_LAYERS.split(), *_PRODUCTS.split()}
 
 VALUES = ("val", "example_value")  # where export and Dynamo keep a node's value; our own traces do as export
-_WIDE_DTYPES = {
-    torch.float16: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.float32: torch.float64,
-    torch.complex32: torch.complex128,
-    torch.complex64: torch.complex128,
-}
 _WIDE_METHODS = {"float": "double", "half": "double", "bfloat16": "double", "cfloat": "cdouble"}
 
 
@@ -201,4 +194,5 @@ def evaluate(node: fx.Node, computed: Mapping[fx.Node, Any]) -> Any:
 def _widened(argument: Any) -> Any:
     if isinstance(argument, torch.device):
         return torch.device("cpu")
-    return _WIDE_DTYPES.get(argument, argument) if isinstance(argument, torch.dtype) else argument
+    is_number = isinstance(argument, torch.dtype) and (argument.is_floating_point or argument.is_complex)
+    return torch.promote_types(argument, torch.float64) if is_number else argument

@@ -114,7 +114,10 @@ def dynamic_filter(
     if basis.dim() == 5:
         logits, basis = _ungrouped(logits, basis, -torch.inf if softmax else 0.0)
     options = () if softmax else (softmax,)
-    return _call(op, data_format, backend, x, (logits, basis), star_relu, options, overwrite_x)
+    parameters = (logits, basis, *_scalars(op, star_relu))
+    return _in_either_format(
+        op, data_format, x, lambda x: _run(op, backend, x, *parameters, options=options, overwrite_x=overwrite_x)
+    )
 
 
 def global_filter(
@@ -143,8 +146,10 @@ def global_filter(
     Raises:
         ValueError, TypeError: a bad argument, by name. RuntimeError: the requested backend cannot run this.
     """
-    checks.check_tensors("global_filter", x=x, weight=weight)
-    return _call("global_filter", data_format, backend, x, (dft_matmul.as_pairs(weight),), star_relu, (), overwrite_x)
+    op = "global_filter"
+    checks.check_tensors(op, x=x, weight=weight)
+    parameters = (dft_matmul.as_pairs(weight), *_scalars(op, star_relu))
+    return _in_either_format(op, data_format, x, lambda x: _run(op, backend, x, *parameters, overwrite_x=overwrite_x))
 
 
 def _scalars(op: str, star_relu: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
@@ -166,24 +171,13 @@ def _ungrouped(logits: Tensor, basis: Tensor, absent: float) -> tuple[Tensor, Te
     return logits.repeat(1, G, 1).masked_fill(~own, absent), basis
 
 
-def _call(
-    op: str,
-    data_format: str,
-    backend: str | None,
-    x: Tensor,
-    parameters: tuple[Tensor, ...],
-    star_relu: tuple[Tensor, Tensor] | None,
-    options: tuple[bool, ...],
-    overwrite_x: bool,
-) -> Tensor:
-    """Runs the filter step on x in either format; the operator sees channels-first as strides only."""
+def _in_either_format(op: str, data_format: str, x: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
+    """``step`` of x in either format; the operator sees channels-first as strides only."""
     checks.check_choice(op, "data_format", data_format, ("channels_last", "channels_first"))
-    tensors = (*parameters, *_scalars(op, star_relu))
     if data_format == "channels_last":
-        return _run(op, backend, x, *tensors, options=options, overwrite_x=overwrite_x)
+        return step(x)
     checks.check_channels_first(op, x)
-    y = _run(op, backend, x.permute(0, 2, 3, 1), *tensors, options=options, overwrite_x=overwrite_x)
-    return y.permute(0, 3, 1, 2)
+    return step(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def _run(

@@ -12,7 +12,7 @@ from cases import OPS, Case, Inputs, assert_within_bound, expected, make_grad, m
 from paths import ROOT
 from torch import Tensor
 
-from dfformer_kernels.backend.cuda.layout import slots_per_cta
+from dfformer_kernels.backend.cuda.layout import KernelSpec, Variant, compile_options, slots_per_cta
 from dfformer_kernels.tolerance import BOUND, gradient_errors
 
 COMPILE = [
@@ -23,7 +23,7 @@ COMPILE = [
     "-Wno-unknown-pragmas",
     *(f"-I{ROOT / folder}" for folder in ("csrc/fft", "csrc/cuda", "tests/native")),
 ]
-STORAGE = {torch.float32: ("float", 0), torch.bfloat16: ("BFloat16", 2), torch.float16: ("Float16", 3)}
+STORAGE = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 PAIRS, HALVES = 0, 1  # how rows are transformed
 REGISTERS, UNROLLED, ROLLED = 0, 1, 2  # and columns
 
@@ -100,24 +100,10 @@ class Kernel:
         return self.spectra_in_shared * forward + 4 * floats if backward else forward
 
     def macros(self, backward: bool) -> list[str]:
-        values = {
-            "DIRECTION": int(backward),
-            "PLANE_H": self.H,
-            "PLANE_W": self.W,
-            "CHANNELS": self.C,
-            "FILTERS": self.F,
-            "CHANNELS_PER_CTA": self.channels_per_cta,
-            "WIDTH": self.width,
-            "THREADS": self.threads,
-            "ROWS": self.rows,
-            "COLUMNS": self.columns,
-            "STORAGE": STORAGE[self.dtype][1],
-            "STAR_RELU": int(self.star_relu),
-            "SPECTRA_IN_SHARED": self.spectra_in_shared if backward else 1,
-            "MIN_CTAS": 1,
-            "SHARED_BYTES": self.shared_bytes(backward),
-        }
-        return [f"-D{name}={value}" for name, value in values.items()]
+        spec = KernelSpec(self.H, self.W, self.C, self.F, self.dtype, self.star_relu, backward)
+        how = self.rows, self.columns, self.channels_per_cta, self.width, self.threads
+        variant = Variant(*how, self.spectra_in_shared if backward else 1, 1, self.shared_bytes(backward))
+        return [option for option in compile_options(spec, variant) if option.startswith("-D")]
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ struct StarReLU {
         return scale * (r * r) + bias;
     }
 
-    static void forward(const void* x_, void* y_, std::int64_t n, double scale_, double bias_) {
-        const auto* x = static_cast<const Scalar*>(x_);
-        auto* y = static_cast<Scalar*>(y_);
+    static void forward(const StarReLUTensors& tensors, std::int64_t first, std::int64_t last, double scale_,
+                        double bias_) {
+        const auto* x = static_cast<const Scalar*>(tensors.x);
+        auto* y = static_cast<Scalar*>(tensors.y);
         const Vec scale = Vec{} + T(scale_), bias = Vec{} + T(bias_);
-        for_each_register<L::count>(0, n, n, [&](std::int64_t i, auto count) UNROLLED_BODY {
+        for_each_register<L::count>(first, last, last, [&](std::int64_t i, auto count) UNROLLED_BODY {
             store<L>(y + i, forward_lane(load<L>(x + i, count), scale, bias), count);
         });
     }
@@ -58,14 +59,14 @@ struct StarReLU {
         return x <= 0 ? Vec{} : two_scale * r * grad_y;  // selected: 0 * inf would be NaN for an infinite grad_y
     }
 
-    static void backward(const void* grad_y_, const void* x_, void* grad_x_, std::int64_t n, double scale_,
+    static void backward(const StarReLUTensors& tensors, std::int64_t first, std::int64_t last, double scale_,
                          double* result) {
-        const auto* grad_y = static_cast<const Scalar*>(grad_y_);
-        const auto* x = static_cast<const Scalar*>(x_);
-        auto* grad_x = static_cast<Scalar*>(grad_x_);
+        const auto* grad_y = static_cast<const Scalar*>(tensors.grad_y);
+        const auto* x = static_cast<const Scalar*>(tensors.x);
+        auto* grad_x = static_cast<Scalar*>(tensors.grad_x);
         const Vec two_scale = Vec{} + T(2 * scale_);
         Sums sums;
-        for_each_register<L::count>(0, n, n, [&](std::int64_t i, auto count) UNROLLED_BODY {
+        for_each_register<L::count>(first, last, last, [&](std::int64_t i, auto count) UNROLLED_BODY {
             const Vec g = backward_lane(load<L>(grad_y + i, count), load<L>(x + i, count), two_scale, sums);
             if (grad_x) store<L>(grad_x + i, g, count);
         });

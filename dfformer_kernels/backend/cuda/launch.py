@@ -140,7 +140,7 @@ def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) ->
     same order every time, since the number of CTAs is the chip's.
     """
     need_x, need_logits, need_filters, need_scale, need_bias = needs
-    x, logits, filters, scale, bias, _ = step
+    x, logits, filters, *_ = step
     inputs, B = _Inputs("filter_backward", step), len(x)
     grad_y = _paired(contiguous(grad_y, x.dtype))
     with _current(x.device):
@@ -160,21 +160,8 @@ def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) ->
             *(0 if t is None else t.data_ptr() for t in outputs),
             B,
         )
-    scale_sum, bias_sum = (None, None) if scalar_slots is None else scalar_slots.sum(0).unbind()
-    return (
-        grad_x,
-        None if grad_logits is None or logits is None else contiguous(grad_logits, logits.dtype),
-        None if filter_slots is None else filter_slots.sum(0),
-        _scalar(scale_sum, scale, need_scale),
-        _scalar(bias_sum, bias, need_bias),
-    )
-
-
-def _scalar(total: Tensor | None, parameter: Tensor | None, need: bool) -> Tensor | None:
-    """The gradient of StarReLU's scale or bias, with its shape and dtype, if it is needed."""
-    if total is None or parameter is None or not need:
-        return None
-    return contiguous(total, parameter.dtype).view(parameter.shape)
+    grad_scale, grad_bias = (None, None) if scalar_slots is None else scalar_slots.sum(0).unbind()
+    return grad_x, grad_logits, None if filter_slots is None else filter_slots.sum(0), grad_scale, grad_bias
 
 
 class _Inputs:
@@ -206,7 +193,7 @@ def _addresses(device: torch.device, dtype: torch.dtype, *tensors: Tensor | None
     for t in tensors:
         if t is not None and not (t.device == device and t.is_contiguous() and t.dtype == dtype):
             raise RuntimeError(
-                f"the kernel takes contiguous {dtype} tensors on {device}, got {t.dtype} {tuple(t.shape)} with "
+                f"the kernel: expected contiguous {dtype} tensors on {device}, got {t.dtype} {tuple(t.shape)} with "
                 f"strides {t.stride()} on {t.device}"
             )
     return [0 if t is None else t.data_ptr() for t in tensors]

@@ -93,7 +93,7 @@ def _check(name: str, t: Tensor, shape: str, fits: bool) -> None:
     readable = t.numel() > 0 and t.is_contiguous() and not t.is_neg()
     if not (fits and readable and t.dtype in DTYPES and t.device.type == _cuda.device_type):
         raise ValueError(
-            f"libcufft: {name} must be contiguous {shape} float32 or float64 on a {_cuda.device_type} device, got "
+            f"libcufft: {name}: expected contiguous {shape} float32 or float64 on a {_cuda.device_type} device, got "
             f"{t.dtype} {tuple(t.shape)} with strides {t.stride()} on {t.device}"
         )
 

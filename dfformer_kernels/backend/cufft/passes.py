@@ -56,8 +56,8 @@ def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]) -> list[Tensor]:
     with torch.cuda.device_of(x):
-        grad_x, *of_scalars = _triton().activate_backward(_rows(grad_y), _rows(x), scale, bias, needs)
-    return needed(None if grad_x is None else grad_x.view(x.shape), *of_scalars)
+        gradients = _triton().activate_backward(_rows(grad_y), _rows(x), scale, needs)
+    return needed(gradients, (x, scale, bias), needs)
 
 
 def by_sample(shape: Sequence[int], dtype: torch.dtype, star_relu: bool, backward: bool) -> bool:
@@ -109,9 +109,8 @@ def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) ->
                 grad_x = _samples(grad_u, x)
             else:
                 planes, of_inputs = _by_channel(grad_u, len(x)), (need_x, need_scale, need_bias)
-                gradients = _triton().activate_backward(planes, x.flatten(1, 2), scale, bias, of_inputs)
+                gradients = _triton().activate_backward(planes, x.flatten(1, 2), scale, of_inputs)
                 grad_x, grad_scale, grad_bias = gradients
-                grad_x = None if grad_x is None else grad_x.view(x.shape)
     return grad_x, grad_logits, grad_filters, grad_scale, grad_bias
 
 

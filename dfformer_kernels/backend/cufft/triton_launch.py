@@ -89,12 +89,12 @@ def activate(x: Tensor, y: Tensor, scale: Tensor | None = None, bias: Tensor | N
 
 
 def activate_backward(
-    grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+    grad_y: Tensor, x: Tensor, scale: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``grad_x = 2 scale relu(x) grad_y``, ``grad_scale = sum(relu(x)^2 grad_y)``, ``grad_bias = sum(grad_y)``.
 
-    ``grad_y`` and ``x`` are (B,R,C) with any strides. ``needs`` is for (x, scale, bias). A gradient that is not needed
-    is None.
+    ``grad_y`` and ``x`` are (B,R,C) with any strides. ``needs`` is for (x, scale, bias). grad_x is None if it is
+    not needed, and so are both sums, which are float64, if neither is.
     """
     B, rows, C = x.shape
     need_x, *need_scalars = needs
@@ -104,10 +104,8 @@ def activate_backward(
     strides = (*grad_y.stride(), *x.stride(), *(grad_x if grad_x is not None else x).stride())
     arguments = (grad_y, x, scale, grad_x, slots, rows, B * C, C, *strides, _compute(x), *tile)
     _launch(kernels.activate_backward_kernel, grid, *arguments)
-    if slots is None:
-        return grad_x, None, None
-    sums = zip((scale, bias), slots.sum(0), need_scalars, strict=True)
-    return grad_x, *(total.to(t.dtype).reshape(t.shape) if need else None for t, total, need in sums)
+    grad_scale, grad_bias = (None, None) if slots is None else slots.sum(0).unbind()
+    return grad_x, grad_scale, grad_bias
 
 
 def mix(X: Tensor, W: int, logits: Tensor | None, filters: Tensor, softmax: bool = True) -> None:
@@ -155,7 +153,7 @@ def mix_backward(
     if r_slots is not None:
         grad_r = r_slots.sum(0, dtype=torch.float64)  # float64: softmax's gradient takes differences
         by_sample = grad_r.unflatten(1, (-1, C)).transpose(0, 1)  # (B,F,C)
-        grad_logits = _softmax_backward(grad_r, logits) if softmax else by_sample.to(logits.dtype)
+        grad_logits = _softmax_backward(grad_r, logits) if softmax else by_sample
     return grad_logits, None if basis_slots is None else basis_slots.sum(0)
 
 

@@ -105,7 +105,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     @functools.cache
     def program(part: int) -> Path:
         runs = " ".join(
-            f"RUN({kernel.name}_{direction}, {STORAGE[kernel.dtype][0]}, {direction}, {kernel.layout(bool(backward))})"
+            f"RUN({kernel.name}_{direction}, {STORAGE[kernel.dtype]}, {direction}, {kernel.layout(bool(backward))})"
             for kernel in KERNELS[part * TOGETHER : (part + 1) * TOGETHER]
             for backward, direction in enumerate(("forward", "backward"))
         )

@@ -151,7 +151,7 @@ def test_a_wrong_tensor_never_reaches_a_kernel() -> None:
     device = contiguous.device
     assert cuda._addresses(device, torch.float32, contiguous, None) == [contiguous.data_ptr(), 0]
     for wrong in (contiguous.t(), contiguous.half(), contiguous.to("meta")):
-        with pytest.raises(RuntimeError, match=r"the kernel takes contiguous torch\.float32 tensors on cpu, got"):
+        with pytest.raises(RuntimeError, match=r"the kernel: expected contiguous torch\.float32 tensors on cpu, got"):
             cuda._addresses(device, torch.float32, contiguous, wrong)
 
 

@@ -139,7 +139,7 @@ def test_spectra_of_real_planes_do_not_depend_on_what_a_library_does_with_others
 )
 def test_rfft2_takes_dense_planes_only(u: Tensor, given: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"libcufft: u must be contiguous \(\.\.\.,H,W,N\) float32 or float64 .*got.*{given}"
+        ValueError, match=rf"libcufft: u: expected contiguous \(\.\.\.,H,W,N\) float32 or float64 .*got.*{given}"
     ):
         libcufft.rfft2(u)
 
@@ -149,7 +149,7 @@ def test_rfft2_takes_dense_planes_only(u: Tensor, given: str) -> None:
     ("shape", "W"), [((4, 3, 2, 2), 6), ((4, 3, 2, 2), 3), ((4, 3, 2), 4), ((4, 3, 2, 1), 4), ((4, 1, 2, 2), 0)]
 )
 def test_irfft2_takes_the_spectra_of_planes_that_wide(shape: tuple[int, ...], W: int) -> None:
-    with pytest.raises(ValueError, match=rf"Z must be contiguous \(\.\.\.,H,K,N,2\), K = {W}//2 \+ 1,"):
+    with pytest.raises(ValueError, match=rf"Z: expected contiguous \(\.\.\.,H,K,N,2\), K = {W}//2 \+ 1,"):
         libcufft.irfft2(torch.zeros(shape), W)
 
 

@@ -151,7 +151,7 @@ def count(spec: KernelSpec, variant: Variant, code: list[str], labels: dict[str,
     for (first, last), n in zip(outer, tasks, strict=False):
         weights[first : last + 1] = [warp_iterations(n, variant.threads, across)] * (last + 1 - first)
     # In a column the two factors' transforms take turns: N2 of N1 points, then N1 of N2, ...
-    N2 = cuda._second_factor(spec.H)
+    N2 = cuda.second_factor(spec.H)
     N1 = spec.H // N2
     trips = {0: [], 2: [N2, N1], 3: [N2, N1, N2], 4: [N2, N2, N1, N2]}
     for first, last in (loop for name, loop in zip(names, outer, strict=False) if name == "columns"):

@@ -10,6 +10,8 @@
 //   THREADS              threads of a CTA
 //   WIDTH                neighbouring channels of a thread: 1 or 2
 //   ROWS, COLUMNS        how rows and columns are transformed: the enums of layout.inl
+//   SECOND_FACTOR        N2 of H = N1 N2: a column's N1-point transforms come before its N2-point ones
+//   SLOTS                parts of the basis' gradient that a CTA writes
 //   STORAGE              of x, y and their gradients: 0 float32, 2 bfloat16, 3 float16
 //   STAR_RELU            1: StarReLU on load
 //   SPECTRA_IN_SHARED    half spectra of a CTA's channels in shared memory: 1 forward, 2 or 1 backward
@@ -25,7 +27,7 @@
 #include "dynamic_filter.inl"
 
 using CtaLayout = Layout<PLANE_H, PLANE_W, CHANNELS, FILTERS, CHANNELS_PER_CTA, THREADS, ROWS, COLUMNS, STAR_RELU,
-                         DIRECTION, SPECTRA_IN_SHARED, WIDTH>;
+                         DIRECTION, SPECTRA_IN_SHARED, WIDTH, SECOND_FACTOR, SLOTS>;
 static_assert(CtaLayout::shared_bytes == SHARED_BYTES, "the caller computes shared memory as Layout does");
 
 #if STORAGE == 0

@@ -3,28 +3,6 @@
 enum Rows { ROW_PAIRS = 0, HALF_ROWS = 1 };
 enum Columns { COLUMNS_IN_REGISTERS = 0, COLUMNS_UNROLLED = 1, COLUMNS_ROLLED = 2 };
 
-// N2 of H = N1 N2, N1 >= N2: coprime (no twiddles between the two) and of at most 16 if there is such a pair, otherwise
-// as equal as possible.
-constexpr int second_factor(int H) {
-    int best = 1;
-    bool best_is_coprime = false;
-    for (int N2 = 2; N2 * N2 <= H; N2++) {
-        if (H % N2) continue;
-        const bool coprime = greatest_common_divisor(H / N2, N2) == 1 && H / N2 <= 16;
-        if (best_is_coprime && !coprime) continue;
-        best = N2;
-        best_is_coprime = coprime;
-    }
-    return best;
-}
-
-// The largest power of 2 that leaves a thread for each of them at every frequency, and two channels for each thread.
-constexpr int slots_per_cta(int frequencies, int channels, int threads) {
-    int slots = 1;
-    while (4 * slots <= channels && 2 * slots * frequencies <= threads) slots *= 2;
-    return slots;
-}
-
 // How threads and shared memory are laid out for one problem. A CTA's work item is c = `channels_per_cta` neighbouring
 // channels of one sample. A thread works on `width` of them: `across` = c / width threads lie side by side, thread t
 // works on channel width (t % across) of the c and the next, and takes every (threads / across)-th row or column.
@@ -45,7 +23,7 @@ constexpr int slots_per_cta(int frequencies, int channels, int threads) {
 // Along a column slot s = j + N2 i (j < N2, i < N1) holds row(s), and after N1-point transforms over i and N2-point
 // transforms over j frequency(i, j).
 template <int H_, int W_, int C_, int F_, int channels_, int threads_, int rows_, int columns_, bool star_relu_,
-          bool backward_, int spectra_, int width_>
+          bool backward_, int spectra_, int width_, int second_factor_, int slots_>
 struct Layout {
     static constexpr int H = H_, W = W_, C = C_, F = F_, K = W / 2 + 1, channels_per_cta = channels_,
                          threads = threads_;
@@ -79,9 +57,10 @@ struct Layout {
     static constexpr int shared_bytes = 4 * (sums_at + sums * threads * width);
 
     // Threads that share the sum over channels at one frequency where those are few; each has a slot of its own.
-    static constexpr int slots = per_channel ? 1 : slots_per_cta(H * K, channels_per_cta, threads);
+    static constexpr int slots = slots_;
 
-    static constexpr int N2 = columns_ == COLUMNS_IN_REGISTERS ? H : second_factor(H), N1 = H / N2;
+    static constexpr int N2 = second_factor_, N1 = H / N2;
+    static_assert(N1 * N2 == H && (columns_ != COLUMNS_IN_REGISTERS || N1 == 1), "a column is N1 times N2 points");
     static constexpr bool coprime = greatest_common_divisor(N1, N2) == 1;
     static constexpr int from_i = N2 * inverse_modulo(N2, N1) % H, from_j = N1 * inverse_modulo(N1, N2) % H;
 

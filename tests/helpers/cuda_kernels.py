@@ -12,7 +12,7 @@ from cases import OPS, Case, Inputs, assert_within_bound, expected, make_grad, m
 from paths import ROOT
 from torch import Tensor
 
-from dfformer_kernels.backend.cuda.layout import KernelSpec, Variant, compile_options, slots_per_cta
+from dfformer_kernels.backend.cuda.layout import KernelSpec, Variant, compile_options, second_factor, slots_per_cta
 from dfformer_kernels.tolerance import BOUND, gradient_errors
 
 COMPILE = [
@@ -66,7 +66,8 @@ class Kernel:
     def layout(self, backward: bool) -> str:
         numbers = (self.H, self.W, self.C, self.F, self.channels_per_cta, self.threads, self.rows, self.columns)
         flags = (self.star_relu, backward, self.spectra_in_shared if backward else 1, self.width)
-        return ", ".join(str(int(number)) for number in (*numbers, *flags))
+        derived = (second_factor(self.H, self.columns), self.slots if self.F else 1)
+        return ", ".join(str(int(number)) for number in (*numbers, *flags, *derived))
 
     @property
     def items_per_sample(self) -> int:

@@ -187,7 +187,7 @@ def _columns(spec: KernelSpec) -> int:
     Backward has two columns at a time.
     """
     longest = longest_in_registers(spec.backward)
-    return _COLUMNS_ROLLED if longest < spec.H and _second_factor(spec.H) > 1 else _COLUMNS_IN_REGISTERS
+    return _COLUMNS_ROLLED if longest < spec.H and second_factor(spec.H) > 1 else _COLUMNS_IN_REGISTERS
 
 
 def longest_in_registers(backward: bool) -> int:
@@ -200,7 +200,7 @@ def _registers(spec: KernelSpec, rows: int, columns: int) -> int:
 
     It makes do with what there is in backward rows of up to 80 points.
     """
-    N2 = spec.H if columns == _COLUMNS_IN_REGISTERS else _second_factor(spec.H)
+    N2 = second_factor(spec.H, columns)
     row = spec.W // 2 if rows == _HALF_ROWS else spec.W
     odd = spec.C % 2  # which costs registers for addresses: an even number of channels lets it add them to one base
     filters = spec.F + 2 * max(spec.F - 4, 0)  # beyond four, each takes three times as much
@@ -224,15 +224,23 @@ def _shared_bytes(spec: KernelSpec, rows: int, channels: int, threads: int, spec
 
 
 def slots_per_cta(frequencies: int, channels: int, threads: int) -> int:
-    """Parts of the basis' gradient that a CTA writes; as in csrc/cuda/layout.inl."""
+    """Parts of the basis' gradient that a CTA writes.
+
+    It is the largest power of 2 that leaves a thread for each of them at every frequency, and two channels for each
+    thread.
+    """
     slots = 1
     while 4 * slots <= channels and 2 * slots * frequencies <= threads:
         slots *= 2
     return slots
 
 
-def _second_factor(H: int) -> int:
-    """As in csrc/cuda/layout.inl."""
+def second_factor(H: int, columns: int = COLUMNS_UNROLLED) -> int:
+    """N2 of H = N1 N2, N1 >= N2: coprime (no twiddles between the two) and of at most 16 if there is such a pair,
+    otherwise as equal as possible. H itself for columns in registers.
+    """
+    if columns == _COLUMNS_IN_REGISTERS:
+        return H
     pairs = [(H // n, n) for n in range(2, H + 1) if H % n == 0 and n * n <= H]
     coprime = [n for m, n in pairs if math.gcd(m, n) == 1 and m <= 16]
     return max(coprime or [n for _, n in pairs], default=1)
@@ -258,6 +266,8 @@ def compile_options(spec: KernelSpec, variant: Variant) -> list[str]:
         "CHANNELS_PER_CTA": variant.channels_per_cta,
         "WIDTH": variant.width,
         "THREADS": variant.threads,
+        "SECOND_FACTOR": second_factor(spec.H, variant.columns),
+        "SLOTS": slots_per_cta(spec.H * spec.K, variant.channels_per_cta, variant.threads) if spec.F else 1,
         "SPECTRA_IN_SHARED": variant.spectra_in_shared,
         "MIN_CTAS": variant.min_ctas,
         "SHARED_BYTES": variant.shared_bytes,

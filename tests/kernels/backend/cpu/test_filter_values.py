@@ -191,6 +191,6 @@ SHAPES: list[tuple[str, Inputs]] = [
 def test_parameters_of_another_shape_never_reach_the_core(what: str, wrong: Inputs) -> None:
     """The last check before addresses, whatever is checked before."""
     x, logits = torch.ones(2, 4, 6, 3), wrong.get("logits", torch.ones(2, 2, 3))
-    with pytest.raises(RuntimeError, match="filters, logits: got"):
+    with pytest.raises(RuntimeError, match="filters, logits: expected"):
         cpu.KERNELS["dynamic_filter"](x, logits if logits.numel() else None, wrong.get("basis", torch.ones(4, 4, 2, 2)),
                                       None, None)  # fmt: skip

@@ -1,6 +1,7 @@
 """What the operator tests run over, as data: operators, problem shapes, dtypes and memory layouts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -272,6 +273,19 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(func._schema.name)
         return func(*args, **kwargs or {})
+
+
+@contextmanager
+def saved_for_backward() -> Iterator[list[Tensor]]:
+    """The tensors that autograd saves inside, in a list that grows."""
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield saved
 
 
 def counting(name: str, calls: list[str], device: str | None = None, reasons: tuple[str, ...] = ()) -> Backend:

@@ -1,6 +1,7 @@
-"""Tables of backends that tell what runs where, and the libraries that compute matrix products."""
+"""Tables of backends that tell what runs where, a cache directory, and the libraries that compute matrix products."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from cases import counting
@@ -14,6 +15,14 @@ from dfformer_kernels.warn_once import warn_once
 def clear_caches() -> None:
     dispatch.select.cache_clear()
     warn_once.cache_clear()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache directory; nothing warned about yet."""
+    monkeypatch.setenv("DFFORMER_CACHE_DIR", str(tmp_path))
+    warn_once.cache_clear()
+    return tmp_path
 
 
 @pytest.fixture

@@ -72,13 +72,6 @@ def anew(gpu: FakeGpu, problem: Problem = PROBLEM) -> Any:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where winners are kept."""
-    monkeypatch.setenv("DFFORMER_CACHE_DIR", str(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture
 def gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     """A table of fake backends."""
     monkeypatch.delenv("DFFORMER_AUTOTUNE", raising=False)

@@ -6,15 +6,6 @@ from pathlib import Path
 import pytest
 
 from dfformer_kernels import disk_cache as cache
-from dfformer_kernels.warn_once import warn_once
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache directory; nothing warned about yet."""
-    monkeypatch.setenv("DFFORMER_CACHE_DIR", str(tmp_path))
-    warn_once.cache_clear()
-    return tmp_path
 
 
 def test_a_full_disk_is_one_warning_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

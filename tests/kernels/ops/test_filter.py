@@ -25,6 +25,7 @@ from cases import (
     gradients,
     make_grad,
     make_inputs,
+    saved_for_backward,
 )
 from conftest import require_backend, require_support, targets
 from extent import FULL, pairwise
@@ -219,13 +220,7 @@ def test_backward_operator_returns_what_is_asked_for(target: Target) -> None:
 def test_only_the_inputs_are_saved_for_backward(target: Target) -> None:
     inputs = make_inputs(target.op, SMALL, torch.float32, target.device)
     inputs["x"] = LAYOUTS["channels_first"](inputs["x"]).requires_grad_()  # and no contiguous copy of x
-    saved: list[Tensor] = []
-
-    def pack(t: Tensor) -> Tensor:
-        saved.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with saved_for_backward() as saved:
         target.op.public(inputs, target.backend)
     assert sorted(t.data_ptr() for t in saved) == sorted(t.data_ptr() for t in inputs.values())
     assert sum(t.numel() for t in saved) == sum(t.numel() for t in inputs.values())

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DTYPES, EMPTY_CASES, OPS, SMALL, Case, Inputs, Op, Target, make_inputs
+from cases import CASES, DTYPES, EMPTY_CASES, OPS, SMALL, Case, Inputs, Op, Operators, Target, make_inputs
 from conftest import targets
 from torch import Tensor
 from torch.overrides import BaseTorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfformer_kernels
 from dfformer_kernels import MatmulTransforms, global_filter, star_relu
@@ -138,12 +137,7 @@ def test_matrix_products_overwrite_nothing(op: Op, monkeypatch: pytest.MonkeyPat
     assert torch.equal(inputs["x"], before)
 
 
-class Dispatch(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("mode", [BaseTorchFunctionMode, Dispatch])
+@pytest.mark.parametrize("mode", [BaseTorchFunctionMode, Operators])
 @pytest.mark.parametrize("op", OPS.values(), ids=str)
 def test_a_mode_may_keep_x(op: Op, mode: Callable[[], Any]) -> None:
     inputs = make_inputs(op, SMALL, torch.float32, requires_grad=False)

@@ -19,6 +19,7 @@ from cases import (
     expected,
     make_grad,
     make_inputs,
+    saved_for_backward,
 )
 from extent import FULL, pairwise
 from hypothesis import given, settings
@@ -160,16 +161,11 @@ def test_no_copy_made_for_the_core_is_saved_for_backward(op: str, parameter_dtyp
     """x is not contiguous and logits are not of the arithmetic dtype, so that the core works on copies."""
     inputs = make_inputs(FILTERS[op], TILES, torch.float32, parameter_dtype=parameter_dtype)
     inputs["x"] = LAYOUTS["transposed_plane"](inputs["x"]).requires_grad_()
-    saved: list[Tensor] = []
-
-    def pack(t: Tensor) -> Tensor:
-        saved.append(t)
-        return t
 
     def signatures(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
         return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with saved_for_backward() as saved:
         FILTERS[op].public(inputs, "cpu")
     assert signatures(saved) == signatures(list(inputs.values()))
 

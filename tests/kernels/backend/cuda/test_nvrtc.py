@@ -16,19 +16,9 @@ from fake_cuda import FakeDriver, Result
 from dfformer_kernels.backend.cuda import nvrtc
 from dfformer_kernels.backend.cuda.layout import CHIPS
 from dfformer_kernels.problem import KernelBuildError
-from dfformer_kernels.warn_once import warn_once
 
 TINY = {"tiny.cu": '#include "tiny.h"\nextern "C" __global__ void tiny(float* x) { *x = VALUE + OFFSET; }'}
 TINY["tiny.h"] = "#define OFFSET 1"
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache directory; nothing warned about or announced yet."""
-    monkeypatch.setenv("DFFORMER_CACHE_DIR", str(tmp_path))
-    warn_once.cache_clear()
-    nvrtc._announce.cache_clear()
-    return tmp_path
 
 
 @pytest.fixture
@@ -130,6 +120,7 @@ def test_a_damaged_cubin_is_compiled_again(
 
 @pytest.mark.usefixtures("compiler", "folder")
 def test_compiling_is_told_once(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    nvrtc._announce.cache_clear()
     for value in (2, 3):
         nvrtc.cached_cubin(TINY, [f"-DVALUE={value}"], "sm_90")
     (record,) = caplog.records

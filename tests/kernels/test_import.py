@@ -1,11 +1,10 @@
 """What an import costs, what it drags in, and life without the compiled core; each in a process of its own."""
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+from native_core import run_script
 
 import dfformer_kernels
 
@@ -16,7 +15,7 @@ UNWANTED = {
 }
 
 MEASURE = """
-import importlib, json, sys, time
+import importlib, json, os, sys, time
 import torch
 
 def measure(name, unwanted):
@@ -29,7 +28,7 @@ def measure(name, unwanted):
         "cuda": torch.cuda.is_initialized(),
     }
 
-unwanted = json.loads(sys.argv[1])
+unwanted = json.loads(os.environ["UNWANTED"])
 reports = {"dfformer_kernels": measure("dfformer_kernels", unwanted["dfformer_kernels"])}
 import timm
 reports["dfformer"] = measure("dfformer", unwanted["dfformer"])
@@ -69,9 +68,8 @@ def test_every_exported_name_has_a_docstring() -> None:
     assert [name for name in dfformer_kernels.__all__ if not getattr(dfformer_kernels, name).__doc__] == []
 
 
-def run_script(script: str, *arguments: str) -> Any:
-    command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def report_of(script: str, unwanted: str = "") -> Any:
+    done = run_script(script, UNWANTED=unwanted)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -81,7 +79,7 @@ def reports() -> list[dict[str, dict[str, Any]]]:
     """Of up to three processes: one that took too long may tell how busy the machine was."""
     reports: list[dict[str, dict[str, Any]]] = []
     while len(reports) < 3 and not (reports and all(report["seconds"] < COST for report in reports[-1].values())):
-        reports.append(run_script(MEASURE, json.dumps(UNWANTED)))
+        reports.append(report_of(MEASURE, json.dumps(UNWANTED)))
     return reports
 
 
@@ -92,7 +90,7 @@ def test_import_is_light(reports: list[dict[str, dict[str, Any]]], name: str) ->
 
 
 def test_everything_works_without_the_compiled_core_and_says_so_once() -> None:
-    report = run_script(WITHOUT_CORE)
+    report = report_of(WITHOUT_CORE)
     (reason,) = report["reasons"]["cpu"]
     assert "the compiled core dfformer_kernels._C cannot be imported" in reason
     assert report["equal"] == {"star_relu": True, "dynamic_filter": True, "global_filter": True}

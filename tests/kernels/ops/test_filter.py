@@ -277,20 +277,6 @@ def test_results_have_the_same_bits_from_run_to_run(target: Target) -> None:
         assert_same_bits(run(target, inputs, grad_y), first)
 
 
-# Those of filters are tested in tests/kernels/backend/cpu.
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", targets(lambda t: str(t) == "star_relu-cpu"), indirect=True)
-def test_cpu_star_relu_has_the_same_bits_for_any_number_of_threads(target: Target, dtype: torch.dtype) -> None:
-    inputs = make_inputs(target.op, SEVERAL_CHUNKS, dtype)
-    grad_y = make_grad(target.op, inputs)
-    results = []
-    for threads in (1, 2, 7):
-        torch.set_num_threads(threads)
-        results.append(run(target, inputs, grad_y))
-    for result in results[1:]:
-        assert_same_bits(result, results[0])
-
-
 # Autocast
 
 

@@ -1,16 +1,14 @@
 """The compiled core's filter step: bits that depend on nothing but the problem, and special values."""
 
 import math
-from collections.abc import Sequence
 from itertools import combinations
 
 import pytest
 import torch
 from cases import (
     DTYPES,
+    OPS,
     Case,
-    Inputs,
-    Op,
     assert_all_within_bound,
     assert_same_bits,
     assert_within_bound,
@@ -40,30 +38,15 @@ THREAD_CASES = [
 ]
 
 
-def results_by_threads(op: Op, inputs: Inputs, counts: Sequence[int]) -> list[tuple[Tensor, Inputs]]:
-    grad_y = make_grad(op, inputs)
-    results = []
-    for threads in counts:
-        torch.set_num_threads(threads)
-        results.append(run(op, inputs, grad_y))
-    return results
-
-
-@pytest.mark.parametrize(
-    **pairwise(isa=ISAS, op=["dynamic_filter+star_relu", "global_filter+star_relu"], case=THREAD_CASES)
-)
+@pytest.mark.parametrize(**pairwise(isa=ISAS, op=list(OPS), dtype=DTYPES, case=THREAD_CASES))
 @pytest.mark.usefixtures("isa")
-def test_bits_depend_neither_on_threads_nor_on_the_run(op: str, case: Case) -> None:
-    first, *others = results_by_threads(FILTERS[op], make_inputs(FILTERS[op], case, torch.float32), (1, 2, 7, 7))
-    for other in others:
-        assert_same_bits(other, first)
-
-
-@pytest.mark.parametrize(**pairwise(op=list(FILTERS), dtype=DTYPES))
-def test_bits_of_no_dtype_depend_on_threads(op: str, dtype: torch.dtype) -> None:
-    first, *others = results_by_threads(FILTERS[op], make_inputs(FILTERS[op], Case(1, 128, 128, 20), dtype), (1, 2, 7))
-    for other in others:
-        assert_same_bits(other, first)
+def test_bits_depend_neither_on_threads_nor_on_the_run(op: str, dtype: torch.dtype, case: Case) -> None:
+    inputs = make_inputs(OPS[op], case, dtype)
+    grad_y = make_grad(OPS[op], inputs)
+    first = run(OPS[op], inputs, grad_y)
+    for threads in (2, 7, 7):
+        torch.set_num_threads(threads)
+        assert_same_bits(run(OPS[op], inputs, grad_y), first)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from cases import OPS, Case, Inputs, make_grad, make_inputs
-from native_core import CODES, DYNAMIC, FILTERS, USUAL_FORM, assert_releases_the_gil, run_script
+from cases import OPS, Case, Inputs, Op, make_grad, make_inputs
+from native_core import CODES, DYNAMIC, USUAL_FORM, assert_releases_the_gil, run_script
 from torch import Tensor
-
-from dfformer_kernels import star_relu
 
 pytestmark = pytest.mark.usefixtures("one_thread", "core")
 
@@ -19,9 +17,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "core")
 THREAD_SHAPES = [[Case(1, h, h + 8, 5) for h in range(first, 153, 16)] for first in range(1, 9)]
 
 
-@pytest.mark.parametrize("name", FILTERS)
-def test_eight_threads_at_once_get_their_own_results(name: str) -> None:
-    op = FILTERS[name]
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_eight_threads_at_once_get_their_own_results(op: Op) -> None:
 
     def compute(inputs: Inputs, grad_y: Tensor) -> list[Tensor]:
         return [op.public(inputs, "cpu"), *op.backward(grad_y, inputs, backend="cpu")]
@@ -78,19 +75,20 @@ def test_other_python_threads_run_during_a_call(core: ModuleType, backward: bool
 FORK = """
 import multiprocessing, os, sys, threading
 import torch
-from dfformer_kernels import dynamic_filter
+from dfformer_kernels import dynamic_filter, star_relu
 
 torch.set_num_threads(4)
 x = torch.linspace(-1, 1, 2 * 128 * 128 * 20).view(2, 128, 128, 20).requires_grad_()
 logits = torch.linspace(-1, 1, 2 * 4 * 20).view(2, 4, 20).requires_grad_()
 basis = torch.linspace(-1, 1, 128 * 65 * 4 * 2).view(128, 65, 4, 2).requires_grad_()
-star_relu = torch.tensor([0.9], requires_grad=True), torch.tensor([0.3], requires_grad=True)
-leaves = (x, logits, basis, *star_relu)
+scalars = torch.tensor([0.9], requires_grad=True), torch.tensor([0.3], requires_grad=True)
 grad_y = torch.ones(x.shape)  # made here: torch's own parallel operators hang in a forked child
 
 def run():  # forward and backward, in several threads where that is allowed
-    y = dynamic_filter(x, logits, basis, star_relu, backend="cpu")
-    return [t.numpy().tobytes() for t in (y.detach(), *torch.autograd.grad(y, leaves, grad_y))]
+    y, u = dynamic_filter(x, logits, basis, scalars, backend="cpu"), star_relu(x, *scalars, backend="cpu")
+    gradients = torch.autograd.grad(y, (x, logits, basis, *scalars), grad_y)
+    gradients += torch.autograd.grad(u, (x, *scalars), grad_y)
+    return [t.numpy().tobytes() for t in (y.detach(), u.detach(), *gradients)]
 
 def child():
     sys.exit(0 if run() == wanted else 3)
@@ -163,21 +161,6 @@ def test_workers_of_a_data_loader_compute() -> None:
 # StarReLU
 
 
-def test_eight_threads_of_star_relu_get_their_own_results() -> None:
-    tensors = [torch.randn(50_000 + i, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    scale, bias = torch.tensor([0.9]), torch.tensor([0.3])
-    wanted = [star_relu(x, scale, bias, backend="cpu") for x in tensors]
-    start = threading.Barrier(len(tensors))
-
-    def run(x: Tensor) -> list[Tensor]:
-        start.wait()
-        return [star_relu(x, scale, bias, backend="cpu") for _ in range(10)]
-
-    with ThreadPoolExecutor(len(tensors)) as pool:
-        results = list(pool.map(run, tensors))
-    assert all(torch.equal(y, wanted[i]) for i, repeated in enumerate(results) for y in repeated)
-
-
 def test_other_python_threads_run_during_star_relu(core: ModuleType) -> None:
     """Were the GIL held, no time would be read in the middle half of a call."""
     core.set_active_isa(core.supported_isas()[-1])
@@ -185,38 +168,3 @@ def test_other_python_threads_run_during_star_relu(core: ModuleType) -> None:
     y = torch.zeros_like(x)
 
     assert_releases_the_gil(lambda: core.star_relu(x.numel(), CODES[x.dtype], 1, 1.0, 0.0, x.data_ptr(), y.data_ptr()))
-
-
-FORK_STAR_RELU = """
-import os, signal, sys, time
-import torch
-from dfformer_kernels import star_relu
-
-torch.set_num_threads(4)
-x = torch.linspace(-1, 1, 200_001, requires_grad=True)
-grad_y = torch.ones(200_001)  # made here: torch's own parallel operators hang in a forked child
-scale, bias = torch.tensor([0.9]), torch.tensor([0.3])
-
-def run():  # forward and backward, in several threads where that is allowed
-    y = star_relu(x, scale, bias, backend="cpu")
-    return [t.numpy().tobytes() for t in (y.detach(), *torch.autograd.grad(y, x, grad_y))]
-
-wanted = run()
-child = os.fork()
-if child == 0:
-    os._exit(0 if run() == wanted else 3)
-for _ in range(300):
-    pid, status = os.waitpid(child, os.WNOHANG)
-    if pid:
-        sys.exit(os.waitstatus_to_exitcode(status))
-    time.sleep(0.1)
-os.kill(child, signal.SIGKILL)
-os.waitpid(child, 0)
-sys.exit("the forked child hangs")
-"""
-
-
-@CAN_FORK
-def test_a_forked_child_computes_star_relu_after_a_parallel_call_of_its_parent() -> None:
-    done = run_script(FORK_STAR_RELU)
-    assert done.returncode == 0, done.stderr

@@ -117,6 +117,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.manual_seed(0)  # a test's random numbers do not depend on the tests before it
     if item.get_closest_marker("gpu"):
         require("cuda", torch.cuda.is_available(), "no CUDA device")
 

@@ -38,7 +38,6 @@ TENSORRT = {
 @torch.no_grad()
 def test_matrix_products_are_the_transforms(mixer: str, plane: tuple[int, int]) -> None:
     """In float64 to its rounding, on spectra that are not Hermitian where the convention matters."""
-    torch.manual_seed(0)
     layer = spread(MIXERS[mixer](dim=8, size=plane).double())
     x = torch.randn(3, *plane, 8, dtype=torch.float64)
     assert relative_error(dfformer.with_dft_matmul(layer)(x), eager_baseline(layer)(x)) < 1e-14
@@ -219,7 +218,6 @@ STEPS: dict[str, tuple[tuple[int, ...], torch.dtype, Callable[[Tensor, Tensor, T
 
 @pytest.mark.parametrize("kind", ["grouped", "complex", "complex, one a channel", "given", "swapped"])
 def test_every_kind_of_filters_in_the_older_exporter(kind: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
     model, shape = (FiltersFirst(8), (8, 8, 8)) if kind == "swapped" else (Step(kind), (6, 5, 8))
     if kind == "swapped":
         assert len(dfformer.replace_dynamic_filters(model)) == 1
@@ -269,7 +267,6 @@ def test_onnx_of_torch(kind: str, dynamo: bool, swapped: Detector, tmp_path: Pat
 
 def test_filters_of_another_plane_in_onnx_of_torch(tmp_path: Path) -> None:
     """The file resizes them itself, and in double precision too: not folded, it has no constant that torch rounds."""
-    torch.manual_seed(0)
     layer = spread(dfformer.GlobalFilter(8, size=(9, 8), weight_resize=True, dtype=torch.float64))
     x = torch.randn(2, 6, 11, 8, dtype=torch.float64)
     session = to_onnx(layer, x, tmp_path / "model.onnx", dynamo=True, optimize=False)

@@ -28,11 +28,6 @@ ARGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def filter_size(model: Any) -> tuple[int, int]:
     """The planes that the first stage's filters are stored for."""
     return model.stages[0][0].token_mixer.size

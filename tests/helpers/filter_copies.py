@@ -1,11 +1,23 @@
 """Copies of the dynamic filter as other projects carry them, written anew from descriptions of their forms."""
 
+import copy
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def results(model: Any, *inputs: Any) -> list[Tensor]:
+    """Output, and gradients of the inputs and of the parameters that train."""
+    inputs = copy.deepcopy(inputs)
+    leaves = [x.requires_grad_() for x in inputs if isinstance(x, Tensor)]
+    leaves += [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
+    y = model(*inputs)
+    y = y["y"] if isinstance(y, dict) else y
+    gradients = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
+    return [y.detach(), *(torch.view_as_real(g) if g.is_complex() else g for g in gradients if g is not None)]
 
 
 class Star(nn.Module):

@@ -15,11 +15,6 @@ SHAPE: dict[str, Any] = {"img_size": 32, "depths": (1, 1, 1, 1), "dims": (8, 16,
 CONV_THEN_DYNAMIC = [SepConv, SepConv, DynamicFilter, DynamicFilter]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def build(**arguments: Any) -> Any:
     return DFFormer(**{**SHAPE, **arguments})
 

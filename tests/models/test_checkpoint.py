@@ -194,18 +194,8 @@ def test_a_mismatch_lists_ten_names_a_kind(tmp_path: Path) -> None:
     assert (missing.count(", "), unexpected.count(", "), wrong.count("(checkpoint ")) == (9, 9, 4)
 
 
-def _advice(path: Path) -> None:
-    """A pickle of numbers that torch does not take for data."""
-    path.write_bytes(pickle.dumps({"a": complex(1)}))
-
-
-def _malicious(path: Path) -> None:
-    torch.save({"a": torch.zeros(1), "b": Malicious(path.with_name("trap"))}, path)
-
-
-def _old_malicious(path: Path) -> None:
-    content = {"a": torch.zeros(1), "b": Malicious(path.with_name("trap"))}
-    torch.save(content, path, _use_new_zipfile_serialization=False)
+def _malicious(path: Path, **options: bool) -> None:
+    torch.save({"a": torch.zeros(1), "b": Malicious(path.with_name("trap"))}, path, **options)
 
 
 def _old_tar(path: Path) -> None:
@@ -235,13 +225,19 @@ def _compressed(path: Path) -> None:
 
 
 UNSAFE: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "pickle": ("is truncated or not a checkpoint", _advice),
+    "numbers that torch does not take for data": (
+        "is truncated or not a checkpoint",
+        lambda path: path.write_bytes(pickle.dumps({"a": complex(1)})),
+    ),
     "malicious": ("refused, because loading it would run code: it refers to .*mkdir", _malicious),
     "plain-malicious": (
         "is truncated or not a checkpoint",
         lambda path: path.write_bytes(pickle.dumps(Malicious(path.with_name("trap")))),
     ),
-    "old-malicious": ("is truncated or not a checkpoint", _old_malicious),
+    "old-malicious": (
+        "is truncated or not a checkpoint",
+        lambda path: _malicious(path, _use_new_zipfile_serialization=False),
+    ),
     "old-tar": ("expected a state dict written by torch.save, got the .tar format of torch before 0.4", _old_tar),
     "torchscript": ("expected a state dict written by torch.save, got a TorchScript archive", _torchscript),
     "zip-bomb": ("is compressed, [0-9]+ bytes from [0-9]+", _compressed),

@@ -288,7 +288,6 @@ def test_an_encoder_larger_than_its_file_is_never_allocated(trap: Path, monkeypa
 
 
 def test_the_caller_may_choose_another_model_and_trusted_arguments(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=2)
     path = tmp_path / "resnet.safetensors"
     save_checkpoint(model, path, "resnet10t", {"num_classes": 2}, ["a", "b"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from filter_copies import Authors, ChannelsFirst, Gained, Routing, Star
+from filter_copies import Authors, ChannelsFirst, Gained, Routing, Star, results
 from timm.utils import ModelEmaV2
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -66,20 +66,11 @@ MIXERS: dict[str, Callable[[], FrequencyMixer]] = {
 }
 
 
-def outputs_and_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
-    model.eval()
-    x = x.detach().requires_grad_()
-    parameters = [p for _, p in sorted(model.named_parameters())]
-    y = model(x)
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *parameters])]
-
-
 @pytest.mark.parametrize("make", MIXERS.values(), ids=MIXERS.keys())
 def test_swapped_model_agrees_and_shares_parameters(make: Callable[[], FrequencyMixer]) -> None:
-    torch.manual_seed(0)
     model = SomebodysModel(make(), make())
     x = torch.randn(2, 8, 7 if make is MIXERS["dynamic-odd-rectangular"] else 8, 16)
-    before = outputs_and_gradients(model, x)
+    before = results(model.eval(), x)
     names, state = dict(model.named_parameters()), list(model.state_dict())
     replaced = replace_dynamic_filters(model)
     assert [(r.name, r.reason) for r in replaced] == [("blocks.block0.1", ""), ("blocks.block1.1", "")]
@@ -88,7 +79,7 @@ def test_swapped_model_agrees_and_shares_parameters(make: Callable[[], Frequency
     after = dict(model.named_parameters())
     assert all(after[name] is names[name] for name in after.keys() | names.keys())
     assert list(model.state_dict()) == state, "in the same order, which EMA copies rely on"
-    for actual, expected in zip(outputs_and_gradients(model, x), before, strict=True):
+    for actual, expected in zip(results(model, x), before, strict=True):
         assert relative_error(actual, expected) < 1e-5
     assert replace_dynamic_filters(model) == [], "nothing is left to swap"
 

@@ -10,6 +10,7 @@ import different_copies as different
 import filter_copies as forms
 import pytest
 import torch
+from filter_copies import results
 from torch import Tensor, distributed, nn
 
 from dfformer import replace_dynamic_filters, restore_dynamic_filters
@@ -99,20 +100,8 @@ class Parallel(nn.Module):
         return self.mixer(*inputs)
 
 
-def results(model: nn.Module, inputs: list[Any]) -> list[Tensor]:
-    """Output and gradients of inputs and parameters."""
-    leaves = [x.requires_grad_() for x in inputs if isinstance(x, Tensor)]
-    leaves += [p for _, p in sorted(model.named_parameters())]
-    y = model(*inputs)
-    y = y["y"] if isinstance(y, dict) else y
-    gradients = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
-    real = [torch.view_as_real(g) if g.is_complex() else g for g in gradients if g is not None]
-    return [y.detach(), *real]
-
-
 @pytest.mark.parametrize(("make", "shapes", "others"), SWAPPED.values(), ids=SWAPPED.keys())
 def test_forms_are_swapped(make: Make, shapes: list[Any], others: list[Any], request: pytest.FixtureRequest) -> None:
-    torch.manual_seed(0)
     model = Parallel(make()).eval()
     reference = Parallel(RUNNING.get(type(model.mixer), make)()).eval()
     reference.load_state_dict(model.state_dict())
@@ -125,7 +114,7 @@ def test_forms_are_swapped(make: Make, shapes: list[Any], others: list[Any], req
     assert list(model.state_dict()) == state
     for plane in (shapes, others or shapes):
         inputs = [torch.randn(3, *shape) if isinstance(shape, tuple) else shape for shape in plane]
-        ours, theirs = (results(m, copy.deepcopy(inputs)) for m in (model, reference))
+        ours, theirs = (results(m, *inputs) for m in (model, reference))
         assert relative_error(ours[0], theirs[0]) < 1e-5
         assert max(gradient_errors(ours[1:], theirs[1:])) < 1e-4
 
@@ -234,16 +223,9 @@ def test_adapters_in_a_form_are_used(form: type[forms.Authors], before: bool) ->
     model.mixer.pwconv1, reference.mixer.pwconv1 = adapter, copy.deepcopy(adapter)
     if before:
         assert not replace_dynamic_filters(model)[0].reason
-    ours, theirs = (results_of_trained(m, x) for m in (model, reference))
+    ours, theirs = (results(m, x) for m in (model, reference))
     for actual, expected in zip(ours, theirs, strict=True):
         assert relative_error(actual, expected) < 1e-4
-
-
-def results_of_trained(model: Any, x: Tensor) -> list[Tensor]:
-    """Output and gradients of the parameters that train."""
-    trained = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
-    y = model(x)
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), trained)]
 
 
 class Detector(nn.Module):
@@ -338,8 +320,7 @@ def test_a_swapped_detector_compiles_whole(detector: Detector) -> None:
     compiled = torch.compile(detector, backend="eager", fullgraph=True, dynamic=False)
     for size in PLANES[:2]:
         image = torch.randn(1, 3, *size)
-        actual = results_of_trained(compiled, image)
-        for a, e in zip(actual, results_of_trained(detector, image), strict=True):
+        for a, e in zip(results(compiled, image), results(detector, image), strict=True):
             assert relative_error(a, e) < 1e-3
 
 

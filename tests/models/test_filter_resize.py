@@ -43,11 +43,6 @@ RESIZED = resize_filter(REAL.double(), (6, 5), (7, 8))
 BICUBIC_ERROR = 1e-12  # torch computes its coefficients in another order
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def no_matrices(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Empties the store of matrices for the test, and again when called; the process's own stays as it is."""

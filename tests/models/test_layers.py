@@ -31,11 +31,6 @@ MIXERS: dict[str, Callable[[], nn.Module]] = {
 UNITS = 3
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def image(*plane: int, dim: int = DIM, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, *plane, dim, dtype=dtype)
 

@@ -12,12 +12,6 @@ from torch import Tensor, nn
 
 from dfformer_kernels.tolerance import relative_error
 
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 # Every model
 
 

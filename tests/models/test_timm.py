@@ -36,11 +36,6 @@ ERROR = 1e-4  # of float32 models whose sums are taken in another order
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def create(name: str, **kwargs: Any) -> Any:
     if name == CONVFORMER and not FULL:  # its entry point has no room for depths and dims
         return build_model_with_cfg(

@@ -33,11 +33,6 @@ EVERY_KIND_IN_16_BITS = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def filters_of(model: nn.Module) -> list[SpectralFilter]:
     return [module for module in model.modules() if isinstance(module, SpectralFilter)]
 

@@ -124,7 +124,6 @@ def tied(whole: bool) -> Twice:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_ties_are_those_of_each_layer_and_of_later(whole: bool) -> None:
-    torch.manual_seed(0)
     model, x = nn.Sequential(tied(whole), Twice(), tied(whole)), torch.randn(2, DIM, 8, 8)
     original = copy.deepcopy(model)
     assert not any(r.reason for r in replace_dynamic_filters(model))
@@ -212,7 +211,6 @@ class WithNorm(forms.Authors):
     ],
 )
 def test_only_the_authors_formula_becomes_our_layer(kind: type[forms.Authors], ours: str) -> None:
-    torch.manual_seed(0)
     model: Any = nn.Sequential(kind(DIM))
     x = 1000 * torch.randn(2, 8, 8, DIM)
     x[0, 0, 0, 0] = torch.nan if kind is NotANumber else 0

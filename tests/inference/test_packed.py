@@ -136,12 +136,12 @@ def write_by_numpy(t: Tensor) -> None:
     values *= 1.5
 
 
-WRITES: dict[str, Callable[[nn.Module], object]] = {
+WRITES: dict[str, Callable[[Any], object]] = {
     "in_place": lambda served: scaled(served, lambda t: t.mul_(1.5)),
     "by_data": lambda served: scaled(served, lambda t: t.data.mul_(1.5)),
     "by_collective": lambda served: scaled(served, broadcast_from_another),
     "by_numpy": lambda served: scaled(served, write_by_numpy),
-    "of_one_layer": lambda served: packed(served)[1].weight.data.mul_(1.5),
+    "of_one_layer": lambda served: served.get_submodule("model.stages.2.0.mlp.fc1").weight.data.mul_(1.5),
     "load_state_dict": lambda served: served.load_state_dict({k: 1.5 * t for k, t in served.state_dict().items()}),
 }
 

@@ -263,11 +263,6 @@ def test_training_follows_the_plain_formulation() -> None:
     assert relative_error(*curves) < 2e-2
 
 
-@pytest.fixture
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
 def narrow(stages: int, **kwargs: Any) -> DFFormer:
     """As little as there can be to compile. Two stages have all there is: downsampling and residual scales too."""
     two: dict[str, Any] = {"depths": (1, 1), "dims": (16, 24), "strides": (4, 2), "res_scale_init_values": (None, 1.0)}
@@ -275,7 +270,7 @@ def narrow(stages: int, **kwargs: Any) -> DFFormer:
     return DFFormer(32, num_classes=CLASSES, **shape, **kwargs)
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_training_step() -> None:
     require_compiler()
     model = narrow(stages=2 if FULL else 1)
@@ -289,7 +284,7 @@ def test_compiled_training_step() -> None:
 
 
 @pytest.mark.parametrize("mixer", [DynamicFilter, GlobalFilter, AFNO2D, SepConv])
-@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_no_graph_break(mixer: Any) -> None:
     explanation = torch._dynamo.explain(narrow(stages=1, token_mixers=mixer))(images(32, 32))
     assert explanation.graph_break_count == 0
@@ -297,7 +292,7 @@ def test_no_graph_break(mixer: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", [*slow("bicubic"), "fourier"])
-@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_compiled_at_other_image_sizes(rule: str) -> None:
     model = narrow(stages=1, resize=rule).eval()
@@ -307,7 +302,7 @@ def test_compiled_at_other_image_sizes(rule: str) -> None:
         assert relative_error(compiled(x), model(x)) < ERROR
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_eager_calls_do_not_make_it_compile_again() -> None:
     model, counter = narrow(stages=2).eval(), CompileCounter()
@@ -320,7 +315,7 @@ def test_eager_calls_do_not_make_it_compile_again() -> None:
 
 # tests/export has a model of every mixer
 @pytest.mark.parametrize("name", ["cdfformer_s18", *slow(*(name for name in KINDS if name != "cdfformer_s18"))])
-@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_export_with_any_batch(name: str) -> None:
     model = small(name)
     batch = torch.export.Dim("batch", min=1, max=64)

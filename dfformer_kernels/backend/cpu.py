@@ -98,8 +98,8 @@ def star_relu_backward(grad_y: Tensor, x: Tensor, scale: Tensor, bias: Tensor, n
     grad_x = _empty_like(x) if needs[0] else None
     problem = x.numel(), _DTYPE_CODES[x.dtype], _threads(), scale.item(), bias.item()
     addresses = _pointer("x", x), 0, _pointer("grad_y", grad_y, x), _pointer("grad_x", grad_x, x)
-    gradients = grad_x, *_scalars(core().star_relu(*problem, *addresses))
-    return needed(gradients, (x, scale, bias), needs)
+    sums = core().star_relu(*problem, *addresses)
+    return needed((grad_x, *_scalars(sums, scale, bias)), (x, scale, bias), needs)
 
 
 class _Arguments:
@@ -165,14 +165,15 @@ def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) ->
         _pointer("grad_filters", grad_filters, given.filters),
         need_scale or need_bias,
     )
-    grad_scale, grad_bias = _scalars(sums) if need_scale or need_bias else (None, None)
-    return None if grad_x is None else given.result(grad_x), grad_logits, grad_filters, grad_scale, grad_bias
+    scalars = _scalars(sums, step.scale, step.bias) if need_scale or need_bias else (None, None)
+    return None if grad_x is None else given.result(grad_x), grad_logits, grad_filters, *scalars
 
 
-def _scalars(sums: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The gradients of StarReLU's scale and bias."""
-    grad_scale, grad_bias = torch.tensor(sums, dtype=torch.float64, device="cpu").unbind()
-    return grad_scale, grad_bias
+def _scalars(sums: Sequence[float], scale: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of StarReLU's scale and bias, if there is one."""
+    if scale is None or bias is None:
+        return None, None
+    return torch.full_like(scale, sums[0]), torch.full_like(bias, sums[1])
 
 
 def filter_workspace_bytes(shape: Sequence[int], num_filters: int, dtype: torch.dtype, backward: bool = False) -> int:

@@ -251,6 +251,7 @@ def test_autograd_function_can_be_applied_directly(target: Target) -> None:
     inputs = make_inputs(target.op, SMALL, torch.float32, target.device)
     grad_y = make_grad(target.op, inputs)
     wanted = run(target, inputs, grad_y)
+    assert target.op.function.__name__.lower() == target.op.name.replace("_", "") + "function"
     y = target.op.apply(inputs, target.backend)
     assert_same_bits((y.detach(), gradients(y, inputs, grad_y)), wanted)
 

@@ -89,8 +89,7 @@ def dynamic_filter_backward(
     of_parameters: list[Tensor] = []
     of_input: list[Tensor] = []
     if need_x or need_scale or need_bias:
-        grad_u = _irfft2(_conj(_mixed_filter(r, filters)) * G, x.shape[2])
-        of_input = _activate_backward(grad_u, x, scale, bias, (need_x, need_scale, need_bias))
+        of_input = _input_backward(_mixed_filter(r, filters), G, x, scale, bias, (need_x, need_scale, need_bias))
     if need_logits or need_basis:
         P = _half_spectrum_weight(x.shape[2], u) * G * _conj(_rfft2(u))
         if need_logits:
@@ -131,8 +130,7 @@ def global_filter_backward(
     of_parameters: list[Tensor] = []
     of_input: list[Tensor] = []
     if need_x or need_scale or need_bias:
-        grad_u = _irfft2(_conj(_complex(weight)) * G, x.shape[2])
-        of_input = _activate_backward(grad_u, x, scale, bias, (need_x, need_scale, need_bias))
+        of_input = _input_backward(_complex(weight), G, x, scale, bias, (need_x, need_scale, need_bias))
     if need_weight:
         P = _half_spectrum_weight(x.shape[2], u) * G * _conj(_rfft2(u))
         of_parameters.append(torch.view_as_real(P if weight.dim() == 5 else P.sum(0)).to(weight.dtype))
@@ -164,9 +162,11 @@ def activate(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     return _star_relu(x, scale, bias)
 
 
-def _activate_backward(
-    grad_u: Tensor, x: Tensor, scale: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
+def _input_backward(
+    M: Tensor, G: Tensor, x: Tensor, scale: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
 ) -> list[Tensor]:
+    """The needed gradients of (x, scale, bias), from ``grad_u = irfft2(conj(M) * G)``."""
+    grad_u = _irfft2(_conj(M) * G, x.shape[2])
     if scale is None or bias is None:
         return [grad_u.to(x.dtype)]
     return star_relu_backward(grad_u, x, scale, bias, needs)

@@ -138,7 +138,7 @@ def variant_of(
 ) -> Variant | None:
     """``spec`` with so many channels per CTA, and spectra in shared memory; None if ``chip`` has no room for it."""
     rows, columns = _rows(spec), _columns(spec)
-    registers, width = _registers(spec, rows, columns), 1
+    registers, width = _registers(spec), 1
     # Short columns leave a thread registers for two channels, and a multiprocessor warps enough. With fewer than 16
     # channels some planes would spill.
     if (
@@ -149,7 +149,7 @@ def variant_of(
     ):
         registers, width = int(1.6 * registers), 2
     chosen = threads or _threads(spec, channels_per_cta // width, registers)
-    shared_bytes = _shared_bytes(spec, rows, channels_per_cta, chosen * width, spectra_in_shared)
+    shared_bytes = _shared_bytes(spec, channels_per_cta, chosen * width, spectra_in_shared)
     if registers > _MOST_REGISTERS or shared_bytes > chip.shared_per_cta:
         return None
     # More threads than have those registers make do with fewer, as far as one CTA goes.
@@ -195,13 +195,13 @@ def longest_in_registers(backward: bool) -> int:
     return 8 if backward else 16
 
 
-def _registers(spec: KernelSpec, rows: int, columns: int) -> int:
+def _registers(spec: KernelSpec) -> int:
     """What a thread needs so that nothing spills: fitted to what the compiler reports.
 
     It makes do with what there is in backward rows of up to 80 points.
     """
-    N2 = second_factor(spec.H, columns)
-    row = spec.W // 2 if rows == _HALF_ROWS else spec.W
+    N2 = second_factor(spec.H, _columns(spec))
+    row = spec.W // 2 if _rows(spec) == _HALF_ROWS else spec.W
     odd = spec.C % 2  # which costs registers for addresses: an even number of channels lets it add them to one base
     filters = spec.F + 2 * max(spec.F - 4, 0)  # beyond four, each takes three times as much
     if spec.backward:
@@ -212,10 +212,10 @@ def _registers(spec: KernelSpec, rows: int, columns: int) -> int:
     return max(2 * row + 36 + odd * (row + 16), for_column, 4 * (spec.H // N2) + 30)
 
 
-def _shared_bytes(spec: KernelSpec, rows: int, channels: int, threads: int, spectra: int) -> int:
+def _shared_bytes(spec: KernelSpec, channels: int, threads: int, spectra: int) -> int:
     """As `Layout` in csrc/cuda/layout.inl computes it, where it is explained."""
     K = spec.K
-    narrow_padding = channels * (1 - K % 2) if rows == _HALF_ROWS else channels // 2
+    narrow_padding = channels * (1 - K % 2) if _rows(spec) == _HALF_ROWS else channels // 2
     row_stride = K * channels + (narrow_padding if channels < 16 else 0)
     if not spec.backward:
         return 8 * spec.H * row_stride
@@ -292,11 +292,10 @@ def unsupported_reasons(spec: KernelSpec, chip: Chip) -> list[str]:
 
 def _no_room(spec: KernelSpec, chip: Chip) -> list[str]:
     """What of a chip has no room for ``spec``; empty where `choose_variant` finds a layout."""
-    reasons, rows = [], _rows(spec)
-    registers = _registers(spec, rows, _columns(spec))
+    reasons, registers = [], _registers(spec)
     if registers > _MOST_REGISTERS:
         reasons.append(f"rows of W = {spec.W} do not fit the {_MOST_REGISTERS} registers of a thread")
-    if _shared_bytes(spec, rows, 2, _threads(spec, 2, registers), 1) > chip.shared_per_cta:
+    if _shared_bytes(spec, 2, _threads(spec, 2, registers), 1) > chip.shared_per_cta:
         reasons.append(
             f"half spectra of two channels of {spec.H}x{spec.W} planes do not fit the "
             f"{chip.shared_per_cta >> 10} KiB of shared memory that a CTA has on {chip.arch}"

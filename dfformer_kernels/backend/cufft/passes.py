@@ -91,8 +91,6 @@ def _filter_backward(grad_y: Tensor, step: FilterStep, needs: Sequence[bool]) ->
     need_x, need_logits, need_filters, need_scale, need_bias = needs
     need_u, W, filters = need_x or need_scale or need_bias, x.shape[2], filters.contiguous()
     grad_x = grad_logits = grad_filters = grad_scale = grad_bias = None
-    if not any(needs):
-        return grad_x, grad_logits, grad_filters, grad_scale, grad_bias
     with torch.cuda.device_of(x):
         per_sample = by_sample(x.shape, x.dtype, scale is not None, backward=True)
         G = _spectrum(grad_y, x.dtype, None, None, per_sample)

@@ -17,13 +17,9 @@ from torch.export import Dim, ExportedProgram, export
 from dfformer_kernels import FusePass, fuse
 from dfformer_kernels.tolerance import gradient_errors, relative_error
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 MIXED = ["einsum", "broadcast and sum", "pairs", "in place", "sigmoid"]
 EXPORTED = [*MIXED, "a filter a channel, channels-first", "a permuted view", "between writes"]
-
-
-@pytest.fixture(autouse=True)
-def _no_graphs_of_other_tests() -> None:
-    torch.compiler.reset()
 
 
 def exported(model: nn.Module, x: Tensor) -> ExportedProgram:

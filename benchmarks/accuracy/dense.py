@@ -96,7 +96,6 @@ def train(case: Case, brief: bool) -> Result:
         seed_everything(config.seed)
         task = task_part(config.task, "training")(config, context)
         task.samples.images, task.whole.images = _images(case.images, brief, task)
-        task.val_set = task.whole.images
         engine = _Timed(config, task, context)
         history = engine.run()
     curve = [[row["epoch"], row["seconds"], 100 * row[task.metric]] for row in history]
@@ -117,7 +116,7 @@ _MADE: dict[tuple[str, bool], tuple[list[Any], list[Any]]] = {}
 def _images(name: str, brief: bool, task: Any) -> tuple[list[Any], list[Any]]:
     """The images for training and for testing, which are made once in a process."""
     if (name, brief) not in _MADE:
-        _MADE[name, brief] = list(task.train_set), list(task.val_set)
+        _MADE[name, brief] = list(task.samples.images), list(task.whole.images)
     return _MADE[name, brief]
 
 

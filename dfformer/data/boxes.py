@@ -114,10 +114,8 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
         raise ValueError(f"{path}: is not JSON: {error}") from error
     for kind, fields in _FIELDS.items():
         entries = content.get(kind) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise ValueError(f"{path}: has no list {kind!r}")
-        if not entries:
-            raise ValueError(f"{path}: its list {kind!r} is empty")
+        if not isinstance(entries, list) or not entries:
+            raise ValueError(f"{path}: has no list {kind!r}, or an empty one")
         for n, entry in enumerate(entries):
             for field, wanted in fields.items():
                 if not isinstance(entry, dict) or type(entry.get(field)) is not wanted:

@@ -346,13 +346,10 @@ def orientation_note(oriented: Sequence[bool]) -> str:
 def read_class_names(path: Path) -> list[str]:
     """Reads one class name per line, from UTF-8 with or without a byte order mark, and any line endings."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text: {error}") from error
-    names = [line.strip() for line in lines]
-    while names and not names[-1]:
-        names.pop()
-    if not names:
+    if names == [""]:
         raise ValueError(f"{path}: has no class names")
     if "" in names:
         raise ValueError(f"{path}: line {names.index('') + 1} has no class name, expected one name per line")

@@ -57,7 +57,7 @@ class DigitImages(ImageDataset[tuple[Image.Image, int, str]]):
         return Image.fromarray(self.images[index]), self.labels[index], f"digit {index}"
 
 
-def open_dataset(spec: DatasetSpec, channels: int = 3, download: bool = False) -> Any:
+def open_dataset(spec: DatasetSpec, channels: int = 3, download: bool = False) -> "Images":
     """A map-style dataset of (image, label), with a settable ``transform``.
 
     Args:
@@ -141,13 +141,13 @@ class Images(Samples):
     collate = staticmethod(fast_collate)
 
     def __init__(self, source: Source, mode: str, exif_orientation: bool) -> None:
-        self.images, self.mode, self.exif_orientation = source, mode, exif_orientation
-        self.classes = source.classes
+        self.images, self.mode, self.classes = source, mode, source.classes
+        source.exif_orientation = exif_orientation
         self.transform: Any = None
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         content, label, name = self.images[index]
-        image = read_image(content, self.mode, name, self.exif_orientation)
+        image = read_image(content, self.mode, name, self.images.exif_orientation)
         try:
             return (self.transform(image) if self.transform else image), label
         except Exception as error:
@@ -156,9 +156,6 @@ class Images(Samples):
     @staticmethod
     def ignored_target(target: int) -> int:
         return -1
-
-    def check(self) -> list[bool]:
-        return self.images.check()
 
 
 def _class_names(dataset: Any) -> list[str] | None:

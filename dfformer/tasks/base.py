@@ -31,29 +31,22 @@ class Task(ABC):
     unit = "%"  # of the displayed metric; "%" for a fraction
     classes: list[str] | None  # None if the data does not name them
     model_args: dict[str, Any]  # of ``timm.create_model``
-    samples: Samples  # the training set as `loss` takes it, in batches
-    whole: Samples  # the validation set as `validate` takes it
 
     def __init__(
-        self,
-        config: "TrainConfig",
-        context: DistContext,
-        train_set: Any,
-        val_set: Any,
-        classes: list[str] | None,
-        epoch: int | None = None,
+        self, config: "TrainConfig", context: DistContext, samples: Samples, whole: Samples, classes: list[str] | None
     ) -> None:
-        """``epoch``: number of samples in an epoch; by default, each image once."""
+        """``samples``: what `loss` takes in batches, an epoch of it. ``whole``: what `validate` takes."""
         self.config, self.context, self.classes = config, context, classes
-        self.train_set, self.val_set = train_set, val_set
-        optim, images = config.optim, len(train_set) if epoch is None else epoch
-        self.batches = image_data.GlobalBatches(images, optim.global_batch, optim.accumulation, context, config.seed)
+        self.samples, self.whole, optim = samples, whole, config.optim
+        self.batches = image_data.GlobalBatches(
+            len(samples), optim.global_batch, optim.accumulation, context, config.seed
+        )
 
     def check(self) -> None:
         """Checks the data, and raises ValueError naming what is wrong."""
         check_classes(self.classes or [])
         if self.config.data.check_images:
-            image_data.check_images(self.train_set, self.val_set)
+            image_data.check_images(self.samples.images, self.whole.images)
 
     @abstractmethod
     def build_model(self) -> nn.Module: ...
@@ -106,6 +99,12 @@ def load_dense(path: str | Path, task: str, build: Callable[[dict[str, Any]], Mo
     return checkpoint.build_and_load(lambda: build(about), state_dict, path), about
 
 
+def mean_and_std(config: "TrainConfig") -> tuple[list[float], list[float]]:
+    """Of the pixels: those of the settings, or the model's own."""
+    model_cfg = timm.get_pretrained_cfg(config.model.name)
+    return config.data.mean or list(model_cfg.mean), config.data.std or list(model_cfg.std)
+
+
 class DenseTask(Task):
     """The base of tasks on whole images, whose model has an encoder of timm."""
 
@@ -116,14 +115,13 @@ class DenseTask(Task):
     def __init__(self, config: "TrainConfig", context: DistContext, *data: Any) -> None:
         """``data``: as for `Task`."""
         super().__init__(config, context, *data)
-        model_cfg = timm.get_pretrained_cfg(config.model.name)
-        self.mean, self.std = config.data.mean or list(model_cfg.mean), config.data.std or list(model_cfg.std)
+        self.mean, self.std = mean_and_std(config)
         self.model_args = self._encoder_args()
 
     @property
     def shown(self) -> range:
         """The validation images of the picture."""
-        return range(min(_SHOWN, len(self.val_set)))
+        return range(min(_SHOWN, len(self.whole)))
 
     def _encoder_args(self) -> dict[str, Any]:
         """Arguments of ``timm.create_model(config.model.name, features_only=True, ...)``."""

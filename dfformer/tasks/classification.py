@@ -32,6 +32,8 @@ class Classification(Task):
     """Images with one label each; cross entropy, mixup and cutmix; top-1 and top-5."""
 
     metric = "top1"
+    samples: image_data.Images
+    whole: image_data.Images
 
     def __init__(self, config: "TrainConfig", context: DistContext) -> None:
         given = config.data
@@ -42,7 +44,6 @@ class Classification(Task):
         where = f"{given.root}, split {given.val_split}"
         image_data.check_same_classes(val_set.classes, train_set.classes, where, "the training images")
         super().__init__(config, context, train_set, val_set, train_set.classes)
-        self.samples, self.whole = train_set, val_set
         self.model_args = {**config.model.args, **self._num_classes()}
         self.mix = self._mixup()
 
@@ -93,10 +94,10 @@ class Classification(Task):
         self.data_config = resolve_data_config(overrides, model=model)
         self.pixels = Pixels(self.data_config["mean"], self.data_config["std"], self.context.device)
         self.erase = RandomErasing(augment.re_prob, mode=augment.re_mode, device=self.context.device)
-        self.val_set.transform = evaluation_transform(self.data_config, as_uint8=True)
+        self.whole.transform = evaluation_transform(self.data_config, as_uint8=True)
         names = ("scale", "ratio", "hflip", "color_jitter", "auto_augment", "interpolation")
         augmented = {"mean": self.data_config["mean"], **{name: getattr(augment, name) for name in names}}
-        self.train_set.transform = training_transform(self.data_config["input_size"], **augmented)
+        self.samples.transform = training_transform(self.data_config["input_size"], **augmented)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, labels = self.pixels(batch[0]), batch[1].to(self.context.device, non_blocking=True)
@@ -128,7 +129,7 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         channels, H, W = config["input_size"]
         dataset = image_data.open_dataset(dataset_spec(arguments, (H, W)), channels)
         _check_classes(classes, model, dataset, checkpoint)
-        image_data.check_images(dataset)
+        image_data.check_images(dataset.images)
         dataset.transform = evaluation_transform(config, as_uint8=True)
         timed = Timed(model, device, arguments.amp)
         bar = batches(dataset, arguments, f"{checkpoint.name} {H}x{W}", arguments.batch_size)

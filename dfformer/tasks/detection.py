@@ -119,8 +119,8 @@ class Detection(DenseTask):
         where = f"{given.root}, split {given.val_split}"
         expected = with_ids(self.categories)
         image_data.check_same_classes(with_ids(val_set.categories), expected, where, f"split {given.train_split}")
-        super().__init__(config, context, train_set, val_set, list(train_set.categories.values()))
-        self.samples, self.whole = DetectionTensors(train_set, config.detect.hflip), DetectionTensors(val_set)
+        samples, whole = DetectionTensors(train_set, config.detect.hflip), DetectionTensors(val_set)
+        super().__init__(config, context, samples, whole, list(train_set.categories.values()))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, targets = batch
@@ -141,7 +141,7 @@ class Detection(DenseTask):
     def picture(self, model: nn.Module) -> "Figure":
         from dfformer.analysis.dense_figures import detections
 
-        images, truths = zip(*(self.val_set[n] for n in self.shown), strict=True)
+        images, truths = zip(*(self.whole.images[n] for n in self.shown), strict=True)
         found = detect(model, map(v2.functional.pil_to_tensor, images), self.context.device)
         confident_ones = [confident(objects, _MIN_SCORE) for objects in found]
         title = f"{self.config.model.name}: the first {len(images)} validation images"

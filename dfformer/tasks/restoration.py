@@ -126,9 +126,8 @@ class Restoration(DenseTask):
         if wanted.photometric and train_set[0][0] is not None:
             raise ValueError("restore.photometric: expected false, because inputs are files, got true")
         val_set = open_pair_dataset(given.spec(training=False), self.degradation)
-        self.samples = RestorationTensors(train_set, self.degradation, given.size, wanted.crops, wanted.photometric)
-        self.whole = RestorationTensors(val_set, self.degradation)
-        super().__init__(config, context, train_set, val_set, [], len(self.samples))
+        samples = RestorationTensors(train_set, self.degradation, given.size, wanted.crops, wanted.photometric)
+        super().__init__(config, context, samples, RestorationTensors(val_set, self.degradation), [])
 
     def build_model(self) -> nn.Module:
         model = _restorer(self.description())

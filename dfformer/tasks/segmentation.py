@@ -23,7 +23,7 @@ from dfformer.data.masks import (
     whole_images,
 )
 from dfformer.data.transforms import resize_shorter_side
-from dfformer.tasks.base import DenseTask, load_dense
+from dfformer.tasks.base import DenseTask, load_dense, mean_and_std
 from dfformer.tasks.evaluate import Measured, Pixels, Timed, at_each_size, batches, dataset_spec, own_size
 from dfformer.tasks.predict import File, Predictor, Top, checked
 from dfformer.tasks.results import result_paths, write_results
@@ -135,13 +135,12 @@ class Segmentation(DenseTask):
     def __init__(self, config: "TrainConfig", context: DistContext) -> None:
         zero = config.segment.reduce_zero_label
         train_set, val_set = (open_mask_dataset(config.data.spec(training), zero) for training in (True, False))
-        super().__init__(config, context, train_set, val_set, train_set.classes)
-        self.pixels = Pixels(self.mean, self.std, context.device)
         names = ("scale", "most_of_one_class", "hflip", "photometric")
         augment = {name: getattr(config.segment, name) for name in names}
-        fill = [round(255 * mean) for mean in self.mean]
-        self.samples = SegmentationTensors(train_set, TrainTransform(config.data.size, fill=fill, **augment))
-        self.whole = whole_images(val_set, min(config.data.size))
+        fill = [round(255 * mean) for mean in mean_and_std(config)[0]]
+        samples = SegmentationTensors(train_set, TrainTransform(config.data.size, fill=fill, **augment))
+        super().__init__(config, context, samples, whole_images(val_set, min(config.data.size)), train_set.classes)
+        self.pixels = Pixels(self.mean, self.std, context.device)
 
     def loss(self, model: nn.Module, batch: ImageAndMask) -> Tensor:
         """The mean over all pixels, where ignored ones count as 0. So it does not depend on how a batch is split."""
@@ -159,7 +158,7 @@ class Segmentation(DenseTask):
     def picture(self, model: nn.Module) -> "Figure":
         from dfformer.analysis.dense_figures import segmentations
 
-        images, truths = zip(*(self.val_set[n] for n in self.shown), strict=True)
+        images, truths = zip(*(self.whole.images[n] for n in self.shown), strict=True)
         sources = (self.pixels(self.whole[n][0][None]) for n in self.shown)
         with torch.inference_mode():
             found = [

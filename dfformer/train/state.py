@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -64,13 +64,8 @@ def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Pat
     path = folder / f"checkpoint-{step:08d}.pt"
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    content = buffer.getbuffer()
-
-    def write(file: IO[bytes]) -> None:
-        file.write(content)
-        file.write(_digest(content))  # torch.load ignores what follows its archive, and would not notice a flipped bit
-
-    write_atomically(path, write)
+    buffer.write(_digest(buffer.getbuffer()))  # torch.load ignores what follows, and would not notice a flipped bit
+    write_atomically(path, buffer.getvalue())
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
     return path

@@ -1,6 +1,5 @@
 """Images with boxes: what is read from COCO's format, and what is said of faults in it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,45 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_files import noise, oriented
+from image_files import annotate, coco_folder, noise, oriented
 from PIL import Image
 
 from dfformer.data.boxes import CocoImages, DetectionTensors, open_box_dataset, with_ids
 from dfformer.data.files import DatasetSpec
 from dfformer.data.images import check_images, check_same_classes
 
-CATEGORIES = {7: "dark", 3: "bright"}  # in no order, with gaps
 Change = Callable[[dict[str, Any]], object]
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Four images in COCO's layout: 100 is empty, 101 has crowds only, 102 and 103 have an object of each category."""
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "train").mkdir()
-    images, annotations = [], []
-    for n in range(4):
-        W, H = (50, 60) if n % 2 else (70, 45)
-        pixels = np.full((H, W, 3), 120, dtype=np.uint8)
-        for k, category in enumerate(CATEGORIES) if n else ():
-            left, top = 5 + 20 * k + n, 4 + n
-            pixels[top : top + 18, left : left + 14] = 30 if category == 7 else 220
-            entry = {"id": 10 * n + k, "image_id": 100 + n, "category_id": category, "bbox": [left, top, 14, 18]}
-            annotations.append({**entry, "area": 14 * 18, "iscrowd": int(n == 1)})
-        Image.fromarray(pixels).save(tmp_path / "train" / f"{100 + n}.png")
-        images.append({"id": 100 + n, "file_name": f"{100 + n}.png", "width": W, "height": H})
-    categories = [{"id": n, "name": name} for n, name in CATEGORIES.items()]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps(content))
-    return tmp_path
-
-
-def annotate(root: Path, change: Change) -> Path:
-    path = root / "annotations" / "instances_train.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    return path
+    return coco_folder(tmp_path, train=4)
 
 
 def test_images_and_objects(root: Path) -> None:
@@ -176,7 +150,7 @@ ANNOTATIONS: dict[str, tuple[Change, str]] = {
     "no-key": (_without("images", 2, "width"), "images[2] has no 'width' of type int"),
     "type": (_entry("images", height="60"), "images[2] has no 'height' of type int"),
     "twice": (_entry("images", id=101), "2 images have the id 101"),
-    "empty": (lambda content: content["images"].clear(), "its list 'images' is empty"),
+    "empty": (lambda content: content["images"].clear(), "has no list 'images', or an empty one"),
     "crowds-only": (_no_objects, "no images with objects, crowds not counted"),
     "size": (_entry("images", width=72), "102.png: is 70x45, "),
     "turned": (_entry("images", width=45, height=70), "102.png: is 70x45, "),

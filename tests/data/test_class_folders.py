@@ -59,12 +59,11 @@ def test_a_tar_file_gives_the_images_of_its_folders(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         packed(folder / name).rename(tmp_path / "nested" / f"{name}.tar")
     expected = [np.asarray(image) for image, _ in _all(open_dataset(DatasetSpec("", str(tmp_path), "val")))]
+    (tmp_path / "elsewhere").mkdir()
     for around, source in ((".", folder), ("val", folder), (".", tmp_path / "nested")):
-        (tmp_path / "test.tar").unlink(missing_ok=True)
-        packed(source, around).rename(tmp_path / (name := "val.tar" if around == "val" else "test.tar"))
-        (tmp_path / "elsewhere").mkdir(exist_ok=True)
-        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
-        dataset = open_dataset(DatasetSpec("", str(tmp_path / "elsewhere"), name.removesuffix(".tar")))
+        split = "val" if around == "val" else "test"
+        packed(source, around).rename(tmp_path / "elsewhere" / f"{split}.tar")
+        dataset = open_dataset(DatasetSpec("", str(tmp_path / "elsewhere"), split))
         assert dataset.classes == ["cat", "dog"]
         assert all(np.array_equal(image, other) for (image, _), other in zip(_all(dataset), expected, strict=True))
 
@@ -117,7 +116,7 @@ def test_what_is_wrong_is_named(spoil: Callable[[Path], object], message: str, t
     write(tmp_path / "val", "cat/1.png", "dog/2.png")
     spoil(tmp_path)
     with pytest.raises(ValueError, match=message):
-        check_images(open_dataset(DatasetSpec("", str(tmp_path), "val")))
+        check_images(open_dataset(DatasetSpec("", str(tmp_path), "val")).images)
 
 
 def test_tar_files_that_are_none(tmp_path: Path) -> None:
@@ -182,7 +181,7 @@ def test_a_damaged_image_is_named_when_it_is_read(tmp_path: Path) -> None:
     packed(folder).rename(tmp_path / "test.tar")
     for split in ("val", "test"):
         dataset = open_dataset(DatasetSpec("", str(tmp_path), split))
-        check_images(dataset)
+        check_images(dataset.images)
         with pytest.raises(ValueError, match=r"dog/2\.png: "):
             _all(dataset)
 
@@ -213,10 +212,10 @@ def test_other_names_of_datasets(name: str, tmp_path: Path) -> None:
 def test_orientations_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "val", "cat/1.png", "dog/2.png")
     oriented(noise(), tmp_path / "val" / "dog" / "3.jpg", 6)
-    check_images(open_dataset(DatasetSpec("", str(tmp_path), "val")))
+    check_images(open_dataset(DatasetSpec("", str(tmp_path), "val")).images)
     assert "1 of 3 images have an EXIF orientation, which is not applied" in capsys.readouterr().err
     turned = open_dataset(DatasetSpec("", str(tmp_path), "val", exif_orientation=True))
-    check_images(turned)
+    check_images(turned.images)
     assert not capsys.readouterr().err
     assert [image.size for image, _ in _all(turned)] == [(40, 30), (40, 30), (30, 40)]
 

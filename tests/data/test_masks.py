@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_files import noise, oriented
+from image_files import noise, oriented, write_mask
 from PIL import Image
 from torchvision import tv_tensors
 
@@ -23,16 +23,9 @@ def root(tmp_path: Path) -> Path:
     """Four images in ADE20K's layout; 0 in a mask is no class."""
     for n in range(4):
         labels = np.arange(40 * 30).reshape(30, 40) % 4
-        write(tmp_path, f"{n % 2}/{n}", noise(seed=n), labels)
+        write_mask(tmp_path, "train", f"{n % 2}/{n}", np.asarray(noise(seed=n)), labels)
     (tmp_path / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     return tmp_path
-
-
-def write(root: Path, name: str, image: Image.Image, labels: np.ndarray) -> None:
-    for path in (root / "images" / "train" / f"{name}.jpg", root / "annotations" / "train" / f"{name}.png"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(root / "images" / "train" / f"{name}.jpg")
-    Image.fromarray(labels.astype(np.uint8)).save(root / "annotations" / "train" / f"{name}.png")
 
 
 def opened(root: Path, reduce_zero_label: bool = True, **options: Any) -> MaskFolder:
@@ -119,18 +112,6 @@ def _label(root: Path) -> str:
     return f"1 of 4 images cannot be used: {path}: expected labels from 0 to 3 and 255, got 4"
 
 
-def _smaller(root: Path) -> str:
-    return f"{_mask(root, lambda mask: mask[1:])}: is 40x29, its image 40x30"
-
-
-def _colours(root: Path) -> str:
-    return f"{_mask(root, lambda mask: np.stack([mask] * 3, -1))}: expected mode L or P (one channel of 8 bits), got"
-
-
-def _deep(root: Path) -> str:
-    return f"{_mask(root, lambda mask: mask.astype(np.uint16))}: expected mode L or P (one channel of 8 bits), got I;16"
-
-
 def _no_mask(root: Path) -> str:
     path = root / "annotations" / "train" / "0" / "2.png"
     path.unlink()
@@ -182,11 +163,12 @@ def _no_classes(root: Path) -> str:
     return f"{root}: has neither classes.txt"
 
 
-MALFORMED = {
+ONE_CHANNEL = "expected mode L or P (one channel of 8 bits)"
+MALFORMED: dict[str, Callable[[Path], str]] = {
     "unknown-label": _label,
-    "size": _smaller,
-    "colours": _colours,
-    "16-bit": _deep,
+    "size": lambda root: f"{_mask(root, lambda mask: mask[1:])}: is 40x29, its image 40x30",
+    "colours": lambda root: f"{_mask(root, lambda mask: np.stack([mask] * 3, -1))}: {ONE_CHANNEL}, got",
+    "16-bit": lambda root: f"{_mask(root, lambda mask: mask.astype(np.uint16))}: {ONE_CHANNEL}, got I;16",
     "no-mask": _no_mask,
     "two-images": _two_images,
     "broken-image": _broken("images", "2.jpg"),

@@ -1,10 +1,12 @@
 """Image files as people have them: of unusual kinds, damaged, and with unusual names."""
 
+import json
 import os
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -128,3 +130,49 @@ def write_flipped(folder: Path, name: str, count: int) -> set[str]:
         path.write_bytes(changed)
         paths.add(str(path))
     return paths
+
+
+CATEGORIES = {7: "dark", 3: "bright"}  # in no order, with gaps
+
+
+def coco_folder(folder: Path, **counts: int) -> Path:
+    """Images in COCO's layout, their number by split.
+
+    100 is empty, 101 has crowds only, the others have an object of each category.
+    """
+    generator = np.random.default_rng(0)
+    (folder / "annotations").mkdir(parents=True)
+    for split, count in counts.items():
+        (folder / split).mkdir()
+        images, annotations = [], []
+        for n in range(count):
+            H, W = (60, 50) if n % 2 else (45, 70)
+            pixels = generator.integers(100, 140, (H, W, 3), dtype=np.uint8)
+            for k, category in enumerate(CATEGORIES) if n else ():
+                left, top = 5 + 20 * k + n % 3, 4 + n % 5
+                pixels[top : top + 18, left : left + 14] = 30 if category == 7 else 220
+                entry = {"id": 10 * n + k, "image_id": 100 + n, "category_id": category, "bbox": [left, top, 14, 18]}
+                annotations.append({**entry, "area": 14 * 18, "iscrowd": int(n == 1)})
+            Image.fromarray(pixels).save(folder / split / f"{100 + n}.png")
+            images.append({"id": 100 + n, "file_name": f"{100 + n}.png", "width": W, "height": H})
+        categories = [{"id": n, "name": name} for n, name in CATEGORIES.items()]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+def annotate(root: Path, change: Callable[[dict[str, Any]], object], split: str = "train") -> Path:
+    """Changes the annotations of a split."""
+    path = root / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write_mask(root: Path, split: str, name: str, pixels: np.ndarray, labels: np.ndarray) -> None:
+    """Writes an image and its mask in ADE20K's layout."""
+    for kind, suffix, content in (("images", ".jpg", pixels), ("annotations", ".png", labels)):
+        path = root / kind / split / f"{name}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(content.astype(np.uint8)).save(path)

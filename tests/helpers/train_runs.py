@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from paths import ROOT
 from PIL import Image
@@ -52,10 +54,16 @@ def write_images(folder: Path, counts: dict[str, int]) -> Path:
     return folder
 
 
+def write_splits(folder: Path) -> Path:
+    """A folder in ImageNet's manner: 25 images to train on, 7 to validate."""
+    write_images(folder / "train", {"ant": 9, "bee": 8, "cat": 8})
+    write_images(folder / "val", {"ant": 3, "bee": 2, "cat": 2})
+    return folder
+
+
 def reference_run(folder: Path, *arguments: str) -> Path:
-    """A run that nobody disturbs, on data like those of `root`, with all its checkpoints."""
-    write_images(folder / "images" / "train", {"ant": 9, "bee": 8, "cat": 8})
-    write_images(folder / "images" / "val", {"ant": 3, "bee": 2, "cat": 2})
+    """A run that nobody disturbs, on the images of `write_splits`, with all its checkpoints."""
+    write_splits(folder / "images")
     (folder / "recipe.yaml").write_text(json.dumps(TINY))
     command = ["train", "--recipe", str(folder / "recipe.yaml"), "--data.root", str(folder / "images"), *arguments]
     threads = torch.get_num_threads()
@@ -68,7 +76,18 @@ def reference_run(folder: Path, *arguments: str) -> Path:
 
 
 def history(folder: Path) -> list[dict[str, str]]:
-    with (folder / "epochs.csv").open() as file:
+    return _rows(folder / "epochs.csv")
+
+
+def evaluated(folder: Path, *arguments: str) -> list[dict[str, str]]:
+    """The rows of the table that ``dfformer eval`` writes into a folder, which is made."""
+    table = folder / "tables" / "eval.csv"
+    assert main(["eval", *arguments, "--workers", "0", "--csv", str(table)]) == 0
+    return _rows(table)
+
+
+def _rows(table: Path) -> list[dict[str, str]]:
+    with table.open() as file:
         return list(csv.DictReader(file))
 
 
@@ -87,6 +106,27 @@ def assert_same_result(folder: Path, expected: Path) -> None:
     for state in (actual, wanted):
         state.pop("config")  # names the folder
     assert_same(actual, wanted, "state")
+
+
+def assert_alike(folder: Path, expected: Path, names: Sequence[str], tolerance: float, **of_epochs: Any) -> None:
+    """Two runs have similar numbers: of each step those called ``names``, of each epoch all."""
+    for name in names:
+        mine, theirs = ([step[name] for step in steps(run)] for run in (folder, expected))
+        assert mine == pytest.approx(theirs, rel=tolerance), (folder, name)
+    for rows in zip(history(folder), history(expected), strict=True):
+        found, wanted = ({name: float(value) for name, value in row.items()} for row in rows)
+        assert found == pytest.approx(wanted, **of_epochs), folder
+
+
+def assert_resumes(command: list[str], folder: Path, step: int) -> None:
+    """A run that resumes after ``step`` comes to the same as one that nobody disturbs."""
+    expected, run = folder / "expected", folder / "run"
+    assert main([*command, "--keep=9", "--output", str(expected)]) == 0
+    run.mkdir()
+    for name in (f"checkpoint-{step:08d}.pt", "steps.jsonl", "best.safetensors"):
+        shutil.copy(expected / name, run)
+    assert main([*command, "--keep=9", "--output", str(run), "--resume=true"]) == 0
+    assert_same_result(run, expected)
 
 
 def assert_same(actual: Any, expected: Any, where: str) -> None:

@@ -32,6 +32,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
+def command(request: pytest.FixtureRequest, root: Path, tmp_path: Path) -> list[str]:
+    """Training by the recipe ``TINY`` of a test's module, on its ``root``."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(request.module.TINY))  # which is YAML too
+    return ["train", "--recipe", str(path), "--data.root", str(root)]
+
+
+@pytest.fixture
 def run(checkpoints: dict[str, str], tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
     """Predicts; returns the status and the JSON. Results are in tmp_path/out."""
 

@@ -1,8 +1,6 @@
 """Detection on tiny models: any encoder and size, its data, its command line from training to boxes."""
 
-import csv
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +9,19 @@ import numpy as np
 import pytest
 import torch
 from extent import FULL
+from image_files import CATEGORIES, annotate, coco_folder
 from paths import ROOT
 from PIL import Image
-from train_runs import assert_same_result, history, steps
+from train_runs import assert_resumes, evaluated, history, steps
 
 from dfformer.cli.main import main
 from dfformer.data import boxes
 from dfformer.data.files import DatasetSpec
-from dfformer.models.checkpoint import CheckpointError, save_checkpoint
 from dfformer.tasks import detection as detect
 from dfformer.tasks.detector import Pyramid
-from dfformer.tasks.table import task_part
 from dfformer.train.config import parse
 from dfformer.utils.device import DistContext
 
-CATEGORIES = {7: "dark", 3: "bright"}  # in no order, with gaps
 SMALL: dict[str, Any] = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
 HEAD: dict[str, Any] = {"channels": 8, "anchor_scale": 2.0, "norm_groups": 2}
 CPU = DistContext(torch.device("cpu"))
@@ -43,44 +39,10 @@ TINY: dict[str, Any] = {
 }
 
 
-def annotate(root: Path, split: str, change: Callable[[dict[str, Any]], None]) -> Path:
-    path = root / "annotations" / f"instances_{split}.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    return path
-
-
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A folder in COCO's manner: 14 images to train on, one of them empty and one with crowds only, 5 to validate."""
-    generator = np.random.default_rng(0)
-    folder = tmp_path / "squares"
-    (folder / "annotations").mkdir(parents=True)
-    for split, count in (("train2017", 14), ("val2017", 5)):
-        (folder / split).mkdir()
-        images, annotations = [], []
-        for n in range(count):
-            H, W = (60, 50) if n % 2 else (45, 70)
-            pixels = generator.integers(100, 140, (H, W, 3))
-            for k, category in enumerate(CATEGORIES) if n else ():
-                left, top = 5 + 20 * k + n % 3, 4 + n % 5
-                pixels[top : top + 18, left : left + 14] = 30 if category == 7 else 220
-                entry = {"id": 10 * n + k, "image_id": 100 + n, "category_id": category, "bbox": [left, top, 14, 18]}
-                annotations.append({**entry, "area": 14 * 18, "iscrowd": int(n == 1)})
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / split / f"{100 + n:012}.png")
-            images.append({"id": 100 + n, "file_name": f"{100 + n:012}.png", "width": W, "height": H})
-        categories = [{"id": n, "name": name} for n, name in CATEGORIES.items()]
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-    return folder
-
-
-@pytest.fixture
-def command(root: Path, tmp_path: Path) -> list[str]:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(TINY))  # which is YAML too
-    return ["train", "--recipe", str(path), "--data.root", str(root)]
+    return coco_folder(tmp_path / "squares", train2017=14, val2017=5)
 
 
 def small_detector(encoder: str = "dfformer_s18", arguments: dict[str, Any] = SMALL) -> detect.Detector:
@@ -137,7 +99,7 @@ def test_a_batch_of_several_images_is_the_mean_of_each(root: Path) -> None:
                                    "--data.synthetic_images=[4,1]", "--optim.global_batch=4", "--detect.channels=8",
                                    f"--model.args={json.dumps(SMALL)}"]), CPU)  # fmt: skip
     model = task.build_model().train()
-    prepared = boxes.DetectionTensors(task.train_set, 0.0)
+    prepared = boxes.DetectionTensors(task.samples.images, 0.0)
     samples = [prepared[n] for n in range(4)]
     each = [task.loss(model, boxes.DetectionTensors.collate([sample])).item() for sample in samples]
     assert task.loss(model, boxes.DetectionTensors.collate(samples)).item() == pytest.approx(np.mean(each), rel=1e-5)
@@ -193,11 +155,9 @@ def test_train_evaluate_and_predict(
     assert main([*command, "--optim.epochs", "12", "--detect.channels", "16", "--output", str(run)]) == 0
     assert {p.name for p in run.iterdir()} >= {"epochs.csv", "predictions.png", "learning_curve.png"}
     assert np.asarray(Image.open(run / "predictions.png").convert("L")).std() > 5
-    checkpoint, table, report = run / "last.safetensors", tmp_path / "table.csv", tmp_path / "report.json"
-    data = ["--root", str(root), "--split", "val2017", "--workers", "0", "--csv", str(table)]
-    assert main(["eval", str(checkpoint), *data, "--img-size", "48x64", "96"]) == 0
-    with table.open() as file:
-        row, larger = csv.DictReader(file)
+    checkpoint, report = run / "last.safetensors", tmp_path / "report.json"
+    data = ["--root", str(root), "--split", "val2017"]
+    row, larger = evaluated(tmp_path, str(checkpoint), *data, "--img-size", "48x64", "96")
     for name in ("map", "map_50", "map_75"):
         assert float(row[name]) == pytest.approx(float(history(run)[-1][name]))
     assert float(row["map"]) == pytest.approx(np.mean([float(row[f"map {name}"]) for name in CATEGORIES.values()]))
@@ -209,10 +169,10 @@ def test_train_evaluate_and_predict(
     arguments = ["--checkpoint", str(checkpoint), "--output", str(out), "--json", str(report), "--topk", "1"]
     capsys.readouterr()
     assert main(["predict", *arguments, str(images)]) == 1
-    assert {path.name for path in out.iterdir()} == {"detections.json", *(f"{100 + n:012}.png" for n in range(5))}
+    assert {path.name for path in out.iterdir()} == {"detections.json", *(f"{100 + n}.png" for n in range(5))}
     model, about = detect.load_detector(checkpoint)
     assert (about["classes"], about["category_ids"]) == (["bright", "dark"], [3, 7])
-    with Image.open(images / f"{103:012}.png") as image:
+    with Image.open(images / "103.png") as image:
         [expected] = detect.detect(model, [torch.from_numpy(np.array(image)).permute(2, 0, 1)], CPU.device)
     written = [entry for entry in json.loads((out / "detections.json").read_text()) if entry["image_id"] == 103]
     assert written
@@ -229,37 +189,21 @@ def test_train_evaluate_and_predict(
 
 @pytest.mark.slow  # segmentation resumes the same way
 def test_resuming_amid_an_epoch_is_exact(command: list[str], tmp_path: Path) -> None:
-    expected, run = tmp_path / "expected", tmp_path / "run"
-    command = [*command, "--optim.ema_decay", "0.9", "--keep", "9"]
-    assert main([*command, "--output", str(expected)]) == 0
-    run.mkdir()
-    for name in ("checkpoint-00000004.pt", "steps.jsonl", "best.safetensors"):
-        (run / name).write_bytes((expected / name).read_bytes())
-    assert main([*command, "--output", str(run), "--resume", "true"]) == 0
-    assert_same_result(run, expected)
+    assert_resumes([*command, "--optim.ema_decay", "0.9"], tmp_path, step=4)
 
 
 # Errors
 
 
-def test_faults_of_the_data_are_found_before_training_starts(
-    command: list[str], root: Path, refusal: Callable[[Sequence[str]], str]
-) -> None:
-    path = annotate(root, "train2017", lambda content: content["annotations"][2].update(bbox=[5, 3, 14, 0]))
-    assert f"{path}: 1 annotations cannot be used: annotation 20: the box [5, 3, 14, 0]" in refusal(command)
-
-
 def test_other_categories_to_validate(command: list[str], root: Path, refusal: Callable[[Sequence[str]], str]) -> None:
-    annotate(root, "val2017", lambda content: content["categories"].append({"id": 9, "name": "grey"}))
+    annotate(root, lambda content: content["categories"].append({"id": 9, "name": "grey"}), "val2017")
     assert "its classes are not those of split train2017; unknown: grey (9)" in refusal(command)
 
 
 MISUSES = {
     "dataset": (["--data.dataset", "digits"], "dataset: for detection, expected ''"),
     "no-root": (["--data.root", "null"], "root: give the folder of the data, --data.root FOLDER"),
-    "channels": (["--model.args.in_chans", "1"], "model.args.in_chans: images are RGB, so it must be 3, got 1"),
     "img-size": (["--data.img_size", "[64, 48]"], "data.img_size: for detection, expected [limit of the shorter"),
-    "head": (["--detect.channels", "0"], "detect.channels: expected a whole number from 1 to 16384, got 0"),
     "groups": (["--detect.norm_groups", "3"], "detect.norm_groups: expected a divisor of detect.channels=8, got 3"),
 }
 
@@ -269,21 +213,6 @@ def test_misuses(
     arguments: list[str], message: str, command: list[str], refusal: Callable[[Sequence[str]], str]
 ) -> None:
     assert message in refusal([*command, *arguments])
-
-
-def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
-    save_checkpoint({"a": torch.zeros(1)}, tmp_path / "m.safetensors", "dfformer_s18")
-    with pytest.raises(CheckpointError, match="is not for the task detect"):
-        detect.load_detector(tmp_path / "m.safetensors")
-
-
-@pytest.mark.parametrize("package", ["torchmetrics.detection", "pycocotools"])
-def test_without_the_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said before training starts, not when it measures."""
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "dfformer.tasks.detection")
-    with pytest.raises(RuntimeError, match=rf"{package}.*: pip install 'dfformer\[dense\]'"):
-        task_part("detect", "training")
 
 
 def test_what_is_shown() -> None:

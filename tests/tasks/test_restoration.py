@@ -1,10 +1,8 @@
 """Restoration on tiny models: tiles against whole images, its command line from training to pictures, refusals."""
 
-import csv
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,18 +12,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import require
-from dense_models import dense_checkpoint
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
 from torchvision.transforms import v2
-from train_runs import assert_same_result, history
+from train_runs import assert_resumes, evaluated, history
 
 from dfformer.cli.main import main
-from dfformer.models.checkpoint import CheckpointError
 from dfformer.tasks.restoration import enlarged_only, load_restorer, quality, restore
 from dfformer.tasks.restorer import Restorer, SelfEnsemble, enlarged, tiled
-from dfformer.tasks.table import task_part
 
 SMALL: dict[str, Any] = {"depths": [1, 1, 1, 1], "dims": [16, 16, 16, 16], "strides": [2, 2, 2, 2]}
 CPU = torch.device("cpu")
@@ -53,13 +48,6 @@ def root(tmp_path: Path) -> Path:
             piece = np.array(pixels)[140 : 180 + n, 60 * n : 60 * n + 55]
             Image.fromarray(piece).save(folder / f"{n}.png")
     return tmp_path / "photographs"
-
-
-@pytest.fixture
-def command(root: Path, tmp_path: Path) -> list[str]:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(TINY))  # which is YAML too
-    return ["train", "--recipe", str(path), "--data.root", str(root)]
 
 
 class Local(nn.Module):
@@ -175,16 +163,11 @@ def test_train_evaluate_and_predict(
     assert last["ssim"] > last["input_ssim"]
     assert np.asarray(Image.open(run / "predictions.png").convert("L")).std() > 5
 
-    checkpoint, table, report = str(run / "last.safetensors"), tmp_path / "table.csv", tmp_path / "report.json"
-    data = ["--root", str(root), "--workers", "0"]
-    assert main(["eval", checkpoint, *data, "--csv", str(table), "--img-size", "32", "48x64"]) == 0
-    with table.open() as file:
-        row, larger = csv.DictReader(file)
+    checkpoint, report = str(run / "last.safetensors"), tmp_path / "report.json"
+    row, larger = evaluated(tmp_path, checkpoint, "--root", str(root), "--img-size", "32", "48x64")
     for name in ("psnr", "ssim", "input_psnr", "input_ssim"):
         assert float(row[name]) == pytest.approx(last[name]), name
-    assert main(["eval", checkpoint, *data, "--csv", str(table), "--self-ensemble"]) == 0
-    with table.open() as file:
-        [ensemble] = csv.DictReader(file)
+    [ensemble] = evaluated(tmp_path, checkpoint, "--root", str(root), "--self-ensemble")
     assert float(ensemble["psnr"]) > float(row["psnr"]) + 0.01
     assert (row["self_ensemble"], ensemble["self_ensemble"]) == ("False", "True")
     assert (row["images"], row["tile_width"], larger["tile_height"], larger["tile_width"]) == ("3", "32", "48", "64")
@@ -207,27 +190,18 @@ def test_train_evaluate_and_predict(
 
 @pytest.mark.slow  # segmentation resumes the same way
 def test_resuming_amid_an_epoch_is_exact(command: list[str], tmp_path: Path) -> None:
-    expected, run = tmp_path / "expected", tmp_path / "run"
-    command = [*command, "--save_steps", "5", "--keep", "9"]
-    assert main([*command, "--output", str(expected)]) == 0
-    run.mkdir()
-    for name in ("checkpoint-00000020.pt", "steps.jsonl", "best.safetensors"):
-        (run / name).write_bytes((expected / name).read_bytes())
-    assert main([*command, "--output", str(run), "--resume", "true"]) == 0
-    assert_same_result(run, expected)
+    assert_resumes([*command, "--save_steps", "5"], tmp_path, step=20)
 
 
 MISUSES = {
     "dataset": (["--data.dataset", "torch/voc"], "dataset: for restoration, expected ''"),
     "nothing": (["--restore.noise", "0"], "to generate inputs, set restore.scale"),
     "scale": (["--restore.scale", "3"], "data.img_size: expected multiples of restore.scale=3, got 32"),
-    "scale-range": (["--restore.scale", "9"], "restore.scale: expected a whole number from 1 to 4, got 9"),
     "small": (["--data.img_size", "48"], "expected 48x48 or larger, got 55x40"),
     "encoder": (
         ["--model.name", "convnext_atto", "--model.args", "{}"],
         "for restoration, expected a model of this",
     ),
-    "blocks": (["--restore.blocks", "-1"], "restore.blocks: expected a whole number from 0 to 128, got -1"),
     "pretrained": (["--model.args.pretrained", "true"], "model.args.pretrained: restoration cannot start from"),
 }
 
@@ -243,13 +217,6 @@ def test_colours_of_files_are_kept(command: list[str], root: Path, refusal: Call
     shutil.copytree(root / "targets", root / "inputs")
     settings = ["--restore.noise", "0", "--restore.photometric", "true"]
     assert "restore.photometric: expected false, because inputs are files" in refusal([*command, *settings])
-
-
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
-    monkeypatch.delitem(sys.modules, "dfformer.tasks.restoration")
-    with pytest.raises(RuntimeError, match=r"pip install 'dfformer\[dense\]'"):
-        task_part("restore", "training")
 
 
 @pytest.mark.slow
@@ -271,10 +238,3 @@ def test_what_is_compared_with_is_pillows_bicubic() -> None:
     image = torch.randint(80, 170, (3, 12, 15), dtype=torch.uint8)
     pillow = v2.functional.to_pil_image(image).resize((30, 24), Image.Resampling.BICUBIC)
     assert np.abs(enlarged_only(image, 2).permute(1, 2, 0).numpy().astype(int) - np.asarray(pillow)).max() <= 1
-
-
-def test_checkpoints_of_other_tasks(tmp_path: Path) -> None:
-    arguments = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "img_size": [32, 48]}
-    path = dense_checkpoint("segment", tmp_path / "segmenter.safetensors", "dfformer_s18", arguments)
-    with pytest.raises(CheckpointError, match="is not for the task restore"):
-        load_restorer(path)

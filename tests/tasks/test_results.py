@@ -1,6 +1,5 @@
 """Where ``dfformer predict`` writes: no result costs anybody a file, no two have the same name."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,75 +18,38 @@ pytestmark = [
 ]
 
 
-def _same_folder(images: Path, out: Path) -> list[str]:
-    return ["--output", str(images)]
+TARGETS: dict[str, tuple[str, list[str]]] = {
+    "images": ("segment", ["--output", "images"]),
+    "link": ("segment", ["--output", "link"]),
+    "hard-link": ("segment", ["--output", "hard_link"]),
+    "somebody-else's": ("segment", ["--output", "theirs"]),
+    "file": ("segment", ["--output", "file"]),
+    "json-is-an-image": ("segment", ["--output", "new", "--json", "images/a.png"]),
+    "json-is-another-image": ("segment", ["--output", "new", "--json", "theirs/a.png"]),
+    "detections-images": ("detect", ["--output", "images"]),
+    "somebody-else's-detections": ("detect", ["--output", "detected"]),
+    "json-is-the-detections": ("detect", ["--output", "new", "--json", "new/detections.json"]),
+}
 
 
-def _linked_folder(images: Path, out: Path) -> list[str]:
-    out.symlink_to(images)
-    return ["--output", str(out)]
-
-
-def _hard_link(images: Path, out: Path) -> list[str]:
-    out.mkdir()
-    os.link(images / "a.png", out / "a.png")
-    return ["--output", str(out)]
-
-
-def _somebody_elses(images: Path, out: Path) -> list[str]:
-    out.mkdir()
-    noise(seed=9).save(out / "a.png")
-    return ["--output", str(out)]
-
-
-def _a_file(images: Path, out: Path) -> list[str]:
-    out.write_text("")
-    return ["--output", str(out)]
-
-
-def _json_is_an_image(images: Path, out: Path) -> list[str]:
-    return ["--output", str(out), "--json", str(images / "a.png")]
-
-
-def _json_is_another_image(images: Path, out: Path) -> list[str]:
-    """As where the name of the JSON was forgotten."""
-    out.mkdir()
-    noise(seed=9).save(out / "x.png")
-    return ["--output", str(out / "new"), "--json", str(out / "x.png")]
-
-
-def _somebody_elses_detections(images: Path, out: Path) -> list[str]:
-    out.mkdir()
-    (out / "detections.json").write_text('[{"image_id": 1}]')
-    return ["--output", str(out)]
-
-
-def _json_is_the_detections(images: Path, out: Path) -> list[str]:
-    return ["--output", str(out), "--json", str(out / "detections.json")]
-
-
-TARGETS = [_same_folder, _linked_folder, _hard_link, _somebody_elses, _a_file]
-TARGETS += [_json_is_an_image, _json_is_another_image]
-
-
-DETECTIONS = [_same_folder, _somebody_elses_detections, _json_is_the_detections]
-
-
-@pytest.mark.parametrize(
-    ("task", "target"), [*(("segment", target) for target in TARGETS), *(("detect", target) for target in DETECTIONS)]
-)
+@pytest.mark.parametrize(("task", "arguments"), TARGETS.values(), ids=TARGETS.keys())
 def test_no_file_is_overwritten(
     task: str,
-    target: Callable[[Path, Path], list[str]],
+    arguments: list[str],
     checkpoints: dict[str, str],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    images, out = tmp_path / "images", tmp_path / "out"
-    write_all(images, dict.fromkeys(("a.png", "b.png"), READABLE["plain.png"]))
-    arguments = target(images, out)
+    monkeypatch.chdir(tmp_path)
+    plain = READABLE["plain.png"]
+    write_all(Path("images"), {"a.png": plain, "b.png": plain})
+    write_all(Path("theirs"), {"a.png": lambda path: noise(seed=9).save(path)})
+    write_all(Path("detected"), {"detections.json": lambda path: path.write_text('[{"image_id": 1}]')})
+    write_all(Path("hard_link"), {"a.png": lambda path: path.hardlink_to("images/a.png")})
+    write_all(Path(), {"link": lambda path: path.symlink_to("images"), "file": lambda path: path.write_text("")})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert main(["predict", "--checkpoint", checkpoints[task], *arguments, str(images)]) == 2
+    assert main(["predict", "--checkpoint", checkpoints[task], *arguments, "images"]) == 2
     assert arguments[-2] + ": " in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

@@ -1,8 +1,6 @@
 """Segmentation on tiny models: any encoder and size, its data, its command line from training to masks."""
 
-import csv
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from dense_models import dense_checkpoint
 from extent import FULL
+from image_files import write_mask
 from paths import ROOT
 from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms import v2
-from train_runs import assert_same_result, history, steps
+from train_runs import assert_resumes, evaluated, history, steps
 
 from dfformer.cli.main import main
 from dfformer.data.transforms import resize_shorter_side
@@ -63,23 +63,9 @@ def root(tmp_path: Path) -> Path:
             labels = np.digitize(rows, [H // 3, 2 * H // 3]) + 1
             pixels = 70 * labels[..., None] + generator.integers(0, 40, (H, W, 3))
             labels[:2] = 0
-            write(folder, split, f"{n % 2}/{n}", pixels, labels)
+            write_mask(folder, split, f"{n % 2}/{n}", pixels, labels)
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     return folder
-
-
-def write(folder: Path, split: str, name: str, pixels: np.ndarray, labels: np.ndarray) -> None:
-    for kind, suffix, content in (("images", ".jpg", pixels), ("annotations", ".png", labels)):
-        path = folder / kind / split / f"{name}{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(content.astype(np.uint8)).save(path)
-
-
-@pytest.fixture
-def command(root: Path, tmp_path: Path) -> list[str]:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(TINY))  # which is YAML too
-    return ["train", "--recipe", str(path), "--data.root", str(root)]
 
 
 MODELS = [
@@ -146,11 +132,9 @@ def test_train_evaluate_and_predict(
     assert names <= {path.name for path in run.iterdir()}
     assert np.asarray(Image.open(run / "predictions.png").convert("L")).std() > 5
 
-    checkpoint, table, report = str(run / "last.safetensors"), tmp_path / "table.csv", tmp_path / "report.json"
-    data = ["--root", str(root), "--split", "validation", "--workers", "0"]
-    assert main(["eval", checkpoint, *data, "--csv", str(table), "--img-size", "64", "48"]) == 0
-    with table.open() as file:
-        row, larger = csv.DictReader(file)
+    checkpoint, report = str(run / "last.safetensors"), tmp_path / "report.json"
+    data = ["--root", str(root), "--split", "validation"]
+    row, larger = evaluated(tmp_path, checkpoint, *data, "--img-size", "64", "48")
     assert float(row["miou"]) == pytest.approx(float(history(run)[-1]["miou"]))
     assert float(row["pixel_accuracy"]) == pytest.approx(float(history(run)[-1]["pixel_accuracy"]))
     assert float(row["miou"]) == pytest.approx(np.mean([float(row[f"iou {name}"]) for name in CLASSES]))
@@ -176,14 +160,7 @@ def test_train_evaluate_and_predict(
 
 
 def test_resuming_amid_an_epoch_is_exact(command: list[str], tmp_path: Path) -> None:
-    expected, run = tmp_path / "expected", tmp_path / "run"
-    command = [*command, "--optim.ema_decay", "0.9", "--keep", "9"]
-    assert main([*command, "--output", str(expected)]) == 0
-    run.mkdir()
-    for name in ("checkpoint-00000004.pt", "steps.jsonl", "best.safetensors"):
-        (run / name).write_bytes((expected / name).read_bytes())
-    assert main([*command, "--output", str(run), "--resume", "true"]) == 0
-    assert_same_result(run, expected)
+    assert_resumes([*command, "--optim.ema_decay", "0.9"], tmp_path, step=4)
 
 
 def test_an_encoder_starts_from_a_classifier(command: list[str], tmp_path: Path) -> None:
@@ -207,14 +184,6 @@ def test_an_encoder_starts_from_a_classifier(command: list[str], tmp_path: Path)
         task(config, context).build_model()
 
 
-def test_faults_of_the_data_are_found_before_training_starts(
-    command: list[str], root: Path, refusal: Callable[[Sequence[str]], str]
-) -> None:
-    path = root / "annotations" / "training" / "1" / "3.png"
-    Image.fromarray(np.full((40, 50), 4, dtype=np.uint8)).save(path)
-    assert f"1 of 13 images cannot be used: {path}: expected labels from 0 to 3 and 255, got 4" in refusal(command)
-
-
 def test_masks_without_a_class_are_found_when_measured(
     command: list[str], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,10 +199,6 @@ MISUSES = {
     "no-root": (["--data.root", "nowhere"], "nowhere/images/training: is not a folder"),
     "channels": (["--model.args.in_chans", "1"], "model.args.in_chans: images are RGB, so it must be 3, got 1"),
     "task": (["--task", "guess"], "task: expected one of classify, segment"),
-    "scale": (
-        ["--segment.scale", "[2.0, 0.5]"],
-        "segment.scale: expected two numbers above 0",
-    ),
 }
 
 
@@ -246,12 +211,7 @@ def test_misuses(
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    path = tmp_path / "segmenter.safetensors"
-    data = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3}
-    more = {"decoder": DECODER, "reduce_zero_label": False}
-    model = Segmenter("dfformer_s18", SMALL, 2, DECODER)
-    save_checkpoint(model, path, "dfformer_s18", SMALL, ["one", "two"], data, task="segment", **more)
-    return path
+    return dense_checkpoint("segment", tmp_path / "segmenter.safetensors", "dfformer_s18", SMALL)
 
 
 def test_checkpoints_of_other_tasks(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,13 +228,6 @@ def test_checkpoints_of_other_tasks(checkpoint: Path, tmp_path: Path, capsys: py
 def test_classes_of_other_data(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(checkpoint), "--dataset", "synthetic_digits", "--workers", "0"]) == 2
     assert "its classes are not those of the data; missing: 0, 1, 2" in capsys.readouterr().err
-
-
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
-    monkeypatch.delitem(sys.modules, "dfformer.tasks.segmentation")
-    with pytest.raises(RuntimeError, match=r"pip install 'dfformer\[dense\]'"):
-        task_part("segment", "training")
 
 
 def test_recipes_for_ade20k_are_the_authors() -> None:

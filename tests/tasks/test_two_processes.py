@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from extent import FULL
-from train_runs import history, steps, torchrun
+from train_runs import assert_alike, torchrun
 
 from dfformer.cli.main import main
 from dfformer.data.synthetic_digits import SyntheticDigits
@@ -46,28 +45,14 @@ def command(task: str, folder: Path) -> list[str]:
     return ["train", "--recipe", str(recipe)]
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    """A folder TASK of each task's run in one process, and TASK-KIND of those in two."""
-    threads = torch.get_num_threads()
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """All tasks in one test: processes take longer to start than to train."""
     commands = {task: command(task, tmp_path) for task, _ in KINDS}
-    torch.set_num_threads(1)
-    try:
-        for task, arguments in commands.items():
-            assert main([*arguments, "--output", str(tmp_path / task)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    for task, arguments in commands.items():
+        assert main([*arguments, "--output", str(tmp_path / task)]) == 0
     distributed = [[*commands[t], "--output", str(tmp_path / f"{t}-{k}"), "--distributed", k] for t, k in KINDS]
     torchrun(2, *distributed, imports=["segmentation_models_pytorch", "torchvision"])
-    return tmp_path
-
-
-def test_two_processes_train_as_one(runs: Path) -> None:
-    """All tasks in one test: processes take longer to start than to train."""
     for task, kind in KINDS:
-        one, two = runs / task, runs / f"{task}-{kind}"
-        for name in ("loss", "grad_norm"):
-            assert [s[name] for s in steps(two)] == pytest.approx([s[name] for s in steps(one)], rel=1e-4), (two, name)
-        for mine, theirs in zip(history(one), history(two), strict=True):
-            numbers = [{name: float(value) for name, value in row.items()} for row in (mine, theirs)]
-            assert numbers[0] == pytest.approx(numbers[1], abs=2e-3), two
+        one, two = tmp_path / task, tmp_path / f"{task}-{kind}"
+        assert_alike(two, one, ("loss", "grad_norm"), 1e-4, abs=2e-3)

@@ -4,15 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from train_runs import NOTHING_RANDOM, TINY, reference_run, write_images
+from train_runs import NOTHING_RANDOM, TINY, reference_run, write_splits
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder in ImageNet's manner: 25 images to train on, 7 to validate."""
-    write_images(tmp_path / "images" / "train", {"ant": 9, "bee": 8, "cat": 8})
-    write_images(tmp_path / "images" / "val", {"ant": 3, "bee": 2, "cat": 2})
-    return tmp_path / "images"
+    return write_splits(tmp_path / "images")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Recipes and settings are not trusted: what no run can have is an error that names it."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -148,12 +147,6 @@ def test_what_recipes_have() -> None:
     assert config.model.args == {"in_chans": 1, "depths": [1, 2], "pretrained": True}
     assert (config.data.std, config.optim.lr, config.output) == ([0.25], 1e-4, "runs/2024_01")
     assert load("a: 1.5") == {"a": 1.5}
-
-
-def test_a_grey_recipe_is_refused_by_the_command(refusal: Callable[[list[str]], str]) -> None:
-    assert "data.mean: expected a number for each of 1 channels" in refusal(
-        ["train", "--model.args.in_chans", "1", "--data.dataset", "digits"]
-    )
 
 
 NUMBERS = [name for name, value in _SETTINGS.items() if type(value) in (int, float)]

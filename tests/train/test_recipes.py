@@ -3,12 +3,10 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 from paths import ROOT
-from PIL import Image
-from train_runs import history, steps
+from train_runs import history, steps, write_images
 
 from dfformer.cli.main import main
 from dfformer.models.checkpoint import load_model, save_checkpoint
@@ -60,13 +58,8 @@ def test_unknown_recipes(name: str, message: str, tmp_path: Path, capsys: pytest
 
 def test_transfer_to_a_folder(tmp_path: Path) -> None:
     """The recipe for your own folder, with a small model: weights come over, the classifier is new, it learns."""
-    random = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 6)):
-        for level, name in enumerate(("dark", "light")):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            for n in range(count):
-                pixels = random.integers(120 * level, 120 * level + 60, (36, 40, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{n}.png")
+        write_images(tmp_path / "data" / split, {"dark": count, "light": count})
     arguments = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "num_classes": 5}
     start = timm.create_model("cdfformer_s18", **arguments)
     save_checkpoint(start, tmp_path / "start.safetensors", "cdfformer_s18", arguments)

@@ -25,3 +25,21 @@ def test_classification_needs_no_extra_of_the_dense_tasks(monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "dfformer.tasks.classification", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"timm\.data\.random_erasing"):
         task_part("classify", "training")
+
+
+EXTRAS = {
+    "segmentation_models_pytorch": ("segment", "segmentation"),
+    "torchmetrics.detection": ("detect", "detection"),
+    "pycocotools": ("detect", "detection"),
+    "torchmetrics.functional.image": ("restore", "restoration"),
+}
+
+
+@pytest.mark.parametrize("package", EXTRAS)
+def test_the_dense_tasks_name_their_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before training starts, not when it measures."""
+    task, module = EXTRAS[package]
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"dfformer.tasks.{module}", raising=False)
+    with pytest.raises(RuntimeError, match=rf"{package}.*: pip install 'dfformer\[dense\]'"):
+        task_part(task, "training")

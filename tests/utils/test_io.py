@@ -25,47 +25,51 @@ def test_a_file_is_made_and_replaced_in_a_folder_that_is_made(tmp_path: Path) ->
         assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def fail_to_write(file: IO[bytes]) -> None:
-    file.write(b"half")
+def full(*args: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("moment", ["writing", "closing", "syncing", "renaming", "interrupted"])
+def half(file: IO[bytes]) -> None:
+    file.write(b"half")
+    full()
+
+
+def into_a_full_device(file: IO[bytes]) -> None:
+    """The write stays in a buffer until the file is closed."""
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(descriptor, file.fileno())
+    os.close(descriptor)
+    file.write(b"new")
+
+
+def interrupt(file: IO[bytes]) -> None:
+    raise KeyboardInterrupt
+
+
+# What is written, and the function that fails.
+MOMENTS: dict[str, tuple[Any, tuple[Any, str] | None]] = {
+    "writing": (half, None),
+    "closing": (into_a_full_device, None),
+    "syncing": (put(b"new"), (os, "fsync")),
+    "renaming": (put(b"new"), (Path, "replace")),
+    "interrupted": (interrupt, None),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("before", [None, b"old"])
 def test_an_error_leaves_the_old_file_and_nothing_else(
     moment: str, before: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if moment == "closing" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
     path = tmp_path / "file.bin"
     if before is not None:
         path.write_bytes(before)
-    write: Any = put(b"new")
-    error: type[BaseException] = OSError
-
-    def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    if moment == "writing":
-        write = fail_to_write
-    elif moment == "closing":  # the write stays in a buffer until the file is closed
-        if not Path("/dev/full").exists():
-            pytest.skip("no /dev/full on this system")
-
-        def write(file: IO[bytes]) -> None:
-            descriptor = os.open("/dev/full", os.O_WRONLY)
-            os.dup2(descriptor, file.fileno())
-            os.close(descriptor)
-            file.write(b"new")
-    elif moment == "syncing":
-        monkeypatch.setattr(os, "fsync", full)
-    elif moment == "renaming":
-        monkeypatch.setattr(Path, "replace", full)
-    else:
-        error = KeyboardInterrupt
-
-        def write(file: IO[bytes]) -> None:
-            raise KeyboardInterrupt
-
-    with pytest.raises(error):
+    write, failing = MOMENTS[moment]
+    if failing:
+        monkeypatch.setattr(*failing, full)
+    with pytest.raises(KeyboardInterrupt if moment == "interrupted" else OSError):
         write_atomically(path, write)
     assert [p.name for p in tmp_path.iterdir()] == ([] if before is None else [path.name])
     assert before is None or path.read_bytes() == before

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dfformer.analysis import figures
 from dfformer.analysis import metrics as analysis
 from dfformer.analysis.output import Output
-from dfformer.analysis.shown import ShownImages, ShownModel, device_of
+from dfformer.analysis.shown import ShownImages, ShownModel
 from dfformer.models.spectral import DynamicFilter, SpectralFilter
 
 DRAWN_IMAGES, DRAWN_CLASSES, DRAWN_CHANNELS, DRAWN_FILTERS = 3, 10, 4, 6
@@ -152,7 +152,7 @@ def show_response(models: list[ShownModel], images: ShownImages, output: Output,
     [model] = models
     layers = chosen_layers(model.network, pattern)
     for i in images.examples[:DRAWN_IMAGES]:
-        batch = images.prepared(i, model)[None].to(device_of(model.network))
+        batch = images.prepared(i, model)[None]
         for name, x in analysis.capture(model.network, layers, batch, inputs=True).items():
             _show_response(model, name, layers[name], x, images, i, output)
 

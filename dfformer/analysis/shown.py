@@ -65,17 +65,17 @@ class ShownImages(NamedTuple):
         """The images preprocessed for ``model``, (B,in_chans,H,W); B is at most ``size``, and varies little."""
         count = len(self.members)
         for part in torch.arange(count).chunk(-(-count // size)):
-            yield torch.stack([self.prepared(i, model) for i in part.tolist()]).to(device_of(model.network))
+            yield torch.stack([self.prepared(i, model) for i in part.tolist()])
 
     def prepared(self, index: int, model: ShownModel) -> Tensor:
-        """An image preprocessed for ``model``, (in_chans,H,W)."""
+        """An image preprocessed for ``model``, (in_chans,H,W), on its device."""
         image = self.members[index].open().convert(image_mode(model.config["input_size"][0]))
-        return evaluation_transform(model.config)(image)
+        return evaluation_transform(model.config)(image).to(next(model.network.parameters()).device)
 
     def pixels(self, index: int, model: ShownModel) -> Tensor:
         """An image preprocessed for ``model``, before normalisation: (in_chans,H,W) from 0 to 1."""
         mean, std = (torch.tensor(model.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
-        return (self.prepared(index, model) * std + mean).clamp(0, 1)
+        return (self.prepared(index, model).cpu() * std + mean).clamp(0, 1)
 
 
 def shown_images(inputs: Sequence[Path], channels: set[int]) -> ShownImages:
@@ -109,7 +109,3 @@ def _digits() -> ShownImages:
         for i, (label, pixels) in enumerate(zip(data.target, data.images, strict=True))
     ]
     return ShownImages("360 handwritten digits of scikit-learn", images[::5])
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -188,24 +188,24 @@ def _against_folding(norm: Any, reader: nn.Module, shared: set[int]) -> list[str
         reasons.append("it is not a layer norm of the channels with only a scale")
     if type(reader) not in _READERS:
         return [*reasons, f"it is read by a {type(reader).__qualname__}"]
-    reasons += [f"its reader: {reason}" for reason in unsupported_reasons(reader, type(reader))]
-    return reasons + [f"its reader's {reason}" for reason in _against_parts(reader, _READERS[type(reader)], shared)]
+    against = _against(reader, type(reader), _READERS[type(reader)], shared)
+    return reasons + [f"its reader: {reason}" for reason in against]
 
 
-def _against_parts(module: nn.Module, parts: _Parts, shared: Collection[int] = ()) -> list[str]:
-    """Why the parts of a module are not there, not of these classes and unmodified, or ``shared``."""
-    reasons = []
+def _against(module: nn.Module, kind: type[nn.Module], parts: _Parts, shared: Collection[int] = ()) -> list[str]:
+    """Why a module is not unmodified and of ``kind``, or a part of it is not there, unmodified and not ``shared``."""
+    if reasons := unsupported_reasons(module, kind):
+        return reasons
     for path, kinds in parts.items():
         try:
             part = module.get_submodule(path)
         except AttributeError:
-            reasons.append(f"{path}: it is absent")
+            reasons.append(f"its {path}: it is absent")
             continue
-        kind = type(part) if type(part) in kinds else kinds[0]
-        against = unsupported_reasons(part, kind)
+        against = unsupported_reasons(part, type(part) if type(part) in kinds else kinds[0])
         if not against and id(part) in shared:
             against = ["it has several names"]
-        reasons += [f"{path}: {reason}" for reason in against]
+        reasons += [f"its {path}: {reason}" for reason in against]
     return reasons
 
 
@@ -220,7 +220,7 @@ def _replaced(module: nn.Module, name: str, left_alone: list[LeftAlone]) -> nn.M
     kind = next((kind for kind in _SERVED if isinstance(module, kind)), None)
     if kind is not None:
         serve, parts = _SERVED[kind]
-        if reasons := unsupported_reasons(module, kind) or [f"its {why}" for why in _against_parts(module, parts)]:
+        if reasons := _against(module, kind, parts):
             left_alone.append(LeftAlone(name, tuple(reasons)))
         else:
             module = serve(module)

@@ -32,14 +32,14 @@ class Op:
     def names(self) -> tuple[str, ...]:
         return ("x", *self.parameters, "scale", "bias")
 
-    def public(self, inputs: Inputs, backend: str | None = None) -> Tensor:
+    def public(self, inputs: Inputs, backend: str | None = None, **options: Any) -> Tensor:
         """Through the package's public function."""
         if not self.optional_scalars:
-            return getattr(dfformer_kernels, self.name)(*self.schema_order(inputs), backend=backend)
+            return getattr(dfformer_kernels, self.name)(*self.schema_order(inputs), backend=backend, **options)
         tensors = [inputs[name] for name in ("x", *self.parameters)]
         pair = (inputs.get("scale"), inputs.get("bias"))
         star_relu = pair if any(t is not None for t in pair) else None  # older Dynamos cannot compare tensors
-        return getattr(dfformer_kernels, self.name)(*tensors, star_relu=star_relu, backend=backend)
+        return getattr(dfformer_kernels, self.name)(*tensors, star_relu=star_relu, backend=backend, **options)
 
     def apply(self, inputs: Inputs, backend: str | None = None) -> Tensor:
         """Through the autograd Function."""

@@ -10,8 +10,7 @@ from conftest import targets
 from torch import Tensor
 from torch.overrides import BaseTorchFunctionMode
 
-import dfformer_kernels
-from dfformer_kernels import MatmulTransforms, global_filter, star_relu
+from dfformer_kernels import MatmulTransforms, dynamic_filter, global_filter, star_relu
 from dfformer_kernels.ops import filter as ops
 
 ON_CPU = pytest.mark.parametrize("target", targets(lambda t: t.device == "cpu"), indirect=True)
@@ -20,12 +19,7 @@ SPATIAL = [op for op in OPS.values() if op.name != "star_relu"]
 
 
 def run(op: Op, inputs: Inputs, backend: str | None = None, overwrite_x: bool = True) -> Tensor:
-    function = getattr(dfformer_kernels, op.name)
-    tensors = [inputs[name] for name in ("x", *op.parameters)]
-    scalars = [inputs[name] for name in op.scalars]
-    if op.name == "star_relu":
-        return function(*tensors, *scalars, overwrite_x=overwrite_x, backend=backend)
-    return function(*tensors, tuple(scalars) or None, overwrite_x=overwrite_x, backend=backend)
+    return op.public(inputs, backend, overwrite_x=overwrite_x)
 
 
 def guarded(x: Tensor, channels_first: bool) -> tuple[Tensor, Tensor]:
@@ -74,8 +68,8 @@ def test_channels_first_maps_are_overwritten() -> None:
     inputs = make_inputs(OPS["dynamic_filter"], SMALL, torch.float32, requires_grad=False)
     x = inputs["x"].permute(0, 3, 1, 2).contiguous()
     arguments = x, inputs["logits"], inputs["basis"]
-    expected = dfformer_kernels.dynamic_filter(*arguments, data_format="channels_first")
-    y = dfformer_kernels.dynamic_filter(*arguments, data_format="channels_first", overwrite_x=True)
+    expected = dynamic_filter(*arguments, data_format="channels_first")
+    y = dynamic_filter(*arguments, data_format="channels_first", overwrite_x=True)
     assert y.data_ptr() == x.data_ptr()
     assert torch.equal(y, expected)
 

@@ -93,10 +93,10 @@ def load_dense(path: str | Path, task: str, build: Callable[[dict[str, Any]], Mo
 
     Raises CheckpointError unless the file is for ``task``.
     """
-    state_dict, about = checkpoint.read_checkpoint(path)
-    if about.get("task") != task:
+    state_dict, description = checkpoint.read_checkpoint(path)
+    if description.get("task") != task:
         raise checkpoint.CheckpointError(f"{path}: is not for the task {task}, or does not say so")
-    return checkpoint.build_and_load(lambda: build(about), state_dict, path), about
+    return checkpoint.build_and_load(lambda: build(description), state_dict, path), description
 
 
 def mean_and_std(config: "TrainConfig") -> tuple[list[float], list[float]]:

@@ -42,10 +42,10 @@ _MEASURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 Batch = tuple[list[Tensor], list[Target]]
 
 
-def _detector(about: dict[str, Any]) -> Detector:
-    images = about["data"]
-    data = (len(about["classes"]), own_size(about), images["mean"], images["std"])
-    return Detector(about["architecture"], about["model_args"], *data, **about["detector"])
+def _detector(description: dict[str, Any]) -> Detector:
+    images = description["data"]
+    data = (len(description["classes"]), own_size(description), images["mean"], images["std"])
+    return Detector(description["architecture"], description["model_args"], *data, **description["detector"])
 
 
 def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
@@ -162,10 +162,10 @@ def _as_arrays(found: list[Target]) -> list[dict[str, np.ndarray]]:
 
 def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
     """``dfformer eval`` of a detection checkpoint."""
-    model, about = load_detector(checkpoint)
-    context, classes = DistContext(torch.device(arguments.device)), about["classes"]
-    dataset = open_box_dataset(dataset_spec(arguments, own_size(about)), about["repair_boxes"])
-    own = with_ids(dict(zip(about["category_ids"], classes, strict=True)))
+    model, description = load_detector(checkpoint)
+    context, classes = DistContext(torch.device(arguments.device)), description["classes"]
+    dataset = open_box_dataset(dataset_spec(arguments, own_size(description)), description["repair_boxes"])
+    own = with_ids(dict(zip(description["category_ids"], classes, strict=True)))
     image_data.check_same_classes(own, with_ids(dataset.categories), checkpoint, "the data")
 
     def measure(timed: Timed, size: tuple[int, int]) -> Any:
@@ -178,7 +178,7 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         columns = {"shorter_side": shorter, "longer_side": longer}
         return columns, {name: measures[name] for name in _MEASURES}, by_class
 
-    return at_each_size(model, about, dataset, arguments, measure)
+    return at_each_size(model, description, dataset, arguments, measure)
 
 
 def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
@@ -191,9 +191,9 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
     report = arguments.output / "detections.json"
     if arguments.json and real_path(arguments.json) == real_path(report):
         raise ValueError(f"--json: expected another file than that of all boxes, got {arguments.json}")
-    model, about = load_detector(arguments.checkpoint)
-    device, classes = torch.device(arguments.device), about["classes"]
-    model.to(device).set_img_size(*(sorted(arguments.img_size or own_size(about))))
+    model, description = load_detector(arguments.checkpoint)
+    device, classes = torch.device(arguments.device), description["classes"]
+    model.to(device).set_img_size(*(sorted(arguments.img_size or own_size(description))))
     stems, ids = result_paths(paths, arguments.output, [".png"], report.name), _image_ids(paths)
     results: list[dict[str, Any]] = []
 
@@ -204,7 +204,7 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
         row = {f"score {min_score:g} and up": _as_arrays([shown])}
         figure = detections([image.permute(1, 2, 0).numpy()], row, classes, stems[path].name)
         write_results(stems[path], {".png": figure})
-        results.extend(_coco_results(ids[path], objects, about["category_ids"]))
+        results.extend(_coco_results(ids[path], objects, description["category_ids"]))
         labels, scores = (shown[name][: arguments.topk].tolist() for name in ("labels", "scores"))
         return [[(classes[label], score) for label, score in zip(labels, scores, strict=True)]]
 

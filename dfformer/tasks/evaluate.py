@@ -100,9 +100,9 @@ def dataset_spec(arguments: argparse.Namespace, img_size: tuple[int, int]) -> Da
     return DatasetSpec(*named, img_size, arguments.synthetic_images, arguments.exif_orientation)
 
 
-def own_size(about: dict[str, Any]) -> tuple[int, int]:
+def own_size(description: dict[str, Any]) -> tuple[int, int]:
     """The size (H,W) in a checkpoint's description."""
-    H, W = about["data"]["input_size"][1:]
+    H, W = description["data"]["input_size"][1:]
     return H, W
 
 
@@ -111,14 +111,14 @@ Measure = Callable[["Timed", tuple[int, int]], tuple[dict[str, Any], dict[str, f
 
 
 def at_each_size(
-    model: nn.Module, about: dict[str, Any], dataset: Any, arguments: argparse.Namespace, measure: Measure
+    model: nn.Module, description: dict[str, Any], dataset: Any, arguments: argparse.Namespace, measure: Measure
 ) -> Iterator[Measured]:
     """Checks ``dataset``, and measures a dense model on it at each of ``arguments.img_size``, or at its own size."""
     check_images(dataset)
-    for size in arguments.img_size or [own_size(about)]:
+    for size in arguments.img_size or [own_size(description)]:
         timed = Timed(model, torch.device(arguments.device), arguments.amp)
         columns, measures, by_class = measure(timed, size)
-        yield Measured(about["architecture"], columns, len(dataset), timed.seconds, measures, by_class)
+        yield Measured(description["architecture"], columns, len(dataset), timed.seconds, measures, by_class)
 
 
 def tabulate(arguments: argparse.Namespace, evaluate: Callable[[Path, argparse.Namespace], Iterable[Measured]]) -> int:

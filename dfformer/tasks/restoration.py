@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 _TILES_AT_ONCE = 16
 
 
-def _restorer(about: dict[str, Any]) -> Restorer:
-    images = about["degradation"]["scale"], about["data"]["mean"], about["data"]["std"]
-    return Restorer(about["architecture"], about["model_args"], *images, **about["restorer"])
+def _restorer(description: dict[str, Any]) -> Restorer:
+    images = description["degradation"]["scale"], description["data"]["mean"], description["data"]["std"]
+    return Restorer(description["architecture"], description["model_args"], *images, **description["restorer"])
 
 
 def load_restorer(path: str | Path) -> tuple[Restorer, dict[str, Any]]:
@@ -168,15 +168,15 @@ def _array(pixels: Tensor) -> np.ndarray:
 
 
 def _load(checkpoint: Path, arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
-    model, about = load_restorer(checkpoint)
-    return (SelfEnsemble(model) if arguments.self_ensemble else model), about
+    model, description = load_restorer(checkpoint)
+    return (SelfEnsemble(model) if arguments.self_ensemble else model), description
 
 
 def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
     """``dfformer eval`` of a restoration checkpoint."""
-    model, about = _load(checkpoint, arguments)
-    context, degradation = DistContext(torch.device(arguments.device)), Degradation(**about["degradation"])
-    dataset = open_pair_dataset(dataset_spec(arguments, own_size(about)), degradation)
+    model, description = _load(checkpoint, arguments)
+    context, degradation = DistContext(torch.device(arguments.device)), Degradation(**description["degradation"])
+    dataset = open_pair_dataset(dataset_spec(arguments, own_size(description)), degradation)
 
     def measure(timed: Timed, tile: tuple[int, int]) -> Any:
         H, W = tile
@@ -184,7 +184,7 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         measures = mean_quality(timed, bar, context, degradation.scale, tile, arguments.batch_size)
         return {"tile_height": H, "tile_width": W, "self_ensemble": arguments.self_ensemble}, measures, {}
 
-    return at_each_size(model, about, dataset, arguments, measure)
+    return at_each_size(model, description, dataset, arguments, measure)
 
 
 _ENDINGS = (".png", "_picture.png")
@@ -194,10 +194,10 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
     """``dfformer predict`` for a restoration checkpoint: the restored image, and a picture for comparison."""
     from dfformer.analysis.dense_figures import restorations
 
-    model, about = _load(arguments.checkpoint, arguments)
-    device, scale = torch.device(arguments.device), about["degradation"]["scale"]
+    model, description = _load(arguments.checkpoint, arguments)
+    device, scale = torch.device(arguments.device), description["degradation"]["scale"]
     model.to(device)
-    tile = arguments.img_size or own_size(about)
+    tile = arguments.img_size or own_size(description)
     stems = result_paths(paths, arguments.output, _ENDINGS)
 
     def apply(batch: list[File]) -> list[Top]:

@@ -73,8 +73,10 @@ class Segmenter(nn.Module):
         getattr(encoder, "model", encoder).set_grad_checkpointing(enable)
 
 
-def _segmenter(about: dict[str, Any]) -> Segmenter:
-    return Segmenter(about["architecture"], about["model_args"], len(about["classes"]), about["decoder"])
+def _segmenter(description: dict[str, Any]) -> Segmenter:
+    return Segmenter(
+        description["architecture"], description["model_args"], len(description["classes"]), description["decoder"]
+    )
 
 
 def load_segmenter(path: str | Path) -> tuple[Segmenter, dict[str, Any]]:
@@ -172,9 +174,9 @@ class Segmentation(DenseTask):
 
 def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
     """``dfformer eval`` of a segmentation checkpoint."""
-    model, about = load_segmenter(checkpoint)
-    classes, pixels = about["classes"], _pixels(about, arguments)
-    dataset = open_mask_dataset(dataset_spec(arguments, own_size(about)), about["reduce_zero_label"])
+    model, description = load_segmenter(checkpoint)
+    classes, pixels = description["classes"], _pixels(description, arguments)
+    dataset = open_mask_dataset(dataset_spec(arguments, own_size(description)), description["reduce_zero_label"])
     image_data.check_same_classes(classes, dataset.classes, checkpoint, "the data")
 
     def measure(timed: Timed, size: tuple[int, int]) -> Any:
@@ -184,11 +186,11 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Measur
         by_class = {f"iou {name}": value for name, value in zip(classes, iou, strict=True)}
         return {"shorter_side": min(size)}, _measures(confusion), by_class
 
-    return at_each_size(model, about, dataset, arguments, measure)
+    return at_each_size(model, description, dataset, arguments, measure)
 
 
-def _pixels(about: dict[str, Any], arguments: argparse.Namespace) -> Pixels:
-    return Pixels(about["data"]["mean"], about["data"]["std"], torch.device(arguments.device))
+def _pixels(description: dict[str, Any], arguments: argparse.Namespace) -> Pixels:
+    return Pixels(description["data"]["mean"], description["data"]["std"], torch.device(arguments.device))
 
 
 _ENDINGS = (".png", "_picture.png")
@@ -201,9 +203,13 @@ def predictor(arguments: argparse.Namespace, paths: list[Path]) -> Predictor:
     """
     from dfformer.analysis.dense_figures import class_colours, segmentations
 
-    model, about = load_segmenter(arguments.checkpoint)
+    model, description = load_segmenter(arguments.checkpoint)
     model.to(arguments.device)
-    classes, pixels, shorter = about["classes"], _pixels(about, arguments), min(arguments.img_size or own_size(about))
+    classes, pixels, shorter = (
+        description["classes"],
+        _pixels(description, arguments),
+        min(arguments.img_size or own_size(description)),
+    )
     palette = class_colours(classes).tobytes()
     stems = result_paths(paths, arguments.output, _ENDINGS)
 

@@ -86,7 +86,6 @@ def test_the_smallest_tiles(scale: int, tile: tuple[int, int]) -> None:
 
 def test_tiles_of_different_results_join_without_a_step() -> None:
     """As of a filter that sees all of its tile: here each tile is one colour."""
-    torch.manual_seed(0)
     image = torch.rand(3, 40, 70)
     result = tiled(lambda tiles: torch.rand(len(tiles), 3, 1, 1).expand_as(tiles), image, 1, (32, 32))  # type: ignore[arg-type]
     assert result.max() - result.min() > 0.3

@@ -290,7 +290,6 @@ def test_whole_models() -> None:
 
 
 def test_several_layers_and_their_report() -> None:
-    torch.manual_seed(0)
     model = Network(Layer(SAME["einsum"][0]), Layer(OTHER["conjugated spectrum"][0]), Layer(SAME["in place"][0]))
     report = fuse(model, images())
     assert str(report).splitlines() == [

@@ -179,7 +179,10 @@ def _fold_norms(name: str, block: Any, shared: set[int], left_alone: list[LeftAl
             if kinds is _LINEAR:  # a new weight, because other layers may have the numbers of the old one
                 layer = reader.get_submodule(path)
                 layer.weight = nn.Parameter(layer.weight * norm.weight, requires_grad=False)
-        setattr(block, child, nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False))
+        placed: dict[str, Any] = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+        # With a weight of ones: without one, PyTorch takes twice as long.
+        unscaled = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, bias=False, **placed).requires_grad_(False)
+        setattr(block, child, unscaled)
 
 
 def _against_folding(norm: Any, reader: nn.Module, shared: set[int]) -> list[str]:

@@ -53,7 +53,7 @@ def test_what_is_optimised() -> None:
     block: Any = served.model.get_submodule("stages.2.0")
     assert isinstance(block.mlp, PackedMlp)
     assert isinstance(block.token_mixer.pwconv1, PackedLinear)
-    assert block.norm1.weight is None
+    assert block.norm1.weight.eq(1).all()
     assert block.token_mixer.size == (6, 6)
 
 
@@ -165,6 +165,11 @@ def share_mixer(model: Any) -> None:
     model.stages[0][1].token_mixer = model.stages[0][0].token_mixer
 
 
+def share_norms(model: Any) -> None:
+    model.stages[0][1].norm1 = model.stages[0][0].norm1
+    model.stages[0][1].norm2.weight = model.stages[0][0].norm2.weight
+
+
 class ParallelBlock(MetaFormerBlock):
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm1(x)
@@ -203,7 +208,7 @@ def with_biases(model: Any) -> None:
 
 
 STRUCTURES = (
-    *(share_mlp, tie_weights, tie_buffers, share_mixer),
+    *(share_mlp, tie_weights, tie_buffers, share_mixer, share_norms),
     *(another_block, another_block_with_one_norm, another_routing, routing_in_sequence, with_biases),
 )
 

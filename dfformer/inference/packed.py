@@ -53,7 +53,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.may_use_packed(x):
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+            bias = None if self.bias is None else self.bias.contiguous()  # oneDNN would misread any other
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
         return linear(x, self._weight, self.bias)
 
     def may_use_packed(self, x: Tensor) -> bool:

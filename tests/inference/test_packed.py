@@ -180,3 +180,11 @@ def test_a_state_dict_that_does_not_fit_is_refused() -> None:
         served.load_state_dict({**state, name: torch.ones(2, 2)})
     with pytest.raises(RuntimeError, match=f"Missing key.*{name}"):
         served.load_state_dict({key: t for key, t in state.items() if key != name})
+
+
+@torch.no_grad()
+def test_a_bias_of_any_strides_is_read_as_it_is() -> None:
+    weight, bias, x = torch.randn(5, 4), torch.randn(10)[::2], torch.randn(6, 4)
+    layer = PackedLinear(weight, torch.zeros(5))
+    layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    assert relative_error(layer(x), nn.functional.linear(x, weight, bias)) < 1e-6

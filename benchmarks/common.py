@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dfformer.analysis.palette import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
+from dfformer.analysis.palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, WINE
 from dfformer.cli.info import environment
 from dfformer_kernels.versions import version
 
@@ -43,7 +43,7 @@ FAMILIES = {
     "caformer": (BLACK, "v"),
     "convnext": (ORANGE, "P"),
     "swin": (SKY, "*"),
-    "resnet": (GREY, "p"),
+    "resnet": (WINE, "p"),
 }
 
 

@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "by batch": (lambda: different.BatchOfTwo(DIM), "with another batch its forward does something else"),
     "large planes": (lambda: different.LargePlanes(DIM), "branches on whether a size is beyond 10000"),
     "mixed norms": (lambda: different.MixedNorms(DIM), "its norms, 'ortho' and 'forward', do not cancel out"),
-    "bilinear": (lambda: different.Bilinear(DIM), "mode='bilinear'"),
+    "bilinear": (lambda: different.Bilinear(DIM), "plane what it makes of its filters (contiguous) differs from"),
     "noise in training": (
         lambda: different.NoiseInTraining(DIM),
         "in training its forward does something else (at randn",

@@ -1,6 +1,5 @@
 """Replaces the dynamic filter's chain in the trace of a copy by our step on the stored filters, at any plane."""
 
-import inspect
 import itertools
 from typing import Any, NamedTuple
 
@@ -180,8 +179,7 @@ def _stored_filters(
         if not reason:
             _check_path(graph, node, chain.filters)
             return node, arguments
-        made = f"what it makes of its filters ({name_of(chain.filters)}) {reason}"
-        reasons.append(_other_resizing(graph, expected) or made)
+        reasons.append(f"what it makes of its filters ({name_of(chain.filters)}) {reason}")
     raise DifferentFormulaError(reasons[0] if reasons else "its spectrum is multiplied by no parameter of the layer")
 
 
@@ -201,22 +199,6 @@ def _check_path(graph: fx.Graph, stored: fx.Node, filters: fx.Node) -> None:
             written = first_input(written)
         if written in path:
             raise DifferentFormulaError(f"it writes into its filters ({name_of(node)})")
-
-
-def _other_resizing(graph: fx.Graph, expected: Expected) -> str:
-    """How filters are resized by another rule; "" if the plane is theirs."""
-    H, W = expected.plane
-    if expected.size in ((H, W), (H, W ^ 1)):  # an even width and the next one have equally many frequencies
-        return ""
-    for node in graph.nodes:
-        if node.target is F.interpolate:
-            given = inspect.signature(F.interpolate).bind(*node.args, **node.kwargs).arguments
-            mode, corners = given.get("mode", "nearest"), bool(given.get("align_corners"))
-            return (
-                f"it resizes its filters with mode={mode!r}, align_corners={corners}, "
-                "where ours are 'bicubic' with align_corners=True, or 'fourier'"
-            )
-    return f"on a {_by(expected.plane)} plane it resizes its filters by another rule than ours"
 
 
 def _by(plane: tuple[int, ...]) -> str:

@@ -230,15 +230,15 @@ def _graphs(trial: Trial, hypothesis: Hypothesis, resize: str) -> Iterator[tuple
         module = trial.copy(case.training)
         expected = match.Expected(len(case.inputs[0]), case.plane, hypothesis.size, resize, in_half)
         where = "in training" if case.training else "with another batch"
+        where = where if native else f"on a {case.plane[0]}x{case.plane[1]} plane"
         try:
             traced = toolkit.trace(module, case.inputs, trial.optional)
             limits += traced.limits
-            where = where if native else f"on a {case.plane[0]}x{case.plane[1]} plane"
             yield where, match.fuse(traced.graph, expected), traced.seen if native else None
         except match.CopyLimitError:
             continue
         except DifferentFormulaError as error:
-            raise (error if native else OtherPlaneError(str(error))) from None
+            raise (error if native else OtherPlaneError(f"{where} {error}")) from None
     if limits:
         raise NotFusableError(f"its forward branches on whether a size is beyond {limits[0]}")
 

@@ -132,7 +132,7 @@ class DFFormer(nn.Module):
             if isinstance(module, SpectralFilter):
                 module.weight_resize, module.resize = True, resize
         if dtype is not None:
-            _cast(self, dtype)
+            self.to(dtype)
 
     def _add_stages(
         self,
@@ -269,7 +269,8 @@ class DFFormer(nn.Module):
         like = next(self.parameters())
         with torch.device(device or like.device):
             self.head = self._make_head()
-        _cast(self.head, dtype or like.dtype)
+        if (dtype := dtype or like.dtype) != torch.get_default_dtype():  # fake tensors cannot be cast in place
+            self.head.to(dtype)
         self.head.apply(_init_weights).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -329,19 +330,6 @@ def _init_weights(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts to new parameters and buffers; ``Module.to`` changes them in place, which fake tensors do not allow."""
-    new: dict[Tensor, Tensor] = {}  # a tensor with several names stays one
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            new[parameter] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
-    new |= {buffer: buffer.to(dtype) for buffer in model.buffers() if buffer.is_floating_point()}
-    for module in model.modules():
-        for tensors in (module.named_parameters, module.named_buffers):
-            for name, tensor in list(tensors(recurse=False, remove_duplicate=False)):
-                setattr(module, name, new.get(tensor, tensor))
 
 
 def _pool(pool_type: str) -> nn.Module:

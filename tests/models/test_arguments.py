@@ -117,13 +117,12 @@ def test_dtype_is_that_of_a_model_cast_to_it(dtype: torch.dtype) -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), cast.parameters(), strict=True))
 
 
-def test_dtype_under_fake_tensors() -> None:
+def test_a_new_classifier_under_fake_tensors() -> None:
     """As tools that plan memory build models."""
     with FakeTensorMode():
-        model = build(dtype=torch.bfloat16)
-        model.reset_classifier(3, dtype=torch.float64)
-        assert {p.dtype for p in model.stages.parameters()} == {torch.bfloat16}
-        assert {p.dtype for p in model.get_classifier().parameters()} == {torch.float64}
+        model = build()
+        model.reset_classifier(3)
+        assert [*model.get_classifier().parameters()][-1].shape == (3,)
 
 
 class _BatchNorm(nn.BatchNorm2d):

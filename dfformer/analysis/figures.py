@@ -17,11 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from torch import Tensor
 
-from dfformer.analysis.metrics import Area, Spectrum
+from dfformer.analysis.metrics import Spectrum
 from dfformer.analysis.palette import BLUE, CYCLE, GREY, VERMILLION
 from dfformer.utils.text import printable
 
@@ -215,29 +214,19 @@ def spectra_by_depth(spectra: dict[str, Spectrum]) -> Figure:
     return figure
 
 
-def receptive_fields(
-    fields: dict[str, Tensor], centres: Sequence[tuple[float, float]], areas: Sequence[Sequence[Area]]
-) -> Figure:
-    """Receptive fields (H,W) by model, each with the squares of two ``areas``, and the area that holds any share."""
+def receptive_fields(fields: dict[str, Tensor]) -> Figure:
+    """Receptive fields (H,W) by model, and the area that holds any share of each."""
     count = len(fields)
     figure, [axes] = panels(1, count + 1, 3.3 * count + 4, 3.8)
     axes[-1].set_prop_cycle(color=CYCLE)
-    # White lines are visible on bright pixels too.
-    outlined = {"path_effects": [withStroke(linewidth=2, foreground="black")]}
-    for ax, (name, field), centre, squares in zip(axes, fields.items(), centres, areas, strict=False):
+    for ax, (name, field) in zip(axes, fields.items(), strict=False):
         relative = (field / field.max() + 1e-12).log10().numpy()
         image = ax.imshow(relative, cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
-        for area, side in zip(squares, ("right", "left"), strict=True):  # at other corners, not to overlap
-            left, top = centre[1] - area.side / 2, centre[0] - area.side / 2
-            frame(ax, left, top, area.side, area.side, "white", 0.8, **outlined)
-            x = min(left + area.side, field.shape[1]) if side == "right" else max(left, 0)
-            ax.text(x, max(top, 1), f"{area.share:.0%}", color="white", fontsize=7, va="bottom", ha=side, **outlined)
-        H, W = field.shape
-        ax.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5), xlabel="column (pixel)", ylabel="row (pixel)")
+        ax.set(xlabel="column (pixel)", ylabel="row (pixel)")
         _whole_ticks(5, ax.xaxis, ax.yaxis)
         ax.set_title(literal(name), fontsize=9)
         share = field.flatten().sort(descending=True).values.cumsum(0)
-        axes[-1].plot(100 * np.arange(1, H * W + 1) / (H * W), 100 * share, label=literal(name))
+        axes[-1].plot(100 * np.arange(1, len(share) + 1) / len(share), 100 * share, label=literal(name))
     _colour_bar(figure, image, axes[:count], "log10 (contribution / largest)", shrink=0.8)
     axes[-1].set(xlabel="pixels that contribute most\n(% of the image)", ylabel="their share of all contributions (%)")
     axes[-1].set(xlim=(0, 100), ylim=(0, 101))
@@ -298,11 +287,9 @@ def titled(figure: Figure, title: str, caption: str = "") -> Figure:
     return figure
 
 
-def frame(
-    ax: Axes, left: float, top: float, width: float, height: float, colour: Any, line: float, **options: Any
-) -> None:
+def frame(ax: Axes, left: float, top: float, width: float, height: float, colour: Any, line: float) -> None:
     """Outlines a part of an image."""
-    ax.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=colour, linewidth=line, **options))
+    ax.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=colour, linewidth=line))
 
 
 @cache

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from dfformer.models.layers import channels_last
 from dfformer.models.spectral import DynamicFilter, SpectralFilter
 
-SHARES = (0.2, 0.5, 0.9, 0.99)  # of all contributions to a feature
-
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -184,46 +182,6 @@ def receptive_field(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
         [gradient] = torch.autograd.grad(middle, images)
         field = field + gradient.abs().sum(dim=(0, 1)).double().cpu()
     return field / field.sum()
-
-
-def receptive_centre(model: nn.Module, img_size: tuple[int, int]) -> tuple[float, float]:
-    """The pixel (row, column) at the middle of the last feature map of a MetaFormer."""
-    convolutions = [m.conv for m in model.downsample_layers]  # type: ignore[union-attr]
-    centre = []
-    for axis, size in enumerate(img_size):
-        for conv in convolutions:
-            size = (size + 2 * conv.padding[axis] - conv.kernel_size[axis]) // conv.stride[axis] + 1
-        position = float(size // 2)
-        for conv in reversed(convolutions):
-            position = position * conv.stride[axis] - conv.padding[axis] + (conv.kernel_size[axis] - 1) / 2
-        centre.append(position)
-    return centre[0], centre[1]
-
-
-class Area(NamedTuple):
-    """The area with ``share`` of a receptive field: the fewest ``pixels``, and a square of ``side`` at its centre."""
-
-    share: float
-    pixels: int
-    side: int
-
-
-def contribution_areas(field: Tensor, centre: tuple[float, float], shares: Sequence[float] = SHARES) -> list[Area]:
-    """The areas of a receptive field (H,W) that hold ``shares`` of it; a square may extend beyond the image."""
-    H, W = field.shape
-    total = field.sum()
-    fewest = field.flatten().sort(descending=True).values.cumsum(0) / total
-    row, column = (round(position) for position in centre)
-    distance = torch.maximum((torch.arange(H) - row).abs()[:, None], (torch.arange(W) - column).abs())
-    squares = torch.bincount(distance.flatten(), field.flatten()).cumsum(0) / total
-    return [
-        Area(share, _first_reaching(fewest, share) + 1, 2 * _first_reaching(squares, share) + 1) for share in shares
-    ]
-
-
-def _first_reaching(rising: Tensor, share: float) -> int:
-    """The first index where ``rising`` (to 1, up to rounding) is at least ``share``."""
-    return min(int((rising < share - 1e-9).sum()), len(rising) - 1)
 
 
 # Similarity of layers

@@ -23,7 +23,6 @@ from dfformer.models.metaformer import DFFormer
 from dfformer.tasks.table import task_part
 
 SIMILARITY_BATCH = 64  # images in a minibatch of CKA: it needs n x n matrices, and its noise decreases with n
-SQUARES = (0.5, 0.9)  # drawn shares of a receptive field
 
 
 def show_command(arguments: argparse.Namespace) -> int:
@@ -124,25 +123,11 @@ def show_receptive_field(models: list[ShownModel], images: ShownImages, output: 
     fields = {model.name: analysis.receptive_field(model.network, images.batches(model)) for model in models}
     if len(fields) < len(models):
         raise ValueError(f"--checkpoint, --model: expected each once, got {', '.join(model.name for model in models)}")
-    planes = [(field.shape[0], field.shape[1]) for field in fields.values()]
-    centres = [analysis.receptive_centre(model.network, plane) for model, plane in zip(models, planes, strict=True)]
-    areas = [analysis.contribution_areas(f, centre) for f, centre in zip(fields.values(), centres, strict=True)]
-    squares = [[area for area in own if area.share in SQUARES] for own in areas]
     caption = (
         "Sum over image channels of |d feature / d pixel| for the middle of the last feature map, averaged over "
-        f"{images.description}. Squares around the feature's centre hold {' and '.join(f'{s:.0%}' for s in SQUARES)}."
+        f"{images.description}."
     )
-    figure = figures.receptive_fields(fields, centres, squares)
-    output.figure("receptive_field", figure, "Effective receptive fields", caption)
-    output.table(
-        "receptive_field_areas",
-        ("model", "height", "width", "share", "pixels", "fraction_of_image", "square_side"),
-        (
-            (name, H, W, area.share, area.pixels, area.pixels / (H * W), area.side)
-            for name, (H, W), own in zip(fields, planes, areas, strict=True)
-            for area in own
-        ),
-    )
+    output.figure("receptive_field", figures.receptive_fields(fields), "Effective receptive fields", caption)
     output.table(
         "receptive_field",
         ("model", "row", "column", "contribution"),

@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from torch import Tensor
 
 from dfformer.analysis import figures
-from dfformer.analysis.metrics import Area, Spectrum, entropy
+from dfformer.analysis.metrics import Spectrum, entropy
 
 NAMES = ["a", "b", "c"]
 
@@ -49,8 +49,7 @@ def similarity() -> Figure:
 
 
 def receptive(H: int, W: int) -> Figure:
-    areas = [[Area(0.5, 1, 1), Area(0.9, 2, 3)]]
-    return figures.receptive_fields({"m": alike(H, W).double()}, [(H / 2, W / 2)], areas)
+    return figures.receptive_fields({"m": alike(H, W).double()})
 
 
 def curve(values: list[float]) -> Figure:
@@ -183,7 +182,7 @@ def test_dollars_in_names(name: str) -> None:
         figures.titled(figures.routing(shares, entropy(shares), [name, name], "class"), name, name),
         figures.mixed_filters([np.ones((4, 4))] * 2, [name] * 2, alike(2, 2, 2, 1).to(torch.complex64), [0], 2),
         figures.responses([[field, field]], [name], ["input", "filter"]),
-        figures.receptive_fields({name: field}, [(2, 2)], [[Area(0.5, 1, 1), Area(0.9, 2, 3)]]),
+        figures.receptive_fields({name: field}),
         figures.similarity_matrix(alike(2, 2), [["a", "b"]] * 2, [name, name]),
         figures.predictions_grid(alike(2, 4, 4), [name, name], [name, "other"], [1.0, 0.5]),
     ]

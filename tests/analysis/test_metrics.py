@@ -186,32 +186,6 @@ def test_receptive_field_of_convolutions() -> None:
     torch.testing.assert_close(field[4:11, 4:11], (expected / expected.sum()).flip(0, 1))
 
 
-def test_areas_of_a_known_field() -> None:
-    field = torch.zeros(9, 11, dtype=torch.float64)
-    field[4, 6] = 0.5
-    field[3, 5] = 0.3
-    field[0, 0] = 0.2
-    areas = analysis.contribution_areas(field, (4.0, 6.0), (0.5, 0.6, 0.8, 0.99))
-    assert [tuple(area) for area in areas] == [(0.5, 1, 1), (0.6, 2, 3), (0.8, 2, 3), (0.99, 3, 13)]
-
-
-@pytest.mark.parametrize("size", [(32, 32), (65, 96), (224, 160)], ids=str)
-def test_receptive_centre(size: tuple[int, int]) -> None:
-    """Of convolutions alone, every weight alike: the middle of what reaches the last map's middle."""
-    model: Any = small("cdfformer_s18", dims=(2, 2, 2, 2), img_size=256)
-    x = torch.zeros(1, 1, *size).requires_grad_()
-    y = x
-    for layer in model.downsample_layers:
-        conv = layer.conv
-        y = nn.functional.conv2d(y, torch.ones(1, 1, *conv.kernel_size), stride=conv.stride, padding=conv.padding)
-    [grad] = torch.autograd.grad(y[0, 0, y.shape[2] // 2, y.shape[3] // 2], x)
-    for axis, centre in enumerate(analysis.receptive_centre(model, size)):
-        reached = grad[0, 0].sum(1 - axis).nonzero()
-        inside = int(reached.min()) > 0 and int(reached.max()) < size[axis] - 1
-        if inside:
-            assert centre == float(reached.double().mean())
-
-
 # Similarity
 
 

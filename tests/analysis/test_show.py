@@ -145,13 +145,6 @@ def test_show_receptive_fields_side_by_side(checkpoint: Path, folder: Path, tmp_
     rows = read(output / "receptive_field.csv")
     fields = column(rows, "contribution").view(2, 32, 48)
     torch.testing.assert_close(fields.sum((1, 2)), torch.ones(2, dtype=torch.float64))
-    for own, field in zip(torch.tensor(range(8)).view(2, 4), fields, strict=True):
-        areas = [read(output / "receptive_field_areas.csv")[i] for i in own.tolist()]
-        largest = field.flatten().sort(descending=True).values
-        for area in areas:
-            pixels = int(area["pixels"])
-            share = float(area["share"])
-            assert float(largest[:pixels].sum()) >= share - 1e-6 > float(largest[: pixels - 1].sum()) - 2e-6
 
 
 def test_show_similarity_of_two(checkpoint: Path, folder: Path, tmp_path: Path) -> None:

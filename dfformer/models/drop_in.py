@@ -66,7 +66,7 @@ class Replacement(NamedTuple):
 
 
 class ReplacementReport(list[Replacement]):
-    """What `replace_dynamic_filters` found: one `Replacement` for each name. ``print`` shows a table."""
+    """What `replace_dynamic_filters` found: one `Replacement` for each name; ``print`` shows one line for each."""
 
     def __init__(self, model: nn.Module, found: list[Replacement], originals: dict[str, _Original]) -> None:
         super().__init__(found)
@@ -88,10 +88,7 @@ class ReplacementReport(list[Replacement]):
             fused = sum(isinstance(module, SpectralFilter | FusedModule) for module in self.model.modules())
             already = f", {fused} of them fused already" if fused else ""
             return f"nothing to replace among the {count} modules of {name}{already}: looked for {_LOOKED_FOR}"
-        rows = [(r.name, r.original, f"left alone: {r.reason}" if r.reason else r.replacement) for r in self]
-        rows.insert(0, ("name", "class", f"replaced by ({len(self.originals)} of {len(self)})"))
-        widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-        return "\n".join(f"{name:{widths[0]}}  {kind:{widths[1]}}  {outcome}" for name, kind, outcome in rows)
+        return "\n".join([f"replaced {len(self.originals)} of {len(self)}", *map(str, self)])
 
 
 def replace_dynamic_filters(model: nn.Module) -> ReplacementReport:

@@ -2,13 +2,10 @@
 
 A backend that runs out of memory is skipped, because another may need less.
 
-A measurement holds for a class of problems whose batch sizes differ by less than a factor of 2. The winner is
-kept in memory and in a file of the cache directory. The file names the versions it was measured with, so other versions
-use other files.
+A measurement holds for a class of problems whose batch sizes differ by less than a factor of 2, and until the process
+ends. Another process measures again and may find another winner, whose results can differ in the last bits.
 """
 
-import hashlib
-import json
 import math
 import statistics
 import threading
@@ -17,15 +14,12 @@ from itertools import pairwise
 
 import torch
 
-from dfformer_kernels import disk_cache as disk
 from dfformer_kernels.device import refuse_capture
 from dfformer_kernels.problem import KernelBuildError, Problem
-from dfformer_kernels.versions import version
-from dfformer_kernels.warn_once import warn_once
 
 
 class Gpu:
-    """The parts of the choice that depend on the machine: timing and versions."""
+    """The parts of the choice that depend on the machine."""
 
     def name(self, device: int) -> str:
         return torch.cuda.get_device_name(device)
@@ -42,11 +36,6 @@ class Gpu:
             events[-1].synchronize()
             return statistics.median(a.elapsed_time(b) for a, b in pairwise(events)) / 1e3
 
-    def versions(self) -> dict[str, str]:
-        """The device and versions that a measurement may depend on."""
-        versions = {name: version(name) for name in ("dfformer", "torch", "triton")}
-        return versions | {"cuda": str(torch.version.cuda), "hip": str(torch.version.hip)}
-
 
 class Autotuner:
     """The choices made so far. Any thread may ask for a choice; only one thread measures at a time."""
@@ -54,7 +43,7 @@ class Autotuner:
     def __init__(self, gpu: Gpu | None = None) -> None:
         self._gpu = gpu or Gpu()
         self._chosen: dict[Problem, str] = {}
-        self._winners: dict[str, str] = {}  # by class of problems
+        self._winners: dict[tuple[str, Problem], str] = {}  # by class of problems
         self._lock = threading.RLock()
 
     def choice(self, problem: Problem) -> str | None:
@@ -74,14 +63,13 @@ class Autotuner:
             if problem in self._chosen:
                 return self._chosen[problem]
             class_ = self._class_of(problem)
-            self._winners = self._read() | self._winners
             winner = next(iter(calls)) if len(calls) == 1 else self._winners.get(class_)
             if winner is None or winner not in calls:
                 seconds = self._seconds(problem, calls)
                 if not seconds:
                     return next(iter(calls))
                 winner = min(seconds, key=lambda name: seconds[name])
-                self._keep(class_, winner)
+                self._winners[class_] = winner
             self._chosen[problem] = winner
             return winner
 
@@ -95,39 +83,12 @@ class Autotuner:
                 continue  # it may run when more memory is free
         return seconds
 
-    def _keep(self, class_: str, winner: str) -> None:
-        # Other processes may have written theirs in the meantime; this one stays with its own.
-        self._winners = self._read() | self._winners | {class_: winner}
-        content = {"versions": self._gpu.versions(), "winners": dict(sorted(self._winners.items()))}
-        disk.write(self._file(), json.dumps(content, indent=1).encode())
-
     def forget(self, problem: Problem) -> None:
         """Forgets the choice for ``problem``, because the chosen backend failed to run it and is no candidate now."""
         with self._lock:
             self._chosen.pop(problem, None)
 
-    def _class_of(self, problem: Problem) -> str:
+    def _class_of(self, problem: Problem) -> tuple[str, Problem]:
         batch, *plane = problem.shape if "filter" in problem.op else (math.prod(problem.shape),)
         like_it = problem._replace(shape=(1 << (batch - 1).bit_length(), *plane), device_index=0)
-        return f"{self._gpu.name(problem.device_index)}, {like_it}"
-
-    def _read(self) -> dict[str, str]:
-        """The choices in the file. Warns and returns none if no version of this class could have written the file."""
-        name = self._file()
-        data = disk.read(name)
-        if data is None:
-            return {}
-        try:
-            content = json.loads(data)
-            winners = content["winners"]
-            if content["versions"] != self._gpu.versions() or not all(isinstance(w, str) for w in winners.values()):
-                raise ValueError("it is of other versions or has other content")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            path, reason = disk.directory() / name, f"{type(error).__name__}: {error}"
-            warn_once(f"dfformer_kernels ignores {path}, which it cannot have written ({reason})")
-            return {}
-        return winners
-
-    def _file(self) -> str:
-        versions = json.dumps(self._gpu.versions(), sort_keys=True).encode()
-        return f"autotune-{hashlib.sha256(versions).hexdigest()[:16]}.json"
+        return self._gpu.name(problem.device_index), like_it

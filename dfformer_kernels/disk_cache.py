@@ -1,4 +1,4 @@
-"""Keeps files from one process to the next: compiled kernels, and which backend was fastest.
+"""Keeps compiled kernels from one process to the next.
 
 The directory is ``DFFORMER_CACHE_DIR``, else ``$XDG_CACHE_HOME/dfformer``, else ``~/.cache/dfformer``. Any number of
 processes may read and write at once: a file appears complete or not at all. A lost file costs time, but never changes
@@ -42,6 +42,6 @@ def write(name: str, data: bytes) -> None:
     except OSError as error:  # e.g. the disk is full
         reason = error.strerror or error  # without the name of the temporary folder, another one each time
         warn_once(
-            f"dfformer_kernels cannot keep files in {folder} ({reason}); kernels will be compiled and backends "
-            "measured again in every process. DFFORMER_CACHE_DIR names another directory."
+            f"dfformer_kernels cannot keep files in {folder} ({reason}); kernels will be compiled again in "
+            "every process. DFFORMER_CACHE_DIR names another directory."
         )

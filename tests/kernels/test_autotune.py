@@ -1,6 +1,5 @@
 """Which backend a GPU's problems run on, without a GPU: fake kernels advance the only clock that measures them."""
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ class FakeGpu(Gpu):
     def __init__(self) -> None:
         self.speeds = dict(SPEEDS)
         self.clock, self.calls, self.measured = 0.0, list[str](), list[str]()
-        self.model, self.installed = "H100", "1.0"
+        self.model = "H100"
 
     def name(self, device: int) -> str:
         return self.model
@@ -36,9 +35,6 @@ class FakeGpu(Gpu):
         call()
         self.measured.append(self.calls.pop())
         return self.clock - start
-
-    def versions(self) -> dict[str, str]:
-        return {"torch": self.installed}
 
     def backend(self, name: str) -> Backend:
         def kernel(*args: object) -> tuple[object, ...]:
@@ -54,7 +50,7 @@ class FakeGpu(Gpu):
 
 
 def restart(gpu: FakeGpu) -> None:
-    """As a new process begins, but for the files."""
+    """As a new process begins."""
     dispatch.autotuner = Autotuner(gpu)
     dispatch._build_errors.clear()
     dispatch.select.cache_clear()
@@ -66,13 +62,8 @@ def run(problem: Problem = PROBLEM) -> Any:
     return dispatch._run_on_gpu(problem, "argument")
 
 
-def anew(gpu: FakeGpu, problem: Problem = PROBLEM) -> Any:
-    restart(gpu)
-    return run(problem)
-
-
 @pytest.fixture
-def gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     """A table of fake backends."""
     monkeypatch.delenv("DFFORMER_AUTOTUNE", raising=False)
     gpu = FakeGpu()
@@ -97,13 +88,13 @@ def tuned(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 @pytest.mark.parametrize("value", [None, "", "0"])
 def test_by_default_the_tables_first_runs_and_nothing_is_measured(
-    gpu: FakeGpu, folder: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
     if value is not None:
         monkeypatch.setenv("DFFORMER_AUTOTUNE", value)
     assert dispatch.select(PROBLEM) is dispatch.TABLE[0]
     assert run() == ("cuda", "argument")
-    assert (gpu.calls, gpu.measured, list(folder.iterdir())) == (["cuda"], [], [])
+    assert (gpu.calls, gpu.measured) == (["cuda"], [])
 
 
 def test_another_value_of_the_variable_is_an_error(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,109 +197,35 @@ def test_the_fastest_is_measured_once_and_runs_from_then_on(tuned: FakeGpu) -> N
         ({"star_relu": False}, "H100", True),
         ({"dtype": torch.bfloat16}, "H100", True),
         ({"op": "dynamic_filter_backward"}, "H100", True),
-        ({}, "A100", True),
+        ({"device_index": 1}, "A100", True),
     ],
 )
 def test_a_winner_is_of_a_class_of_problems(
     tuned: FakeGpu, change: dict[str, Any], model: str, measured_again: bool
 ) -> None:
-    anew(tuned)
+    run()
     tuned.measured.clear()
     tuned.model = model
-    assert anew(tuned, PROBLEM._replace(**change))[0] == "cufft"
+    assert run(PROBLEM._replace(**change))[0] == "cufft"
     assert bool(tuned.measured) == measured_again
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 3, 4, 5, 6)])
 def test_star_relu_takes_any_shape(tuned: FakeGpu, shape: tuple[int, ...]) -> None:
-    assert anew(tuned, PROBLEM._replace(op="star_relu", shape=shape))[0] == "cufft"
+    assert run(PROBLEM._replace(op="star_relu", shape=shape))[0] == "cufft"
 
 
-def test_winners_outlive_the_process_with_the_versions_they_were_measured_with(tuned: FakeGpu, folder: Path) -> None:
-    anew(tuned)
-    (file,) = folder.iterdir()
-    assert json.loads(file.read_text()) == {
-        "versions": {"torch": "1.0"},
-        "winners": {f"H100, {PROBLEM}": "cufft"},
-    }
-    tuned.installed, tuned.speeds = "2.0", {"cuda": 0.5, "cufft": 1.0, "torch": 3.0}
-    assert anew(tuned)[0] == "cuda"
-    tuned.installed = "1.0"
-    assert anew(tuned)[0] == "cufft"
-    assert tuned.measured == 2 * ["cuda", "cufft", "torch"]
-
-
-def test_processes_add_to_each_others_winners(tuned: FakeGpu) -> None:
-    other = PROBLEM._replace(filters=2)
-    first, second = Autotuner(tuned), Autotuner(tuned)
-    for tuner, problem in ((first, PROBLEM), (second, PROBLEM._replace(filters=1)), (first, other)):
-        dispatch.autotuner = tuner
-        run(problem)
-    tuned.measured.clear()
-    for problem in (PROBLEM, PROBLEM._replace(filters=1), other):
-        anew(tuned, problem)
-    assert tuned.measured == []
-
-
-def test_a_process_stays_with_its_own_winner_of_a_class(tuned: FakeGpu, folder: Path) -> None:
-    """Another process may find another winner, and write it last."""
+def test_every_process_measures_again(tuned: FakeGpu, folder: Path) -> None:
     run()
-    (file,) = folder.iterdir()
-    file.write_text(file.read_text().replace('"cufft"', '"cuda"'))
-    run(PROBLEM._replace(filters=2))
-    assert run(PROBLEM._replace(shape=(5, 14, 14, 640)))[0] == "cufft"
-    assert json.loads(file.read_text())["winners"][f"H100, {PROBLEM}"] == "cufft"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b'{"versions": {"torch"',
-        b"\xff\xfe",
-        b"[]",
-        b"{}",
-        b'{"versions": {"torch": "0.9"}, "winners": {}}',
-        b'{"versions": {"torch": "1.0"}, "winners": [1]}',
-        b'{"versions": {"torch": "1.0"}, "winners": {"a": 1}}',
-        b'{"versions": {"torch": "1.0"}, "winners": [[1, "torch"]]}',
-        b"[" * 100_000,
-    ],
-    ids=lambda content: content[:60],
-)
-def test_a_corrupted_file_is_ignored_with_a_warning_and_replaced(tuned: FakeGpu, folder: Path, content: bytes) -> None:
-    """Warnings are errors in this test run, so a second one would raise."""
-    anew(tuned)
-    (file,) = folder.iterdir()
-    good = file.read_bytes()
-    file.write_bytes(content)
-    with pytest.warns(UserWarning, match=f"ignores {file}"):
-        assert anew(tuned)[0] == "cufft"
-    assert file.read_bytes() == good
-
-
-def test_a_folder_that_cannot_be_written_is_one_warning(
-    tuned: FakeGpu, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (folder / "file").touch()
-    monkeypatch.setenv("DFFORMER_CACHE_DIR", str(folder / "file" / "inside"))
-    with pytest.warns(UserWarning, match="cannot keep files in .*inside"):
-        assert run()[0] == "cufft"
-    assert run(PROBLEM._replace(filters=2))[0] == "cufft"
-
-
-def test_a_winner_nobody_knows_any_more_is_measured_again(tuned: FakeGpu, folder: Path) -> None:
-    anew(tuned)
-    (file,) = folder.iterdir()
-    file.write_text(file.read_text().replace('"cufft"', '"abandoned"'))
-    assert anew(tuned)[0] == "cufft"
-    assert tuned.measured == 2 * ["cuda", "cufft", "torch"]
+    tuned.speeds["cuda"] = 0.5
+    restart(tuned)
+    assert run()[0] == "cuda"
+    assert list(folder.iterdir()) == []
 
 
 def test_a_winner_whose_kernel_cannot_be_built_is_measured_no_more(tuned: FakeGpu) -> None:
     run()
     tuned.speeds["cufft"] = BUILD_ERROR
-    restart(tuned)
     with pytest.warns(UserWarning, match="'cufft' backend cannot build its kernel"):
         assert run()[0] == "cuda"
     assert run()[0] == "cuda"
@@ -340,8 +257,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(
 ) -> None:
     """Not even by a winner of its class, which has yet to prepare itself."""
     if remembered:
-        run()
-        restart(tuned)
+        run(PROBLEM._replace(shape=(5, 14, 14, 640)))
         tuned.calls.clear()
     monkeypatch.setattr(device, "capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"dynamic_filter on \(8, 14, 14, 640\).* call the operator once .* before"):

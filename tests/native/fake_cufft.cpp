@@ -259,11 +259,6 @@ EXPORT void fake_cufft_meet(int count) {
     meeting = count;
     waiting = 0;
 }
-// How many are waiting.
-EXPORT int fake_cufft_waiting() {
-    const std::lock_guard lock(mutex);
-    return waiting;
-}
 // What libraries do with the imaginary parts that columns k = 0 and k = W/2 have after the transform along H: whether
 // they reach the result of c2r.
 EXPORT void fake_cufft_mix_imaginary_parts(bool mixes) {

@@ -4,7 +4,6 @@ Nothing of CUDA is needed to load this module. ctypes releases the GIL during a 
 """
 
 import ctypes
-import os
 import threading
 import weakref
 from collections import OrderedDict, defaultdict
@@ -133,16 +132,16 @@ class CufftPlan:
 
 
 class Plans:
-    """The plans of a library, safe to use from threads and after a fork. The caller makes their device current."""
+    """The plans of a library, safe to use from threads. The caller makes their device current.
+
+    A forked child never asks for one of its parent's: torch refuses to make a device current there.
+    """
 
     def __init__(self, path: str) -> None:
         self._library = _load(path)
         self._lock = threading.Lock()
         self._recent: defaultdict[int, OrderedDict[PlanSpec, CufftPlan]] = defaultdict(OrderedDict)  # by device
         self._captured: set[CufftPlan] = set()  # graphs refer to their memory, and may be replayed for ever
-        os.register_at_fork(
-            before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._forget_parents
-        )
 
     def get(self, spec: PlanSpec) -> CufftPlan:
         """The plan, made if there is none; RuntimeError if it would have to be made while a graph is captured."""
@@ -158,11 +157,3 @@ class Plans:
             if device.capturing():
                 self._captured.add(plan)
             return plan
-
-    def _forget_parents(self) -> None:
-        """A forked child has copies of its parent's plans, which are not its own to destroy."""
-        for plan in self._captured.union(*(plans.values() for plans in self._recent.values())):
-            plan.destroy.detach()
-        self._captured.clear()
-        self._recent.clear()
-        self._lock.release()

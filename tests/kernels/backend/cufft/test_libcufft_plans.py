@@ -1,12 +1,8 @@
-"""What becomes of cuFFT's plans: after errors, when there are many, in graphs, threads and forked children."""
+"""What becomes of cuFFT's plans: after errors, when there are many, in graphs and in threads."""
 
-import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -254,7 +250,7 @@ def test_a_graph_replays_when_its_plans_have_been_dropped() -> None:
         assert relative_error(back / 140, given) <= BOUND[torch.float32]
 
 
-# Threads and forks
+# Threads
 
 
 def test_eight_threads_at_once_get_their_own_results(fake: Fake) -> None:
@@ -292,62 +288,3 @@ def test_different_transforms_run_at_the_same_time(fake: Fake) -> None:
     fake.library.fake_cufft_meet(2)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(libcufft.rfft2, inputs))
-
-
-FORK = """
-import ctypes, os, signal, sys, threading, time
-import torch
-from dfformer_kernels import device
-from dfformer_kernels.backend.cufft.plans import Plans, PlanSpec
-
-fake, plans = ctypes.CDLL(sys.argv[1]), Plans(sys.argv[1])
-u, Z, workspace = torch.ones(4, 4, 2), torch.empty(4, 3, 2, 2), torch.empty(4 * 3 * 2 * 16, dtype=torch.uint8)
-
-def run(N=2):
-    plan = plans.get(PlanSpec(0, (4, 4, N), torch.float32, False))
-    plan.run(u.data_ptr(), Z.data_ptr(), workspace.data_ptr(), 0)
-
-def counts():
-    return len(plans._recent[0]), fake.fake_cufft_live_plans()
-
-run()
-device.capturing = lambda: True
-run()
-device.capturing = lambda: False
-run(N=1)
-assert counts() == (2, 2)
-fake.fake_cufft_meet(2)
-inside = threading.Thread(target=run)
-inside.start()
-while fake.fake_cufft_waiting() < 1:
-    time.sleep(0.001)
-child = os.fork()  # the child has neither the thread inside the library nor the plan that it holds
-if child == 0:
-    fake.fake_cufft_meet(0)
-    assert counts() == (0, 2)
-    run()  # plans anew
-    assert counts() == (1, 3)
-    plans._recent.clear()
-    assert counts() == (0, 2)  # the parent's
-    os._exit(0 if Z[0, 0, 0, 0] == 16 else 3)
-
-run(N=1)
-inside.join()
-for _ in range(300):
-    pid, status = os.waitpid(child, os.WNOHANG)
-    if pid:
-        break
-    time.sleep(0.1)
-else:
-    os.kill(child, signal.SIGKILL)
-    sys.exit("the forked child hangs")
-assert os.waitstatus_to_exitcode(status) == 0, status
-run()
-assert counts() == (2, 2)
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
-def test_a_forked_child_leaves_its_parents_plans_alone(fake_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FORK, fake_path], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

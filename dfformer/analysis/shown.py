@@ -5,13 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from dfformer.data.files import image_files, image_mode, read_image
+from dfformer.data.images import DigitImages
 from dfformer.data.photographs import sklearn_photographs
 from dfformer.data.transforms import evaluation_transform
 from dfformer.tasks.evaluate import data_config
@@ -81,8 +80,8 @@ class ShownImages(NamedTuple):
 def shown_images(inputs: Sequence[Path], channels: set[int]) -> ShownImages:
     """Image files and folders; the class of an image in a folder is the folder's name.
 
-    Without inputs, images of scikit-learn: 360 of its handwritten digits for models of grey images, its two photographs
-    for models of colour images.
+    Without inputs, images of scikit-learn: the digits to test with (`DigitImages`) for models of grey images, its two
+    photographs for models of colour images.
     """
     if inputs:
         given = {path for path in inputs if not path.is_dir()}
@@ -95,17 +94,13 @@ def shown_images(inputs: Sequence[Path], channels: set[int]) -> ShownImages:
         ]
         return ShownImages(f"{len(images)} image{'s'[: len(images) > 1]}", images)
     if channels == {1}:
-        return _digits()
+        digits = DigitImages("val")
+        members = [
+            ShownImage(f"{label}_{i}", digits.classes[label], Image.fromarray(pixels).copy)
+            for i, (label, pixels) in enumerate(zip(digits.labels, digits.images, strict=True))
+        ]
+        return ShownImages(f"{len(members)} handwritten digits of scikit-learn", members)
     if not channels <= {1, 3}:
         raise ValueError(f"in_chans: expected 1 or 3, as scikit-learn's images and image files have, got {channels}")
     images = [ShownImage(name, name, image.copy) for name, image in sklearn_photographs().items()]
     return ShownImages("scikit-learn's two photographs", images)
-
-
-def _digits() -> ShownImages:
-    data = load_digits()
-    images = [
-        ShownImage(f"{label}_{i}", str(label), Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8)).copy)
-        for i, (label, pixels) in enumerate(zip(data.target, data.images, strict=True))
-    ]
-    return ShownImages("360 handwritten digits of scikit-learn", images[::5])

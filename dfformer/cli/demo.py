@@ -8,6 +8,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import timm
@@ -30,7 +31,6 @@ from dfformer.models.spectral import DynamicFilter
 from dfformer.tasks.evaluate import data_config
 from dfformer.train.config import ModelConfig, parse
 from dfformer.train.engine import train
-from dfformer.train.state import checkpoints, weights
 from dfformer.utils.device import DistContext
 from dfformer.utils.eager_baseline import eager_baseline
 from dfformer.utils.io import write_atomically, write_json
@@ -66,7 +66,7 @@ class Comparison(NamedTuple):
 
 
 def demo_command(arguments: argparse.Namespace) -> int:
-    """Writes report.html, report.json, digits.safetensors, digits/*.png, training/, pictures and tables."""
+    """Writes report.html, report.json, digits.safetensors, digits/*.png, pictures and tables."""
     start = time.perf_counter()
     effort = QUICK if arguments.quick else FULL
     output = Output(arguments.output, dpi=130)
@@ -96,20 +96,15 @@ def demo_command(arguments: argparse.Namespace) -> int:
 
 def train_on_digits(epochs: int, seed: int, folder: Path) -> list[dict[str, float]]:
     """Trains by the recipe ``digits`` in fewer epochs; writes digits.safetensors and returns the measures by epoch."""
-    run = folder / "training"
-    start, earlier = run / "start.safetensors", [*checkpoints(run), *weights(run)]
-    if earlier and not start.exists():
-        raise ValueError(f"--output: choose another folder: {run} contains a training run that the demo did not write")
-    for path in earlier:
-        path.unlink()
-    settings = {"output": run, "seed": seed, "device": "cpu"}
-    settings |= {"optim.epochs": epochs, "optim.warmup_epochs": epochs / 5, "optim.ema_decay": 0}
-    config = parse(["--recipe=digits", *(f"--{name}={value}" for name, value in settings.items())])
-    config.model.checkpoint = str(start)
-    torch.manual_seed(seed)
-    save_start(config.model)
-    history = train(config, DistContext(torch.device("cpu")))
-    write_atomically(folder / "digits.safetensors", (run / "last.safetensors").read_bytes())
+    with TemporaryDirectory() as run:
+        settings = {"output": run, "seed": seed, "device": "cpu"}
+        settings |= {"optim.epochs": epochs, "optim.warmup_epochs": epochs / 5, "optim.ema_decay": 0}
+        config = parse(["--recipe=digits", *(f"--{name}={value}" for name, value in settings.items())])
+        config.model.checkpoint = f"{run}/start.safetensors"
+        torch.manual_seed(seed)
+        save_start(config.model)
+        history = train(config, DistContext(torch.device("cpu")))
+        write_atomically(folder / "digits.safetensors", Path(run, "last.safetensors").read_bytes())
     return history
 
 

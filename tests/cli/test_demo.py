@@ -72,16 +72,6 @@ def test_demo_fails_below_its_target(
     assert not (output / "report.html").exists()
 
 
-def test_demo_keeps_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = tmp_path / "training" / "checkpoint-00000001.pt"
-    state.parent.mkdir()
-    state.touch()
-    for _ in range(2):
-        assert main(["demo", "--output", str(tmp_path), "--quick"]) == 2
-        assert "contains a training run that the demo did not write" in capsys.readouterr().err
-    assert [*state.parent.iterdir()] == [state]
-
-
 def test_split_is_stratified_and_disjoint() -> None:
     train, test = DigitImages("train"), DigitImages("val")
     assert (len(train), len(test)) == (1437, 360)

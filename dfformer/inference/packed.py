@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from dfformer.models.exact import is_exact, returning_new
 from dfformer.models.layers import Scale, StarReLU
 from dfformer_kernels import linear, star_relu
-from dfformer_kernels.ops import in_chunks, is_under_functorch
+from dfformer_kernels.ops import by_onednn, in_chunks, is_under_functorch, pack_for_onednn
 
-# The number of rows that oneDNN packs a weight for; products of any number of rows can use it.
-PACKED_FOR_ROWS = 784
 _NOT_HERE = "a served layer's weights change by load_state_dict alone; prune, average or replace those it was made from"
 
 
@@ -52,9 +50,8 @@ class PackedLinear(nn.Module):
         raise TypeError(f"{name}: {_NOT_HERE}")
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.may_use_packed(x):
-            bias = None if self.bias is None else self.bias.contiguous()  # oneDNN would misread any other
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        if self._packed is not None and self.may_use_packed(x):
+            return by_onednn(x, self._packed, self.bias)
         return linear(x, self._weight, self.bias)
 
     def may_use_packed(self, x: Tensor) -> bool:
@@ -75,13 +72,7 @@ class PackedLinear(nn.Module):
         )
 
     def _pack(self) -> None:
-        weight = self._weight
-        self._packed = None
-        if self._given_out or not weight.is_cpu or not _has_onednn(weight.dtype):
-            return
-        # A private operator, as is the product: with a packed weight, oneDNN multiplies few rows faster (49 x 512 by
-        # 2048: 231 GFLOP/s instead of 193, two cores of an Intel Xeon).
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
+        self._packed = None if self._given_out else pack_for_onednn(self._weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
         super()._apply(fn, recurse)
@@ -166,13 +157,6 @@ class ServedBlock(nn.Module):
         block: Any = self  # with modules that __init__ took by name
         x = _add_residual(block.layer_scale1(block.token_mixer(block.norm1(x))), x, block.res_scale1)
         return _add_residual(block.layer_scale2(block.mlp(block.norm2(x))), x, block.res_scale2)
-
-
-def _has_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN supports packed weights of this dtype on this machine."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _add_residual(y: Tensor, x: Tensor, scale: nn.Module) -> Tensor:

@@ -94,7 +94,7 @@ def test_one_compiled_graph_multiplies_few_and_many_rows(monkeypatch: pytest.Mon
         calls.append(len(x))
         return F.linear(x, *others)
 
-    monkeypatch.setattr(linear_module, "_by_onednn", counted)
+    monkeypatch.setattr(linear_module, "by_onednn", counted)
     compiled = torch.compile(linear, fullgraph=True, dynamic=True)
     for rows in (33, 333):
         tensors = [torch.randn(shape, requires_grad=True) for shape in ((rows, 8), (16, 8), (16,))]

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from dfformer.train.config import TrainConfig
 
-_TILES_AT_ONCE = 16
-
 
 def _restorer(description: dict[str, Any]) -> Restorer:
     images = description["degradation"]["scale"], description["data"]["mean"], description["data"]["std"]
@@ -84,7 +82,7 @@ def mean_quality(
     context: DistContext,
     scale: int,
     tile: tuple[int, int],
-    at_once: int,
+    at_once: int = 16,
 ) -> dict[str, float]:
     """The mean `quality` of restored images and of the inputs alone, over the images of all processes.
 
@@ -140,8 +138,9 @@ class Restoration(DenseTask):
         return F.l1_loss(model(source), target)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        tiles = self.degradation.scale, self.config.data.size, _TILES_AT_ONCE
-        return mean_quality(model, self.validation_loader(), self.context, *tiles)
+        return mean_quality(
+            model, self.validation_loader(), self.context, self.degradation.scale, self.config.data.size
+        )
 
     def own_description(self) -> dict[str, Any]:
         restorer = {name: getattr(self.config.restore, name) for name in RESTORER}

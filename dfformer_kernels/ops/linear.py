@@ -1,9 +1,9 @@
 """Linear layers through the library that is fast on this processor.
 
 PyTorch's x86 builds compute float32 matrix products with MKL, which is slower than oneDNN on processors that are not
-Intel's. There, oneDNN computes all but small products, by an operator that is private to PyTorch. The public way to
-oneDNN, a 1x1 convolution of a channels-last view, reorders the weight at every call. Without it, DFFormer-S18 takes
-0.89 of the time for one image of 224x224, and 0.93 for eight (two cores of an AMD EPYC).
+Intel's. There, oneDNN computes all but small and thin products, by an operator that is private to PyTorch. The public
+way to oneDNN, a 1x1 convolution of a channels-last view, reorders the weight at every call. Without it, DFFormer-S18
+takes 0.89 of the time for one image of 224x224, and 0.93 for eight (two cores of an AMD EPYC).
 """
 
 import platform
@@ -151,7 +151,9 @@ def prefers_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:
-    return x.numel() * weight.shape[0] >= MANY_MULTIPLICATIONS
+    N, K = weight.shape
+    # In thin products, oneDNN takes up to twice as long: one row by a transposed weight, fewer than 8 outputs, K of 1.
+    return x.numel() * N >= MANY_MULTIPLICATIONS and x.numel() > K > 1 and N >= 8
 
 
 def _is_usual(t: Tensor) -> bool:

@@ -57,11 +57,24 @@ def test_second_derivatives_of_either_library() -> None:
     assert max(gradient_errors(derivatives(linear, inputs), wanted)) <= 4 * BOUND[torch.float32]
 
 
-@pytest.mark.parametrize("rows", [7, 8])
-def test_small_products_are_not_onednns(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rows", "K", "N", "is_onednns"),
+    [
+        (7, 2**8, 2**9, False),
+        (8, 2**8, 2**9, True),
+        (1, 2**10, 2**10, False),
+        (2, 2**10, 2**9, True),
+        (2**15, 2**5, 7, False),
+        (2**12, 2**5, 8, True),
+        (2**15, 1, 2**5, False),
+        (2**14, 2, 2**5, True),
+    ],
+)
+def test_small_and_thin_products_are_not_onednns(
+    rows: int, K: int, N: int, is_onednns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(linear_module, "MKL_IS_SLOW", True)
-    x, weight = torch.empty(rows, 2**8), torch.empty(2**9, 2**8)
-    assert linear_module.prefers_onednn(x, weight) == (rows == 8)
+    assert linear_module.prefers_onednn(torch.empty(rows, K), torch.empty(N, K)) == is_onednns
 
 
 @pytest.mark.usefixtures("library")

@@ -115,7 +115,9 @@ def test_any_problem_is_within_the_bound(
 ) -> None:
     inputs = make_inputs(op, case, dtype)
     inputs["x"] = LAYOUTS[x_layout](inputs["x"]).requires_grad_()
-    assert_joint_scalars_within_bound(op, inputs, LAYOUTS[grad_layout](make_grad(op, inputs)))
+    grad_y = make_grad(op, inputs)
+    grad_y /= max(1, grad_y.numel() / 4096)  # keeps the scalars' gradients, sums over all elements, in float16's range
+    assert_joint_scalars_within_bound(op, inputs, LAYOUTS[grad_layout](grad_y))
 
 
 @pytest.mark.parametrize(

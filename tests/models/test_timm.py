@@ -218,9 +218,11 @@ def test_symbolic_trace(name: str, graph: str) -> None:
     for x in (images(), torch.randn(1, 3, SIZE + 32, SIZE)):  # another plane: filters are resized
         with torch.no_grad():
             assert relative_error(logits(traced(x)), model(x)) < ERROR
-    results = (logits(traced(x)), model(x))
+    # In float32 an input beside a kink of AFNO's ReLU or softshrink may have either of two gradients.
+    traced.double(), model.double()
+    results = (logits(traced(x.double())), model(x.double()))
     gradients, wanted = (torch.autograd.grad(y.square().sum(), [*model.parameters()]) for y in results)
-    assert max(gradient_errors(list(gradients), list(wanted))) < ERROR
+    assert max(gradient_errors(list(gradients), list(wanted))) < 1e-9
 
 
 def scripted(model: nn.Module) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dfformer.models.exact import is_exact, returning_new
 from dfformer.models.layers import Scale, StarReLU
 from dfformer_kernels import linear, star_relu
-from dfformer_kernels.ops import by_onednn, in_chunks, is_under_functorch, pack_for_onednn
+from dfformer_kernels.ops import by_onednn, in_chunks, is_large, is_under_functorch, pack_for_onednn
 
 _NOT_HERE = "a served layer's weights change by load_state_dict alone; prune, average or replace those it was made from"
 
@@ -18,9 +18,10 @@ _NOT_HERE = "a served layer's weights change by load_state_dict alone; prune, av
 class PackedLinear(nn.Module):
     """A linear layer without gradients: ``x @ weight.T + bias`` of x (...,K), weight (N,K), bias (N,).
 
-    On an x86 CPU the weight is also kept packed, which takes its memory once more. The layer owns its weight, which is
-    neither a parameter nor a buffer. A caller who gets it, by ``weight`` or ``state_dict()``, could change it unseen.
-    From then on the layer multiplies by the weight itself; a copy of the layer packs again.
+    On an x86 CPU the weight is also kept packed, which takes its memory once more; small and thin float32 products do
+    not use it. The layer owns its weight, which is neither a parameter nor a buffer. A caller who gets it, by
+    ``weight`` or ``state_dict()``, could change it unseen. From then on the layer multiplies by the weight itself; a
+    copy of the layer packs again.
     """
 
     serves_only = True  # checkpoints cannot contain it
@@ -67,6 +68,7 @@ class PackedLinear(nn.Module):
             and x.dtype == self._weight.dtype
             and x.numel() > 0
             and x.shape[-1] == self._weight.shape[1]
+            and (x.dtype != torch.float32 or is_large(x, self._weight))
             and bool(torch.backends.mkldnn.enabled)
             and not torch.is_autocast_enabled("cpu")
         )

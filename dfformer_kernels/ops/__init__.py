@@ -4,7 +4,7 @@ Imports problem, dispatch, reference and dft_matmul, never a backend. Layers may
 """
 
 from dfformer_kernels.ops.filter import MATMUL_DECOMPOSITIONS
-from dfformer_kernels.ops.linear import by_onednn, pack_for_onednn
+from dfformer_kernels.ops.linear import by_onednn, is_large, pack_for_onednn
 from dfformer_kernels.ops.mlp import in_chunks
 from dfformer_kernels.ops.registration import is_under_functorch, without_autocast
 
@@ -12,6 +12,7 @@ __all__ = [
     "MATMUL_DECOMPOSITIONS",
     "by_onednn",
     "in_chunks",
+    "is_large",
     "is_under_functorch",
     "pack_for_onednn",
     "without_autocast",

@@ -96,7 +96,7 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.layout == torch.strided and not weight.is_contiguous():
         weight = weight if weight.t().is_contiguous() else weight.contiguous()  # transposed, in the gradient of x
     bias = None if bias is None else bias.contiguous()  # oneDNN would misread any other
-    y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    y = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
     return y.resize_(*x.shape[:-1], len(weight))  # in place: with gradients, a caller could not write to a view
 
 
@@ -144,15 +144,18 @@ def prefers_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
         and x.dim() > 0
         and x.shape[-1] == weight.shape[1]
         and (bias is None or (_is_usual(bias) and bias.shape == weight.shape[:1]))
-        and (is_in_compiled_graph() or (_is_large(x, weight) and not is_in_a_dispatch_mode()))
+        and (is_in_compiled_graph() or (is_large(x, weight) and not is_in_a_dispatch_mode()))
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def _is_large(x: Tensor, weight: Tensor) -> bool:
+def is_large(x: Tensor, weight: Tensor) -> bool:
+    """Whether a float32 product has enough work, and is not too thin, for oneDNN's longer call.
+
+    In thin products, oneDNN takes up to twice as long: one row, fewer than 8 outputs, K of 1.
+    """
     N, K = weight.shape
-    # In thin products, oneDNN takes up to twice as long: one row by a transposed weight, fewer than 8 outputs, K of 1.
     return x.numel() * N >= MANY_MULTIPLICATIONS and x.numel() > K > 1 and N >= 8
 
 

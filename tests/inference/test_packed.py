@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfformer import optimize_for_inference
+from dfformer.inference import packed as packed_module
 from dfformer.inference.optimize import InferenceModel
 from dfformer.inference.packed import PackedLinear
 from dfformer.models.checkpoint import save_checkpoint
-from dfformer_kernels.tolerance import relative_error
+from dfformer_kernels.ops import by_onednn, is_large
+from dfformer_kernels.tolerance import BOUND, relative_error
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -48,6 +51,27 @@ def test_products_with_packed_weights_are_counted(served: InferenceModel) -> Non
     with FlopCounterMode(display=False) as counter:
         layer(x)
     assert counter.get_total_flops() == 2 * 15 * layer.in_features * layer.out_features
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "uses_packed"),
+    [(1, torch.float32, False), (2, torch.float32, True), (1, torch.bfloat16, True)],
+    ids=str,
+)
+@torch.no_grad()
+def test_thin_float32_products_do_without_the_packed_weight(
+    rows: int, dtype: torch.dtype, uses_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row, as the routing of one image has, takes oneDNN up to seven times as long."""
+    monkeypatch.setattr(packed_module, "is_large", is_large)
+    layer, spy = PackedLinear(torch.randn(1024, 512, dtype=dtype)), Mock(wraps=by_onednn)
+    if layer._packed is None:
+        pytest.skip(f"this build of torch cannot pack {dtype} for this processor")
+    monkeypatch.setattr(packed_module, "by_onednn", spy)
+    x = torch.randn(rows, 512, dtype=dtype)
+    y = layer(x)
+    assert relative_error(y, x.double() @ layer._weight.double().T) <= BOUND[dtype]
+    assert spy.called == uses_packed
 
 
 @pytest.mark.parametrize("part", ["fc1", "act", "fc2"])

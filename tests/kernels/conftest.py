@@ -54,5 +54,5 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "onednn" and not linear.HAS_ONEDNN:
         pytest.skip("this build of torch has no oneDNN")
     monkeypatch.setattr(linear, "MKL_IS_SLOW", request.param == "onednn")
-    monkeypatch.setattr(linear, "_is_large", lambda x, weight: True)
+    monkeypatch.setattr(linear, "is_large", lambda x, weight: True)
     return request.param
